@@ -1,0 +1,35 @@
+"""GRPO with high-rank LoRA: the trainer and vLLM on one device, one copy of the adapter.
+
+    from rankup import GRPOConfig, GRPOTrainer
+
+    GRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...).train()
+
+The public names are imported on first use, so `import rankup` alone is quick and loads neither torch nor vLLM.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .grpo.config import GRPOConfig
+    from .grpo.trainer import GRPOTrainer
+
+__all__ = ["GRPOConfig", "GRPOTrainer", "__version__"]
+
+__version__ = version("rankup")
+
+_HOMES = {"GRPOConfig": ".grpo.config", "GRPOTrainer": ".grpo.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name at its first use (PEP 562); later uses find it as an ordinary attribute."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,115 @@
+"""Groups from the engine, scored as they finish: what training and evaluation both begin with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..rewards.runner import Scorer, Scores
+from ..rollout.engine import EngineSettings, RolloutEngine, request_seed
+from ..rollout.types import PromptGroup, SamplingSettings
+from .config import GRPOConfig
+from .data import PromptRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """One prompt's row of the data set, its completions, and their scores."""
+
+    row: PromptRow
+    group: PromptGroup
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """Groups in the order of their prompts, and the seconds that sampling and scoring took."""
+
+    groups: list[ScoredGroup]
+    rollout_seconds: float
+    reward_seconds: float
+
+
+def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
+    """What the configuration asks of vLLM."""
+    return EngineSettings(
+        model=model_path,
+        target_modules=tuple(config.lora.target_modules),
+        max_rank=config.lora.max_rank,
+        dtype=config.model.dtype,
+        seed=config.seed,
+        max_model_len=config.rollout.max_model_length,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enforce_eager=config.rollout.enforce_eager,
+        lora_path=config.rollout.lora_path,
+    )
+
+
+def sampling_settings(config: GRPOConfig) -> SamplingSettings:
+    """How training samples."""
+    rollout = config.rollout
+    return SamplingSettings(
+        num_generations=rollout.num_generations,
+        max_completion_length=rollout.max_completion_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        stop=tuple(rollout.stop),
+    )
+
+
+def greedy_settings(config: GRPOConfig) -> SamplingSettings:
+    """How evaluation samples: one completion, the likeliest token each time."""
+    rollout = config.rollout
+    return SamplingSettings(
+        num_generations=1,
+        max_completion_length=rollout.max_completion_length,
+        temperature=0.0,
+        stop=tuple(rollout.stop),
+    )
+
+
+def collect(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    rows: Sequence[PromptRow],
+    sampling: SamplingSettings,
+    *,
+    seed: tuple[int, int] | None,
+    trainer_state: Mapping[str, Any],
+    use_adapter: bool = True,
+    progress: Callable[[int], None] = lambda finished: None,
+) -> Collected:
+    """Sample and score completions for `rows`. `seed` is (run seed, step), from which each request's seed is derived."""
+    seeds = None if seed is None else [request_seed(*seed, index) for index in range(len(rows))]
+    started = time.perf_counter()
+    reward_seconds = 0.0
+    scored: list[ScoredGroup] = []
+    prompts = [row.token_ids for row in rows]
+    for group in engine.rollout(prompts, sampling, seeds=seeds, use_adapter=use_adapter):
+        scoring_started = time.perf_counter()
+        row = rows[group.index]
+        scored.append(ScoredGroup(row=row, group=group, scores=_score(scorer, row, group, trainer_state)))
+        progress(len(scored))
+        reward_seconds += time.perf_counter() - scoring_started
+    scored.sort(key=lambda s: s.group.index)
+    seconds = time.perf_counter() - started
+    return Collected(groups=scored, rollout_seconds=seconds - reward_seconds, reward_seconds=reward_seconds)
+
+
+def _score(scorer: Scorer, row: PromptRow, group: PromptGroup, trainer_state: Mapping[str, Any]) -> Scores:
+    count = len(group.completions)
+    texts = [completion.text for completion in group.completions]
+    conversational = not isinstance(row.prompt, str)
+    return scorer.score(
+        prompts=[row.prompt] * count,
+        completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
+        completion_ids=[list(completion.token_ids) for completion in group.completions],
+        columns={name: [value] * count for name, value in row.columns.items()},
+        trainer_state=trainer_state,
+    )

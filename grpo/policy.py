@@ -1,0 +1,262 @@
+"""The trained policy: a frozen base model, fp32 adapter masters, and the slots they are published to.
+
+    policy = Policy("path/to/model", lora=config.lora, dtype="bfloat16", seed=0)
+    policy.attach(engine.slots)                     # from here on its forward multiplies with vLLM's own buffers
+    engine.publish(policy.write_slots)              # masters -> slots: the engine samples with this policy now
+    loss, logprobs, entropy = policy.backward(pack, token_loss)
+    policy.save_adapter(Path("adapter"))            # PEFT's format
+
+PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALinear` replaces the arithmetic of its layer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..kernels import shared_prompt_attention
+from ..kernels.logprob import TokenLoss, linear_logprob_loss, linear_logprobs
+from ..kernels.lora import fused_lora_linear
+from ..rollout.slots import AdapterSlot
+from .config import LoraConfig
+from .packing import Pack
+
+ADAPTER = "default"  # PEFT's name for the first adapter
+
+
+class FusedLoRALinear(PeftLoraLinear):
+    """PEFT's LoRA linear layer whose forward reads the slot instead of the masters. `slot` is set by `Policy.attach`."""
+
+    slot: AdapterSlot
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., d_in] -> [..., d_out]; the base layer alone while PEFT's adapters are disabled."""
+        base = self.get_base_layer()
+        if self.disable_adapters:
+            return base(x)
+        rank = self.r[ADAPTER]
+        return fused_lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A[ADAPTER].weight,
+            self.lora_B[ADAPTER].weight,
+            self.slot.a[:rank],
+            self.slot.b[:, :rank],
+            self.scaling[ADAPTER],
+        )
+
+
+class Policy:
+    """See the module's docstring.
+
+    Attributes:
+        model: the transformers model with PEFT's layers inside.
+        shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
+
+    Raises:
+        ValueError: the model cannot be adapted as asked, or does something after its head that is not implemented.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        lora: LoraConfig,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        device: str = "cpu",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        shared_prompt_attention.register()
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).to(device)
+        _check_head(base)
+        self.plain_reason = why_prompts_cannot_be_shared(base)
+        self.shares_prompts = self.plain_reason is None
+        base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else "sdpa")
+        self.device = device
+        self.model = base
+        self.peft_model = _inject(base, lora, seed)
+        self.layers = {
+            name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALinear)
+        }
+        self.attach(self._own_slots(lora.max_rank, getattr(torch, dtype)))
+        self.write_slots()
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable()
+            base.train()  # transformers recomputes in training mode only; there is no dropout to switch on
+
+    # ------------------------------------------------------------------------------------------- adapter
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        """All fp32 parameters that are trained: A and B of each layer in turn."""
+        return [p for layer in self.layers.values() for p in (_weight_a(layer), _weight_b(layer))]
+
+    def attach(self, slots: Mapping[str, AdapterSlot]) -> None:
+        """Compute with these slots from now on (vLLM's buffers). They hold the policy only after `write_slots`.
+
+        Raises:
+            ValueError: a trained projection has no slot, or one of another shape.
+        """
+        missing = [name for name in self.layers if name not in slots]
+        if missing:
+            raise ValueError(f"the sampler has no adapter slot for {missing[:3]} ({len(missing)} projections in all)")
+        for name, layer in self.layers.items():
+            slot, rank = slots[name], layer.r[ADAPTER]
+            fits = slot.max_rank >= rank and slot.a.shape[1] == layer.in_features and slot.b.shape[0] == layer.out_features
+            if not fits:
+                raise ValueError(
+                    f"{name}: slot of shapes {list(slot.a.shape)} and {list(slot.b.shape)} for an adapter of rank {rank} "
+                    f"from {layer.in_features} to {layer.out_features}"
+                )
+            layer.slot = slot
+        # Lists of views, made once: publishing is a handful of calls over them.
+        self._slot_a = [layer.slot.a[: layer.r[ADAPTER]] for layer in self.layers.values()]
+        self._slot_b = [layer.slot.b[:, : layer.r[ADAPTER]] for layer in self.layers.values()]
+        self._scalings = [layer.scaling[ADAPTER] for layer in self.layers.values()]
+
+    @torch.no_grad()
+    def write_slots(self) -> None:
+        """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
+        layers = self.layers.values()
+        torch._foreach_copy_(self._slot_a, [_weight_a(layer).data for layer in layers])
+        scaled = torch._foreach_mul([_weight_b(layer).data for layer in layers], self._scalings)
+        torch._foreach_copy_(self._slot_b, scaled)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.peft_model.save_pretrained(str(partial))
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read masters from an adapter in PEFT's format. Publish afterwards.
+
+        Raises:
+            ValueError: no adapter there, or one of other shapes.
+        """
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(f"no adapter in {folder}: adapter_model.safetensors is missing")
+        try:
+            result = set_peft_model_state_dict(self.peft_model, load_peft_weights(str(folder), device=self.device))
+        except RuntimeError as error:
+            raise ValueError(f"the adapter in {folder} does not fit this configuration: {error}") from error
+        missing = [key for key in result.missing_keys if "lora_" in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"the adapter in {folder} does not fit: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+
+    # ------------------------------------------------------------------------------------------ computing
+
+    @torch.no_grad()
+    def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
+        with self._adapter(use_adapter):
+            hidden_ND = self._hidden(pack)
+        return linear_logprobs(hidden_ND, self._head, pack.targets_N, temperature=temperature)
+
+    def backward(
+        self, pack: Pack, token_loss: TokenLoss, *, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N]."""
+        loss, logprobs_N, entropy_N = linear_logprob_loss(
+            self._hidden(pack), self._head, pack.targets_N, token_loss, temperature=temperature
+        )
+        loss.backward()
+        return loss.detach(), logprobs_N, entropy_N
+
+    def _hidden(self, pack: Pack) -> torch.Tensor:
+        output = self.model.base_model(**pack.model_inputs, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[pack.source_N]
+
+    @property
+    def _head(self) -> torch.Tensor:
+        return self.model.get_output_embeddings().weight.detach()
+
+    @contextmanager
+    def _adapter(self, use_adapter: bool) -> Iterator[None]:
+        if use_adapter:
+            yield
+        else:
+            with self.peft_model.disable_adapter():
+                yield
+
+    def _own_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
+        return {
+            name: AdapterSlot.empty(
+                max_rank=max_rank, in_features=layer.in_features, out_features=layer.out_features,
+                dtype=dtype, device=self.device,
+            )
+            for name, layer in self.layers.items()
+        }
+
+
+def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
+    """None if attention is the only layer that mixes tokens and it is plain causal attention; else the reason, in words."""
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if other_layers:
+        return f"it has {', '.join(sorted(other_layers))} layers"
+    # Newer configurations say it by layer_types; where those are absent, a window applies to every layer.
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
+        return "its attention has a sliding window"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its logits"
+    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    return None
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"{type(model).__name__} has no plain linear head: its log-probabilities are not implemented")
+    config = model.config
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(model).__name__} changes its logits ({name}): its log-probabilities are not implemented")
+
+
+def _inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        use_rslora=lora.use_rslora,
+        target_modules=list(lora.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({nn.Linear: FusedLoRALinear})
+    # PEFT draws A from the global generator; the run's seed, and nothing that ran before, decides what it draws.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(base, config)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def _weight_a(layer: FusedLoRALinear) -> nn.Parameter:
+    return layer.lora_A[ADAPTER].weight
+
+
+def _weight_b(layer: FusedLoRALinear) -> nn.Parameter:
+    return layer.lora_B[ADAPTER].weight

@@ -1,0 +1,146 @@
+"""Proof that trainer and sampler compute the same function of the same adapter.
+
+A wrong map between PEFT's projections and vLLM's buffers trains well-looking rubbish: shapes often fit, losses stay finite. So
+strong random adapters are published and the engine's log-probabilities of some token sequences are compared with the
+trainer's. Rounding makes them differ a little; a misplaced, unscaled or stale adapter makes them differ about as much as the
+adapter itself moves them, which is the measure.
+
+    prove_slots(policy, engine)                    # all projections at once, distinct adapters; about a second
+    prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..rollout.engine import RolloutEngine
+from ..rollout.types import Completion, PromptGroup, SamplingSettings
+from .packing import Pack, WeightedGroup, pack, pad
+from .policy import ADAPTER, FusedLoRALinear, Policy
+
+# Strength of a proving adapter: the norm of its update relative to the base weight's.
+STRENGTH_TOGETHER = 0.05
+STRENGTH_ALONE = 4.0
+PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
+# The largest difference that counts as rounding, as a share of what the adapter changes. A misplaced adapter gives about 1.4.
+TOLERANCE = 0.35
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """One comparison: mean absolute difference of log-probabilities, trainer against engine (`gap`) and engine with the
+    adapter against engine without (`effect`)."""
+
+    what: str
+    gap: float
+    effect: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the adapter moved the engine, and by what the trainer says."""
+        return self.effect > 0 and self.gap <= TOLERANCE * self.effect
+
+
+def prove_slots(
+    policy: Policy, engine: RolloutEngine, *, each: bool = False, report: Callable[[Proof], None] = lambda proof: None
+) -> list[Proof]:
+    """Compare trainer and engine under random adapters, then publish the policy's own again.
+
+    Raises:
+        RuntimeError: a comparison failed: the engine does not sample from what the trainer trains.
+    """
+    sequences = _sequences(policy, engine)
+    base = engine.prompt_logprobs(sequences, use_adapter=False)
+    saved = [p.detach().clone() for p in policy.masters]
+    proofs = []
+    try:
+        targets: list[tuple[str, list[str]]] = [("all projections", list(policy.layers))]
+        if each:
+            targets += [(name, [name]) for name in policy.layers]
+        for seed, (what, names) in enumerate(targets):
+            _write_random_adapters(policy, names, seed, STRENGTH_TOGETHER if len(names) > 1 else STRENGTH_ALONE)
+            engine.publish(policy.write_slots)
+            proofs.append(_compare(what, policy, engine, sequences, base))
+            report(proofs[-1])
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in policy.masters], saved)
+        engine.publish(policy.write_slots)
+    failed = [proof for proof in proofs if not proof.holds]
+    if failed:
+        worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
+        raise RuntimeError(
+            f"vLLM does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine differ by "
+            f"{worst.gap:.4f} in mean log-probability where the adapter changes it by {worst.effect:.4f} "
+            f"({len(failed)} of {len(proofs)} comparisons failed). This model must not be trained here"
+        )
+    return proofs
+
+
+def trainer_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
+    """Log-probability of every token but the first of each sequence, by the trainer's forward at temperature 1."""
+    packs = _packs(policy, sequences)
+    flat = torch.cat([policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs])
+    return [part.tolist() for part in flat.split([len(s) - 1 for s in sequences])]
+
+
+def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
+    """Each sequence as a group: its first token is the prompt, the rest one completion."""
+    groups = [
+        WeightedGroup(
+            group=PromptGroup(
+                index=i,
+                prompt_token_ids=tuple(s[:1]),
+                completions=(
+                    Completion(token_ids=tuple(s[1:]), logprobs=(0.0,) * (len(s) - 1), text="", finish_reason="stop", policy_version=0),
+                ),
+            ),
+            advantages=(0.0,),
+        )
+        for i, s in enumerate(sequences)
+    ]
+    if policy.shares_prompts:
+        return pack(groups, tokens_per_pack=4096, device=policy.device)
+    return pad(groups, tokens_per_pack=4096, pad_token_id=0, device=policy.device)
+
+
+def _sequences(policy: Policy, engine: RolloutEngine) -> list[list[int]]:
+    """What the base model says after random tokens: likely text, on which rounding shows little. Needs no tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    prompts = torch.randint(0, vocabulary, (4, 2), generator=generator).tolist()
+    sampling = SamplingSettings(num_generations=1, max_completion_length=PROOF_LENGTH)
+    groups = engine.rollout(prompts, sampling, seeds=range(len(prompts)), use_adapter=False)
+    return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in sorted(groups, key=lambda g: g.index)]
+
+
+@torch.no_grad()
+def _write_random_adapters(policy: Policy, names: Sequence[str], seed: int, strength: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in policy.layers.values():
+        layer.lora_B[ADAPTER].weight.zero_()
+    for name in names:
+        layer = policy.layers[name]
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
+        b.copy_(torch.randn(b.shape, generator=generator))
+        b.mul_(strength * _base_norm(layer) / (layer.scaling[ADAPTER] * (b @ a).norm()))
+
+
+def _base_norm(layer: FusedLoRALinear) -> float:
+    return layer.get_base_layer().weight.float().norm().item()
+
+
+def _compare(
+    what: str, policy: Policy, engine: RolloutEngine, sequences: list[list[int]], base: list[list[float]]
+) -> Proof:
+    engine_lp, trainer_lp, base_lp = (
+        torch.tensor([lp for sequence in logprobs for lp in sequence])
+        for logprobs in (engine.prompt_logprobs(sequences), trainer_logprobs(policy, sequences), base)
+    )
+    gap = (engine_lp - trainer_lp).abs().mean().item()
+    effect = (engine_lp - base_lp).abs().mean().item()
+    return Proof(what=what, gap=gap, effect=effect)

@@ -1,0 +1,42 @@
+"""Keeping other libraries' progress bars and remarks off the terminal while models are loaded and the engine starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Hold back everything that is written to standard error, by C++ code too; show it only if the block fails.
+
+    Libraries draw progress bars and print remarks there (NUMA, missing optional packages) that no argument turns off.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def quiet_loggers() -> None:
+    """Raise the level of chatty loggers to ERROR, for a command's whole life."""
+    for name in ("transformers", "bitsandbytes", "vllm", "torch", "datasets", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,220 @@
+"""The run folder: everything that a run leaves behind, written as it happens.
+
+    recorder = RunRecorder(Path("runs/quickstart"), config_yaml=text)
+    recorder.evaluation(0, 0.11, when="before")
+    recorder.step(1, {"reward": 0.12, "time/rollout": 3.1})
+    recorder.completions(10, {"prompt": [...], "completion": [...], "reward": [...]}, rewards={"exact": [...]})
+    recorder.summary({"run_name": "quickstart"})
+
+    config.yaml                         the resolved configuration
+    metrics.jsonl                       one JSON object a step or evaluation, with TRL's metric names
+    completions/step_000010.parquet     sampled completions with their rewards
+    adapter/                            the trained adapter in PEFT's format (written by the trainer)
+    summary.json                        evaluation before and after, seconds by phase, peak memory
+
+`metrics.jsonl` grows line by line, so a run that was killed keeps every finished step; every other file appears under
+its name only when it is complete. JSON is strict: a value that is not finite is written as null. A full disk surfaces
+as the OSError that the system gave.
+"""
+
+import io
+import json
+import math
+import os
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+When = Literal["before", "during", "after"]
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+PHASES = ("rollout", "reward", "train", "publish")
+
+
+class RunRecorder:
+    """Owns one run folder. Make it once the run's inputs are known to be good: it creates the folder and `config.yaml`.
+
+    A folder that already holds a run is renamed to `<name>.1` (or the next free number), and `moved_aside` is its new
+    path, else None.
+
+    Raises ValueError where `output_dir` cannot become a run folder: it is a file, or the process works inside it.
+    """
+
+    def __init__(self, output_dir: Path, *, config_yaml: str) -> None:
+        self.output_dir = Path(output_dir)
+        self.moved_aside = _move_aside(self.output_dir)
+        self.output_dir.resolve().mkdir(parents=True, exist_ok=True)  # resolved: a link's target was just moved aside
+        write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
+        self._steps = 0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._evaluation: dict[str, float | None] = {"before": None, "after": None}
+        self._started = time.monotonic()
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Where the adapter belongs, in PEFT's format. Not created here."""
+        return self.output_dir / "adapter"
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one optimizer step to `metrics.jsonl`; `time/<phase>` (seconds) is also added up for the summary."""
+        self._append({"step": step, **metrics})
+        self._steps += 1
+        for name, value in metrics.items():
+            if name.startswith("time/"):
+                self._seconds[name.removeprefix("time/")] += float(value)
+
+    def evaluation(self, step: int, reward: float, *, when: When, metrics: Mapping[str, float] | None = None) -> None:
+        """Appends an evaluation as `eval_reward`, every further metric as `eval_<name>`.
+
+        step: the number of steps done so far, 0 before training.
+        """
+        others = {f"eval_{name}": value for name, value in (metrics or {}).items()}
+        self._append({"step": step, "eval_reward": reward, **others})
+        if when != "during":
+            self._evaluation[when] = float(reward)
+
+    def completions(
+        self,
+        step: int,
+        table: Mapping[str, Sequence],
+        *,
+        rewards: Mapping[str, Sequence[float | None]] | None = None,
+        extras: Mapping[str, Sequence] | None = None,
+    ) -> Path:
+        """Writes one parquet file with a row for each completion; all columns have the same length N. Returns its path.
+
+        table: prompt, completion, advantage, reward, finish_reason, num_tokens (or a part of them); `step` is added.
+        rewards: one column for each reward function, None where it did not apply.
+        extras: what reward functions logged.
+        A reward or extra whose name is taken becomes `rewards/<name>` or `extras/<name>`, so that none hides another.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        num_rows = len(next(iter(table.values())))
+        columns = {name: _arrow_column(name, values) for name, values in {"step": [step] * num_rows, **table}.items()}
+        for name, values in (rewards or {}).items():
+            numbers = [None if value is None else float(value) for value in values]
+            columns[f"rewards/{name}" if name in columns else name] = pyarrow.array(numbers, pyarrow.float64())
+        for name, values in (extras or {}).items():
+            columns[f"extras/{name}" if name in columns else name] = _arrow_column(name, values)
+        lengths = {name: len(column) for name, column in columns.items()}
+        assert set(lengths.values()) == {num_rows}, f"columns of different lengths: {lengths}"
+
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+        path = self.output_dir / "completions" / f"step_{step:06d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, buffer.getvalue())
+        return path
+
+    def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes `summary.json` and returns what it says.
+
+        Known here: evaluation, seconds by phase (added up over the steps), steps, peak resident memory in bytes.
+        `values` adds to it (run_name, model, ...) and wins where it names the same key; its `seconds` are merged.
+        `seconds.total` is the time since the recorder was made unless given.
+        """
+        measured = {**dict.fromkeys(PHASES, 0.0), **self._seconds, "total": time.monotonic() - self._started}
+        summary = {
+            "evaluation": {when: {"reward": reward} for when, reward in self._evaluation.items()},
+            "steps": self._steps,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **values,
+            "seconds": measured | dict(values.get("seconds", {})),
+        }
+        summary = _strict(summary)
+        write_whole(self.output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+        return summary
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(_strict(row), allow_nan=False) + "\n"
+        with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl` in order; a last line that was cut off by a kill or a full disk is left out.
+
+    Raises ValueError where the folder holds no metrics, or where a line other than the last is broken.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the rest was cut off, or is empty
+    return [json.loads(line) for line in lines]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds either what it held before or all of `data`, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _move_aside(folder: Path) -> Path | None:
+    """Renames a folder that holds a run to `<name>.<first free number>`; None where there is no run in it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; give a folder")
+    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
+        return None
+    if folder.is_symlink():
+        folder = folder.resolve()  # the link goes on pointing to where the new run is written
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"output_dir {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
+        )
+    number = 1
+    while os.path.lexists(f"{folder}.{number}"):
+        number += 1
+    return folder.rename(f"{folder}.{number}")
+
+
+def _strict(value: Any) -> Any:
+    """`value` in JSON's types: scalars of any library become Python's, what is not finite becomes None."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _arrow_column(name: str, values: Sequence) -> Any:
+    """A typed parquet column. Only the kind of value decides the type, so files of all steps can be read as one table.
+
+    Counts are integers, other numbers (and columns without any value) doubles; what is not text or number becomes JSON.
+    """
+    import pyarrow
+
+    present = [value for value in values if value is not None]
+    if name in ("step", "num_tokens"):
+        return pyarrow.array(values, pyarrow.int64())
+    if all(isinstance(value, str) for value in present) and present:
+        return pyarrow.array(values, pyarrow.string())
+    if all(isinstance(value, bool) for value in present) and present:
+        return pyarrow.array(values, pyarrow.bool_())
+    if all(hasattr(value, "__float__") for value in present):
+        return pyarrow.array([None if value is None else float(value) for value in values], pyarrow.float64())
+    return pyarrow.array(
+        [None if value is None else json.dumps(value, default=str) for value in values], pyarrow.string()
+    )

@@ -1,0 +1,310 @@
+"""The loop. Read it from top to bottom.
+
+    from rankup import GRPOConfig, GRPOTrainer
+
+    trainer = GRPOTrainer(model="smollm2-135m-instruct", reward_funcs=my_reward, args=GRPOConfig(max_steps=50),
+                          train_dataset="train.jsonl", eval_dataset="test.jsonl")
+    summary = trainer.train()
+
+A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; train on the groups that have
+variance, each prompt once; publish the adapter to vLLM in place. Making a `GRPOTrainer` checks configuration, data and reward
+functions and writes nothing; `train` makes the run folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from ..rewards.loading import RewardSpec
+from ..rewards.runner import Scorer
+from ..rollout.engine import RolloutEngine
+from .advantages import GroupAdvantages, group_advantages
+from .collect import Collected, collect, engine_settings, greedy_settings, sampling_settings
+from .config import GRPOConfig, dump_config
+from .data import PromptData, PromptSampler, load_rows, prepare_prompts
+from .learner import Learner
+from .models import resolve_model
+from .packing import WeightedGroup
+from .policy import Policy
+from .prove import prove_slots
+from .quiet import quiet_stderr
+from .records import RunRecorder, When
+from .step_metrics import completion_metrics, completions_table, reward_metrics
+from .terminal import View, make_view
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+class GRPOTrainer:
+    """Trains one LoRA adapter with GRPO. See the module's docstring.
+
+    Args:
+        model: embedded name, folder or hub id; None: `args.model.name`.
+        reward_funcs: one or several functions (TRL's contract), or `file.py:name`; None: `args.rewards.functions`.
+        args: the configuration.
+        train_dataset, eval_dataset: a `datasets.Dataset`, rows, or a source as in `args.data`; None: `args.data`.
+        view: where progress is shown; None: the terminal.
+
+    Raises:
+        ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: str | Dataset | Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: str | Dataset | Iterable[Mapping[str, Any]] | None = None,
+        *,
+        view: View | None = None,
+    ) -> None:
+        config = args or GRPOConfig()
+        if model is not None:
+            config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
+        self.config = config
+        self.scorer = Scorer(
+            config.rewards.functions if reward_funcs is None else reward_funcs,
+            weights=config.rewards.weights,
+            base_dir=config.base_dir,
+        )
+        self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
+        train_rows = self._rows(train_dataset, config.data.train, split=config.data.train_split)
+        eval_rows = self._rows(eval_dataset, config.data.eval, split=config.data.eval_split)
+        if train_rows is None:
+            raise ValueError("no training data: set data.train, or hand train_dataset to GRPOTrainer")
+        with quiet_stderr():
+            self.model_path = resolve_model(config.model.name, revision=config.model.revision, say=self.view.stage)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+        self.train_prompts = self._prompts(train_rows)
+        self.eval_prompts = None if eval_rows is None else self._prompts(eval_rows[: config.data.eval_rows])
+        self.scorer.check_columns(self.train_prompts.rows[0].columns)
+        self.sampler = PromptSampler(
+            self.train_prompts.rows,
+            prompts_per_step=config.optim.prompts_per_step,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+        self._tokens_seen = 0
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def train(self) -> dict[str, Any]:
+        """Run all steps; returns what `summary.json` says. Ctrl-C saves the adapter and the summary, then raises."""
+        config = self.config
+        with self.view:
+            self._announce_dropped()
+            with self._engine_and_policy():
+                self.recorder = RunRecorder(config.logging.output_dir, config_yaml=dump_config(config))
+                if self.recorder.moved_aside is not None:
+                    self.view.note(f"the run that was in {config.logging.output_dir} is now in {self.recorder.moved_aside}")
+                try:
+                    self._evaluate_at(0, "before", wanted=config.logging.eval_before)
+                    for step in range(config.optim.max_steps):
+                        self._step(step)
+                        if _due(step + 1, config.checkpoint.save_steps):
+                            self.policy.save_adapter(self.recorder.adapter_dir)
+                        if step + 1 < config.optim.max_steps and _due(step + 1, config.logging.eval_steps):
+                            self._evaluate_at(step + 1, "during")
+                    self._evaluate_at(config.optim.max_steps, "after")
+                except KeyboardInterrupt:
+                    self._save(interrupted=True)
+                    self.view.note(f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}")
+                    raise
+                return self._save(interrupted=False)
+
+    def _step(self, step: int) -> None:
+        """One step, `step` counting from 0: rollout and reward, advantages, train, publish, record."""
+        config, clock = self.config, Clock()
+        collected = self._collect(step, clock)
+        groups = collected.groups
+        advantages = group_advantages([g.scores.total for g in groups], scale_rewards=config.algorithm.scale_rewards)
+        weighted = [
+            WeightedGroup(group=g.group, advantages=a.advantages)
+            for g, a in zip(groups, advantages, strict=True)
+            if a.has_variance  # without variance every advantage is zero: nothing to learn, nothing to compute
+        ]
+        with clock.phase("train"):
+            trained = self.learner.update(weighted, step=step)
+        with clock.phase("publish"):
+            self.engine.publish(self.policy.write_slots)
+
+        sampled_tokens = sum(len(c.token_ids) for g in groups for c in g.group.completions)
+        trained_tokens = sum(len(c.token_ids) for w in weighted for c in w.group.completions)
+        self._tokens_seen += sampled_tokens + sum(len(g.row.token_ids) * config.rollout.num_generations for g in groups)
+        metrics = {
+            **reward_metrics(groups, advantages, self.scorer),
+            **completion_metrics(groups),
+            **trained,
+            "num_tokens": float(self._tokens_seen),
+            **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
+            "tokens_per_second/rollout": sampled_tokens / clock.seconds["rollout"],
+            "tokens_per_second/train": trained_tokens / clock.seconds["train"],
+        }
+        self.recorder.step(step + 1, metrics)
+        self.view.step(step + 1, metrics, clock.seconds)
+        if trained.get("update_skipped"):
+            self.view.note(f"step {step + 1}: the gradient was not finite, the update was skipped")
+        if step == 0 or _due(step + 1, config.logging.completions_steps):
+            self._show_completions(step + 1, collected, advantages)
+
+    def _collect(self, step: int, clock: Clock) -> Collected:
+        collected = collect(
+            self.engine,
+            self.scorer,
+            self.sampler.batch(step),
+            sampling_settings(self.config),
+            seed=(self.config.seed, step),
+            trainer_state={"global_step": step, "max_steps": self.config.optim.max_steps},
+        )
+        clock.seconds["rollout"] = collected.rollout_seconds
+        clock.seconds["reward"] = collected.reward_seconds
+        return collected
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, *, adapter: Path | None = None) -> float:
+        """Mean greedy reward on the evaluation data: of the saved adapter in that folder, or of the base model.
+
+        Raises:
+            ValueError: no evaluation data, or no such adapter.
+        """
+        if self.eval_prompts is None:
+            raise ValueError("no evaluation data: set data.eval, or hand eval_dataset to GRPOTrainer")
+        with self.view, self._engine_and_policy():
+            if adapter is not None:
+                self.policy.load_adapter(adapter)
+                self.engine.publish(self.policy.write_slots)
+            self.view.stage(f"evaluating {len(self.eval_prompts.rows)} prompts")
+            return self._evaluate(step=0, use_adapter=adapter is not None)
+
+    def _evaluate_at(self, step: int, when: When, *, wanted: bool = True) -> None:
+        if self.eval_prompts is None or not wanted:
+            return
+        self.view.stage(f"evaluating {len(self.eval_prompts.rows)} prompts")
+        reward = self._evaluate(step=step)
+        self.recorder.evaluation(step, reward, when=when)
+        self.view.evaluation(step, reward, when)
+
+    def _evaluate(self, *, step: int, use_adapter: bool = True) -> float:
+        assert self.eval_prompts is not None
+        collected = collect(
+            self.engine,
+            self.scorer,
+            self.eval_prompts.rows,
+            greedy_settings(self.config),
+            seed=None,
+            trainer_state={"global_step": step, "max_steps": self.config.optim.max_steps},
+            use_adapter=use_adapter,
+        )
+        rewards = [r for g in collected.groups for r in g.scores.total if r is not None]
+        return sum(rewards) / len(rewards) if rewards else 0.0
+
+    # ---------------------------------------------------------------------------------------------- records
+
+    def _show_completions(self, step: int, collected: Collected, advantages: Sequence[GroupAdvantages]) -> None:
+        table, rewards, extras = completions_table(collected.groups, advantages, self.scorer)
+        self.recorder.completions(step, table, rewards=rewards, extras=extras)
+        shown = [
+            (g.row.prompt, g.group.completions[0].text, g.scores.total[0])
+            for g in collected.groups[: self.config.logging.num_completions_to_print]
+        ]
+        self.view.completions(step, shown)
+
+    def _save(self, *, interrupted: bool) -> dict[str, Any]:
+        self.policy.save_adapter(self.recorder.adapter_dir)
+        summary = self.recorder.summary(
+            {
+                "run_name": self.config.logging.run_name,
+                "model": self.config.model.name,
+                "seed": self.config.seed,
+                "interrupted": interrupted,
+            }
+        )
+        if summary["steps"]:
+            from .plots import plot_learning_curve
+
+            plot_learning_curve([self.recorder.output_dir], self.recorder.output_dir / "learning_curve.png")
+        self.view.finish(summary)
+        return summary
+
+    def _announce_dropped(self) -> None:
+        for name, prompts in (("training", self.train_prompts), ("evaluation", self.eval_prompts)):
+            if prompts is not None and prompts.dropped:
+                total = prompts.dropped + len(prompts.rows)
+                limit = self.config.rollout.max_prompt_length
+                self.view.note(f"{prompts.dropped} of {total} {name} prompts are longer than {limit} tokens and were dropped")
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    @contextmanager
+    def _engine_and_policy(self) -> Iterator[None]:
+        """Start vLLM and the policy on one copy of the adapter, prove the map between them, and stop the engine in the end."""
+        config = self.config
+        self.view.stage("starting vLLM and loading the model")
+        with quiet_stderr():
+            self.engine = RolloutEngine(engine_settings(config, self.model_path))
+        try:
+            with quiet_stderr():
+                self.policy = Policy(
+                    self.model_path,
+                    lora=config.lora,
+                    dtype=config.model.dtype,
+                    seed=config.seed,
+                    device=self.engine.device,
+                    gradient_checkpointing=config.optim.gradient_checkpointing,
+                )
+            self.policy.attach(self.engine.slots)
+            if self.policy.plain_reason is not None:
+                self.view.note(f"each prompt is computed once per completion: {self.policy.plain_reason}")
+            prove_slots(self.policy, self.engine)
+            self.learner = Learner(self.policy, config, pad_token_id=self.tokenizer.pad_token_id or 0)
+            yield
+        finally:
+            self.engine.close()
+
+    def _rows(self, given: Any, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
+        source = configured if given is None else given
+        if source is None:
+            return None
+        data = self.config.data
+        takes_options = isinstance(source, str) and ":" in source
+        return load_rows(
+            source, split=split, subset=data.subset, options=data.options if takes_options else None,
+            base_dir=self.config.base_dir,
+        )
+
+    def _prompts(self, rows: Sequence[Mapping[str, Any]]) -> PromptData:
+        data = self.config.data
+        return prepare_prompts(
+            rows,
+            self.tokenizer,
+            prompt_column=data.prompt_column,
+            system_prompt=data.system_prompt,
+            max_prompt_length=self.config.rollout.max_prompt_length,
+            chat_template_kwargs=data.chat_template_kwargs,
+        )
+
+
+def _due(steps_done: int, every: int) -> bool:
+    return every > 0 and steps_done % every == 0

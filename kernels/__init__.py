@@ -1,0 +1,1 @@
+"""Numerical building blocks in plain torch and Triton; imports nothing else of this package."""

@@ -1,0 +1,284 @@
+"""vLLM in this process: sampling groups of completions with the one adapter that is being trained.
+
+    engine = RolloutEngine(EngineSettings(model="path", rank=64, max_rank=64, target_modules=("q_proj", ...)))
+    engine.publish(policy.write_slots)                       # the policy's adapter is now what the engine samples with
+    for group in engine.rollout(prompts, sampling, seeds):   # each group as soon as its last completion ends
+        ...
+    engine.close()
+
+`engine.slots` are views of vLLM's own LoRA buffers (see `slots.py`): whoever trains multiplies with the same tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .slots import AdapterSlot, find_slots
+from .types import Completion, PromptGroup, SamplingSettings
+from .vllm_compat import import_vllm, lora_wrapper_replaced, require
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm import SamplingParams
+
+ADAPTER_ID = 1
+# vLLM wraps the packed layers; naming them beside PEFT's names keeps LoRA off embeddings and LM head (facts: half of a step).
+PACKED_NAMES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What an engine is built with. `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or
+    `auto` (dense on CPU, punica on CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` on CUDA."""
+
+    model: str
+    target_modules: tuple[str, ...]
+    max_rank: int = 64
+    dtype: str = "bfloat16"
+    seed: int = 0
+    max_model_len: int = 1024
+    max_num_seqs: int = 128
+    kv_cache_bytes: int = 1 << 30
+    gpu_memory_utilization: float = 0.45
+    enforce_eager: bool | None = None
+    lora_path: Literal["auto", "dense", "punica"] = "auto"
+
+
+def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
+    """The seed of one request: the same for the same (run seed, step, place in the batch), unrelated for any other."""
+    text = f"{run_seed}/{step}/{prompt_index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+class RolloutEngine:
+    """One vLLM engine with one adapter, in this process.
+
+    Attributes:
+        slots: vLLM's LoRA buffers by PEFT module name.
+        device: `cpu` or `cuda`.
+        policy_version: how often a policy was published; 0 is the base model (all slots zero).
+
+    Raises:
+        ValueError: this vLLM lacks a piece that is relied on, or cannot adapt what `target_modules` names.
+    """
+
+    slots: dict[str, AdapterSlot]
+    policy_version: int
+
+    def __init__(self, settings: EngineSettings) -> None:
+        import_vllm()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.settings = settings
+        on_cpu = current_platform.device_type == "cpu"
+        dense = settings.lora_path == "dense" or (settings.lora_path == "auto" and on_cpu)
+        args = EngineArgs(
+            model=settings.model,
+            dtype=settings.dtype,  # type: ignore[arg-type]
+            seed=settings.seed,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            # A prompt's last, partial block of keys is computed once per completion: small blocks share more of it.
+            block_size=32 if on_cpu else None,
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=settings.kv_cache_bytes if on_cpu else None,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
+            lora_target_modules=_lora_target_modules(settings.target_modules),
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+        with lora_wrapper_replaced(_dense_name(current_platform.device_type) if dense else None):
+            self._engine: Any = LLMEngine.from_engine_args(args)
+        self.slots = self._apply_model(find_slots)
+        self._check_targets()
+        self.device: str = current_platform.device_type
+        self.policy_version = 0
+        self._write_slots: Callable[[], None] | None = None
+        self._requests = 0
+        with tempfile.TemporaryDirectory(prefix="rankup-adapter-") as folder:
+            _write_empty_adapter(Path(folder), self.slots, settings)
+            self._lora_request = LoRARequest("policy", ADAPTER_ID, folder)
+            self._engine.add_lora(self._lora_request)
+            self._engine.pin_lora(ADAPTER_ID)
+
+    # ------------------------------------------------------------------------------------------------ policy
+
+    def publish(self, write_slots: Callable[[], None]) -> int:
+        """Make the policy that `write_slots` writes into the slots the one to sample with; returns its version.
+
+        Keys and values of the older policy are dropped with the prefix cache. Nothing is read from or written to disk.
+        """
+        assert not self._engine.has_unfinished_requests(), "publish between rollouts, not within one"
+        self._write_slots = write_slots
+        self._ensure_active()
+        write_slots()
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM could not drop its prefix cache: it would answer with keys of the old policy")
+        self.policy_version += 1
+        return self.policy_version
+
+    def _ensure_active(self) -> None:
+        """Take the adapter's buffers back if something evicted it; vLLM would fill them with the empty adapter it knows."""
+
+        def activate(model: nn.Module) -> bool:
+            manager = require(model, "lora_manager", purpose="see whether the adapter is active")
+            if ADAPTER_ID not in manager.list_adapters():
+                raise RuntimeError("the adapter was removed from vLLM: only rankup may add or remove adapters")
+            return manager.activate_adapter(ADAPTER_ID)
+
+        if self._apply_model(activate) and self._write_slots is not None:
+            self._write_slots()
+            self._engine.reset_prefix_cache()
+
+    # ---------------------------------------------------------------------------------------------- sampling
+
+    def rollout(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, *, seeds: Sequence[int] | None = None,
+        use_adapter: bool = True,
+    ) -> Iterator[PromptGroup]:
+        """Sample `sampling.num_generations` completions of each prompt (token ids); yield groups as they finish.
+
+        `seeds`, one a prompt, make sampling repeatable. `use_adapter=False` asks the base model. Closing the iterator
+        early aborts what is still running.
+        """
+        assert seeds is None or len(seeds) == len(prompts)
+        self._ensure_active()
+        running: dict[str, int] = {}
+        try:
+            for index, prompt in enumerate(prompts):
+                params = self._sampling_params(sampling, None if seeds is None else seeds[index])
+                running[self._submit(prompt, params, use_adapter=use_adapter)] = index
+            while running:
+                for output in self._engine.step():
+                    if output.finished:
+                        yield self._group(output, index=running.pop(output.request_id))
+        finally:
+            if running:
+                self._engine.abort_request(list(running))
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence under the engine's policy, at temperature 1."""
+        from vllm import SamplingParams
+
+        self._ensure_active()
+        # The prompt's log-probabilities are asked for, so vLLM computes them afresh, prefix cache or not.
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        running = {self._submit(ids, params, use_adapter=use_adapter): i for i, ids in enumerate(sequences)}
+        results: list[list[float]] = [[] for _ in sequences]
+        while running:
+            for output in self._engine.step():
+                if output.finished:
+                    index = running.pop(output.request_id)
+                    pairs = zip(output.prompt_logprobs[1:], sequences[index][1:], strict=True)
+                    results[index] = [at_position[token].logprob for at_position, token in pairs]
+        return results
+
+    def close(self) -> None:
+        """Give the engine's memory back. The slots must not be used afterwards."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        self.slots = {}
+        del self._engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    # ---------------------------------------------------------------------------------------------- internals
+
+    def _apply_model(self, function: Callable[[nn.Module], Any]) -> Any:
+        results = require(self._engine, "apply_model", purpose="reach the model in this process")(function)
+        assert len(results) == 1, "one worker expected"
+        return results[0]
+
+    def _submit(self, prompt: Sequence[int], params: SamplingParams, *, use_adapter: bool) -> str:
+        self._requests += 1
+        name = str(self._requests)
+        lora_request = self._lora_request if use_adapter else None
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=lora_request)
+        return name
+
+    @staticmethod
+    def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=sampling.num_generations,
+            max_tokens=sampling.max_completion_length,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            stop=list(sampling.stop) or None,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _group(self, output: Any, *, index: int) -> PromptGroup:
+        completions = tuple(self._completion(c) for c in sorted(output.outputs, key=lambda c: c.index))
+        return PromptGroup(index=index, prompt_token_ids=tuple(output.prompt_token_ids), completions=completions)
+
+    def _completion(self, output: Any) -> Completion:
+        flat = output.logprobs
+        assert tuple(flat.token_ids) == tuple(output.token_ids), "one log-probability a sampled token"
+        return Completion(
+            token_ids=tuple(output.token_ids),
+            logprobs=tuple(flat.logprobs),
+            text=output.text,
+            finish_reason=output.finish_reason,
+            policy_version=self.policy_version,
+        )
+
+    def _check_targets(self) -> None:
+        found = {name.rpartition(".")[2] for name in self.slots}
+        missing = [name for name in self.settings.target_modules if name not in found]
+        if missing:
+            raise ValueError(f"vLLM has no LoRA layer for {missing} in this model (it has {sorted(found)}): change lora.targets")
+
+
+def _dense_name(device_type: str) -> str:
+    from .dense_lora import dense_wrapper_name
+
+    return dense_wrapper_name(device_type)
+
+
+def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
+    packed = [PACKED_NAMES[name] for name in target_modules if name in PACKED_NAMES]
+    return sorted({*target_modules, *packed})
+
+
+def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: EngineSettings) -> None:
+    """The adapter that vLLM registers: one projection, all zero. Its buffers belong to the policy from then on."""
+    import torch
+    from safetensors.torch import save_file
+
+    name = next(n for n in slots if n.rpartition(".")[2] in settings.target_modules)
+    slot = slots[name]
+    prefix = f"base_model.model.{name}"
+    tensors = {
+        f"{prefix}.lora_A.weight": torch.zeros(settings.max_rank, slot.a.shape[1]),
+        f"{prefix}.lora_B.weight": torch.zeros(slot.b.shape[0], settings.max_rank),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": settings.max_rank, "lora_alpha": settings.max_rank,
+        "target_modules": list(settings.target_modules), "bias": "none", "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -1,0 +1,72 @@
+"""The adapter slots: vLLM's LoRA buffers, seen one PEFT projection at a time.
+
+vLLM keeps for every LoRA-wrapped linear layer `lora_a_stacked[i]` [max_loras, 1, R, d_in] and `lora_b_stacked[i]`
+[max_loras, 1, d_out_i, R], one i per packed part. A slot is a pair of views into them: what is written there is what vLLM
+multiplies with, so nothing is copied and nothing is loaded when the policy changes.
+
+    slots = find_slots(vllm_model)
+    slots["model.layers.0.self_attn.q_proj"].a      # [R, d_in]
+
+R is the engine's `max_lora_rank` (64 or 128). B is kept scaled (`alpha / r` times the adapter's B). Rows of `a` and columns of
+`b` beyond the adapter's own rank stay zero for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .vllm_compat import require
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSlot:
+    """Where one projection's adapter lives: `a` [R, d_in] and `b` [d_out, R], in the sampler's dtype; `b` holds scale * B."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def max_rank(self) -> int:
+        """R, the rank that the buffers can hold."""
+        return self.a.shape[0]
+
+    @staticmethod
+    def empty(*, max_rank: int, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> AdapterSlot:
+        """A slot of its own memory, for a policy without an engine."""
+        return AdapterSlot(
+            a=torch.zeros(max_rank, in_features, dtype=dtype, device=device),
+            b=torch.zeros(out_features, max_rank, dtype=dtype, device=device),
+        )
+
+
+def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
+    """Every projection that vLLM can adapt, by its PEFT (transformers) module name.
+
+    Raises:
+        ValueError: this vLLM keeps its buffers otherwise, splits them over devices, or serves more than one adapter.
+    """
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    purpose = "find where vLLM keeps the adapter"
+    packed: dict[str, list[str]] = require(vllm_model, "packed_modules_mapping", purpose=purpose)
+    slots: dict[str, AdapterSlot] = {}
+    for name, module in vllm_model.named_modules():
+        if not isinstance(module, BaseLayerWithLoRA):
+            continue
+        if getattr(module, "tp_size", 1) != 1:
+            raise ValueError("rankup shares the adapter with an engine on one device: tensor parallelism must be 1")
+        all_a = require(module, "lora_a_stacked", purpose=purpose)
+        all_b = require(module, "lora_b_stacked", purpose=purpose)
+        parent, _, own_name = name.rpartition(".")
+        parts = packed.get(own_name, [own_name])
+        if not (len(parts) == len(all_a) == len(all_b)) or all_a[0].shape[:2] != (1, 1):
+            raise ValueError(
+                f"vLLM's layer {name} holds {len(all_a)} adapter parts of shape {list(all_a[0].shape)}, "
+                f"where one adapter for {parts} was expected: this model is not supported"
+            )
+        for part, a, b in zip(parts, all_a, all_b, strict=True):
+            slots[f"{parent}.{part}" if parent else part] = AdapterSlot(a=a[0, 0], b=b[0, 0])
+    return slots

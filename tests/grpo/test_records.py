@@ -1,0 +1,187 @@
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from rankup.grpo.records import RunRecorder, read_metrics, write_whole
+
+TABLE = {
+    "prompt": ["What is 1 + 1?", "What is 1 + 1?"],
+    "completion": ["2", "drei"],
+    "advantage": [0.7, -0.7],
+    "reward": [1.0, 0.0],
+    "finish_reason": ["stop", "length"],
+    "num_tokens": [2, 24],
+}
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> RunRecorder:
+    return RunRecorder(tmp_path / "runs" / "first", config_yaml="seed: 42\n")
+
+
+def strict_json(text: str):
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_new_folder_holds_the_configuration(recorder):
+    assert (recorder.output_dir / "config.yaml").read_text() == "seed: 42\n"
+    assert recorder.moved_aside is None
+    assert recorder.adapter_dir == recorder.output_dir / "adapter"
+
+
+def test_earlier_runs_are_moved_aside_and_kept_whole(tmp_path):
+    folder = tmp_path / "run"
+    moved = []
+    for seed in range(3):
+        recorder = RunRecorder(folder, config_yaml=f"seed: {seed}\n")
+        recorder.step(1, {"reward": float(seed)})
+        moved.append(recorder.moved_aside)
+    assert moved == [None, tmp_path / "run.1", tmp_path / "run.2"]
+    for name, seed in (("run.1", 0), ("run.2", 1), ("run", 2)):
+        assert (tmp_path / name / "config.yaml").read_text() == f"seed: {seed}\n"
+        assert read_metrics(tmp_path / name) == [{"step": 1, "reward": float(seed)}]
+
+
+def test_folder_without_a_run_stays_where_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert RunRecorder(tmp_path / "run", config_yaml="").moved_aside is None
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_linked_folder_keeps_its_link(tmp_path):
+    (tmp_path / "big_disk").mkdir()
+    link = tmp_path / "run"
+    link.symlink_to(tmp_path / "big_disk")
+    RunRecorder(link, config_yaml="old")
+    RunRecorder(link, config_yaml="new")
+    assert link.is_symlink()
+    assert (tmp_path / "big_disk" / "config.yaml").read_text() == "new"
+    assert (tmp_path / "big_disk.1" / "config.yaml").read_text() == "old"
+
+
+def test_current_folder_is_never_moved_aside(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("my own file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder of its own"):
+        RunRecorder(Path("."), config_yaml="")
+    assert (tmp_path / "config.yaml").read_text() == "my own file"
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        RunRecorder(tmp_path / "run", config_yaml="")
+
+
+def test_metrics_are_strict_json_a_line_each(recorder):
+    recorder.step(1, {"reward": math.nan, "kl": math.inf, "num_tokens": np.int64(7), "entropy": np.float32(0.5)})
+    recorder.evaluation(1, 0.25, when="during", metrics={"completions/mean_length": 9.5})
+    lines = (recorder.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert [strict_json(line) for line in lines] == [
+        {"step": 1, "reward": None, "kl": None, "num_tokens": 7, "entropy": 0.5},
+        {"step": 1, "eval_reward": 0.25, "eval_completions/mean_length": 9.5},
+    ]
+
+
+def test_metrics_can_be_read_after_each_step(recorder):
+    for step in (1, 2):
+        recorder.step(step, {"reward": 0.5})
+        assert [row["step"] for row in read_metrics(recorder.output_dir)][-1] == step
+
+
+def test_line_cut_off_by_a_kill_is_left_out(recorder):
+    recorder.step(1, {"reward": 0.5})
+    with (recorder.output_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')
+    assert read_metrics(recorder.output_dir) == [{"step": 1, "reward": 0.5}]
+
+
+def test_folder_without_metrics_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="not a run folder"):
+        read_metrics(tmp_path)
+
+
+def test_completions_have_one_column_for_each_reward_and_extra(recorder):
+    path = recorder.completions(10, TABLE, rewards={"exact": [1.0, None]}, extras={"parsed": ["2", None]})
+    assert path == recorder.output_dir / "completions" / "step_000010.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert rows[0] == {
+        "step": 10,
+        **{name: values[0] for name, values in TABLE.items()},
+        "exact": 1.0,
+        "parsed": "2",
+    }
+    assert rows[1]["exact"] is None
+    assert rows[1]["parsed"] is None
+
+
+def test_reward_named_like_a_column_hides_nothing(recorder):
+    path = recorder.completions(1, TABLE, rewards={"reward": [3.0, 4.0]}, extras={"prompt": ["a", "b"]})
+    table = pyarrow.parquet.read_table(path)
+    assert table["reward"].to_pylist() == [1.0, 0.0]
+    assert table["rewards/reward"].to_pylist() == [3.0, 4.0]
+    assert table["extras/prompt"].to_pylist() == ["a", "b"]
+
+
+def test_files_of_all_steps_read_as_one_table(recorder):
+    """A function that applied to no row of a step, or gave whole numbers only, must not change its column's type."""
+    recorder.completions(1, TABLE, rewards={"exact": [None, None]}, extras={"score": [1, 2]})
+    recorder.completions(2, TABLE, rewards={"exact": [1, 0.5]}, extras={"score": [0.5, None]})
+    table = pyarrow.parquet.read_table(recorder.output_dir / "completions")
+    assert table["exact"].to_pylist() == [None, None, 1.0, 0.5]
+    assert table["score"].to_pylist() == [1.0, 2.0, 0.5, None]
+
+
+def test_values_without_a_plain_type_are_kept_as_json(recorder):
+    path = recorder.completions(1, TABLE, extras={"trace": [{}, [1, "two"]]})
+    assert pyarrow.parquet.read_table(path)["trace"].to_pylist() == ["{}", '[1, "two"]']
+
+
+def test_summary_has_the_promised_form(recorder):
+    recorder.evaluation(0, 0.11, when="before")
+    for step in (1, 2):
+        recorder.step(step, {"reward": 0.5, "time/rollout": 3.0, "time/train": 2.0})
+    recorder.evaluation(1, 0.3, when="during")
+    recorder.evaluation(2, 0.86, when="after")
+    written = recorder.summary({"run_name": "first", "seconds": {"publish": 0.5}, "broken": math.nan})
+
+    summary = strict_json((recorder.output_dir / "summary.json").read_text())
+    assert summary == written
+    assert summary["evaluation"] == {"before": {"reward": 0.11}, "after": {"reward": 0.86}}
+    total = summary["seconds"].pop("total")
+    assert 0 < total < 60
+    assert summary["seconds"] == {"rollout": 6.0, "reward": 0.0, "train": 4.0, "publish": 0.5}
+    assert summary["steps"] == 2
+    assert summary["peak_memory_bytes"] > 10_000_000
+    assert summary["run_name"] == "first"
+    assert summary["broken"] is None
+
+
+def test_summary_without_an_evaluation_keeps_its_form(recorder):
+    assert recorder.summary({})["evaluation"] == {"before": {"reward": None}, "after": {"reward": None}}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_told_as_it_is(recorder):
+    (recorder.output_dir / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        recorder.step(1, {"reward": 0.5})
+
+
+def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "summary.json"
+    write_whole(path, b"old")
+    (tmp_path / ".summary.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left|Invalid argument"):
+        write_whole(path, b"new" * 100_000)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]

@@ -1,0 +1,162 @@
+import functools
+import pickle
+import sys
+from traceback import walk_tb
+
+import pytest
+
+from rankup.rewards.loading import load_object, load_reward, reward_name
+
+
+def test_a_function_is_loaded_from_a_file(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("def one(completions, **kwargs):\n    return [1.0 for _ in completions]\n")
+    assert load_reward(f"{file}:one")(completions=["a", "b"]) == [1.0, 1.0]
+
+
+def test_a_relative_path_is_looked_up_in_the_working_directory_then_in_base_dir(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "both.py").write_text(f"place = {folder.name!r}\n")
+    (there / "only_there.py").write_text("place = 'there'\n")
+    monkeypatch.chdir(here)
+    assert load_object("both.py:place", base_dir=there) == "here"
+    assert load_object("only_there.py:place", base_dir=there) == "there"
+    with pytest.raises(FileNotFoundError, match=r"no file only_there\.py \(looked for .*here/only_there\.py\)$"):
+        load_object("only_there.py:place")
+
+
+def test_two_files_of_one_name_do_not_clash(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reward.py").write_text(f"def f(**kwargs):\n    return {name!r}\n")
+    functions = [load_reward(f"{tmp_path}/{name}/reward.py:f") for name in ("a", "b")]
+    assert [f() for f in functions] == ["a", "b"]
+    assert functions[0].__module__ != functions[1].__module__
+
+
+def test_a_file_is_imported_once_until_it_is_edited(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("state = []\ndef f(): return state\n")
+    assert load_reward(f"{file}:f")() is load_object(f"{file}:state")
+    file.write_text("state = 'edited'\n")
+    assert load_object(f"{file}:state") == "edited"
+
+
+def test_dataclasses_and_pickle_work_in_a_file(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass, KW_ONLY\n"
+        "@dataclass\n"
+        "class Grade:\n"
+        "    value: float\n"
+        "    _: KW_ONLY\n"
+        "    note: str = ''\n"
+        "grade = Grade(0.5)\n"
+    )
+    grade = load_object(f"{file}:grade")
+    assert pickle.loads(pickle.dumps(grade)) == grade
+
+
+def test_a_file_may_import_its_neighbours_and_sys_path_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "helper_beside_reward.py").write_text("value = 7\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('hides the standard library')\n")
+    (tmp_path / "reward.py").write_text("import json\nimport helper_beside_reward\ntext = json.dumps([1])\n")
+    monkeypatch.delitem(sys.modules, "json")
+    before = list(sys.path)
+    assert load_object(f"{tmp_path}/reward.py:text") == "[1]"
+    assert sys.path == before
+    del sys.modules["helper_beside_reward"]
+
+
+def test_a_module_in_the_working_directory_or_base_dir_is_found(tmp_path, monkeypatch):
+    (tmp_path / "rewards_by_module_name.py").write_text("def f(): return 3\n")
+    assert load_reward("rewards_by_module_name:f", base_dir=tmp_path)() == 3
+    del sys.modules["rewards_by_module_name"]
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("rewards_by_module_name:f")() == 3
+    del sys.modules["rewards_by_module_name"]
+
+
+@pytest.mark.parametrize("spec", ["accuracy", "some/model", "file.py:", ":f", "file.py:not a name", "file.py:1.0"])
+def test_a_malformed_spec_says_how_to_write_it(spec):
+    with pytest.raises(ValueError, match=r"write it as path/to/file\.py:name or package\.module:name"):
+        load_object(spec)
+
+
+def test_a_path_without_py_is_told_to_end_in_py():
+    with pytest.raises(ValueError, match=r"must end in \.py, as in rewards/mine\.py:f"):
+        load_object("rewards/mine:f")
+
+
+def test_a_missing_function_names_the_near_ones(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("from math import gcd\ndef correctness(): ...\ndef style(): ...\n")
+    with pytest.raises(ValueError, match=r"has no 'corectness': did you mean correctness\?$"):
+        load_object(f"{file}:corectness")
+    with pytest.raises(ValueError, match=r"has no 'zzz': it has correctness, style$"):
+        load_object(f"{file}:zzz")
+
+
+def test_a_missing_module_is_told_from_a_missing_import_inside_one(tmp_path):
+    with pytest.raises(ValueError, match=r"^no module 'no_such_package\.rewards'"):
+        load_object("no_such_package.rewards:f")
+    (tmp_path / "imports_nothing_good.py").write_text("import no_such_package\n")
+    with pytest.raises(
+        ValueError, match=r"'imports_nothing_good' could not be imported: ModuleNotFoundError"
+    ) as caught:
+        load_object("imports_nothing_good:f", base_dir=tmp_path)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "line"),
+    [("x = 1\nx / 0\n", ZeroDivisionError, 2), ("import no_such_package\n", ModuleNotFoundError, 1)],
+)
+def test_an_error_inside_the_file_keeps_its_traceback(tmp_path, text, error, line):
+    file = tmp_path / "reward.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"reward\.py could not be imported: {error.__name__}: ") as caught:
+        load_object(f"{file}:f")
+    cause = caught.value.__cause__
+    assert cause is not None
+    assert type(cause) is error
+    places = [(frame.f_code.co_filename, number) for frame, number in walk_tb(cause.__traceback__)]
+    assert (str(file), line) in places
+    half_made = [module for module in sys.modules.values() if getattr(module, "__file__", None) == str(file)]
+    assert not half_made
+
+
+def test_a_syntax_error_is_one_line_with_its_place(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("def f(:\n")
+    with pytest.raises(ValueError, match=r"reward\.py could not be imported: SyntaxError: .*line 1") as caught:
+        load_object(f"{file}:f")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_or_a_number_is_no_reward():
+    with pytest.raises(ValueError, match="is a class: name an instance"):
+        load_reward("collections:OrderedDict")
+    with pytest.raises(ValueError, match="is not callable: it is a float"):
+        load_reward("math:pi")
+
+
+def test_a_callable_passes_through():
+    assert load_reward(len) is len
+
+
+def test_names_go_through_partials_and_to_the_class():
+    class Judge:
+        def __call__(self, completions):
+            return [0.0]
+
+    def correct(completions):
+        return [1.0]
+
+    assert reward_name(correct) == "correct"
+    assert reward_name(functools.partial(functools.partial(correct), completions=[])) == "correct"
+    assert reward_name(Judge()) == "Judge"
+    assert reward_name(functools.partial(Judge())) == "Judge"

