@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .trainer import GRPOTrainer
 
 EXAMPLES = """examples:
-  rankup train configs/quickstart.yaml                                  learn to add, in minutes, on two CPU cores
-  rankup train run.yaml optim.max_steps=200 lora.rank=128 seed=1        a run file and overrides
+  rankup train configs/quickstart.yaml                            learn to add, in minutes, on two CPU cores
+  rankup train run.yaml optim.max_steps=200 lora.rank=128 seed=1  a run file and overrides
   rankup train run.yaml data.train=rows.jsonl rewards.functions=reward.py:score
-  rankup eval runs/quickstart                                           the trained adapter, greedy, on the evaluation data
-  rankup eval configs/quickstart.yaml                                   the base model on the same
-  rankup check configs/quickstart.yaml                                  prove that vLLM samples from the adapter that is trained
+  rankup eval runs/quickstart                                     the trained adapter on the evaluation data, greedy
+  rankup eval configs/quickstart.yaml                             the base model on the same
+  rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
 """
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
@@ -54,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text, what in (
         ("train", train, "train an adapter by a run file", "a run file (YAML)"),
-        ("eval", evaluate, "greedy reward on the evaluation data", "a run folder (its adapter) or a run file (the base model)"),
+        (
+            "eval",
+            evaluate,
+            "greedy reward on the evaluation data",
+            "a run folder (its adapter) or a run file (the base model)",
+        ),
         ("check", check, "prove that trainer and vLLM compute the same, projection by projection", "a run file (YAML)"),
     ):
         command = commands.add_parser(

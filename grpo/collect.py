@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,8 @@ def collect(
     seed: tuple[int, int] | None,
     trainer_state: Mapping[str, Any],
     use_adapter: bool = True,
-    progress: Callable[[int], None] = lambda finished: None,
 ) -> Collected:
-    """Sample and score completions for `rows`. `seed` is (run seed, step), from which each request's seed is derived."""
+    """Sample and score completions for `rows`. `seed` is (run seed, step): each request's seed is derived from it."""
     seeds = None if seed is None else [request_seed(*seed, index) for index in range(len(rows))]
     started = time.perf_counter()
     reward_seconds = 0.0
@@ -95,7 +94,6 @@ def collect(
         scoring_started = time.perf_counter()
         row = rows[group.index]
         scored.append(ScoredGroup(row=row, group=group, scores=_score(scorer, row, group, trainer_state)))
-        progress(len(scored))
         reward_seconds += time.perf_counter() - scoring_started
     scored.sort(key=lambda s: s.group.index)
     seconds = time.perf_counter() - started

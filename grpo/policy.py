@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -39,6 +39,21 @@ class FusedLoRALinear(PeftLoraLinear):
 
     slot: AdapterSlot
 
+    @property
+    def master_a(self) -> nn.Parameter:
+        """A, [r, d_in] in fp32."""
+        return cast(nn.Parameter, self.lora_A[ADAPTER].weight)
+
+    @property
+    def master_b(self) -> nn.Parameter:
+        """B, [d_out, r] in fp32."""
+        return cast(nn.Parameter, self.lora_B[ADAPTER].weight)
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """W, [d_out, d_in], frozen."""
+        return cast(torch.Tensor, self.get_base_layer().weight)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., d_in] -> [..., d_out]; the base layer alone while PEFT's adapters are disabled."""
         base = self.get_base_layer()
@@ -47,10 +62,10 @@ class FusedLoRALinear(PeftLoraLinear):
         rank = self.r[ADAPTER]
         return fused_lora_linear(
             x,
-            base.weight,
-            base.bias,
-            self.lora_A[ADAPTER].weight,
-            self.lora_B[ADAPTER].weight,
+            self.base_weight,
+            cast("torch.Tensor | None", base.bias),
+            self.master_a,
+            self.master_b,
             self.slot.a[:rank],
             self.slot.b[:, :rank],
             self.scaling[ADAPTER],
@@ -101,10 +116,11 @@ class Policy:
     @property
     def masters(self) -> list[nn.Parameter]:
         """All fp32 parameters that are trained: A and B of each layer in turn."""
-        return [p for layer in self.layers.values() for p in (_weight_a(layer), _weight_b(layer))]
+        return [p for layer in self.layers.values() for p in (layer.master_a, layer.master_b)]
 
     def attach(self, slots: Mapping[str, AdapterSlot]) -> None:
-        """Compute with these slots from now on (vLLM's buffers). They hold the policy only after `write_slots`.
+        """Compute with these slots from now on (vLLM's buffers). They are emptied: nothing of an adapter of higher rank that
+        was there before may stay beyond this one's rank. They hold the policy after `write_slots`.
 
         Raises:
             ValueError: a trained projection has no slot, or one of another shape.
@@ -120,6 +136,8 @@ class Policy:
                     f"{name}: slot of shapes {list(slot.a.shape)} and {list(slot.b.shape)} for an adapter of rank {rank} "
                     f"from {layer.in_features} to {layer.out_features}"
                 )
+            slot.a.zero_()
+            slot.b.zero_()
             layer.slot = slot
         # Lists of views, made once: publishing is a handful of calls over them.
         self._slot_a = [layer.slot.a[: layer.r[ADAPTER]] for layer in self.layers.values()]
@@ -130,8 +148,8 @@ class Policy:
     def write_slots(self) -> None:
         """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
         layers = self.layers.values()
-        torch._foreach_copy_(self._slot_a, [_weight_a(layer).data for layer in layers])
-        scaled = torch._foreach_mul([_weight_b(layer).data for layer in layers], self._scalings)
+        torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])
+        scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)
         torch._foreach_copy_(self._slot_b, scaled)
 
     def save_adapter(self, folder: Path) -> None:
@@ -254,9 +272,3 @@ def _inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     return peft_model
 
 
-def _weight_a(layer: FusedLoRALinear) -> nn.Parameter:
-    return layer.lora_A[ADAPTER].weight
-
-
-def _weight_b(layer: FusedLoRALinear) -> nn.Parameter:
-    return layer.lora_B[ADAPTER].weight

@@ -1,9 +1,9 @@
 """Proof that trainer and sampler compute the same function of the same adapter.
 
-A wrong map between PEFT's projections and vLLM's buffers trains well-looking rubbish: shapes often fit, losses stay finite. So
-strong random adapters are published and the engine's log-probabilities of some token sequences are compared with the
-trainer's. Rounding makes them differ a little; a misplaced, unscaled or stale adapter makes them differ about as much as the
-adapter itself moves them, which is the measure.
+A wrong map between PEFT's projections and vLLM's buffers trains well-looking rubbish: shapes often fit, losses stay
+finite. So strong random adapters are published and the engine's log-probabilities of some token sequences are compared
+with the trainer's. Rounding makes them differ a little; a misplaced, unscaled or stale adapter makes them differ about
+as much as the adapter itself moves them, which is the measure.
 
     prove_slots(policy, engine)                    # all projections at once, distinct adapters; about a second
     prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
@@ -25,7 +25,7 @@ from .policy import ADAPTER, FusedLoRALinear, Policy
 STRENGTH_TOGETHER = 0.05
 STRENGTH_ALONE = 4.0
 PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
-# The largest difference that counts as rounding, as a share of what the adapter changes. A misplaced adapter gives about 1.4.
+# The largest difference that counts as rounding, as a share of what the adapter changes; a misplaced one gives about 1.4.
 TOLERANCE = 0.35
 
 
@@ -73,14 +73,16 @@ def prove_slots(
     if failed:
         worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
         raise RuntimeError(
-            f"vLLM does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine differ by "
-            f"{worst.gap:.4f} in mean log-probability where the adapter changes it by {worst.effect:.4f} "
+            f"vLLM does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine "
+            f"differ by {worst.gap:.4f} in mean log-probability where the adapter changes it by {worst.effect:.4f} "
             f"({len(failed)} of {len(proofs)} comparisons failed). This model must not be trained here"
         )
     return proofs
 
 
-def trainer_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
+def trainer_logprobs(
+    policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True
+) -> list[list[float]]:
     """Log-probability of every token but the first of each sequence, by the trainer's forward at temperature 1."""
     packs = _packs(policy, sequences)
     flat = torch.cat([policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs])
@@ -95,7 +97,13 @@ def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
                 index=i,
                 prompt_token_ids=tuple(s[:1]),
                 completions=(
-                    Completion(token_ids=tuple(s[1:]), logprobs=(0.0,) * (len(s) - 1), text="", finish_reason="stop", policy_version=0),
+                    Completion(
+                        token_ids=tuple(s[1:]),
+                        logprobs=(0.0,) * (len(s) - 1),
+                        text="",
+                        finish_reason="stop",
+                        policy_version=0,
+                    ),
                 ),
             ),
             advantages=(0.0,),
@@ -121,17 +129,17 @@ def _sequences(policy: Policy, engine: RolloutEngine) -> list[list[int]]:
 def _write_random_adapters(policy: Policy, names: Sequence[str], seed: int, strength: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in policy.layers.values():
-        layer.lora_B[ADAPTER].weight.zero_()
+        layer.master_b.zero_()
     for name in names:
         layer = policy.layers[name]
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        a, b = layer.master_a, layer.master_b
         a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
         b.copy_(torch.randn(b.shape, generator=generator))
         b.mul_(strength * _base_norm(layer) / (layer.scaling[ADAPTER] * (b @ a).norm()))
 
 
 def _base_norm(layer: FusedLoRALinear) -> float:
-    return layer.get_base_layer().weight.float().norm().item()
+    return layer.base_weight.float().norm().item()
 
 
 def _compare(

@@ -6,9 +6,9 @@
                           train_dataset="train.jsonl", eval_dataset="test.jsonl")
     summary = trainer.train()
 
-A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; train on the groups that have
-variance, each prompt once; publish the adapter to vLLM in place. Making a `GRPOTrainer` checks configuration, data and reward
-functions and writes nothing; `train` makes the run folder.
+A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; train on the groups that
+have variance, each prompt once; publish the adapter to vLLM in place. Making a `GRPOTrainer` checks configuration, data
+and reward functions and writes nothing; `train` makes the run folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
+from ..kernels.cpu_memory import keep_freed_memory
 from ..rewards.loading import RewardSpec
 from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
@@ -117,7 +118,9 @@ class GRPOTrainer:
             with self._engine_and_policy():
                 self.recorder = RunRecorder(config.logging.output_dir, config_yaml=dump_config(config))
                 if self.recorder.moved_aside is not None:
-                    self.view.note(f"the run that was in {config.logging.output_dir} is now in {self.recorder.moved_aside}")
+                    self.view.note(
+                        f"the run that was in {config.logging.output_dir} is now in {self.recorder.moved_aside}"
+                    )
                 try:
                     self._evaluate_at(0, "before", wanted=config.logging.eval_before)
                     for step in range(config.optim.max_steps):
@@ -253,14 +256,17 @@ class GRPOTrainer:
             if prompts is not None and prompts.dropped:
                 total = prompts.dropped + len(prompts.rows)
                 limit = self.config.rollout.max_prompt_length
-                self.view.note(f"{prompts.dropped} of {total} {name} prompts are longer than {limit} tokens and were dropped")
+                self.view.note(
+                    f"{prompts.dropped} of {total} {name} prompts are longer than {limit} tokens and were dropped"
+                )
 
     # ------------------------------------------------------------------------------------------------ parts
 
     @contextmanager
     def _engine_and_policy(self) -> Iterator[None]:
-        """Start vLLM and the policy on one copy of the adapter, prove the map between them, and stop the engine in the end."""
+        """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine in the end."""
         config = self.config
+        keep_freed_memory()
         self.view.stage("starting vLLM and loading the model")
         with quiet_stderr():
             self.engine = RolloutEngine(engine_settings(config, self.model_path))
@@ -290,7 +296,10 @@ class GRPOTrainer:
         data = self.config.data
         takes_options = isinstance(source, str) and ":" in source
         return load_rows(
-            source, split=split, subset=data.subset, options=data.options if takes_options else None,
+            source,
+            split=split,
+            subset=data.subset,
+            options=data.options if takes_options else None,
             base_dir=self.config.base_dir,
         )
 

@@ -25,13 +25,13 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 LOGITS_CHUNK_BYTES = 128 * 2**20
 
 
-def chunk_rows(vocabulary: int, budget_bytes: int = LOGITS_CHUNK_BYTES) -> int:
+def chunk_rows(vocabulary: int, chunk_bytes: int = LOGITS_CHUNK_BYTES) -> int:
     """How many tokens a chunk holds so that its fp32 logits stay within the budget (at least 16)."""
-    return max(16, budget_bytes // (4 * vocabulary))
+    return max(16, chunk_bytes // (4 * vocabulary))
 
 
-def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[slice]:
-    rows = chunk_rows(weight_VD.shape[0])
+def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, chunk_bytes: int) -> Iterator[slice]:
+    rows = chunk_rows(weight_VD.shape[0], chunk_bytes)
     for start in range(0, hidden_ND.shape[0], rows):
         yield slice(start, min(start + rows, hidden_ND.shape[0]))
 
@@ -44,9 +44,13 @@ def _row_statistics(
     logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
     if temperature != 1.0:
         logits_nV /= temperature
-    lse_n = logits_nV.logsumexp(-1)
+    # Shifted by each row's largest: sums and differences then keep their digits however large the logits are.
+    logits_nV -= logits_nV.amax(-1, keepdim=True)
+    softmax_nV = logits_nV.exp()
+    sum_n = softmax_nV.sum(-1)
+    softmax_nV /= sum_n[:, None]
+    lse_n = sum_n.log()
     logprobs_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - lse_n
-    softmax_nV = torch.exp(logits_nV - lse_n[:, None])
     # H = lse - sum p z; a row product avoids another [n, V] tensor.
     entropy_n = lse_n - torch.einsum("nv,nv->n", softmax_nV, logits_nV)
     return softmax_nV, logprobs_n, entropy_n
@@ -54,15 +58,20 @@ def _row_statistics(
 
 @torch.no_grad()
 def linear_logprobs(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, *, temperature: float = 1.0
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_bytes: int = LOGITS_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target and entropy of each distribution, both [N] fp32, without gradient."""
-    parts = [_row_statistics(hidden_ND[s], weight_VD, targets_N[s], temperature)[1:] for s in _chunks(hidden_ND, weight_VD)]
-    if not parts:
-        empty = hidden_ND.new_zeros(0, dtype=torch.float32)
-        return empty, empty
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    accumulator = torch.promote_types(hidden_ND.dtype, torch.float32)
+    logprobs_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=accumulator)
+    entropy_N = torch.empty_like(logprobs_N)
+    for s in _chunks(hidden_ND, weight_VD, chunk_bytes):
+        _, logprobs_N[s], entropy_N[s] = _row_statistics(hidden_ND[s], weight_VD, targets_N[s], temperature)
+    return logprobs_N, entropy_N
 
 
 class _LinearLogprobLoss(torch.autograd.Function):
@@ -74,13 +83,14 @@ class _LinearLogprobLoss(torch.autograd.Function):
         targets_N: torch.Tensor,
         token_loss: TokenLoss,
         temperature: float,
+        chunk_bytes: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_ND = torch.empty_like(hidden_ND)
         accumulator = torch.promote_types(hidden_ND.dtype, torch.float32)
         loss = hidden_ND.new_zeros((), dtype=accumulator)
         logprobs_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=accumulator)
         entropy_N = torch.empty_like(logprobs_N)
-        for s in _chunks(hidden_ND, weight_VD):
+        for s in _chunks(hidden_ND, weight_VD, chunk_bytes):
             softmax_nV, logprobs_n, entropy_n = _row_statistics(hidden_ND[s], weight_VD, targets_N[s], temperature)
             with torch.enable_grad():
                 leaf_n = logprobs_n.detach().requires_grad_()
@@ -101,7 +111,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None, None
+        return grad_ND * grads[0].to(grad_ND.dtype), None, None, None, None, None
 
 
 def linear_logprob_loss(
@@ -111,6 +121,7 @@ def linear_logprob_loss(
     token_loss: TokenLoss,
     *,
     temperature: float = 1.0,
+    chunk_bytes: int = LOGITS_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of `token_loss` over the tokens, with its gradient for `hidden_ND`, in one visit to the logits.
 
@@ -121,8 +132,9 @@ def linear_logprob_loss(
         token_loss: pure function of (log-probabilities [n], entropies [n] without gradient, the chunk's slice) that
             returns the loss of each token [n]; differentiated with respect to the log-probabilities.
         temperature: the logits are divided by it first, as the sampler did.
+        chunk_bytes: size of the fp32 logits that are formed at a time.
 
     Returns:
         loss (scalar), log-probabilities [N] and entropies [N], the latter two without gradient.
     """
-    return _LinearLogprobLoss.apply(hidden_ND, weight_VD, targets_N, token_loss, temperature)  # type: ignore[return-value]
+    return _LinearLogprobLoss.apply(hidden_ND, weight_VD, targets_N, token_loss, temperature, chunk_bytes)  # type: ignore[return-value]

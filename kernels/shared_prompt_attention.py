@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "rankup_shared_prompt"
+SCORES_LIMIT = 2**25  # elements: a layer keeps them for the backward, 2 bytes each in bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +75,24 @@ def shared_prompt_attention(
 ) -> torch.Tensor:
     """Exact attention for the layout. Query [H, L, D], key and value [K, L, D] with K dividing H; returns [L, H, D].
 
-    Two calls of `scaled_dot_product_attention` a group: the prompt by itself, and all completions as a batch of G whose keys
-    are the prompt's followed by their own.
+    Two products a group: the prompt by itself, and all completions as a batch of G whose keys are the prompt's followed by
+    their own.
     """
+    scaling = query_HLD.shape[-1] ** -0.5 if scaling is None else scaling
     pieces = []
     for group in layout.groups:
-        q, k, v = (t[:, group.prompt] for t in (query_HLD, key_KLD, value_KLD))
-        prompt_HPD = scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=True)[0]
-        pieces.append(prompt_HPD.transpose(0, 1))
+        prompt = (t[None, :, group.prompt] for t in (query_HLD, key_KLD, value_KLD))
+        pieces.append(_attend(*prompt, scaling=scaling)[0].transpose(0, 1))
         if group.completions.start < group.completions.stop:
             pieces.append(_completions_attention(query_HLD, key_KLD, value_KLD, group, scaling))
     return torch.cat(pieces)
 
 
 def _completions_attention(
-    query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, group: GroupLayout, scaling: float | None
+    query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, group: GroupLayout, scaling: float
 ) -> torch.Tensor:
     """The completions of one group, [their tokens, H, D], in pack order."""
-    count, widest = group.padded_GC.shape
-    prompt_length = group.prompt.stop - group.prompt.start
+    count = group.padded_GC.shape[0]
 
     def own(t: torch.Tensor) -> torch.Tensor:  # [heads, L, D] -> [G, heads, C, D]
         return t[:, group.padded_GC].transpose(0, 1)
@@ -100,11 +100,31 @@ def _completions_attention(
     def with_prompt(t: torch.Tensor) -> torch.Tensor:  # [K, L, D] -> [G, K, P + C, D]
         return torch.cat([t[:, group.prompt].expand(count, -1, -1, -1), own(t)], dim=2)
 
-    mask = torch.ones(widest, prompt_length + widest, dtype=torch.bool, device=query_HLD.device).tril(prompt_length)
-    out_GHCD = scaled_dot_product_attention(
-        own(query_HLD), with_prompt(key_KLD), with_prompt(value_KLD), attn_mask=mask, scale=scaling, enable_gqa=True
-    )
+    out_GHCD = _attend(own(query_HLD), with_prompt(key_KLD), with_prompt(value_KLD), scaling=scaling)
     return out_GHCD.transpose(1, 2).flatten(0, 1)[group.real]
+
+
+def _attend(query_BHCD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """Causal attention, aligned at the end: the last query sees all S keys, the one before it S - 1. Returns [B, H, C, D].
+
+    On CPU, scores that fit into `SCORES_LIMIT` are formed outright: torch's blocked kernel takes 2 to 6 times as long there,
+    most of it in the backward.
+    """
+    batch, heads, rows, dim = query_BHCD.shape
+    columns = key_BKSD.shape[2]
+    if query_BHCD.device.type != "cpu" or batch * heads * rows * columns > SCORES_LIMIT:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query_BHCD.device).tril(columns - rows)
+        return scaled_dot_product_attention(
+            query_BHCD, key_BKSD, value_BKSD, attn_mask=mask, scale=scaling, enable_gqa=heads != key_BKSD.shape[1]
+        )
+    # Heads that share a key head are rows of one product: keys and values are not repeated.
+    folded = (-1, heads // key_BKSD.shape[1] * rows, dim)
+    scores = torch.bmm(query_BHCD.reshape(folded), key_BKSD.reshape(-1, columns, dim).transpose(1, 2))
+    future = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu(columns - rows + 1)
+    scores = scores.view(batch, heads, rows, columns).to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(query_BHCD.dtype)
+    out = torch.bmm(weights.view(*folded[:2], columns), value_BKSD.reshape(-1, columns, dim))
+    return out.view(batch, heads, rows, dim)
 
 
 def transformers_attention(

@@ -29,14 +29,23 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 ADAPTER_ID = 1
-# vLLM wraps the packed layers; naming them beside PEFT's names keeps LoRA off embeddings and LM head (facts: half of a step).
-PACKED_NAMES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+# vLLM wraps the packed layers. Naming targets at all keeps LoRA off embeddings and LM head: half of a step's time on CPU.
+PACKED_NAMES = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What an engine is built with. `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or
-    `auto` (dense on CPU, punica on CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` on CUDA."""
+    """What an engine is built with.
+
+    `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or `auto` (dense on CPU, punica on
+    CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` (a share of the device) on CUDA.
+    """
 
     model: str
     target_modules: tuple[str, ...]
@@ -133,7 +142,7 @@ class RolloutEngine:
         return self.policy_version
 
     def _ensure_active(self) -> None:
-        """Take the adapter's buffers back if something evicted it; vLLM would fill them with the empty adapter it knows."""
+        """Take the adapter's buffers back if something evicted it: vLLM would sample with the empty one it registered."""
 
         def activate(model: nn.Module) -> bool:
             manager = require(model, "lora_manager", purpose="see whether the adapter is active")
@@ -148,7 +157,11 @@ class RolloutEngine:
     # ---------------------------------------------------------------------------------------------- sampling
 
     def rollout(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, *, seeds: Sequence[int] | None = None,
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingSettings,
+        *,
+        seeds: Sequence[int] | None = None,
         use_adapter: bool = True,
     ) -> Iterator[PromptGroup]:
         """Sample `sampling.num_generations` completions of each prompt (token ids); yield groups as they finish.
@@ -250,7 +263,9 @@ class RolloutEngine:
         found = {name.rpartition(".")[2] for name in self.slots}
         missing = [name for name in self.settings.target_modules if name not in found]
         if missing:
-            raise ValueError(f"vLLM has no LoRA layer for {missing} in this model (it has {sorted(found)}): change lora.targets")
+            raise ValueError(
+                f"vLLM has no LoRA layer for {missing} in this model (it has {sorted(found)}): change lora.targets"
+            )
 
 
 def _dense_name(device_type: str) -> str:
@@ -278,7 +293,11 @@ def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: 
     }
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "r": settings.max_rank, "lora_alpha": settings.max_rank,
-        "target_modules": list(settings.target_modules), "bias": "none", "task_type": "CAUSAL_LM",
+        "peft_type": "LORA",
+        "r": settings.max_rank,
+        "lora_alpha": settings.max_rank,
+        "target_modules": list(settings.target_modules),
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -1,14 +1,14 @@
 """The adapter slots: vLLM's LoRA buffers, seen one PEFT projection at a time.
 
 vLLM keeps for every LoRA-wrapped linear layer `lora_a_stacked[i]` [max_loras, 1, R, d_in] and `lora_b_stacked[i]`
-[max_loras, 1, d_out_i, R], one i per packed part. A slot is a pair of views into them: what is written there is what vLLM
-multiplies with, so nothing is copied and nothing is loaded when the policy changes.
+[max_loras, 1, d_out_i, R], one i per packed part. A slot is a pair of views into them: what is written there is what
+vLLM multiplies with, so nothing is copied and nothing is loaded when the policy changes.
 
     slots = find_slots(vllm_model)
     slots["model.layers.0.self_attn.q_proj"].a      # [R, d_in]
 
-R is the engine's `max_lora_rank` (64 or 128). B is kept scaled (`alpha / r` times the adapter's B). Rows of `a` and columns of
-`b` beyond the adapter's own rank stay zero for ever.
+R is the engine's `max_lora_rank` (64 or 128). B is kept scaled (`alpha / r` times the adapter's B). Rows of `a` and
+columns of `b` beyond the adapter's own rank stay zero for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .vllm_compat import require
 
 @dataclass(frozen=True, slots=True)
 class AdapterSlot:
-    """Where one projection's adapter lives: `a` [R, d_in] and `b` [d_out, R], in the sampler's dtype; `b` holds scale * B."""
+    """Where one projection's adapter lives: `a` [R, d_in] and `b` [d_out, R] = scale * B, in the sampler's dtype."""
 
     a: torch.Tensor
     b: torch.Tensor

@@ -23,8 +23,9 @@ class SamplingSettings:
 class Completion:
     """One sampled answer.
 
-    `token_ids` end with the end-of-sequence token where the model stopped by itself. `logprobs` are the sampler's, one a token,
-    after temperature and the other sampling settings. `policy_version` counts publishes: the policy that drew every token.
+    `token_ids` end with the end-of-sequence token where the model stopped by itself. `logprobs` are the sampler's, one
+    a token, after temperature and the other sampling settings. `policy_version` counts publishes: it names the policy
+    that drew every token.
     """
 
     token_ids: tuple[int, ...]
@@ -36,7 +37,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptGroup:
-    """One prompt and its completions. `index` is the prompt's place among the prompts that were handed to the engine."""
+    """One prompt and its completions. `index` is its place among the prompts that were handed to the engine."""
 
     index: int
     prompt_token_ids: tuple[int, ...]

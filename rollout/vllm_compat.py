@@ -1,7 +1,7 @@
 """The one place that knows vLLM from inside: how it is imported, what it must have, and what of it we replace.
 
-Everything else in `rollout/` uses vLLM's public calls. What is relied on here was read in, and is tested with, the versions of
-`TESTED_VERSIONS`; another version that lacks a piece fails at start with a message that names the piece.
+Everything else in `rollout/` uses vLLM's public calls. What is relied on here was read in, and is tested with, the
+versions of `TESTED_VERSIONS`; another version that lacks a piece fails at start with a message that names the piece.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def import_vllm() -> ModuleType:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise ValueError("rankup shares memory with vLLM's engine: unset VLLM_ENABLE_V1_MULTIPROCESSING, or set it to 0")
+        raise ValueError(
+            "rankup shares memory with vLLM's engine: unset VLLM_ENABLE_V1_MULTIPROCESSING, or set it to 0"
+        )
     import vllm
 
     if not version.startswith(TESTED_VERSIONS):
@@ -71,8 +73,7 @@ def import_vllm() -> ModuleType:
 def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
     """While an engine is being built, let vLLM's platform name `qualname` as the class that multiplies with adapters.
 
-    vLLM's own choice on CPU gathers the adapter once per token (facts: 26 tokens/s against 195 without LoRA), and a
-    platform's choice is not an argument of the engine. None leaves vLLM's own. The platform is put back afterwards:
+    vLLM's own choice on CPU gathers the adapter once per token, and a platform's choice is not an argument of the engine. None leaves vLLM's own. The platform is put back afterwards:
     an engine keeps the wrapper that it was built with.
     """
     if qualname is None:

@@ -1,0 +1,190 @@
+"""The three engines of `rollout.py`, each made in a process of its own: rankup's, and stock vLLM with and without LoRA.
+
+All of them run in their process, on all cores (vLLM's other choice, an engine process beside the caller, keeps one core
+for the caller: half the speed on two), with freed memory kept, and get the very same sampling parameters.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from common import ROOT
+from rankup.grpo.collect import engine_settings
+from rankup.grpo.config import load_config
+from rankup.grpo.data import load_rows, prepare_prompts
+from rankup.grpo.models import resolve_model
+from rankup.grpo.policy import Policy
+from rankup.grpo.quiet import quiet_loggers, quiet_stderr
+from rankup.kernels.cpu_memory import keep_freed_memory
+from rankup.rollout.engine import RolloutEngine, request_seed
+from rankup.rollout.types import SamplingSettings
+from rankup.rollout.vllm_compat import import_vllm
+from transformers import AutoTokenizer
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+RUN_FILE = ROOT / "configs" / "quickstart.yaml"
+ADAPTER_STD = 0.02  # of B's entries: log-probabilities move by far more than rounding
+
+
+class EqualLengthEngine(RolloutEngine):
+    """rankup's engine, except that every completion is as long as it may be: all sides sample the same number of tokens."""
+
+    @staticmethod
+    def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
+        params = RolloutEngine._sampling_params(sampling, seed)
+        params.ignore_eos = True
+        return params
+
+
+class OpenedFiles:
+    """Names of the files that Python opens while `watching`. An audit hook stays for the life of its process."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.names: list[str] = []
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.watching and event == "open":
+            self.names.append(str(arguments[0]))
+
+
+class RankupSide:
+    """The quick start's policy and engine on one copy of a random adapter, which is saved for the others."""
+
+    def __init__(self, *, rank: int, adapter_folder: Path) -> None:
+        quiet_loggers()
+        keep_freed_memory()
+        self._opened = OpenedFiles()
+        config = load_config(RUN_FILE, [f"lora.rank={rank}"])
+        with quiet_stderr():
+            self.model_path = resolve_model(config.model.name)
+            self._settings = engine_settings(config, self.model_path)
+            self._engine = EqualLengthEngine(self._settings)
+            self._policy = Policy(self.model_path, lora=config.lora, dtype=config.model.dtype, seed=config.seed)
+        self._randomise()
+        self._policy.attach(self._engine.slots)
+        self._engine.publish(self._policy.write_slots)
+        self._policy.save_adapter(adapter_folder)
+        self._config = config
+
+    @torch.no_grad()
+    def _randomise(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for b in self._policy.masters[1::2]:
+            b.copy_(torch.randn(b.shape, generator=generator) * ADAPTER_STD)
+
+    def describe(self) -> dict[str, Any]:
+        """What the others and the report need to know."""
+        config = self._config
+        return {
+            "model": config.model.name,
+            "model_path": self.model_path,
+            "dtype": config.model.dtype,
+            "targets": list(config.lora.target_modules),
+            "adapter_parameters": sum(p.numel() for p in self._policy.masters),
+            "max_num_seqs": self._settings.max_num_seqs,
+            "max_model_len": self._settings.max_model_len,
+            "kv_cache_bytes": self._settings.kv_cache_bytes,
+            "completion_length": config.rollout.max_completion_length,
+        }
+
+    def quickstart_prompts(self, count: int) -> list[list[int]]:
+        """Token ids of the first prompts of the quick start's training data."""
+        assert self._config.data.train is not None
+        rows = load_rows(self._config.data.train, split="train")[:count]
+        tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+        prompts = prepare_prompts(rows, tokenizer, max_prompt_length=self._config.rollout.max_prompt_length)
+        return [list(row.token_ids) for row in prompts.rows]
+
+    def sample(self, prompts: list[list[int]], sampling: SamplingSettings, step: int) -> tuple[int, float]:
+        """Tokens sampled and seconds taken."""
+        seeds = [request_seed(0, step, index) for index in range(len(prompts))]
+        started = time.perf_counter()
+        groups = list(self._engine.rollout(prompts, sampling, seeds=seeds))
+        seconds = time.perf_counter() - started
+        return sum(len(c.token_ids) for group in groups for c in group.completions), seconds
+
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache, as training does before every step: by publishing."""
+        self._engine.publish(self._policy.write_slots)
+
+    def prompt_logprobs(self, sequence: list[int]) -> list[float]:
+        """Log-probability of every token but the first."""
+        return self._engine.prompt_logprobs([sequence])[0]
+
+    def publish(self, times: int) -> tuple[list[float], list[str]]:
+        """Milliseconds of each of so many publishes, and the files that were opened meanwhile."""
+        milliseconds = []
+        self._opened.watching = True
+        for _ in range(times):
+            started = time.perf_counter()
+            self._engine.publish(self._policy.write_slots)
+            milliseconds.append((time.perf_counter() - started) * 1e3)
+        self._opened.watching = False
+        return milliseconds, self._opened.names
+
+
+class StockSide:
+    """Stock vLLM as its users start it, with the saved adapter (`adapter_folder`) or without LoRA (None).
+
+    Only what was asked for differs from vLLM's defaults, and the size of the KV cache, which is rankup's: by default
+    each engine would take most of the machine's memory.
+    """
+
+    def __init__(self, *, model_path: str, kv_cache_bytes: int, adapter_folder: Path | None, rank: int) -> None:
+        quiet_loggers()
+        keep_freed_memory()
+        import_vllm()
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        lora: dict[str, Any] = {}
+        if adapter_folder is not None:
+            lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+        with quiet_stderr():
+            self._llm = LLM(model_path, kv_cache_memory_bytes=kv_cache_bytes, **lora)
+        self._request = None if adapter_folder is None else LoRARequest("adapter", 1, str(adapter_folder))
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that vLLM chose."""
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_model_len": config.model_config.max_model_len,
+            "block_size": config.cache_config.block_size,
+            "prefix_caching": config.cache_config.enable_prefix_caching,
+            "compilation": config.compilation_config.mode.name,
+        }
+
+    def sample(self, prompts: list[list[int]], sampling: SamplingSettings, step: int) -> tuple[int, float]:
+        """Tokens sampled and seconds taken."""
+        params = [EqualLengthEngine._sampling_params(sampling, request_seed(0, step, i)) for i in range(len(prompts))]
+        started = time.perf_counter()
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=self._request, use_tqdm=False
+        )
+        seconds = time.perf_counter() - started
+        return sum(len(c.token_ids) for output in outputs for c in output.outputs), seconds
+
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache."""
+        assert self._llm.reset_prefix_cache()
+
+    def prompt_logprobs(self, sequence: list[int]) -> list[float]:
+        """Log-probability of every token but the first."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        (output,) = self._llm.generate(
+            [{"prompt_token_ids": sequence}], params, lora_request=self._request, use_tqdm=False
+        )
+        assert output.prompt_logprobs is not None
+        pairs = zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
+        return [position[token].logprob for position, token in pairs if position is not None]

@@ -1,0 +1,101 @@
+"""Fixtures that start vLLM. One engine at a time: another one starts only after the last one was closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_model
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory):
+    """A function from a kind ("llama", "qwen2", "qwen3", ...) to the folder of a tiny random model of that kind."""
+    made: dict[str, Path] = {}
+
+    def path(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_tiny_model(tmp_path_factory.mktemp(kind) / kind, kind)
+        return made[kind]
+
+    return path
+
+
+@dataclass
+class EngineShelf:
+    """Holds at most one engine, so that tests with the same wishes share it."""
+
+    wishes: object = None
+    engine: object = None
+
+    def get(self, **wishes):
+        from rankup.grpo.quiet import quiet_stderr
+        from rankup.rollout.engine import EngineSettings, RolloutEngine
+
+        if self.wishes != wishes:
+            self.close()
+            with quiet_stderr():
+                self.engine = RolloutEngine(EngineSettings(**wishes))
+            self.wishes = wishes
+        return self.engine
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()  # type: ignore[attr-defined]
+        self.wishes = self.engine = None
+
+
+@pytest.fixture(scope="session")
+def engine_shelf() -> Iterator[EngineShelf]:
+    shelf = EngineShelf()
+    yield shelf
+    shelf.close()
+
+
+@pytest.fixture
+def make_engine(engine_shelf: EngineShelf, tiny_model_path):
+    """A function that gives the engine for a kind of tiny model, in fp32 unless told otherwise."""
+
+    def make(kind: str = "llama", **wishes):
+        defaults = {
+            "model": str(tiny_model_path(kind)),
+            "target_modules": ALL_LINEAR,
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 32,
+            "kv_cache_bytes": 64 * 2**20,
+        }
+        return engine_shelf.get(**{**defaults, **wishes})
+
+    return make
+
+
+@pytest.fixture
+def make_policy(tiny_model_path):
+    """A function that gives a policy on a kind of tiny model, with a strong random adapter in its masters."""
+
+    def make(kind: str = "llama", *, seed: int = 1, strength: float = 0.3, dtype: str = "float32", **lora):
+        import torch
+
+        from rankup.grpo.config import LoraConfig
+        from rankup.grpo.policy import Policy
+        from rankup.grpo.quiet import quiet_stderr
+
+        with quiet_stderr():
+            policy = Policy(
+                str(tiny_model_path(kind)), lora=LoraConfig(**{"rank": 16, "alpha": 8, **lora}), dtype=dtype
+            )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in policy.layers.values():
+                b = layer.master_b
+                b.copy_(
+                    torch.randn(b.shape, generator=generator) * strength / layer.scaling["default"] / b.shape[1] ** 0.5
+                )
+        return policy
+
+    return make

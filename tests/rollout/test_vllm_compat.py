@@ -1,0 +1,38 @@
+"""What we need of vLLM is there, and where it is not, the message says so."""
+
+import types
+
+import pytest
+
+from rankup.rollout import vllm_compat
+
+
+def test_a_missing_piece_is_named_with_its_purpose_and_the_versions_that_work():
+    owner = types.SimpleNamespace(present=1)
+    assert vllm_compat.require(owner, "present", purpose="test") == 1
+    with pytest.raises(
+        ValueError, match=r"vLLM 0\.32\.\d+ has no SimpleNamespace\.lora_manager.*find the adapter.*0\.32\.\*"
+    ):
+        vllm_compat.require(owner, "lora_manager", purpose="find the adapter")
+
+
+def test_the_installed_version_is_one_that_was_tested():
+    assert vllm_compat.vllm_version().startswith(vllm_compat.TESTED_VERSIONS)
+
+
+def test_an_engine_in_another_process_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(ValueError, match="unset VLLM_ENABLE_V1_MULTIPROCESSING"):
+        vllm_compat.import_vllm()
+
+
+@pytest.mark.engine
+def test_the_wrapper_is_replaced_only_while_an_engine_is_built():
+    vllm_compat.import_vllm()
+    from vllm.platforms import current_platform
+
+    before = current_platform.get_punica_wrapper()
+    with pytest.raises(RuntimeError, match="stop"), vllm_compat.lora_wrapper_replaced("some.where.Else"):
+        assert current_platform.get_punica_wrapper() == "some.where.Else"
+        raise RuntimeError("stop")
+    assert current_platform.get_punica_wrapper() == before

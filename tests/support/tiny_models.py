@@ -1,0 +1,83 @@
+"""Tiny random language models that transformers, PEFT and vLLM all load: real weights, a real tokenizer, no download.
+
+    folder = make_tiny_model(tmp_path / "llama", "llama")
+
+Widths differ from each other wherever the family allows it, so that mixed-up projections show: hidden 96, queries 128 (4 heads
+of 32), keys and values 64 (2 heads), MLP 160. Weights are drawn wide enough for logits to be far from flat, and biases and
+norms, which transformers initialises to 0 and 1, are drawn too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+VOCABULARY = len(SPECIAL_TOKENS) + 256
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+# What each kind adds to the common sizes. `mistral` and `gemma3` have a window shorter than the tests' sequences.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {"hidden_size": 128, "tie_word_embeddings": True}),  # its heads divide the hidden size
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": 6}),
+    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 6, "final_logit_softcapping": 30.0}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32}),
+}
+
+
+def make_tiny_model(folder: Path, kind: str, *, seed: int = 0) -> Path:
+    """Write a random model of a kind (see `KINDS`) with its tokenizer to `folder`, in fp32 safetensors; returns the folder."""
+    import torch
+    import transformers
+
+    config_name, options = KINDS[kind]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, config_name)(**sizes | options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> Any:
+    """A transformers tokenizer of `VOCABULARY` tokens: the special ones, then one for each byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    pad, bos, eos, unk = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unk,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
