@@ -28,7 +28,7 @@ INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 for an error of the user's, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     from .quiet import quiet_loggers
 
     quiet_loggers()
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """What the command line understands."""
     parser = argparse.ArgumentParser(
         prog="rankup",
         description="GRPO with high-rank LoRA: the trainer and vLLM on one device, one copy of the adapter.",
@@ -84,6 +85,10 @@ def evaluate(options: argparse.Namespace) -> int:
     config_file: Path = options.file
     if options.file.is_dir():
         adapter, config_file = options.file / "adapter", options.file / CONFIG_FILE
+        if not (adapter / "adapter_model.safetensors").is_file():  # known before an engine is started for it
+            raise ValueError(
+                f"no adapter in {adapter}: {options.file} is not the folder of a run, or the run saved none"
+            )
     trainer = _trainer(load_config(config_file, options.overrides))
     reward = trainer.evaluate(adapter=adapter)
     count = len(trainer.eval_prompts.rows) if trainer.eval_prompts else 0

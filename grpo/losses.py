@@ -1,7 +1,7 @@
 """The objectives, as pure functions of per-token tensors. All of them are minimised.
 
-Legend: N completion tokens of a pack, S completions of a step. `logprobs` are the trained policy's, `old_logprobs` those of the
-policy at the start of the step, both at the sampling temperature.
+Legend: N completion tokens of a pack, S completions of a step. `logprobs` are the trained policy's, `old_logprobs` those
+of the policy at the start of the step, both at the sampling temperature.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def kl_k3(logprobs_N: torch.Tensor, base_logprobs_N: torch.Tensor) -> torch.Tens
 
 
 def grpo_weights(lengths_S: torch.Tensor) -> torch.Tensor:
-    """Weight of every token of each completion [S] so that the sum is the mean of the completions' means (2402.03300)."""
+    """Weight of every token of each completion [S]: the sum is the mean of the completions' means (arXiv 2402.03300)."""
     return 1.0 / (lengths_S * len(lengths_S))
 
 
 def dapo_weights(lengths_S: torch.Tensor) -> torch.Tensor:
     """Weight of every token of each completion [S] so that the sum is the mean over all tokens (arXiv 2503.14476)."""
-    return torch.ones(len(lengths_S)) / lengths_S.sum()
+    return torch.ones_like(lengths_S, dtype=torch.float32) / lengths_S.sum()
 
 
 TOKEN_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": grpo_weights, "dapo": dapo_weights}

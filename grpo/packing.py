@@ -11,7 +11,7 @@ Legend: L tokens of a pack, N targets (all completion tokens of the pack), S com
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,67 +54,60 @@ def pack(groups: Iterable[WeightedGroup], *, tokens_per_pack: int, device: str =
 
     Only a single completion that alone with its prompt exceeds the budget makes a pack larger than `tokens_per_pack`.
     """
-    packs: list[Pack] = []
-    pending: list[WeightedGroup] = []
-    used = 0
-    for part in _split_groups(groups, tokens_per_pack, shared=True):
-        size = _shared_size(part)
-        if pending and used + size > tokens_per_pack:
-            packs.append(_shared_pack(pending, device))
-            pending, used = [], 0
-        pending.append(part)
-        used += size
-    if pending:
-        packs.append(_shared_pack(pending, device))
-    return packs
+    return [_shared_pack(batch, device) for batch in _batches(groups, tokens_per_pack, _shared_size)]
 
 
 def pad(
     groups: Iterable[WeightedGroup], *, tokens_per_pack: int, pad_token_id: int, device: str = "cpu"
 ) -> list[Pack]:
-    """Packs in the plain layout: one row a completion, prompt repeated, padded on the right to the pack's longest row."""
-    packs: list[Pack] = []
-    pending: list[WeightedGroup] = []
-    rows = widest = 0
-    for part in _split_groups(groups, tokens_per_pack, shared=False):
-        width = max(widest, _row_width(part))
-        if pending and (rows + len(part.advantages)) * width > tokens_per_pack:
-            packs.append(_padded_pack(pending, pad_token_id, device))
-            pending, rows, width = [], 0, _row_width(part)
-        pending.append(part)
-        rows, widest = rows + len(part.advantages), width
-    if pending:
-        packs.append(_padded_pack(pending, pad_token_id, device))
-    return packs
+    """Packs in the plain layout: one row a completion, prompt repeated, padded on the right to the pack's longest row.
+
+    Padding counts: only a single row that alone exceeds the budget makes a pack larger than `tokens_per_pack`.
+    """
+    return [_padded_pack(batch, pad_token_id, device) for batch in _batches(groups, tokens_per_pack, _padded_size)]
 
 
 def _inputs(completion: Completion) -> Sequence[int]:
     return completion.token_ids[:-1]
 
 
-def _shared_size(part: WeightedGroup) -> int:
-    return len(part.group.prompt_token_ids) + sum(len(_inputs(c)) for c in part.group.completions)
+def _shared_size(groups: Sequence[WeightedGroup]) -> int:
+    """Tokens of one pack of the groups in the shared-prompt layout."""
+    return sum(len(w.group.prompt_token_ids) + sum(len(_inputs(c)) for c in w.group.completions) for w in groups)
 
 
-def _row_width(part: WeightedGroup) -> int:
-    return len(part.group.prompt_token_ids) + max(len(_inputs(c)) for c in part.group.completions)
+def _padded_size(groups: Sequence[WeightedGroup]) -> int:
+    """Tokens of one pack of the groups in the plain layout, padding included."""
+    widths = [len(w.group.prompt_token_ids) + len(_inputs(c)) for w in groups for c in w.group.completions]
+    return len(widths) * max(widths)
 
 
-def _split_groups(groups: Iterable[WeightedGroup], budget: int, *, shared: bool) -> Iterable[WeightedGroup]:
+Size = Callable[[Sequence[WeightedGroup]], int]
+
+
+def _batches(groups: Iterable[WeightedGroup], budget: int, size: Size) -> Iterator[list[WeightedGroup]]:
+    """The groups of each pack in turn: as many as the budget holds."""
+    pending: list[WeightedGroup] = []
+    for part in _split_groups(groups, budget, size):
+        if pending and size([*pending, part]) > budget:
+            yield pending
+            pending = []
+        pending.append(part)
+    if pending:
+        yield pending
+
+
+def _split_groups(groups: Iterable[WeightedGroup], budget: int, size: Size) -> Iterator[WeightedGroup]:
     """Groups as they are, or in as many parts as the budget asks for; empty completions (aborted at once) are left out."""
     for weighted in groups:
-        prompt_length = len(weighted.group.prompt_token_ids)
         part: list[tuple[Completion, float]] = []
-        used = prompt_length if shared else 0
-        for completion, advantage in zip(weighted.group.completions, weighted.advantages, strict=True):
-            if not completion.token_ids:
+        for pair in zip(weighted.group.completions, weighted.advantages, strict=True):
+            if not pair[0].token_ids:
                 continue
-            size = len(_inputs(completion)) + (0 if shared else prompt_length)
-            if part and used + size > budget:
+            if part and size([_part(weighted, [*part, pair])]) > budget:
                 yield _part(weighted, part)
-                part, used = [], prompt_length if shared else 0
-            part.append((completion, advantage))
-            used += size
+                part = []
+            part.append(pair)
         if part:
             yield _part(weighted, part)
 

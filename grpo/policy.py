@@ -12,14 +12,14 @@ PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -96,6 +96,7 @@ class Policy:
         shared_prompt_attention.register()
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).to(device)
         _check_head(base)
+        _check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
         base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else "sdpa")
@@ -136,9 +137,10 @@ class Policy:
                     f"{name}: slot of shapes {list(slot.a.shape)} and {list(slot.b.shape)} for an adapter of rank {rank} "
                     f"from {layer.in_features} to {layer.out_features}"
                 )
-            slot.a.zero_()
-            slot.b.zero_()
-            layer.slot = slot
+        for name, layer in self.layers.items():
+            layer.slot = slots[name]
+            layer.slot.a.zero_()
+            layer.slot.b.zero_()
         # Lists of views, made once: publishing is a handful of calls over them.
         self._slot_a = [layer.slot.a[: layer.r[ADAPTER]] for layer in self.layers.values()]
         self._slot_b = [layer.slot.b[:, : layer.r[ADAPTER]] for layer in self.layers.values()]
@@ -165,19 +167,24 @@ class Policy:
         """Read masters from an adapter in PEFT's format. Publish afterwards.
 
         Raises:
-            ValueError: no adapter there, or one of other shapes.
+            ValueError: no adapter there, or one of another scale or of other shapes. Nothing was read then.
         """
-        from peft import load_peft_weights, set_peft_model_state_dict
-
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(f"no adapter in {folder}: adapter_model.safetensors is missing")
-        try:
-            result = set_peft_model_state_dict(self.peft_model, load_peft_weights(str(folder), device=self.device))
-        except RuntimeError as error:
-            raise ValueError(f"the adapter in {folder} does not fit this configuration: {error}") from error
-        missing = [key for key in result.missing_keys if "lora_" in key]
-        if missing or result.unexpected_keys:
-            raise ValueError(f"the adapter in {folder} does not fit: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+        theirs, ours = PeftLoraConfig.from_pretrained(str(folder)), self.peft_model.peft_config[ADAPTER]
+        for name in ("r", "lora_alpha", "use_rslora"):  # another scale would make another function of the same masters
+            if getattr(theirs, name) != getattr(ours, name):
+                raise ValueError(
+                    f"the adapter in {folder} does not fit this configuration: "
+                    f"its {name} is {getattr(theirs, name)}, not {getattr(ours, name)}"
+                )
+        weights = load_peft_weights(str(folder), device=self.device)
+        expected = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        shapes, expected_shapes = ({key: t.shape for key, t in tensors.items()} for tensors in (weights, expected))
+        misfits = sorted(key for key, _ in shapes.items() ^ expected_shapes.items())
+        if misfits:
+            raise ValueError(f"the adapter in {folder} does not fit this model and lora.targets, see {misfits[0]}")
+        set_peft_model_state_dict(self.peft_model, weights)
 
     # ------------------------------------------------------------------------------------------ computing
 
@@ -250,6 +257,16 @@ def _check_head(model: PreTrainedModel) -> None:
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{type(model).__name__} changes its logits ({name}): its log-probabilities are not implemented")
+
+
+def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    head = model.get_output_embeddings()
+    for target in targets:
+        modules = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not modules:
+            raise ValueError(f"lora.targets: {type(model).__name__} has no layer {target}")
+        if any(module is head or not isinstance(module, nn.Linear) for module in modules):
+            raise ValueError(f"lora.targets: {target} cannot be adapted: only linear layers before the head can")
 
 
 def _inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:

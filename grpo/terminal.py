@@ -153,7 +153,10 @@ class LiveView:
 
     def stage(self, text: str) -> None:
         self._stage = text
-        self._live.refresh()
+        if self._live.is_started:
+            self._live.refresh()
+        else:
+            self._console.print(Text(f"{text} ...", style="dim"))
 
     def note(self, text: str) -> None:
         self._num_notes += 1

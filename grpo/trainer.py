@@ -26,7 +26,7 @@ from ..rewards.loading import RewardSpec
 from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
 from .advantages import GroupAdvantages, group_advantages
-from .collect import Collected, collect, engine_settings, greedy_settings, sampling_settings
+from .collect import Collected, ScoredGroup, collect, engine_settings, greedy_settings, sampling_settings
 from .config import GRPOConfig, dump_config
 from .data import PromptData, PromptSampler, load_rows, prepare_prompts
 from .learner import Learner
@@ -145,7 +145,8 @@ class GRPOTrainer:
         weighted = [
             WeightedGroup(group=g.group, advantages=a.advantages)
             for g, a in zip(groups, advantages, strict=True)
-            if a.has_variance  # without variance every advantage is zero: nothing to learn, nothing to compute
+            # Without variance every advantage is zero: only a KL penalty has anything to say about such a group.
+            if a.has_variance or config.algorithm.beta > 0
         ]
         with clock.phase("train"):
             trained = self.learner.update(weighted, step=step)
@@ -166,8 +167,7 @@ class GRPOTrainer:
         }
         self.recorder.step(step + 1, metrics)
         self.view.step(step + 1, metrics, clock.seconds)
-        if trained.get("update_skipped"):
-            self.view.note(f"step {step + 1}: the gradient was not finite, the update was skipped")
+        self._warn(step + 1, groups, trained)
         if step == 0 or _due(step + 1, config.logging.completions_steps):
             self._show_completions(step + 1, collected, advantages)
 
@@ -183,6 +183,13 @@ class GRPOTrainer:
         clock.seconds["rollout"] = collected.rollout_seconds
         clock.seconds["reward"] = collected.reward_seconds
         return collected
+
+    def _warn(self, step: int, groups: Sequence[ScoredGroup], trained: Mapping[str, float]) -> None:
+        if trained.get("update_skipped"):
+            self.view.note(f"step {step}: the gradient was not finite, the update was skipped")
+        unscored = sum(reward is None for g in groups for reward in g.scores.total)
+        if unscored:
+            self.view.note(f"step {step}: no reward function applied to {unscored} completions; they teach nothing")
 
     # ------------------------------------------------------------------------------------------- evaluation
 

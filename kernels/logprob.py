@@ -65,7 +65,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of each distribution, both [N] fp32, without gradient."""
+    """Log-probability of each target and entropy of each distribution, both [N] (fp32; fp64 for fp64), without gradient."""
     accumulator = torch.promote_types(hidden_ND.dtype, torch.float32)
     logprobs_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=accumulator)
     entropy_N = torch.empty_like(logprobs_N)

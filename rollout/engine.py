@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 ADAPTER_ID = 1
-# vLLM wraps the packed layers. Naming targets at all keeps LoRA off embeddings and LM head: half of a step's time on CPU.
+# vLLM wraps the packed layers. Naming targets keeps LoRA off embeddings and LM head: half of a step's time on CPU.
 PACKED_NAMES = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -43,8 +43,8 @@ PACKED_NAMES = {
 class EngineSettings:
     """What an engine is built with.
 
-    `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or `auto` (dense on CPU, punica on
-    CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` (a share of the device) on CUDA.
+    `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or `auto` (dense on CPU, punica
+    on CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` (a share of the device) on CUDA.
     """
 
     model: str
@@ -142,7 +142,7 @@ class RolloutEngine:
         return self.policy_version
 
     def _ensure_active(self) -> None:
-        """Take the adapter's buffers back if something evicted it: vLLM would sample with the empty one it registered."""
+        """Take the buffers back if something evicted the adapter: vLLM would sample with the empty one it knows."""
 
         def activate(model: nn.Module) -> bool:
             manager = require(model, "lora_manager", purpose="see whether the adapter is active")

@@ -73,8 +73,8 @@ def import_vllm() -> ModuleType:
 def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
     """While an engine is being built, let vLLM's platform name `qualname` as the class that multiplies with adapters.
 
-    vLLM's own choice on CPU gathers the adapter once per token, and a platform's choice is not an argument of the engine. None leaves vLLM's own. The platform is put back afterwards:
-    an engine keeps the wrapper that it was built with.
+    vLLM's own choice on CPU gathers the adapter once per token, and a platform's choice is not an argument of the
+    engine. None leaves vLLM's own. The platform is put back afterwards: an engine keeps what it was built with.
     """
     if qualname is None:
         yield
@@ -84,7 +84,7 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
     platform_class = type(current_platform)
     require(platform_class, "get_punica_wrapper", purpose="choose how adapters are multiplied")
     original = vars(platform_class)["get_punica_wrapper"]  # the classmethod object itself, to put back as it was
-    platform_class.get_punica_wrapper = classmethod(lambda cls: qualname)
+    platform_class.get_punica_wrapper = classmethod(lambda cls: qualname)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

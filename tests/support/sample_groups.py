@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from tiny_models import SPECIAL_TOKENS, VOCABULARY
+
 from rankup.grpo.packing import WeightedGroup
 from rankup.rollout.types import Completion, PromptGroup
-from tiny_models import SPECIAL_TOKENS, VOCABULARY
 
 
 def make_group(

@@ -1,0 +1,198 @@
+"""Loss and adapter gradients of our layouts against the plain one: stock PEFT, one padded row a completion, full logits.
+
+Everything that makes training cheap is in play on our side: each prompt once (or right padding), groups split over packs, the
+fused adapter, log-probabilities in one visit to the logits. All of it must be exact: fp32, relative error at most 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from peft import PeftModel
+from sample_groups import make_group, random_groups
+from transformers import AutoModelForCausalLM
+
+from rankup.grpo.config import AlgorithmConfig
+from rankup.grpo.losses import TOKEN_WEIGHTS, token_loss
+from rankup.grpo.packing import Pack, WeightedGroup, pack, pad
+from rankup.grpo.policy import Policy
+
+LossType = Literal["dapo", "grpo"]
+
+# Ragged prompts and completions; a prompt of one token, completions of none and of one.
+SHAPES = [(7, [5, 1, 9, 0, 4]), (1, [3, 6]), (12, [2])]
+TEMPERATURE = 0.8
+TOLERANCE = 1e-5
+
+
+def plain_peft(policy: Policy, base_folder: Path, adapter_folder: Path) -> PeftModel:
+    """Stock transformers and stock PEFT with the policy's adapter."""
+    policy.save_adapter(adapter_folder)
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager")
+    return PeftModel.from_pretrained(base, adapter_folder, is_trainable=True)
+
+
+def plain_logprobs(model: PeftModel, groups: Sequence[WeightedGroup]) -> list[torch.Tensor]:
+    """Log-probabilities of every completion that is not empty: one row each, padded on the right, full logits."""
+    completions = [(w.group.prompt_token_ids, c.token_ids) for w in groups for c in w.group.completions if c.token_ids]
+    rows = [torch.tensor(prompt + ids) for prompt, ids in completions]
+    ids_SL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask_SL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits_SLV = model(input_ids=ids_SL, attention_mask=mask_SL).logits / TEMPERATURE
+    logprobs_SL = logits_SLV[:, :-1].log_softmax(-1).gather(2, ids_SL[:, 1:, None])[..., 0]
+    return [
+        row[len(prompt) - 1 : len(prompt) - 1 + len(ids)]
+        for row, (prompt, ids) in zip(logprobs_SL, completions, strict=True)
+    ]
+
+
+def plain_loss(
+    algorithm: AlgorithmConfig,
+    logprobs: list[torch.Tensor],
+    *,
+    old: list[torch.Tensor],
+    base: list[torch.Tensor],
+    advantages: list[float],
+) -> torch.Tensor:
+    """The objective by its definition, completion by completion."""
+    means, total = [], torch.zeros(())
+    for logprobs_T, old_T, base_T, advantage in zip(logprobs, old, base, advantages, strict=True):
+        ratio_T = torch.exp(logprobs_T - old_T)
+        clipped_T = ratio_T.clamp(1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
+        loss_T = -torch.minimum(ratio_T * advantage, clipped_T * advantage)
+        loss_T = loss_T + algorithm.beta * (torch.exp(base_T - logprobs_T) - (base_T - logprobs_T) - 1)
+        means.append(loss_T.mean())
+        total = total + loss_T.sum()
+    if algorithm.loss_type == "grpo":
+        return torch.stack(means).mean()
+    return total / sum(len(logprobs_T) for logprobs_T in logprobs)
+
+
+def groups_near_the_policy(model: PeftModel) -> list[WeightedGroup]:
+    """Groups whose sampler's log-probabilities are the policy's but for noise that some tokens' clipping notices.
+
+    Most advantages are negative, so that the loss is a sum without cancellation and its relative error means something.
+    """
+    groups = random_groups(SHAPES)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        remaining = iter(plain_logprobs(model, groups))
+    noisy = []
+    for weighted in groups:
+        logprobs: list[list[float]] = []
+        for completion in weighted.group.completions:
+            exact = next(remaining) if completion.token_ids else torch.zeros(0)
+            logprobs.append((exact + 0.8 * (torch.rand(exact.shape, generator=generator) - 0.5)).tolist())
+        noisy.append(
+            make_group(
+                weighted.group.prompt_token_ids,
+                [c.token_ids for c in weighted.group.completions],
+                advantages=[advantage - 1.5 for advantage in weighted.advantages],
+                logprobs=logprobs,
+            )
+        )
+    return noisy
+
+
+def accumulate(policy: Policy, packs: list[Pack], algorithm: AlgorithmConfig, *, off_policy: bool) -> float:
+    """Our loss over all packs; leaves the gradients at the masters."""
+    weights_S = TOKEN_WEIGHTS[algorithm.loss_type](torch.cat([one.lengths_S for one in packs]))
+    loss = 0.0
+    for one, weights in zip(packs, weights_S.split([len(one.lengths_S) for one in packs]), strict=True):
+        base_N = policy.logprobs(one, temperature=TEMPERATURE, use_adapter=False)[0] if algorithm.beta else None
+        old_N = one.sampler_logprobs_N if off_policy else None
+        function = token_loss(
+            algorithm, one, weights[one.sequence_N], old_logprobs_N=old_N, base_logprobs_N=base_N
+        )
+        loss += policy.backward(one, function, temperature=TEMPERATURE)[0].item()
+    return loss
+
+
+def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((measured - expected).norm() / expected.norm()).item()
+
+
+def layouts(policy: Policy, groups: list[WeightedGroup], layout: str, budget: int) -> list[Pack]:
+    if layout == "shared":
+        assert policy.shares_prompts, policy.plain_reason
+        return pack(groups, tokens_per_pack=budget)
+    if policy.shares_prompts:
+        policy.model.set_attn_implementation("sdpa")  # what a policy that cannot share prompts has from the start
+    return pad(groups, tokens_per_pack=budget, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "off_policy", "budget"),
+    [("dapo", 0.0, False, 1000), ("grpo", 0.3, True, 1000), ("dapo", 0.3, True, 25), ("grpo", 0.0, False, 25)],
+)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *[(kind, layout) for kind in ("llama", "qwen2", "qwen3") for layout in ("shared", "plain")],
+        ("mistral", "plain"),
+        ("gemma3", "plain"),
+    ],
+)
+def test_loss_and_gradients_equal_those_of_the_plain_layout(
+    make_policy,
+    tiny_model_path,
+    tmp_path: Path,
+    kind: str,
+    layout: str,
+    loss_type: LossType,
+    beta: float,
+    off_policy: bool,
+    budget: int,
+) -> None:
+    policy: Policy = make_policy(kind)
+    policy.write_slots()
+    model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
+    groups = groups_near_the_policy(model)
+    algorithm = AlgorithmConfig(loss_type=loss_type, beta=beta)
+
+    logprobs = plain_logprobs(model, groups)
+    with torch.no_grad(), model.disable_adapter():
+        base = plain_logprobs(model, groups)
+    completions = [(c, a) for w in groups for c, a in zip(w.group.completions, w.advantages, strict=True) if c.token_ids]
+    old = [torch.tensor(c.logprobs) if off_policy else lp.detach() for (c, _), lp in zip(completions, logprobs, strict=True)]
+    expected = plain_loss(algorithm, logprobs, old=old, base=base, advantages=[a for _, a in completions])
+    expected.backward()
+
+    packs = layouts(policy, groups, layout, budget)
+    assert (len(packs) > 1) == (budget < 1000)
+    measured = accumulate(policy, packs, algorithm, off_policy=off_policy)
+    assert measured == pytest.approx(expected.item(), rel=TOLERANCE)
+    stock = dict(model.named_parameters())
+    assert len(policy.layers) == 14, "seven projections in each of two layers"
+    errors = {}
+    for name, layer in policy.layers.items():
+        for part, weight in (("lora_A", layer.master_a), ("lora_B", layer.master_b)):
+            gradient = stock[f"base_model.model.{name}.{part}.default.weight"].grad
+            assert gradient is not None and weight.grad is not None
+            errors[f"{name}.{part}"] = relative_error(weight.grad, gradient)
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+def test_logprobs_and_entropies_with_and_without_the_adapter(
+    make_policy, tiny_model_path, tmp_path: Path, kind: str
+) -> None:
+    policy: Policy = make_policy(kind)
+    policy.write_slots()
+    model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
+    groups = random_groups(SHAPES)
+    packs = layouts(policy, groups, "shared" if policy.shares_prompts else "plain", 25)
+    found = {}
+    for use_adapter in (True, False):
+        results = [policy.logprobs(one, temperature=TEMPERATURE, use_adapter=use_adapter) for one in packs]
+        found[use_adapter], entropies = (torch.cat(parts) for parts in zip(*results, strict=True))
+        assert (entropies > 0).all() and not found[use_adapter].requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(found[True], torch.cat(plain_logprobs(model, groups)), rtol=1e-5, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(found[False], torch.cat(plain_logprobs(model, groups)), rtol=1e-5, atol=1e-5)
+    assert (found[True] - found[False]).abs().mean() > 0.1, "an adapter that does nothing would prove nothing"

@@ -1,0 +1,87 @@
+"""The commands and run files in the documentation are ones that work."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankup.grpo.cli import make_parser
+from rankup.grpo.config import GRPOConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+SHELLS = {"bash", "sh", "shell", "console"}
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of every fenced block of a Markdown page."""
+    pattern = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+    return [(match[1].lower(), match[2]) for match in pattern.finditer(text)]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command line of ours in a page's shell blocks: what starts with `scripts/` or `rankup`."""
+    blocks = [block.replace("\\\n", " ") for language, block in code_blocks(text) if language in SHELLS]
+    lines = [
+        line.strip().removeprefix("$ ").removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()
+    ]
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"rankup\b|scripts/", line)]
+
+
+def problem(words: list[str]) -> str | None:
+    """What is wrong with a command line; None if it works."""
+    name, *arguments = words
+    if name != "rankup":
+        is_script = (ROOT / name).is_file() and os.access(ROOT / name, os.X_OK)
+        return None if is_script else "there is no such script, or it cannot be executed"
+    try:
+        options = make_parser().parse_args(arguments)
+    except SystemExit as exit_:  # 0 after --help
+        return "rankup does not understand it" if exit_.code else None
+    # A file in a folder is one of the repository's; a bare name, such as run.yaml, is the reader's own; so is a run.
+    is_ours = options.file.suffix == ".yaml" and len(options.file.parts) > 1
+    if not is_ours:
+        return None
+    try:
+        load_config(ROOT / options.file, options.overrides)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("line", "works"),
+    [
+        ("scripts/test.sh -m 'not engine'  # the quick ones", True),
+        ("$ rankup train configs/quickstart.yaml lora.rank=128 \\\n    seed=7", True),
+        (".venv/bin/rankup eval runs/quickstart", True),
+        ("rankup train my.yaml", True),
+        ("rankup --help", True),
+        ("scripts/no_such_script.sh", False),
+        ("scripts/bench/common.py", False),
+        ("rankup learn configs/quickstart.yaml", False),
+        ("rankup train", False),
+        ("rankup train configs/no_such_file.yaml", False),
+        ("rankup train configs/quickstart.yaml lora.rnk=128", False),
+    ],
+)
+def test_what_counts_as_a_command_that_works(line: str, works: bool):
+    (words,) = commands(f"Text.\n\n```bash\n# a comment\n{line}\ncat LICENSE\n```\nrankup is no command here.\n")
+    assert (problem(words) is None) is works
+
+
+def test_every_command_of_the_documentation_works():
+    found = [(page.name, words) for page in PAGES for words in commands(page.read_text())]
+    assert len([words for page, words in found if page == "README.md"]) >= 4
+    problems = {f"{page}: {shlex.join(words)}": problem(words) for page, words in found}
+    assert {command: what for command, what in problems.items() if what is not None} == {}
+
+
+def test_every_run_file_of_the_documentation_is_valid():
+    blocks = [block for page in PAGES for language, block in code_blocks(page.read_text()) if language == "yaml"]
+    assert blocks
+    for block in blocks:
+        GRPOConfig(**yaml.safe_load(block))
