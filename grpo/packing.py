@@ -12,7 +12,7 @@ Legend: L tokens of a pack, N targets (all completion tokens of the pack), S com
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Pack:
     sequence_N: torch.Tensor
     lengths_S: torch.Tensor
     num_input_tokens: int
-    num_padding_tokens: int = field(default=0)
+    num_padding_tokens: int
 
 
 def pack(groups: Iterable[WeightedGroup], *, tokens_per_pack: int, device: str = "cpu") -> list[Pack]:
@@ -142,7 +142,9 @@ def _shared_pack(groups: list[WeightedGroup], device: str) -> Pack:
         "position_ids": torch.tensor([positions], device=device),
         "shared_prompt_layout": SharedPromptLayout.build(shapes, device),
     }
-    return Pack(model_inputs=inputs_1L, num_input_tokens=len(ids), **_targets(groups, source, device))
+    return Pack(
+        model_inputs=inputs_1L, num_input_tokens=len(ids), num_padding_tokens=0, **_targets(groups, source, device)
+    )
 
 
 def _padded_pack(groups: list[WeightedGroup], pad_token_id: int, device: str) -> Pack:

@@ -94,7 +94,8 @@ class Policy:
         gradient_checkpointing: bool = False,
     ) -> None:
         shared_prompt_attention.register()
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)).to(device)
+        base = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)))
+        nn.Module.to(base, device)
         _check_head(base)
         _check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
@@ -150,9 +151,9 @@ class Policy:
     def write_slots(self) -> None:
         """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
         layers = self.layers.values()
-        torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])
-        scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)
-        torch._foreach_copy_(self._slot_b, scaled)
+        torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])  # type: ignore[attr-defined]
+        scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)  # type: ignore[attr-defined]
+        torch._foreach_copy_(self._slot_b, scaled)  # type: ignore[attr-defined]
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
@@ -211,7 +212,7 @@ class Policy:
 
     @property
     def _head(self) -> torch.Tensor:
-        return self.model.get_output_embeddings().weight.detach()
+        return cast(nn.Linear, self.model.get_output_embeddings()).weight.detach()
 
     @contextmanager
     def _adapter(self, use_adapter: bool) -> Iterator[None]:
@@ -224,8 +225,11 @@ class Policy:
     def _own_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
         return {
             name: AdapterSlot.empty(
-                max_rank=max_rank, in_features=layer.in_features, out_features=layer.out_features,
-                dtype=dtype, device=self.device,
+                max_rank=max_rank,
+                in_features=layer.base_weight.shape[1],
+                out_features=layer.base_weight.shape[0],
+                dtype=dtype,
+                device=self.device,
             )
             for name, layer in self.layers.items()
         }

@@ -42,7 +42,7 @@ class _FusedLoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (grad_TO,) = grads
         x_TI, weight_OI, a_RI, b_OR = ctx.saved_tensors
         u_TR = grad_TO @ b_OR

@@ -78,13 +78,13 @@ def shared_prompt_attention(
     Two products a group: the prompt by itself, and all completions as a batch of G whose keys are the prompt's followed by
     their own.
     """
-    scaling = query_HLD.shape[-1] ** -0.5 if scaling is None else scaling
+    scale: float = query_HLD.shape[-1] ** -0.5 if scaling is None else scaling
     pieces = []
     for group in layout.groups:
         prompt = (t[None, :, group.prompt] for t in (query_HLD, key_KLD, value_KLD))
-        pieces.append(_attend(*prompt, scaling=scaling)[0].transpose(0, 1))
+        pieces.append(_attend(*prompt, scaling=scale)[0].transpose(0, 1))
         if group.completions.start < group.completions.stop:
-            pieces.append(_completions_attention(query_HLD, key_KLD, value_KLD, group, scaling))
+            pieces.append(_completions_attention(query_HLD, key_KLD, value_KLD, group, scale))
     return torch.cat(pieces)
 
 

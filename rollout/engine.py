@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 ADAPTER_ID = 1
+CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, prompts whole
 # vLLM wraps the packed layers. Naming targets keeps LoRA off embeddings and LM head: half of a step's time on CPU.
 PACKED_NAMES = {
     "q_proj": "qkv_proj",
@@ -100,6 +101,9 @@ class RolloutEngine:
             # A prompt's last, partial block of keys is computed once per completion: small blocks share more of it.
             block_size=32 if on_cpu else None,
             enable_prefix_caching=True,
+            # vLLM 0.32 rewinds a request's generator after a part of its prompt, which a CPU generator cannot: no parts.
+            enable_chunked_prefill=False if on_cpu else None,
+            max_num_batched_tokens=max(CPU_BATCHED_TOKENS, settings.max_model_len) if on_cpu else None,
             kv_cache_memory_bytes=settings.kv_cache_bytes if on_cpu else None,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,

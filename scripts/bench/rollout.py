@@ -5,7 +5,8 @@
 length; temperature 1, a seed a prompt, the log-probability of every sampled token). Each prompt is a single token, so a
 run is decoding and nothing else: no side gains or loses by how it computes prompts, and stock vLLM, which takes minutes
 for 128 ordinary prompts with an adapter on CPU, can be asked for fewer tokens. `with_prompts` is a whole rollout of the
-quick start, prompts computed anew, for rankup and the base model.
+quick start, prompts computed anew, for rankup and the base model; it goes without seeds, because vLLM 0.32 on CPU fails
+where a request with a seed has its prompt computed in two parts.
 
 Repeats are interleaved. Each engine sits in a process of its own that sleeps while another is measured; how much
 processor time the sleepers took is in the result. Before measuring, rankup and stock vLLM must agree on the
@@ -59,12 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured runs of each engine (default 5)")
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens of a completion (default 32)")
+    parser.add_argument("--tokens", type=int, default=24, metavar="N", help="tokens of a completion (default 24)")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or not 1 <= options.tokens <= 64:
         parser.error("--repeats must be at least 1 and --tokens from 1 to 64")
@@ -86,7 +85,7 @@ class RolloutBench:
         self.decoding: dict[str, list[float]] = {name: [] for name in SIDES}
         self.with_prompts: dict[str, list[float]] = {"rankup": [], "base": []}
         self.idle_share = 0.0
-        self.step = 0
+        self.samples = 0
 
     def _start(self, name: str, side: str, **options: Any) -> None:
         print(f"starting {SIDES[name]}", flush=True)
@@ -107,32 +106,35 @@ class RolloutBench:
             raise SystemExit(f"rankup and stock vLLM do not compute the same policy: {self.agreement}")
 
     def measure(self, repeats: int, *, tokens: int) -> None:
-        """Warm up, then measure `repeats` rounds; every other round includes stock vLLM with the adapter."""
+        """Warm up, then measure `repeats` rounds; every other one includes what takes long."""
         self.tokens = {"rankup": tokens, "base": tokens, "stock": max(1, tokens // STOCK_SHARE)}
         print("warming up", flush=True)
         for name in SIDES:
             self._sample(name, _single_tokens(), max(1, self.tokens[name] // 4))
         for repeat in range(repeats):
-            names = [name for name in SIDES if name != "stock" or repeat % 2 == 0]
-            for name in names if repeat % 2 == 0 else reversed(names):
+            is_long = repeat % 2 == 0
+            names = [name for name in SIDES if name != "stock" or is_long]
+            for name in names if is_long else reversed(names):
                 self.decoding[name].append(self._sample(name, _single_tokens(), self.tokens[name]))
-                if name in self.with_prompts:
+                if is_long and name in self.with_prompts:
                     self.workers[name].call("forget_prompts")
-                    rate = self._sample(name, self.prompts, self.about["completion_length"])
+                    rate = self._sample(name, self.prompts, self.about["completion_length"], seeded=False)
                     self.with_prompts[name].append(rate)
             latest = ", ".join(f"{name} {self.decoding[name][-1]:.1f}" for name in names)
             print(f"repeat {repeat + 1} of {repeats}: {latest} tokens/s", flush=True)
         self.publish_ms, self.files_opened = self.workers["rankup"].call("publish", PUBLISHES)
 
-    def _sample(self, name: str, prompts: list[list[int]], tokens: int) -> float:
+    def _sample(self, name: str, prompts: list[list[int]], tokens: int, *, seeded: bool = True) -> float:
         """Tokens per second of one run, while the other engines must sleep."""
         from rankup.rollout.types import SamplingSettings
 
-        self.step += 1
         sampling = SamplingSettings(num_generations=COMPLETIONS, max_completion_length=tokens, temperature=1.0)
         sleepers = [worker for other, worker in self.workers.items() if other != name]
         before = sum(worker.cpu_seconds() for worker in sleepers)
-        sampled, seconds = self.workers[name].call("sample", prompts, sampling, self.step)
+        self.samples += 1
+        first = self.samples * PROMPTS * COMPLETIONS  # a completion's seed is its prompt's plus its own number
+        seeds = [first + index * COMPLETIONS for index in range(len(prompts))] if seeded else None
+        sampled, seconds = self.workers[name].call("sample", prompts, sampling, seeds)
         self.idle_share = max(self.idle_share, (sum(worker.cpu_seconds() for worker in sleepers) - before) / seconds)
         assert sampled == len(prompts) * COMPLETIONS * tokens, "every completion has the full length"
         return sampled / seconds
@@ -149,8 +151,7 @@ class RolloutBench:
             "files_opened": len(self.files_opened),
             "what": " ".join((__doc__ or "").split()),
             "tokens_per_second": decoding,
-            "with_prompts": with_prompts
-            | {"ratio_to_base": with_prompts["rankup"]["median"] / with_prompts["base"]["median"]},
+            "with_prompts": with_prompts | {"ratio_to_base": with_prompts["rankup"]["median"] / with_prompts["base"]["median"]},
             "publish": publish,
             "agreement": self.agreement,
             "idle_engines_cpu_share": self.idle_share,
@@ -164,7 +165,7 @@ class RolloutBench:
                     "prompt_lengths": [len(ids) for ids in self.prompts],
                     "tokens_per_completion": self.about["completion_length"],
                 },
-                "sampling": "temperature 1, logprobs=0, a seed a prompt, ignore_eos; the same on all sides",
+                "sampling": "temperature 1, logprobs=0, a seed a prompt (none with_prompts), ignore_eos; same on all sides",
                 "processes": "in-process engine, all cores, freed memory kept; the same on all sides",
                 "rankup": {key: value for key, value in self.about.items() if key != "model_path"},
                 "base": self.workers["base"].call("describe"),

@@ -15,7 +15,7 @@ from sample_groups import random_groups
 from transformers import AutoModelForCausalLM
 
 from rankup.grpo.config import LoraConfig
-from rankup.grpo.packing import Pack, pack
+from rankup.grpo.packing import Pack, pack, pad
 from rankup.grpo.policy import Policy
 from rankup.rollout.slots import AdapterSlot
 
@@ -33,8 +33,9 @@ def new_policy(tiny_model_path) -> Make:
     """A policy as training makes it, B = 0, with any argument of `Policy`; `lora` takes a dictionary."""
 
     def make(kind: str = "llama", *, lora: dict[str, Any] | None = None, **arguments: Any) -> Policy:
-        config = LoraConfig(**{"rank": 16, "alpha": 8} | (lora or {}))
-        return Policy(str(tiny_model_path(kind)), lora=config, **{"dtype": "float32"} | arguments)
+        options: dict[str, Any] = {"rank": 16, "alpha": 8} | (lora or {})
+        arguments = {"dtype": "float32"} | arguments
+        return Policy(str(tiny_model_path(kind)), lora=LoraConfig(**options), **arguments)
 
     return make
 
@@ -296,8 +297,6 @@ def test_gradients_add_up(make_policy: Make, one: Pack) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str) -> None:
-    from rankup.grpo.packing import pad
-
     groups = random_groups([(5, [4, 1, 6]), (3, [7])])
     gradients, visits = [], []
     for gradient_checkpointing in (False, True):

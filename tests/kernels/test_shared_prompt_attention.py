@@ -100,13 +100,13 @@ def test_bf16_is_as_exact_as_the_plain_formulation(scores_limit: int, plain: str
     monkeypatch.setattr(attention, "SCORES_LIMIT", scores_limit)
     groups = [(30, [20, 7, 33]), (11, [40])]
     layout, mask_LL = SharedPromptLayout.build(groups), visible(groups)
-    inputs = make_inputs(layout.length, 4, 2, torch.bfloat16)
-    exact = masked_attention(*(t.double() for t in inputs), mask_LL, 0.5)
+    query, key, value = inputs = make_inputs(layout.length, 4, 2, torch.bfloat16)
+    exact = masked_attention(query.double(), key.double(), value.double(), mask_LL, 0.5)
     if plain == "eager":
         expected = masked_attention(*inputs, mask_LL, 0.5)
     else:
-        batched = (t[None] for t in inputs)
-        expected = scaled_dot_product_attention(*batched, attn_mask=mask_LL, enable_gqa=True)[0].transpose(0, 1)
+        batched = scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask_LL, enable_gqa=True)
+        expected = batched[0].transpose(0, 1)
     ours = shared_prompt_attention(*inputs, layout, None)
     assert ours.dtype == torch.bfloat16
     assert (ours.double() - exact).norm() <= 1.5 * (expected.double() - exact).norm()
@@ -125,14 +125,14 @@ def test_as_transformers_calls_it() -> None:
     groups = [(3, [2, 4])]
     layout = SharedPromptLayout.build(groups)
     inputs = make_inputs(layout.length, 4, 2)
-    batched = [t[None] for t in inputs]
+    query, key, value = (t[None] for t in inputs)
     module = torch.nn.Module()
     output, weights = transformers_attention(
-        module, *batched, None, shared_prompt_layout=layout, scaling=0.3, sliding_window=None, is_causal=True
+        module, query, key, value, None, shared_prompt_layout=layout, scaling=0.3, sliding_window=None, is_causal=True
     )
     assert output.shape == (1, layout.length, 4, 4) and weights is None
     torch.testing.assert_close(output[0], masked_attention(*inputs, visible(groups), 0.3))
     with pytest.raises(AssertionError, match="one pack at a time"):
-        transformers_attention(module, *(t[:, :, 1:] for t in batched), None, shared_prompt_layout=layout)
+        transformers_attention(module, query[:, :, 1:], key, value, None, shared_prompt_layout=layout)
     with pytest.raises(AssertionError, match="dropout"):
-        transformers_attention(module, *batched, None, shared_prompt_layout=layout, dropout=0.1)
+        transformers_attention(module, query, key, value, None, shared_prompt_layout=layout, dropout=0.1)

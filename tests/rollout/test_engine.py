@@ -43,6 +43,15 @@ def test_the_same_seeds_give_the_same_bits_and_others_do_not(make_engine):
     assert len({c.token_ids for c in first[0].completions}) > 1, "the completions of a group have seeds of their own"
 
 
+def test_seeds_hold_for_more_prompt_tokens_than_an_engine_step_takes(make_engine):
+    """On CPU vLLM crashes on a seeded request whose prompt is split over two steps."""
+    engine = make_engine()
+    prompts = [[5 + (7 * i + j) % 200 for j in range(200 + i)] for i in range(32)]
+    assert sum(map(len, prompts)) > 4096
+    groups = list(engine.rollout(prompts, settings(num_generations=2, max_completion_length=4), seeds=range(32)))
+    assert len(groups) == 32
+
+
 def test_request_seeds_differ_for_every_run_step_and_place():
     seeds = {request_seed(run, step, i) for run in range(5) for step in range(20) for i in range(20)}
     assert len(seeds) == 2000
