@@ -81,14 +81,11 @@ def train(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`rankup eval RUN|FILE [section.field=value ...]`"""
-    adapter: Path | None = None
-    config_file: Path = options.file
-    if options.file.is_dir():
-        adapter, config_file = options.file / "adapter", options.file / CONFIG_FILE
-        if not (adapter / "adapter_model.safetensors").is_file():  # known before an engine is started for it
-            raise ValueError(
-                f"no adapter in {adapter}: {options.file} is not the folder of a run, or the run saved none"
-            )
+    run_or_file: Path = options.file
+    adapter = run_or_file / "adapter" if run_or_file.is_dir() else None
+    config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
+    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine is started for it
+        raise ValueError(f"no adapter in {adapter}: {run_or_file} is not the folder of a run, or the run saved none")
     trainer = _trainer(load_config(config_file, options.overrides))
     reward = trainer.evaluate(adapter=adapter)
     count = len(trainer.eval_prompts.rows) if trainer.eval_prompts else 0

@@ -67,7 +67,8 @@ def prove_slots(
             report(proofs[-1])
     finally:
         with torch.no_grad():
-            torch._foreach_copy_([p.data for p in policy.masters], saved)
+            for master, before in zip(policy.masters, saved, strict=True):
+                master.copy_(before)
         engine.publish(policy.write_slots)
     failed = [proof for proof in proofs if not proof.holds]
     if failed:
