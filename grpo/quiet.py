@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 
 @contextmanager
@@ -17,21 +17,22 @@ def quiet_stderr() -> Iterator[None]:
 
     Libraries draw progress bars and print remarks there (NUMA, missing optional packages) that no argument turns off.
     """
-    sys.stderr.flush()
+    stream = sys.stderr  # not always file descriptor 2: a live terminal view puts its own in place
+    stream.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as held, warnings.catch_warnings():
+    with tempfile.TemporaryFile("w+", errors="replace") as held, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         os.dup2(held.fileno(), 2)
         try:
-            yield
+            with redirect_stderr(held):
+                yield
         except BaseException:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
+            held.flush()
             held.seek(0)
-            sys.stderr.write(held.read().decode(errors="replace"))
+            os.dup2(saved, 2)
+            stream.write(held.read())
             raise
         finally:
-            sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)
 

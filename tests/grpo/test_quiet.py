@@ -1,5 +1,6 @@
 """Other libraries' remarks are held back, and shown if what they led up to fails."""
 
+import io
 import logging
 import os
 import sys
@@ -35,6 +36,19 @@ def test_remarks_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
         print("afterwards", file=sys.stderr, flush=True)
         os.write(2, b"by C afterwards\n")
     assert capfd.readouterr() == ("result\n", "afterwards\nby C afterwards\n")
+
+
+def test_a_stream_that_something_else_put_in_place_is_held_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live terminal view shows what is written to `sys.stderr` above itself."""
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with quiet_stderr():
+        remark()
+    assert shown.getvalue() == ""
+    with pytest.raises(RuntimeError), quiet_stderr():
+        remark()
+        raise RuntimeError
+    assert "by python" in shown.getvalue()
 
 
 def test_what_was_said_before_is_not_held_back(capfd: pytest.CaptureFixture[str]) -> None:
