@@ -166,7 +166,7 @@ class RolloutBench:
                     "tokens_per_completion": self.about["completion_length"],
                 },
                 "sampling": "temperature 1, logprobs=0, a seed a prompt (none with_prompts), ignore_eos; same on all sides",
-                "processes": "in-process engine, all cores, freed memory kept; the same on all sides",
+                "processes": "in-process engine, all cores; freed memory kept by rankup and base",
                 "rankup": {key: value for key, value in self.about.items() if key != "model_path"},
                 "base": self.workers["base"].call("describe"),
                 "stock": self.workers["stock"].call("describe"),

@@ -1,7 +1,8 @@
 """The three engines of `rollout.py`, each made in a process of its own: rankup's, and stock vLLM with and without LoRA.
 
 All of them run in their process, on all cores (vLLM's other choice, an engine process beside the caller, keeps one core
-for the caller: half the speed on two), with freed memory kept, and get the very same sampling parameters.
+for the caller: half the speed on two) and get the very same sampling parameters. rankup and the base model keep freed
+memory (`kernels/cpu_memory.py`); stock vLLM with the adapter is left as its users have it.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class StockSide:
     """
 
     def __init__(self, *, model_path: str, kv_cache_bytes: int, adapter_folder: Path | None, rank: int) -> None:
-        keep_freed_memory()
+        if adapter_folder is None:  # so that the ratio to the base model is what the adapter costs, and nothing else
+            keep_freed_memory()
         import_vllm()
         from vllm import LLM
         from vllm.lora.request import LoRARequest
