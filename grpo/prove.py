@@ -25,8 +25,9 @@ from .policy import ADAPTER, FusedLoRALinear, Policy
 STRENGTH_TOGETHER = 0.05
 STRENGTH_ALONE = 4.0
 PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
-# The largest difference that counts as rounding, as a share of what the adapter changes; a misplaced one gives about 1.4.
-TOLERANCE = 0.35
+# The largest difference that counts as rounding, as a share of what the adapter changes. In bf16 rounding gives up to 0.35
+# (keys of SmolLM2-135M); a scale that is wrong by two gives 0.5, a misplaced adapter about 1.4.
+TOLERANCE = 0.42
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

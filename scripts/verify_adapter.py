@@ -104,6 +104,7 @@ def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequenc
         enable_lora=True,
         max_lora_rank=config.lora.max_rank,
         max_model_len=config.rollout.max_model_length,
+        kv_cache_memory_bytes=2**30,  # by default vLLM would take most of the memory
     )
     outputs = llm.generate(
         [{"prompt_token_ids": list(row.token_ids)} for row in rows],
