@@ -12,64 +12,24 @@ PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..kernels import shared_prompt_attention
 from ..kernels.logprob import TokenLoss, linear_logprob_loss, linear_logprobs
-from ..kernels.lora import fused_lora_linear
 from ..rollout.slots import AdapterSlot
+from .adapters import check_targets, inject
 from .config import LoraConfig
+from .lora_layers import ADAPTER, FusedLoRALinear
 from .packing import Pack
-
-ADAPTER = "default"  # PEFT's name for the first adapter
-
-
-class FusedLoRALinear(PeftLoraLinear):
-    """PEFT's LoRA linear layer whose forward reads the slot instead of the masters. `slot` is set by `Policy.attach`."""
-
-    slot: AdapterSlot
-
-    @property
-    def master_a(self) -> nn.Parameter:
-        """A, [r, d_in] in fp32."""
-        return cast(nn.Parameter, self.lora_A[ADAPTER].weight)
-
-    @property
-    def master_b(self) -> nn.Parameter:
-        """B, [d_out, r] in fp32."""
-        return cast(nn.Parameter, self.lora_B[ADAPTER].weight)
-
-    @property
-    def base_weight(self) -> torch.Tensor:
-        """W, [d_out, d_in], frozen."""
-        return cast(torch.Tensor, self.get_base_layer().weight)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """[..., d_in] -> [..., d_out]; the base layer alone while PEFT's adapters are disabled."""
-        base = self.get_base_layer()
-        if self.disable_adapters:
-            return base(x)
-        rank = self.r[ADAPTER]
-        return fused_lora_linear(
-            x,
-            self.base_weight,
-            cast("torch.Tensor | None", base.bias),
-            self.master_a,
-            self.master_b,
-            self.slot.a[:rank],
-            self.slot.b[:, :rank],
-            self.scaling[ADAPTER],
-        )
 
 
 class Policy:
@@ -97,13 +57,13 @@ class Policy:
         base = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)))
         nn.Module.to(base, device)
         _check_head(base)
-        _check_targets(base, lora.target_modules)
+        check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
         base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else "sdpa")
         self.device = device
         self.model = base
-        self.peft_model = _inject(base, lora, seed)
+        self.peft_model = inject(base, lora, seed)
         self.layers = {
             name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALinear)
         }
@@ -261,35 +221,3 @@ def _check_head(model: PreTrainedModel) -> None:
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{type(model).__name__} changes its logits ({name}): its log-probabilities are not implemented")
-
-
-def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    head = model.get_output_embeddings()
-    for target in targets:
-        modules = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
-        if not modules:
-            raise ValueError(f"lora.targets: {type(model).__name__} has no layer {target}")
-        if any(module is head or not isinstance(module, nn.Linear) for module in modules):
-            raise ValueError(f"lora.targets: {target} cannot be adapted: only linear layers before the head can")
-
-
-def _inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-    config = PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        use_rslora=lora.use_rslora,
-        target_modules=list(lora.target_modules),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    config._register_custom_module({nn.Linear: FusedLoRALinear})
-    # PEFT draws A from the global generator; the run's seed, and nothing that ran before, decides what it draws.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        peft_model = get_peft_model(base, config)
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
-
-

@@ -18,8 +18,9 @@ import torch
 
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import Completion, PromptGroup, SamplingSettings
+from .lora_layers import ADAPTER, FusedLoRALinear
 from .packing import Pack, WeightedGroup, pack, pad
-from .policy import ADAPTER, FusedLoRALinear, Policy
+from .policy import Policy
 
 # Strength of a proving adapter: the norm of its update relative to the base weight's.
 STRENGTH_TOGETHER = 0.05
