@@ -10,6 +10,7 @@ from typing import Any
 from ..rewards.runner import Scorer, Scores
 from ..rollout.engine import EngineSettings, RolloutEngine, request_seed
 from ..rollout.types import PromptGroup, SamplingSettings
+from .adapters import target_module_names
 from .config import GRPOConfig
 from .data import PromptRow
 
@@ -33,10 +34,14 @@ class Collected:
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
-    """What the configuration asks of vLLM."""
+    """What the configuration asks of vLLM.
+
+    Raises:
+        ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
+    """
     return EngineSettings(
         model=model_path,
-        target_modules=tuple(config.lora.target_modules),
+        target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,
         dtype=config.model.dtype,
         seed=config.seed,

@@ -4,8 +4,8 @@
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
 
-The fields stand in `config_sections.py`. A configuration is frozen: it does not change in a run. Every mistake is a
-`ValueError` with one line a problem. Nothing here imports torch.
+The fields stand in `config_sections.py` and `config_lora.py`. A configuration is frozen: it does not change in a run.
+Every mistake is a `ValueError` with one line a problem. Nothing here imports torch.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError
 
 from .config_loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
+from .config_lora import LoraConfig
 from .config_sections import (
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
-    LoraConfig,
     ModelConfig,
     OptimConfig,
     RewardsConfig,

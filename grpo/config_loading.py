@@ -27,6 +27,7 @@ TRL_NAMES = {
     "model_revision": "model.revision",
     "lora_r": "lora.rank",
     "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.targets",
 }
 """Flat names of TRL that differ from ours and mean the same."""
@@ -37,7 +38,6 @@ HINTS = {
     "per_device_train_batch_size": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
     "gradient_accumulation_steps": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
     "num_train_epochs": "the length of a run is optim.max_steps",
-    "lora_dropout": "there is no dropout: trainer and sampler would be two different policies",
 }
 """Names that people bring along and that no spelling rule would find."""
 

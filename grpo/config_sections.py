@@ -1,4 +1,5 @@
-"""The sections of a run's configuration, one pydantic model each; `config.py` puts them together.
+"""The sections of a run's configuration, one pydantic model each (the adapter's is in `config_lora.py`); `config.py` puts
+them together.
 
 Each field says what it is, its unit and its bounds in the docstring below it. Names are those of TRL and PEFT where
 they have the concept. Where one field bounds another, the validator stands with the field that comes second.
@@ -9,14 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-
-ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGET_PRESETS: dict[str, list[str]] = {
-    "qkv": ATTENTION_MODULES[:3],
-    "attention": ATTENTION_MODULES,
-    "all-linear": [*ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj"],
-}
-"""What the names in `lora.targets` stand for."""
 
 
 class Section(BaseModel):
@@ -38,66 +31,6 @@ class ModelConfig(Section):
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and of the adapter that vLLM samples with. Adapter masters are always float32."""
-
-
-class LoraConfig(Section):
-    """The adapter. Updates are `scaling * B @ A`; dropout is 0, or trainer and sampler would be two policies."""
-
-    rank: int = Field(default=64, ge=1)
-    """Rank of the update (PEFT's `r`), 1 to 128."""
-
-    alpha: float = Field(default=32.0, gt=0)
-    """Numerator of the scale (PEFT's `lora_alpha`), above 0. A fixed alpha lets one learning rate serve all ranks."""
-
-    max_rank: Literal[64, 128] = Field(default=None, validate_default=True)
-    """Rank that vLLM's buffers are made for (vLLM's `max_lora_rank`), 64 or 128. None: the smallest that holds the
-    rank."""
-
-    use_rslora: bool = False
-    """Scale by `alpha / sqrt(rank)` in place of `alpha / rank` (rsLoRA, 2312.03732)."""
-
-    targets: Literal["all-linear", "attention", "qkv"] | list[str] = "all-linear"
-    """Linear layers with an adapter (PEFT's `target_modules`): `qkv`, `attention` (and o_proj), `all-linear` (and
-    gate_proj, up_proj, down_proj), or a list of module names."""
-
-    @field_validator("rank")
-    @classmethod
-    def _rank_fits_the_buffers(cls, rank: int) -> int:
-        if rank > 128:
-            raise ValueError(
-                f"must be at most 128 (got {rank}): the adapter lives in vLLM's buffers, which are made for rank "
-                "64 or 128 here, and quality does not rise beyond 128"
-            )
-        return rank
-
-    @field_validator("max_rank", mode="before")
-    @classmethod
-    def _smallest_that_holds_the_rank(cls, max_rank: object, info: ValidationInfo) -> object:
-        rank = info.data.get("rank", 1)  # absent when the rank itself is wrong, which is reported there
-        if max_rank is None:
-            return 64 if rank <= 64 else 128
-        if max_rank == 64 and rank > 64:
-            raise ValueError(f"must hold lora.rank, which is {rank} (got 64); write 128 or leave it out")
-        return max_rank
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _preset_or_names(cls, targets: object) -> object:
-        if isinstance(targets, str) and targets in TARGET_PRESETS:
-            return targets
-        if isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
-            return targets
-        raise ValueError(f"must be {', '.join(TARGET_PRESETS)} or a list of module names (got {targets!r})")
-
-    @property
-    def scaling(self) -> float:
-        """Factor of `B @ A`: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    @property
-    def target_modules(self) -> list[str]:
-        """`targets` spelled out as module names."""
-        return list(TARGET_PRESETS[self.targets] if isinstance(self.targets, str) else self.targets)
 
 
 class RolloutConfig(Section):

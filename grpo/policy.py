@@ -11,24 +11,26 @@ PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALi
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..kernels import shared_prompt_attention
-from ..kernels.logprob import TokenLoss, linear_logprob_loss, linear_logprobs
+from ..kernels.logprob import Head, TokenLoss, linear_logprob_loss, linear_logprobs
 from ..rollout.slots import AdapterSlot
-from .adapters import check_targets, inject
+from .adapters import check_saved_config, check_targets, inject
 from .config import LoraConfig
-from .lora_layers import ADAPTER, FusedLoRALinear
+from .fusing import fuse
+from .heads import head_of
+from .lora_layers import ADAPTER, FusedLoRALinear, projection
 from .packing import Pack
 
 
@@ -37,7 +39,9 @@ class Policy:
 
     Attributes:
         model: the transformers model with PEFT's layers inside.
+        layers: the adapted layers by their name in the model.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
+        fusion: which layers compute together, and what does not and why.
 
     Raises:
         ValueError: the model cannot be adapted as asked, or does something after its head that is not implemented.
@@ -56,11 +60,11 @@ class Policy:
         shared_prompt_attention.register()
         base = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)))
         nn.Module.to(base, device)
-        _check_head(base)
+        self._bare_head = head_of(base)
         check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
-        base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else "sdpa")
+        base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else _plain_attention(base))
         self.device = device
         self.model = base
         self.peft_model = inject(base, lora, seed)
@@ -69,6 +73,7 @@ class Policy:
         }
         self.attach(self._own_slots(lora.max_rank, getattr(torch, dtype)))
         self.write_slots()
+        self.fusion = fuse(base, self._any_forward)
         if gradient_checkpointing:
             base.gradient_checkpointing_enable()
             base.train()  # transformers recomputes in training mode only; there is no dropout to switch on
@@ -119,7 +124,8 @@ class Policy:
         """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.peft_model.save_pretrained(str(partial))
+        # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.
+        self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -128,17 +134,11 @@ class Policy:
         """Read masters from an adapter in PEFT's format. Publish afterwards.
 
         Raises:
-            ValueError: no adapter there, or one of another scale or of other shapes. Nothing was read then.
+            ValueError: no adapter there, or one of another kind, scale or shapes. Nothing was read then.
         """
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(f"no adapter in {folder}: adapter_model.safetensors is missing")
-        theirs, ours = PeftLoraConfig.from_pretrained(str(folder)), self.peft_model.peft_config[ADAPTER]
-        for name in ("r", "lora_alpha", "use_rslora"):  # another scale would make another function of the same masters
-            if getattr(theirs, name) != getattr(ours, name):
-                raise ValueError(
-                    f"the adapter in {folder} does not fit this configuration: "
-                    f"its {name} is {getattr(theirs, name)}, not {getattr(ours, name)}"
-                )
+        check_saved_config(folder, self.peft_model.peft_config[ADAPTER])
         weights = load_peft_weights(str(folder), device=self.device)
         expected = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         shapes, expected_shapes = ({key: t.shape for key, t in tensors.items()} for tensors in (weights, expected))
@@ -153,26 +153,36 @@ class Policy:
     def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
         with self._adapter(use_adapter):
-            hidden_ND = self._hidden(pack)
-        return linear_logprobs(hidden_ND, self._head, pack.targets_N, temperature=temperature)
+            hidden_ND, head = self._hidden(pack), self.head
+        return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature)
 
     def backward(
         self, pack: Pack, token_loss: TokenLoss, *, temperature: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N]."""
         loss, logprobs_N, entropy_N = linear_logprob_loss(
-            self._hidden(pack), self._head, pack.targets_N, token_loss, temperature=temperature
+            self._hidden(pack), self.head, pack.targets_N, token_loss, temperature=temperature
         )
         loss.backward()
         return loss.detach(), logprobs_N, entropy_N
 
+    def _any_forward(self) -> None:
+        """The model once, on two tokens."""
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
+        if self.shares_prompts:
+            inputs["shared_prompt_layout"] = shared_prompt_attention.SharedPromptLayout.build([(2, [])], self.device)
+        self.model.base_model(**inputs, use_cache=False)
+
     def _hidden(self, pack: Pack) -> torch.Tensor:
         output = self.model.base_model(**pack.model_inputs, use_cache=False)
-        return output.last_hidden_state.flatten(0, 1)[pack.source_N]
+        # index_select: indexing would sum its gradient one element at a time.
+        return output.last_hidden_state.flatten(0, 1).index_select(0, pack.source_N)
 
     @property
-    def _head(self) -> torch.Tensor:
-        return cast(nn.Linear, self.model.get_output_embeddings()).weight.detach()
+    def head(self) -> Head:
+        """The output layer as the kernels take it, with its adapter if it has one that is not disabled."""
+        layer = self.model.get_output_embeddings()
+        return dataclasses.replace(self._bare_head, adapter=projection(cast(nn.Module, layer)).adapter)
 
     @contextmanager
     def _adapter(self, use_adapter: bool) -> Iterator[None]:
@@ -213,11 +223,7 @@ def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _check_head(model: PreTrainedModel) -> None:
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"{type(model).__name__} has no plain linear head: its log-probabilities are not implemented")
-    config = model.config
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{type(model).__name__} changes its logits ({name}): its log-probabilities are not implemented")
+def _plain_attention(model: PreTrainedModel) -> str:
+    """What computes one row a completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
+    caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"

@@ -290,6 +290,7 @@ class GRPOTrainer:
             self.policy.attach(self.engine.slots)
             if self.policy.plain_reason is not None:
                 self.view.note(f"each prompt is computed once per completion: {self.policy.plain_reason}")
+            self.view.note(self.policy.fusion.summary)
             prove_slots(self.policy, self.engine)
             self.learner = Learner(self.policy, config, pad_token_id=self.tokenizer.pad_token_id or 0)
             yield

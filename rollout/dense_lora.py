@@ -3,10 +3,14 @@
 vLLM's LoRA kernels serve many adapters at once. A policy has one, so `y += (x a^T) b^T` for all rows is the same
 mathematics; on CPU, where vLLM's fall-back copies A and B once per token, it runs at the speed of the base model.
 
-`dense_wrapper_name(device_type)` gives the class that `vllm_compat.lora_wrapper_replaced` hands to vLLM.
+On the LM head vLLM's own kernels (0.32) are also wrong for a prompt's log-probabilities: they give its rows the adapters of
+the requests that are sampled in the same step. So the head is dense on every path.
 
-Shapes: T tokens of the engine's step, R the buffers' rank (`max_lora_rank`), `lora_a_stacked[i]` is [1, 1, R, d_in],
-`lora_b_stacked[i]` is [1, 1, d_out_i, R], one i per packed part (q, k, v; gate, up).
+`wrapper_name(device_type, ...)` gives the class that `vllm_compat.lora_wrapper_replaced` hands to vLLM.
+
+Shapes: T tokens of the engine's step, N rows of logits, D the hidden size, V the vocabulary, P the vocabulary as padded by
+vLLM, R the buffers' rank (`max_lora_rank`). `lora_a_stacked[i]` is [1, 1, R, d_in], `lora_b_stacked[i]` is
+[1, 1, d_out_i, R], one i per packed part (q, k, v; gate, up).
 """
 
 from __future__ import annotations
@@ -15,35 +19,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .slots import HEAD
+
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
 
 
-def dense_wrapper_name(device_type: str) -> str:
-    """The import path of the dense wrapper for `cpu` or `cuda`.
+def wrapper_name(device_type: str, *, dense: bool, head: bool) -> str | None:
+    """The import path of the wrapper class for `cpu` or `cuda`, None for vLLM's own.
+
+    `dense`: every layer by plain products; without it only the LM head, if `head` says that it has an adapter.
 
     Raises:
         ValueError: any other device.
     """
-    classes = {"cpu": "DensePunicaWrapperCPU", "cuda": "DensePunicaWrapperGPU"}
-    if device_type not in classes:
-        raise ValueError(f"there is no dense LoRA path for device '{device_type}': set rollout.lora_path: punica")
-    return f"{__name__}.{classes[device_type]}"
+    if not (dense or head):
+        return None
+    classes = {("cpu", True): "DensePunicaWrapperCPU", ("cuda", True): "DensePunicaWrapperGPU"}
+    classes |= {("cpu", False): "DenseHeadPunicaWrapperCPU", ("cuda", False): "DenseHeadPunicaWrapperGPU"}
+    if (device_type, dense) not in classes:
+        remedy = "set rollout.lora_path: punica" if dense else f"take {HEAD} out of lora.targets"
+        raise ValueError(f"there is no dense LoRA path for device '{device_type}': {remedy}")
+    return f"{__name__}.{classes[device_type, dense]}"
 
 
-class DenseLoRA:
-    """The dense `add_lora_linear`, to be mixed in ahead of one of vLLM's Punica wrappers.
+class DenseHead:
+    """The dense `add_lora_logits`, to be mixed in ahead of one of vLLM's Punica wrappers.
 
     Rows that carry no adapter (a request without LoRA) keep the base model's output: their part is masked to zero.
     """
 
     # What the step's rows carry, told by `update_metadata`: every row the adapter, no row, or some rows ("mixed").
     _coverage: str = "mixed"
-    # The branch on coverage is taken in Python, so it would be frozen into a captured CUDA graph.
-    _branch_on_coverage: bool = True
 
     if TYPE_CHECKING:
         token_lora_indices: torch.Tensor
+        sampler_indices: torch.Tensor
 
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -56,6 +67,46 @@ class DenseLoRA:
             self._coverage = "none" if len(carriers) == 1 else "mixed"
         else:
             self._coverage = "all"
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """Add the adapter's part to the logits `y` [N, P] in place, from hidden states `x` [N, D]; the padding stays."""
+        assert scale == 1.0, "the scale is folded into B"
+        # Logits are made outside of captured CUDA graphs, so a branch in Python holds for this step alone.
+        if self._coverage == "none":
+            return
+        x_ND, b_VR = x.view(-1, x.shape[-1]), lora_b_stacked[0, 0]
+        h_NR = x_ND @ lora_a_stacked[0, 0].t()
+        if self._coverage == "mixed":
+            h_NR *= (self._adapter_of_rows(x_ND)[:, None] >= 0).to(h_NR.dtype)
+        logits_NV = y.view(-1, y.shape[-1])[:, : b_VR.shape[0]]
+        logits_NV.addmm_(h_NR.to(y.dtype), b_VR.t().to(y.dtype))
+
+    def _adapter_of_rows(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """[N] on a mixed step: 0 where a row of hidden states belongs to a request with the adapter, else -1.
+
+        vLLM asks for logits of rows that it gathered for sampling, one a request, and for a prompt's log-probabilities of a
+        slice of all the step's rows. Their number alone does not tell them apart.
+        """
+        gathered = x_ND.untyped_storage().nbytes() == x_ND.nbytes
+        if gathered and len(x_ND) == len(self.sampler_indices):
+            return self.sampler_indices
+        first = int(x_ND.storage_offset()) // x_ND.shape[1]
+        return self.token_lora_indices[first : first + len(x_ND)]
+
+
+class DenseLoRA(DenseHead):
+    """The dense `add_lora_linear` besides, masked likewise."""
+
+    # The branch on coverage is taken in Python, so it would be frozen into a captured CUDA graph.
+    _branch_on_coverage: bool = True
 
     def add_lora_linear(
         self,
@@ -86,15 +137,13 @@ class DenseLoRA:
 
 def __getattr__(name: str) -> type:
     """Make the wrapper classes on first use: their bases come from vLLM, and importing this module must not need it."""
-    if name == "DensePunicaWrapperCPU":
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-        cls = type(name, (DenseLoRA, PunicaWrapperCPU), {})
-    elif name == "DensePunicaWrapperGPU":
-        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
-
-        cls = type(name, (DenseLoRA, PunicaWrapperGPU), {"_branch_on_coverage": False})
+    if name in ("DensePunicaWrapperCPU", "DenseHeadPunicaWrapperCPU"):
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as VllmWrapper
+    elif name in ("DensePunicaWrapperGPU", "DenseHeadPunicaWrapperGPU"):
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as VllmWrapper
     else:
         raise AttributeError(name)
+    dense = DenseHead if name.startswith("DenseHead") else DenseLoRA
+    cls = type(name, (dense, VllmWrapper), {"_branch_on_coverage": not name.endswith("GPU")})
     globals()[name] = cls
     return cls

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .slots import AdapterSlot, find_slots
+from .dense_lora import wrapper_name
+from .slots import HEAD, AdapterSlot, find_slots
 from .types import Completion, PromptGroup, SamplingSettings
 from .vllm_compat import import_vllm, lora_wrapper_replaced, require
 
@@ -115,7 +116,8 @@ class RolloutEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
-        with lora_wrapper_replaced(_dense_name(current_platform.device_type) if dense else None):
+        wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
+        with lora_wrapper_replaced(wrapper):
             self._engine: Any = LLMEngine.from_engine_args(args)
         self.slots = self._apply_model(find_slots)
         self._check_targets()
@@ -270,12 +272,10 @@ class RolloutEngine:
             raise ValueError(
                 f"vLLM has no LoRA layer for {missing} in this model (it has {sorted(found)}): change lora.targets"
             )
-
-
-def _dense_name(device_type: str) -> str:
-    from .dense_lora import dense_wrapper_name
-
-    return dense_wrapper_name(device_type)
+        manager = self._apply_model(lambda model: require(model, "lora_manager", purpose="see what it can adapt"))
+        loadable = require(manager, "supported_lora_modules", purpose="see what adapters it can load")
+        if found == {HEAD} and HEAD not in loadable:  # Qwen2: vLLM adapts the head, but refuses files that name it
+            raise ValueError(f"vLLM loads no adapter on {HEAD} alone for this model: add another layer to lora.targets")
 
 
 def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
@@ -288,7 +288,9 @@ def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: 
     import torch
     from safetensors.torch import save_file
 
-    name = next(n for n in slots if n.rpartition(".")[2] in settings.target_modules)
+    targeted = [name for name in slots if name.rpartition(".")[2] in settings.target_modules]
+    # Not the head if there is another: of some models vLLM adapts the head but refuses files that name it.
+    name = next((name for name in targeted if name.rpartition(".")[2] != HEAD), targeted[0])
     slot = slots[name]
     prefix = f"base_model.model.{name}"
     tensors = {

@@ -7,6 +7,9 @@ vLLM multiplies with, so nothing is copied and nothing is loaded when the policy
     slots = find_slots(vllm_model)
     slots["model.layers.0.self_attn.q_proj"].a      # [R, d_in]
 
+The LM head's adapter is the exception: vLLM keeps it in the layer that makes logits, as plain tensors [max_loras, 1, R, d_in]
+and [max_loras, 1, V, R]. Its slot goes by the head's name, `lm_head`. V is the vocabulary without vLLM's padding.
+
 R is the engine's `max_lora_rank` (64 or 128). B is kept scaled (`alpha / r` times the adapter's B). Rows of `a` and
 columns of `b` beyond the adapter's own rank stay zero for ever.
 """
@@ -19,6 +22,8 @@ import torch
 from torch import nn
 
 from .vllm_compat import require
+
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
     Raises:
         ValueError: this vLLM keeps its buffers otherwise, splits them over devices, or serves more than one adapter.
     """
-    from vllm.lora.layers import BaseLayerWithLoRA
+    from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA
 
     purpose = "find where vLLM keeps the adapter"
     packed: dict[str, list[str]] = require(vllm_model, "packed_modules_mapping", purpose=purpose)
@@ -61,6 +66,8 @@ def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
         all_a = require(module, "lora_a_stacked", purpose=purpose)
         all_b = require(module, "lora_b_stacked", purpose=purpose)
         parent, _, own_name = name.rpartition(".")
+        if isinstance(module, LogitsProcessorWithLoRA):
+            own_name, all_a, all_b = HEAD, (all_a,), (all_b,)
         parts = packed.get(own_name, [own_name])
         if not (len(parts) == len(all_a) == len(all_b)) or all_a[0].shape[:2] != (1, 1):
             raise ValueError(

@@ -1,5 +1,6 @@
 """The configuration: fields, ranks, names, and what a wrong value is answered with."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from rankup.grpo.config import (
     ModelConfig,
     OptimConfig,
     RewardsConfig,
+    dump_config,
 )
 
 SECTIONS = ["model", "lora", "rollout", "algorithm", "optim", "rewards", "data", "logging", "checkpoint"]
@@ -108,10 +110,77 @@ def test_target_presets() -> None:
     assert LoraConfig(targets=["up_proj"]).target_modules == ["up_proj"]
 
 
-@pytest.mark.parametrize("targets", ["everything", [], [1], None])
+@pytest.mark.parametrize("targets", ["everything", "all_linear", "q_proj,v_proj", "", [], [1], None])
 def test_wrong_targets(targets: Any) -> None:
-    with pytest.raises(ValueError, match=r"^lora.targets: must be qkv, attention, all-linear or a list"):
+    with pytest.raises(ValueError, match=r"^lora.targets: must be qkv, attention, all-linear, a list of module names, or"):
         GRPOConfig(targets=targets)
+
+
+@pytest.mark.parametrize("targets", [".*q_proj", r"model\.layers\.(0|1)\..*(q|v)_proj", "model.layers.0.mlp.up_proj"])
+def test_targets_by_expression(load: Load, targets: str) -> None:
+    assert GRPOConfig(targets=targets).lora.target_modules == targets
+    assert load("", f"lora.targets={targets}").lora.target_modules == targets
+    assert load(dump_config(GRPOConfig(targets=targets))).lora.target_modules == targets
+
+
+@pytest.mark.parametrize("targets", ["(q_proj", "[a-", "*_proj"])
+def test_targets_that_are_no_expression(targets: str) -> None:
+    with pytest.raises(ValueError, match=rf"^lora.targets: '{re.escape(targets)}' is no regular expression: "):
+        GRPOConfig(targets=targets)
+
+
+# Patterns, inits, and what is refused
+
+
+@settings(deadline=None)
+@given(rank=st.integers(1, 128), pattern=st.dictionaries(st.sampled_from(["q_proj", "v_proj", "mlp.*"]), st.integers(1, 128)))
+def test_buffers_hold_every_rank_of_the_pattern(rank: int, pattern: dict[str, int]) -> None:
+    largest = max(rank, *pattern.values(), 0)
+    assert LoraConfig(rank=rank, rank_pattern=pattern).max_rank == (64 if largest <= 64 else 128)
+    assert LoraConfig(rank=rank, rank_pattern=pattern, max_rank=128).max_rank == 128
+    if rank <= 64 < largest:
+        with pytest.raises(ValueError, match=f"must hold lora.rank_pattern, which goes up to {largest} .got 64."):
+            LoraConfig(rank=rank, rank_pattern=pattern, max_rank=64)
+
+
+def test_patterns_are_read_in_their_order(load: Load) -> None:
+    config = load("lora: {rank_pattern: {z.*: 8, a: 16}, alpha_pattern: {layers.0.mlp.up_proj: 4}}", "lora.rank_pattern.q=2")
+    for lora in (config.lora, load(dump_config(config)).lora):
+        assert list(lora.rank_pattern.items()) == [("z.*", 8), ("a", 16), ("q", 2)]
+        assert lora.alpha_pattern == {"layers.0.mlp.up_proj": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "lora.rank_pattern.q_proj: must be at least 1 (got 0)"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "lora.rank_pattern.q_proj: must be a whole number (got 1.5)"),
+        ({"rank_pattern": 8}, "lora.rank_pattern: must be a mapping (got 8)"),
+        ({"rank_pattern": {"(q": 8}}, "lora.rank_pattern: '(q' is no regular expression: missing )"),
+        ({"rank_pattern": {"(?i)q": 8}}, "lora.rank_pattern: '(?i)q' is no regular expression: global flags"),
+        ({"alpha_pattern": {"[": 8}}, "lora.alpha_pattern: '[' is no regular expression: unterminated"),
+        ({"alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern.q_proj: must be above 0.0 (got 0)"),
+        ({"rank_pattern": {"q_proj": 129}}, "lora.rank_pattern.q_proj: must be at most 128 (got 129): the adapter lives in"),
+        ({"init_lora_weights": "pissa"}, "lora.init_lora_weights: must be default, gaussian or orthogonal (got 'pissa'): PEFT"),
+        ({"init_lora_weights": False}, "lora.init_lora_weights: must be default, gaussian or orthogonal (got False): PEFT"),
+        ({"init_lora_weights": "orthogonal", "rank": 15}, "lora.init_lora_weights: must not be orthogonal with odd ranks"),
+        (
+            {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
+            "lora.init_lora_weights: must not be orthogonal with odd ranks, in lora.rank or lora.rank_pattern (got 3)",
+        ),
+        ({"lora_dropout": 0.1}, "lora.dropout: must be 0 (got 0.1): with dropout, trainer and sampler would be two policies"),
+        ({"use_dora": True}, "lora.use_dora: must be false: vLLM cannot serve DoRA"),
+    ],
+)
+def test_what_of_peft_is_refused(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        GRPOConfig(**options)
+    assert str(caught.value).startswith(error) and "\n" not in str(caught.value)
+
+
+def test_what_of_peft_is_allowed() -> None:
+    assert GRPOConfig(lora_dropout=0, use_dora=False, init_lora_weights=True).lora == LoraConfig()
+    assert GRPOConfig(init_lora_weights="orthogonal", rank_pattern={"q": 2}).lora.init_lora_weights == "orthogonal"
 
 
 # Names: unknown, flat, short
@@ -130,7 +199,7 @@ def test_wrong_targets(targets: Any) -> None:
         ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, lr_scheduler_type"),
         ("zzz: 8", "zzz", "there are model, lora, rollout"),
         ("per_device_train_batch_size: 8", "per_device_train_batch_size", "a step takes optim.prompts_per_step"),
-        ("lora_dropout: 0.1", "lora_dropout", "there is no dropout"),
+        ("lora: {lora_dropout: 0.1}", "lora.lora_dropout", "did you mean lora.dropout?"),
     ],
 )
 def test_unknown_key_names_the_nearest(error_of: ErrorOf, text: str, name: str, hint: str) -> None:

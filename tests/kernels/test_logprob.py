@@ -1,8 +1,11 @@
-"""Log-probabilities and their gradient from hidden states, against full logits and torch's log_softmax."""
+"""Log-probabilities and their gradients from hidden states, against plain autograd over full logits."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,26 +13,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankup.kernels.logprob import TokenLoss, chunk_rows, linear_logprob_loss, linear_logprobs
+from rankup.kernels import logprob
+from rankup.kernels.logprob import Head, TokenLoss, chunk_rows, linear_logprob_loss, linear_logprobs
+from rankup.kernels.lora import Adapter
 
 ONE_CHUNK_IS_16_ROWS = 1  # byte: the least that a chunk holds is 16 rows
+Case = tuple[torch.Tensor, Head, torch.Tensor]
 
 
-def make_inputs(
-    tokens: int, *, hidden: int = 6, vocabulary: int = 11, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (requiring grad), head and targets."""
+def make_case(
+    tokens: int,
+    *,
+    hidden: int = 6,
+    vocabulary: int = 11,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **head: Any,
+) -> Case:
+    """Hidden states (requiring grad), a head (with an adapter whose masters require it, if of any rank) and targets."""
     generator = torch.Generator().manual_seed(seed)
-    hidden_ND = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight_VD = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64).to(dtype)
-    return hidden_ND, weight_VD, torch.randint(0, vocabulary, (tokens,), generator=generator)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden_ND, weight_VD = normal(tokens, hidden).requires_grad_(), normal(vocabulary, hidden)
+    adapter = None
+    if rank:
+        adapter = make_adapter(normal(rank, hidden) / hidden**0.5, normal(vocabulary, rank), scaling=0.5)
+    targets_N = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    return hidden_ND, Head(weight_VD=weight_VD, adapter=adapter, **head), targets_N
+
+
+def make_adapter(a_RD: torch.Tensor, b_VR: torch.Tensor, scaling: float) -> Adapter:
+    """Operands in the given dtype, b scaled; masters in fp32 or fp64."""
+    accumulator = torch.promote_types(a_RD.dtype, torch.float32)
+    masters = (a_RD.to(accumulator).requires_grad_(), b_VR.to(accumulator).requires_grad_())
+    return Adapter(*masters, a_RD.detach(), b_VR.detach() * scaling, scaling)
+
+
+def leaves(hidden_ND: torch.Tensor, head: Head) -> list[torch.Tensor]:
+    """Everything that gets a gradient."""
+    return [hidden_ND] if head.adapter is None else [hidden_ND, head.adapter.master_a, head.adapter.master_b]
 
 
 def from_full_logits(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, temperature: float = 1.0
+    hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle: log-probability of each target and entropy of each row, with gradient."""
-    log_softmax_NV = (hidden_ND @ weight_VD.t() / temperature).log_softmax(-1)
+    """The oracle: log-probability of each target and entropy of each row, with gradients for the masters' values too."""
+    logits_NV = hidden_ND @ head.weight_VD.t()
+    if head.adapter is not None:
+        a_RD, b_VR = (master.to(hidden_ND.dtype) for master in (head.adapter.master_a, head.adapter.master_b))
+        logits_NV = logits_NV + hidden_ND @ a_RD.t() @ (head.adapter.scaling * b_VR).t()
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if head.softcap is not None:
+        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
+    log_softmax_NV = (logits_NV * head.scale / temperature).log_softmax(-1)
     entropy_N = -(log_softmax_NV.exp() * log_softmax_NV).sum(-1)
     return log_softmax_NV.gather(1, targets_N[:, None])[:, 0], entropy_N
 
@@ -38,81 +77,210 @@ def minus_logprob(logprobs_n: torch.Tensor, _entropy_n: torch.Tensor, _chunk: sl
     return -logprobs_n
 
 
-def curved_loss(tokens: int) -> TokenLoss:
+def curved_loss(tokens: int, *, entropy: bool) -> TokenLoss:
     """Another function for every token, none of them linear."""
     weights_N = torch.linspace(-1, 2, tokens, dtype=torch.float64)
 
-    def loss(logprobs_n: torch.Tensor, _entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
-        return weights_N[chunk].to(logprobs_n.dtype) * (logprobs_n.exp() + logprobs_n**2)
+    def loss(logprobs_n: torch.Tensor, entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
+        loss_n = weights_N[chunk] * (logprobs_n.exp() + logprobs_n**2)
+        return loss_n - (0.3 * weights_N[chunk] + 0.7) * entropy_n**2 if entropy else loss_n
 
     return loss
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    tokens=st.sampled_from([0, 1, 15, 16, 17, 32, 50]),
-    vocabulary=st.integers(1, 40),
-    temperature=st.sampled_from([0.3, 1.0, 1.7]),
-    chunk_bytes=st.sampled_from([ONE_CHUNK_IS_16_ROWS, 4000, 2**20]),
-)
-def test_any_shape_equals_full_logits(tokens: int, vocabulary: int, temperature: float, chunk_bytes: int) -> None:
-    hidden_ND, weight_VD, targets_N = make_inputs(tokens, vocabulary=vocabulary)
-    options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
-    logprobs_N, entropy_N = linear_logprobs(hidden_ND, weight_VD, targets_N, **options)
-    expected = from_full_logits(hidden_ND, weight_VD, targets_N, temperature)
-    torch.testing.assert_close((logprobs_N, entropy_N), expected)
-    assert not logprobs_N.requires_grad and not entropy_N.requires_grad
+def sequence_loss(tokens: int, sequences: int) -> TokenLoss:
+    """Products of probabilities over interleaved sequences, clipped: nothing that a chunk could know, and not one per token."""
 
-    token_loss = curved_loss(tokens)
-    loss, *measured = linear_logprob_loss(hidden_ND, weight_VD, targets_N, token_loss, **options)
-    torch.testing.assert_close(tuple(measured), (logprobs_N, entropy_N))
+    def loss(logprobs_N: torch.Tensor, entropy_N: torch.Tensor, everything: slice) -> torch.Tensor:
+        assert everything == slice(0, tokens)
+        sequence_N = torch.arange(tokens) % sequences
+        sums_S = logprobs_N.new_zeros(sequences).index_add(0, sequence_N, logprobs_N + 2.4)
+        return sums_S.exp().clamp(max=3.0) * logprobs_N.new_tensor([1.0, -2.0, 0.5]) - entropy_N.mean()
+
+    return loss
+
+
+def assert_equals_full_logits(case: Case, loss: TokenLoss, temperature: float = 1.0, **options: Any) -> None:
+    """Loss, log-probabilities, entropies and all gradients."""
+    hidden_ND, head, targets_N = case
+    expected = from_full_logits(*case, temperature)
+    expected_loss = loss(*expected, slice(0, len(targets_N))).sum()
+    total, *measured = linear_logprob_loss(*case, loss, temperature=temperature, **options)
+    torch.testing.assert_close(tuple(measured), expected)
+    torch.testing.assert_close(total, expected_loss)
     assert not measured[0].requires_grad and not measured[1].requires_grad
-    expected_loss = token_loss(*expected, slice(0, tokens)).sum()
-    torch.testing.assert_close(loss, expected_loss)
-    (gradient,) = torch.autograd.grad(loss, hidden_ND)
-    torch.testing.assert_close(gradient, *torch.autograd.grad(expected_loss, hidden_ND))
+    gradients = torch.autograd.grad(total, leaves(hidden_ND, head))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected_loss, leaves(hidden_ND, head)))
 
 
-def test_gradcheck() -> None:
-    hidden_ND, weight_VD, targets_N = make_inputs(20, hidden=3, vocabulary=7)
-    token_loss = curved_loss(20)
+@contextmanager
+def blocks_of(rows: int, case: Case) -> Iterator[None]:
+    """Vocabularies of tests are small: one block would hold all rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprob, "CPU_BLOCK_BYTES", rows * 8 * case[1].weight_VD.shape[0])
+        yield
 
-    def function(hidden_ND: torch.Tensor) -> torch.Tensor:
-        results = linear_logprob_loss(
-            hidden_ND, weight_VD, targets_N, token_loss, temperature=0.8, chunk_bytes=ONE_CHUNK_IS_16_ROWS
+
+# ------------------------------------------------------------------------------------------------------------ exactness
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    tokens=st.sampled_from([0, 1, 15, 16, 17, 33, 50]),
+    vocabulary=st.integers(1, 40),
+    rank=st.sampled_from([0, 1, 3]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    scale=st.sampled_from([0.25, 1.0]),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    entropy=st.booleans(),
+    chunk_bytes=st.sampled_from([ONE_CHUNK_IS_16_ROWS, 4000, 2**20]),
+    block_rows=st.sampled_from([1, 3, 100]),
+    visits=st.sampled_from([1, 2]),
+)
+def test_any_shape_equals_full_logits(
+    tokens: int,
+    vocabulary: int,
+    rank: int,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    entropy: bool,
+    chunk_bytes: int,
+    block_rows: int,
+    visits: Literal[1, 2],
+) -> None:
+    case = make_case(tokens, vocabulary=vocabulary, rank=rank, softcap=softcap, scale=scale)
+    loss = curved_loss(tokens, entropy=entropy)
+    with blocks_of(block_rows, case):
+        assert_equals_full_logits(case, loss, temperature, chunk_bytes=chunk_bytes, visits=visits)
+        measured = linear_logprobs(*case, temperature=temperature, chunk_bytes=chunk_bytes)
+    torch.testing.assert_close(measured, from_full_logits(*case, temperature))
+    assert not measured[0].requires_grad and not measured[1].requires_grad
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 17, 49])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_loss_over_sequences_that_span_chunks(tokens: int, softcap: float | None) -> None:
+    case = make_case(tokens, rank=2, softcap=softcap)
+    assert_equals_full_logits(case, sequence_loss(tokens, 3), chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=2)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_two_visits_give_what_one_gives(entropy: bool) -> None:
+    case = make_case(40, rank=2)
+    results = []
+    for visits in (1, 2):
+        options: dict[str, Any] = {"chunk_bytes": ONE_CHUNK_IS_16_ROWS, "visits": visits}
+        loss, *measured = linear_logprob_loss(*case, curved_loss(40, entropy=entropy), **options)
+        results.append((loss, *measured, *torch.autograd.grad(loss, leaves(*case[:2]))))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("visits", [1, 2])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "scale": 0.6}])
+def test_gradcheck(visits: Literal[1, 2], entropy: bool, head: dict[str, Any]) -> None:
+    hidden_ND, frozen, targets_N = make_case(20, hidden=3, vocabulary=7, rank=2, **head)
+    adapter = frozen.adapter
+    assert adapter is not None
+
+    def function(hidden_ND: torch.Tensor, master_a: torch.Tensor, master_b: torch.Tensor) -> torch.Tensor:
+        published = Adapter(master_a, master_b, master_a.detach(), master_b.detach() * adapter.scaling, adapter.scaling)
+        loss, *_ = linear_logprob_loss(
+            hidden_ND,
+            replace(frozen, adapter=published),
+            targets_N,
+            curved_loss(20, entropy=entropy),
+            temperature=0.8,
+            chunk_bytes=ONE_CHUNK_IS_16_ROWS,
+            visits=visits,
         )
-        return 3.0 * results[0]  # the incoming gradient counts
+        return 3.0 * loss  # the incoming gradient counts
 
-    assert torch.autograd.gradcheck(function, (hidden_ND,))
+    assert torch.autograd.gradcheck(function, (hidden_ND, adapter.master_a, adapter.master_b))
 
 
-def test_the_loss_sees_its_chunk_with_logprobs_and_entropies() -> None:
-    hidden_ND, weight_VD, targets_N = make_inputs(40)
-    expected = from_full_logits(hidden_ND.detach(), weight_VD, targets_N)
+def relative_errors(case: Case, exact: list[torch.Tensor], results: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([(r.double() - e).norm() / e.norm() for e, r in zip(exact, results, strict=True)])
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 20.0, "scale": 0.5}])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_bf16_errs_no_more_than_plain_bf16(head: dict[str, Any], entropy: bool) -> None:
+    """Against fp64 on the same bf16 numbers: log-probabilities, entropies and every gradient."""
+    case = make_case(200, hidden=64, vocabulary=500, rank=8, dtype=torch.bfloat16, **head)
+    hidden_ND, bf16_head, targets_N = case
+    adapter = bf16_head.adapter
+    assert adapter is not None
+    exact_adapter = make_adapter(adapter.a.double(), adapter.b.double() / adapter.scaling, adapter.scaling)
+    exact_head = replace(bf16_head, weight_VD=bf16_head.weight_VD.double(), adapter=exact_adapter)
+    exact_case = (hidden_ND.detach().double().requires_grad_(), exact_head, targets_N)
+    token_loss = curved_loss(200, entropy=entropy)
+
+    def plain(case: Case) -> list[torch.Tensor]:
+        logprobs_N, entropy_N = from_full_logits(*case)
+        loss = token_loss(logprobs_N, entropy_N, slice(0, 200)).sum()
+        return [logprobs_N, entropy_N, *torch.autograd.grad(loss, leaves(*case[:2]))]
+
+    loss, *measured = linear_logprob_loss(*case, token_loss, chunk_bytes=500 * 2 * 70)
+    ours = [*measured, *torch.autograd.grad(loss, leaves(*case[:2]))]
+    assert [t.dtype for t in (loss, *ours)] == [torch.float32] * 3 + [torch.bfloat16] + [torch.float32] * 2
+    exact = plain(exact_case)
+    assert (relative_errors(case, exact, ours) <= 1.5 * relative_errors(case, exact, plain(case))).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize(("visits", "slices"), [(1, [(0, 14), (14, 28), (28, 40)]), (2, [(0, 40)])])
+def test_the_loss_sees_logprobs_and_entropies(visits: Literal[1, 2], slices: list[tuple[int, int]]) -> None:
+    case = make_case(40)
+    expected = from_full_logits(*case)
     seen = []
 
     def loss(logprobs_n: torch.Tensor, entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
         seen.append((chunk.start, chunk.stop))
-        torch.testing.assert_close((logprobs_n.detach(), entropy_n), tuple(t[chunk] for t in expected))
-        assert not entropy_n.requires_grad
+        torch.testing.assert_close((logprobs_n, entropy_n), tuple(t[chunk] for t in expected))
+        assert logprobs_n.requires_grad and entropy_n.requires_grad
         return -logprobs_n
 
-    linear_logprob_loss(hidden_ND, weight_VD, targets_N, loss, chunk_bytes=ONE_CHUNK_IS_16_ROWS)
-    assert seen == [(0, 16), (16, 32), (32, 40)]
+    linear_logprob_loss(*case, loss, chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits)
+    assert seen == slices
+
+
+@pytest.mark.parametrize("visits", [1, 2])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_loss_of_the_entropy_alone(visits: Literal[1, 2], softcap: float | None) -> None:
+    case = make_case(20, rank=2, softcap=softcap)
+    assert_equals_full_logits(case, lambda _, entropy_n, __: entropy_n**2, chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits)
+
+
+@pytest.mark.parametrize("visits", [1, 2])
+def test_a_constant_loss_has_no_gradient(visits: Literal[1, 2]) -> None:
+    hidden_ND, head, targets_N = make_case(20, rank=2)
+    loss, *_ = linear_logprob_loss(
+        hidden_ND, head, targets_N, lambda lp, _, __: torch.ones_like(lp), chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits
+    )
+    assert loss.item() == 20
+    assert [g.count_nonzero().item() for g in torch.autograd.grad(loss, leaves(hidden_ND, head))] == [0, 0, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_chunks_fit_their_budget() -> None:
-    assert chunk_rows(50_000, 100 * 4 * 50_000) == 100
-    assert chunk_rows(50_000, 100 * 4 * 50_000 - 1) == 99
-    assert chunk_rows(50_000, 1) == 16
-    assert 512 <= chunk_rows(49_152) <= 1024
+    assert chunk_rows(50_000, 2, 100 * 2 * 50_000) == 100
+    assert chunk_rows(50_000, 2, 100 * 2 * 50_000 - 1) == 99
+    assert chunk_rows(50_000, 4, 100 * 4 * 50_000) == 100
+    assert chunk_rows(50_000, 2, 1) == 16
+    assert 1024 <= chunk_rows(49_152, 2) <= 2048
 
 
 def test_frozen_head_gets_no_gradient() -> None:
-    hidden_ND, weight_VD, targets_N = make_inputs(5)
-    weight_VD.requires_grad_()
-    linear_logprob_loss(hidden_ND, weight_VD, targets_N, minus_logprob)[0].backward()
-    assert weight_VD.grad is None and hidden_ND.grad is not None
+    hidden_ND, head, targets_N = make_case(5)
+    head.weight_VD.requires_grad_()
+    linear_logprob_loss(hidden_ND, head, targets_N, minus_logprob)[0].backward()
+    assert head.weight_VD.grad is None and hidden_ND.grad is not None
 
 
 class MostRows(TorchDispatchMode):
@@ -129,19 +297,26 @@ class MostRows(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_tokens_by_vocabulary() -> None:
-    """Only chunks are formed, and only the hidden states' gradient waits for the backward."""
-    hidden_ND, weight_VD, targets_N = make_inputs(200, vocabulary=97)
+@pytest.mark.parametrize("visits", [1, 2])
+def test_no_tensor_of_tokens_by_vocabulary(visits: Literal[1, 2]) -> None:
+    """Only chunks are formed, and only gradients of hidden states and masters wait for the backward."""
+    case = make_case(200, vocabulary=97, rank=2, softcap=3.0)
     kept: list[torch.Tensor] = []
     with (
         MostRows(97) as most,
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
-        loss, *_ = linear_logprob_loss(hidden_ND, weight_VD, targets_N, minus_logprob, chunk_bytes=ONE_CHUNK_IS_16_ROWS)
+        loss, *_ = linear_logprob_loss(
+            *case, lambda lp, entropy, _: lp * entropy.detach(), chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits
+        )
         loss.backward()
-        linear_logprobs(hidden_ND, weight_VD, targets_N, chunk_bytes=ONE_CHUNK_IS_16_ROWS)
+        linear_logprobs(*case, chunk_bytes=ONE_CHUNK_IS_16_ROWS)
     assert most.rows == 16
-    assert [t.shape for t in kept if t.numel() > 16] == [hidden_ND.shape]
+    beside_the_loss = [t.shape for t in kept if t.dim() == 2]
+    assert beside_the_loss == [t.shape for t in leaves(*case[:2])] and all(t.numel() <= 200 for t in kept if t.dim() < 2)
+
+
+# ------------------------------------------------------------------------------------------------------- extreme logits
 
 
 @pytest.mark.parametrize("offset", [-1e4, -1e6, 1e6])
@@ -153,29 +328,49 @@ def test_rows_of_very_negative_or_large_logits_keep_their_digits(offset: float) 
     targets_N = torch.randint(0, 30, (20,), generator=generator)
     hidden_ND = torch.cat([small_ND, torch.full((20, 1), offset, dtype=torch.float64)], dim=1)
     weight_VD = torch.cat([weight_VD, torch.ones(30, 1, dtype=torch.float64)], dim=1)
-    expected = from_full_logits(hidden_ND, weight_VD, targets_N)
-    measured = linear_logprobs(hidden_ND.float(), weight_VD.float(), targets_N)
+    expected = from_full_logits(hidden_ND, Head(weight_VD=weight_VD), targets_N)
+    measured = linear_logprobs(hidden_ND.float(), Head(weight_VD=weight_VD.float()), targets_N)
     torch.testing.assert_close(measured, tuple(t.float() for t in expected), rtol=1e-5, atol=1e-6)
 
 
 def test_an_unlikely_target_is_finite() -> None:
     hidden_ND = torch.tensor([[1.0]], requires_grad=True)
-    weight_VD = torch.tensor([[0.0], [-1e30], [-3e38]])
-    loss, logprobs_N, entropy_N = linear_logprob_loss(hidden_ND, weight_VD, torch.tensor([1]), minus_logprob)
+    head = Head(weight_VD=torch.tensor([[0.0], [-1e30], [-3e38]]))
+    loss, logprobs_N, entropy_N = linear_logprob_loss(hidden_ND, head, torch.tensor([1]), minus_logprob)
     loss.backward()
     assert logprobs_N.tolist() == pytest.approx([-1e30]) and entropy_N.tolist() == [0.0]
     assert hidden_ND.grad is not None and hidden_ND.grad.isfinite().all()
 
 
-def test_bf16_hidden_states_give_fp32_results_and_a_bf16_gradient() -> None:
-    hidden_ND, weight_VD, targets_N = make_inputs(40, hidden=32, vocabulary=200, dtype=torch.bfloat16)
-    loss, logprobs_N, entropy_N = linear_logprob_loss(hidden_ND, weight_VD, targets_N, minus_logprob)
-    loss.backward()
-    assert hidden_ND.grad is not None
-    assert (hidden_ND.grad.dtype, loss.dtype, logprobs_N.dtype, entropy_N.dtype) == (torch.bfloat16, *[torch.float32] * 3)
-    logprobs_bf16, entropy_bf16 = linear_logprobs(hidden_ND, weight_VD, targets_N)
-    assert torch.equal(logprobs_bf16, logprobs_N) and torch.equal(entropy_bf16, entropy_N)
-    # The logits alone are rounded to bf16: the rest is as in fp32 on those logits.
-    logits_NV = (hidden_ND.detach() @ weight_VD.t()).float()
-    expected = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])[:, 0]
-    torch.testing.assert_close(logprobs_N, expected)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_logit_of_minus_infinity_is_a_token_that_does_not_exist(softcap: float | None, entropy: bool) -> None:
+    hidden_ND = torch.tensor([[10.0], [20.0]], requires_grad=True)
+    weight_VD = torch.tensor([[0.03], [-3e38], [0.01]])
+    head, targets_N = Head(weight_VD=weight_VD, softcap=softcap), torch.tensor([0, 2])
+    existing = replace(head, weight_VD=weight_VD[[0, 2]])
+
+    def loss(logprobs_n: torch.Tensor, entropy_n: torch.Tensor, _chunk: slice) -> torch.Tensor:
+        return logprobs_n**2 - (entropy_n**2 if entropy else 0.0)
+
+    total, *measured = linear_logprob_loss(hidden_ND, head, targets_N, loss)
+    expected = from_full_logits(hidden_ND, existing, torch.tensor([0, 1]))
+    torch.testing.assert_close(tuple(measured), expected)
+    expected_gradients = torch.autograd.grad(loss(*expected, slice(0, 2)).sum(), hidden_ND)
+    torch.testing.assert_close(torch.autograd.grad(total, hidden_ND), expected_gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 100.0])
+@pytest.mark.parametrize(("likely", "unlikely"), [(7.0, 0.0), (90.0, -90.0)])
+def test_almost_certain_and_impossible_targets_have_exact_gradients(
+    dtype: torch.dtype, softcap: float | None, likely: float, unlikely: float
+) -> None:
+    """Where p is 1 - 1e-3, which bf16 rounds to 1, or where p is 0 in fp32."""
+    weight_VD, targets_N = torch.tensor([[likely], [unlikely]], dtype=dtype), torch.tensor([0, 1])
+    hidden_ND = torch.ones(2, 1, dtype=dtype, requires_grad=True)
+    loss, *_ = linear_logprob_loss(hidden_ND, Head(weight_VD=weight_VD, softcap=softcap), targets_N, minus_logprob)
+    exact_ND = hidden_ND.detach().double().requires_grad_()
+    exact = from_full_logits(exact_ND, Head(weight_VD=weight_VD.double(), softcap=softcap), targets_N)[0]
+    (expected,) = torch.autograd.grad(-exact.sum(), exact_ND)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden_ND)[0].double(), expected, rtol=1e-2, atol=1e-7)

@@ -27,6 +27,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": 6}),
     "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 6, "final_logit_softcapping": 30.0}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32}),
+    "cohere": ("CohereConfig", {"hidden_size": 128, "logit_scale": 0.25}),
+    "granite": ("GraniteConfig", {"hidden_size": 128, "logits_scaling": 4.0, "embedding_multiplier": 6.0}),
+    "hyperclovax": ("HyperCLOVAXConfig", {"head_dim": 32, "logits_scaling": 0.5}),
 }
 
 

@@ -1,0 +1,53 @@
+"""RMSNorm with a frozen weight as one autograd function.
+
+    y = rms_norm(x, weight, eps)                        # weight * round(x / rms)           Llama, Qwen, Mistral
+    y = rms_norm(x, weight, eps, unit_offset=True)      # round((1 + weight) * x / rms)     Gemma
+
+The forward is transformers' own, operation by operation, so its output is the same to the last bit. The backward keeps x and
+one number a row, where autograd keeps x in fp32 and a product of its size. With n = x / rms and d = dL/dn
+
+    dx = (d - n mean(d n)) / rms
+
+Shapes: D the width that is normalised; x may have any number of leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool = False) -> torch.Tensor:
+    """Root-mean-square normalisation (arXiv 1910.07467) of x [..., D], weight [D]; statistics in fp32, output in x's dtype."""
+    return _RMSNorm.apply(x, weight, eps, unit_offset)  # type: ignore[return-value]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
+        x32 = _wide(x)
+        inverse_rms = x32.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, inverse_rms)
+        ctx.unit_offset = unit_offset
+        normed = x32 * inverse_rms
+        if unit_offset:
+            return normed.mul_(1.0 + _wide(weight_D)).to(x.dtype)
+        return weight_D * normed.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight_D, inverse_rms = ctx.saved_tensors
+        weight_D = 1.0 + _wide(weight_D) if ctx.unit_offset else weight_D
+        d_normed = _wide(grads[0] * weight_D)
+        normed = _wide(x) * inverse_rms
+        mean = torch.linalg.vecdot(d_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
+        dx = torch.addcmul(d_normed, normed, mean, value=-1).mul_(inverse_rms)
+        return dx.to(x.dtype), None, None, None
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    """At least fp32; fp64 stays."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

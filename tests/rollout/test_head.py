@@ -1,0 +1,151 @@
+"""An adapter on the LM head in real vLLM, against transformers with the adapter merged into its weights in fp64.
+
+The adapter is written into the slots alone. Tiny vocabularies are padded by vLLM (260 to 320), so logits are wider than the
+adapter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rankup.rollout.types import SamplingSettings
+
+pytestmark = pytest.mark.engine
+
+HEAD_TOO = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+KINDS = ["qwen3", "qwen2", "llama"]  # the last two have heads that are tied to the embedding
+SEQUENCES = [[5, 9, 14, 3, 77, 60, 31, 8], [7, 21, 40, 2, 90, 55], [11, 200, 13]]
+EXACT = 3e-4  # fp32 against fp64
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of module scope, so that the tests of a kind run one after another, with one engine."""
+    return request.param
+
+
+@pytest.fixture
+def write():
+    """Publishes random adapters to the slots whose names are given, none to all others."""
+
+    def publish(engine, names, seed: int = 0) -> None:
+        def write_slots() -> None:
+            generator = torch.Generator().manual_seed(seed)
+            for name, slot in engine.slots.items():
+                slot.a.zero_()
+                slot.b.zero_()
+                if name in names:
+                    slot.a[:16] = torch.randn(16, slot.a.shape[1], generator=generator) / slot.a.shape[1] ** 0.5
+                    slot.b[:, :16] = torch.randn(slot.b.shape[0], 16, generator=generator) * 0.2
+
+        engine.publish(write_slots)
+
+    return publish
+
+
+class Oracle:
+    """The model with the engine's slots merged into its weights."""
+
+    def __init__(self, folder: Path, slots) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        for name, slot in slots.items():
+            layer = self.model.get_submodule(name)
+            # A parameter of its own: a tied embedding stays what it was.
+            layer.weight = nn.Parameter(layer.weight.detach() + slot.b.double() @ slot.a.double())
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> list[float]:
+        """Of every token but the first."""
+        log_p = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def flat(logprobs: list[list[float]]) -> list[float]:
+    return [lp for sequence in logprobs for lp in sequence]
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["head", "everywhere"])
+def test_prompt_logprobs_are_those_of_the_merged_head(make_engine, write, tiny_model_path, kind, everywhere):
+    engine, folder = make_engine(kind, target_modules=HEAD_TOO), tiny_model_path(kind)
+    assert (engine.slots["lm_head"].a.shape, engine.slots["lm_head"].b.shape) == (
+        (64, AutoModelForCausalLM.from_pretrained(folder).config.hidden_size),
+        (260, 64),
+    )
+    write(engine, engine.slots if everywhere else ["lm_head"])
+    adapted, base = Oracle(folder, engine.slots), Oracle(folder, {})
+    got = flat(engine.prompt_logprobs(SEQUENCES))
+    expected = flat([adapted.logprobs(ids) for ids in SEQUENCES])
+    assert got == pytest.approx(expected, abs=EXACT)
+    without = flat(engine.prompt_logprobs(SEQUENCES, use_adapter=False))
+    assert without == pytest.approx(flat([base.logprobs(ids) for ids in SEQUENCES]), abs=EXACT)
+    assert (torch.tensor(expected) - torch.tensor(without)).abs().mean() > 100 * EXACT
+
+
+@pytest.mark.parametrize("use_adapter", [True, False])
+def test_logprobs_of_sampled_tokens_are_those_of_the_merged_head(
+    make_engine, write, tiny_model_path, kind, use_adapter
+):
+    engine = make_engine(kind, target_modules=HEAD_TOO)
+    write(engine, ["lm_head", "model.layers.1.mlp.up_proj"])
+    oracle = Oracle(tiny_model_path(kind), engine.slots if use_adapter else {})
+    sampling = SamplingSettings(num_generations=3, max_completion_length=8)
+    for group in engine.rollout(SEQUENCES, sampling, seeds=range(3), use_adapter=use_adapter):
+        prompt = list(group.prompt_token_ids)
+        for completion in group.completions:
+            expected = oracle.logprobs([*prompt, *completion.token_ids])[len(prompt) - 1 :]
+            assert list(completion.logprobs) == pytest.approx(expected, abs=EXACT)
+
+
+@pytest.mark.parametrize("lengths", [[7] * 6, [3, 9, 4, 2]], ids=["as many rows as requests", "ragged"])
+def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, write, tiny_model_path, lengths):
+    """Of each request, the prompt's log-probabilities and those of three sampled tokens."""
+    from vllm import SamplingParams
+
+    engine = make_engine("llama", target_modules=HEAD_TOO)
+    write(engine, ["lm_head"])
+    oracles = {True: Oracle(tiny_model_path("llama"), engine.slots), False: Oracle(tiny_model_path("llama"), {})}
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, logprobs=0)
+    prompts, outputs = {}, {}
+    for i, length in enumerate(lengths):
+        ids = [5 + (31 * i + 7 * j) % 250 for j in range(length)]
+        prompts[engine._submit(ids, params, use_adapter=i % 2 == 0)] = ids, i % 2 == 0
+    while len(outputs) < len(prompts):
+        outputs |= {o.request_id: o for o in engine._engine.step() if o.finished}
+    for name, (ids, use_adapter) in prompts.items():
+        sampled = outputs[name].outputs[0]
+        everything = [*outputs[name].prompt_logprobs[1:], *sampled.logprobs]
+        tokens = [*ids, *sampled.token_ids]
+        got = [at[token].logprob for at, token in zip(everything, tokens[1:], strict=True)]
+        assert got == pytest.approx(oracles[use_adapter].logprobs(tokens), abs=EXACT)
+
+
+def test_the_head_is_dense_beside_vllms_own_kernels(make_engine, write, tiny_model_path):
+    engine = make_engine("llama", target_modules=HEAD_TOO, lora_path="punica")
+    write(engine, engine.slots)
+    adapted = Oracle(tiny_model_path("llama"), engine.slots)
+    expected = flat([adapted.logprobs(ids) for ids in SEQUENCES])
+    assert flat(engine.prompt_logprobs(SEQUENCES)) == pytest.approx(expected, abs=EXACT)
+
+
+def test_the_head_may_be_the_only_target(make_engine, write, tiny_model_path):
+    engine = make_engine("llama", target_modules=("lm_head",))
+    assert list(engine.slots) == ["lm_head"]
+    write(engine, ["lm_head"])
+    adapted = Oracle(tiny_model_path("llama"), engine.slots)
+    expected = flat([adapted.logprobs(ids) for ids in SEQUENCES])
+    assert flat(engine.prompt_logprobs(SEQUENCES)) == pytest.approx(expected, abs=EXACT)
+
+
+def test_a_model_of_which_vllm_loads_no_head_alone_is_refused(make_engine):
+    with pytest.raises(ValueError, match=r"^vLLM loads no adapter on lm_head alone .* lora\.targets$"):
+        make_engine("qwen2", target_modules=("lm_head",))
+
+
+def test_the_heads_slot_is_there_only_if_it_was_targeted(make_engine):
+    assert "lm_head" not in make_engine("llama").slots
