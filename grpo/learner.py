@@ -53,14 +53,13 @@ class Learner:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = rate
         weights = self._token_weights(packs)
-        old = self._old_logprobs(packs)
         base = self._base_logprobs(packs)
-        metrics: dict[str, float] = {}
-        for iteration in range(self.config.algorithm.num_iterations):
-            if iteration > 0:
-                self.policy.write_slots()  # the forward reads the slots: they must follow the masters
-            measured = self._iteration(packs, weights, old, base)
-            metrics = metrics or measured  # those of the first iteration are on-policy: they compare with the sampler
+        # The first iteration's policy is the one that the step began with: its log-probabilities are the old ones.
+        metrics, logprobs = self._iteration(packs, weights, [None] * len(packs), base)
+        for _ in range(1, self.config.algorithm.num_iterations):
+            self.policy.write_slots()  # the forward reads the slots: they must follow the masters
+            measured, _ = self._iteration(packs, weights, logprobs, base)
+            # All else stays that of the first, which is on-policy: it compares with the sampler.
             metrics.update({key: measured[key] for key in ("loss", "grad_norm", "update_skipped")})
         return metrics | {"learning_rate": rate} | _packing_metrics(packs, groups)
 
@@ -68,10 +67,10 @@ class Learner:
         self,
         packs: list[Pack],
         weights: list[torch.Tensor],
-        old: list[torch.Tensor | None],
-        base: list[torch.Tensor | None],
-    ) -> dict[str, float]:
-        """One forward and backward over all packs and one optimizer step."""
+        old: Sequence[torch.Tensor | None],
+        base: Sequence[torch.Tensor | None],
+    ) -> tuple[dict[str, float], tuple[torch.Tensor, ...]]:
+        """One forward and backward over all packs and one optimizer step; returns metrics and each pack's logprobs [N]."""
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for one, weights_N, old_N, base_N in zip(packs, weights, old, base, strict=True):
@@ -93,7 +92,7 @@ class Learner:
         if self.config.algorithm.beta > 0:
             base_all = torch.cat([b for b in base if b is not None])
             metrics["kl"] = kl_k3(torch.cat(logprobs), base_all).mean().item()
-        return metrics
+        return metrics, logprobs
 
     def _packs(self, groups: Sequence[WeightedGroup]) -> list[Pack]:
         budget, device = self.config.optim.tokens_per_pack, self.policy.device
@@ -106,12 +105,6 @@ class Learner:
         weights_S = TOKEN_WEIGHTS[self.config.algorithm.loss_type](torch.cat([one.lengths_S for one in packs]))
         per_pack = weights_S.split([len(one.lengths_S) for one in packs])
         return [w[one.sequence_N] for w, one in zip(per_pack, packs, strict=True)]
-
-    def _old_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
-        """Log-probabilities at the start of the step; with one iteration they are the forward's own."""
-        if self.config.algorithm.num_iterations == 1:
-            return [None] * len(packs)
-        return [self.policy.logprobs(one, temperature=self.config.rollout.temperature)[0] for one in packs]
 
     def _base_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
         """Log-probabilities of the model without its adapter, where a KL penalty asks for them."""
@@ -132,13 +125,14 @@ def _sampler_gap(logprobs: torch.Tensor, sampler_logprobs: torch.Tensor) -> dict
 
 
 def _packing_metrics(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[str, float]:
-    """Tokens that went through the model, the share that was padding, and their ratio to one prompt a completion."""
+    """Packs and tokens that went through the model, the share that was padding, and their ratio to one prompt a completion."""
     computed = sum(one.num_input_tokens for one in packs)
     padding = sum(one.num_padding_tokens for one in packs)
     plain = sum(
         len(w.group.prompt_token_ids) + len(c.token_ids) for w in groups for c in w.group.completions if c.token_ids
     )
     return {
+        "packing/packs": float(len(packs)),
         "packing/tokens": float(computed),
         "packing/padding_ratio": padding / (computed + padding),
         "packing/token_ratio": computed / plain,

@@ -19,7 +19,7 @@ import torch
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import Completion, PromptGroup, SamplingSettings
 from .lora_layers import ADAPTER, FusedLoRALinear
-from .packing import Pack, WeightedGroup, pack, pad
+from .packing import Pack, WeightedGroup, by_completion, pack, pad
 from .policy import Policy
 
 # Strength of a proving adapter: the norm of its update relative to the base weight's.
@@ -88,8 +88,8 @@ def trainer_logprobs(
 ) -> list[list[float]]:
     """Log-probability of every token but the first of each sequence, by the trainer's forward at temperature 1."""
     packs = _packs(policy, sequences)
-    flat = torch.cat([policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs])
-    return [part.tolist() for part in flat.split([len(s) - 1 for s in sequences])]
+    logprobs = [policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs]
+    return [values.tolist() for values in by_completion(packs, logprobs)]
 
 
 def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:

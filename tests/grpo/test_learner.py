@@ -220,6 +220,18 @@ def test_the_ratio_is_to_the_policy_that_the_step_began_with(make_learner, group
 # Metrics
 
 
+@pytest.mark.parametrize(("num_iterations", "beta", "forwards"), [(1, 0.0, 1), (1, 0.1, 2), (3, 0.0, 3), (3, 0.1, 4)])
+def test_no_forward_that_is_not_needed(
+    make_learner, groups: list[WeightedGroup], num_iterations: int, beta: float, forwards: int
+) -> None:
+    """One a pack and iteration, and one for the base model where a KL penalty asks for it."""
+    learner: Learner = make_learner(num_iterations=num_iterations, beta=beta)
+    calls: list[object] = []
+    learner.policy.model.base_model.register_forward_hook(lambda *call: calls.append(call))
+    learner.update(groups, step=0)
+    assert len(calls) == forwards
+
+
 def test_metrics(make_learner, groups: list[WeightedGroup]) -> None:
     learner: Learner = make_learner(temperature=0.7)
     (one,) = learner._packs(groups)
@@ -237,6 +249,7 @@ def test_metrics(make_learner, groups: list[WeightedGroup]) -> None:
         "sampling/sampling_logp_difference/max": difference_N.max().item(),
         "sampling/kl": (ratio_N.exp() - 1 - ratio_N).mean().item(),
         "learning_rate": 1e-4,
+        "packing/packs": 1.0,
         "packing/tokens": tokens,
         "packing/padding_ratio": 0.0,
         "packing/token_ratio": tokens / plain,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_groups import make_group, random_groups
 
-from rankup.grpo.packing import Pack, WeightedGroup, pack, pad
+from rankup.grpo.packing import Pack, WeightedGroup, by_completion, pack, pad
 
 PAD_TOKEN_ID = 0
 
@@ -21,13 +23,15 @@ SHAPES = st.lists(
 Target = tuple[tuple[int, ...], int, float, float]  # what it follows, the token, advantage, sampler's log-probability
 
 
-def expected_targets(groups: list[WeightedGroup]) -> list[Target]:
-    return [
-        (weighted.group.prompt_token_ids + completion.token_ids[:i], token, advantage, logprob)
-        for weighted in groups
-        for completion, advantage in zip(weighted.group.completions, weighted.advantages, strict=True)
-        for i, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True))
-    ]
+def expected_targets(groups: list[WeightedGroup], origins: Iterable[tuple[int, int]]) -> list[Target]:
+    """The targets of these completions, from the groups alone."""
+    targets = []
+    for place, number in origins:
+        weighted = groups[place]
+        completion, advantage = weighted.group.completions[number], weighted.advantages[number]
+        for i, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+            targets.append((weighted.group.prompt_token_ids + completion.token_ids[:i], token, advantage, logprob))
+    return targets
 
 
 def shared_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
@@ -37,11 +41,8 @@ def shared_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
     for group in one.model_inputs["shared_prompt_layout"].groups:
         prompt = ids[group.prompt]
         contexts |= {group.prompt.start + i: tuple(prompt[: i + 1]) for i in range(len(prompt))}
-        width = group.padded_GC.shape[1]
-        for flat in group.real.tolist():
-            row = group.padded_GC[flat // width].tolist()
-            column = flat % width
-            contexts[row[column]] = (*prompt, *(ids[place] for place in row[: column + 1]))
+        for part in group.completions:
+            contexts |= {place: (*prompt, *ids[part.start : place + 1]) for place in range(part.start, part.stop)}
     positions = one.model_inputs["position_ids"][0].tolist()
     assert {place: len(context) - 1 for place, context in contexts.items()} == dict(enumerate(positions))
     return contexts
@@ -72,12 +73,14 @@ def in_fp32(targets: list[Target]) -> list[Target]:
 
 
 def check_sequences(packs: list[Pack], groups: list[WeightedGroup]) -> None:
-    """Completions are numbered within their pack, and empty ones are left out."""
+    """Completions are numbered within their pack; each that is not empty is in one pack, once."""
     for one in packs:
         assert torch.equal(one.sequence_N.bincount(), one.lengths_S)
         assert torch.equal(one.sequence_N, one.sequence_N.sort().values)
-    lengths = [len(c.token_ids) for weighted in groups for c in weighted.group.completions if c.token_ids]
-    assert [length for one in packs for length in one.lengths_S.tolist()] == lengths
+        lengths = [len(groups[place].group.completions[number].token_ids) for place, number in one.origins]
+        assert one.lengths_S.tolist() == lengths
+    wanted = [(i, j) for i, w in enumerate(groups) for j, c in enumerate(w.group.completions) if c.token_ids]
+    assert sorted(origin for one in packs for origin in one.origins) == wanted
 
 
 @settings(deadline=None)
@@ -85,10 +88,9 @@ def check_sequences(packs: list[Pack], groups: list[WeightedGroup]) -> None:
 def test_shared_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: int) -> None:
     groups = random_groups(shapes, seed=seed)
     packs = pack(groups, tokens_per_pack=budget)
-    found = [target for one in packs for target in found_targets(one, shared_contexts(one))]
-    assert found == in_fp32(expected_targets(groups))
     check_sequences(packs, groups)
     for one in packs:
+        assert found_targets(one, shared_contexts(one)) == in_fp32(expected_targets(groups, one.origins))
         layout = one.model_inputs["shared_prompt_layout"]
         assert one.num_input_tokens == layout.length == one.model_inputs["input_ids"].numel()
         assert one.num_input_tokens <= budget or len(one.lengths_S) == 1
@@ -100,10 +102,9 @@ def test_shared_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: i
 def test_plain_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: int) -> None:
     groups = random_groups(shapes, seed=seed)
     packs = pad(groups, tokens_per_pack=budget, pad_token_id=PAD_TOKEN_ID)
-    found = [target for one in packs for target in found_targets(one, padded_contexts(one))]
-    assert found == in_fp32(expected_targets(groups))
     check_sequences(packs, groups)
     for one in packs:
+        assert found_targets(one, padded_contexts(one)) == in_fp32(expected_targets(groups, one.origins))
         ids, mask = one.model_inputs["input_ids"], one.model_inputs["attention_mask"]
         assert ids.numel() <= budget or len(one.lengths_S) == 1
         assert (one.num_input_tokens, one.num_padding_tokens) == (mask.sum(), (1 - mask).sum())
@@ -117,15 +118,42 @@ def test_both_layouts_hold_the_same_targets(shapes: list[tuple[int, list[int]]])
     shared = pack(groups, tokens_per_pack=10**6)
     plain = pad(groups, tokens_per_pack=10**6, pad_token_id=PAD_TOKEN_ID)
     assert len(shared) == len(plain) <= 1
-    for one, other in zip(shared, plain, strict=True):
-        for name in ("targets_N", "advantages_N", "sampler_logprobs_N", "sequence_N", "lengths_S"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
+    for name in ("targets_N", "advantages_N", "sampler_logprobs_N"):
+        one, other = (by_completion(packs, [getattr(p, name) for p in packs]) for packs in (shared, plain))
+        assert [t.tolist() for t in one] == [t.tolist() for t in other]
+
+
+@settings(deadline=None)
+@given(shapes=SHAPES, budget=st.integers(1, 60))
+def test_by_completion_restores_the_order(shapes: list[tuple[int, list[int]]], budget: int) -> None:
+    groups = random_groups(shapes)
+    expected = [list(c.token_ids) for weighted in groups for c in weighted.group.completions if c.token_ids]
+    packs = pack(groups, tokens_per_pack=budget)
+    assert [t.tolist() for t in by_completion(packs, [one.targets_N for one in packs])] == expected
+
+
+@settings(deadline=None)
+@given(shapes=SHAPES, budget=st.integers(1, 60))
+def test_little_is_wasted(shapes: list[tuple[int, list[int]]], budget: int) -> None:
+    """Two packs that would fit into one are never left apart, and no row stands beside one more than it must."""
+    groups = random_groups(shapes)
+    sizes = [one.num_input_tokens for one in pack(groups, tokens_per_pack=budget)]
+    assert all(a + b > budget for a, b in itertools.combinations(sizes, 2))
+    padded = pad(groups, tokens_per_pack=budget, pad_token_id=PAD_TOKEN_ID)
+    rows = [one.model_inputs["attention_mask"].sum(1) for one in padded]
+    assert torch.equal(torch.cat(rows), torch.cat(rows).sort(descending=True).values) if rows else True
+
+
+def test_sorting_by_length_saves_padding() -> None:
+    groups = random_groups([(4, [30, 2, 30, 2]), (4, [2, 30, 2, 30])])
+    packs = pad(groups, tokens_per_pack=4 * 33, pad_token_id=PAD_TOKEN_ID)
+    assert sum(one.num_padding_tokens for one in packs) == 0 and len(packs) == 2
 
 
 def prompts_and_rows(one: Pack) -> list[tuple[int, int]]:
     """(prompt length, completions) of every group of the pack."""
     groups = one.model_inputs["shared_prompt_layout"].groups
-    return [(group.prompt.stop - group.prompt.start, len(group.padded_GC)) for group in groups]
+    return [(group.prompt.stop - group.prompt.start, len(group.completions)) for group in groups]
 
 
 def test_a_prompt_stands_once_unless_its_group_exceeds_the_budget() -> None:
