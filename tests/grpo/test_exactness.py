@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rankup.grpo.config import AlgorithmConfig
 from rankup.grpo.losses import TOKEN_WEIGHTS, token_loss
-from rankup.grpo.packing import Pack, WeightedGroup, pack, pad
+from rankup.grpo.packing import Pack, WeightedGroup, by_completion, pack, pad
 from rankup.grpo.policy import Policy
 
 LossType = Literal["dapo", "grpo"]
@@ -30,7 +30,8 @@ TOLERANCE = 1e-5
 
 
 def plain_peft(policy: Policy, base_folder: Path, adapter_folder: Path) -> PeftModel:
-    """Stock transformers and stock PEFT with the policy's adapter."""
+    """Stock transformers and stock PEFT with the policy's adapter, which is published."""
+    policy.write_slots()
     policy.save_adapter(adapter_folder)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager")
     return PeftModel.from_pretrained(base, adapter_folder, is_trainable=True)
@@ -125,6 +126,34 @@ def layouts(policy: Policy, groups: list[WeightedGroup], layout: str, budget: in
     return pad(groups, tokens_per_pack=budget, pad_token_id=0)
 
 
+def compare(
+    policy: Policy, model: PeftModel, algorithm: AlgorithmConfig, *, layout: str, off_policy: bool, budget: int
+) -> None:
+    """Loss and all adapter gradients of both sides; ours from packs of `budget` tokens."""
+    groups = groups_near_the_policy(model)
+    logprobs = plain_logprobs(model, groups)
+    with torch.no_grad(), model.disable_adapter():
+        base = plain_logprobs(model, groups)
+    completions = [(c, a) for w in groups for c, a in zip(w.group.completions, w.advantages, strict=True) if c.token_ids]
+    old = [torch.tensor(c.logprobs) if off_policy else lp.detach() for (c, _), lp in zip(completions, logprobs, strict=True)]
+    expected = plain_loss(algorithm, logprobs, old=old, base=base, advantages=[a for _, a in completions])
+    expected.backward()
+
+    packs = layouts(policy, groups, layout, budget)
+    assert (len(packs) > 1) == (budget < 1000)
+    measured = accumulate(policy, packs, algorithm, off_policy=off_policy)
+    assert measured == pytest.approx(expected.item(), rel=TOLERANCE)
+    stock = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    errors = {}
+    for name, layer in policy.layers.items():
+        for part, weight in (("lora_A", layer.master_a), ("lora_B", layer.master_b)):
+            gradient = stock.pop(f"base_model.model.{name}.{part}.default.weight")
+            assert gradient is not None and weight.grad is not None
+            errors[f"{name}.{part}"] = relative_error(weight.grad, gradient)
+    assert max(errors.values()) <= TOLERANCE, errors
+    assert not stock, "every adapter of stock PEFT is one of ours"
+
+
 @pytest.mark.parametrize(
     ("loss_type", "beta", "off_policy", "budget"),
     [("dapo", 0.0, False, 1000), ("grpo", 0.3, True, 1000), ("dapo", 0.3, True, 25), ("grpo", 0.0, False, 25)],
@@ -149,32 +178,32 @@ def test_loss_and_gradients_equal_those_of_the_plain_layout(
     budget: int,
 ) -> None:
     policy: Policy = make_policy(kind)
-    policy.write_slots()
-    model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
-    groups = groups_near_the_policy(model)
-    algorithm = AlgorithmConfig(loss_type=loss_type, beta=beta)
-
-    logprobs = plain_logprobs(model, groups)
-    with torch.no_grad(), model.disable_adapter():
-        base = plain_logprobs(model, groups)
-    completions = [(c, a) for w in groups for c, a in zip(w.group.completions, w.advantages, strict=True) if c.token_ids]
-    old = [torch.tensor(c.logprobs) if off_policy else lp.detach() for (c, _), lp in zip(completions, logprobs, strict=True)]
-    expected = plain_loss(algorithm, logprobs, old=old, base=base, advantages=[a for _, a in completions])
-    expected.backward()
-
-    packs = layouts(policy, groups, layout, budget)
-    assert (len(packs) > 1) == (budget < 1000)
-    measured = accumulate(policy, packs, algorithm, off_policy=off_policy)
-    assert measured == pytest.approx(expected.item(), rel=TOLERANCE)
-    stock = dict(model.named_parameters())
     assert len(policy.layers) == 14, "seven projections in each of two layers"
-    errors = {}
-    for name, layer in policy.layers.items():
-        for part, weight in (("lora_A", layer.master_a), ("lora_B", layer.master_b)):
-            gradient = stock[f"base_model.model.{name}.{part}.default.weight"].grad
-            assert gradient is not None and weight.grad is not None
-            errors[f"{name}.{part}"] = relative_error(weight.grad, gradient)
-    assert max(errors.values()) <= TOLERANCE, errors
+    model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
+    algorithm = AlgorithmConfig(loss_type=loss_type, beta=beta)
+    compare(policy, model, algorithm, layout=layout, off_policy=off_policy, budget=budget)
+
+
+ADAPTERS = {
+    "head, own ranks and alphas, rsLoRA": {
+        "targets": ["q_proj", "v_proj", "down_proj", "lm_head"],
+        "rank_pattern": {"q_proj": 5, "lm_head": 12, "layers.1.mlp.down_proj": 16},
+        "alpha_pattern": {"v_proj": 32},
+        "use_rslora": True,
+    },
+    "one layer by an expression": {"targets": r".*layers\.1\.(self_attn\.(k|o)|mlp\.up)_proj"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # nothing is merged
+@pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_any_set_of_adapters(make_policy, tiny_model_path, tmp_path: Path, kind: str, lora: dict) -> None:
+    """Tied and untied heads, biases, and a head that caps its logits."""
+    policy: Policy = make_policy(kind, **lora)
+    model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
+    layout = "shared" if policy.shares_prompts else "plain"
+    compare(policy, model, AlgorithmConfig(beta=0.3), layout=layout, off_policy=True, budget=25)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
@@ -182,14 +211,14 @@ def test_logprobs_and_entropies_with_and_without_the_adapter(
     make_policy, tiny_model_path, tmp_path: Path, kind: str
 ) -> None:
     policy: Policy = make_policy(kind)
-    policy.write_slots()
     model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
     groups = random_groups(SHAPES)
     packs = layouts(policy, groups, "shared" if policy.shares_prompts else "plain", 25)
     found = {}
     for use_adapter in (True, False):
         results = [policy.logprobs(one, temperature=TEMPERATURE, use_adapter=use_adapter) for one in packs]
-        found[use_adapter], entropies = (torch.cat(parts) for parts in zip(*results, strict=True))
+        logprobs, entropies = ([result[i] for result in results] for i in (0, 1))
+        found[use_adapter], entropies = torch.cat(by_completion(packs, logprobs)), torch.cat(entropies)
         assert (entropies > 0).all() and not found[use_adapter].requires_grad
     with torch.no_grad():
         torch.testing.assert_close(found[True], torch.cat(plain_logprobs(model, groups)), rtol=1e-5, atol=1e-5)
