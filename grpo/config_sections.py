@@ -158,6 +158,10 @@ class OptimConfig(Section):
     tokens_per_pack: int = Field(default=4096, ge=1)
     """Token budget of one forward and backward pass; sets peak memory, not the update."""
 
+    logits_mib: int | None = Field(default=None, ge=1)
+    """Memory for the logits that are formed at a time, in MiB; fewer than 16 tokens' are never. None: 128 on CPU, 1024 on
+    CUDA."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -32,6 +32,9 @@ from .fusing import fuse
 from .heads import head_of
 from .lora_layers import ADAPTER, FusedLoRALinear, projection
 from .packing import Pack
+
+# Logits formed at a time: what CPU caches and memory like, and 2k to 4k tokens on a GPU, whose products want many rows.
+LOGITS_MIB = {"cpu": 128, "cuda": 1024}
 
 
 class Policy:
@@ -56,6 +59,7 @@ class Policy:
         seed: int = 0,
         device: str = "cpu",
         gradient_checkpointing: bool = False,
+        logits_mib: int | None = None,
     ) -> None:
         shared_prompt_attention.register()
         base = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)))
@@ -66,6 +70,7 @@ class Policy:
         self.shares_prompts = self.plain_reason is None
         base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else _plain_attention(base))
         self.device = device
+        self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
         self.peft_model = inject(base, lora, seed)
         self.layers = {
@@ -154,14 +159,25 @@ class Policy:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
         with self._adapter(use_adapter):
             hidden_ND, head = self._hidden(pack), self.head
-        return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature)
+        return linear_logprobs(
+            hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes
+        )
 
     def backward(
-        self, pack: Pack, token_loss: TokenLoss, *, temperature: float = 1.0
+        self, pack: Pack, token_loss: TokenLoss, *, temperature: float = 1.0, visits: Literal[1, 2] = 1
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N]."""
+        """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N].
+
+        `visits`: to the logits; 2 where the loss of a token depends on other tokens.
+        """
         loss, logprobs_N, entropy_N = linear_logprob_loss(
-            self._hidden(pack), self.head, pack.targets_N, token_loss, temperature=temperature
+            self._hidden(pack),
+            self.head,
+            pack.targets_N,
+            token_loss,
+            temperature=temperature,
+            chunk_bytes=self._logits_bytes,
+            visits=visits,
         )
         loss.backward()
         return loss.detach(), logprobs_N, entropy_N

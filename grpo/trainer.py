@@ -286,6 +286,7 @@ class GRPOTrainer:
                     seed=config.seed,
                     device=self.engine.device,
                     gradient_checkpointing=config.optim.gradient_checkpointing,
+                    logits_mib=config.optim.logits_mib,
                 )
             self.policy.attach(self.engine.slots)
             if self.policy.plain_reason is not None:

@@ -12,11 +12,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from sample_groups import random_groups
+from tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from rankup.grpo.config import LoraConfig
 from rankup.grpo.packing import Pack, pack, pad
 from rankup.grpo.policy import Policy
+from rankup.kernels.logprob import chunk_rows
 from rankup.rollout.slots import AdapterSlot
 
 Make = Callable[..., Policy]
@@ -350,3 +352,15 @@ def test_a_target_that_the_model_does_not_have(new_policy: Make) -> None:
 )
 def test_targets(new_policy: Make, targets: str | list[str], projections: int) -> None:
     assert len(new_policy(lora={"targets": targets}).layers) == 2 * projections
+
+
+def test_the_memory_for_logits_changes_no_result(new_policy: Make) -> None:
+    """A vocabulary of 260 in fp32: a MiB holds 1,008 tokens, so that 1,200 targets take two chunks."""
+    (one,) = pack(random_groups([(4, [400, 400, 400])]), tokens_per_pack=2000)
+    gradients = []
+    for logits_mib in (1, 2):
+        policy: Policy = new_policy(logits_mib=logits_mib)
+        assert -(-1200 // chunk_rows(VOCABULARY, 4, policy._logits_bytes)) == (2 if logits_mib == 1 else 1)
+        policy.backward(one, lambda logprobs_n, _entropy_n, chunk: -one.advantages_N[chunk] * logprobs_n)
+        gradients.append([master.grad for master in policy.masters])
+    torch.testing.assert_close(gradients[0], gradients[1])
