@@ -91,8 +91,8 @@ class Policy:
         return [p for layer in self.layers.values() for p in (layer.master_a, layer.master_b)]
 
     def attach(self, slots: Mapping[str, AdapterSlot]) -> None:
-        """Compute with these slots from now on (vLLM's buffers). They are emptied: nothing of an adapter of higher rank that
-        was there before may stay beyond this one's rank. They hold the policy after `write_slots`.
+        """Compute with these slots from now on (vLLM's buffers). All are emptied, those of projections that are not trained
+        too: nothing may stay of an adapter of higher rank or of other targets. They hold the policy after `write_slots`.
 
         Raises:
             ValueError: a trained projection has no slot, or one of another shape.
@@ -108,10 +108,11 @@ class Policy:
                     f"{name}: slot of shapes {list(slot.a.shape)} and {list(slot.b.shape)} for an adapter of rank {rank} "
                     f"from {layer.in_features} to {layer.out_features}"
                 )
+        for slot in slots.values():
+            slot.a.zero_()
+            slot.b.zero_()
         for name, layer in self.layers.items():
             layer.slot = slots[name]
-            layer.slot.a.zero_()
-            layer.slot.b.zero_()
         # Lists of views, made once: publishing is a handful of calls over them.
         self._slot_a = [layer.slot.a[: layer.r[ADAPTER]] for layer in self.layers.values()]
         self._slot_b = [layer.slot.b[:, : layer.r[ADAPTER]] for layer in self.layers.values()]
