@@ -1,0 +1,120 @@
+"""Attention over shared prompts in plain torch, for any dtype and device: a few batched products a unit of sequences.
+
+One gather lays out the queries of all units, one the keys (each completion's with its prompt's in front), and one brings the
+results back; in between nothing is copied. With weights W = softmax(scaling * q k^T + mask) and the gradient g of the result,
+
+    out = W v        dv = W^T g        ds = W (g v^T - rowsum(W g v^T))        dq = scaling * ds k        dk = scaling * ds^T q
+
+Only q, k and v are kept; the backward forms W again, block by block as the forward did. See attention_plan for units, blocks
+and the legend of shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .attention_plan import Block, BlockPlan
+
+
+def block_attention(
+    query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, plan: BlockPlan, scaling: float
+) -> torch.Tensor:
+    """Attention of the plan's layout, [L, H, D] in the inputs' dtype.
+
+    Scores and weights are rounded to the inputs' dtype, as in transformers' eager attention; sums are fp32 or wider.
+    """
+    return _BlockAttention.apply(query_HLD, key_KLD, value_KLD, plan, scaling)  # type: ignore[return-value]
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_HLD: torch.Tensor,
+        key_KLD: torch.Tensor,
+        value_KLD: torch.Tensor,
+        plan: BlockPlan,
+        scaling: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query_HLD, key_KLD, value_KLD)
+        ctx.plan, ctx.scaling = plan, scaling
+        query_QE = _rows(query_HLD, plan.key_heads).index_select(0, plan.query_rows)
+        key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
+        out_QE = torch.empty_like(query_QE)
+        for block in plan.blocks():
+            weights = _weights(block, block.queries(query_QE), block.keys(key_ND), scaling)
+            torch.bmm(weights, block.keys(value_ND), out=block.queries(out_QE))
+        return out_QE.index_select(0, plan.result_rows).view(-1, plan.heads, query_HLD.shape[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query_HLD, key_KLD, value_KLD = ctx.saved_tensors
+        plan: BlockPlan = ctx.plan
+        query_QE, grad_QE = (
+            _rows(t, plan.key_heads).index_select(0, plan.query_rows) for t in (query_HLD, grads[0].transpose(0, 1))
+        )
+        grad_QE.index_fill_(0, plan.padding, 0.0)  # tokens that stand for padding have their own row elsewhere
+        key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
+        grad_query_QE = torch.empty_like(query_QE)
+        grad_key_ND, grad_value_ND = (_new_total(key_ND, plan) for _ in range(2))
+        for block in plan.blocks():
+            query, grad, grad_query = (block.queries(t) for t in (query_QE, grad_QE, grad_query_QE))
+            key, value, grad_key, grad_value = (block.keys(t) for t in (key_ND, value_ND, grad_key_ND, grad_value_ND))
+            weights = _weights(block, query, key, ctx.scaling)
+            _add_product(grad_value, weights.transpose(1, 2), grad, plan)
+            grad_scores = torch.bmm(grad, value.transpose(1, 2))
+            torch._softmax_backward_data(grad_scores, weights, -1, weights.dtype, grad_input=grad_scores)  # type: ignore[attr-defined]
+            torch.baddbmm(grad_query, grad_scores, key, beta=0, alpha=ctx.scaling, out=grad_query)
+            _add_product(grad_key, grad_scores.transpose(1, 2), query, plan, ctx.scaling)
+        grad_query_LHD = grad_query_QE.index_select(0, plan.result_rows).view(grads[0].shape)
+        grad_key_LKD, grad_value_LKD = (_sum_of_keys(t, plan, key_ND.dtype) for t in (grad_key_ND, grad_value_ND))
+        return (*(t.transpose(0, 1) for t in (grad_query_LHD, grad_key_LKD, grad_value_LKD)), None, None)
+
+
+def _rows(heads_first: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """[heads, L, D] as the pack's rows [L * K, heads / K * D]; a view where projections left the heads of a token together."""
+    heads, length, dim = heads_first.shape
+    return heads_first.transpose(0, 1).reshape(length * key_heads, heads // key_heads * dim)
+
+
+def _weights(block: Block, query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Softmax of the block's scores, [U * K, T * h, S]."""
+    future_TS = block.future(query)
+    scores = query.new_empty(*query.shape[:2], block.columns)
+    # The product is added to the mask, which costs half as much as masking the product. A row is read before it is written.
+    scores.view(-1, len(future_TS), block.heads_per_key, block.columns).copy_(future_TS[:, None])
+    scores.baddbmm_(query, key.transpose(1, 2), alpha=scaling)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _new_total(like: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """Where products that sum over queries go: the sum over blocks, at least fp32, or what the only block of a unit gives."""
+    if plan.is_cut:
+        return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+    return torch.empty_like(like)
+
+
+def _add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, plan: BlockPlan, scaling: float = 1.0
+) -> None:
+    """`total += scaling * left @ right`, or `=` where there is one block a unit."""
+    if plan.is_cut:
+        total.add_(torch.bmm(left, right), alpha=scaling)
+    else:
+        torch.baddbmm(total, left, right, beta=0, alpha=scaling, out=total)
+
+
+def _sum_of_keys(grad_ND: torch.Tensor, plan: BlockPlan, dtype: torch.dtype) -> torch.Tensor:
+    """From the gradients of all units' keys to those of the pack, [L, K, D]: a prompt's are summed over its completions."""
+    dim = grad_ND.shape[1]
+    grad_LKD = grad_ND.index_select(0, plan.own_rows).view(-1, plan.key_heads, dim)
+    for unit in plan.units:
+        if unit.prompt_length:
+            rows = grad_ND.narrow(0, unit.key_start, unit.count * plan.key_heads * unit.columns)
+            of_prompt_UKPD = rows.view(unit.count, plan.key_heads, unit.columns, dim)[:, :, : unit.prompt_length]
+            grad_LKD[unit.prompt] += of_prompt_UKPD.sum(0).transpose(0, 1)
+    return grad_LKD.to(dtype)

@@ -1,0 +1,214 @@
+"""Which tokens of a pack of shared prompts are computed together, and where their rows lie meanwhile.
+
+    plan = plan_blocks([(7, [5, 3]), (2, [4])], heads=9, key_heads=3)     # prompt length, completion lengths of each group
+
+The pack is cut into sequences: every prompt by itself, and every completion behind its prompt. Sequences of about the same
+length form a unit, in which those heads that share a key head are rows of one product. A unit whose scores would exceed
+`SCORES_LIMIT` is computed block by block, some tokens at a time, without the keys that none of these sees.
+
+Legend: L tokens of the pack, H query heads, K key heads, h = H / K query heads of a key head, D head dimension, E = h * D;
+U sequences of a unit, P tokens of their prompt, C tokens of each (padded), S keys of each (P + C, padded), T tokens of a block;
+Q and N are the rows of all units' queries and keys together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+SCORES_LIMIT = 2**22  # elements formed at a time; with fewer, summing the gradients of keys block by block takes over
+PADDING_LIMIT = 2**16  # elements of padding that cost no more than another unit
+COLUMNS = 32  # a row of scores is padded to a multiple: torch's softmax in bf16 takes 2 to 4 times as long otherwise
+
+Sequences = list[tuple[int, int]]  # (first token, number of tokens) of each
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Sequences that are computed together, all behind the same prompt.
+
+    `prompt` is the slice of the pack that they see, empty where the sequences are prompts themselves. Their rows, [U, K, C] of
+    queries and [U, K, S] of keys, begin at `query_start` and `key_start`. A block takes at most `tokens` of the C.
+    """
+
+    prompt: slice
+    count: int
+    width: int
+    columns: int
+    tokens: int
+    query_start: int
+    key_start: int
+
+    @property
+    def prompt_length(self) -> int:
+        return self.prompt.stop - self.prompt.start
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens `start` to `stop` of each of a unit's sequences, and the keys that the last of these sees."""
+
+    unit: Unit
+    start: int
+    stop: int
+    heads: int
+    key_heads: int
+
+    @property
+    def columns(self) -> int:
+        return _padded(self.unit.prompt_length + self.stop)
+
+    @property
+    def heads_per_key(self) -> int:
+        return self.heads // self.key_heads
+
+    def queries(self, rows_QE: torch.Tensor) -> torch.Tensor:
+        """This block's part of all units' queries: a view [U * K, T * h, D]."""
+        batch, shared = self.unit.count * self.key_heads, self.heads_per_key
+        rows = rows_QE.narrow(0, self.unit.query_start, batch * self.unit.width)
+        return rows.view(batch, self.unit.width * shared, -1).narrow(1, self.start * shared, (self.stop - self.start) * shared)
+
+    def keys(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """This block's part of all units' keys: a view [U * K, S, D]."""
+        batch = self.unit.count * self.key_heads
+        rows = rows_ND.narrow(0, self.unit.key_start, batch * self.unit.columns)
+        return rows.view(batch, self.unit.columns, -1).narrow(1, 0, self.columns)
+
+    def future(self, like: torch.Tensor) -> torch.Tensor:
+        """[T, S]: minus infinity where a token does not see a key, else 0. Padding is later than every token."""
+        first_hidden = self.unit.prompt_length + self.start + 1
+        return like.new_full((self.stop - self.start, self.columns), float("-inf")).triu_(first_hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """Where every row of the units comes from and goes to. A pack has a row for each token and key head, token * K + head.
+
+    Attributes:
+        query_rows, key_rows: the pack's row of each of the units' rows, [Q] and [N].
+        padding: which of the Q stand for no token.
+        result_rows, own_rows: which of the Q, and which of the N, each of the pack's rows is, [L * K].
+    """
+
+    heads: int
+    key_heads: int
+    units: tuple[Unit, ...]
+    query_rows: torch.Tensor
+    key_rows: torch.Tensor
+    padding: torch.Tensor
+    result_rows: torch.Tensor
+    own_rows: torch.Tensor
+
+    def blocks(self) -> Iterator[Block]:
+        for unit in self.units:
+            for start in range(0, unit.width, unit.tokens):
+                yield Block(unit, start, min(start + unit.tokens, unit.width), self.heads, self.key_heads)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some unit takes more than one block, so that gradients of its keys are sums."""
+        return any(unit.tokens < unit.width for unit in self.units)
+
+
+def plan_blocks(
+    groups: Sequence[tuple[int, Sequence[int]]], heads: int, key_heads: int, device: torch.device | str = "cpu"
+) -> BlockPlan:
+    """From (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty."""
+    prompts: Sequences = []
+    parts: list[tuple[slice, Sequences]] = [(slice(0, 0), prompts)]  # prompts have nothing before them: one part for all
+    length = 0
+    for prompt_length, completion_lengths in groups:
+        prompts.append((length, prompt_length))
+        prompt = slice(length, length + prompt_length)
+        length = prompt.stop
+        completions: Sequences = []
+        for completion_length in completion_lengths:
+            if completion_length > 0:
+                completions.append((length, completion_length))
+            length += completion_length
+        parts.append((prompt, completions))
+    builder = _PlanBuilder(length, heads, key_heads)
+    for prompt, sequences in parts:
+        for similar in _of_similar_length(sequences, prompt.stop - prompt.start, heads):
+            builder.add(prompt, similar)
+    return builder.plan(device)
+
+
+def _of_similar_length(sequences: Sequences, prompt_length: int, heads: int) -> Iterator[Sequences]:
+    """The sequences in parts, longest first, of which little is padding and whose scores stay within the limit."""
+    part: Sequences = []
+    padding = 0
+    for sequence in sorted(sequences, key=lambda s: -s[1]):
+        width = part[0][1] if part else sequence[1]
+        scores = heads * _padded(prompt_length + width)  # of one token
+        padding += scores * (width - sequence[1])
+        if part and (scores * width * (len(part) + 1) > SCORES_LIMIT or padding > PADDING_LIMIT):
+            yield part
+            part, padding = [], 0
+        part.append(sequence)
+    if part:
+        yield part
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+class _PlanBuilder:
+    """Adds one unit after the other, and keeps account of the rows."""
+
+    def __init__(self, length: int, heads: int, key_heads: int) -> None:
+        self.heads = heads
+        self.key_heads = key_heads
+        self.units: list[Unit] = []
+        self.query_rows: list[torch.Tensor] = []
+        self.key_rows: list[torch.Tensor] = []
+        self.padding: list[torch.Tensor] = []
+        self.result_rows = torch.empty(length * key_heads, dtype=torch.long)
+        self.own_rows = torch.empty(length * key_heads, dtype=torch.long)
+        self.num_queries = self.num_keys = 0
+
+    def add(self, prompt: slice, sequences: Sequences) -> None:
+        """A unit of these sequences, longest first."""
+        count, width, prompt_length = len(sequences), sequences[0][1], prompt.stop - prompt.start
+        columns = _padded(prompt_length + width)
+        tokens = width if count > 1 else max(1, min(width, SCORES_LIMIT // (self.heads * columns)))
+        self.units.append(Unit(prompt, count, width, columns, tokens, self.num_queries, self.num_keys))
+
+        first_U, length_U = torch.tensor(sequences).unbind(1)
+        column_C = torch.arange(width)
+        # A sequence's last token stands for its padding: its numbers are finite, and no token of the sequence sees later ones.
+        tokens_UC = first_U[:, None] + torch.minimum(column_C, length_U[:, None] - 1)
+        prompt_UP = torch.arange(prompt.start, prompt.stop).expand(count, -1)
+        padding_US = tokens_UC[:, -1:].expand(-1, columns - prompt_length - width)
+        rows_UKC = self._rows_of_pack(tokens_UC)
+        rows_UKS = self._rows_of_pack(torch.cat([prompt_UP, tokens_UC, padding_US], dim=1))
+        queries_UKC = self.num_queries + torch.arange(rows_UKC.numel()).view_as(rows_UKC)
+        keys_UKS = self.num_keys + torch.arange(rows_UKS.numel()).view_as(rows_UKS)
+        self.query_rows.append(rows_UKC.flatten())
+        self.key_rows.append(rows_UKS.flatten())
+
+        is_token_UKC = (column_C < length_U[:, None])[:, None].expand_as(rows_UKC)
+        self.padding.append(queries_UKC[~is_token_UKC])
+        self.result_rows[rows_UKC[is_token_UKC]] = queries_UKC[is_token_UKC]
+        self.own_rows[rows_UKC[is_token_UKC]] = keys_UKS[..., prompt_length : prompt_length + width][is_token_UKC]
+        self.num_queries += queries_UKC.numel()
+        self.num_keys += keys_UKS.numel()
+
+    def _rows_of_pack(self, tokens_US: torch.Tensor) -> torch.Tensor:
+        """[U, K, S]."""
+        return tokens_US[:, None] * self.key_heads + torch.arange(self.key_heads)[:, None]
+
+    def plan(self, device: torch.device | str) -> BlockPlan:
+        return BlockPlan(
+            heads=self.heads,
+            key_heads=self.key_heads,
+            units=tuple(self.units),
+            query_rows=torch.cat(self.query_rows).to(device),
+            key_rows=torch.cat(self.key_rows).to(device),
+            padding=torch.cat(self.padding).to(device),
+            result_rows=self.result_rows.to(device),
+            own_rows=self.own_rows.to(device),
+        )
