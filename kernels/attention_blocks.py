@@ -1,7 +1,8 @@
 """Attention over shared prompts in plain torch, for any dtype and device: a few batched products a unit of sequences.
 
 One gather lays out the queries of all units, one the keys (each completion's with its prompt's in front), and one brings the
-results back; in between nothing is copied. With weights W = softmax(scaling * q k^T + mask) and the gradient g of the result,
+results back; a unit that is computed at once copies nothing in between. With weights W = softmax(scaling * q k^T + mask) and
+the gradient g of the result,
 
     out = W v        dv = W^T g        ds = W (g v^T - rowsum(W g v^T))        dq = scaling * ds k        dk = scaling * ds^T q
 
@@ -85,10 +86,10 @@ def _weights(block: Block, query: torch.Tensor, key: torch.Tensor, scaling: floa
     """Softmax of the block's scores, [U * K, T * h, S]."""
     future_TS = block.future(query)
     scores = query.new_empty(*query.shape[:2], block.columns)
-    # The product is added to the mask, which costs half as much as masking the product. A row is read before it is written.
+    # The product is added to the mask, which costs half as much as masking the product.
     scores.view(-1, len(future_TS), block.heads_per_key, block.columns).copy_(future_TS[:, None])
     scores.baddbmm_(query, key.transpose(1, 2), alpha=scaling)
-    return torch.softmax(scores, -1, out=scores)
+    return torch.softmax(scores, -1, out=scores)  # in place: a row is read whole before it is written
 
 
 def _new_total(like: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
