@@ -76,7 +76,7 @@ class Learner:
         for one, weights_N, old_N, base_N in zip(packs, weights, old, base, strict=True):
             loss_fn = token_loss(self.config.algorithm, one, weights_N, old_logprobs_N=old_N, base_logprobs_N=base_N)
             results.append(self.policy.backward(one, loss_fn, temperature=self.config.rollout.temperature))
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.masters, self.config.optim.max_grad_norm).item()
+        grad_norm = self._clip_gradients()
         skipped = not math.isfinite(grad_norm)
         if not skipped:
             self.optimizer.step()
@@ -93,6 +93,14 @@ class Learner:
             base_all = torch.cat([b for b in base if b is not None])
             metrics["kl"] = kl_k3(torch.cat(logprobs), base_all).mean().item()
         return metrics, logprobs
+
+    def _clip_gradients(self) -> float:
+        """Scale the gradients down to `max_grad_norm` where they exceed it; returns their norm before."""
+        masters, largest = self.policy.masters, self.config.optim.max_grad_norm
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        if norm > largest:  # torch's clip_grad_norm_ multiplies all gradients by 1 otherwise
+            torch.nn.utils.clip_grads_with_norm_(masters, largest, norm)
+        return norm.item()
 
     def _packs(self, groups: Sequence[WeightedGroup]) -> list[Pack]:
         budget, device = self.config.optim.tokens_per_pack, self.policy.device

@@ -6,12 +6,13 @@ the gradient g of the result,
 
     out = W v        dv = W^T g        ds = W (g v^T - rowsum(W g v^T))        dq = scaling * ds k        dk = scaling * ds^T q
 
-Only q, k and v are kept; the backward forms W again, block by block as the forward did. See attention_plan for units, blocks
-and the legend of shapes.
+q, k and v are kept, and W where it is small (`KEPT_LIMIT`); else the backward forms it again, block by block as the forward
+did. See attention_plan for units, blocks and the legend of shapes.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -40,20 +41,23 @@ class _BlockAttention(torch.autograd.Function):
         plan: BlockPlan,
         scaling: float,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query_HLD, key_KLD, value_KLD)
         ctx.plan, ctx.scaling = plan, scaling
         query_QE = _rows(query_HLD, plan.key_heads).index_select(0, plan.query_rows)
         key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
         out_QE = torch.empty_like(query_QE)
+        kept: list[torch.Tensor] = []
         for block in plan.blocks():
             weights = _weights(block, block.queries(query_QE), block.keys(key_ND), scaling)
             torch.bmm(weights, block.keys(value_ND), out=block.queries(out_QE))
+            if plan.keeps_weights:
+                kept.append(weights)
+        ctx.save_for_backward(query_HLD, key_KLD, value_KLD, *kept)
         return out_QE.index_select(0, plan.result_rows).view(-1, plan.heads, query_HLD.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query_HLD, key_KLD, value_KLD = ctx.saved_tensors
+        query_HLD, key_KLD, value_KLD, *kept = ctx.saved_tensors
         plan: BlockPlan = ctx.plan
         query_QE, grad_QE = (
             _rows(t, plan.key_heads).index_select(0, plan.query_rows) for t in (query_HLD, grads[0].transpose(0, 1))
@@ -62,10 +66,10 @@ class _BlockAttention(torch.autograd.Function):
         key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
         grad_query_QE = torch.empty_like(query_QE)
         grad_key_ND, grad_value_ND = (_new_total(key_ND, plan) for _ in range(2))
-        for block in plan.blocks():
+        for block, weights in itertools.zip_longest(plan.blocks(), kept):
             query, grad, grad_query = (block.queries(t) for t in (query_QE, grad_QE, grad_query_QE))
             key, value, grad_key, grad_value = (block.keys(t) for t in (key_ND, value_ND, grad_key_ND, grad_value_ND))
-            weights = _weights(block, query, key, ctx.scaling)
+            weights = _weights(block, query, key, ctx.scaling) if weights is None else weights
             _add_product(grad_value, weights.transpose(1, 2), grad, plan)
             grad_scores = torch.bmm(grad, value.transpose(1, 2))
             torch._softmax_backward_data(grad_scores, weights, -1, weights.dtype, grad_input=grad_scores)  # type: ignore[attr-defined]

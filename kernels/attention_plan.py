@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 SCORES_LIMIT = 2**22  # elements formed at a time; with fewer, summing the gradients of keys block by block takes over
+KEPT_LIMIT = 2**22  # elements of weights that a layer keeps for the backward instead of forming them again: 8 MiB in bf16
 PADDING_LIMIT = 2**16  # elements of padding that cost no more than another unit
 COLUMNS = 32  # a row of scores is padded to a multiple: torch's softmax in bf16 takes 2 to 4 times as long otherwise
 
@@ -90,6 +91,7 @@ class BlockPlan:
         query_rows, key_rows: the pack's row of each of the units' rows, [Q] and [N].
         padding: which of the Q stand for no token.
         result_rows, own_rows: which of the Q, and which of the N, each of the pack's rows is, [L * K].
+        keeps_weights: whether the weights of all units together are few enough to be kept for the backward.
     """
 
     heads: int
@@ -100,6 +102,7 @@ class BlockPlan:
     padding: torch.Tensor
     result_rows: torch.Tensor
     own_rows: torch.Tensor
+    keeps_weights: bool
 
     def blocks(self) -> Iterator[Block]:
         for unit in self.units:
@@ -211,4 +214,5 @@ class _PlanBuilder:
             padding=torch.cat(self.padding).to(device),
             result_rows=self.result_rows.to(device),
             own_rows=self.own_rows.to(device),
+            keeps_weights=self.heads * sum(unit.count * unit.width * unit.columns for unit in self.units) <= KEPT_LIMIT,
         )

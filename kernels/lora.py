@@ -9,9 +9,10 @@ the gradients go to the fp32 masters A and B. With h = x a^T, g = dL/dy and u = 
 
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
-Neither `x @ A` in fp32 nor the merged weight is ever formed; h is recomputed (2 T r d_in operations), not kept. Layers that
-read the same x have their `a` stacked, so x is read once for all their adapters. The MLP keeps x, gate and up, recomputes the
-product act(gate) * up, and writes gradients into buffers that it no longer needs.
+Neither `x @ A` in fp32 nor the merged weight is ever formed. h is kept: it is small beside x (R of I columns), and to form it
+again costs 2 T R I operations. Layers that read the same x have their `a` stacked, so x is read once for all their adapters.
+The MLP keeps x, gate and up besides, recomputes the product act(gate) * up, and writes gradients into buffers that it no
+longer needs.
 
 Each layer may have a bias, a rank of its own, or no adapter at all.
 
@@ -20,6 +21,7 @@ Shapes: T tokens, I = d_in, O = d_out, R rank, S sum of the ranks of layers that
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,22 +83,20 @@ def lora_mlp(x: torch.Tensor, gate_up_down: Sequence[Projection], activation: Ac
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: torch.Tensor, scalings: list[float], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        layers = _layers(tensors, scalings)
+        outputs, h_TS = _forward(x_TI, _layers(tensors, scalings))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x_TI, *tensors)
+        ctx.save_for_backward(x_TI, h_TS, *tensors)
         ctx.scalings = scalings
-        return tuple(_forward(x_TI, layers))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x_TI, *tensors = ctx.saved_tensors
-        layers = _layers(tensors, ctx.scalings)
-        used = [i for i, g in enumerate(grads) if g is not None]
-        grads_TO = [g for g in grads if g is not None]
-        dx_TI, of_masters = _backward(x_TI, grads_TO, [layers[i] for i in used], needs_dx=ctx.needs_input_grad[0])
-        by_layer = dict(zip(used, of_masters, strict=True))
-        return dx_TI, None, *_gradients([by_layer.get(i, (None, None)) for i in range(len(layers))])
+        x_TI, h_TS, *tensors = ctx.saved_tensors
+        dx_TI, of_masters = _backward(
+            x_TI, h_TS, grads, _layers(tensors, ctx.scalings), needs_dx=ctx.needs_input_grad[0]
+        )
+        return dx_TI, None, *_gradients(of_masters)
 
 
 class _MLP(torch.autograd.Function):
@@ -105,9 +105,9 @@ class _MLP(torch.autograd.Function):
         ctx: Any, x_TI: torch.Tensor, activation: Activation, scalings: list[float], *tensors: torch.Tensor | None
     ) -> torch.Tensor:
         gate, up, down = _layers(tensors, scalings)
-        gate_TM, up_TM = _forward(x_TI, (gate, up))
-        (y_TO,) = _forward(_activate(gate_TM, activation).mul_(up_TM), (down,))
-        ctx.save_for_backward(x_TI, gate_TM, up_TM, *tensors)
+        (gate_TM, up_TM), h_TS = _forward(x_TI, (gate, up))
+        (y_TO,), h_of_down_TR = _forward(_activate(gate_TM, activation).mul_(up_TM), (down,))
+        ctx.save_for_backward(x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors)
         ctx.activation, ctx.scalings = activation, scalings
         return y_TO
 
@@ -115,15 +115,15 @@ class _MLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (grad_TO,) = grads
-        x_TI, gate_TM, up_TM, *tensors = ctx.saved_tensors
+        x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors = ctx.saved_tensors
         gate, up, down = _layers(tensors, ctx.scalings)
         act_TM = _activate(gate_TM, ctx.activation)
-        d_product_TM, of_down = _backward(act_TM * up_TM, [grad_TO], [down], needs_dx=True)
+        d_product_TM, of_down = _backward(act_TM * up_TM, h_of_down_TR, [grad_TO], [down], needs_dx=True)
         assert d_product_TM is not None
         # From here on `act` and `d_product` are needed for nothing else, so their memory takes the gradients.
         d_up_TM = act_TM.mul_(d_product_TM)
         d_gate_TM = _activation_backward(d_product_TM.mul_(up_TM), gate_TM, ctx.activation)
-        dx_TI, of_inputs = _backward(x_TI, [d_gate_TM, d_up_TM], [gate, up], needs_dx=ctx.needs_input_grad[0])
+        dx_TI, of_inputs = _backward(x_TI, h_TS, [d_gate_TM, d_up_TM], [gate, up], needs_dx=ctx.needs_input_grad[0])
         return dx_TI, None, None, *_gradients([*of_inputs, *of_down])
 
 
@@ -132,59 +132,61 @@ class _MLP(torch.autograd.Function):
 MasterGradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-def _forward(x_TI: torch.Tensor, layers: Sequence[Projection]) -> list[torch.Tensor]:
-    """The outputs [T, O] of layers that read the same x."""
-    h_TR = _reduced(x_TI, layers)
+def _forward(x_TI: torch.Tensor, layers: Sequence[Projection]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The outputs [T, O] of layers that read the same x, and h [T, S] of those with an adapter, side by side."""
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    h_TS = x_TI @ _stacked(adapters).t() if adapters else None
     outputs = []
-    for layer, h in zip(layers, h_TR, strict=True):
+    for layer, columns in zip(layers, _columns(layers), strict=True):
         y_TO = linear(x_TI, layer.weight, layer.bias)
-        if layer.adapter is not None and h is not None:
-            y_TO.addmm_(h, layer.adapter.b.t())
+        if layer.adapter is not None and h_TS is not None:
+            y_TO.addmm_(h_TS[:, columns], layer.adapter.b.t())
         outputs.append(y_TO)
-    return outputs
+    return outputs, h_TS
 
 
 def _backward(
-    x_TI: torch.Tensor, grads_TO: Sequence[torch.Tensor], layers: Sequence[Projection], *, needs_dx: bool
+    x_TI: torch.Tensor,
+    h_TS: torch.Tensor | None,
+    grads_TO: Sequence[torch.Tensor | None],
+    layers: Sequence[Projection],
+    *,
+    needs_dx: bool,
 ) -> tuple[torch.Tensor | None, list[MasterGradients]]:
-    """dx [T, I], summed over the layers, and (dA, dB) of each layer."""
-    dx_TI = None
-    if needs_dx and layers:
-        dx_TI = grads_TO[0] @ layers[0].weight
-        for grad_TO, layer in zip(grads_TO[1:], layers[1:], strict=True):
-            dx_TI.addmm_(grad_TO, layer.weight)
-    adapted = [(g, layer.adapter) for g, layer in zip(grads_TO, layers, strict=True) if layer.adapter is not None]
-    if not adapted:
-        return dx_TI, [(None, None)] * len(layers)
-    a_SI = _stacked([adapter.a for _, adapter in adapted])
-    u_TS = torch.cat([grad_TO @ adapter.b for grad_TO, adapter in adapted], dim=1)
+    """dx [T, I], summed over the layers, and (dA, dB) of each layer; None where an output has no gradient."""
+    dx_TI: torch.Tensor | None = None
+    gradients: list[MasterGradients] = [(None, None)] * len(layers)
+    columns = _columns(layers)
+    used = [(i, grad_TO, layers[i]) for i, grad_TO in enumerate(grads_TO) if grad_TO is not None]
+    for _, grad_TO, layer in used if needs_dx else ():
+        dx_TI = grad_TO @ layer.weight if dx_TI is None else dx_TI.addmm_(grad_TO, layer.weight)
+    adapted = [(i, grad_TO, layer.adapter) for i, grad_TO, layer in used if layer.adapter is not None]
+    if not adapted or h_TS is None:
+        return dx_TI, gradients
+    adapters = [adapter for _, _, adapter in adapted]
+    u_TS = _side_by_side([grad_TO @ adapter.b for _, grad_TO, adapter in adapted])
     if dx_TI is not None:
-        dx_TI.addmm_(u_TS, a_SI)
-    ranks = [adapter.a.shape[0] for _, adapter in adapted]
-    da = (u_TS.t() @ x_TI).to(adapted[0][1].master_a.dtype).split(ranks)
-    h_TR = _reduced(x_TI, layers)
-    gradients: list[MasterGradients] = []
-    remaining = iter(da)
-    for grad_TO, layer, h in zip(grads_TO, layers, h_TR, strict=True):
-        if layer.adapter is None or h is None:
-            gradients.append((None, None))
-            continue
-        db_OR = (grad_TO.t() @ h).to(layer.adapter.master_b.dtype).mul_(layer.adapter.scaling)
-        gradients.append((next(remaining), db_OR))
+        dx_TI.addmm_(u_TS, _stacked(adapters))
+    da = (u_TS.t() @ x_TI).to(adapters[0].master_a.dtype).split([adapter.a.shape[0] for adapter in adapters])
+    for (i, grad_TO, adapter), da_RI in zip(adapted, da, strict=True):
+        db_OR = (grad_TO.t() @ h_TS[:, columns[i]]).to(adapter.master_b.dtype).mul_(adapter.scaling)
+        gradients[i] = (da_RI, db_OR)
     return dx_TI, gradients
 
 
-def _reduced(x_TI: torch.Tensor, layers: Sequence[Projection]) -> list[torch.Tensor | None]:
-    """h = x a^T [T, R] of each layer that has an adapter, from one product."""
-    stack = [layer.adapter.a for layer in layers if layer.adapter is not None]
-    if not stack:
-        return [None] * len(layers)
-    parts = iter((x_TI @ _stacked(stack).t()).split([a.shape[0] for a in stack], dim=1))
-    return [None if layer.adapter is None else next(parts) for layer in layers]
+def _columns(layers: Sequence[Projection]) -> list[slice]:
+    """Which columns of h [T, S] are each layer's; none for a layer without an adapter."""
+    ends = list(itertools.accumulate(0 if layer.adapter is None else layer.adapter.a.shape[0] for layer in layers))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _stacked(a: Sequence[torch.Tensor]) -> torch.Tensor:
-    return a[0] if len(a) == 1 else torch.cat(list(a))
+def _stacked(adapters: Sequence[Adapter]) -> torch.Tensor:
+    """Their `a` as one [S, I]."""
+    return adapters[0].a if len(adapters) == 1 else torch.cat([adapter.a for adapter in adapters])
+
+
+def _side_by_side(parts_TR: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts_TR[0] if len(parts_TR) == 1 else torch.cat(list(parts_TR), dim=1)
 
 
 def _activate(gate_TM: torch.Tensor, activation: Activation) -> torch.Tensor:

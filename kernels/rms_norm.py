@@ -41,10 +41,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight_D, inverse_rms = ctx.saved_tensors
         weight_D = 1.0 + _wide(weight_D) if ctx.unit_offset else weight_D
-        d_normed = _wide(grads[0] * weight_D)
-        normed = _wide(x) * inverse_rms
-        mean = torch.linalg.vecdot(d_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        dx = torch.addcmul(d_normed, normed, mean, value=-1).mul_(inverse_rms)
+        d_normed = grads[0] * weight_D
+        x32, d32 = _wide(x), _wide(d_normed)
+        # n mean(d n) / rms = x sum(d x) / (D rms^3): no tensor of n's is formed.
+        factor = torch.linalg.vecdot(d32, x32).unsqueeze(-1).mul_(inverse_rms**3 / -x.shape[-1])
+        dx = torch.addcmul(d32 * inverse_rms, x32, factor)
         return dx.to(x.dtype), None, None, None
 
 

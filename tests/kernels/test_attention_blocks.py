@@ -16,10 +16,13 @@ from rankup.kernels.attention_plan import BlockPlan, plan_blocks
 LIMITS = st.sampled_from([1, 200, 1000, 3000])  # one row of 32 scores at a time, some, and whole units
 
 
-def plan_with(groups: Groups, heads: tuple[int, int], *, scores_limit: int, padding_limit: int = 2**16) -> BlockPlan:
+def plan_with(
+    groups: Groups, heads: tuple[int, int], *, scores_limit: int, padding_limit: int = 2**16, kept_limit: int = 0
+) -> BlockPlan:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_plan, "SCORES_LIMIT", scores_limit)
         patch.setattr(attention_plan, "PADDING_LIMIT", padding_limit)
+        patch.setattr(attention_plan, "KEPT_LIMIT", kept_limit)
         return plan_blocks(groups, *heads)
 
 
@@ -99,6 +102,22 @@ def test_only_query_key_and_value_are_kept_for_the_backward(scores_limit: int) -
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         block_attention(*qkv, plan, 0.5)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in qkv]
+
+
+@pytest.mark.parametrize("scores_limit", [2**22, 200])
+def test_few_weights_are_kept_and_change_no_gradient(scores_limit: int) -> None:
+    groups = [(5, [9, 9, 2])]
+    qkv = random_qkv(groups, 4, 2)
+    count = 4 * 32 * (5 + 9 + 9 + 2)  # heads, a row of up to 32 keys, padded, and tokens
+    gradients = []
+    for kept_limit in (count - 1, count):
+        plan = plan_with(groups, (4, 2), scores_limit=scores_limit, padding_limit=0, kept_limit=kept_limit)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            output = block_attention(*qkv, plan, 0.5)
+        assert sum(t.numel() for t in kept[3:]) == (count if kept_limit == count else 0)
+        gradients.append(torch.autograd.grad(output.square().sum(), qkv))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_recomputed_under_gradient_checkpointing() -> None:
