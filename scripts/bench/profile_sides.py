@@ -1,0 +1,87 @@
+"""rankup's side with every operation of torch timed by itself and its multiply-adds counted, for `profile_step.py`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from profile_step import bucket, is_product
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from train_sides import RankupSide
+
+PRODUCT_REPEATS = 15
+
+
+class OperationTimer(TorchDispatchMode):
+    """Adds the time of every operation to its bucket, the backward's included, and the multiply-adds of products.
+
+    What it does itself is in no bucket.
+
+    Args:
+        weights: "base" or "head" for the address of the storage of each frozen weight.
+    """
+
+    def __init__(self, weights: dict[int, str]) -> None:
+        super().__init__()
+        self._weights = weights
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.operations: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        weights = {self._weights[key] for key in map(_address, operands) if key in self._weights}
+        operation = func.overloadpacket.__name__
+        name = bucket(operation, list(_files()), weights)
+        started = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[name] += time.perf_counter() - started
+        if is_product(operation):
+            self.operations[name] += result.numel() * args[-1].shape[-2]  # the last factor is [..., inner, columns]
+        return result
+
+
+class ProfiledSide(RankupSide):
+    """See the module's docstring."""
+
+    def measure(self, repeats: int) -> tuple[list[float], list[dict[str, float]], dict[str, int]]:
+        """Seconds of undisturbed steps, after one to warm up; of as many more the seconds in each bucket; multiply-adds."""
+        self.step()
+        undisturbed = [self.seconds() for _ in range(repeats)]
+        frozen = [weight for weight in self._policy.model.parameters() if not weight.requires_grad]
+        weights = {_address(weight): "base" for weight in frozen if weight.dim() == 2}
+        head = cast(torch.nn.Linear, self._policy.model.get_output_embeddings())
+        weights[_address(head.weight)] = "head"
+        timers = [OperationTimer(weights) for _ in range(repeats)]
+        for timer in timers:
+            with timer:
+                self.step()
+        return undisturbed, [dict(timer.seconds) for timer in timers], dict(timers[0].operations)
+
+    def bare_product_rates(self, shape: tuple[int, int, int]) -> list[float]:
+        """Operations a second (two for each multiply-add) of one product in bf16, repeated."""
+        rows, columns, inner = shape
+        one, other = (torch.randn(*size, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns)))
+        rates = []
+        for repeat in range(PRODUCT_REPEATS + 3):
+            started = time.perf_counter()
+            torch.mm(one, other)
+            if repeat >= 3:
+                rates.append(2 * rows * columns * inner / (time.perf_counter() - started))
+        return rates
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _files() -> Iterator[str]:
+    """Paths of the Python frames that called, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_filename
+        frame = frame.f_back

@@ -1,0 +1,317 @@
+"""The sides of the training benchmarks, each made in a process of its own: rankup's learner, and stock transformers and PEFT.
+
+Both take the same groups, adapter values, objective (DAPO, on-policy, no KL penalty), clipping and AdamW.
+
+Legend: B rows (completions), T tokens of a row, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case, Group, padded_rows
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rankup.grpo.config import GRPOConfig
+from rankup.grpo.learner import Learner
+from rankup.grpo.losses import clipped_surrogate
+from rankup.grpo.models import resolve_model
+from rankup.grpo.packing import WeightedGroup, pack
+from rankup.grpo.policy import Policy
+from rankup.grpo.quiet import quiet_stderr
+from rankup.kernels.cpu_memory import keep_freed_memory
+from rankup.rollout.types import Completion, PromptGroup
+
+MODEL = "smollm2-135m-instruct"
+RANK, ALPHA = 64, 32
+ADAPTER_STD = 0.1  # of B's entries: an adapter that matters, on a model that still works
+GRADIENTS_FILE = "gradients.safetensors"
+
+
+class Side:
+    """What the sides share: what a step costs.
+
+    `begin` is called first: it sets the case, the adapter's first values and a fresh optimizer.
+    """
+
+    _loaded_bytes = 0
+
+    def begin(self, case: Case) -> None:
+        raise NotImplementedError
+
+    def step(self) -> object:
+        raise NotImplementedError
+
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        started = time.perf_counter()
+        self.step()
+        return time.perf_counter() - started
+
+    def peak_bytes(self) -> int:
+        """Most resident memory within two steps (the second has the optimizer's state) beyond what the loaded model takes."""
+        _return_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        self.step()
+        self.step()
+        return _resident_bytes("VmHWM") - self._loaded_bytes
+
+    def _note_loaded(self, weights: Iterable[torch.Tensor]) -> None:
+        for weight in weights:  # they are mapped from the file, and count as resident only once they are read
+            weight.sum()
+        _return_freed_memory()
+        self._loaded_bytes = _resident_bytes("VmRSS")
+
+
+class RankupSide(Side):
+    """rankup's policy and learner with a random adapter, which is saved for the others in `adapter_folder` if that is given."""
+
+    def __init__(self, *, rank: int = RANK, adapter_folder: Path | None = None) -> None:
+        keep_freed_memory()
+        self.model_path = resolve_model(MODEL)
+        self._config = GRPOConfig(lora={"rank": rank, "alpha": ALPHA}, model=MODEL)
+        with quiet_stderr():
+            self._policy = Policy(self.model_path, lora=self._config.lora, dtype=self._config.model.dtype)
+        self._randomise()
+        self._first_values = [master.detach().clone() for master in self._policy.masters]
+        if adapter_folder is not None:
+            self._policy.save_adapter(adapter_folder)
+        self._note_loaded(self._policy.model.parameters())
+
+    @torch.no_grad()
+    def _randomise(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for b in self._policy.masters[1::2]:
+            b.copy_(torch.randn(b.shape, generator=generator) * ADAPTER_STD)
+
+    def describe(self) -> dict[str, Any]:
+        """What the report needs to know."""
+        optim, algorithm = self._config.optim, self._config.algorithm
+        return {
+            "model": MODEL,
+            "model_path": self.model_path,
+            "dtype": self._config.model.dtype,
+            "targets": list(self._config.lora.target_modules),
+            "rank": self._config.lora.rank,
+            "alpha": self._config.lora.alpha,
+            "adapter_parameters": sum(master.numel() for master in self._policy.masters),
+            "tokens_per_pack": optim.tokens_per_pack,
+            "max_grad_norm": optim.max_grad_norm,
+            "loss_type": algorithm.loss_type,
+            "beta": algorithm.beta,
+            "num_iterations": algorithm.num_iterations,
+            "threads": torch.get_num_threads(),
+        }
+
+    @torch.no_grad()
+    def begin(self, case: Case) -> None:
+        """Start a case anew."""
+        self._learner = None
+        for master, first in zip(self._policy.masters, self._first_values, strict=True):
+            master.copy_(first)
+        self._policy.write_slots()
+        self._groups = _weighted(case.groups())
+        self._learner = Learner(self._policy, self._config)
+
+    def step(self) -> dict[str, float]:
+        """One update, as the trainer asks for it; its metrics."""
+        assert self._learner is not None
+        return self._learner.update(self._groups, step=0)
+
+    def num_tokens(self) -> int:
+        """Tokens that go through the model in a step."""
+        return sum(one.num_input_tokens for one in self._packs())
+
+    def probe(self, folder: Path) -> dict[str, Any]:
+        """Loss, gradient norm before clipping, and log-probabilities with and without the adapter; gradients go to `folder`."""
+        still = self._config.model_copy(  # neither clipping nor the update changes anything
+            update={"optim": self._config.optim.model_copy(update={"max_grad_norm": 1e9, "learning_rate": 1e-30})}
+        )
+        learner = Learner(self._policy, still)
+        gradients: dict[str, torch.Tensor] = {}
+        learner.optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(self._policy.peft_model)))
+        metrics = learner.update(self._groups, step=0)
+        save_file(gradients, folder / GRADIENTS_FILE)
+        return {
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "logprobs": self._logprobs(use_adapter=True),
+            "base_logprobs": self._logprobs(use_adapter=False),
+        }
+
+    def _packs(self) -> list[Any]:
+        return pack(self._groups, tokens_per_pack=self._config.optim.tokens_per_pack)
+
+    def _logprobs(self, *, use_adapter: bool) -> list[float]:
+        return [x for one in self._packs() for x in self._policy.logprobs(one, use_adapter=use_adapter)[0].tolist()]
+
+
+class RankSide:
+    """rankup's side at several ranks in one process."""
+
+    def __init__(self, *, ranks: Sequence[int]) -> None:
+        self._sides = {rank: RankupSide(rank=rank) for rank in ranks}
+
+    def describe(self) -> dict[str, Any]:
+        """What the report needs to know."""
+        return {key: value for key, value in next(iter(self._sides.values())).describe().items() if key != "rank"}
+
+    def begin(self, case: Case) -> None:
+        """Start a case anew at every rank."""
+        for side in self._sides.values():
+            side.begin(case)
+
+    def seconds(self, rank: int) -> float:
+        """Seconds of a step."""
+        return self._sides[rank].seconds()
+
+
+class StockSide(Side):
+    """Stock transformers and stock PEFT with the saved adapter: one padded row a completion, logits, torch's log-softmax.
+
+    Args:
+        adapter_folder: where rankup's side saved its adapter. PEFT keeps it in fp32, its default.
+        keep_memory: keep freed memory, as rankup does.
+        completion_logits: ask the model for the logits of the completions only (`logits_to_keep`).
+        autocast: run the model under bf16 autocast, as transformers' Trainer does with `bf16=True`; the adapters' products
+            are bf16 then.
+    """
+
+    def __init__(
+        self, *, adapter_folder: Path, keep_memory: bool = False, completion_logits: bool = False, autocast: bool = False
+    ) -> None:
+        if keep_memory:
+            keep_freed_memory()
+        self._adapter_folder = adapter_folder
+        self._completion_logits = completion_logits
+        self._autocast = autocast
+        self._config = GRPOConfig()
+        with quiet_stderr():
+            base = AutoModelForCausalLM.from_pretrained(
+                resolve_model(MODEL), dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
+            self._model = PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
+        self._model.train()
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        assert {p.dtype for p in self._trained} == {torch.float32}, "PEFT's default"
+        self._note_loaded(self._model.parameters())
+
+    def begin(self, case: Case) -> None:
+        """Start a case anew."""
+        self._optimizer = None
+        set_peft_model_state_dict(self._model, load_peft_weights(str(self._adapter_folder), device="cpu"))
+        optim = self._config.optim
+        self._optimizer = torch.optim.AdamW(
+            self._trained,
+            lr=optim.learning_rate,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            eps=optim.adam_epsilon,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self._rows = padded_rows(case.groups())
+        self._ids_BT = torch.tensor(self._rows.token_ids)
+        self._attention_BT = torch.tensor(self._rows.attention)
+        self._is_target_BT = torch.tensor(self._rows.is_target, dtype=torch.bool)
+        self._advantages_B1 = torch.tensor(self._rows.advantages)[:, None]
+
+    def step(self) -> None:
+        """Forward, backward, clipping, AdamW."""
+        assert self._optimizer is not None
+        self._loss().backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self._config.optim.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def num_tokens(self) -> int:
+        """Tokens that go through the model in a step, padding included."""
+        return self._rows.num_tokens
+
+    def probe(self, folder: Path) -> dict[str, Any]:
+        """Loss, gradient norm, log-probabilities, and the cosine of the gradient with rankup's, which is in `folder`."""
+        loss = self._loss()
+        loss.backward()
+        theirs, ours = load_file(folder / GRADIENTS_FILE), _gradients(self._model)
+        assert theirs.keys() == ours.keys()
+        one, other = (
+            torch.cat([gradients[name].flatten().double() for name in sorted(ours)]) for gradients in (theirs, ours)
+        )
+        self._model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            logprobs_BT, is_target_BT = self._logprobs()
+        return {
+            "loss": loss.item(),
+            "grad_norm": other.norm().item(),
+            "grad_cosine": torch.cosine_similarity(one, other, dim=0).item(),
+            "logprobs": logprobs_BT[is_target_BT].tolist(),
+        }
+
+    def _loss(self) -> torch.Tensor:
+        """DAPO's: the mean over all completion tokens; the old log-probabilities are the policy's own."""
+        algorithm = self._config.algorithm
+        logprobs_BT, is_target_BT = self._logprobs()
+        loss_BT = clipped_surrogate(
+            logprobs_BT,
+            logprobs_BT.detach(),
+            self._advantages_B1,
+            epsilon=algorithm.epsilon,
+            epsilon_high=algorithm.epsilon_high,
+        )
+        return (loss_BT * is_target_BT).sum() / is_target_BT.sum()
+
+    def _logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token but the first ones, and whether it is a completion's; the last T - 1 at most."""
+        wanted: dict[str, torch.Tensor] = {}
+        if self._completion_logits:
+            # Positions, not their number: of a slice, torch's linear layer on CPU copies the head once for every row.
+            wanted["logits_to_keep"] = torch.arange(min(self._rows.prompt_lengths) - 1, self._ids_BT.shape[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._autocast):
+            logits_BTV = self._model(
+                input_ids=self._ids_BT, attention_mask=self._attention_BT, use_cache=False, **wanted
+            ).logits
+        count = logits_BTV.shape[1] - 1  # nothing is predicted from the last token
+        targets_BT = self._ids_BT[:, -count:]
+        assert self._config.rollout.temperature == 1.0, "there is nothing to divide by, and neither side does"
+        logprobs_BT = logits_BTV[:, :-1].float().log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]
+        return logprobs_BT, self._is_target_BT[:, -count:]
+
+
+def _weighted(groups: Sequence[Group]) -> list[WeightedGroup]:
+    """The groups as rankup's learner takes them. The sampler's log-probabilities only enter a metric."""
+    weighted = []
+    for index, group in enumerate(groups):
+        completions = tuple(
+            Completion(
+                token_ids=tuple(ids), logprobs=(-1.0,) * len(ids), text="", finish_reason="length", policy_version=0
+            )
+            for ids in group.completions
+        )
+        prompt_group = PromptGroup(index=index, prompt_token_ids=tuple(group.prompt), completions=completions)
+        weighted.append(WeightedGroup(group=prompt_group, advantages=tuple(group.advantages)))
+    return weighted
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def _return_freed_memory() -> None:
+    """Hand everything that malloc holds back to the kernel, so that resident memory is memory in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes(field: str) -> int:
+    """`VmRSS`, resident memory, or `VmHWM`, the most that it was."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
