@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from profile_step import bucket, is_product
+from profile_step import BARE_PRODUCT, bucket, is_product
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_sides import RankupSide
 
-PRODUCT_REPEATS = 15
+PRODUCT_REPEATS = 5
 
 
 class OperationTimer(TorchDispatchMode):
@@ -48,31 +48,45 @@ class OperationTimer(TorchDispatchMode):
 class ProfiledSide(RankupSide):
     """See the module's docstring."""
 
-    def measure(self, repeats: int) -> tuple[list[float], list[dict[str, float]], dict[str, int]]:
-        """Seconds of undisturbed steps, after one to warm up; of as many more the seconds in each bucket; multiply-adds."""
-        self.step()
-        undisturbed = [self.seconds() for _ in range(repeats)]
+    def measure(self, repeats: int) -> dict[str, Any]:
+        """Undisturbed steps, profiled steps and bare products in turn, so that a machine that slows down does so for all.
+
+        Returns:
+            `undisturbed`: seconds of steps. `profiled`: as many dictionaries, seconds in each bucket. `operations`:
+            multiply-adds of the products in each bucket. `rates`: operations a second of the bare product.
+        """
         frozen = [weight for weight in self._policy.model.parameters() if not weight.requires_grad]
         weights = {_address(weight): "base" for weight in frozen if weight.dim() == 2}
         head = cast(torch.nn.Linear, self._policy.model.get_output_embeddings())
         weights[_address(head.weight)] = "head"
-        timers = [OperationTimer(weights) for _ in range(repeats)]
-        for timer in timers:
-            with timer:
+        self.step()
+        _bare_product_rates()
+        undisturbed, rates, timers = [], [], []
+        for _ in range(repeats):
+            undisturbed.append(self.seconds())
+            rates += _bare_product_rates()
+            timers.append(OperationTimer(weights))
+            with timers[-1]:
                 self.step()
-        return undisturbed, [dict(timer.seconds) for timer in timers], dict(timers[0].operations)
+        return {
+            "undisturbed": undisturbed,
+            "profiled": [dict(timer.seconds) for timer in timers],
+            "operations": dict(timers[0].operations),
+            "rates": rates,
+        }
 
-    def bare_product_rates(self, shape: tuple[int, int, int]) -> list[float]:
-        """Operations a second (two for each multiply-add) of one product in bf16, repeated."""
-        rows, columns, inner = shape
-        one, other = (torch.randn(*size, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns)))
-        rates = []
-        for repeat in range(PRODUCT_REPEATS + 3):
-            started = time.perf_counter()
-            torch.mm(one, other)
-            if repeat >= 3:
-                rates.append(2 * rows * columns * inner / (time.perf_counter() - started))
-        return rates
+
+def _bare_product_rates() -> list[float]:
+    """Operations a second (two for each multiply-add) of one large product in bf16, repeated."""
+    rows, columns, inner = BARE_PRODUCT
+    one, other = (torch.randn(*size, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns)))
+    torch.mm(one, other)
+    rates = []
+    for _ in range(PRODUCT_REPEATS):
+        started = time.perf_counter()
+        torch.mm(one, other)
+        rates.append(2 * rows * columns * inner / (time.perf_counter() - started))
+    return rates
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Where the time of a training step goes, and the least that its matrix products could take on this machine.
 
-The step is the one of `train_step.py` (`Learner.update`, rank 64 on all seven projections, SmolLM2-135M-Instruct in bf16). Its
-steps are timed undisturbed first. Then the same steps run with every operation of torch timed by itself; each operation counts
-for one of the buckets:
+The step is the one of `train_step.py` (`Learner.update`, rank 64 on all seven projections, SmolLM2-135M-Instruct in bf16).
+Undisturbed steps take turns with steps in which every operation of torch is timed by itself; each operation counts for one of
+the buckets:
 
     base products       products with a frozen weight of an adapted layer, forward and backward
     adapter products    products of activations, gradients and the adapter
@@ -15,7 +15,7 @@ for one of the buckets:
     python              the undisturbed step minus all of these: Python, autograd, launching operations
 
 `floor_seconds` are the multiply-adds of all products (`operations.py`), 2 operations each, at the rate that one large bf16
-product reaches on this machine, measured in the same run.
+product reaches on this machine, measured between the steps.
 """
 
 from __future__ import annotations
@@ -97,20 +97,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Worker("rankup", "profile_sides:ProfiledSide") as worker:
         about = worker.call("describe")
         model = ModelShape.read(Path(about.pop("model_path")))
-        rate = summarise(worker.call("bare_product_rates", BARE_PRODUCT))
         cases = {}
         for name in options.case:
             case = Case.parse(name)
             worker.call("begin", case)
             print(f"{name}: {options.repeats} steps undisturbed, {options.repeats} with every operation timed", flush=True)
-            undisturbed, profiled, counted = worker.call("measure", options.repeats)
+            measured = worker.call("measure", options.repeats)
             operations = step_operations(model, case.shapes(), rank=about["rank"])
-            check_operations(operations, counted)
-            cases[name] = case_result(undisturbed, profiled, operations, rate["median"])
+            check_operations(operations, measured["operations"])
+            cases[name] = case_result(measured["undisturbed"], measured["profiled"], operations, measured["rates"])
             cases[name]["tokens"], cases[name]["targets"] = num_tokens(case.shapes())
     result = {
         "cases": cases,
-        "bare_product": {"shape": BARE_PRODUCT, "operations_per_second": rate},
+        "bare_product_shape": BARE_PRODUCT,
         "what": " ".join((__doc__ or "").split()),
         "settings": about,
         "machine": before,
@@ -153,7 +152,10 @@ def check_operations(expected: dict[str, int], counted: dict[str, int]) -> None:
 
 
 def case_result(
-    undisturbed: Sequence[float], profiled: Sequence[dict[str, float]], operations: dict[str, int], rate: float
+    undisturbed: Sequence[float],
+    profiled: Sequence[dict[str, float]],
+    operations: dict[str, int],
+    rates: Sequence[float],
 ) -> dict[str, Any]:
     """The figures of a case.
 
@@ -161,16 +163,17 @@ def case_result(
         undisturbed: seconds of steps.
         profiled: of each profiled step, seconds in each bucket.
         operations: multiply-adds of the products by kind.
-        rate: operations a second of a large product, two for each multiply-add.
+        rates: operations a second of a large product, two for each multiply-add.
     """
     seconds = {name: statistics.median(step.get(name, 0.0) for step in profiled) for name in MEASURED}
     whole = statistics.median(undisturbed)
-    floor = {kind: 2 * count / rate for kind, count in operations.items()}
+    floor = {kind: 2 * count / statistics.median(rates) for kind, count in operations.items()}
     return {
         "step_seconds": summarise(undisturbed),
         # Below 0 would say that timing slowed the operations themselves down; then there is no telling how much Python took.
         "seconds": seconds | {"python": max(0.0, whole - sum(seconds.values()))},
         "operations": operations,
+        "bare_product_operations_per_second": summarise(rates),
         "floor_seconds": sum(floor.values()),
         "floor_seconds_by_kind": floor,
         "floor_share": sum(floor.values()) / whole,
@@ -196,8 +199,11 @@ def _show(result: dict[str, Any]) -> None:
     table.add_row("floor of the products", *(text for part, share in floors for text in (f"{part:.3f}", f"{share:.0%}")))
     console = Console(width=None if os.isatty(1) else 110)
     console.print(table)
-    rate = result["bare_product"]["operations_per_second"]["median"]
-    console.print(f"a bare bf16 product: {rate / 1e9:.0f} G operations per second", highlight=False)
+    for name, case in cases.items():
+        rate = case["bare_product_operations_per_second"]
+        spread = f"{rate['min'] / 1e9:.0f} to {rate['max'] / 1e9:.0f}"
+        text = f"{name}: a bare bf16 product beside it ran at {rate['median'] / 1e9:.0f} GFLOP/s ({spread})"
+        console.print(text, highlight=False)
 
 
 if __name__ == "__main__":

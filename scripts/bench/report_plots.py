@@ -54,17 +54,20 @@ def _bars(axes: Any, labels: Sequence[str], summaries: Sequence[Figure], texts: 
 
 def _with_ratio(seconds: Figure, speedup: float | None, separator: str) -> str:
     text = f"{seconds['median']:.2f} s"
-    return text if speedup is None else f"{text}{separator}{speedup:.2f} × rankup's"
+    return text if speedup is None else f"{text}{separator}{speedup:.1f} × rankup's"
 
 
 def train_step(figure: Figure, out: Path) -> None:
-    """Seconds of the training phase by side, a panel a case."""
+    """Seconds of the training phase by side, a panel a case; memory in the texts."""
     cases = figure["cases"]
-    with _picture(out, "Training phase of a step", figure, panels=len(cases)) as axes:
+    with _picture(out, "Training phase of a step: time, and memory above the loaded model", figure, panels=len(cases)) as axes:
         for index, (panel, (name, case)) in enumerate(zip(axes, cases.items(), strict=True)):
             seconds = case["seconds"]
             speedups = [case["speedup"] if side == "stock" else case.get(f"speedup_over_{side}") for side in seconds]
-            texts = [_with_ratio(one, speedup, "\n") for one, speedup in zip(seconds.values(), speedups, strict=True)]
+            texts = [
+                f"{_with_ratio(one, speedup, ', ')}\n{case['peak_bytes'][side] / 2**30:.1f} GiB"
+                for (side, one), speedup in zip(seconds.items(), speedups, strict=True)
+            ]
             labels = [str(SIDES["train_step"].get(side, side)) if index == 0 else "" for side in seconds]
             colours = [OURS if side == "rankup" else THEIRS for side in seconds]
             _bars(panel, labels, list(seconds.values()), texts, colours)

@@ -213,7 +213,7 @@ def test_bucket_of_an_operation(bench_module: Load, operation: str, files: list[
 def test_python_is_what_remains_of_a_step(bench_module: Load):
     profile_step = bench_module("profile_step")
     profiled = [{"base products": 0.5, "attention": 0.1}, {"base products": 0.7}, {"base products": 0.6, "attention": 0.1}]
-    result = profile_step.case_result([1.0, 2.0, 1.0], profiled, {"base": 150, "head": 50}, 1000.0)
+    result = profile_step.case_result([1.0, 2.0, 1.0], profiled, {"base": 150, "head": 50}, [1000.0])
     assert result["seconds"]["python"] == pytest.approx(1.0 - 0.6 - 0.1)
     assert sum(result["seconds"].values()) == pytest.approx(1.0)
     assert result["floor_seconds"] == pytest.approx(0.4)
