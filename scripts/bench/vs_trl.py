@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = machine()
     if before["load_average"] > 0.5:
         print(f"warning: the machine is not idle (load average {before['load_average']:.1f}): steps will take longer")
+    # Each side trains in a thread of its own. glibc gives threads heaps of their own, which neither keep freed memory nor
+    # learn what size to map as a program's own heap does: with one heap for all, memory is as in a program's main thread.
+    os.environ["MALLOC_ARENA_MAX"] = "1"
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-bench-"))
         stack.enter_context(_children_end_on_interrupt())
