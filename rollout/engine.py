@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .dense_lora import wrapper_name
 from .slots import HEAD, AdapterSlot, find_slots
 from .types import Completion, PromptGroup, SamplingSettings
-from .vllm_compat import import_vllm, lora_wrapper_replaced, require
+from .vllm_compat import cpu_norms, import_vllm, lora_wrapper_replaced, replace_cpu_sampler, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,12 +113,16 @@ class RolloutEngine:
             max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
             lora_target_modules=_lora_target_modules(settings.target_modules),
             logprobs_mode="processed_logprobs",
+            ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         with lora_wrapper_replaced(wrapper):
             self._engine: Any = LLMEngine.from_engine_args(args)
+        if on_cpu:
+            replace_cpu_sampler(self._engine)
+        self._tokenizer = self._engine.get_tokenizer()
         self.slots = self._apply_model(find_slots)
         self._check_targets()
         self.device: str = current_platform.device_type
@@ -178,6 +182,7 @@ class RolloutEngine:
         assert seeds is None or len(seeds) == len(prompts)
         self._ensure_active()
         running: dict[str, int] = {}
+        has_text = bool(sampling.stop)
         try:
             for index, prompt in enumerate(prompts):
                 params = self._sampling_params(sampling, None if seeds is None else seeds[index])
@@ -185,7 +190,8 @@ class RolloutEngine:
             while running:
                 for output in self._engine.step():
                     if output.finished:
-                        yield self._group(output, index=running.pop(output.request_id))
+                        index = running.pop(output.request_id)
+                        yield self._group(output, index=index, has_text=has_text)
         finally:
             if running:
                 self._engine.abort_request(list(running))
@@ -248,19 +254,21 @@ class RolloutEngine:
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # Only to look for stop strings: token by token it takes a twentieth of a rollout.
+            detokenize=bool(sampling.stop),
         )
 
-    def _group(self, output: Any, *, index: int) -> PromptGroup:
-        completions = tuple(self._completion(c) for c in sorted(output.outputs, key=lambda c: c.index))
+    def _group(self, output: Any, *, index: int, has_text: bool) -> PromptGroup:
+        completions = tuple(self._completion(c, has_text=has_text) for c in sorted(output.outputs, key=lambda c: c.index))
         return PromptGroup(index=index, prompt_token_ids=tuple(output.prompt_token_ids), completions=completions)
 
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, output: Any, *, has_text: bool) -> Completion:
         flat = output.logprobs
         assert tuple(flat.token_ids) == tuple(output.token_ids), "one log-probability a sampled token"
         return Completion(
             token_ids=tuple(output.token_ids),
             logprobs=tuple(flat.logprobs),
-            text=output.text,
+            text=output.text if has_text else self._tokenizer.decode(output.token_ids, skip_special_tokens=True),
             finish_reason=output.finish_reason,
             policy_version=self.policy_version,
         )

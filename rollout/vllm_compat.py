@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from . import cpu_ops
+
 TESTED_VERSIONS = ("0.32",)
 
 
@@ -89,3 +91,36 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
         yield
     finally:
         platform_class.get_punica_wrapper = original
+
+
+def cpu_norms() -> dict[str, list[str]]:
+    """Make our choice of kernels for norms on CPU known to vLLM; returns the engine argument that asks for it.
+
+    vLLM has a kernel for each, registers them for GPUs only, and lets others register (`vllm.ir`).
+    """
+    import_vllm()
+    from vllm import ir
+
+    provider = "rankup_cpu"
+    for name, function, takes in (
+        ("rms_norm", cpu_ops.rms_norm, cpu_ops.takes_rms_norm),
+        ("fused_add_rms_norm", cpu_ops.fused_add_rms_norm, cpu_ops.takes_fused_add_rms_norm),
+    ):
+        op = require(ir.ops, name, purpose="choose how norms are computed")
+        if provider not in op.impls:
+            op.register_impl(provider, supports_args=takes, inplace=name.startswith("fused"))(function)
+    return {"rms_norm": [provider], "fused_add_rms_norm": [provider]}
+
+
+def replace_cpu_sampler(engine: Any) -> None:
+    """Let this engine choose tokens by `cpu_ops.sample`; vLLM's own takes a tenth of a step of 64 sequences.
+
+    Raises:
+        ValueError: the engine has no sampler where it is looked for.
+    """
+    owner = engine
+    for name in ("model_executor", "driver_worker", "worker", "model_runner", "sampler", "topk_topp_sampler"):
+        owner = require(owner, name, purpose="choose how tokens are drawn")
+    assert owner.logprobs_mode == "processed_logprobs", "what is returned are the log-probabilities that were drawn from"
+    require(owner, "forward", purpose="choose how tokens are drawn")
+    owner.forward = cpu_ops.sample
