@@ -118,8 +118,11 @@ def _sum_of_keys(grad_ND: torch.Tensor, plan: BlockPlan, dtype: torch.dtype) -> 
     dim = grad_ND.shape[1]
     grad_LKD = grad_ND.index_select(0, plan.own_rows).view(-1, plan.key_heads, dim)
     for unit in plan.units:
-        if unit.prompt_length:
-            rows = grad_ND.narrow(0, unit.key_start, unit.count * plan.key_heads * unit.columns)
-            of_prompt_UKPD = rows.view(unit.count, plan.key_heads, unit.columns, dim)[:, :, : unit.prompt_length]
-            grad_LKD[unit.prompt] += of_prompt_UKPD.sum(0).transpose(0, 1)
+        rows = grad_ND.narrow(0, unit.key_start, unit.count * plan.key_heads * unit.columns)
+        of_prompt_UKPD = rows.view(unit.count, plan.key_heads, unit.columns, dim)[:, :, : unit.prompt_length]
+        end = 0
+        for start, count in unit.prompts if unit.prompt_length else ():
+            of_prompt_KPD = of_prompt_UKPD[end : end + count].sum(0)
+            grad_LKD[start : start + unit.prompt_length] += of_prompt_KPD.transpose(0, 1)
+            end += count
     return grad_LKD.to(dtype)

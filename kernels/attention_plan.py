@@ -3,8 +3,9 @@
     plan = plan_blocks([(7, [5, 3]), (2, [4])], heads=9, key_heads=3)     # prompt length, completion lengths of each group
 
 The pack is cut into sequences: every prompt by itself, and every completion behind its prompt. Sequences of about the same
-length form a unit, in which those heads that share a key head are rows of one product. A unit whose scores would exceed
-`SCORES_LIMIT` is computed block by block, some tokens at a time, without the keys that none of these sees.
+length behind prompts of the same length form a unit, in which those heads that share a key head are rows of one product. A unit
+whose scores would exceed `SCORES_LIMIT` is computed block by block, some tokens at a time, without the keys that none of these
+sees.
 
 Legend: L tokens of the pack, H query heads, K key heads, h = H / K query heads of a key head, D head dimension, E = h * D;
 U sequences of a unit, P tokens of their prompt, C tokens of each (padded), S keys of each (P + C, padded), T tokens of a block;
@@ -13,8 +14,10 @@ Q and N are the rows of all units' queries and keys together.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,28 +26,32 @@ KEPT_LIMIT = 2**22  # elements of weights that a layer keeps for the backward in
 PADDING_LIMIT = 2**16  # elements of padding that cost no more than another unit
 COLUMNS = 32  # a row of scores is padded to a multiple: torch's softmax in bf16 takes 2 to 4 times as long otherwise
 
-Sequences = list[tuple[int, int]]  # (first token, number of tokens) of each
+
+class Tokens(NamedTuple):
+    """A sequence of the pack: its first token, how many there are, and the first token of the prompt that it sees."""
+
+    start: int
+    length: int
+    prompt_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Sequences that are computed together, all behind the same prompt.
+    """Sequences that are computed together, all behind prompts of the same length.
 
-    `prompt` is the slice of the pack that they see, empty where the sequences are prompts themselves. Their rows, [U, K, C] of
-    queries and [U, K, S] of keys, begin at `query_start` and `key_start`. A block takes at most `tokens` of the C.
+    `prompts` are the first token of each prompt and the number of sequences behind it, in the sequences' order; the length is 0
+    where these are prompts themselves. Their rows, [U, K, C] of queries and [U, K, S] of keys, begin at `query_start` and
+    `key_start`. A block takes at most `tokens` of the C.
     """
 
-    prompt: slice
+    prompts: tuple[tuple[int, int], ...]
+    prompt_length: int
     count: int
     width: int
     columns: int
     tokens: int
     query_start: int
     key_start: int
-
-    @property
-    def prompt_length(self) -> int:
-        return self.prompt.stop - self.prompt.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,40 +126,39 @@ def plan_blocks(
     groups: Sequence[tuple[int, Sequence[int]]], heads: int, key_heads: int, device: torch.device | str = "cpu"
 ) -> BlockPlan:
     """From (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty."""
-    prompts: Sequences = []
-    parts: list[tuple[slice, Sequences]] = [(slice(0, 0), prompts)]  # prompts have nothing before them: one part for all
+    prompts: list[Tokens] = []
+    behind: dict[int, list[Tokens]] = {0: prompts}  # by the prompt's length; prompts have nothing before them
     length = 0
     for prompt_length, completion_lengths in groups:
-        prompts.append((length, prompt_length))
-        prompt = slice(length, length + prompt_length)
-        length = prompt.stop
-        completions: Sequences = []
+        prompt_start = length
+        prompts.append(Tokens(prompt_start, prompt_length))
+        length += prompt_length
+        completions = behind.setdefault(prompt_length, [])
         for completion_length in completion_lengths:
             if completion_length > 0:
-                completions.append((length, completion_length))
+                completions.append(Tokens(length, completion_length, prompt_start))
             length += completion_length
-        parts.append((prompt, completions))
     builder = _PlanBuilder(length, heads, key_heads)
-    for prompt, sequences in parts:
-        for similar in _of_similar_length(sequences, prompt.stop - prompt.start, heads):
-            builder.add(prompt, similar)
+    for prompt_length, sequences in behind.items():
+        for similar in _of_similar_length(sequences, prompt_length, heads):
+            builder.add(prompt_length, similar)
     return builder.plan(device)
 
 
-def _of_similar_length(sequences: Sequences, prompt_length: int, heads: int) -> Iterator[Sequences]:
-    """The sequences in parts, longest first, of which little is padding and whose scores stay within the limit."""
-    part: Sequences = []
+def _of_similar_length(sequences: list[Tokens], prompt_length: int, heads: int) -> Iterator[list[Tokens]]:
+    """The sequences in parts of which little is padding and whose scores stay within the limit, each in the pack's order."""
+    part: list[Tokens] = []
     padding = 0
-    for sequence in sorted(sequences, key=lambda s: -s[1]):
-        width = part[0][1] if part else sequence[1]
+    for sequence in sorted(sequences, key=lambda s: -s.length):
+        width = part[0].length if part else sequence.length
         scores = heads * _padded(prompt_length + width)  # of one token
-        padding += scores * (width - sequence[1])
+        padding += scores * (width - sequence.length)
         if part and (scores * width * (len(part) + 1) > SCORES_LIMIT or padding > PADDING_LIMIT):
-            yield part
+            yield sorted(part)
             part, padding = [], 0
         part.append(sequence)
     if part:
-        yield part
+        yield sorted(part)
 
 
 def _padded(columns: int) -> int:
@@ -173,18 +179,19 @@ class _PlanBuilder:
         self.own_rows = torch.empty(length * key_heads, dtype=torch.long)
         self.num_queries = self.num_keys = 0
 
-    def add(self, prompt: slice, sequences: Sequences) -> None:
-        """A unit of these sequences, longest first."""
-        count, width, prompt_length = len(sequences), sequences[0][1], prompt.stop - prompt.start
+    def add(self, prompt_length: int, sequences: list[Tokens]) -> None:
+        """A unit of these sequences, those behind one prompt next to each other."""
+        count, width = len(sequences), max(s.length for s in sequences)
         columns = _padded(prompt_length + width)
         tokens = width if count > 1 else max(1, min(width, SCORES_LIMIT // (self.heads * columns)))
-        self.units.append(Unit(prompt, count, width, columns, tokens, self.num_queries, self.num_keys))
+        prompts = tuple((start, len(list(own))) for start, own in itertools.groupby(s.prompt_start for s in sequences))
+        self.units.append(Unit(prompts, prompt_length, count, width, columns, tokens, self.num_queries, self.num_keys))
 
-        first_U, length_U = torch.tensor(sequences).unbind(1)
+        first_U, length_U, prompt_U = torch.tensor(sequences).unbind(1)
         column_C = torch.arange(width)
         # A sequence's last token stands for its padding: its numbers are finite, and no token of the sequence sees later ones.
         tokens_UC = first_U[:, None] + torch.minimum(column_C, length_U[:, None] - 1)
-        prompt_UP = torch.arange(prompt.start, prompt.stop).expand(count, -1)
+        prompt_UP = prompt_U[:, None] + torch.arange(prompt_length)
         padding_US = tokens_UC[:, -1:].expand(-1, columns - prompt_length - width)
         rows_UKC = self._rows_of_pack(tokens_UC)
         rows_UKS = self._rows_of_pack(torch.cat([prompt_UP, tokens_UC, padding_US], dim=1))

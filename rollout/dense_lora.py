@@ -15,7 +15,7 @@ vLLM, R the buffers' rank (`max_lora_rank`). `lora_a_stacked[i]` is [1, 1, R, d_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -50,7 +50,7 @@ class DenseHead:
     """
 
     # What the step's rows carry, told by `update_metadata`: every row the adapter, no row, or some rows ("mixed").
-    _coverage: str = "mixed"
+    coverage: Literal["all", "none", "mixed"] = "mixed"
 
     if TYPE_CHECKING:
         token_lora_indices: torch.Tensor
@@ -64,9 +64,9 @@ class DenseHead:
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)  # type: ignore[misc]
         carriers = set(mapping.index_mapping)
         if 0 in carriers:
-            self._coverage = "none" if len(carriers) == 1 else "mixed"
+            self.coverage = "none" if len(carriers) == 1 else "mixed"
         else:
-            self._coverage = "all"
+            self.coverage = "all"
 
     def add_lora_logits(
         self,
@@ -80,11 +80,11 @@ class DenseHead:
         """Add the adapter's part to the logits `y` [N, P] in place, from hidden states `x` [N, D]; the padding stays."""
         assert scale == 1.0, "the scale is folded into B"
         # Logits are made outside of captured CUDA graphs, so a branch in Python holds for this step alone.
-        if self._coverage == "none":
+        if self.coverage == "none":
             return
         x_ND, b_VR = x.view(-1, x.shape[-1]), lora_b_stacked[0, 0]
         h_NR = x_ND @ lora_a_stacked[0, 0].t()
-        if self._coverage == "mixed":
+        if self.coverage == "mixed":
             h_NR *= (self._adapter_of_rows(x_ND)[:, None] >= 0).to(h_NR.dtype)
         logits_NV = y.view(-1, y.shape[-1])[:, : b_VR.shape[0]]
         logits_NV.addmm_(h_NR.to(y.dtype), b_VR.t().to(y.dtype))
@@ -108,6 +108,10 @@ class DenseLoRA(DenseHead):
     # The branch on coverage is taken in Python, so it would be frozen into a captured CUDA graph.
     _branch_on_coverage: bool = True
 
+    def row_mask(self, rows: int) -> torch.Tensor:
+        """[rows, 1]: which of the step's rows carry the adapter."""
+        return self.token_lora_indices[:rows, None] >= 0
+
     def add_lora_linear(
         self,
         y: torch.Tensor,
@@ -122,15 +126,15 @@ class DenseLoRA(DenseHead):
     ) -> None:
         """Add the adapter's part to `y` [T, sum(d_out)] in place, from `x` [T, d_in]."""
         assert scale == 1.0, "the scale is folded into B"
-        if self._branch_on_coverage and self._coverage == "none":
+        if self._branch_on_coverage and self.coverage == "none":
             return
         x_TI = x.view(-1, x.shape[-1])
         y_TO = y.view(-1, y.shape[-1])
         start = 0
         for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             h_TR = x_TI @ a[0, 0].t()
-            if not (self._branch_on_coverage and self._coverage == "all"):
-                h_TR *= (self.token_lora_indices[: h_TR.shape[0], None] >= 0).to(h_TR.dtype)
+            if not (self._branch_on_coverage and self.coverage == "all"):
+                h_TR *= self.row_mask(len(h_TR)).to(h_TR.dtype)
             y_TO[:, start : start + width].addmm_(h_TR, b[0, 0].t(), beta=1.0 if add_inputs else 0.0)
             start += width
 

@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from .dense_lora import wrapper_name
 from .slots import HEAD, AdapterSlot, find_slots
 from .types import Completion, PromptGroup, SamplingSettings
-from .vllm_compat import cpu_norms, import_vllm, lora_wrapper_replaced, replace_cpu_sampler, require
+from .vllm_compat import (
+    cpu_norms,
+    import_vllm,
+    lora_wrapper_replaced,
+    replace_cpu_layers,
+    replace_cpu_sampler,
+    require,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,6 +129,8 @@ class RolloutEngine:
             self._engine: Any = LLMEngine.from_engine_args(args)
         if on_cpu:
             replace_cpu_sampler(self._engine)
+            if dense:
+                self._apply_model(replace_cpu_layers)
         self._tokenizer = self._engine.get_tokenizer()
         self.slots = self._apply_model(find_slots)
         self._check_targets()

@@ -11,9 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cpu_ops
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TESTED_VERSIONS = ("0.32",)
 
@@ -99,14 +102,18 @@ def cpu_norms() -> dict[str, list[str]]:
     vLLM has a kernel for each, registers them for GPUs only, and lets others register (`vllm.ir`).
     """
     import_vllm()
+    import torch
     from vllm import ir
+    from vllm.platforms import current_platform
 
+    current_platform.import_kernels()
     provider = "rankup_cpu"
     for name, function, takes in (
         ("rms_norm", cpu_ops.rms_norm, cpu_ops.takes_rms_norm),
         ("fused_add_rms_norm", cpu_ops.fused_add_rms_norm, cpu_ops.takes_fused_add_rms_norm),
     ):
         op = require(ir.ops, name, purpose="choose how norms are computed")
+        require(torch.ops._C, name, purpose="compute norms")
         if provider not in op.impls:
             op.register_impl(provider, supports_args=takes, inplace=name.startswith("fused"))(function)
     return {"rms_norm": [provider], "fused_add_rms_norm": [provider]}
@@ -124,3 +131,18 @@ def replace_cpu_sampler(engine: Any) -> None:
     assert owner.logprobs_mode == "processed_logprobs", "what is returned are the log-probabilities that were drawn from"
     require(owner, "forward", purpose="choose how tokens are drawn")
     owner.forward = cpu_ops.sample
+
+
+def replace_cpu_layers(model: nn.Module) -> None:
+    """Let adapted layers of known kinds run through `cpu_ops.dense_apply`. Their buffers move: look for slots afterwards."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.model_executor.layers import linear
+
+    # A class of a model's own may do more than multiply; it keeps vLLM's way.
+    known = {
+        require(linear, name, purpose="recognise its linear layers")
+        for name in ("QKVParallelLinear", "MergedColumnParallelLinear", "ColumnParallelLinear", "RowParallelLinear")
+    }
+    for layer in model.modules():
+        if isinstance(layer, BaseLinearLayerWithLoRA) and type(layer.base_layer) in known and layer.tp_size == 1:
+            layer.apply = cpu_ops.dense_apply(layer)

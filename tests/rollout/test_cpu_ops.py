@@ -1,0 +1,134 @@
+"""The pieces that stand in for vLLM's on CPU: drawing tokens, norms, adapted layers."""
+
+import pytest
+import torch
+
+from rankup.rollout.cpu_ops import BLOCK, draw_tokens
+from rankup.rollout.types import SamplingSettings
+
+LAST = 1.0 - 2.0**-53  # the largest number that a generator gives
+
+
+def logprobs_of(weights):
+    return (weights / weights.sum(-1, keepdim=True)).log().float()
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK, 1000])
+def test_a_draw_inverts_the_distribution_function(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    weights = torch.rand(200, vocabulary, generator=generator, dtype=torch.float64) ** 4
+    logprobs = logprobs_of(weights)
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    tokens = draw_tokens(logprobs, uniform)
+    cumulated = logprobs.double().exp().cumsum(-1)
+    cumulated /= cumulated[:, -1:].clone()
+    upper = cumulated.gather(1, tokens[:, None])[:, 0]
+    lower = upper - (logprobs.double().exp() / logprobs.double().exp().sum(-1, keepdim=True)).gather(1, tokens[:, None])[:, 0]
+    assert (uniform < upper + 1e-6).all() and (uniform > lower - 1e-6).all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, LAST])
+@pytest.mark.parametrize("allowed", [[0], [999], [255, 256], [7, 300, 998]])
+def test_an_excluded_token_is_never_drawn(uniform, allowed):
+    logprobs = torch.full((1, 1000), float("-inf"))
+    logprobs[0, allowed] = torch.tensor([1.0 / len(allowed)]).log()
+    assert int(draw_tokens(logprobs, torch.tensor([uniform], dtype=torch.float64))) in allowed
+
+
+def test_a_token_behind_all_others_is_reached_and_a_vanishing_one_is_not_preferred():
+    logprobs = logprobs_of(torch.tensor([[1.0, *[0.0] * 998, 1e-9]], dtype=torch.float64))
+    assert int(draw_tokens(logprobs, torch.tensor([LAST], dtype=torch.float64))) == 999
+    assert int(draw_tokens(logprobs, torch.tensor([0.999], dtype=torch.float64))) == 0
+
+
+def test_frequencies_are_the_probabilities():
+    draws, vocabulary = 200_000, 600
+    weights = torch.rand(vocabulary, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+    logprobs = logprobs_of(weights[None])
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    counts = draw_tokens(logprobs.expand(draws // 100, -1), uniform[: draws // 100]).bincount(minlength=vocabulary)
+    for part in uniform.chunk(100)[1:]:
+        counts += draw_tokens(logprobs.expand(len(part), -1), part).bincount(minlength=vocabulary)
+    expected = weights / weights.sum() * draws
+    often = expected > 20
+    chi_square = ((counts - expected) ** 2 / expected)[often].sum() / often.sum()
+    assert 0.8 < chi_square < 1.2
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_the_formula(dtype):
+    from rankup.rollout import cpu_ops
+    from rankup.rollout.vllm_compat import cpu_norms
+
+    assert cpu_norms() == cpu_norms(), "registering twice does no harm"
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(7, 96, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(96, generator=generator).to(dtype)
+
+    def formula(t):
+        return weight.double() * t / (t.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7}[dtype]
+    assert torch.allclose(cpu_ops.rms_norm(x, weight, 1e-5).double(), formula(x.double()), rtol=tolerance, atol=1e-6)
+    total = x.double() + residual.double()
+    normed, kept = cpu_ops.fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
+    assert torch.allclose(kept.double(), total, rtol=tolerance, atol=1e-6)
+    assert torch.allclose(normed.double(), formula(total), rtol=2 * tolerance, atol=2 * tolerance)
+
+
+def test_norms_that_the_kernel_cannot_do_are_left_to_vllm():
+    from rankup.rollout.cpu_ops import takes_fused_add_rms_norm, takes_rms_norm
+
+    x, weight = torch.ones(4, 8), torch.ones(8)
+    assert takes_rms_norm(x, weight, 1e-5)
+    assert not takes_rms_norm(x, None, 1e-5)
+    assert not takes_rms_norm(x, weight, 1e-5, 4)
+    assert not takes_rms_norm(x, weight.bfloat16(), 1e-5)
+    assert not takes_rms_norm(x[:, ::2], weight[::2], 1e-5)
+    assert takes_fused_add_rms_norm(x, x.clone(), weight, 1e-5)
+    assert not takes_fused_add_rms_norm(x, x[:1].expand(4, 8), weight, 1e-5)
+
+
+@pytest.mark.engine
+def test_the_engine_samples_by_them(make_engine):
+    engine = make_engine()
+    from vllm import ir
+
+    assert ir.ops.rms_norm.get_priority()[0] == ir.ops.fused_add_rms_norm.get_priority()[0] == "rankup_cpu"
+    layers = engine._apply_model(
+        lambda model: [m for name, m in model.named_modules() if name.endswith(("_proj",)) and hasattr(m, "punica_wrapper")]
+    )
+    assert len(layers) == 8, "qkv, o, gate_up, down in each of two layers"
+    assert {layer.apply.__module__ for layer in layers} == {"rankup.rollout.cpu_ops"}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("limits", [{"top_k": 3}, {"top_p": 0.05}, {"min_p": 0.9}])
+def test_limits_on_what_is_drawn_hold(make_engine, limits):
+    """Only few tokens are left, whose probabilities sum to one."""
+    engine = make_engine()
+    settings = SamplingSettings(num_generations=16, max_completion_length=8, **limits)
+    (group,) = engine.rollout([[5, 9, 14, 3]], settings, seeds=[3])
+    first = {c.token_ids[0]: c.logprobs[0] for c in group.completions}
+    total = sum(torch.tensor(list(first.values())).exp().tolist())
+    assert total < 1.0 + 1e-4
+    if "top_k" in limits:
+        assert len(first) <= 3
+
+
+@pytest.mark.engine
+def test_text_is_that_of_the_tokens_and_ends_before_a_stop_string(make_engine, tiny_model_path):
+    from transformers import AutoTokenizer
+
+    engine = make_engine()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("llama"))
+    (group,) = engine.rollout([[5, 9, 14]], SamplingSettings(num_generations=8, max_completion_length=20), seeds=[1])
+    assert [c.text for c in group.completions] == [
+        tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group.completions
+    ]
+    stop = next(c.text for c in group.completions if len(c.text) > 4)[2:4]
+    stopping = SamplingSettings(num_generations=8, max_completion_length=20, stop=(stop,))
+    (group,) = engine.rollout([[5, 9, 14]], stopping, seeds=[1])
+    assert any(c.finish_reason == "stop" for c in group.completions)
+    assert all(stop not in c.text for c in group.completions)
