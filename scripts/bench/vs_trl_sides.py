@@ -175,25 +175,24 @@ class PausingCallback(TrainerCallback):
 
 
 class TrlSide:
-    """TRL's trainer, configured for speed on CPU.
-
-    What is not at TRL's default for speed's sake: no gradient checkpointing, one micro batch, no padding beyond need.
+    """TRL's trainer with its defaults where the comparison does not say otherwise.
 
     Args:
         folder: where the trainer may write.
-        keep_memory: keep freed memory, as rankup does.
+        tuned: no gradient checkpointing (TRL's default is to checkpoint), and freed memory kept, as rankup does.
         micro_batch: completions of a forward and backward.
         options: further fields of TRL's GRPOConfig, to try what is fastest.
     """
 
-    def __init__(self, *, folder: Path, keep_memory: bool, micro_batch: int, options: Mapping[str, Any] | None = None) -> None:
-        if keep_memory:
+    def __init__(self, *, folder: Path, tuned: bool, micro_batch: int, options: Mapping[str, Any] | None = None) -> None:
+        if tuned:
             keep_freed_memory()
         logging.getLogger("trl").setLevel(logging.ERROR)
         self._folder = folder / "trl"
         self._options = {
             "per_device_train_batch_size": micro_batch,
             "gradient_accumulation_steps": PROMPTS * COMPLETIONS // micro_batch,
+            **({"gradient_checkpointing": False} if tuned else {}),
             **(options or {}),
         }
         self._phases = {"rollout": 0.0, "reward": 0.0, "publish": 0.0}
@@ -232,7 +231,6 @@ class TrlSide:
             "model_init_kwargs": {"dtype": "bfloat16"},
             "use_cpu": True,
             "bf16": True,
-            "gradient_checkpointing": False,
             "num_generations": COMPLETIONS,
             "max_completion_length": TOKENS,
             "generation_kwargs": {"ignore_eos": True},

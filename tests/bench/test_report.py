@@ -144,8 +144,8 @@ def test_rank_table_relates_to_rank_64_and_ends_with_the_growth(bench_module: Lo
 def test_phases_of_a_step_are_shown_where_they_are_given(bench_module: Load):
     table = bench_module("report_tables").TABLES["vs_trl"]
     phases = {"rankup": {"rollout": summary(2.5), "train": summary(1.5)}, "trl": {"rollout": summary(8.0)}}
-    kept = {"speedup": 2.5, "step_seconds": summary(10.0)}
-    rows = cells(table(vs_trl_figure() | {"phases": phases, "trl_with_kept_memory": kept}))
+    tuned = {"speedup": 2.5, "step_seconds": summary(10.0)}
+    rows = cells(table(vs_trl_figure() | {"phases": phases, "trl_tuned": tuned}))
     assert rows[0][-2:] == ["rollout", "training"]
     assert [row[-2:] for row in rows[2:]] == [["2.50", "1.50"], ["8.00", ""], ["", ""]]
     assert rows[4][2] == "2.50 ×"
