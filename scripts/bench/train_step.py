@@ -40,6 +40,7 @@ EXAMPLE = """examples:
 """
 CASES = ("64+64", "256+64")
 SIDES = {"rankup": "rankup", "stock": "PEFT, full logits"}
+WARM_UPS = 5  # steps of each side that are not measured: until a process has the memory that it works in
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "stock_with_kept_memory": ("freed memory kept", {"keep_memory": True}),
     "completion_logits": ("completion logits only", {"completion_logits": True}),
@@ -157,7 +158,8 @@ class TrainStepBench:
         """Warm up, then `repeats` steps of each side, in turn first and second."""
         pair = {"rankup": self._begun(self.rankup, case), name: self._begun(stock, case)}
         for worker in pair.values():
-            worker.call("seconds")
+            for _ in range(WARM_UPS):
+                worker.call("seconds")
         times: dict[str, list[float]] = {side: [] for side in pair}
         for repeat in range(repeats):
             for side in list(pair) if repeat % 2 == 0 else reversed(list(pair)):

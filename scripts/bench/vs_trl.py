@@ -35,7 +35,7 @@ EXAMPLE = """examples:
 """
 PROMPTS, COMPLETIONS, TOKENS = 8, 8, 32
 RANK, ALPHA, LEARNING_RATE = 64, 32, 1e-4
-WARM_UPS = 2  # steps of each side that are not measured: the first one makes the optimizer's state and compiles
+WARM_UPS = 5  # steps of each side that are not measured: until a process has the memory that it works in
 SIDES = {
     "rankup": "rankup",
     "trl": "TRL",
