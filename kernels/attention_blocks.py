@@ -117,6 +117,8 @@ def _sum_of_keys(grad_ND: torch.Tensor, plan: BlockPlan, dtype: torch.dtype) -> 
     """From the gradients of all units' keys to those of the pack, [L, K, D]: a prompt's are summed over its completions."""
     dim = grad_ND.shape[1]
     grad_LKD = grad_ND.index_select(0, plan.own_rows).view(-1, plan.key_heads, dim)
+    if plan.has_prompts_of_several_units:
+        grad_LKD = grad_LKD.to(torch.promote_types(dtype, torch.float32))
     for unit in plan.units:
         rows = grad_ND.narrow(0, unit.key_start, unit.count * plan.key_heads * unit.columns)
         of_prompt_UKPD = rows.view(unit.count, plan.key_heads, unit.columns, dim)[:, :, : unit.prompt_length]

@@ -121,6 +121,12 @@ class BlockPlan:
         """Whether some unit takes more than one block, so that gradients of its keys are sums."""
         return any(unit.tokens < unit.width for unit in self.units)
 
+    @property
+    def has_prompts_of_several_units(self) -> bool:
+        """Whether gradients of some prompt's keys come from more than one unit."""
+        starts = [start for unit in self.units if unit.prompt_length for start, _ in unit.prompts]
+        return len(set(starts)) < len(starts)
+
 
 def plan_blocks(
     groups: Sequence[tuple[int, Sequence[int]]], heads: int, key_heads: int, device: torch.device | str = "cpu"

@@ -170,8 +170,8 @@ def _backward(
     da = (u_TS.t() @ x_TI).to(adapters[0].master_a.dtype).split([adapter.a.shape[0] for adapter in adapters])
     for (i, grad_TO, adapter), da_RI in zip(adapted, da, strict=True):
         # Transposed: the product with the larger matrix on the right takes three quarters of the time on CPU.
-        db_OR = (h_TS[:, columns[i]].t() @ grad_TO).t()
-        db_OR = db_OR.to(adapter.master_b.dtype, memory_format=torch.contiguous_format).mul_(adapter.scaling)
+        db_RO = h_TS[:, columns[i]].t() @ grad_TO
+        db_OR = torch.empty_like(adapter.master_b).copy_(db_RO.t()).mul_(adapter.scaling)
         gradients[i] = (da_RI, db_OR)
     return dx_TI, gradients
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 BLOCK = 256
+CACHED_ROWS = 16  # 3 MiB of a vocabulary of 49,152
 
 
 def draw_tokens(logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
@@ -31,17 +32,22 @@ def draw_tokens(logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Ten
     """
     rows, vocabulary = logprobs_NV.shape
     blocks = -(-vocabulary // BLOCK)
-    p_NV = logprobs_NV.new_zeros(rows, blocks * BLOCK) if vocabulary % BLOCK else torch.empty_like(logprobs_NV)
-    torch.exp(logprobs_NV, out=p_NV[:, :vocabulary])
-    p_NKB = p_NV.view(rows, blocks, BLOCK)
-    block_N1, within_N1 = _invert(p_NKB.sum(-1), uniform_N[:, None])
-    hit_NB = p_NKB.gather(1, block_N1[..., None].expand(rows, 1, BLOCK))[:, 0]
-    token_N1, _ = _invert(hit_NB, within_N1)
-    return (block_N1 * BLOCK + token_N1)[:, 0]
+    mass_NK = logprobs_NV.new_empty(rows, blocks)
+    # A few rows at a time stay in a core's cache.
+    p_cKB = logprobs_NV.new_zeros(min(rows, CACHED_ROWS), blocks, BLOCK)
+    for logprobs_cV, mass_cK in zip(logprobs_NV.split(CACHED_ROWS), mass_NK.split(CACHED_ROWS), strict=True):
+        count = len(logprobs_cV)
+        torch.exp(logprobs_cV, out=p_cKB[:count].view(count, -1)[:, :vocabulary])
+        torch.sum(p_cKB[:count], -1, out=mass_cK)
+    block_N1, within_N1 = _invert(mass_NK, uniform_N[:, None])
+    token_NB = block_N1 * BLOCK + torch.arange(BLOCK)
+    p_NB = logprobs_NV.gather(1, token_NB.clamp(max=vocabulary - 1)).exp_().mul_(token_NB < vocabulary)
+    column_N1, _ = _invert(p_NB, within_N1)
+    return (block_N1 * BLOCK + column_N1)[:, 0]
 
 
 def _invert(weights_NC: torch.Tensor, uniform_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column [N, 1] in which `uniform` of a row's weight is reached, and where within it, in [0, 1)."""
+    """The column [N, 1] in which `uniform` of a row's weight is reached, and where within it, from 0 to 1."""
     cumulated_NC = weights_NC.cumsum(-1, dtype=torch.float64)
     total_N1 = cumulated_NC[:, -1:]
     # Rounding must not reach the total: what follows it is not in the row.
@@ -58,10 +64,18 @@ def sample(
     """Stands in for the forward of vLLM's `TopKTopPSampler`: tokens [N] and the log-probabilities [N, V] they come from.
 
     A row whose request has a seed takes one number from the request's generator at each step.
+
+    Raises:
+        RuntimeError: a row has logits that are not numbers, or none above minus infinity.
     """
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
     logprobs_NV = apply_top_k_top_p(logits_NV, k, p).log_softmax(-1, dtype=torch.float32)
+    if logprobs_NV[:, 0].isnan().any():  # one logit that is no number spoils its whole row
+        raise RuntimeError(
+            "the policy's logits are not finite, so nothing can be sampled: go back to an earlier adapter and lower "
+            "optim.learning_rate"
+        )
     uniform_N = torch.rand(logits_NV.shape[0], dtype=torch.float64)
     for row, generator in generators.items():
         uniform_N[row] = torch.rand((), generator=generator, dtype=torch.float64)

@@ -274,10 +274,12 @@ class RolloutEngine:
     def _completion(self, output: Any, *, has_text: bool) -> Completion:
         flat = output.logprobs
         assert tuple(flat.token_ids) == tuple(output.token_ids), "one log-probability a sampled token"
+        # The token that ended it is no part of the text, whether the tokenizer calls it special or not.
+        of_text = output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
         return Completion(
             token_ids=tuple(output.token_ids),
             logprobs=tuple(flat.logprobs),
-            text=output.text if has_text else self._tokenizer.decode(output.token_ids, skip_special_tokens=True),
+            text=output.text if has_text else self._tokenizer.decode(of_text, skip_special_tokens=True),
             finish_reason=output.finish_reason,
             policy_version=self.policy_version,
         )

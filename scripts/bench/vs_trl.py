@@ -8,10 +8,11 @@ backward, optimizer, and what a trainer does between two steps. The reward is a 
 variance and neither side can leave work out.
 
 Both sides run their public trainer's `train()` in a process of its own, halted between steps: repeats are interleaved, and
-a side sleeps while another is measured (how much processor time the sleepers took is in the result). `trl` is TRL with its
-defaults, of which gradient checkpointing is one; `trl_tuned` is the fastest that we know to make it: without checkpointing, and
-keeping the memory that torch frees as rankup does (`kernels/cpu_memory.py`). What vLLM on CPU needs to work with TRL at all is
-in the result as `trl_side_changes`.
+a side sleeps while another is measured (how much processor time the sleepers took is in the result), and its first step after
+a sleep is not measured. `trl` is TRL with its defaults, of which gradient checkpointing is one; `trl_tuned` is TRL without
+checkpointing, keeping the memory that torch frees as rankup does (`kernels/cpu_memory.py`). Each is compared with the steps of
+rankup that were measured in turn with it. What vLLM on CPU needs to work with TRL at all is in the result as
+`trl_side_changes`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import hashlib
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,6 +38,9 @@ EXAMPLE = """examples:
 PROMPTS, COMPLETIONS, TOKENS = 8, 8, 32
 RANK, ALPHA, LEARNING_RATE = 64, 32, 1e-4
 WARM_UPS = 5  # steps of each side that are not measured: until a process has the memory that it works in
+# Each side trains in a thread of its own. glibc gives threads heaps of their own, which neither keep freed memory nor learn
+# what size to map as a program's own heap does: with one heap for all, memory is as in a program's main thread.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 SIDES = {
     "rankup": "rankup",
     "trl": "TRL",
@@ -56,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = machine()
     if before["load_average"] > 0.5:
         print(f"warning: the machine is not idle (load average {before['load_average']:.1f}): steps will take longer")
-    # Each side trains in a thread of its own. glibc gives threads heaps of their own, which neither keep freed memory nor
-    # learn what size to map as a program's own heap does: with one heap for all, memory is as in a program's main thread.
-    os.environ["MALLOC_ARENA_MAX"] = "1"
+    os.environ.update(ENVIRONMENT)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-bench-"))
         stack.enter_context(_children_end_on_interrupt())
@@ -105,6 +108,7 @@ class StepBench:
         self._folder = folder
         self._micro_batch = micro_batch
         self.steps: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
+        self.speedups: dict[str, float] = {}
         self.about: dict[str, dict[str, Any]] = {}
         self.idle_share = 0.0
         self._rankup = stack.enter_context(self._start("rankup", "RankupSide"))
@@ -121,16 +125,22 @@ class StepBench:
         """Measure steps of one of TRL's sides and of rankup in turns. Two of TRL's sides would not fit in memory at once."""
         with self._start(name, "TrlSide", tuned=tuned, micro_batch=self._micro_batch) as trl:
             pair = [("rankup", self._rankup), (name, trl)]
+            steps: dict[str, list[dict[str, Any]]] = {side: [] for side, _ in pair}
             for repeat in range(repeats):
                 for (side, worker), (_, sleeper) in zip(pair, reversed(pair), strict=True):
-                    self.steps[side].append(self._step(worker, sleeper))
-                latest = ", ".join(f"{SIDES[side]} {self.steps[side][-1]['seconds']:.1f} s" for side in ("rankup", name))
+                    steps[side].append(self._step(worker, sleeper))
+                latest = ", ".join(f"{SIDES[side]} {steps[side][-1]['seconds']:.1f} s" for side in steps)
                 print(f"repeat {repeat + 1} of {repeats}: {latest}", flush=True)
                 pair.reverse()
             self.about |= {side: worker.call("describe") for side, worker in pair}
+        ours, theirs = (statistics.median(step["seconds"] for step in steps[side]) for side in ("rankup", name))
+        self.speedups[name] = theirs / ours
+        for side, measured in steps.items():
+            self.steps[side] += measured
 
     def _step(self, worker: Worker, sleeper: Worker) -> dict[str, Any]:
-        """One step of a side, while the other must sleep."""
+        """One step of a side, while the other must sleep. The first one after it has slept itself is not measured."""
+        worker.call("step")
         before = sleeper.cpu_seconds()
         step = worker.call("step")
         self.idle_share = max(self.idle_share, (sleeper.cpu_seconds() - before) / step["seconds"])
@@ -143,11 +153,11 @@ class StepBench:
         about = self.about
         seconds = {name: summarise([step["seconds"] for step in steps]) for name, steps in self.steps.items()}
         tuned = seconds.pop("trl_tuned")
-        ours = seconds["rankup"]["median"]
+        changes = [about[name].pop("changes") for name in ("trl", "trl_tuned")]
         return {
-            "speedup": seconds["trl"]["median"] / ours,
+            "speedup": self.speedups["trl"],
             "step_seconds": seconds,
-            "trl_tuned": {"speedup": tuned["median"] / ours, "step_seconds": tuned},
+            "trl_tuned": {"speedup": self.speedups["trl_tuned"], "step_seconds": tuned},
             "phases": {name: _phases(steps) for name, steps in self.steps.items()},
             "tokens": {
                 "completions": PROMPTS * COMPLETIONS,
@@ -163,7 +173,7 @@ class StepBench:
             "peak_memory_gib": {name: about[name].pop("peak_memory_gib") for name in SIDES},
             "idle_sides_cpu_share": self.idle_share,
             "what": " ".join((__doc__ or "").split()),
-            "trl_side_changes": about["trl"].pop("changes"),
+            "trl_side_changes": changes[0],
             "settings": {
                 "prompts": PROMPTS,
                 "completions_per_prompt": COMPLETIONS,
@@ -171,6 +181,7 @@ class StepBench:
                 "alpha": ALPHA,
                 "objective": "dapo, beta 0, num_iterations 1, advantages divided by the group's standard deviation",
                 "warm_up_steps": WARM_UPS,
+                "environment": ENVIRONMENT,
                 "rankup": about["rankup"],
                 "trl": about["trl"],
                 "trl_tuned": about["trl_tuned"],

@@ -85,8 +85,15 @@ def test_sequences_of_unlike_length_are_kept_apart() -> None:
     assert [(unit.prompt_length, unit.count, unit.width) for unit in plan.units] == [(0, 1, 1), (1, 2, 30), (1, 2, 3)]
 
 
+def test_completions_behind_prompts_of_one_length_are_computed_together() -> None:
+    """In the pack's order, whatever their own lengths: those behind one prompt stay next to each other."""
+    plan = plan_with([(3, [4, 2]), (2, [4]), (3, [0]), (3, [3, 4])], (1, 1), scores_limit=2**22)
+    assert [(unit.prompt_length, unit.count, unit.width) for unit in plan.units] == [(0, 4, 3), (3, 4, 4), (2, 1, 4)]
+    assert [unit.prompts for unit in plan.units[1:]] == [((0, 2), (18, 2)), ((9, 1),)]
+
+
 @pytest.mark.parametrize("scores_limit", [2**22, 200])
-@pytest.mark.parametrize("groups", [[(3, [2, 4, 2])], [(1, [0]), (2, [3])]])
+@pytest.mark.parametrize("groups", [[(3, [2, 4, 2])], [(1, [0]), (2, [3])], [(2, [3, 1]), (2, [2])]])
 def test_gradcheck(groups: Groups, scores_limit: int) -> None:
     plan = plan_with(groups, (4, 2), scores_limit=scores_limit)
     qkv = random_qkv(groups, 4, 2, dim=3)

@@ -316,6 +316,19 @@ def test_no_tensor_of_tokens_by_vocabulary(visits: Literal[1, 2]) -> None:
     assert beside_the_loss == [t.shape for t in leaves(*case[:2])] and all(t.numel() <= 200 for t in kept if t.dim() < 2)
 
 
+def test_a_chunk_in_bf16_has_no_copy_in_fp32() -> None:
+    """What torch does inside an operation counts too: scatter_ into bf16 copies its whole target to fp32 and back."""
+    tokens, vocabulary = 256, 40_000
+    hidden_ND = torch.randn(tokens, 8).bfloat16().requires_grad_()
+    head = Head(weight_VD=torch.randn(vocabulary, 8).bfloat16())
+    targets_N = torch.randint(vocabulary, (tokens,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss, *_ = linear_logprob_loss(hidden_ND, head, targets_N, lambda lp, entropy, _: -lp)
+        loss.backward()
+    largest = max(event.cpu_memory_usage for event in profile.events() or [])
+    assert 2 * tokens * vocabulary <= largest < 3 * tokens * vocabulary, "the chunk itself, and nothing larger"
+
+
 # ------------------------------------------------------------------------------------------------------- extreme logits
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rankup.rollout.cpu_ops import BLOCK, draw_tokens
+from rankup.rollout.cpu_ops import BLOCK, draw_tokens, sample
 from rankup.rollout.types import SamplingSettings
 
 LAST = 1.0 - 2.0**-53  # the largest number that a generator gives
@@ -101,20 +101,54 @@ def test_the_engine_samples_by_them(make_engine):
     )
     assert len(layers) == 8, "qkv, o, gate_up, down in each of two layers"
     assert {layer.apply.__module__ for layer in layers} == {"rankup.rollout.cpu_ops"}
+    worker = engine._engine.model_executor.driver_worker.worker
+    assert worker.model_runner.sampler.topk_topp_sampler.forward is sample
+
+
+def sampled(logits, *, k=None, p=None, generators=None):
+    """Tokens and log-probabilities, asked for as vLLM asks."""
+    from rankup.rollout.vllm_compat import import_vllm
+
+    import_vllm()
+    rows = len(logits)
+    limits = [None if limit is None else torch.full((rows,), limit) for limit in (k, p)]
+    return sample(logits, generators or {}, *limits)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("limits", [{"top_k": 3}, {"top_p": 0.05}, {"min_p": 0.9}])
-def test_limits_on_what_is_drawn_hold(make_engine, limits):
-    """Only few tokens are left, whose probabilities sum to one."""
-    engine = make_engine()
-    settings = SamplingSettings(num_generations=16, max_completion_length=8, **limits)
-    (group,) = engine.rollout([[5, 9, 14, 3]], settings, seeds=[3])
-    first = {c.token_ids[0]: c.logprobs[0] for c in group.completions}
-    total = sum(torch.tensor(list(first.values())).exp().tolist())
-    assert total < 1.0 + 1e-4
-    if "top_k" in limits:
-        assert len(first) <= 3
+@pytest.mark.parametrize("limits", [{}, {"k": 3}, {"p": 0.5}, {"k": 20, "p": 0.9}])
+def test_what_is_drawn_has_the_logprob_that_is_returned(limits):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).expand(5000, 50)
+    tokens, logprobs = sampled(logits.clone(), **limits)
+    likeliest_first = logits[0].sort(descending=True)
+    cumulated = likeliest_first.values[: limits.get("k", 50)].softmax(-1).cumsum(-1)  # the nucleus of what top-k leaves
+    size = min(int((cumulated < limits.get("p", 2.0)).sum()) + 1, len(cumulated))
+    allowed = set(likeliest_first.indices[:size].tolist())
+    assert set(logprobs[0].isfinite().nonzero()[:, 0].tolist()) == allowed
+    assert float(logprobs[0].exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    frequencies = tokens.bincount(minlength=50) / len(tokens)
+    assert set(frequencies.nonzero()[:, 0].tolist()) <= allowed
+    assert (frequencies - logprobs[0].exp()).abs().max() < 0.04, "five standard deviations of 5,000 draws"
+
+
+@pytest.mark.engine
+def test_a_seed_decides_its_own_row_alone():
+    logits = torch.zeros(3, 1000)
+    draws = [sampled(logits, generators={1: torch.Generator().manual_seed(7)})[0].tolist() for _ in range(6)]
+    assert len({draw[1] for draw in draws}) == 1
+    assert len({draw[0] for draw in draws}) > 1 and len({draw[2] for draw in draws}) > 1
+    generator = torch.Generator().manual_seed(7)
+    steps = [int(sampled(logits, generators={1: generator})[0][1]) for _ in range(6)]
+    assert steps[0] == draws[0][1] and len(set(steps)) > 1
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_stop_the_run(value):
+    logits = torch.zeros(2, 10)
+    logits[1, 4] = value
+    with pytest.raises(RuntimeError, match="logits are not finite"):
+        sampled(logits)
 
 
 @pytest.mark.engine
@@ -125,7 +159,8 @@ def test_text_is_that_of_the_tokens_and_ends_before_a_stop_string(make_engine, t
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("llama"))
     (group,) = engine.rollout([[5, 9, 14]], SamplingSettings(num_generations=8, max_completion_length=20), seeds=[1])
     assert [c.text for c in group.completions] == [
-        tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in group.completions
+        tokenizer.decode(c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids, skip_special_tokens=True)
+        for c in group.completions
     ]
     stop = next(c.text for c in group.completions if len(c.text) > 4)[2:4]
     stopping = SamplingSettings(num_generations=8, max_completion_length=20, stop=(stop,))
