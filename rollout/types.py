@@ -24,9 +24,9 @@ class Completion:
     """One sampled answer.
 
     `token_ids` end with the end-of-sequence token where the model stopped by itself. `text` is what the tokenizer decodes from
-    them, without that token and special ones; with stop strings it ends before the first of these. `logprobs` are the sampler's, one
-    a token, after temperature and the other sampling settings. `policy_version` counts publishes: it names the policy
-    that drew every token.
+    them, without that token and special ones; with stop strings it ends before the first of these. `logprobs` are the
+    sampler's, one a token, after temperature and the other sampling settings. `policy_version` counts publishes: it names the
+    policy that drew every token.
     """
 
     token_ids: tuple[int, ...]
