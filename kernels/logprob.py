@@ -239,7 +239,7 @@ class _Logits:
         """
         targets_n1 = self.targets_N1[chunk]
         if slopes.logprob_n is not None and slopes.entropy_n is None and self.head.softcap is None:
-            # Not scatter_: on CPU in bf16 that copies the whole chunk to fp32 and back, a fifth of a training step.
+            # Not scatter_: on CPU in bf16 that copies the whole chunk to fp32 and back.
             rows_n = torch.arange(len(p_nV), device=p_nV.device)
             p_nV.index_put_((rows_n, targets_n1[:, 0]), rows.logprobs_n.expm1().to(p_nV.dtype))
             return -self.factor * slopes.logprob_n[:, None]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 BLOCK = 256
-CACHED_ROWS = 16  # 3 MiB of a vocabulary of 49,152
 
 
 def draw_tokens(logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
@@ -32,18 +31,13 @@ def draw_tokens(logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Ten
     """
     rows, vocabulary = logprobs_NV.shape
     blocks = -(-vocabulary // BLOCK)
-    mass_NK = logprobs_NV.new_empty(rows, blocks)
-    # A few rows at a time stay in a core's cache.
-    p_cKB = logprobs_NV.new_zeros(min(rows, CACHED_ROWS), blocks, BLOCK)
-    for logprobs_cV, mass_cK in zip(logprobs_NV.split(CACHED_ROWS), mass_NK.split(CACHED_ROWS), strict=True):
-        count = len(logprobs_cV)
-        torch.exp(logprobs_cV, out=p_cKB[:count].view(count, -1)[:, :vocabulary])
-        torch.sum(p_cKB[:count], -1, out=mass_cK)
-    block_N1, within_N1 = _invert(mass_NK, uniform_N[:, None])
-    token_NB = block_N1 * BLOCK + torch.arange(BLOCK)
-    p_NB = logprobs_NV.gather(1, token_NB.clamp(max=vocabulary - 1)).exp_().mul_(token_NB < vocabulary)
-    column_N1, _ = _invert(p_NB, within_N1)
-    return (block_N1 * BLOCK + column_N1)[:, 0]
+    p_NV = logprobs_NV.new_zeros(rows, blocks * BLOCK) if vocabulary % BLOCK else torch.empty_like(logprobs_NV)
+    torch.exp(logprobs_NV, out=p_NV[:, :vocabulary])
+    p_NKB = p_NV.view(rows, blocks, BLOCK)
+    block_N1, within_N1 = _invert(p_NKB.sum(-1), uniform_N[:, None])
+    p_NB = p_NKB.gather(1, block_N1[..., None].expand(rows, 1, BLOCK))[:, 0]
+    token_N1, _ = _invert(p_NB, within_N1)
+    return (block_N1 * BLOCK + token_N1)[:, 0]
 
 
 def _invert(weights_NC: torch.Tensor, uniform_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
 from collections.abc import Sequence
@@ -65,6 +66,20 @@ class Case:
     def shapes(self) -> list[tuple[int, list[int]]]:
         """(prompt length, completion lengths) of each group."""
         return [(self.prompt_tokens, [self.completion_tokens] * self.completions)] * self.prompts
+
+
+def add_case_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """`--case P+C`, as often as wanted; names, None where it is not given."""
+    text = f"PROMPT+COMPLETION, tokens of each; may be given several times (default {' and '.join(default)})"
+    parser.add_argument("--case", type=_case_name, action="append", metavar="P+C", help=text)
+
+
+def _case_name(name: str) -> str:
+    try:
+        Case.parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 @dataclass(frozen=True)

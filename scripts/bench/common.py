@@ -10,6 +10,7 @@ Nothing but the standard library is imported before it is needed, so that `--hel
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -38,6 +39,22 @@ def use_environment() -> None:
     if Path(sys.prefix) == environment or not python.exists():
         sys.exit("rankup is not installed: run scripts/install.sh")
     os.execv(python, [str(python), *sys.argv])
+
+
+def command_line(description: str | None, examples: str, *, repeats: int, what: str) -> argparse.ArgumentParser:
+    """The parser that every benchmark starts from: `--json FILE` and `--repeats N`, of which `what` says what they are."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--repeats", type=_at_least_one, default=repeats, metavar="N", help=f"{what} (default {repeats})")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def machine() -> dict[str, Any]:

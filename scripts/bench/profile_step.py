@@ -27,8 +27,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import Case
-from common import Worker, machine, summarise, use_environment, versions, write_json
+from cases import Case, add_case_argument
+from common import Worker, command_line, machine, summarise, use_environment, versions, write_json
 from operations import ModelShape, num_tokens, step_operations
 
 EXAMPLE = """examples:
@@ -122,20 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each kind (default 5)")
-    cases_help = f"PROMPT+COMPLETION, tokens of each; may be given several times (default {' and '.join(CASES)})"
-    parser.add_argument("--case", action="append", metavar="P+C", help=cases_help)
+    parser = command_line(__doc__, EXAMPLE, repeats=5, what="steps of each kind")
+    add_case_argument(parser, CASES)
     options = parser.parse_args(arguments)
     options.case = options.case or list(CASES)
-    try:
-        for name in options.case:
-            Case.parse(name)
-    except ValueError as error:
-        parser.error(str(error))
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
     return options
 
 

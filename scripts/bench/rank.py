@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case
-from common import Worker, machine, summarise, use_environment, versions, write_json
+from common import Worker, command_line, machine, summarise, use_environment, versions, write_json
 from operations import ModelShape, num_tokens, step_operations
 
 EXAMPLE = """examples:
@@ -61,15 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measured steps at each rank (default 7)")
+    parser = command_line(__doc__, EXAMPLE, repeats=7, what="measured steps at each rank")
     rank_help = f"a rank; may be given several times (default {', '.join(map(str, RANKS))})"
     parser.add_argument("--rank", type=int, action="append", metavar="R", help=rank_help)
     options = parser.parse_args(arguments)
     options.rank = sorted(set(options.rank or RANKS))
-    if options.repeats < 1 or not all(1 <= rank <= 128 for rank in options.rank):
-        parser.error("--repeats must be at least 1 and --rank from 1 to 128")
+    if not all(1 <= rank <= 128 for rank in options.rank):
+        parser.error("--rank must be from 1 to 128")
     return options
 
 

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common import Worker, machine, summarise, use_environment, versions, write_json
+from common import Worker, command_line, machine, summarise, use_environment, versions, write_json
 
 EXAMPLE = """examples:
   scripts/bench/rollout.py --json rollout.json            about six minutes on two idle cores
@@ -62,13 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured runs of each engine (default 5)")
+    parser = command_line(__doc__, EXAMPLE, repeats=5, what="measured runs of each engine")
     parser.add_argument("--tokens", type=int, default=24, metavar="N", help="tokens of a completion (default 24)")
     options = parser.parse_args(arguments)
-    if options.repeats < 1 or not 1 <= options.tokens <= 64:
-        parser.error("--repeats must be at least 1 and --tokens from 1 to 64")
+    if not 1 <= options.tokens <= 64:
+        parser.error("--tokens must be from 1 to 64")
     return options
 
 

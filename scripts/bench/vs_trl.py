@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import Worker, machine, summarise, use_environment, versions, write_json
+from common import Worker, command_line, machine, summarise, use_environment, versions, write_json
 
 EXAMPLE = """examples:
   scripts/bench/vs_trl.py --json vs_trl.json       the whole comparison on two idle cores
@@ -76,15 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured steps of each side (default 5)")
+    parser = command_line(__doc__, EXAMPLE, repeats=5, what="measured steps of each side")
     parser.add_argument(
         "--micro-batch", type=int, default=8, metavar="N", help="completions that TRL trains on at a time (default 8)"
     )
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
     if options.micro_batch < 1 or PROMPTS * COMPLETIONS % options.micro_batch:
         parser.error(f"--micro-batch must divide the {PROMPTS * COMPLETIONS} completions of a step")
     return options

@@ -59,9 +59,9 @@ def test_help_answers_without_torch(script: str):
     ("script", "arguments", "message"),
     [
         ("train_step.py", ["--case", "64"], "a case is PROMPT+COMPLETION"),
-        ("train_step.py", ["--repeats", "0"], "--repeats must be at least 1"),
+        ("train_step.py", ["--repeats", "0"], "--repeats: must be at least 1"),
         ("profile_step.py", ["--case", "0+64"], "a case is PROMPT+COMPLETION"),
-        ("rank.py", ["--rank", "256"], "--rank from 1 to 128"),
+        ("rank.py", ["--rank", "256"], "--rank must be from 1 to 128"),
         ("report.py", ["no/such/folder"], "is not a folder"),
     ],
 )
