@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .config import LoraConfig
-from .lora_layers import FusedLoRALinear
+from .lora_layers import FusedLoRAEmbedding, FusedLoRALinear
 
 # What of a saved adapter decides which function its weights are.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -30,16 +30,28 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
     """See that an adapter can be put where `targets` (module names, or an expression for whole names) says.
 
     Raises:
-        ValueError: a name or the expression fits no module of the model, or fits one that is not linear.
+        ValueError: a name or the expression fits no module of the model, or fits one that is neither linear nor the input
+            embedding.
     """
     kind = type(model).__name__
     for target in [targets] if isinstance(targets, str) else targets:
         if not _targeted_modules(model, targets if isinstance(targets, str) else [target]):
             raise ValueError(f"lora.targets: {kind} has no layer {target}")
-    others = [name for name, module in _targeted_modules(model, targets).items() if not isinstance(module, nn.Linear)]
+    others = {
+        name: module
+        for name, module in _targeted_modules(model, targets).items()
+        if not isinstance(module, nn.Linear) and module is not model.get_input_embeddings()
+    }
+    norms = [name for name, module in others.items() if _is_norm(module)]
+    if norms and len(norms) == len(others):
+        raise ValueError(
+            f"lora.targets: {_some(norms)} cannot be adapted, since LoRA on norm layers is refused: their weights are vectors, "
+            "of which a low rank means nothing, and vLLM cannot serve it; take them out"
+        )
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise ValueError(f"lora.targets: {', '.join(others[:3])}{more} cannot be adapted: only linear layers can")
+        raise ValueError(
+            f"lora.targets: {_some(list(others))} cannot be adapted: only linear layers and the input embedding can"
+        )
 
 
 def target_module_names(model_path: str, lora: LoraConfig) -> tuple[str, ...]:
@@ -60,7 +72,7 @@ def target_module_names(model_path: str, lora: LoraConfig) -> tuple[str, ...]:
 
 
 def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """Put `FusedLoRALinear` layers with fp32 masters into `base`, begun as `lora` says; `seed` alone decides the draw.
+    """Put our LoRA layers with fp32 masters into `base`, begun as `lora` says; `seed` alone decides the draw.
 
     Raises:
         ValueError: a key of `lora.rank_pattern` or `lora.alpha_pattern` decides nothing, or only by coming first.
@@ -78,10 +90,11 @@ def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({nn.Linear: FusedLoRALinear})
+    config._register_custom_module({nn.Linear: FusedLoRALinear, nn.Embedding: FusedLoRAEmbedding})
     # PEFT draws from the global generator; the run's seed, and nothing that ran before, decides what it draws.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # An adapter on a head that is tied to the embedding is the head's alone, here as in vLLM. Nothing is merged.
+        # An adapter on a head that is tied to the embedding is the head's alone, and one on the embedding the embedding's,
+        # here as in vLLM. Nothing is merged.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         torch.manual_seed(seed)
         peft_model = get_peft_model(base, config)
@@ -118,6 +131,17 @@ def _targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[st
         return any(f".{name}".endswith(f".{target}") for target in targets)
 
     return {name: module for name, module in model.named_modules() if name and is_target(name)}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a layer whose parameters are vectors, such as RMSNorm and LayerNorm."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not list(module.children()) and all(parameter.dim() == 1 for parameter in parameters)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and how many there are besides."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_patterns(names: Sequence[str], lora: LoraConfig) -> None:

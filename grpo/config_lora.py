@@ -59,14 +59,14 @@ class LoraConfig(Section):
     """Scale by `alpha / sqrt(rank)` in place of `alpha / rank` (rsLoRA, 2312.03732)."""
 
     targets: str | list[str] = "all-linear"
-    """Linear layers with an adapter (PEFT's `target_modules`): `qkv`, `attention` (and o_proj), `all-linear` (and
-    gate_proj, up_proj, down_proj), a list of module names, which may name the `lm_head`, or a regular expression that a
-    module's whole name fits, such as `.*layers\\.(0|1)\\..*(q|v)_proj`."""
+    """Layers with an adapter (PEFT's `target_modules`): `qkv`, `attention` (and o_proj), `all-linear` (and gate_proj,
+    up_proj, down_proj), a list of module names, which may name the `lm_head` and the input embedding (`embed_tokens`), or a
+    regular expression that a module's whole name fits, such as `.*layers\\.(0|1)\\..*(q|v)_proj`. Norm layers are refused."""
 
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"
     """How A begins: `default` (PEFT's True: Kaiming-uniform), `gaussian`, or `orthogonal` (A and B orthogonal to each
-    other, even ranks). PEFT's others are refused: they change the base weights, so that vLLM's base would be another
-    (pissa, olora, corda, loftq), or need data first (eva)."""
+    other, even ranks). On the embedding A begins at zero and B normal, with all three. PEFT's others are refused: they
+    change the base weights, so that vLLM's base would be another (pissa, olora, corda, loftq), or need data first (eva)."""
 
     dropout: float = Field(default=0.0, ge=0)
     """PEFT's `lora_dropout`. Only 0: with dropout, trainer and sampler would be two policies."""

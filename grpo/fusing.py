@@ -20,7 +20,7 @@ from torch import nn
 
 from ..kernels.lora import Activation
 from ..kernels.rms_norm import rms_norm
-from .lora_layers import MLP_LAYERS, FusedLoRALinear, FusedMLP, SharedInput, projection
+from .lora_layers import MLP_LAYERS, FusedLoRALayer, FusedLoRALinear, FusedMLP, SharedInput, projection
 
 QKV_LAYERS = ("q_proj", "k_proj", "v_proj")
 # Largest relative difference of an MLP from its fused form that is rounding.
@@ -87,7 +87,7 @@ def fuse(model: nn.Module, forward: Callable[[], object]) -> Fusion:
             fusion.qkv.append(name)
     parts = {f"{name}.{own}" for name in fusion.qkv for own in QKV_LAYERS}
     parts |= {f"{name}.{own}" for name in fusion.mlp for own in MLP_LAYERS}
-    layers = [name for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, FusedLoRALayer)]
     fusion.single = [name for name in layers if name not in parts]
     return fusion
 

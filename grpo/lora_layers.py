@@ -1,29 +1,96 @@
 """PEFT's LoRA layers with rankup's arithmetic: the forward multiplies with the slots and runs the fused kernels.
 
 PEFT injects the layers and owns their names, initialisation, saving and loading (`adapters.py`); here only the forward changes.
-`fusing.py` decides which of them compute together: `SharedInput` (q, k and v) and `FusedMLP`.
+`FusedLoRALinear` and `FusedLoRAEmbedding` are what it injects. `fusing.py` decides which of the linear layers compute together:
+`SharedInput` (q, k and v) and `FusedMLP`.
+
+    layer.slot = slots[name]            # what the forward multiplies with
+    layer.masters                       # [Master(parameter, role, scaling, rank), ...], A then B
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from peft.tuners.lora.layer import Embedding as PeftLoraEmbedding
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 
-from ..kernels.lora import Activation, Adapter, Projection, lora_linear, lora_mlp, lora_projections
+from ..kernels.lora import Activation, Adapter, Projection, lora_embedding, lora_linear, lora_mlp, lora_projections
 from ..rollout.slots import AdapterSlot
 
 ADAPTER = "default"  # PEFT's name for the first adapter
 MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
-class FusedLoRALinear(PeftLoraLinear):
-    """PEFT's LoRA linear layer whose forward reads the slot instead of the masters. `slot` is set by `Policy.attach`."""
+Role = Literal["a", "b", "embedding"]
+
+
+class Master(NamedTuple):
+    """A trained parameter, and what a learning rate for it may depend on."""
+
+    parameter: nn.Parameter
+    role: Role
+    """A or B of a linear layer; "embedding" for both of the input embedding's."""
+    scaling: float
+    """The layer's factor of `B @ A`: alpha / rank, or alpha / sqrt(rank)."""
+    rank: int
+    """r of the layer."""
+
+
+class FusedLoRALayer(nn.Module, PeftLoraLayer):
+    """What both kinds of layers have: fp32 masters, and the slot that the forward reads instead of them.
+
+    `slot` is set by `Policy.attach`.
+    """
 
     slot: AdapterSlot
+    roles: tuple[Role, Role] = ("a", "b")
+
+    @property
+    def master_a(self) -> nn.Parameter:
+        """A, [r, d_in] in fp32."""
+        raise NotImplementedError
+
+    @property
+    def master_b(self) -> nn.Parameter:
+        """B, [d_out, r] in fp32."""
+        raise NotImplementedError
+
+    @property
+    def masters(self) -> list[Master]:
+        """A and B."""
+        scaling, rank = self.scaling[ADAPTER], self.rank
+        return [
+            Master(self.master_a, self.roles[0], scaling, rank),
+            Master(self.master_b, self.roles[1], scaling, rank),
+        ]
+
+    @property
+    def rank(self) -> int:
+        """r of this layer (it may have its own, PEFT's `rank_pattern`)."""
+        return self.r[ADAPTER]
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """W, frozen: [d_out, d_in] of a linear layer, [V, D] of an embedding."""
+        return cast(torch.Tensor, self.get_base_layer().weight)
+
+    @property
+    def adapter(self) -> Adapter:
+        """Masters and operands, as the kernels take them."""
+        rank = self.rank
+        return Adapter(
+            self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER]
+        )
+
+
+class FusedLoRALinear(FusedLoRALayer, PeftLoraLinear):
+    """PEFT's LoRA linear layer whose forward reads the slot instead of the masters."""
+
     shared_input: SharedInput | None = None  # the layers that read the same tensor, this one among them
 
     @property
@@ -36,24 +103,6 @@ class FusedLoRALinear(PeftLoraLinear):
         """B, [d_out, r] in fp32."""
         return cast(nn.Parameter, self.lora_B[ADAPTER].weight)
 
-    @property
-    def rank(self) -> int:
-        """r of this layer (it may have its own, PEFT's `rank_pattern`)."""
-        return self.r[ADAPTER]
-
-    @property
-    def base_weight(self) -> torch.Tensor:
-        """W, [d_out, d_in], frozen."""
-        return cast(torch.Tensor, self.get_base_layer().weight)
-
-    @property
-    def adapter(self) -> Adapter:
-        """Masters and operands, as the kernels take them."""
-        rank = self.rank
-        return Adapter(
-            self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER]
-        )
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., d_in] -> [..., d_out]; the base layer alone while PEFT's adapters are disabled."""
         if self.disable_adapters:
@@ -61,6 +110,36 @@ class FusedLoRALinear(PeftLoraLinear):
         if self.shared_input is not None:
             return self.shared_input.project(self, x)
         return lora_linear(x, projection(self))
+
+
+class FusedLoRAEmbedding(FusedLoRALayer, PeftLoraEmbedding):
+    """PEFT's LoRA embedding whose forward reads the slot instead of the masters. d_in is V, the vocabulary, and d_out is D.
+
+    PEFT begins it with A zero and B normal, the other way round than linear layers. The padding token's column of A gets no
+    gradient, as in PEFT. A head that is tied to the embedding keeps the bare weight.
+    """
+
+    roles = ("embedding", "embedding")
+
+    @property
+    def master_a(self) -> nn.Parameter:
+        """A, [r, V] in fp32."""
+        return self.lora_embedding_A[ADAPTER]
+
+    @property
+    def master_b(self) -> nn.Parameter:
+        """B, [D, r] in fp32."""
+        return self.lora_embedding_B[ADAPTER]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Token ids [...] -> [..., D]; the base layer alone while PEFT's adapters are disabled."""
+        base = cast(nn.Embedding, self.get_base_layer())
+        embedded = base(x)
+        if self.disable_adapters:
+            return embedded
+        scale = self._get_embed_scale()  # what Gemma multiplies with inside its embedding
+        multiplier = 1.0 if scale is None else float(scale)
+        return lora_embedding(x, embedded, self.adapter, multiplier=multiplier, padding_idx=base.padding_idx)
 
 
 def projection(layer: nn.Module) -> Projection:

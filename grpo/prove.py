@@ -18,13 +18,14 @@ import torch
 
 from ..rollout.engine import RolloutEngine
 from ..rollout.types import Completion, PromptGroup, SamplingSettings
-from .lora_layers import ADAPTER, FusedLoRALinear
+from .lora_layers import ADAPTER, FusedLoRALayer
 from .packing import Pack, WeightedGroup, by_completion, pack, pad
 from .policy import Policy
 
-# Strength of a proving adapter: the norm of its update relative to the base weight's.
-STRENGTH_TOGETHER = 0.05
-STRENGTH_ALONE = 4.0
+# Strength of a proving adapter: the norm of its update relative to the base weight's. The fewer layers are adapted at once,
+# the stronger each has to be: at 0.05, thirty q_proj move SmolLM2-135M by no more than rounding does.
+WEAKEST, STRONGEST = 0.05, 4.0
+STRENGTH_OF_ALL = 10.5  # shared between the layers
 PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
 # The largest difference that counts as rounding, as a share of what the adapter changes. In bf16 rounding gives up to 0.35
 # (keys of SmolLM2-135M); a scale that is wrong by two gives 0.5, a misplaced adapter about 1.4.
@@ -63,7 +64,8 @@ def prove_slots(
         if each:
             targets += [(name, [name]) for name in policy.layers]
         for seed, (what, names) in enumerate(targets):
-            _write_random_adapters(policy, names, seed, STRENGTH_TOGETHER if len(names) > 1 else STRENGTH_ALONE)
+            strength = min(STRONGEST, max(WEAKEST, STRENGTH_OF_ALL / len(names)))
+            _write_random_adapters(policy, names, seed, strength)
             engine.publish(policy.write_slots)
             proofs.append(_compare(what, policy, engine, sequences, base))
             report(proofs[-1])
@@ -138,11 +140,16 @@ def _write_random_adapters(policy: Policy, names: Sequence[str], seed: int, stre
         a, b = layer.master_a, layer.master_b
         a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
         b.copy_(torch.randn(b.shape, generator=generator))
-        b.mul_(strength * _base_norm(layer) / (layer.scaling[ADAPTER] * (b @ a).norm()))
+        b.mul_(strength * _base_norm(layer) / (layer.scaling[ADAPTER] * _update_norm(a, b)))
 
 
-def _base_norm(layer: FusedLoRALinear) -> float:
-    return layer.base_weight.float().norm().item()
+def _base_norm(layer: FusedLoRALayer) -> float:
+    return torch.linalg.vector_norm(layer.base_weight, dtype=torch.float32).item()
+
+
+def _update_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Frobenius norm of `b @ a`, by tr(a^T b^T b a): of a head or an embedding the product itself is as large as the layer."""
+    return ((b.t() @ b) * (a @ a.t())).sum().sqrt().item()
 
 
 def _compare(

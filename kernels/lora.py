@@ -1,8 +1,9 @@
-"""Linear layers and their LoRA adapters as single autograd functions: one layer, q/k/v together, a whole MLP.
+"""Linear layers and their LoRA adapters as single autograd functions: one layer, q/k/v together, a whole MLP; the embedding.
 
     y = lora_linear(x, projection)                          # one layer
     q, k, v = lora_projections(x, (q_proj, k_proj, v_proj)) # layers that read the same x
     y = lora_mlp(x, (gate, up, down), "silu")               # down(act(gate(x)) * up(x))
+    y = lora_embedding(ids, base(ids), adapter)             # the input embedding, whose A has a column for each token
 
 The forward multiplies with the operands that the sampler multiplies with (`a`, and `b = scaling * B`, in the sampler's dtype);
 the gradients go to the fp32 masters A and B. With h = x a^T, g = dL/dy and u = g b
@@ -16,7 +17,8 @@ longer needs.
 
 Each layer may have a bias, a rank of its own, or no adapter at all.
 
-Shapes: T tokens, I = d_in, O = d_out, R rank, S sum of the ranks of layers that read the same x, M width of the MLP.
+Shapes: T tokens, I = d_in, O = d_out, R rank, S sum of the ranks of layers that read the same x, M width of the MLP,
+V vocabulary, D width of the embedding.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import embedding, gelu, linear, silu
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One LoRA adapter (arXiv 2106.09685).
+    """One LoRA adapter (arXiv 2106.09685). Of an embedding I is V and O is D.
 
     master_a, master_b: [R, I] and [O, R], the fp32 parameters that receive dA and dB. Their values are not read.
     a, b: [R, I] and [O, R] in the compute dtype, a = A and b = scaling * B, as published to the sampler.
@@ -75,6 +77,34 @@ def lora_mlp(x: torch.Tensor, gate_up_down: Sequence[Projection], activation: Ac
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO = _MLP.apply(x_TI, activation, _scalings(gate_up_down), *_tensors(gate_up_down))
     return y_TO.view(*x.shape[:-1], y_TO.shape[1])
+
+
+def lora_embedding(
+    ids: torch.Tensor,
+    embedded: torch.Tensor,
+    adapter: Adapter,
+    *,
+    multiplier: float = 1.0,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """`embedded + multiplier * a^T[ids] b^T`: [..., D] in the dtype of `embedded`, with gradients for it and for the masters.
+
+    A token that occurs several times gets the sum of its gradients, formed in the masters' dtype and always in one order.
+
+    Args:
+        ids: token ids, [...].
+        embedded: what the frozen embedding gives for them, [..., D].
+        multiplier: what the model multiplies its embeddings with inside the layer (Gemma: sqrt(D)).
+        padding_idx: a token whose column of A gets no gradient, as `torch.nn.Embedding` has it.
+    """
+    assert embedded.shape[:-1] == ids.shape
+    embedded_TD = embedded.reshape(-1, embedded.shape[-1])
+    padding = -1 if padding_idx is None else padding_idx
+    factors = adapter.scaling, multiplier
+    y_TD = _Embedding.apply(
+        embedded_TD, ids.reshape(-1), factors, padding, adapter.master_a, adapter.master_b, adapter.a, adapter.b
+    )
+    return y_TD.view(embedded.shape)
 
 
 # ------------------------------------------------------------------------------------------------- autograd functions
@@ -125,6 +155,34 @@ class _MLP(torch.autograd.Function):
         d_gate_TM = _activation_backward(d_product_TM.mul_(up_TM), gate_TM, ctx.activation)
         dx_TI, of_inputs = _backward(x_TI, h_TS, [d_gate_TM, d_up_TM], [gate, up], needs_dx=ctx.needs_input_grad[0])
         return dx_TI, None, None, *_gradients([*of_inputs, *of_down])
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedded_TD: torch.Tensor,
+        ids_T: torch.Tensor,
+        factors: tuple[float, float],
+        padding: int,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        _, _, a_RV, b_DR = tensors
+        ctx.save_for_backward(ids_T, *tensors)
+        ctx.factors, ctx.padding = factors, padding
+        return torch.addmm(embedded_TD, embedding(ids_T, a_RV.t()), b_DR.t(), alpha=factors[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (grad_TD,) = grads
+        ids_T, master_a, master_b, a_RV, b_DR = ctx.saved_tensors
+        scaling, multiplier = ctx.factors
+        u_TR = (grad_TD @ b_DR).to(master_a.dtype).mul_(multiplier)
+        da_VR = torch.ops.aten.embedding_dense_backward(u_TR, ids_T, a_RV.shape[1], ctx.padding, False)
+        db_RD = embedding(ids_T, a_RV.t()).t() @ grad_TD
+        db_DR = torch.empty_like(master_b).copy_(db_RD.t()).mul_(scaling * multiplier)
+        return grad_TD if ctx.needs_input_grad[0] else None, None, None, None, da_VR.t(), db_DR, None, None
 
 
 # --------------------------------------------------------------------------------------------------- their arithmetic

@@ -10,7 +10,7 @@ the requests that are sampled in the same step. So the head is dense on every pa
 
 Shapes: T tokens of the engine's step, N rows of logits, D the hidden size, V the vocabulary, P the vocabulary as padded by
 vLLM, R the buffers' rank (`max_lora_rank`). `lora_a_stacked[i]` is [1, 1, R, d_in], `lora_b_stacked[i]` is
-[1, 1, d_out_i, R], one i per packed part (q, k, v; gate, up).
+[1, 1, d_out_i, R], one i per packed part (q, k, v; gate, up). The embedding's rows of A are gathered by vLLM.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class DenseHead:
 
 
 class DenseLoRA(DenseHead):
-    """The dense `add_lora_linear` besides, masked likewise."""
+    """The dense `add_lora_linear` and `add_lora_embedding` besides, masked likewise."""
 
     # The branch on coverage is taken in Python, so it would be frozen into a captured CUDA graph.
     _branch_on_coverage: bool = True
@@ -137,6 +137,20 @@ class DenseLoRA(DenseHead):
                 h_TR *= self.row_mask(len(h_TR)).to(h_TR.dtype)
             y_TO[:, start : start + width].addmm_(h_TR, b[0, 0].t(), beta=1.0 if add_inputs else 0.0)
             start += width
+
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """Add the adapter's part to the embeddings `y` [T, D] in place, from `x` [T, R], the row of A of each token.
+
+        vLLM gathers these rows for all tokens, those of requests without the adapter too (there is one adapter, so the
+        offset that it adds to the token ids is 0).
+        """
+        if self._branch_on_coverage and self.coverage == "none":
+            return
+        if not (self._branch_on_coverage and self.coverage == "all"):
+            x = x * self.row_mask(len(x)).to(x.dtype)
+        y.addmm_(x, lora_b_stacked[0, 0].t(), beta=1.0 if add_inputs else 0.0)
 
 
 def __getattr__(name: str) -> type:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .dense_lora import wrapper_name
-from .slots import HEAD, AdapterSlot, find_slots
+from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
 from .types import Completion, PromptGroup, SamplingSettings
 from .vllm_compat import (
     cpu_norms,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 ADAPTER_ID = 1
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, prompts whole
-# vLLM wraps the packed layers. Naming targets keeps LoRA off embeddings and LM head: half of a step's time on CPU.
+# vLLM wraps the packed layers. Naming targets keeps LoRA off what has none: embeddings and LM head took half of a step on CPU.
 PACKED_NAMES = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -295,6 +295,8 @@ class RolloutEngine:
         loadable = require(manager, "supported_lora_modules", purpose="see what adapters it can load")
         if found == {HEAD} and HEAD not in loadable:  # Qwen2: vLLM adapts the head, but refuses files that name it
             raise ValueError(f"vLLM loads no adapter on {HEAD} alone for this model: add another layer to lora.targets")
+        if EMBEDDING in found and EMBEDDING not in loadable:  # Qwen2, Mistral: no stock vLLM could serve what is trained
+            raise ValueError(f"vLLM loads no adapter on {EMBEDDING} for this model: take it out of lora.targets")
 
 
 def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
@@ -303,18 +305,17 @@ def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
 
 
 def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: EngineSettings) -> None:
-    """The adapter that vLLM registers: one projection, all zero. Its buffers belong to the policy from then on."""
+    """The adapter that vLLM registers: one layer, all zero. Its buffers belong to the policy from then on."""
     import torch
     from safetensors.torch import save_file
 
-    targeted = [name for name in slots if name.rpartition(".")[2] in settings.target_modules]
-    # Not the head if there is another: of some models vLLM adapts the head but refuses files that name it.
-    name = next((name for name in targeted if name.rpartition(".")[2] != HEAD), targeted[0])
-    slot = slots[name]
-    prefix = f"base_model.model.{name}"
+    own_names = {name: name.rpartition(".")[2] for name in slots if name.rpartition(".")[2] in settings.target_modules}
+    # A small one if there is one; the head last: of some models vLLM adapts the head but refuses files that name it.
+    name = min(own_names, key=lambda name: (own_names[name] == HEAD, own_names[name] == EMBEDDING))
+    key = "lora_embedding_{}" if own_names[name] == EMBEDDING else "lora_{}.weight"
     tensors = {
-        f"{prefix}.lora_A.weight": torch.zeros(settings.max_rank, slot.a.shape[1]),
-        f"{prefix}.lora_B.weight": torch.zeros(slot.b.shape[0], settings.max_rank),
+        f"base_model.model.{name}.{key.format('A')}": torch.zeros(settings.max_rank, slots[name].a.shape[1]),
+        f"base_model.model.{name}.{key.format('B')}": torch.zeros(slots[name].b.shape[0], settings.max_rank),
     }
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {

@@ -7,8 +7,12 @@ vLLM multiplies with, so nothing is copied and nothing is loaded when the policy
     slots = find_slots(vllm_model)
     slots["model.layers.0.self_attn.q_proj"].a      # [R, d_in]
 
-The LM head's adapter is the exception: vLLM keeps it in the layer that makes logits, as plain tensors [max_loras, 1, R, d_in]
-and [max_loras, 1, V, R]. Its slot goes by the head's name, `lm_head`. V is the vocabulary without vLLM's padding.
+Two layers are exceptions; V is the vocabulary without vLLM's padding:
+
+- the LM head's adapter is kept in the layer that makes logits, as plain tensors [max_loras, 1, R, d_in] and
+  [max_loras, 1, V, R]. Its slot goes by the head's name, `lm_head`;
+- the input embedding's A has a row for each token, [max_loras, V, R], and its B is [max_loras, 1, D, R]. Its slot's `a` is a
+  transposed view, [R, V].
 
 R is the engine's `max_lora_rank` (64 or 128). B is kept scaled (`alpha / r` times the adapter's B). Rows of `a` and
 columns of `b` beyond the adapter's own rank stay zero for ever.
@@ -24,6 +28,7 @@ from torch import nn
 from .vllm_compat import require
 
 HEAD = "lm_head"
+EMBEDDING = "embed_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
     Raises:
         ValueError: this vLLM keeps its buffers otherwise, splits them over devices, or serves more than one adapter.
     """
-    from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA
+    from vllm.lora.layers import BaseLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 
     purpose = "find where vLLM keeps the adapter"
     packed: dict[str, list[str]] = require(vllm_model, "packed_modules_mapping", purpose=purpose)
@@ -68,6 +73,8 @@ def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
         parent, _, own_name = name.rpartition(".")
         if isinstance(module, LogitsProcessorWithLoRA):
             own_name, all_a, all_b = HEAD, (all_a,), (all_b,)
+        elif isinstance(module, VocabParallelEmbeddingWithLoRA):
+            all_a, all_b = (all_a.transpose(1, 2)[:, None],), (all_b,)
         parts = packed.get(own_name, [own_name])
         if not (len(parts) == len(all_a) == len(all_b)) or all_a[0].shape[:2] != (1, 1):
             raise ValueError(

@@ -16,17 +16,25 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from rankup.grpo.adapters import check_targets, inject, target_module_names
 from rankup.grpo.config import LoraConfig
-from rankup.grpo.lora_layers import FusedLoRALinear
+from rankup.grpo.lora_layers import FusedLoRAEmbedding, FusedLoRALayer
 from rankup.grpo.policy import Policy
 
 PROJECTIONS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 ]
+EMBEDDING = "model.embed_tokens"
 Q_OF_0 = "model.layers.0.self_attn.q_proj"
 Q_OF_0_AND_MLP_OF_1 = r"model\.layers\.0\.self_attn\.q_proj|.*layers\.1\.mlp\.\w+_proj"
 
@@ -39,10 +47,10 @@ def tiny_llama(*, layers: int = 2) -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
-def injected(lora: LoraConfig, *, seed: int = 0, layers: int = 2) -> dict[str, FusedLoRALinear]:
+def injected(lora: LoraConfig, *, seed: int = 0, layers: int = 2) -> dict[str, FusedLoRALayer]:
     model = tiny_llama(layers=layers)
     inject(model, lora, seed)
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALayer)}
 
 
 # Targets
@@ -54,6 +62,7 @@ def injected(lora: LoraConfig, *, seed: int = 0, layers: int = 2) -> dict[str, F
     [
         *("qkv", "all-linear", ["q_proj", "lm_head"], ["mlp.up_proj", "layers.1.self_attn.k_proj"], ["0.mlp.down_proj"]),
         *(Q_OF_0_AND_MLP_OF_1, ".*_proj|lm_head", "lm_head|.*layers.1.*proj", r".*\.1\..*(up|down)_proj"),
+        *(["embed_tokens"], ["q_proj", "model.embed_tokens", "lm_head"], r".*embed_tokens|.*q_proj"),
     ],
 )
 def test_adapters_are_where_stock_peft_puts_them(targets: str | list[str]) -> None:
@@ -70,14 +79,23 @@ def test_adapters_are_where_stock_peft_puts_them(targets: str | list[str]) -> No
         (["q_proj", "w_proj"], "LlamaForCausalLM has no layer w_proj"),
         (["proj"], "LlamaForCausalLM has no layer proj"),
         ("q_.*", r"LlamaForCausalLM has no layer q_\.\*"),
-        (["q_proj", "embed_tokens"], r"model\.embed_tokens cannot be adapted: only linear layers can"),
-        (".*mlp", r"model\.layers\.0\.mlp, model\.layers\.1\.mlp cannot be adapted: only linear layers can"),
-        (".*", r"model, model\.embed_tokens, model\.layers and \d+ more cannot be adapted"),
+        (".*mlp", r"model\.layers\.0\.mlp, model\.layers\.1\.mlp cannot be adapted: only linear layers and the"),
+        (".*", r"model, model\.layers, model\.layers\.0 and \d+ more cannot be adapted: only"),
+        (["q_proj", "norm"], r"model\.norm cannot be adapted, since LoRA on norm layers is refused: .* cannot serve it; take"),
+        (".*layernorm", r"model\.layers\.0\.input_layernorm, .* and 1 more cannot be adapted, since LoRA on norm layers"),
     ],
 )
 def test_targets_that_cannot_be_adapted(targets: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^lora.targets: {message}"):
         check_targets(tiny_llama(), targets)
+
+
+def test_of_embeddings_the_input_embedding_alone_is_adapted() -> None:
+    """GPT-2's embedding of positions is one too."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    check_targets(model, ["wte"])
+    with pytest.raises(ValueError, match=r"^lora.targets: transformer\.wpe cannot be adapted: only linear layers and"):
+        check_targets(model, ["wte", "wpe"])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +105,7 @@ def test_targets_that_cannot_be_adapted(targets: str | list[str], message: str) 
         (["self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.q_proj"], ("q_proj", "up_proj")),
         (Q_OF_0_AND_MLP_OF_1, ("q_proj", "gate_proj", "up_proj", "down_proj")),
         ("lm_head|.*o_proj", ("o_proj", "lm_head")),
+        (".*embed_tokens|.*o_proj", ("embed_tokens", "o_proj")),
     ],
 )
 def test_what_the_sampler_is_told_of_the_targets(tiny_model_path, targets: str | list[str], names: tuple[str, ...]) -> None:
@@ -147,7 +166,7 @@ def test_keys_of_which_peft_would_forget_the_first_are_refused(option: str) -> N
     """PEFT sorts the keys when it saves, so that another one would count for whoever loads the adapter."""
     pattern = {"up_proj": 4, r"layers\.0\..*": 8}
 
-    def inject_with(pattern: dict[str, int]) -> dict[str, FusedLoRALinear]:
+    def inject_with(pattern: dict[str, int]) -> dict[str, FusedLoRALayer]:
         options: dict[str, Any] = {option: pattern}
         return injected(LoraConfig(**options))
 
@@ -160,24 +179,34 @@ def test_keys_of_which_peft_would_forget_the_first_are_refused(option: str) -> N
 # Inits
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize(("init", "theirs"), [("default", True), ("gaussian", "gaussian"), ("orthogonal", "orthogonal")])
 def test_adapters_begin_as_in_stock_peft(init: Any, theirs: Any) -> None:
-    layers = injected(LoraConfig(rank=4, init_lora_weights=init), seed=5)
+    targets = ["embed_tokens", *LoraConfig().target_modules]
+    layers = injected(LoraConfig(rank=4, init_lora_weights=init, targets=targets), seed=5)
     model = tiny_llama()
     torch.manual_seed(5)
-    stock = get_peft_model(
-        model, PeftLoraConfig(r=4, target_modules=LoraConfig().target_modules, init_lora_weights=theirs)
-    )
+    stock = get_peft_model(model, PeftLoraConfig(r=4, target_modules=targets, init_lora_weights=theirs))
     for name, layer in layers.items():
         other: Any = stock.get_submodule(f"base_model.model.{name}")
-        assert torch.equal(layer.master_a, other.lora_A["default"].weight) and layer.master_a.any()
-        assert torch.equal(layer.master_b, other.lora_B["default"].weight)
+        theirs_a, theirs_b = other.lora_embedding_A, other.lora_embedding_B
+        is_embedding = isinstance(layer, FusedLoRAEmbedding)
+        if not is_embedding:
+            theirs_a, theirs_b = ({"default": part["default"].weight} for part in (other.lora_A, other.lora_B))
+        assert torch.equal(layer.master_a, theirs_a["default"]) and layer.master_a.any() != is_embedding
+        assert torch.equal(layer.master_b, theirs_b["default"])
         assert layer.master_a.dtype == layer.master_b.dtype == torch.float32
-        assert layer.master_b.any() == (init == "orthogonal")
+        assert layer.master_b.any() == (init == "orthogonal" or is_embedding)
         assert torch.allclose(layer.master_b @ layer.master_a, torch.zeros(()), atol=1e-6), "it begins as the base model"
 
 
 # Saving and loading
+
+
+def fill_embedding(policy: Policy) -> None:
+    """Give the embedding's A, which begins at zero, random values."""
+    if EMBEDDING in policy.layers:
+        nn.init.normal_(policy.layers[EMBEDDING].master_a, generator=torch.Generator().manual_seed(0))
 
 
 def merged(folder: Path, policy: Policy, scaling: Callable[[int], float]) -> Any:
@@ -185,8 +214,10 @@ def merged(folder: Path, policy: Policy, scaling: Callable[[int], float]) -> Any
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     for name, layer in policy.layers.items():
         a, b = layer.master_a.detach().double(), layer.master_b.detach().double()
-        linear = model.get_submodule(name)
-        linear.weight = nn.Parameter(linear.weight.detach() + scaling(len(a)) * b @ a)  # a tied embedding stays as it is
+        update = scaling(len(a)) * b @ a
+        module = model.get_submodule(name)
+        # A parameter of its own: what it is tied to stays as it is.
+        module.weight = nn.Parameter(module.weight.detach() + (update.t() if name == EMBEDDING else update))
     return model
 
 
@@ -202,13 +233,20 @@ def merged(folder: Path, policy: Policy, scaling: Callable[[int], float]) -> Any
         ({"targets": ["lm_head", "q_proj"], "rank_pattern": {"lm_head": 64}}, 8),
         ({"targets": ".*q_proj|lm_head", "use_rslora": True, "init_lora_weights": "gaussian"}, 8),
         ({"targets": ["lm_head"], "init_lora_weights": "orthogonal"}, 8),
+        ({"targets": ["embed_tokens", "up_proj"], "rank_pattern": {"embed_tokens": 3}}, 8),
+        ({"targets": ["embed_tokens"], "use_rslora": True}, 8),
+        ({"targets": ["embed_tokens", "lm_head"], "init_lora_weights": "gaussian"}, 8),
     ],
-    ids=["rslora", "ranks", "alphas", "expression", "head", "head by expression", "head alone"],
+    ids=[
+        *("rslora", "ranks", "alphas", "expression", "head", "head by expression", "head alone"),
+        *("embedding", "embedding alone", "embedding and head"),
+    ],
 )
 def test_a_saved_adapter_is_the_same_function_in_stock_peft(
     make_policy, tiny_model_path, tmp_path: Path, kind: str, options: dict[str, Any], alpha: float
 ) -> None:
     policy, folder = make_policy(kind, **options), tiny_model_path(kind)
+    fill_embedding(policy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         policy.save_adapter(tmp_path / "adapter")
@@ -231,16 +269,32 @@ def test_an_adapter_on_the_head_is_saved_without_the_heads_weights(make_policy, 
     assert saved["base_model.model.lm_head.lora_B.weight"].shape == (260, 16)
 
 
+def test_an_adapter_on_the_embedding_is_saved_under_pefts_names_without_the_embeddings_weights(
+    make_policy, tmp_path: Path
+) -> None:
+    policy = make_policy(targets=["embed_tokens", "q_proj"], rank_pattern={"embed_tokens": 5})
+    policy.save_adapter(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = f"base_model.model.{EMBEDDING}"
+    assert {key: tuple(t.shape) for key, t in saved.items() if "embed" in key} == {
+        f"{prefix}.lora_embedding_A": (5, 260),
+        f"{prefix}.lora_embedding_B": (96, 5),
+    }
+    assert len(saved) == len(policy.masters)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"targets": ["lm_head", "q_proj"]},
+        {"targets": ["lm_head", "embed_tokens", "k_proj"], "rank_pattern": {"embed_tokens": 7}},
         {"targets": Q_OF_0_AND_MLP_OF_1, "rank_pattern": {"up_proj": 2, "q_proj": 40}, "alpha_pattern": {"q_proj": 2.5}},
         {"init_lora_weights": "orthogonal", "use_rslora": True},
     ],
 )
 def test_loading_gives_back_the_same_bits(make_policy, tmp_path: Path, options: dict[str, Any]) -> None:
     saved, loaded = make_policy(seed=1, **options), make_policy(seed=2, **options)
+    fill_embedding(saved)
     saved.save_adapter(tmp_path)
     assert not any(map(torch.equal, saved.masters[1::2], loaded.masters[1::2]))
     loaded.load_adapter(tmp_path)

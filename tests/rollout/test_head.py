@@ -6,12 +6,9 @@ adapter.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
+from merged_slots import MergedModel, flat, publish_random
 from transformers import AutoModelForCausalLM
 
 from rankup.rollout.types import SamplingSettings
@@ -30,55 +27,15 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def write():
-    """Publishes random adapters to the slots whose names are given, none to all others."""
-
-    def publish(engine, names, seed: int = 0) -> None:
-        def write_slots() -> None:
-            generator = torch.Generator().manual_seed(seed)
-            for name, slot in engine.slots.items():
-                slot.a.zero_()
-                slot.b.zero_()
-                if name in names:
-                    slot.a[:16] = torch.randn(16, slot.a.shape[1], generator=generator) / slot.a.shape[1] ** 0.5
-                    slot.b[:, :16] = torch.randn(slot.b.shape[0], 16, generator=generator) * 0.2
-
-        engine.publish(write_slots)
-
-    return publish
-
-
-class Oracle:
-    """The model with the engine's slots merged into its weights."""
-
-    def __init__(self, folder: Path, slots) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        for name, slot in slots.items():
-            layer = self.model.get_submodule(name)
-            # A parameter of its own: a tied embedding stays what it was.
-            layer.weight = nn.Parameter(layer.weight.detach() + slot.b.double() @ slot.a.double())
-
-    @torch.no_grad()
-    def logprobs(self, ids: list[int]) -> list[float]:
-        """Of every token but the first."""
-        log_p = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        return log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-
-
-def flat(logprobs: list[list[float]]) -> list[float]:
-    return [lp for sequence in logprobs for lp in sequence]
-
-
 @pytest.mark.parametrize("everywhere", [False, True], ids=["head", "everywhere"])
-def test_prompt_logprobs_are_those_of_the_merged_head(make_engine, write, tiny_model_path, kind, everywhere):
+def test_prompt_logprobs_are_those_of_the_merged_head(make_engine, tiny_model_path, kind, everywhere):
     engine, folder = make_engine(kind, target_modules=HEAD_TOO), tiny_model_path(kind)
     assert (engine.slots["lm_head"].a.shape, engine.slots["lm_head"].b.shape) == (
         (64, AutoModelForCausalLM.from_pretrained(folder).config.hidden_size),
         (260, 64),
     )
-    write(engine, engine.slots if everywhere else ["lm_head"])
-    adapted, base = Oracle(folder, engine.slots), Oracle(folder, {})
+    publish_random(engine, engine.slots if everywhere else ["lm_head"])
+    adapted, base = MergedModel(folder, engine.slots), MergedModel(folder, {})
     got = flat(engine.prompt_logprobs(SEQUENCES))
     expected = flat([adapted.logprobs(ids) for ids in SEQUENCES])
     assert got == pytest.approx(expected, abs=EXACT)
@@ -89,11 +46,11 @@ def test_prompt_logprobs_are_those_of_the_merged_head(make_engine, write, tiny_m
 
 @pytest.mark.parametrize("use_adapter", [True, False])
 def test_logprobs_of_sampled_tokens_are_those_of_the_merged_head(
-    make_engine, write, tiny_model_path, kind, use_adapter
+    make_engine, tiny_model_path, kind, use_adapter
 ):
     engine = make_engine(kind, target_modules=HEAD_TOO)
-    write(engine, ["lm_head", "model.layers.1.mlp.up_proj"])
-    oracle = Oracle(tiny_model_path(kind), engine.slots if use_adapter else {})
+    publish_random(engine, ["lm_head", "model.layers.1.mlp.up_proj"])
+    oracle = MergedModel(tiny_model_path(kind), engine.slots if use_adapter else {})
     sampling = SamplingSettings(num_generations=3, max_completion_length=8)
     for group in engine.rollout(SEQUENCES, sampling, seeds=range(3), use_adapter=use_adapter):
         prompt = list(group.prompt_token_ids)
@@ -103,13 +60,13 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_merged_head(
 
 
 @pytest.mark.parametrize("lengths", [[7] * 6, [3, 9, 4, 2]], ids=["as many rows as requests", "ragged"])
-def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, write, tiny_model_path, lengths):
+def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, tiny_model_path, lengths):
     """Of each request, the prompt's log-probabilities and those of three sampled tokens."""
     from vllm import SamplingParams
 
     engine = make_engine("llama", target_modules=HEAD_TOO)
-    write(engine, ["lm_head"])
-    oracles = {True: Oracle(tiny_model_path("llama"), engine.slots), False: Oracle(tiny_model_path("llama"), {})}
+    publish_random(engine, ["lm_head"])
+    oracles = {True: MergedModel(tiny_model_path("llama"), engine.slots), False: MergedModel(tiny_model_path("llama"), {})}
     params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, logprobs=0)
     prompts, outputs = {}, {}
     for i, length in enumerate(lengths):
@@ -125,19 +82,19 @@ def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, write,
         assert got == pytest.approx(oracles[use_adapter].logprobs(tokens), abs=EXACT)
 
 
-def test_the_head_is_dense_beside_vllms_own_kernels(make_engine, write, tiny_model_path):
+def test_the_head_is_dense_beside_vllms_own_kernels(make_engine, tiny_model_path):
     engine = make_engine("llama", target_modules=HEAD_TOO, lora_path="punica")
-    write(engine, engine.slots)
-    adapted = Oracle(tiny_model_path("llama"), engine.slots)
+    publish_random(engine, engine.slots)
+    adapted = MergedModel(tiny_model_path("llama"), engine.slots)
     expected = flat([adapted.logprobs(ids) for ids in SEQUENCES])
     assert flat(engine.prompt_logprobs(SEQUENCES)) == pytest.approx(expected, abs=EXACT)
 
 
-def test_the_head_may_be_the_only_target(make_engine, write, tiny_model_path):
+def test_the_head_may_be_the_only_target(make_engine, tiny_model_path):
     engine = make_engine("llama", target_modules=("lm_head",))
     assert list(engine.slots) == ["lm_head"]
-    write(engine, ["lm_head"])
-    adapted = Oracle(tiny_model_path("llama"), engine.slots)
+    publish_random(engine, ["lm_head"])
+    adapted = MergedModel(tiny_model_path("llama"), engine.slots)
     expected = flat([adapted.logprobs(ids) for ids in SEQUENCES])
     assert flat(engine.prompt_logprobs(SEQUENCES)) == pytest.approx(expected, abs=EXACT)
 

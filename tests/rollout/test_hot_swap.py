@@ -237,11 +237,21 @@ def test_base_weights_do_not_drift(make_engine, make_policy):
     assert all(torch.equal(base[name], after[name]) for name in base)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # nothing is merged
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        *((kind, "all-linear") for kind in KINDS),
+        *((kind, ["embed_tokens", "v_proj", "lm_head"]) for kind in ("llama", "qwen3")),
+    ],
+)
 def test_the_saved_adapter_answers_alike_in_stock_peft_and_stock_vllm(
-    make_engine, make_policy, engine_shelf, tiny_model_path, tmp_path: Path, kind
+    make_engine, make_policy, engine_shelf, tiny_model_path, tmp_path: Path, kind, targets
 ):
-    engine, policy = make_engine(kind), make_policy(kind, alpha=64)
+    policy = make_policy(kind, alpha=64, targets=targets)
+    engine = make_engine(kind) if targets == "all-linear" else make_engine(kind, target_modules=tuple(targets))
+    if "embed_tokens" in targets:  # its A begins at zero
+        torch.nn.init.normal_(policy.layers["model.embed_tokens"].master_a, generator=torch.Generator().manual_seed(0))
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)
     groups = sorted(engine.rollout(SEQUENCES, GREEDY), key=lambda group: group.index)
