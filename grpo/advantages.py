@@ -1,4 +1,6 @@
-"""From rewards to advantages: how much better a completion was than the others of its group.
+"""From rewards to advantages: how much better a completion was than what it is compared with.
+
+    advantages = group_advantages(rewards, estimator="group", scale_rewards="batch")
 
 A reward of None means that no reward function applied to the completion: it is left out of the statistics and its advantage is
 zero. Plain Python numbers in and out; groups are small.
@@ -7,16 +9,18 @@ zero. Plain Python numbers in and out; groups are small.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-STD_EPSILON = 1e-4  # TRL's: keeps a group of nearly equal rewards from exploding
+EPSILON = 1e-4  # TRL's: keeps a group of nearly equal rewards from exploding
+
+Rewards = Sequence[float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupAdvantages:
-    """Of one group: the advantages, its mean and standard deviation of reward, and whether there is anything to learn."""
+    """Of one group: the advantages, its mean and standard deviation of reward, and whether its rewards differ."""
 
     advantages: tuple[float, ...]
     mean: float
@@ -24,29 +28,93 @@ class GroupAdvantages:
     has_variance: bool
 
 
-def group_advantages(
-    rewards: Sequence[Sequence[float | None]], *, scale_rewards: Literal["group", "batch", "none"]
-) -> list[GroupAdvantages]:
-    """Advantages of every group of a step: `(r - mean) / (std + 1e-4)` (GRPO, arXiv 2402.03300).
+def above_the_group(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
+    """`r - mean of the group` (GRPO, arXiv 2402.03300)."""
+    mean = _mean(group)
+    return [r - mean for r in group]
 
-    `mean` is the group's. `scale_rewards` says whose standard deviation divides: the group's, the batch's
-    (arXiv 2508.08221), or none (Dr. GRPO, arXiv 2503.20783). Standard deviations are of a sample (n - 1), as in TRL.
+
+def above_the_others(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
+    """`r - mean of the group's others` (RLOO, arXiv 2402.14740); alone in its group a completion teaches nothing."""
+    if len(group) < 2:
+        return [0.0] * len(group)
+    total = math.fsum(group)
+    return [r - (total - r) / (len(group) - 1) for r in group]
+
+
+def above_the_batch(group: Sequence[float], batch: Sequence[float]) -> list[float]:
+    """`r - mean of the batch` (REINFORCE++, arXiv 2501.03262; its paper divides by the batch's standard deviation)."""
+    mean = _mean(batch)
+    return [r - mean for r in group]
+
+
+def relative_to_the_mean(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
+    """`(r - mean) / (mean + 1e-4)` of the group (MaxRL, arXiv 2602.02710): rare successes weigh most.
+
+    Raises:
+        ValueError: a reward is negative; the mean then means nothing as a rate of success.
     """
-    batch_std = _std([r for group in rewards for r in group if r is not None])
+    if group and min(group) < 0:
+        raise ValueError(
+            f"algorithm.advantage_estimator maxrl takes rewards as rates of success, at least 0 (got {min(group):g}): "
+            "shift the rewards, or take another estimator"
+        )
+    mean = _mean(group)
+    return [(r - mean) / (mean + EPSILON) for r in group]
+
+
+ESTIMATORS: dict[str, Callable[[Sequence[float], Sequence[float]], list[float]]] = {
+    "group": above_the_group,
+    "rloo": above_the_others,
+    "reinforce_pp": above_the_batch,
+    "maxrl": relative_to_the_mean,
+}
+
+
+def group_advantages(
+    rewards: Sequence[Rewards], *, estimator: str = "group", scale_rewards: Literal["group", "batch", "none"]
+) -> list[GroupAdvantages]:
+    """Advantages of every group of a step.
+
+    Args:
+        rewards: of each completion, by group.
+        estimator: a key of `ESTIMATORS`.
+        scale_rewards: whose standard deviation (plus 1e-4) divides: the group's (GRPO), the batch's (arXiv 2508.08221), or
+            none (Dr. GRPO, arXiv 2503.20783). Standard deviations are of a sample (n - 1), as in TRL.
+
+    Raises:
+        ValueError: the estimator cannot take these rewards.
+    """
+    batch = [r for group in rewards for r in group if r is not None]
+    batch_std = _std(batch)
     results = []
     for group in rewards:
         known = [r for r in group if r is not None]
-        mean, std = _mean(known), _std(known)
-        divisor = {"group": std + STD_EPSILON, "batch": batch_std + STD_EPSILON, "none": 1.0}[scale_rewards]
+        std, has_variance = _std(known), bool(known) and max(known) > min(known)
+        divisor = {"group": std + EPSILON, "batch": batch_std + EPSILON, "none": 1.0}[scale_rewards]
+        if has_variance or estimator == "reinforce_pp":
+            values = iter(ESTIMATORS[estimator](known, batch))
+        else:
+            values = iter([0.0] * len(known))  # exactly: rounding must not make a group of equals teach
         results.append(
             GroupAdvantages(
-                advantages=tuple(0.0 if r is None else (r - mean) / divisor for r in group),
-                mean=mean,
+                advantages=tuple(0.0 if r is None else next(values) / divisor for r in group),
+                mean=_mean(known),
                 std=std,
-                has_variance=bool(known) and max(known) > min(known),
+                has_variance=has_variance,
             )
         )
     return results
+
+
+def soft_overlong_penalty(length: int, *, max_completion_length: int, soft_tokens: int) -> float:
+    """What a completion of `length` tokens loses: 0 up to `max_completion_length - soft_tokens`, then linearly up to 1.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), as a number to subtract from the reward.
+    """
+    if soft_tokens == 0:
+        return 0.0
+    return min(1.0, max(0.0, (length - (max_completion_length - soft_tokens)) / soft_tokens))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,8 +4,8 @@
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
 
-The fields stand in `config_sections.py` and `config_lora.py`. A configuration is frozen: it does not change in a run.
-Every mistake is a `ValueError` with one line a problem. Nothing here imports torch.
+The fields stand in `config_sections.py`, `config_lora.py`, `config_algorithm.py` and `config_guards.py`. A configuration is
+frozen: it does not change in a run. Every mistake is a `ValueError` with one line a problem. Nothing here imports torch.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError
 
+from .config_algorithm import AlgorithmConfig, CorrectionConfig
+from .config_guards import GuardsConfig
 from .config_loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
 from .config_lora import LoraConfig
 from .config_sections import (
-    AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -31,8 +32,10 @@ from .config_sections import (
 __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
+    "CorrectionConfig",
     "DataConfig",
     "GRPOConfig",
+    "GuardsConfig",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
@@ -66,6 +69,12 @@ class GRPOConfig(Section):
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """The objective."""
+
+    correction: CorrectionConfig = CorrectionConfig()
+    """Weights for the gap between sampler and trainer."""
+
+    guards: GuardsConfig = GuardsConfig()
+    """Alarms, and what they do."""
 
     optim: OptimConfig = OptimConfig()
     """Optimizer, schedule and size of a step."""

@@ -29,6 +29,11 @@ TRL_NAMES = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.targets",
+    "vllm_importance_sampling_correction": "correction.mode",
+    "vllm_importance_sampling_mode": "correction.mode",
+    "vllm_importance_sampling_clip_max": "correction.cap",
+    "embedding_lr": "optim.embedding_learning_rate",
+    "loraplus_lr_ratio": "optim.lora_plus_ratio",
 }
 """Flat names of TRL that differ from ours and mean the same."""
 

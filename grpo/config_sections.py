@@ -1,5 +1,5 @@
-"""The sections of a run's configuration, one pydantic model each (the adapter's is in `config_lora.py`); `config.py` puts
-them together.
+"""The sections of a run's configuration, one pydantic model each; `config.py` puts them together. The adapter's is in
+`config_lora.py`, the objective's in `config_algorithm.py`, the guards' in `config_guards.py`.
 
 Each field says what it is, its unit and its bounds in the docstring below it. Names are those of TRL and PEFT where
 they have the concept. Where one field bounds another, the validator stands with the field that comes second.
@@ -92,41 +92,22 @@ class RolloutConfig(Section):
         return self.max_prompt_length + self.max_completion_length
 
 
-class AlgorithmConfig(Section):
-    """The objective."""
-
-    loss_type: Literal["dapo", "grpo"] = "dapo"
-    """`dapo` (2503.14476): mean over all tokens of the batch. `grpo` (2402.03300): mean over each completion, then
-    over completions."""
-
-    beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty to the base model (k3 estimator), at least 0. At 0 the base model is not evaluated."""
-
-    epsilon: float = Field(default=0.2, ge=0, le=1)
-    """Lower clip: ratios below `1 - epsilon` are clipped, [0, 1]."""
-
-    epsilon_high: float = Field(default=0.28, ge=0)
-    """Upper clip: ratios above `1 + epsilon_high` are clipped, at least 0 (DAPO's clip-higher)."""
-
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Standard deviation that divides advantages: the group's, the batch's, or none (Dr. GRPO, 2503.20783)."""
-
-    num_iterations: int = Field(default=1, ge=1)
-    """Optimizer steps on each batch of completions (mu in the GRPO paper). 1 is fully on-policy."""
-
-    @field_validator("scale_rewards", mode="before")
-    @classmethod
-    def _trl_also_takes_a_bool(cls, scale_rewards: object) -> object:
-        if isinstance(scale_rewards, bool):
-            return "group" if scale_rewards else "none"
-        return scale_rewards
-
-
 class OptimConfig(Section):
     """AdamW, its schedule, and the size of a step."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate, above 0. LoRA takes about ten times that of full training; RL runs use 5e-6 to 1e-4."""
+
+    rescale_learning_rate: bool = False
+    """Take the learning rate as one for alpha 32 and make it mean the same at this rank and scale: B's rate times
+    `32 / (scale * rank)`."""
+
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
+    """B's learning rate over A's (LoRA+, 2402.12354), above 0."""
+
+    embedding_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of an adapter on the embedding, above 0, on the same schedule. None: 5e-5, or `learning_rate` where that
+    is lower."""
 
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after warm-up; `linear` and `cosine` fall to 0 at `max_steps`."""

@@ -1,98 +1,168 @@
-"""The update: weighted groups in, one (or `num_iterations`) optimizer steps out.
+"""The update: groups with advantages in, one (or `num_iterations`) optimizer steps out.
 
     learner = Learner(policy, config)
-    metrics = learner.update(groups, step=0)
+    update = learner.update(groups, step=0, observed={"reward": 0.3})
+    update.metrics["grad_norm"], update.notes
 
-The schedule is a pure function of the step, so nothing but the optimizer's state and the masters needs to be saved.
+Guards look at every update between its backward and the optimizer: they can skip it, or put back the last healthy adapter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from .config import GRPOConfig, OptimConfig
-from .losses import TOKEN_WEIGHTS, kl_k3, token_loss
+from .config import GRPOConfig
+from .corrections import gap_metrics
+from .guards import Guards
+from .losses import Counts, entropy_bound, kl_k3
+from .objective import Objective, StepConstants
+from .optimizer import learning_rate, make_optimizer, set_learning_rate
 from .packing import Pack, WeightedGroup, pack, pad
 from .policy import Policy
+from .snapshots import Snapshot
 
 
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """The learning rate of a step (from 0): warm-up from 0, then constant, or down to 0 at `max_steps`."""
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / (optim.max_steps - optim.warmup_steps)
-    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return optim.learning_rate * factors[optim.lr_scheduler_type]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What came of one update: metrics (TRL's names), and what the guards have to say to a person.
+
+    `give_up`: why the run should stop, None to go on.
+    """
+
+    metrics: dict[str, float]
+    notes: tuple[str, ...] = ()
+    give_up: str | None = None
 
 
 class Learner:
-    """AdamW on the policy's masters, with gradient clipping. See the module's docstring."""
+    """AdamW on the policy's masters, with gradient clipping and guards. See the module's docstring."""
 
     def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0) -> None:
         self.policy = policy
         self.config = config
         self.pad_token_id = pad_token_id
-        self.optimizer = torch.optim.AdamW(
-            policy.masters,
-            lr=config.optim.learning_rate,
-            betas=(config.optim.adam_beta1, config.optim.adam_beta2),
-            eps=config.optim.adam_epsilon,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        self.objective = Objective(config)
+        self.optimizer = make_optimizer(policy.master_roles, config.optim)
+        self.guards = Guards(config.guards)
+        self.snapshot = Snapshot(policy.masters, self.optimizer)
 
-    def update(self, groups: Sequence[WeightedGroup], *, step: int) -> dict[str, float]:
-        """Train on the groups; returns metrics (TRL's names). Nothing to train on is no update: an empty dictionary."""
-        packs = self._packs(groups)
+    def update(
+        self, groups: Sequence[WeightedGroup], *, step: int, observed: Mapping[str, float] | None = None
+    ) -> Update:
+        """Train on the groups. `observed`: what the rollouts have shown (reward, lengths), for the guards.
+
+        Where there is nothing to train on nothing changes, and the metrics say only what the guards know.
+        """
+        kept = self._kept(groups)
+        packs = self._packs(kept)
+        rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
+        set_learning_rate(self.optimizer, rate)
         if not packs:
-            return {}
-        rate = learning_rate(self.config.optim, step)
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = rate
-        weights = self._token_weights(packs)
+            return self._judged(step, observed or {}, {"learning_rate": rate}, can_update=False)
+        constants = self._constants(groups, kept, packs)
         base = self._base_logprobs(packs)
         # The first iteration's policy is the one that the step began with: its log-probabilities are the old ones.
-        metrics, logprobs = self._iteration(packs, weights, [None] * len(packs), base)
+        metrics, old = self._gradients(packs, constants, [None] * len(packs), base)
+        metrics |= {"learning_rate": rate} | _packing_metrics(packs, kept)
+        update = self._judged(step, observed or {}, metrics, can_update=True)
         for _ in range(1, self.config.algorithm.num_iterations):
+            if update.metrics["update_skipped"]:
+                break
             self.policy.write_slots()  # the forward reads the slots: they must follow the masters
-            measured, _ = self._iteration(packs, weights, logprobs, base)
+            measured, _ = self._gradients(packs, constants, old, base)
+            update.metrics["update_skipped"] = float(not self._step_if_finite(measured["grad_norm"]))
             # All else stays that of the first, which is on-policy: it compares with the sampler.
-            metrics.update({key: measured[key] for key in ("loss", "grad_norm", "update_skipped")})
-        return metrics | {"learning_rate": rate} | _packing_metrics(packs, groups)
+            update.metrics.update({name: measured[name] for name in measured if name in OFF_POLICY_METRICS})
+        self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
+        return update
 
-    def _iteration(
+    def restore_last_healthy(self) -> int | None:
+        """Put back the last healthy adapter and optimizer state; the step it is of, None where there is none."""
+        if self.snapshot.step is None:
+            return None
+        step = self.snapshot.restore()
+        self.guards.restored()
+        return step
+
+    def _judged(
+        self, step: int, observed: Mapping[str, float], metrics: dict[str, float], *, can_update: bool
+    ) -> Update:
+        """The guards' verdict on the gradients that stand in the masters, carried out."""
+        step += 1  # people count from 1
+        verdict = self.guards.judge(step, {**observed, **metrics})
+        stepped = False
+        if verdict.restore and self.restore_last_healthy() is not None:
+            pass  # these gradients are of the policy that was just left
+        else:
+            if verdict.healthy:  # also where there is nothing to train on: the guards go by it
+                self.snapshot.take(step)
+            stepped = can_update and not verdict.skip and self._step_if_finite(metrics["grad_norm"])
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = {"update_skipped": float(not stepped)} if can_update else {}
+        return Update(
+            metrics={**metrics, **skipped, **self.guards.metrics()},
+            notes=tuple(text for text in (*(alarm.text for alarm in verdict.alarms), verdict.text) if text),
+            give_up=verdict.text if verdict.give_up else None,
+        )
+
+    def _gradients(
         self,
         packs: list[Pack],
-        weights: list[torch.Tensor],
+        constants: StepConstants,
         old: Sequence[torch.Tensor | None],
         base: Sequence[torch.Tensor | None],
     ) -> tuple[dict[str, float], tuple[torch.Tensor, ...]]:
-        """One forward and backward over all packs and one optimizer step; returns metrics and each pack's logprobs [N]."""
+        """One forward and backward over all packs: clipped gradients in the masters. Returns metrics, each pack's logprobs."""
         self.optimizer.zero_grad(set_to_none=True)
         results = []
-        for one, weights_N, old_N, base_N in zip(packs, weights, old, base, strict=True):
-            loss_fn = token_loss(self.config.algorithm, one, weights_N, old_logprobs_N=old_N, base_logprobs_N=base_N)
-            results.append(self.policy.backward(one, loss_fn, temperature=self.config.rollout.temperature))
-        grad_norm = self._clip_gradients()
-        skipped = not math.isfinite(grad_norm)
-        if not skipped:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for one, old_N, base_N in zip(packs, old, base, strict=True):
+            loss = self.objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
+            results.append(
+                self.policy.backward(
+                    one,
+                    loss.token_loss,
+                    temperature=self.config.rollout.temperature,
+                    visits=loss.visits,
+                    factor=loss.factor,
+                )
+            )
         losses, logprobs, entropies = zip(*results, strict=True)
         metrics = {
-            "loss": sum(loss.item() for loss in losses),
-            "grad_norm": grad_norm,
-            "update_skipped": float(skipped),
+            "loss": torch.stack(losses).sum().item(),
+            "grad_norm": self._clip_gradients(),
             "entropy": torch.cat(entropies).mean().item(),
-            **_sampler_gap(torch.cat(logprobs), torch.cat([one.sampler_logprobs_N for one in packs])),
+            **self._gap(packs, logprobs),
         }
         if self.config.algorithm.beta > 0:
             base_all = torch.cat([b for b in base if b is not None])
             metrics["kl"] = kl_k3(torch.cat(logprobs), base_all).mean().item()
+        if old[0] is not None:
+            metrics |= self._clip_ratios(packs, logprobs, [o for o in old if o is not None])
         return metrics, logprobs
+
+    def _gap(self, packs: list[Pack], logprobs: Sequence[torch.Tensor]) -> dict[str, float]:
+        weights = [self.objective.weights(one, logprobs_N) for one, logprobs_N in zip(packs, logprobs, strict=True)]
+        return gap_metrics(torch.cat(list(logprobs)), torch.cat([one.sampler_logprobs_N for one in packs]), torch.cat(weights))
+
+    def _clip_ratios(
+        self, packs: list[Pack], logprobs: Sequence[torch.Tensor], old: Sequence[torch.Tensor]
+    ) -> dict[str, float]:
+        counts = torch.stack(
+            [self.objective.clip_counts(*one) for one in zip(packs, logprobs, old, strict=True)]
+        ).sum(0)
+        low, high = (counts / sum(len(logprobs_N) for logprobs_N in logprobs)).tolist()
+        return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+
+    def _step_if_finite(self, grad_norm: float) -> bool:
+        """An optimizer step; a gradient that is not finite would destroy the adapter, and is never taken."""
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        return math.isfinite(grad_norm)
 
     def _clip_gradients(self) -> float:
         """Scale the gradients down to `max_grad_norm` where they exceed it; returns their norm before."""
@@ -102,17 +172,42 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(masters, largest, norm)
         return norm.item()
 
+    def _kept(self, groups: Sequence[WeightedGroup]) -> list[WeightedGroup]:
+        """What has a gradient: groups with an advantage (all, where a penalty or bonus acts), completions that count."""
+        algorithm = self.config.algorithm
+        kept = [w for w in groups if algorithm.needs_every_group or any(w.advantages)]
+        return [without_truncated(w) for w in kept] if algorithm.mask_truncated_completions else kept
+
     def _packs(self, groups: Sequence[WeightedGroup]) -> list[Pack]:
         budget, device = self.config.optim.tokens_per_pack, self.policy.device
         if self.policy.shares_prompts:
             return pack(groups, tokens_per_pack=budget, device=device)
         return pad(groups, tokens_per_pack=budget, pad_token_id=self.pad_token_id, device=device)
 
-    def _token_weights(self, packs: list[Pack]) -> list[torch.Tensor]:
-        """Each token's share of the step's loss, [N] a pack; completions are counted over all packs."""
-        weights_S = TOKEN_WEIGHTS[self.config.algorithm.loss_type](torch.cat([one.lengths_S for one in packs]))
-        per_pack = weights_S.split([len(one.lengths_S) for one in packs])
-        return [w[one.sequence_N] for w, one in zip(per_pack, packs, strict=True)]
+    def _constants(
+        self, groups: Sequence[WeightedGroup], kept: Sequence[WeightedGroup], packs: list[Pack]
+    ) -> StepConstants:
+        """The denominators of the step's means, and the entropy that a token must reach."""
+        algorithm = self.config.algorithm
+        lengths = [len(c.token_ids) for w in kept for c in w.group.completions]
+        tokens, sequences = sum(lengths), len([length for length in lengths if length])
+        if not algorithm.filter_zero_variance or algorithm.loss_aggregation == "constant":
+            sequences = sum(len(w.group.completions) for w in groups)
+        if not algorithm.filter_zero_variance:
+            counted = [without_truncated(w) for w in groups] if algorithm.mask_truncated_completions else groups
+            tokens = sum(len(c.token_ids) for w in counted for c in w.group.completions)
+        counts = Counts(
+            sequences=sequences,
+            tokens=tokens,
+            local_tokens=tokens,
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
+        if algorithm.top_entropy_quantile == 1.0:
+            return StepConstants(counts=counts, entropy_tokens=tokens)
+        temperature = self.config.rollout.temperature
+        entropies = torch.cat([self.policy.logprobs(one, temperature=temperature)[1] for one in packs])
+        bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
+        return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 
     def _base_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
         """Log-probabilities of the model without its adapter, where a KL penalty asks for them."""
@@ -122,26 +217,27 @@ class Learner:
         return [self.policy.logprobs(one, temperature=temperature, use_adapter=False)[0] for one in packs]
 
 
-def _sampler_gap(logprobs: torch.Tensor, sampler_logprobs: torch.Tensor) -> dict[str, float]:
-    """How far trainer and sampler are apart on the sampled tokens (bf16 arithmetic alone gives 0.01 to 0.04 in the mean)."""
-    difference = (logprobs - sampler_logprobs).abs()
-    return {
-        "sampling/sampling_logp_difference/mean": difference.mean().item(),
-        "sampling/sampling_logp_difference/max": difference.max().item(),
-        "sampling/kl": kl_k3(sampler_logprobs, logprobs).mean().item(),
-    }
+OFF_POLICY_METRICS = ("loss", "grad_norm", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+
+def without_truncated(weighted: WeightedGroup) -> WeightedGroup:
+    """The group without the completions that were cut off."""
+    whole = [i for i, completion in enumerate(weighted.group.completions) if completion.finish_reason != "length"]
+    return WeightedGroup(
+        group=dataclasses.replace(weighted.group, completions=tuple(weighted.group.completions[i] for i in whole)),
+        advantages=tuple(weighted.advantages[i] for i in whole),
+    )
 
 
 def _packing_metrics(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[str, float]:
     """Packs and tokens that went through the model, the share that was padding, and their ratio to one prompt a completion."""
     computed = sum(one.num_input_tokens for one in packs)
     padding = sum(one.num_padding_tokens for one in packs)
-    plain = sum(
-        len(w.group.prompt_token_ids) + len(c.token_ids) for w in groups for c in w.group.completions if c.token_ids
-    )
+    lengths = [(len(w.group.prompt_token_ids), len(c.token_ids)) for w in groups for c in w.group.completions if c.token_ids]
     return {
         "packing/packs": float(len(packs)),
         "packing/tokens": float(computed),
+        "packing/completion_tokens": float(sum(length for _, length in lengths)),
         "packing/padding_ratio": padding / (computed + padding),
-        "packing/token_ratio": computed / plain,
+        "packing/token_ratio": computed / sum(map(sum, lengths)),
     }

@@ -1,87 +1,151 @@
-"""The objectives, as pure functions of per-token tensors. All of them are minimised.
+"""The objectives' mathematics, as pure functions of per-token tensors. All losses are minimised.
 
-Legend: N completion tokens of a pack, S completions of a step. `logprobs` are the trained policy's, `old_logprobs` those
-of the policy at the start of the step, both at the sampling temperature.
+`objective.py` puts them together as the configuration says. An objective of your own (`algorithm.loss_type: file.py:name`) is a
+function of the same kind: it takes a `Tokens` and returns each token's loss [n], to be weighed and summed.
+
+    def reinforce(tokens):
+        return -tokens.advantages * tokens.logprobs
+
+Legend: n completion tokens, S completions they belong to. `logprobs` are the trained policy's, `old_logprobs` those of the
+policy at the start of the step, both at the sampling temperature. rho = exp(logprob - old logprob); sg = stop gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-from .config import AlgorithmConfig
+OwnLoss = Callable[["Tokens"], torch.Tensor]
 
-if TYPE_CHECKING:
-    from ..kernels.logprob import TokenLoss
-    from .packing import Pack
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What an objective sees: whole completions, their tokens one after the other.
+
+    logprobs, entropies: [n], with gradient. old_logprobs, sampler_logprobs, advantages: [n], constant.
+    sequence: [n], which completion each token belongs to, 0 to S - 1. lengths: [S], in tokens.
+    """
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    old_logprobs: torch.Tensor
+    sampler_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    sequence: torch.Tensor
+    lengths: torch.Tensor
+
+
+# ------------------------------------------------------------------------------------------------- surrogates
 
 
 def clipped_surrogate(
-    logprobs_N: torch.Tensor,
-    old_logprobs_N: torch.Tensor,
-    advantages_N: torch.Tensor,
+    ratio_n: torch.Tensor,
+    advantages_n: torch.Tensor,
     *,
     epsilon: float,
     epsilon_high: float,
+    delta: float | None = None,
 ) -> torch.Tensor:
-    """`-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)`, rho = exp(logprob - old logprob), each token's [N].
+    """`-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)`, each token's [n].
 
-    GRPO (arXiv 2402.03300, epsilon both ways); DAPO raises the upper bound ("clip-higher", arXiv 2503.14476).
+    GRPO (arXiv 2402.03300, epsilon both ways); DAPO raises the upper bound ("clip-higher", arXiv 2503.14476). `delta` bounds
+    rho itself where the advantage is negative and the clip does not (two-sided clip, arXiv 2505.07291).
     """
-    ratio_N = torch.exp(logprobs_N - old_logprobs_N)
-    clipped_N = ratio_N.clamp(1.0 - epsilon, 1.0 + epsilon_high)
-    return -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+    clipped_n = ratio_n.clamp(1.0 - epsilon, 1.0 + epsilon_high)
+    bounded_n = ratio_n if delta is None else ratio_n.clamp(max=delta)
+    return -torch.minimum(bounded_n * advantages_n, clipped_n * advantages_n)
 
 
-def kl_k3(logprobs_N: torch.Tensor, base_logprobs_N: torch.Tensor) -> torch.Tensor:
-    """The k3 estimator of KL(policy || base), each token's [N]: `exp(d) - 1 - d`, d = base - policy. Never negative."""
-    difference_N = base_logprobs_N - logprobs_N
-    return torch.expm1(difference_N) - difference_N
+def cispo(
+    logprobs_n: torch.Tensor, ratio_n: torch.Tensor, advantages_n: torch.Tensor, *, cap: float
+) -> torch.Tensor:
+    """`-sg(min(rho, cap)) A logprob`, each token's [n]: no token loses its gradient (CISPO, arXiv 2506.13585)."""
+    return -ratio_n.detach().clamp(max=cap) * advantages_n * logprobs_n
 
 
-def grpo_weights(lengths_S: torch.Tensor) -> torch.Tensor:
-    """Weight of every token of each completion [S]: the sum is the mean of the completions' means (arXiv 2402.03300)."""
-    return 1.0 / (lengths_S * len(lengths_S))
+def sapo(ratio_n: torch.Tensor, advantages_n: torch.Tensor, *, positive: float, negative: float) -> torch.Tensor:
+    """`-sigmoid(tau (rho - 1)) (4 / tau) A`, each token's [n]: a smooth gate in place of the clip (SAPO, arXiv 2511.20347).
+
+    tau is `positive` where A > 0 and `negative` elsewhere.
+    """
+    tau_n = torch.where(advantages_n > 0, positive, negative)
+    return -torch.sigmoid(tau_n * (ratio_n - 1.0)) * (4.0 / tau_n) * advantages_n
 
 
-def dapo_weights(lengths_S: torch.Tensor) -> torch.Tensor:
-    """Weight of every token of each completion [S] so that the sum is the mean over all tokens (arXiv 2503.14476)."""
-    return torch.ones_like(lengths_S, dtype=torch.float32) / lengths_S.sum()
+# ----------------------------------------------------------------------------------------- ratios and penalties
 
 
-TOKEN_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": grpo_weights, "dapo": dapo_weights}
+def sequence_mean(values_n: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
+    """Each completion's mean [S] of its tokens' values, which stand one after the other."""
+    return torch.segment_reduce(values_n, "mean", lengths=lengths_S)
 
 
-def token_loss(
-    algorithm: AlgorithmConfig,
-    pack: Pack,
-    weights_N: torch.Tensor,
+def sequence_ratio(log_ratio_n: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
+    """`exp(mean log rho)`: the geometric mean over the completion, for each of its tokens [n] (GSPO, arXiv 2507.18071)."""
+    return torch.exp(sequence_mean(log_ratio_n, lengths_S)).repeat_interleave(lengths_S, output_size=len(log_ratio_n))
+
+
+def kl_k3(logprobs_n: torch.Tensor, base_logprobs_n: torch.Tensor) -> torch.Tensor:
+    """The k3 estimator of KL(policy || base), each token's [n]: `exp(d) - 1 - d`, d = base - policy. Never negative."""
+    difference_n = base_logprobs_n - logprobs_n
+    return torch.expm1(difference_n) - difference_n
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+def off_policy_keep(
+    logprobs_n: torch.Tensor,
+    sampler_logprobs_n: torch.Tensor,
+    advantages_n: torch.Tensor,
+    lengths_S: torch.Tensor,
     *,
-    old_logprobs_N: torch.Tensor | None,
-    base_logprobs_N: torch.Tensor | None,
-) -> TokenLoss:
-    """The objective of one pack, in the form that `linear_logprob_loss` takes.
+    threshold: float,
+) -> torch.Tensor:
+    """[n], False for tokens of completions with A < 0 and mean(sampler logprob - logprob) > threshold, in nats.
 
-    Args:
-        weights_N: each token's share of the step's loss.
-        old_logprobs_N: None where the policy is still the one that the step began with: the ratio is then exactly 1.
-        base_logprobs_N: needed where `algorithm.beta` is above 0.
+    DeepSeek-V3.2's off-policy sequence mask (arXiv 2512.02556).
     """
-    assert (base_logprobs_N is None) == (algorithm.beta == 0.0)
+    drift_S = sequence_mean(sampler_logprobs_n - logprobs_n, lengths_S)
+    return (advantages_n >= 0) | (drift_S <= threshold).repeat_interleave(lengths_S, output_size=len(logprobs_n))
 
-    def loss(logprobs_n: torch.Tensor, _entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
-        old_n = logprobs_n.detach() if old_logprobs_N is None else old_logprobs_N[chunk]
-        loss_n = clipped_surrogate(
-            logprobs_n,
-            old_n,
-            pack.advantages_N[chunk],
-            epsilon=algorithm.epsilon,
-            epsilon_high=algorithm.epsilon_high,
-        )
-        if base_logprobs_N is not None:
-            loss_n = loss_n + algorithm.beta * kl_k3(logprobs_n, base_logprobs_N[chunk])
-        return loss_n * weights_N[chunk]
 
-    return loss
+def entropy_bound(entropies: torch.Tensor, *, quantile: float) -> torch.Tensor:
+    """Entropy (scalar) that the share `quantile` of the tokens reaches or exceeds (arXiv 2506.01939)."""
+    # Not torch.quantile, which takes at most 2^24 values; this interpolates as it does.
+    ordered = entropies.sort().values
+    place = (1.0 - quantile) * (len(ordered) - 1)
+    below = int(place)
+    return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below)
+
+
+# -------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What the step's loss is a mean over: completions and their tokens, of the whole step and of this device's share."""
+
+    sequences: int
+    tokens: int
+    local_tokens: int
+    max_completion_length: int
+
+
+def token_weights(aggregation: str, lengths_S: torch.Tensor, counts: Counts) -> torch.Tensor:
+    """Each token's share of the step's loss, one number [S] for all tokens of a completion, in fp32.
+
+    token_mean: the mean over all tokens (DAPO, arXiv 2503.14476); local_token_mean: over this device's (bnpo).
+    sequence_mean: the mean over completions of their means (GRPO, arXiv 2402.03300).
+    constant: the sum over completions times the longest length allowed (Dr. GRPO, arXiv 2503.20783).
+    """
+    if aggregation == "sequence_mean":
+        return 1.0 / (lengths_S.float() * counts.sequences)
+    divisors = {
+        "token_mean": counts.tokens,
+        "local_token_mean": counts.local_tokens,
+        "constant": counts.sequences * counts.max_completion_length,
+    }
+    return torch.full_like(lengths_S, 1.0 / divisors[aggregation], dtype=torch.float32)

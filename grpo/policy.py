@@ -6,7 +6,8 @@
     loss, logprobs, entropy = policy.backward(pack, token_loss)
     policy.save_adapter(Path("adapter"))            # PEFT's format
 
-PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALinear` replaces the arithmetic of its layer.
+PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALinear` and `FusedLoRAEmbedding` replace the
+arithmetic of its layers.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..kernels import shared_prompt_attention
-from ..kernels.logprob import Head, TokenLoss, linear_logprob_loss, linear_logprobs
+from ..kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ..rollout.slots import AdapterSlot
 from .adapters import check_saved_config, check_targets, inject
 from .config import LoraConfig
 from .fusing import fuse
 from .heads import head_of
-from .lora_layers import ADAPTER, FusedLoRALinear, projection
+from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
 from .packing import Pack
 
 # Logits formed at a time: what CPU caches and memory like, and 2k to 4k tokens on a GPU, whose products want many rows.
@@ -74,7 +75,7 @@ class Policy:
         self.model = base
         self.peft_model = inject(base, lora, seed)
         self.layers = {
-            name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALinear)
+            name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)
         }
         self.attach(self._own_slots(lora.max_rank, getattr(torch, dtype)))
         self.write_slots()
@@ -88,7 +89,12 @@ class Policy:
     @property
     def masters(self) -> list[nn.Parameter]:
         """All fp32 parameters that are trained: A and B of each layer in turn."""
-        return [p for layer in self.layers.values() for p in (layer.master_a, layer.master_b)]
+        return [master.parameter for master in self.master_roles]
+
+    @property
+    def master_roles(self) -> list[Master]:
+        """The same parameters in the same order, each with its role, and with the scale and the rank of its layer."""
+        return [master for layer in self.layers.values() for master in layer.masters]
 
     def attach(self, slots: Mapping[str, AdapterSlot]) -> None:
         """Compute with these slots from now on (vLLM's buffers). All are emptied, those of projections that are not trained
@@ -165,11 +171,18 @@ class Policy:
         )
 
     def backward(
-        self, pack: Pack, token_loss: TokenLoss, *, temperature: float = 1.0, visits: Literal[1, 2] = 1
+        self,
+        pack: Pack,
+        token_loss: TokenLoss,
+        *,
+        temperature: float = 1.0,
+        visits: Literal[1, 2] = 1,
+        factor: TokenFactor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N].
 
-        `visits`: to the logits; 2 where the loss of a token depends on other tokens.
+        `visits`: to the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
+        once all log-probabilities are. See `linear_logprob_loss` for both.
         """
         loss, logprobs_N, entropy_N = linear_logprob_loss(
             self._hidden(pack),
@@ -179,6 +192,7 @@ class Policy:
             temperature=temperature,
             chunk_bytes=self._logits_bytes,
             visits=visits,
+            factor=factor,
         )
         loss.backward()
         return loss.detach(), logprobs_N, entropy_N
@@ -213,8 +227,8 @@ class Policy:
         return {
             name: AdapterSlot.empty(
                 max_rank=max_rank,
-                in_features=layer.base_weight.shape[1],
-                out_features=layer.base_weight.shape[0],
+                in_features=layer.master_a.shape[1],
+                out_features=layer.master_b.shape[0],
                 dtype=dtype,
                 device=self.device,
             )

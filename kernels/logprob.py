@@ -32,6 +32,8 @@ from .lora import Adapter
 
 # (log-probabilities [n], entropies [n], their slice of the N tokens) -> the loss of each of these tokens.
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+# (log-probabilities [N], entropies [N]) -> a constant factor of each token's loss, [N].
+TokenFactor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LOGITS_CHUNK_BYTES = 128 * 2**20
 # Of a block in fp32. On CPU, where 2 to 8 MiB take the same time, it stays in the cache; elsewhere it bounds memory.
@@ -84,6 +86,7 @@ def linear_logprob_loss(
     temperature: float = 1.0,
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
     visits: Literal[1, 2] = 1,
+    factor: TokenFactor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of `loss` over the tokens, with its gradients for `hidden_ND` and for the masters of the head's adapter.
 
@@ -98,13 +101,27 @@ def linear_logprob_loss(
         visits: 1 where a token's loss depends on that token alone: `loss` is called for each chunk, logits are formed once.
             2 where it depends on others, as the ratio of a sequence does: `loss` is called once with all N tokens, and the
             logits are formed again for the gradients (unless one chunk holds them all).
+        factor: constant factors of the tokens' losses that are known only once all log-probabilities are, such as whether a
+            completion counts at all. With one visit they multiply the gradients that are there by then; an adapter on the
+            head has its gradients summed over tokens, and takes two visits.
 
     Returns:
         loss (scalar), log-probabilities [N] and entropies [N], in fp32 (fp64 for fp64), the latter two without gradient.
     """
     masters = (None, None) if head.adapter is None else (head.adapter.master_a, head.adapter.master_b)
     logits = _Logits(hidden_ND.detach(), head, targets_N, temperature, chunk_bytes)
-    return _LinearLogprobLoss.apply(hidden_ND, *masters, logits, loss, visits)  # type: ignore[return-value]
+    if factor is not None and (visits == 2 or head.adapter is not None):
+        loss, factor, visits = _weighted(loss, factor), None, 2
+    return _LinearLogprobLoss.apply(hidden_ND, *masters, logits, loss, visits, factor)  # type: ignore[return-value]
+
+
+def _weighted(loss: TokenLoss, factor: TokenFactor) -> TokenLoss:
+    """A loss of all N tokens times their factor."""
+
+    def weighted(logprobs_N: torch.Tensor, entropy_N: torch.Tensor, tokens: slice) -> torch.Tensor:
+        return loss(logprobs_N, entropy_N, tokens) * factor(logprobs_N.detach(), entropy_N.detach())
+
+    return weighted
 
 
 class _LinearLogprobLoss(torch.autograd.Function):
@@ -119,33 +136,39 @@ class _LinearLogprobLoss(torch.autograd.Function):
         logits: _Logits,
         loss: TokenLoss,
         visits: Literal[1, 2],
+        factor: TokenFactor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gradients = _Gradients(logits.hidden_ND, logits.head)
         if visits == 2 and len(logits.chunks) > 1:
             logprobs_N, entropy_N = logits.measure()
-            total, slopes = _differentiate(loss, logprobs_N, entropy_N, slice(0, len(logprobs_N)))
+            loss_N, slopes = _differentiate(loss, logprobs_N, entropy_N, slice(0, len(logprobs_N)))
             for chunk in logits.chunks if slopes.any else ():
                 p_nV, rows = logits.probabilities(chunk)
                 gradients.add(chunk, p_nV, logits.gradient_in_place(p_nV, chunk, rows, slopes.of(chunk)))
         else:
             logprobs_N, entropy_N = logits.empty_results()
-            total = logprobs_N.new_zeros(())
+            losses = [logprobs_N[:0]]
             for chunk in logits.chunks:
                 p_nV, rows = logits.probabilities(chunk)
                 logprobs_N[chunk], entropy_N[chunk] = rows.logprobs_n, rows.entropy_n
-                part, slopes = _differentiate(loss, rows.logprobs_n, rows.entropy_n, chunk)
-                total += part
+                loss_n, slopes = _differentiate(loss, rows.logprobs_n, rows.entropy_n, chunk)
+                losses.append(loss_n.flatten())
                 if slopes.any:
                     gradients.add(chunk, p_nV, logits.gradient_in_place(p_nV, chunk, rows, slopes))
+            loss_N = torch.cat(losses)
+        if factor is not None and len(loss_N):
+            factor_N = factor(logprobs_N, entropy_N)
+            loss_N = loss_N * factor_N
+            gradients.hidden_ND *= factor_N[:, None].to(gradients.hidden_ND.dtype)
         ctx.save_for_backward(gradients.hidden_ND, gradients.a_RD, gradients.b_VR)
         ctx.mark_non_differentiable(logprobs_N, entropy_N)
-        return total, logprobs_N, entropy_N
+        return loss_N.sum().to(logprobs_N.dtype), logprobs_N, entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         scaled = [None if gradient is None else gradient * grads[0] for gradient in ctx.saved_tensors]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 class _Slopes(NamedTuple):
@@ -165,11 +188,12 @@ class _Slopes(NamedTuple):
 def _differentiate(
     loss: TokenLoss, logprobs_n: torch.Tensor, entropy_n: torch.Tensor, tokens: slice
 ) -> tuple[torch.Tensor, _Slopes]:
+    """The tokens' losses (with two visits of any shape, they are summed) and their derivatives."""
     with torch.enable_grad():
         leaves = (logprobs_n.detach().requires_grad_(), entropy_n.detach().requires_grad_())
-        total = loss(*leaves, tokens).sum()
-        slopes = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None, None)
-    return total.detach(), _Slopes(*slopes)
+        loss_n = loss(*leaves, tokens)
+        slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True) if loss_n.requires_grad else (None, None)
+    return loss_n.detach(), _Slopes(*slopes)
 
 
 class _Rows(NamedTuple):

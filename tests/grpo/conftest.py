@@ -1,9 +1,10 @@
-"""Run files for the tests of the configuration."""
+"""Run files for the tests of the configuration, and trainers of a tiny model with real vLLM."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_runs import ROWS, many_low_ids, tiny_config
 
 from rankup.grpo.config import GRPOConfig, load_config
 
@@ -30,3 +31,32 @@ def error_of(load: Callable[..., GRPOConfig]) -> Callable[..., str]:
         return str(caught.value)
 
     return message
+
+
+@pytest.fixture
+def make_trainer(tiny_model_path, tmp_path: Path):
+    """A trainer of a tiny Llama in fp32; flat names change its configuration (`tiny_runs.tiny_config`)."""
+    from rankup import GRPOTrainer
+
+    def make(reward=many_low_ids, rows=ROWS, **changes) -> GRPOTrainer:
+        config = tiny_config(changes.pop("output_dir", tmp_path / "run"), **changes)
+        return GRPOTrainer(
+            model=str(tiny_model_path("llama")),
+            reward_funcs=reward,
+            args=config,
+            train_dataset=rows,
+            eval_dataset=rows[:4],
+        )
+
+    return make
+
+
+@pytest.fixture
+def run_engine(engine_shelf, tiny_model_path):
+    """The session's engine for runs of `make_trainer` that leave the engine's settings alone: `train(engine=run_engine)`."""
+    import dataclasses
+
+    from rankup.grpo.collect import engine_settings
+
+    settings = engine_settings(tiny_config(Path("unused")), str(tiny_model_path("llama")))
+    return engine_shelf.get(**dataclasses.asdict(settings))

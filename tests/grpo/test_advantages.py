@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankup.grpo.advantages import group_advantages
+from rankup.grpo.advantages import ESTIMATORS, group_advantages, soft_overlong_penalty
+from rankup.grpo.config import AlgorithmConfig
 
 Scale = Literal["group", "batch", "none"]
 
@@ -75,3 +77,84 @@ def test_equal_rewards_that_binary_cannot_hold_have_no_variance() -> None:
     (result,) = group_advantages([[0.1] * 7], scale_rewards="group")
     assert not result.has_variance
     assert max(map(abs, result.advantages)) < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------ other estimators
+
+NOT_NEGATIVE = st.lists(
+    st.lists(st.none() | st.floats(0, 5).map(lambda reward: round(reward, 2)), min_size=2, max_size=5), min_size=1, max_size=4
+)
+
+
+def by_estimator(estimator: str, group: list[float], batch: list[float]) -> list[float]:
+    """The definitions, number by number."""
+    advantages = []
+    for i, reward in enumerate(group):
+        others = group[:i] + group[i + 1 :]
+        mean = sum(group) / len(group)
+        advantages.append(
+            {
+                "group": lambda r=reward, m=mean: r - m,
+                "rloo": lambda r=reward, o=others: r - sum(o) / len(o) if o else 0.0,
+                "reinforce_pp": lambda r=reward: r - sum(batch) / len(batch),
+                "maxrl": lambda r=reward, m=mean: (r - m) / (m + 1e-4),
+            }[estimator]()
+        )
+    return advantages
+
+
+@settings(deadline=None)
+@given(rewards=NOT_NEGATIVE, estimator=st.sampled_from(sorted(ESTIMATORS)), scale=st.sampled_from(["group", "batch", "none"]))
+def test_estimators(rewards: list[list[float | None]], estimator: str, scale: Scale) -> None:
+    """Each with each scale; only REINFORCE++ has something to say of a group without variance."""
+    batch = [r for group in rewards for r in group if r is not None]
+    batch_std = torch.tensor(batch, dtype=torch.float64).std().item() if len(batch) > 1 else 0.0
+    for result, group in zip(
+        group_advantages(rewards, estimator=estimator, scale_rewards=scale), rewards, strict=True
+    ):
+        known = [r for r in group if r is not None]
+        std = torch.tensor(known, dtype=torch.float64).std().item() if len(known) > 1 else 0.0
+        divisor = {"group": std + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
+        expected = iter(by_estimator(estimator, known, batch))
+        if len(set(known)) < 2 and estimator != "reinforce_pp":
+            expected = iter([0.0] * len(known))
+        wanted = [0.0 if r is None else next(expected) / divisor for r in group]
+        assert result.advantages == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["group", "rloo", "maxrl"])
+@pytest.mark.parametrize("group", [[0.1] * 7, [0.0] * 4, [1 / 3] * 3, [None, 0.7, 0.7]])
+def test_a_group_of_equals_teaches_exactly_nothing(estimator: str, group: list[float | None]) -> None:
+    (result,) = group_advantages([group], estimator=estimator, scale_rewards="group")
+    assert result.advantages == (0.0,) * len(group) and not result.has_variance
+
+
+def test_reinforce_pp_learns_from_groups_of_equals() -> None:
+    first, second = group_advantages([[1.0, 1.0], [0.0, 0.0]], estimator="reinforce_pp", scale_rewards="none")
+    assert (first.advantages, second.advantages) == ((0.5, 0.5), (-0.5, -0.5))
+    assert not first.has_variance and not second.has_variance
+
+
+def test_maxrl_weighs_rare_successes_most() -> None:
+    rare, common = group_advantages([[1.0, 0, 0, 0], [1.0, 1.0, 1.0, 0]], estimator="maxrl", scale_rewards="none")
+    assert rare.advantages[0] == pytest.approx(3.0, rel=1e-3) and common.advantages[0] == pytest.approx(1 / 3, rel=1e-3)
+
+
+def test_maxrl_refuses_negative_rewards_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"maxrl takes rewards .* at least 0 \(got -0.5\): shift the rewards, or take another"):
+        group_advantages([[1.0, -0.5]], estimator="maxrl", scale_rewards="none")
+
+
+def test_every_estimator_of_the_configuration_is_there() -> None:
+    annotation: Any = AlgorithmConfig.model_fields["advantage_estimator"].annotation
+    assert set(annotation.__args__) == set(ESTIMATORS)
+
+
+# --------------------------------------------------------------------------------------------------- long answers
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(0, 0.0), (80, 0.0), (85, 0.25), (90, 0.5), (100, 1.0), (120, 1.0)])
+def test_the_soft_overlong_penalty_rises_to_one(length: int, penalty: float) -> None:
+    measured = soft_overlong_penalty(length, max_completion_length=100, soft_tokens=20)
+    assert measured == pytest.approx(penalty) and math.copysign(1.0, measured) == 1.0
+    assert soft_overlong_penalty(length, max_completion_length=100, soft_tokens=0) == 0.0

@@ -20,8 +20,10 @@ from rankup.grpo.config import (
     RewardsConfig,
     dump_config,
 )
+from rankup.grpo.config_algorithm import OBJECTIVES
 
-SECTIONS = ["model", "lora", "rollout", "algorithm", "optim", "rewards", "data", "logging", "checkpoint"]
+SECTIONS = ["model", "lora", "rollout", "algorithm", "correction", "guards", "optim"]
+SECTIONS += ["rewards", "data", "logging", "checkpoint"]
 
 Load = Callable[..., GRPOConfig]
 ErrorOf = Callable[..., str]
@@ -196,7 +198,7 @@ def test_what_of_peft_is_allowed() -> None:
         ("lr: 1", "lr", "did you mean optim.learning_rate?"),
         ("num_generation: 8", "num_generation", "did you mean rollout.num_generations?"),
         ("optimm: {max_steps: 8}", "optimm", "did you mean optim?"),
-        ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, lr_scheduler_type"),
+        ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, rescale_learning_rate"),
         ("zzz: 8", "zzz", "there are model, lora, rollout"),
         ("per_device_train_batch_size: 8", "per_device_train_batch_size", "a step takes optim.prompts_per_step"),
         ("lora: {lora_dropout: 0.1}", "lora.lora_dropout", "did you mean lora.dropout?"),
@@ -272,7 +274,11 @@ def test_one_string_is_a_list_of_one(load: Load) -> None:
         ("top_k=-2", "rollout.top_k: must be at least -1 (got -2)"),
         ("min_p=1.1", "rollout.min_p: must be at most 1.0 (got 1.1)"),
         ("beta=-0.1", "algorithm.beta: must be at least 0.0 (got -0.1)"),
-        ("loss_type=dpo", "algorithm.loss_type: must be 'dapo' or 'grpo' (got 'dpo')"),
+        (
+            "loss_type=dpo",
+            f"algorithm.loss_type: must be {', '.join(OBJECTIVES)}, or a function of your own, path/to/file.py:name "
+            "(got 'dpo')",
+        ),
         ("scale_rewards=yes please", "algorithm.scale_rewards: must be 'group', 'batch' or 'none' (got 'yes please')"),
         ("max_steps=0", "optim.max_steps: must be at least 1 (got 0)"),
         ("warmup_steps=100", "optim.warmup_steps: must be below optim.max_steps, which is 100 (got 100)"),

@@ -16,8 +16,10 @@ from peft import PeftModel
 from sample_groups import make_group, random_groups
 from transformers import AutoModelForCausalLM
 
-from rankup.grpo.config import AlgorithmConfig
-from rankup.grpo.losses import TOKEN_WEIGHTS, token_loss
+from rankup.grpo.config import AlgorithmConfig, GRPOConfig
+from rankup.grpo.lora_layers import FusedLoRALinear
+from rankup.grpo.losses import Counts
+from rankup.grpo.objective import Objective, StepConstants
 from rankup.grpo.packing import Pack, WeightedGroup, by_completion, pack, pad
 from rankup.grpo.policy import Policy
 
@@ -99,18 +101,21 @@ def groups_near_the_policy(model: PeftModel) -> list[WeightedGroup]:
     return noisy
 
 
-def accumulate(policy: Policy, packs: list[Pack], algorithm: AlgorithmConfig, *, off_policy: bool) -> float:
+def accumulate(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_policy: bool) -> float:
     """Our loss over all packs; leaves the gradients at the masters."""
-    weights_S = TOKEN_WEIGHTS[algorithm.loss_type](torch.cat([one.lengths_S for one in packs]))
-    loss = 0.0
-    for one, weights in zip(packs, weights_S.split([len(one.lengths_S) for one in packs]), strict=True):
-        base_N = policy.logprobs(one, temperature=TEMPERATURE, use_adapter=False)[0] if algorithm.beta else None
+    sequences, tokens = sum(len(one.lengths_S) for one in packs), sum(len(one.targets_N) for one in packs)
+    counts = Counts(sequences=sequences, tokens=tokens, local_tokens=tokens, max_completion_length=100)
+    objective, constants = Objective(config), StepConstants(counts=counts, entropy_tokens=tokens)
+    total = 0.0
+    for one in packs:
+        uses_base = config.algorithm.beta > 0
+        base_N = policy.logprobs(one, temperature=TEMPERATURE, use_adapter=False)[0] if uses_base else None
         old_N = one.sampler_logprobs_N if off_policy else None
-        function = token_loss(
-            algorithm, one, weights[one.sequence_N], old_logprobs_N=old_N, base_logprobs_N=base_N
-        )
-        loss += policy.backward(one, function, temperature=TEMPERATURE)[0].item()
-    return loss
+        loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
+        total += policy.backward(
+            one, loss.token_loss, temperature=TEMPERATURE, visits=loss.visits, factor=loss.factor
+        )[0].item()
+    return total
 
 
 def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,7 +132,7 @@ def layouts(policy: Policy, groups: list[WeightedGroup], layout: str, budget: in
 
 
 def compare(
-    policy: Policy, model: PeftModel, algorithm: AlgorithmConfig, *, layout: str, off_policy: bool, budget: int
+    policy: Policy, model: PeftModel, config: GRPOConfig, *, layout: str, off_policy: bool, budget: int
 ) -> None:
     """Loss and all adapter gradients of both sides; ours from packs of `budget` tokens."""
     groups = groups_near_the_policy(model)
@@ -136,18 +141,21 @@ def compare(
         base = plain_logprobs(model, groups)
     completions = [(c, a) for w in groups for c, a in zip(w.group.completions, w.advantages, strict=True) if c.token_ids]
     old = [torch.tensor(c.logprobs) if off_policy else lp.detach() for (c, _), lp in zip(completions, logprobs, strict=True)]
-    expected = plain_loss(algorithm, logprobs, old=old, base=base, advantages=[a for _, a in completions])
+    expected = plain_loss(config.algorithm, logprobs, old=old, base=base, advantages=[a for _, a in completions])
     expected.backward()
 
     packs = layouts(policy, groups, layout, budget)
     assert (len(packs) > 1) == (budget < 1000)
-    measured = accumulate(policy, packs, algorithm, off_policy=off_policy)
+    measured = accumulate(policy, packs, config, off_policy=off_policy)
     assert measured == pytest.approx(expected.item(), rel=TOLERANCE)
     stock = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     errors = {}
     for name, layer in policy.layers.items():
-        for part, weight in (("lora_A", layer.master_a), ("lora_B", layer.master_b)):
-            gradient = stock.pop(f"base_model.model.{name}.{part}.default.weight")
+        parts = ("lora_embedding_A.default", "lora_embedding_B.default")
+        if isinstance(layer, FusedLoRALinear):
+            parts = ("lora_A.default.weight", "lora_B.default.weight")
+        for part, weight in zip(parts, (layer.master_a, layer.master_b), strict=True):
+            gradient = stock.pop(f"base_model.model.{name}.{part}")
             assert gradient is not None and weight.grad is not None
             errors[f"{name}.{part}"] = relative_error(weight.grad, gradient)
     assert max(errors.values()) <= TOLERANCE, errors
@@ -180,8 +188,8 @@ def test_loss_and_gradients_equal_those_of_the_plain_layout(
     policy: Policy = make_policy(kind)
     assert len(policy.layers) == 14, "seven projections in each of two layers"
     model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
-    algorithm = AlgorithmConfig(loss_type=loss_type, beta=beta)
-    compare(policy, model, algorithm, layout=layout, off_policy=off_policy, budget=budget)
+    config = GRPOConfig(loss_type=loss_type, beta=beta, mode="none")
+    compare(policy, model, config, layout=layout, off_policy=off_policy, budget=budget)
 
 
 ADAPTERS = {
@@ -191,19 +199,27 @@ ADAPTERS = {
         "alpha_pattern": {"v_proj": 32},
         "use_rslora": True,
     },
+    "embedding": {
+        "targets": ["embed_tokens", "q_proj", "up_proj"],
+        "rank_pattern": {"embed_tokens": 5},
+        "alpha_pattern": {"embed_tokens": 3},
+    },
+    "embedding and head": {"targets": ["embed_tokens", "lm_head"], "use_rslora": True},
     "one layer by an expression": {"targets": r".*layers\.1\.(self_attn\.(k|o)|mlp\.up)_proj"},
 }
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # nothing is merged
 @pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_any_set_of_adapters(make_policy, tiny_model_path, tmp_path: Path, kind: str, lora: dict) -> None:
-    """Tied and untied heads, biases, and a head that caps its logits."""
+    """Tied and untied heads, biases, a head that caps its logits, an embedding that scales what it gives (Gemma)."""
     policy: Policy = make_policy(kind, **lora)
+    if "model.embed_tokens" in policy.layers:  # its A begins at zero
+        torch.nn.init.normal_(policy.layers["model.embed_tokens"].master_a, generator=torch.Generator().manual_seed(0))
     model = plain_peft(policy, tiny_model_path(kind), tmp_path / "adapter")
     layout = "shared" if policy.shares_prompts else "plain"
-    compare(policy, model, AlgorithmConfig(beta=0.3), layout=layout, off_policy=True, budget=25)
+    compare(policy, model, GRPOConfig(beta=0.3, mode="none"), layout=layout, off_policy=True, budget=25)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])

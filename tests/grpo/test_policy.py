@@ -69,9 +69,11 @@ def storages(tensors: list[torch.Tensor]) -> set[int]:
 
 
 def test_a_new_policy_is_the_base_model(new_policy: Make, one: Pack) -> None:
-    policy = new_policy()
+    policy = new_policy(lora={"targets": ["embed_tokens", "q_proj", "lm_head"]})
     assert torch.equal(logprobs(policy, one), policy.logprobs(one, use_adapter=False)[0])
-    assert all(layer.master_a.any() and not layer.master_b.any() for layer in policy.layers.values())
+    begins = {name: (bool(layer.master_a.any()), bool(layer.master_b.any())) for name, layer in policy.layers.items()}
+    assert begins.pop("model.embed_tokens") == (False, True), "as in PEFT"
+    assert set(begins.values()) == {(True, False)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -82,6 +84,19 @@ def test_only_fp32_masters_are_trained(new_policy: Make, dtype: str) -> None:
     assert len(policy.masters) == 2 * 7 * 2, "A and B of seven projections in two layers"
     assert {p.dtype for p in policy.masters} == {torch.float32}
     assert {layer.slot.a.dtype for layer in policy.layers.values()} == {getattr(torch, dtype)}
+
+
+def test_every_master_says_what_its_learning_rate_may_depend_on(new_policy: Make) -> None:
+    targets = ["embed_tokens", "q_proj", "lm_head"]
+    policy = new_policy(lora={"targets": targets, "rank_pattern": {"embed_tokens": 2, "lm_head": 4}, "alpha": 8})
+    assert all(master.parameter is parameter for master, parameter in zip(policy.master_roles, policy.masters, strict=True))
+    assert [(master.role, tuple(master.parameter.shape), master.scaling, master.rank) for master in policy.master_roles] == [
+        ("embedding", (2, VOCABULARY), 4.0, 2),
+        ("embedding", (96, 2), 4.0, 2),
+        *[("a", (16, 96), 0.5, 16), ("b", (128, 16), 0.5, 16)] * 2,
+        ("a", (4, 96), 2.0, 4),
+        ("b", (VOCABULARY, 4), 2.0, 4),
+    ]
 
 
 def test_masters_and_slots_share_no_memory(make_policy: Make) -> None:
@@ -121,8 +136,12 @@ def test_alpha_of_four_ranks_equals_four_times_b(make_policy: Make, one: Pack) -
     assert (logprobs(scaled, one) - scaled.logprobs(one, use_adapter=False)[0]).abs().mean() > 0.1
 
 
-def test_the_forward_sees_an_update_only_once_it_is_published(make_policy: Make, one: Pack) -> None:
-    policy = make_policy()
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens"]])
+def test_the_forward_sees_an_update_only_once_it_is_published(make_policy: Make, one: Pack, targets: str | list[str]) -> None:
+    policy = make_policy(targets=targets)
+    with torch.no_grad():
+        for parameter in policy.masters[::2]:
+            parameter.add_(0.1)  # the embedding's A begins at zero
     policy.write_slots()
     published = logprobs(policy, one)
     with torch.no_grad():
@@ -300,12 +319,14 @@ def test_gradients_add_up(make_policy: Make, one: Pack) -> None:
         torch.testing.assert_close(parameter.grad, 2 * gradient)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("llama", "all-linear"), ("mistral", "all-linear"), ("llama", ["embed_tokens", "up_proj"])]
+)
+def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str, targets: str | list[str]) -> None:
     groups = random_groups([(5, [4, 1, 6]), (3, [7])])
     gradients, visits = [], []
     for gradient_checkpointing in (False, True):
-        policy = new_policy(kind, gradient_checkpointing=gradient_checkpointing)
+        policy = new_policy(kind, lora={"targets": targets}, gradient_checkpointing=gradient_checkpointing)
         with torch.no_grad():
             for layer in policy.layers.values():
                 layer.master_b.copy_(torch.linspace(-0.1, 0.1, layer.master_b.numel()).view_as(layer.master_b))
@@ -340,9 +361,9 @@ def test_a_model_says_why_its_prompts_cannot_be_shared(new_policy: Make, kind: s
     assert (policy.plain_reason, policy.shares_prompts) == (reason, reason is None)
 
 
-def test_only_linear_layers_are_adapted(new_policy: Make) -> None:
-    with pytest.raises(ValueError, match=r"^lora.targets: model.embed_tokens cannot be adapted"):
-        new_policy(lora={"targets": ["q_proj", "embed_tokens"]})
+def test_norm_layers_are_refused(new_policy: Make) -> None:
+    with pytest.raises(ValueError, match=r"^lora.targets: model.norm cannot be adapted, since LoRA on norm layers is refused"):
+        new_policy(lora={"targets": ["q_proj", "norm"]})
 
 
 def test_a_target_that_the_model_does_not_have(new_policy: Make) -> None:

@@ -7,51 +7,14 @@ import pyarrow.parquet
 import pytest
 import yaml
 from safetensors.torch import load_file
-
-from rankup import GRPOConfig, GRPOTrainer
+from tiny_runs import metrics_of
 
 pytestmark = pytest.mark.engine
 
-ROWS = [{"prompt": f"count to {n}", "target": n} for n in range(12)]
-
-
-def many_low_ids(completions, completion_ids, target, log_metric, **kwargs):
-    """A reward with variance: the share of token ids in the lower half of the vocabulary."""
-    log_metric("targets", sum(target))
-    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
-
-
-@pytest.fixture
-def make_trainer(tiny_model_path, engine_shelf, tmp_path: Path):
+@pytest.fixture(autouse=True)
+def no_other_engine(engine_shelf):
+    """These runs start engines of their own, and two do not fit."""
     engine_shelf.close()
-
-    def make(reward=many_low_ids, rows=ROWS, **changes) -> GRPOTrainer:
-        options = {
-            "dtype": "float32",
-            "rank": 8,
-            "alpha": 16,
-            "num_generations": 4,
-            "max_prompt_length": 64,
-            "max_completion_length": 8,
-            "prompts_per_step": 3,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "kv_cache_gib": 0.0625,
-            "output_dir": tmp_path / "run",
-        }
-        return GRPOTrainer(
-            model=str(tiny_model_path("llama")),
-            reward_funcs=reward,
-            args=GRPOConfig(**{**options, **changes}),
-            train_dataset=rows,
-            eval_dataset=rows[:4],
-        )
-
-    return make
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_a_complete_folder(make_trainer, tmp_path, capsys):

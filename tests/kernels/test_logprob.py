@@ -11,66 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logprob_oracle import Case, from_full_logits, leaves, make_adapter, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankup.kernels import logprob
-from rankup.kernels.logprob import Head, TokenLoss, chunk_rows, linear_logprob_loss, linear_logprobs
+from rankup.kernels.logprob import Head, TokenFactor, TokenLoss, chunk_rows, linear_logprob_loss, linear_logprobs
 from rankup.kernels.lora import Adapter
 
 ONE_CHUNK_IS_16_ROWS = 1  # byte: the least that a chunk holds is 16 rows
-Case = tuple[torch.Tensor, Head, torch.Tensor]
-
-
-def make_case(
-    tokens: int,
-    *,
-    hidden: int = 6,
-    vocabulary: int = 11,
-    rank: int = 0,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-    **head: Any,
-) -> Case:
-    """Hidden states (requiring grad), a head (with an adapter whose masters require it, if of any rank) and targets."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    hidden_ND, weight_VD = normal(tokens, hidden).requires_grad_(), normal(vocabulary, hidden)
-    adapter = None
-    if rank:
-        adapter = make_adapter(normal(rank, hidden) / hidden**0.5, normal(vocabulary, rank), scaling=0.5)
-    targets_N = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    return hidden_ND, Head(weight_VD=weight_VD, adapter=adapter, **head), targets_N
-
-
-def make_adapter(a_RD: torch.Tensor, b_VR: torch.Tensor, scaling: float) -> Adapter:
-    """Operands in the given dtype, b scaled; masters in fp32 or fp64."""
-    accumulator = torch.promote_types(a_RD.dtype, torch.float32)
-    masters = (a_RD.to(accumulator).requires_grad_(), b_VR.to(accumulator).requires_grad_())
-    return Adapter(*masters, a_RD.detach(), b_VR.detach() * scaling, scaling)
-
-
-def leaves(hidden_ND: torch.Tensor, head: Head) -> list[torch.Tensor]:
-    """Everything that gets a gradient."""
-    return [hidden_ND] if head.adapter is None else [hidden_ND, head.adapter.master_a, head.adapter.master_b]
-
-
-def from_full_logits(
-    hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle: log-probability of each target and entropy of each row, with gradients for the masters' values too."""
-    logits_NV = hidden_ND @ head.weight_VD.t()
-    if head.adapter is not None:
-        a_RD, b_VR = (master.to(hidden_ND.dtype) for master in (head.adapter.master_a, head.adapter.master_b))
-        logits_NV = logits_NV + hidden_ND @ a_RD.t() @ (head.adapter.scaling * b_VR).t()
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if head.softcap is not None:
-        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
-    log_softmax_NV = (logits_NV * head.scale / temperature).log_softmax(-1)
-    entropy_N = -(log_softmax_NV.exp() * log_softmax_NV).sum(-1)
-    return log_softmax_NV.gather(1, targets_N[:, None])[:, 0], entropy_N
 
 
 def minus_logprob(logprobs_n: torch.Tensor, _entropy_n: torch.Tensor, _chunk: slice) -> torch.Tensor:
@@ -100,12 +48,21 @@ def sequence_loss(tokens: int, sequences: int) -> TokenLoss:
     return loss
 
 
-def assert_equals_full_logits(case: Case, loss: TokenLoss, temperature: float = 1.0, **options: Any) -> None:
+def uneven(logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> torch.Tensor:
+    """A factor of each token that depends on all of them, zero for every third."""
+    assert not logprobs_N.requires_grad and not entropy_N.requires_grad
+    return (torch.arange(len(logprobs_N)) % 3) * (entropy_N.mean() - 0.1 * logprobs_N.mean())
+
+
+def assert_equals_full_logits(
+    case: Case, loss: TokenLoss, temperature: float = 1.0, factor: TokenFactor | None = None, **options: Any
+) -> None:
     """Loss, log-probabilities, entropies and all gradients."""
     hidden_ND, head, targets_N = case
     expected = from_full_logits(*case, temperature)
-    expected_loss = loss(*expected, slice(0, len(targets_N))).sum()
-    total, *measured = linear_logprob_loss(*case, loss, temperature=temperature, **options)
+    factor_N = 1.0 if factor is None else factor(*(t.detach() for t in expected))
+    expected_loss = (loss(*expected, slice(0, len(targets_N))) * factor_N).sum()
+    total, *measured = linear_logprob_loss(*case, loss, temperature=temperature, factor=factor, **options)
     torch.testing.assert_close(tuple(measured), expected)
     torch.testing.assert_close(total, expected_loss)
     assert not measured[0].requires_grad and not measured[1].requires_grad
@@ -136,6 +93,7 @@ def blocks_of(rows: int, case: Case) -> Iterator[None]:
     chunk_bytes=st.sampled_from([ONE_CHUNK_IS_16_ROWS, 4000, 2**20]),
     block_rows=st.sampled_from([1, 3, 100]),
     visits=st.sampled_from([1, 2]),
+    factor=st.sampled_from([None, uneven]),
 )
 def test_any_shape_equals_full_logits(
     tokens: int,
@@ -148,11 +106,12 @@ def test_any_shape_equals_full_logits(
     chunk_bytes: int,
     block_rows: int,
     visits: Literal[1, 2],
+    factor: TokenFactor | None,
 ) -> None:
     case = make_case(tokens, vocabulary=vocabulary, rank=rank, softcap=softcap, scale=scale)
     loss = curved_loss(tokens, entropy=entropy)
     with blocks_of(block_rows, case):
-        assert_equals_full_logits(case, loss, temperature, chunk_bytes=chunk_bytes, visits=visits)
+        assert_equals_full_logits(case, loss, temperature, factor, chunk_bytes=chunk_bytes, visits=visits)
         measured = linear_logprobs(*case, temperature=temperature, chunk_bytes=chunk_bytes)
     torch.testing.assert_close(measured, from_full_logits(*case, temperature))
     assert not measured[0].requires_grad and not measured[1].requires_grad
@@ -166,11 +125,13 @@ def test_a_loss_over_sequences_that_span_chunks(tokens: int, softcap: float | No
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_two_visits_give_what_one_gives(entropy: bool) -> None:
-    case = make_case(40, rank=2)
+@pytest.mark.parametrize("factor", [None, uneven])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_two_visits_give_what_one_gives(entropy: bool, factor: TokenFactor | None, rank: int) -> None:
+    case = make_case(40, rank=rank)
     results = []
     for visits in (1, 2):
-        options: dict[str, Any] = {"chunk_bytes": ONE_CHUNK_IS_16_ROWS, "visits": visits}
+        options: dict[str, Any] = {"chunk_bytes": ONE_CHUNK_IS_16_ROWS, "visits": visits, "factor": factor}
         loss, *measured = linear_logprob_loss(*case, curved_loss(40, entropy=entropy), **options)
         results.append((loss, *measured, *torch.autograd.grad(loss, leaves(*case[:2]))))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
@@ -227,6 +188,21 @@ def test_bf16_errs_no_more_than_plain_bf16(head: dict[str, Any], entropy: bool) 
     assert [t.dtype for t in (loss, *ours)] == [torch.float32] * 3 + [torch.bfloat16] + [torch.float32] * 2
     exact = plain(exact_case)
     assert (relative_errors(exact, ours) <= 1.5 * relative_errors(exact, plain(case))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_token_that_is_switched_off_leaves_nothing(dtype: torch.dtype, rank: int) -> None:
+    """A factor of 0 or 1, given afterwards or known from the start: the same to the last bit."""
+    case, keep_N = make_case(200, hidden=64, vocabulary=500, rank=rank, dtype=dtype), torch.arange(200) % 3 > 0
+    results = []
+    for loss, factor in (
+        (lambda lp, _, __: -lp, lambda *_: keep_N),
+        (lambda lp, _, chunk: -lp * keep_N[chunk], None),
+    ):
+        total, *_ = linear_logprob_loss(*case, loss, chunk_bytes=500 * 2 * 70, factor=factor)
+        results.append([total, *torch.autograd.grad(total, leaves(*case[:2]))])
+    assert all(map(torch.equal, *results)) and not results[0][1][~keep_N].any() and results[0][1].dtype == dtype
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss

@@ -1,14 +1,27 @@
-"""Weighted groups of made-up tokens, for tests that need no sampler."""
+"""Weighted groups of made-up tokens, for tests that need no sampler, and an objective's loss on made-up log-probabilities.
+
+    (one,) = pack(random_groups([(4, [3, 5])]), tokens_per_pack=1000)
+    loss = loss_on_leaves(objective.of(one, constants, ...), logprobs_N, entropies_N)
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from tiny_models import SPECIAL_TOKENS, VOCABULARY
 
 from rankup.grpo.packing import WeightedGroup
 from rankup.rollout.types import Completion, PromptGroup
+
+if TYPE_CHECKING:
+    import torch
+
+    from rankup.grpo.objective import PackLoss
+
+CHUNK = 4  # tokens: smaller than most completions
 
 
 def make_group(
@@ -17,23 +30,30 @@ def make_group(
     *,
     advantages: Sequence[float] | None = None,
     logprobs: Sequence[Sequence[float]] | None = None,
+    truncated: Sequence[int] = (),
     index: int = 0,
 ) -> WeightedGroup:
-    """A group of these tokens; advantages 0 and log-probabilities -1 unless given."""
+    """A group of these tokens; advantages 0 and log-probabilities -1 unless given. `truncated`: which ones were cut off."""
     drawn = [[-1.0] * len(ids) for ids in completions] if logprobs is None else logprobs
+    reasons: list[Literal["stop", "length"]] = ["length" if i in truncated else "stop" for i in range(len(completions))]
     group = PromptGroup(
         index=index,
         prompt_token_ids=tuple(prompt),
         completions=tuple(
-            Completion(token_ids=tuple(ids), logprobs=tuple(lps), text="", finish_reason="stop", policy_version=0)
-            for ids, lps in zip(completions, drawn, strict=True)
+            Completion(token_ids=tuple(ids), logprobs=tuple(lps), text="", finish_reason=reason, policy_version=0)
+            for ids, lps, reason in zip(completions, drawn, reasons, strict=True)
         ),
     )
     return WeightedGroup(group=group, advantages=tuple(advantages or [0.0] * len(completions)))
 
 
-def random_groups(shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0) -> list[WeightedGroup]:
-    """One group a shape (prompt length, completion lengths): random tokens, advantages and sampler's log-probabilities."""
+def random_groups(
+    shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0, truncated: Sequence[int] = ()
+) -> list[WeightedGroup]:
+    """One group a shape (prompt length, completion lengths): random tokens, advantages and sampler's log-probabilities.
+
+    `truncated`: which completions of each group were cut off.
+    """
     draw = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
@@ -45,7 +65,39 @@ def random_groups(shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0)
             [tokens(length) for length in lengths],
             advantages=[draw.gauss(0, 1) for _ in lengths],
             logprobs=[[draw.uniform(-6, -2) for _ in range(length)] for length in lengths],
+            truncated=truncated,
             index=index,
         )
         for index, (prompt_length, lengths) in enumerate(shapes)
     ]
+
+
+def with_logprobs(groups: Sequence[WeightedGroup], logprobs: Sequence[torch.Tensor]) -> list[WeightedGroup]:
+    """The groups with other sampler's log-probabilities: one tensor a completion that is not empty, in order."""
+    remaining = iter(logprobs)
+
+    def with_others(completion: Completion) -> Completion:
+        others = tuple(next(remaining).tolist()) if completion.token_ids else ()
+        assert len(others) == len(completion.token_ids)
+        return dataclasses.replace(completion, logprobs=others)
+
+    return [
+        WeightedGroup(
+            group=dataclasses.replace(w.group, completions=tuple(map(with_others, w.group.completions))),
+            advantages=w.advantages,
+        )
+        for w in groups
+    ]
+
+
+def loss_on_leaves(loss: PackLoss, logprobs_N: torch.Tensor, entropies_N: torch.Tensor) -> torch.Tensor:
+    """The loss (scalar, differentiable) as `linear_logprob_loss` forms it: by chunks or at once, and the factor last."""
+    import torch
+
+    tokens = len(logprobs_N)
+    step = CHUNK if loss.visits == 1 else tokens
+    chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+    loss_N = torch.cat([loss.token_loss(logprobs_N[chunk], entropies_N[chunk], chunk) for chunk in chunks])
+    if loss.factor is not None:
+        loss_N = loss_N * loss.factor(logprobs_N.detach(), entropies_N.detach())
+    return loss_N.sum()

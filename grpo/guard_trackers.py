@@ -1,0 +1,140 @@
+"""What the guards of a run remember of its metrics: running means, noise, the best so far, and which alarms have rung.
+
+    series = Series()
+    for reward in rewards:
+        series.add(reward, baseline_steps=5)
+    series.lost(standard_errors=3)          # 0.4: of what was gained, 40 % are lost again beyond doubt
+
+Plain Python numbers; `dataclasses.asdict` of a `Trackers` is what a checkpoint keeps, and `Trackers.from_dict` reads it back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+SHORT_SPAN, LONG_SPAN = 5, 20
+"""Spans, in steps, of the running means: of what the policy does now, and of what it is compared with."""
+
+SHORT_VARIANCE, LONG_VARIANCE = 1 / 5, 1 / 20
+"""Variances of these means over that of one value: w / (2 - w) with w = 2 / (span + 1). A start of 5 steps has 1/5 too."""
+
+
+class Level(IntEnum):
+    """Where a value is."""
+
+    INSIDE = 0
+    WATCH = 1
+    STOP = 2
+
+
+@dataclass(slots=True)
+class Series:
+    """One quantity's past: running means, each a plain mean at first and exponential from then on."""
+
+    count: int = 0
+    last: float = 0.0
+    short: float = 0.0
+    long: float = 0.0
+    variance: float = 0.0
+    """Of one step's value: half the mean squared difference of neighbours, which a trend hardly changes."""
+    start: float = 0.0
+    """Mean of the first `baseline_steps` values, and the standard deviation of one value in them."""
+    start_deviation: float = 0.0
+    best: float | None = None
+    """Highest long mean that lay above the start by more than noise, and one value's standard deviation then."""
+    best_deviation: float = 0.0
+
+    def add(self, value: float, *, baseline_steps: int) -> None:
+        self.count += 1
+        if self.count > 1:
+            self.variance += ((value - self.last) ** 2 / 2 - self.variance) * _weight(self.count - 1, LONG_SPAN)
+        self.short += (value - self.short) * _weight(self.count, SHORT_SPAN)
+        self.long += (value - self.long) * _weight(self.count, LONG_SPAN)
+        self.last = value
+        deviation = self.deviation()
+        if self.count <= baseline_steps:
+            self.start += (value - self.start) / self.count
+            self.start_deviation = deviation
+            return
+        noise = 3 * max(deviation, self.start_deviation) * math.sqrt(LONG_VARIANCE + SHORT_VARIANCE)
+        if self.long - self.start > max(noise, 1e-6) and (self.best is None or self.long > self.best):
+            self.best, self.best_deviation = self.long, deviation
+
+    def deviation(self) -> float:
+        """Standard deviation of one step's value; more than it was, while there are few values to tell (Student's t)."""
+        if self.count < 2:
+            return 0.0
+        return math.sqrt(self.variance) * (1 + 4 / (min(self.count, LONG_SPAN) - 1))
+
+    def lost(self, *, standard_errors: float) -> float:
+        """Share of the gain that is lost again, `(best - now) / (best - start)`, less what noise explains.
+
+        `now` is the short mean and `best` the best long mean: the best of many short means would be a lucky one. Where
+        nothing has been gained, it is the share of what there was at the start.
+        """
+        deviation = self.deviation()
+        if self.best is None:
+            past, past_deviation, past_variance = self.start, self.start_deviation, SHORT_VARIANCE
+            at_stake = max(abs(self.start), 3 * max(deviation, self.start_deviation), 1e-6)
+        else:
+            past, past_deviation, past_variance = self.best, self.best_deviation, LONG_VARIANCE
+            at_stake = self.best - self.start
+        # A rare reward looks free of noise between two successes: what was seen when the past was measured counts as well.
+        noise = standard_errors * max(deviation, past_deviation) * math.sqrt(SHORT_VARIANCE + past_variance)
+        return max(0.0, past - self.short - noise) / at_stake
+
+    def over_start(self, *, low_is_bad: bool) -> float | None:
+        """The short mean over the start; for what is bad when high, the least ratio that noise leaves (3 standard errors)."""
+        if self.start <= 0:
+            return None
+        if low_is_bad:
+            return self.short / self.start
+        errors = 3 * math.sqrt(SHORT_VARIANCE)
+        return (self.short - errors * self.deviation()) / (self.start + errors * self.start_deviation)
+
+
+def _weight(count: int, span: int) -> float:
+    """Weight of the newest of `count` values in a running mean."""
+    return max(1 / count, 2 / (span + 1))
+
+
+@dataclass(slots=True)
+class Excursion:
+    """How far an alarm's value has been beyond its limits since it was last inside."""
+
+    worst: int = Level.INSIDE
+    steps_inside: int = 0
+
+    def beyond(self, level: Level) -> bool:
+        """The value is at `level`; returns whether that is worse than it was."""
+        self.steps_inside = 0
+        is_worse = level > self.worst
+        self.worst = max(self.worst, int(level))
+        return is_worse
+
+    def inside(self, *, needed: int) -> None:
+        """The value is inside; after `needed` such steps in a row the alarm is ready again."""
+        self.steps_inside += 1
+        if self.steps_inside >= needed:
+            self.worst = Level.INSIDE
+
+
+@dataclass(slots=True)
+class Trackers:
+    """What belongs to the policy of a moment, and goes back with it."""
+
+    series: dict[str, Series] = field(default_factory=dict)
+    """By metric."""
+    excursions: dict[str, Excursion] = field(default_factory=dict)
+    """By alarm."""
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Trackers:
+        return cls(
+            series={name: Series(**values) for name, values in state["series"].items()},
+            excursions={name: Excursion(**values) for name, values in state["excursions"].items()},
+        )

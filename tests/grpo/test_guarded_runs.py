@@ -1,0 +1,140 @@
+"""Alarms in whole runs with real vLLM: each rings on a fault that is made, acts, and stays silent over a healthy run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import steps_of
+
+from rankup.grpo.trainer import TrainingStoppedError
+
+pytestmark = pytest.mark.engine
+
+HEALTHY = {"max_steps": 40, "learning_rate": 1e-3, "prompts_per_step": 8, "num_generations": 8, "eval_before": False}
+
+
+def low_ids(completion_ids, **kwargs):
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.fixture
+def run(make_trainer, tmp_path, run_engine, capsys):
+    """Train with changes; returns the steps' metrics and what was printed."""
+
+    def train(reward=low_ids, **changes):
+        changes = {"max_num_seqs": run_engine.settings.max_num_seqs, **changes}
+        make_trainer(reward=reward, **changes).train(engine=run_engine)
+        return steps_of(tmp_path / "run"), capsys.readouterr().out
+
+    return train
+
+
+def test_a_healthy_run_of_forty_steps_is_silent(run):
+    steps, printed = run(**HEALTHY)
+    assert len(steps) == 40
+    assert steps[-1]["reward"] > steps[0]["reward"] + 0.1, "it learns"
+    assert all(step["guards/alarms"] == 0 and step["update_skipped"] == 0 for step in steps)
+    assert steps[-1]["guards/learning_rate_factor"] == 1.0
+    notes = [line for line in printed.splitlines() if line.startswith("note: step")]
+    assert not notes, notes
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_said(run):
+    def explodes(completion_ids, trainer_state, **kwargs):
+        scale = 1e38 if trainer_state.global_step == 7 else 1.0
+        return [scale * reward for reward in low_ids(completion_ids)]
+
+    steps, printed = run(explodes, **HEALTHY | {"max_steps": 10, "scale_rewards": "none"}, epsilon=0.2)
+    assert steps[7]["grad_norm"] is None, "JSON has no inf"
+    assert [step["update_skipped"] for step in steps] == [0.0] * 7 + [1.0] + [0.0] * 2
+    assert "step 8" in printed and "gradient" in printed
+
+
+def test_a_tenfold_gradient_is_skipped(run):
+    def tenfold(completion_ids, trainer_state, **kwargs):
+        return [(10 if trainer_state.global_step == 8 else 1) * reward for reward in low_ids(completion_ids)]
+
+    steps, printed = run(tenfold, **HEALTHY | {"max_steps": 10, "scale_rewards": "none"})
+    skipped = [index for index, step in enumerate(steps) if step["update_skipped"]]
+    assert skipped == [8]
+    assert steps[8]["grad_norm"] > 5 * steps[7]["grad_norm"]
+    assert "skipped" in printed
+
+
+def test_an_entropy_that_is_driven_down_rings_and_the_policy_is_taken_back(run):
+    """A bonus of the wrong sign drives the entropy down, and the reward has nothing to say about it."""
+
+    def noise(completion_ids, **kwargs):
+        return [float(hash(tuple(ids)) % 2) for ids in completion_ids]
+
+    changes = HEALTHY | {"max_steps": 30, "learning_rate": 2e-2, "entropy_coef": -3.0}
+    steps, printed = run(noise, **changes)
+    assert "entropy" in printed
+    assert steps[-1]["guards/alarms"] >= 1
+    assert steps[-1]["guards/restores"] >= 1
+    assert steps[-1]["guards/learning_rate_factor"] < 1.0
+    unguarded, _ = run(noise, **changes, enabled=False)
+    assert unguarded[-1]["entropy"] < 0.1 * unguarded[0]["entropy"]
+    assert max(step["entropy"] for step in steps[-5:]) > 2 * unguarded[-1]["entropy"]
+
+
+def test_a_sampler_with_another_adapter_ends_the_run(make_trainer, run_engine, tmp_path, capsys, monkeypatch):
+    """The engine samples from another adapter than the one that is trained: every step is skipped, and ten are enough."""
+    rollout = run_engine.rollout
+
+    def with_another_adapter(*args, **kwargs) -> Iterator:
+        kept = {name: slot.b.clone() for name, slot in run_engine.slots.items()}
+        generator = torch.Generator().manual_seed(0)
+        for slot in run_engine.slots.values():
+            slot.b.add_(0.3 * torch.randn(slot.b.shape, generator=generator))
+        try:
+            yield from rollout(*args, **kwargs)
+        finally:
+            for name, b in kept.items():
+                run_engine.slots[name].b.copy_(b)
+
+    trainer = make_trainer(reward=low_ids, **HEALTHY | {"max_num_seqs": run_engine.settings.max_num_seqs})
+    started = False
+
+    def faulty(*args, **kwargs):
+        # The proof at the start of a run samples too, and would find the fault: it begins with the first step.
+        nonlocal started
+        started = started or kwargs.get("seeds") is not None
+        return with_another_adapter(*args, **kwargs) if started else rollout(*args, **kwargs)
+
+    monkeypatch.setattr(run_engine, "rollout", faulty)
+    with pytest.raises(TrainingStoppedError, match="skipped"):
+        trainer.train(engine=run_engine)
+    printed = capsys.readouterr().out
+    steps = steps_of(tmp_path / "run")
+    assert "sampler" in printed
+    assert len(steps) == 10 and all(step["update_skipped"] for step in steps)
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert not any(t.any() for name, t in adapter.items() if "lora_B" in name), "no update was ever applied"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 10
+
+
+def test_guards_that_are_off_leave_the_run_alone(run):
+    def tenfold(completion_ids, trainer_state, **kwargs):
+        return [(10 if trainer_state.global_step == 8 else 1) * reward for reward in low_ids(completion_ids)]
+
+    steps, printed = run(tenfold, **HEALTHY | {"max_steps": 10, "scale_rewards": "none", "enabled": False})
+    assert not any(step["update_skipped"] for step in steps)
+    assert "skipped" not in printed and steps[-1]["guards/alarms"] == 0
+
+
+def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
+    """From step 15 on the reward is turned round: what was learned is unlearned, and the run does not end there."""
+
+    def turns(completion_ids, trainer_state, **kwargs):
+        sign = 1 if trainer_state.global_step < 15 else -1
+        return [0.5 + sign * (reward - 0.5) for reward in low_ids(completion_ids)]
+
+    steps, printed = run(turns, **HEALTHY | {"max_steps": 30, "learning_rate": 5e-3})
+    assert steps[-1]["guards/restores"] >= 1 or "the run ends with the adapter of step" in printed
+    assert math.isfinite(steps[-1]["grad_norm"])

@@ -1,0 +1,45 @@
+"""Whole runs of a tiny model, for tests: rows, a reward with variance, a configuration of seconds, and what a run wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rankup import GRPOConfig
+
+ROWS = [{"prompt": f"count to {n}", "target": n} for n in range(12)]
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "rank": 8,
+    "alpha": 16,
+    "num_generations": 4,
+    "max_prompt_length": 64,
+    "max_completion_length": 8,
+    "prompts_per_step": 3,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "kv_cache_gib": 0.0625,
+}
+
+
+def tiny_config(output_dir: Path, **changes: Any) -> GRPOConfig:
+    """A configuration of two steps of three prompts, with flat names changed."""
+    return GRPOConfig(**{**OPTIONS, "output_dir": output_dir, **changes})
+
+
+def many_low_ids(completions: list, completion_ids: list, target: list, log_metric: Any, **kwargs: Any) -> list[float]:
+    """A reward with variance: the share of token ids in the lower half of the vocabulary."""
+    log_metric("targets", sum(target))
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """Those of its steps."""
+    return [row for row in metrics_of(run) if "reward" in row]
