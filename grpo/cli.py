@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, check."""
+"""The command `rankup`: train, eval, check, plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import GRPOConfig, load_config
+from .plan import add_plan_command
 from .records import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   rankup eval runs/quickstart                                     the trained adapter on the evaluation data, greedy
   rankup eval configs/quickstart.yaml                             the base model on the same
   rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
+  rankup plan Qwen/Qwen2.5-7B --vram 80                           an adapter and a memory budget, with the reasons
 """
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
@@ -70,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="section.field=value", help="what to set differently")
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         command.set_defaults(command=function)
+    add_plan_command(commands)
     return parser
 
 

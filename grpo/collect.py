@@ -86,11 +86,16 @@ def collect(
     sampling: SamplingSettings,
     *,
     seed: tuple[int, int] | None,
+    first_index: int = 0,
     trainer_state: Mapping[str, Any],
     use_adapter: bool = True,
 ) -> Collected:
-    """Sample and score completions for `rows`. `seed` is (run seed, step): each request's seed is derived from it."""
-    seeds = None if seed is None else [request_seed(*seed, index) for index in range(len(rows))]
+    """Sample and score completions for `rows`.
+
+    `seed` is (run seed, step): each request's seed is derived from it and from its place in the step, which `first_index`
+    begins.
+    """
+    seeds = None if seed is None else [request_seed(*seed, first_index + index) for index in range(len(rows))]
     started = time.perf_counter()
     reward_seconds = 0.0
     scored: list[ScoredGroup] = []

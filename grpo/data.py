@@ -367,6 +367,13 @@ class PromptSampler:
             chosen.extend(self.rows[index] for index in self._order(epoch)[first:last])
         return chosen
 
+    def further_batch(self, step: int, number: int) -> list[PromptRow]:
+        """As many further rows for the step, drawn at random beside the epochs; `number` counts such draws from 1."""
+        draw = np.random.default_rng(np.random.SeedSequence([self.seed, step, number]))
+        size = len(self.rows)
+        indices = draw.choice(size, self.prompts_per_step, replace=size < self.prompts_per_step)
+        return [self.rows[index] for index in indices]
+
     def _order(self, epoch: int) -> np.ndarray:
         size = len(self.rows)
         if not self.shuffle:

@@ -12,11 +12,15 @@ from .collect import ScoredGroup
 
 
 def reward_metrics(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages], scorer: Scorer) -> dict[str, float]:
-    """Mean reward, its spread within groups, each function's own statistics, and what the functions logged."""
+    """Mean reward, its spread within groups, each function's own statistics, and what the functions logged.
+
+    `advantage_scale` is the spread in the groups that have one: what advantages are before anything divides them.
+    """
     metrics = {
         "reward": _mean(r for g in groups for r in g.scores.total),
         "reward_std": _mean(a.std for a in advantages),
         "frac_reward_zero_std": _mean(float(not a.has_variance) for a in advantages),
+        "advantage_scale": _mean(a.std for a in advantages if a.has_variance),
     }
     for name in scorer.names:
         values = [r for g in groups for r in g.scores.by_function[name] if r is not None]

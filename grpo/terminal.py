@@ -255,6 +255,8 @@ class LiveView:
         for label, name in (("entropy", "entropy"), ("grad norm", "grad_norm")):
             if name in metrics:
                 grid.add_row(label, decimal(metrics[name], 3))
+        if guards := guards_text(metrics):
+            grid.add_row("guards", Text(guards, style="yellow"))
         return grid
 
 
@@ -297,6 +299,18 @@ def phases_of(seconds_by_phase: Mapping[str, float]) -> dict[str, float]:
 def step_seconds(seconds_by_phase: Mapping[str, float]) -> float:
     """The `total` where it is given (phases may overlap), else the sum."""
     return seconds_by_phase.get("total", sum(seconds_by_phase.values()))
+
+
+def guards_text(metrics: Mapping[str, float]) -> str:
+    """What the guards have done so far, such as `3 alarms, 1 skipped, rate x 0.5`; empty where nothing rang."""
+    counts = (("alarms", "alarm"), ("skipped_steps", "skipped"), ("restores", "restored"))
+    parts = []
+    for name, what in counts:
+        count = int(metrics.get(f"guards/{name}", 0))
+        if count:
+            parts.append(f"{count} {what}" + ("s" if what == "alarm" and count > 1 else ""))
+    factor = metrics.get("guards/learning_rate_factor", 1.0)
+    return ", ".join([*parts, f"rate x {factor:g}"] if factor != 1.0 else parts)
 
 
 def evaluation_text(step: int, reward: float, when: When) -> str:

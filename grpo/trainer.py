@@ -6,13 +6,14 @@
                           train_dataset="train.jsonl", eval_dataset="test.jsonl")
     summary = trainer.train()
 
-A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; train on the groups that
-have variance, each prompt once; publish the adapter to vLLM in place. Making a `GRPOTrainer` checks configuration, data
-and reward functions and writes nothing; `train` makes the run folder.
+A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; train on the groups that have
+variance, each prompt once, under the eyes of the guards; publish the adapter to vLLM in place. Making a `GRPOTrainer` checks
+configuration, data and reward functions and writes nothing; `train` makes the run folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,22 +26,28 @@ from ..kernels.cpu_memory import keep_freed_memory
 from ..rewards.loading import RewardSpec
 from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
-from .advantages import GroupAdvantages, group_advantages
-from .collect import Collected, ScoredGroup, collect, engine_settings, greedy_settings, sampling_settings
+from .advantages import GroupAdvantages
+from .batch import collect_batch
+from .collect import Collected, ScoredGroup, collect, engine_settings, greedy_settings
 from .config import GRPOConfig, dump_config
+from .corrections import sampling_warnings
 from .data import PromptData, PromptSampler, load_rows, prepare_prompts
-from .learner import Learner
+from .learner import Learner, Update
 from .models import resolve_model
-from .packing import WeightedGroup
 from .policy import Policy
 from .prove import prove_slots
 from .quiet import quiet_stderr
+from .ranks import describe
 from .records import RunRecorder, When
-from .step_metrics import completion_metrics, completions_table, reward_metrics
+from .step_metrics import completions_table
 from .terminal import View, make_view
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class TrainingStoppedError(ValueError):
+    """The guards gave up on the run. What it had learned is saved."""
 
 
 class Clock:
@@ -110,12 +117,19 @@ class GRPOTrainer:
 
     # ------------------------------------------------------------------------------------------------ the run
 
-    def train(self) -> dict[str, Any]:
-        """Run all steps; returns what `summary.json` says. Ctrl-C saves the adapter and the summary, then raises."""
+    def train(self, *, engine: RolloutEngine | None = None) -> dict[str, Any]:
+        """Run all steps; returns what `summary.json` says. Ctrl-C saves the adapter and the summary, then raises.
+
+        engine: one to sample with, which stays open: several runs can share it. None: one of its own.
+
+        Raises:
+            ValueError: the engine was made with other settings than this run needs.
+            TrainingStoppedError: the guards gave up.
+        """
         config = self.config
         with self.view:
-            self._announce_dropped()
-            with self._engine_and_policy():
+            self._announce()
+            with self._engine_and_policy(engine):
                 self.recorder = RunRecorder(config.logging.output_dir, config_yaml=dump_config(config))
                 if self.recorder.moved_aside is not None:
                     self.view.note(
@@ -129,6 +143,7 @@ class GRPOTrainer:
                             self.policy.save_adapter(self.recorder.adapter_dir)
                         if step + 1 < config.optim.max_steps and _due(step + 1, config.logging.eval_steps):
                             self._evaluate_at(step + 1, "during")
+                    self._leave_healthy()
                     self._evaluate_at(config.optim.max_steps, "after")
                 except KeyboardInterrupt:
                     self._save(interrupted=True)
@@ -137,29 +152,23 @@ class GRPOTrainer:
                 return self._save(interrupted=False)
 
     def _step(self, step: int) -> None:
-        """One step, `step` counting from 0: rollout and reward, advantages, train, publish, record."""
+        """One step, `step` counting from 0: rollout, reward and advantages; train; publish; record."""
         config, clock = self.config, Clock()
-        collected = self._collect(step, clock)
-        groups = collected.groups
-        advantages = group_advantages([g.scores.total for g in groups], scale_rewards=config.algorithm.scale_rewards)
-        weighted = [
-            WeightedGroup(group=g.group, advantages=a.advantages)
-            for g, a in zip(groups, advantages, strict=True)
-            # Without variance every advantage is zero: only a KL penalty has anything to say about such a group.
-            if a.has_variance or config.algorithm.beta > 0
-        ]
+        batch = collect_batch(self.engine, self.scorer, self.sampler, config, step=step)
+        clock.seconds["rollout"] = batch.collected.rollout_seconds
+        clock.seconds["reward"] = batch.collected.reward_seconds
         with clock.phase("train"):
-            trained = self.learner.update(weighted, step=step)
+            update = self.learner.update(batch.weighted, step=step, observed=batch.metrics)
         with clock.phase("publish"):
             self.engine.publish(self.policy.write_slots)
 
+        groups = batch.collected.groups
         sampled_tokens = sum(len(c.token_ids) for g in groups for c in g.group.completions)
-        trained_tokens = sum(len(c.token_ids) for w in weighted for c in w.group.completions)
+        trained_tokens = update.metrics.get("packing/completion_tokens", 0.0)
         self._tokens_seen += sampled_tokens + sum(len(g.row.token_ids) * config.rollout.num_generations for g in groups)
         metrics = {
-            **reward_metrics(groups, advantages, self.scorer),
-            **completion_metrics(groups),
-            **trained,
+            **batch.metrics,
+            **update.metrics,
             "num_tokens": float(self._tokens_seen),
             **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
             "tokens_per_second/rollout": sampled_tokens / clock.seconds["rollout"],
@@ -167,29 +176,28 @@ class GRPOTrainer:
         }
         self.recorder.step(step + 1, metrics)
         self.view.step(step + 1, metrics, clock.seconds)
-        self._warn(step + 1, groups, trained)
+        self._tell(step + 1, groups, update)
         if step == 0 or _due(step + 1, config.logging.completions_steps):
-            self._show_completions(step + 1, collected, advantages)
+            self._show_completions(step + 1, batch.collected, batch.advantages)
+        if update.give_up is not None:
+            self._save(interrupted=True)
+            raise TrainingStoppedError(f"{update.give_up}; the adapter as it was is in {self.recorder.adapter_dir}")
 
-    def _collect(self, step: int, clock: Clock) -> Collected:
-        collected = collect(
-            self.engine,
-            self.scorer,
-            self.sampler.batch(step),
-            sampling_settings(self.config),
-            seed=(self.config.seed, step),
-            trainer_state={"global_step": step, "max_steps": self.config.optim.max_steps},
-        )
-        clock.seconds["rollout"] = collected.rollout_seconds
-        clock.seconds["reward"] = collected.reward_seconds
-        return collected
-
-    def _warn(self, step: int, groups: Sequence[ScoredGroup], trained: Mapping[str, float]) -> None:
-        if trained.get("update_skipped"):
-            self.view.note(f"step {step}: the gradient was not finite, the update was skipped")
+    def _tell(self, step: int, groups: Sequence[ScoredGroup], update: Update) -> None:
+        for note in update.notes:
+            self.view.note(note)
         unscored = sum(reward is None for g in groups for reward in g.scores.total)
         if unscored:
             self.view.note(f"step {step}: no reward function applied to {unscored} completions; they teach nothing")
+
+    def _leave_healthy(self) -> None:
+        """A run whose reward has fallen away from its best ends with the adapter that had it."""
+        if not self.learner.guards.ends_unhealthy():
+            return
+        step = self.learner.restore_last_healthy()
+        if step is not None:
+            self.engine.publish(self.policy.write_slots)
+            self.view.note(f"the reward has fallen from its best: the run ends with the adapter of step {step}")
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -258,7 +266,14 @@ class GRPOTrainer:
         self.view.finish(summary)
         return summary
 
-    def _announce_dropped(self) -> None:
+    def _announce(self) -> None:
+        """What is known about the run before it starts."""
+        rollout = self.config.rollout
+        warnings = sampling_warnings(
+            temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p
+        )
+        for line in [*describe(self.config), *warnings]:
+            self.view.note(line)
         for name, prompts in (("training", self.train_prompts), ("evaluation", self.eval_prompts)):
             if prompts is not None and prompts.dropped:
                 total = prompts.dropped + len(prompts.rows)
@@ -270,13 +285,16 @@ class GRPOTrainer:
     # ------------------------------------------------------------------------------------------------ parts
 
     @contextmanager
-    def _engine_and_policy(self) -> Iterator[None]:
-        """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine in the end."""
+    def _engine_and_policy(self, engine: RolloutEngine | None = None) -> Iterator[None]:
+        """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine (if ours) in the end."""
         config = self.config
         keep_freed_memory()
         self.view.stage("starting vLLM and loading the model")
+        settings = engine_settings(config, self.model_path)
+        if engine is not None and dataclasses.replace(engine.settings, seed=settings.seed) != settings:
+            raise ValueError(f"the engine was made with other settings ({engine.settings}) than this run needs ({settings})")
         with quiet_stderr():
-            self.engine = RolloutEngine(engine_settings(config, self.model_path))
+            self.engine = engine or RolloutEngine(settings)
         try:
             with quiet_stderr():
                 self.policy = Policy(
@@ -296,7 +314,8 @@ class GRPOTrainer:
             self.learner = Learner(self.policy, config, pad_token_id=self.tokenizer.pad_token_id or 0)
             yield
         finally:
-            self.engine.close()
+            if engine is None:
+                self.engine.close()
 
     def _rows(self, given: Any, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
         source = configured if given is None else given

@@ -42,6 +42,8 @@ def problem(words: list[str]) -> str | None:
     except SystemExit as exit_:  # 0 after --help
         return "rankup does not understand it" if exit_.code else None
     # A file in a folder is one of the repository's; a bare name, such as run.yaml, is the reader's own; so is a run.
+    if not hasattr(options, "file"):  # `rankup plan` takes a model
+        return None
     is_ours = options.file.suffix == ".yaml" and len(options.file.parts) > 1
     if not is_ours:
         return None
