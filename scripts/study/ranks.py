@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""The stability study: GRPO on the quick start's task over rank, scale, learning rate and seed.
+
+Every run is a line of a JSONL file, written when the run ends; a run that has its line is not run again, so the study can be
+stopped at any time and goes on where it was. Runs of one rank share an engine.
+
+    grid        rank x scaling x learning rate x seed; short runs of 64 completions a step, constant rate, no guards
+    collapse    a run set up to collapse (rank 128, alpha 256, rate 1e-4 constant), without guards and with them
+    defaults    the quick start as it is shipped, at rank 64 and 128
+
+examples:
+  scripts/study/ranks.py grid --minutes 60    run what is missing, for an hour
+  scripts/study/ranks.py collapse defaults    all that is missing of these two
+  scripts/study/ranks.py --list               what there is and what is missing
+  scripts/study/ranks.py --plot docs/study/ranks.png --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from common import ROOT, use_environment
+
+if TYPE_CHECKING:
+    from rankup import GRPOConfig
+    from rankup.rollout.engine import RolloutEngine
+
+RESULTS = ROOT / "docs" / "study" / "ranks.jsonl"
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+GRID_STEPS = 40
+SCALINGS = ("alpha 32", "alpha r", "alpha 2r", "rslora 32")
+RATES = (3e-5, 1e-4, 3e-4)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the study. `settings` are overrides of the quick start's run file."""
+
+    experiment: str
+    rank: int
+    scaling: str
+    learning_rate: float
+    seed: int
+    guards: bool
+    settings: dict[str, Any] = field(hash=False)
+    stop_early: bool = False
+
+    @property
+    def key(self) -> str:
+        """What tells runs apart in the results."""
+        values = (self.experiment, self.rank, self.scaling, self.learning_rate, self.seed, self.guards)
+        return " ".join(map(str, values))
+
+
+def grid() -> Iterator[Run]:
+    """Seeds outermost: when time runs out, every setting has as many seeds as any other, but one."""
+    for seed, rank, scaling, rate in product((1, 2), (64, 128), SCALINGS, RATES):
+        yield Run(
+            experiment="grid",
+            rank=rank,
+            scaling=scaling,
+            learning_rate=rate,
+            seed=seed,
+            guards=False,
+            stop_early=True,
+            settings={
+                **scale_of(scaling, rank),
+                "optim.learning_rate": rate,
+                "optim.lr_scheduler_type": "constant",
+                "optim.max_steps": GRID_STEPS,
+                "optim.prompts_per_step": 8,
+                "logging.eval_steps": 10,
+                "logging.eval_before": False,
+                "guards.enabled": False,
+            },
+        )
+
+
+def collapse() -> Iterator[Run]:
+    for seed, guards in product((1, 2), (False, True)):
+        yield Run(
+            experiment="collapse",
+            rank=128,
+            scaling="alpha 2r",
+            learning_rate=1e-4,
+            seed=seed,
+            guards=guards,
+            settings={
+                **scale_of("alpha 2r", 128),
+                "optim.learning_rate": 1e-4,
+                "optim.lr_scheduler_type": "constant",
+                "optim.max_steps": 60,
+                "logging.eval_steps": 5,
+                "guards.enabled": guards,
+            },
+        )
+
+
+def defaults() -> Iterator[Run]:
+    """The shipped run file with no change but the rank."""
+    for seed, rank in product((1, 2), (64, 128)):
+        yield Run(
+            experiment="defaults",
+            rank=rank,
+            scaling="alpha 32",
+            learning_rate=quickstart_rate(),
+            seed=seed,
+            guards=True,
+            settings={"lora.rank": rank},
+        )
+
+
+EXPERIMENTS = {"grid": grid, "collapse": collapse, "defaults": defaults}
+
+
+def scale_of(scaling: str, rank: int) -> dict[str, Any]:
+    """Overrides for a name of `SCALINGS`."""
+    alpha = {"alpha 32": 32, "alpha r": rank, "alpha 2r": 2 * rank, "rslora 32": 32}[scaling]
+    return {"lora.rank": rank, "lora.alpha": alpha, "lora.use_rslora": scaling.startswith("rslora")}
+
+
+def quickstart_rate() -> float:
+    from rankup.grpo.config import load_config
+
+    return load_config(QUICKSTART).optim.learning_rate
+
+
+# --------------------------------------------------------------------------------------------------- running
+
+
+class CollapsedError(Exception):
+    """The run has lost what it had learned."""
+
+
+class Watch:
+    """A view that keeps what a run shows, and ends one that has collapsed."""
+
+    def __init__(self, *, stop_early: bool) -> None:
+        self.stop_early = stop_early
+        self.metrics: list[Mapping[str, float]] = []
+        self.evaluations: list[tuple[int, float]] = []
+        self.notes: list[str] = []
+
+    def step(self, _step: int, metrics: Mapping[str, float], _seconds: Mapping[str, float]) -> None:
+        self.metrics.append(metrics)
+        if self.stop_early and has_collapsed([m["reward"] for m in self.metrics]):
+            raise CollapsedError
+
+    def evaluation(self, step: int, reward: float, _when: str) -> None:
+        self.evaluations.append((step, reward))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def start(self) -> None: ...
+    def stage(self, text: str) -> None: ...
+    def completions(self, step: int, rows: Any) -> None: ...
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def has_collapsed(rewards: list[float]) -> bool:
+    """Whether the mean of the last ten steps is below half of the best mean of five before them (of at least 0.3)."""
+    if len(rewards) < 15:
+        return False
+    best = max(statistics.fmean(rewards[i : i + 5]) for i in range(len(rewards) - 14))
+    return best >= 0.3 and statistics.fmean(rewards[-10:]) < best / 2
+
+
+def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[str, Any], RolloutEngine]:
+    """Do one run; returns its row, and the engine for the next one."""
+    from rankup import GRPOTrainer
+    from rankup.grpo.collect import engine_settings
+    from rankup.grpo.config import load_config
+    from rankup.grpo.models import resolve_model
+    from rankup.grpo.quiet import quiet_stderr
+    from rankup.rollout.engine import RolloutEngine
+
+    overrides = {"seed": run.seed, "logging.output_dir": str(folder / run.key.replace(" ", "_")), **run.settings}
+    config: GRPOConfig = load_config(QUICKSTART, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+    settings = engine_settings(config, resolve_model(config.model.name))
+    if engine is not None and replace(engine.settings, seed=settings.seed) != settings:
+        engine.close()
+        engine = None
+    if engine is None:
+        with quiet_stderr():
+            engine = RolloutEngine(settings)
+    watch = Watch(stop_early=run.stop_early)
+    started = time.monotonic()
+    stopped = None
+    try:
+        GRPOTrainer(args=config, view=watch).train(engine=engine)  # type: ignore[arg-type]
+    except CollapsedError:
+        stopped = "collapsed"
+    gc.collect()
+    return row_of(run, config, watch, stopped, minutes=(time.monotonic() - started) / 60), engine
+
+
+def row_of(run: Run, config: GRPOConfig, watch: Watch, stopped: str | None, *, minutes: float) -> dict[str, Any]:
+    from rankup.grpo.ranks import step_factor
+
+    last = watch.metrics[-1] if watch.metrics else {}
+    evaluations = [reward for step, reward in watch.evaluations if step > 0]
+    return {
+        **asdict(run),
+        "key": run.key,
+        "scale": config.lora.scaling,
+        "step_factor": step_factor(config.lora, config.optim),
+        "steps": len(watch.metrics),
+        "stopped": stopped,
+        "best_evaluation": max(evaluations, default=None),
+        "last_evaluation": evaluations[-1] if evaluations and stopped is None else None,
+        "evaluations": watch.evaluations,
+        **{
+            name: [round(m[key], 4) for m in watch.metrics if key in m]
+            for name, key in (("rewards", "reward"), ("entropies", "entropy"), ("grad_norms", "grad_norm"))
+        },
+        "guard_actions": {name: value for name, value in last.items() if name.startswith("guards/")},
+        "notes": watch.notes,
+        "minutes": round(minutes, 2),
+    }
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows by key."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["key"]: row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSONL file (default docs/study/ranks.jsonl)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="where run folders are put")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
+    parser.add_argument("--list", action="store_true", help="list the runs and whether they are done")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the results")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown tables")
+    options = parser.parse_args()
+    unknown = set(options.experiments) - set(EXPERIMENTS)
+    if unknown:
+        parser.error(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(EXPERIMENTS)}")
+    use_environment()
+    done = read_results(options.results)
+    if options.list:
+        for run in (run for experiment in EXPERIMENTS.values() for run in experiment()):
+            print("done   " if run.key in done else "missing", run.key)
+    if options.plot or options.table:
+        from study_report import plot, tables
+
+        if options.plot:
+            plot(list(done.values()), options.plot)
+        if options.table:
+            print(tables(list(done.values())))
+    if not options.experiments:
+        return
+    from rankup.grpo.quiet import quiet_loggers
+
+    quiet_loggers()
+    started = time.monotonic()
+    engine: RolloutEngine | None = None
+    for run in (run for name in options.experiments for run in EXPERIMENTS[name]()):
+        if run.key in done or time.monotonic() - started > options.minutes * 60:
+            continue
+        row, engine = perform(run, engine, options.runs)
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        result = f"best {row['best_evaluation']}, last {row['last_evaluation']}, {row['stopped'] or 'whole'}"
+        print(f"{run.key}: {result}, {row['minutes']} min", flush=True)
+    if engine is not None:
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()

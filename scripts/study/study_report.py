@@ -1,0 +1,122 @@
+"""The study's results as Markdown tables and as one picture. Rows are those of `ranks.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+COLOURS = {"alpha 32": "#0072B2", "alpha r": "#009E73", "alpha 2r": "#E69F00", "rslora 32": "#D55E00"}
+MARKERS = {64: "o", 128: "D"}
+GUARDED, UNGUARDED = "#0072B2", "#D55E00"
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """All experiments that have results."""
+    parts = [_grid_table(rows), _run_table(rows, "collapse"), _run_table(rows, "defaults")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _grid_table(rows: Sequence[Row]) -> str:
+    """Last evaluation by rank and scaling (rows) and learning rate (columns), all seeds of a cell."""
+    cells: defaultdict[tuple[int, str, float], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["experiment"] == "grid":
+            cells[row["rank"], row["scaling"], row["learning_rate"]].append(row)
+    if not cells:
+        return ""
+    rates = sorted({rate for _, _, rate in cells})
+    lines = ["| rank | scaling | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
+    for rank, scaling in dict.fromkeys((rank, scaling) for rank, scaling, _ in cells):
+        texts = [_cell(cells.get((rank, scaling, rate), [])) for rate in rates]
+        lines.append(f"| {rank} | {scaling} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """Step factor, and each seed's last evaluation; a run that was stopped says so."""
+    if not rows:
+        return ""
+    results = ["collapsed" if row["stopped"] else f"{row['last_evaluation']:.2f}" for row in rows]
+    return f"{', '.join(results)} ({rows[0]['step_factor']:.3g}x)"
+
+
+def _run_table(rows: Sequence[Row], experiment: str) -> str:
+    chosen = [row for row in rows if row["experiment"] == experiment]
+    if not chosen:
+        return ""
+    lines = [
+        "| rank | scaling | rate | seed | guards | steps | best evaluation | last | last / best | what the guards did |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(chosen, key=lambda r: (r["rank"], r["guards"], r["seed"])):
+        share = row["last_evaluation"] / row["best_evaluation"] if row["best_evaluation"] else 0.0
+        guards = "on" if row["guards"] else "off"
+        run = f"| {row['rank']} | {row['scaling']} | {row['learning_rate']:g} | {row['seed']} | {guards} | {row['steps']} |"
+        results = f" {row['best_evaluation']:.3f} | {row['last_evaluation']:.3f} | {share:.2f} | {_actions(row)} |"
+        lines.append(run + results)
+    return "\n".join(lines)
+
+
+def _actions(row: Row) -> str:
+    names = ("alarms", "skipped_steps", "halvings", "restores")
+    counts = [(name.replace("_", " "), int(row["guard_actions"].get(f"guards/{name}", 0))) for name in names]
+    return ", ".join(f"{count} {name}" for name, count in counts if count) or "nothing"
+
+
+def plot(rows: Sequence[Row], out: Path) -> None:
+    """Left: the grid's last evaluation by effective step. Right: rewards of the runs that were set up to collapse."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from rankup.grpo.plots import STYLE
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12.8, 5.4), dpi=125, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        _draw_grid(left, [row for row in rows if row["experiment"] == "grid"])
+        _draw_collapse(right, [row for row in rows if row["experiment"] == "collapse"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+
+
+def _draw_grid(axes: Any, rows: Sequence[Row]) -> None:
+    for scaling, rank in sorted({(row["scaling"], row["rank"]) for row in rows}):
+        points = [row for row in rows if (row["scaling"], row["rank"]) == (scaling, rank)]
+        whole = [row for row in points if not row["stopped"]]
+        style = {"color": COLOURS[scaling], "marker": MARKERS[rank], "markersize": 8, "linestyle": "none"}
+        label = f"{scaling.replace('rslora', 'rsLoRA, alpha')}, rank {rank}"
+        axes.plot([r["step_factor"] for r in whole], [r["last_evaluation"] for r in whole], label=label, **style)
+        lost = [row for row in points if row["stopped"]]
+        axes.plot([r["step_factor"] for r in lost], [0.0] * len(lost), markerfacecolor="none", **style)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.04, 1.0)
+    axes.set_xlabel("effective step, times the reference (alpha 32, rate 1e-4)")
+    axes.set_title("Greedy accuracy after 40 short steps (hollow, at 0: collapsed)", loc="left", fontsize=11)
+    axes.grid(axis="y")
+    if rows:
+        axes.legend(fontsize=9, frameon=False, ncols=2)
+
+
+def _draw_collapse(axes: Any, rows: Sequence[Row]) -> None:
+    labelled: set[bool] = set()
+    for row in rows:
+        colour = GUARDED if row["guards"] else UNGUARDED
+        label = None if row["guards"] in labelled else ("with guards" if row["guards"] else "without guards")
+        labelled.add(row["guards"])
+        rewards = row["rewards"]
+        smooth = [statistics.fmean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
+        axes.plot(range(1, len(rewards) + 1), rewards, color=colour, alpha=0.25, linewidth=1)
+        axes.plot(range(1, len(rewards) + 1), smooth, color=colour, linewidth=2.2, label=label)
+        evaluations = [(step, reward) for step, reward in row["evaluations"] if step > 0]
+        axes.plot(*zip(*evaluations, strict=True), color=colour, marker="o", markersize=5, linestyle="none")
+    axes.set_ylim(-0.04, 1.0)
+    axes.set_xlabel("step")
+    axes.set_title("Set up to collapse: rank 128, alpha 256, rate 1e-4 (points: greedy accuracy)", loc="left", fontsize=11)
+    axes.grid(axis="y")
+    if rows:
+        axes.legend(frameon=False)
