@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from .config_algorithm import AlgorithmConfig, CorrectionConfig
+from .config_algorithm import COMMON, AlgorithmConfig, CorrectionConfig
 from .config_guards import GuardsConfig
 from .config_loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
 from .config_lora import LoraConfig
@@ -48,6 +48,10 @@ __all__ = [
 
 MAX_NUM_SEQS = 256
 """Most sequences that vLLM samples at once unless `rollout.max_num_seqs` says otherwise."""
+
+
+DECIDED_BY_ANOTHER = {"algorithm": tuple(COMMON), "correction": ("cap", "veto")}
+"""Options that are the objective's or the mode's own unless they are given."""
 
 
 class GRPOConfig(Section):
@@ -95,6 +99,21 @@ class GRPOConfig(Section):
     """Seed of data order, adapter initialisation and sampling, 0 to 2**32 - 1."""
 
     _base_dir: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _penalty_fits_the_lengths(self) -> "GRPOConfig":
+        soft_tokens, longest = self.algorithm.soft_overlong_tokens, self.rollout.max_completion_length
+        if soft_tokens > longest:
+            raise ValueError(
+                f"algorithm.soft_overlong_tokens: must be at most rollout.max_completion_length, which is {longest} "
+                f"(got {soft_tokens})"
+            )
+        if soft_tokens and self.algorithm.advantage_estimator == "maxrl":
+            raise ValueError(
+                "algorithm.soft_overlong_tokens: cannot go with maxrl, which takes rewards of at least 0: leave it out, or "
+                "take another estimator"
+            )
+        return self
 
     def __init__(self, **values: Any) -> None:
         keys = known_keys()
@@ -152,5 +171,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
 
 
 def dump_config(config: GRPOConfig) -> str:
-    """The whole configuration as YAML, defaults included; `load_config` reads it back to the same values."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """The whole configuration as YAML, defaults included; `load_config` reads it back to the same values.
+
+    Null stands where `algorithm.loss_type` or `correction.mode` decides.
+    """
+    values = config.model_dump(mode="json")
+    # What another option decides stays open, or a file with another `loss_type` would keep the values of this one.
+    for section, names in DECIDED_BY_ANOTHER.items():
+        given = getattr(config, section).model_fields_set
+        values[section].update({name: None for name in names if name not in given})
+    return dump_yaml(values)

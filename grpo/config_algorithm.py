@@ -100,7 +100,7 @@ class AlgorithmConfig(Section):
 
     top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
     """Train on this share of the step's tokens, those of highest entropy (2506.01939), (0, 1]. Below 1 it takes one more
-    forward pass a step, to find the bound."""
+    forward pass a step, to find the bound, which holds for all of the step's iterations."""
 
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss (DAPO's overlong filtering)."""
@@ -114,12 +114,13 @@ class AlgorithmConfig(Section):
     overlong punishment). 0: off."""
 
     filter_zero_variance: bool = True
-    """Leave groups whose rewards are all alike out of the loss and of its means (DAPO). False: they count in the means, as in
-    TRL. Where a KL penalty or an entropy bonus has something to say about them they stay."""
+    """Leave groups whose advantages are all zero out of the loss and of its means (DAPO). False: they count in the means, as
+    in TRL (with `constant` they always do). Where a KL penalty or an entropy bonus has something to say about them, they
+    stay."""
 
     max_resampling_rounds: int = Field(default=0, ge=0)
-    """Dynamic sampling (DAPO): while groups without variance leave fewer than `optim.prompts_per_step`, sample other prompts,
-    at most so many times a step. 0: off."""
+    """Dynamic sampling (DAPO): while groups without variance leave fewer than `optim.prompts_per_step`, sample further
+    prompts, drawn at random, at most so many times a step; then only groups with variance are trained on. 0: off."""
 
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of completions (mu in the GRPO paper). 1 is fully on-policy."""
@@ -146,6 +147,8 @@ class AlgorithmConfig(Section):
     @field_validator("delta")
     @classmethod
     def _above_the_upper_clip(cls, delta: float | None, info: ValidationInfo) -> float | None:
+        if delta is not None and info.data.get("loss_type") in ("cispo", "sapo"):
+            raise ValueError(f"has no effect on {info.data['loss_type']}, which does not clip so: leave it out")
         epsilon_high = info.data.get("epsilon_high", 0.0)
         if delta is not None and delta <= 1.0 + epsilon_high:
             raise ValueError(f"must be above 1 + algorithm.epsilon_high, which is {1 + epsilon_high:g} (got {delta:g})")
@@ -177,7 +180,7 @@ class CorrectionConfig(Section):
     cap: float = Field(default=None, validate_default=True, gt=0)
     """Largest weight, above 0. None: 2, with icepop 5."""
 
-    floor: float = Field(default=0.5, ge=0)
+    floor: float = Field(default=0.5, ge=0, validate_default=True)
     """Smallest weight that icepop lets pass, below `cap`."""
 
     veto: float = Field(default=None, validate_default=True, ge=0, lt=1)
@@ -202,6 +205,6 @@ class CorrectionConfig(Section):
     @field_validator("floor")
     @classmethod
     def _below_the_cap(cls, floor: float, info: ValidationInfo) -> float:
-        if floor >= info.data.get("cap", float("inf")):
+        if info.data.get("mode") == "icepop" and floor >= info.data.get("cap", float("inf")):
             raise ValueError(f"must be below correction.cap, which is {info.data['cap']:g} (got {floor:g})")
         return floor

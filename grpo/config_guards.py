@@ -18,7 +18,8 @@ class GuardsConfig(Section):
     """Alarms, and what they do. `<alarm>_watch` and `<alarm>_stop` are limits; None switches a limit off."""
 
     enabled: bool = True
-    """Watch the run. False: no alarms and no actions but one: a gradient that is not finite is never applied."""
+    """Watch the run. False: no alarms, and no actions but these: a gradient that is not finite is never applied, and
+    `max_consecutive_skips` of them in a row end the run."""
 
     skip: bool = True
     """Leave out an update whose batch is beyond a stop limit (the sampler's gap, the gradient's norm). A gradient that is not

@@ -75,7 +75,7 @@ def sampling_warnings(*, temperature: float, top_p: float, top_k: int, min_p: fl
     if truncated:
         warnings.append(
             f"rollout.{' and rollout.'.join(truncated)}: tokens are drawn from a part of the distribution that is trained, so "
-            "every ratio is biased; RL samples from all of it (top_p 1, top_k -1, min_p 0)"
+            "every ratio is biased, and guards may skip every update; RL samples from all of it (top_p 1, top_k -1, min_p 0)"
         )
     if temperature != 1.0:
         warnings.append(

@@ -47,13 +47,19 @@ class Series:
     best: float | None = None
     """Highest long mean that lay above the start by more than noise, and one value's standard deviation then."""
     best_deviation: float = 0.0
+    best_short: float | None = None
+    """Highest short mean, which may be a lucky one."""
+    last_is_low: bool = False
+    """Whether the last value lies below the best short mean by more than two standard deviations, both from before it."""
 
     def add(self, value: float, *, baseline_steps: int) -> None:
+        self.last_is_low = self.best_short is not None and value < self.best_short - 2 * self.deviation()
         self.count += 1
         if self.count > 1:
             self.variance += ((value - self.last) ** 2 / 2 - self.variance) * _weight(self.count - 1, LONG_SPAN)
         self.short += (value - self.short) * _weight(self.count, SHORT_SPAN)
         self.long += (value - self.long) * _weight(self.count, LONG_SPAN)
+        self.best_short = self.short if self.best_short is None else max(self.best_short, self.short)
         self.last = value
         deviation = self.deviation()
         if self.count <= baseline_steps:
@@ -86,6 +92,12 @@ class Series:
         # A rare reward looks free of noise between two successes: what was seen when the past was measured counts as well.
         noise = standard_errors * max(deviation, past_deviation) * math.sqrt(SHORT_VARIANCE + past_variance)
         return max(0.0, past - self.short - noise) / at_stake
+
+    def is_near_its_best(self) -> bool:
+        """Whether the short mean is within one standard error of the highest that it has been, and the last value not low."""
+        if self.last_is_low:
+            return False
+        return self.best_short is None or self.short >= self.best_short - self.deviation() * math.sqrt(SHORT_VARIANCE)
 
     def over_start(self, *, low_is_bad: bool) -> float | None:
         """The short mean over the start; for what is bad when high, the least ratio that noise leaves (3 standard errors)."""

@@ -31,9 +31,10 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from .config_guards import LOW_IS_BAD, GuardsConfig
+from .guard_rules import RULES, Rule
 from .guard_trackers import LONG_SPAN, SHORT_SPAN, Excursion, Level, Series, Trackers
 
 QUIET_STEPS = 3
@@ -42,48 +43,14 @@ QUIET_STEPS = 3
 NORM_SPIKE = 3.0
 """A gradient norm enters its running mean as at most so many times that mean, and at least one such part of it."""
 
-SKIP_REMEDY = "lower optim.learning_rate, or see whether the sampler is the policy with `rankup check`"
+SKIP_REMEDY = (
+    "lower optim.learning_rate; where the sampler's gap is too wide, sample with top_p 1, top_k -1 and min_p 0, or see whether "
+    "the sampler is the policy with `rankup check`"
+)
 RESTORE_REMEDY = "even at a lower learning rate: lower optim.learning_rate, or raise guards.max_restores"
 
 AT_BEST = 0.05
 """The reward is at its best while no more than this share of its gain is lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One alarm: the metric that it reads, what is made of it, and what kind of alarm it is."""
-
-    name: str
-    metric: str
-    kind: Literal["batch", "policy", "advice"]
-    measure: Literal["value", "over_running_mean", "long_mean", "over_start", "lost_gain"]
-    text: str
-    """How a value reads after the name; {value} is the judged one, {metric} the metric's own."""
-    held_at_best: bool = False
-    """Not judged while the reward is at its best: a policy that gets better also becomes surer of itself."""
-    relative: tuple[float, float] | None = None
-    """(origin, factor): `watch` also needs `origin + factor * (start - origin)`, since what bf16 costs differs by model."""
-
-
-# The reward comes first: other rules ask how it does.
-RULES = (
-    Rule("reward", "reward", "policy", "lost_gain", "{metric:.3g}: {value:.2f} of what was gained is lost"),
-    Rule("sampler_kl", "sampling/kl", "batch", "value", "{metric:.3g}", relative=(0.0, 2.0)),
-    Rule("sampler_ratio", "sampling/mean_exp_abs_difference", "batch", "value", "{metric:.3g}", relative=(1.0, 1.5)),
-    Rule("effective_sample_size", "sampling/effective_sample_size", "batch", "value", "{metric:.2f}"),
-    Rule("grad_norm", "grad_norm", "batch", "over_running_mean", "{metric:.3g} is {value:.1f} times its running mean"),
-    Rule("entropy", "entropy", "policy", "over_start", "{metric:.2g} is {value:.2f} of its start", held_at_best=True),
-    Rule(
-        "advantage_scale",
-        "advantage_scale",
-        "policy",
-        "over_start",
-        "{metric:.3g} is {value:.1f} times its start",
-        held_at_best=True,
-    ),
-    Rule("length", "completions/mean_length", "policy", "over_start", "{metric:.0f} tokens are {value:.1f} times its start"),
-    Rule("zero_variance", "frac_reward_zero_std", "advice", "long_mean", "{value:.2f} of the groups teach nothing"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +145,18 @@ class Guards:
             give_up=bool(give_up),
             text=self._text(step, restore=restore, reasons=reasons, halved=halved, give_up=give_up),
         )
+
+    def allows(self, step: int, grad_norm: float) -> str:
+        """Whether a further update within the step may be applied: empty, or why not. Such a skip is counted."""
+        reason = "the gradient is not finite" if not math.isfinite(grad_norm) else ""
+        rule = next(rule for rule in RULES if rule.name == "grad_norm")
+        series, (_, stop) = self._now.series.get(rule.metric, Series()), self._limits(rule)
+        is_known = series.count >= self.config.baseline_steps and grad_norm > 0
+        if not reason and self.config.enabled and self.config.skip and stop is not None and is_known:
+            ratio = _exp(math.log(grad_norm) - series.long)
+            reason = f"grad_norm {grad_norm:.3g} is {ratio:.1f} times its running mean" if ratio > stop else ""
+        self._counters.skipped_steps += bool(reason)
+        return f"step {step}: skipped a further update ({reason})" if reason else ""
 
     def restored(self) -> None:
         """Adapter and optimizer are again those of the snapshot: so are all running means; the learning rate stays low."""
@@ -335,19 +314,31 @@ class Guards:
         return f"the run stops after {self._counters.consecutive_skips} skipped updates in a row: {SKIP_REMEDY}"
 
     def _is_healthy(self, step: int, readings: Sequence[_Reading]) -> bool:
-        """Whether a snapshot is worth taking: all is quiet, the reward is at its best, and the last one is old enough."""
+        """Whether a snapshot is worth taking: all is quiet, the reward is near its best, and the last one is old enough.
+
+        Stricter than an alarm: a policy that falls too fast to be told from noise must not become the one to go back to.
+        """
         counters, reward = self._counters, self._now.series.get("reward")
         return (
-            all(reading.level == Level.INSIDE for reading in readings)
+            self.config.restore
+            and all(reading.level == Level.INSIDE for reading in readings)
+            and not self._entropy_has_dropped()
             and (counters.last_ring is None or step - counters.last_ring > QUIET_STEPS)
             and (counters.snapshot_step is None or step - counters.snapshot_step >= self.config.snapshot_steps)
-            and (reward is None or reward.lost(standard_errors=1) <= AT_BEST)
+            and (reward is None or reward.is_near_its_best())
         )
+
+    def _entropy_has_dropped(self) -> bool:
+        """Whether this step's own entropy is below the limit that its mean has yet to reach."""
+        series, watch = self._now.series.get("entropy"), self.config.entropy_watch
+        if series is None or watch is None or series.count < self.config.baseline_steps or self._reward_is_at_best():
+            return False
+        return series.last < watch * series.start
 
     def _text(self, step: int, *, restore: bool, reasons: Sequence[str], halved: bool, give_up: str) -> str:
         parts = []
         if restore:
-            parts.append(f"restored the adapter and optimizer of step {self._counters.snapshot_step}")
+            parts.append(f"restored the adapter and optimizer that sampled step {self._counters.snapshot_step}")
         if reasons:
             parts.append(f"skipped the update ({', '.join(reasons)})")
         if halved:

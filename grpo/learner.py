@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,24 +60,28 @@ class Learner:
         """
         kept = self._kept(groups)
         packs = self._packs(kept)
-        rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
-        set_learning_rate(self.optimizer, rate)
         if not packs:
-            return self._judged(step, observed or {}, {"learning_rate": rate}, can_update=False)
+            return self._judged(step, observed or {}, {}, can_update=False)
         constants = self._constants(groups, kept, packs)
         base = self._base_logprobs(packs)
         # The first iteration's policy is the one that the step began with: its log-probabilities are the old ones.
         metrics, old = self._gradients(packs, constants, [None] * len(packs), base)
-        metrics |= {"learning_rate": rate} | _packing_metrics(packs, kept)
+        metrics |= _packing_metrics(packs, kept)
         update = self._judged(step, observed or {}, metrics, can_update=True)
         for _ in range(1, self.config.algorithm.num_iterations):
             if update.metrics["update_skipped"]:
                 break
             self.policy.write_slots()  # the forward reads the slots: they must follow the masters
             measured, _ = self._gradients(packs, constants, old, base)
-            update.metrics["update_skipped"] = float(not self._step_if_finite(measured["grad_norm"]))
             # All else stays that of the first, which is on-policy: it compares with the sampler.
             update.metrics.update({name: measured[name] for name in measured if name in OFF_POLICY_METRICS})
+            objection = self.guards.allows(step + 1, measured["grad_norm"])
+            if objection:
+                update = replace(
+                    update, metrics={**update.metrics, **self.guards.metrics()}, notes=(*update.notes, objection)
+                )
+                break
+            update.metrics["updates"] += self._step_if_possible(measured["grad_norm"])
         self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
         return update
 
@@ -93,20 +97,22 @@ class Learner:
         self, step: int, observed: Mapping[str, float], metrics: dict[str, float], *, can_update: bool
     ) -> Update:
         """The guards' verdict on the gradients that stand in the masters, carried out."""
-        step += 1  # people count from 1
-        verdict = self.guards.judge(step, {**observed, **metrics})
+        verdict = self.guards.judge(step + 1, {**observed, **metrics})  # people count from 1
+        rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
+        set_learning_rate(self.optimizer, rate)
         stepped = False
-        if verdict.restore and self.restore_last_healthy() is not None:
+        if (verdict.restore or verdict.give_up) and self.restore_last_healthy() is not None:
             pass  # these gradients are of the policy that was just left
         else:
             if verdict.healthy:  # also where there is nothing to train on: the guards go by it
-                self.snapshot.take(step)
-            stepped = can_update and not verdict.skip and self._step_if_finite(metrics["grad_norm"])
+                self.snapshot.take(step + 1)
+            stepped = can_update and not verdict.skip and self._step_if_possible(metrics["grad_norm"])
         self.optimizer.zero_grad(set_to_none=True)
-        skipped = {"update_skipped": float(not stepped)} if can_update else {}
+        updates = {"updates": float(stepped), "update_skipped": float(not stepped)} if can_update else {}
+        texts = (*(alarm.text for alarm in verdict.alarms), "" if verdict.give_up else verdict.text)
         return Update(
-            metrics={**metrics, **skipped, **self.guards.metrics()},
-            notes=tuple(text for text in (*(alarm.text for alarm in verdict.alarms), verdict.text) if text),
+            metrics={**metrics, "learning_rate": rate, **updates, **self.guards.metrics()},
+            notes=tuple(text for text in texts if text),
             give_up=verdict.text if verdict.give_up else None,
         )
 
@@ -147,7 +153,9 @@ class Learner:
 
     def _gap(self, packs: list[Pack], logprobs: Sequence[torch.Tensor]) -> dict[str, float]:
         weights = [self.objective.weights(one, logprobs_N) for one, logprobs_N in zip(packs, logprobs, strict=True)]
-        return gap_metrics(torch.cat(list(logprobs)), torch.cat([one.sampler_logprobs_N for one in packs]), torch.cat(weights))
+        gap = gap_metrics(torch.cat(list(logprobs)), torch.cat([one.sampler_logprobs_N for one in packs]), torch.cat(weights))
+        kept = [self.objective.keeps(one, logprobs_N) for one, logprobs_N in zip(packs, logprobs, strict=True)]
+        return gap | {"sampling/left_out_ratio": 1.0 - torch.cat(kept).float().mean().item()}
 
     def _clip_ratios(
         self, packs: list[Pack], logprobs: Sequence[torch.Tensor], old: Sequence[torch.Tensor]
@@ -158,11 +166,12 @@ class Learner:
         low, high = (counts / sum(len(logprobs_N) for logprobs_N in logprobs)).tolist()
         return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
 
-    def _step_if_finite(self, grad_norm: float) -> bool:
-        """An optimizer step; a gradient that is not finite would destroy the adapter, and is never taken."""
-        if math.isfinite(grad_norm):
+    def _step_if_possible(self, grad_norm: float) -> bool:
+        """An optimizer step. A gradient that is not finite would destroy the adapter; of none only old momentum would move."""
+        possible = math.isfinite(grad_norm) and grad_norm > 0
+        if possible:
             self.optimizer.step()
-        return math.isfinite(grad_norm)
+        return possible
 
     def _clip_gradients(self) -> float:
         """Scale the gradients down to `max_grad_norm` where they exceed it; returns their norm before."""

@@ -137,6 +137,10 @@ class Objective:
             weights_N = weights_N * veto_keep(log_w_N, pack.lengths_S, veto=self.correction.veto)
         return weights_N
 
+    def keeps(self, pack: Pack, logprobs_N: torch.Tensor) -> torch.Tensor:
+        """[N], False for tokens of completions that are vetoed or masked, of the policy that the step began with."""
+        return self._keep(_tokens(pack, slice(None), logprobs_N, logprobs_N, logprobs_N))
+
     def clip_counts(self, pack: Pack, logprobs_N: torch.Tensor, old_logprobs_N: torch.Tensor) -> torch.Tensor:
         """Of the pack's tokens: how many the clip holds below, and how many above, [2]. An own objective has no clip."""
         ratio_N, algorithm = self._ratio(logprobs_N - old_logprobs_N, pack.lengths_S), self.algorithm

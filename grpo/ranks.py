@@ -12,7 +12,8 @@ rate` at every rank: with alpha = 32 one rate serves all ranks. With alpha = ran
 rank: the same rate is up to 45 times the step (rank 128, rsLoRA, alpha 128).
 
 At one rank the comparison is exact for B: a scale k times as large with 1/k of B's rate is the same run, since `s B` then
-takes the same values and A sees the same gradients. That is what `optim.rescale_learning_rate` does; A keeps its rate.
+takes the same values and A sees the same gradients (as long as gradients are not clipped: their norm counts B's gradients,
+which are k times as large). That is what `optim.rescale_learning_rate` does; A keeps its rate.
 
 Defaults for RL: rank 64 (to 128), alpha 32, no rsLoRA, dropout 0, weight decay 0, Adam (0.9, 0.95), clip 1, constant rate
 without warm-up (B = 0 is a gentle start). `docs/defaults.md` has the evidence.

@@ -34,6 +34,7 @@ from .corrections import sampling_warnings
 from .data import PromptData, PromptSampler, load_rows, prepare_prompts
 from .learner import Learner, Update
 from .models import resolve_model
+from .objective import Objective
 from .policy import Policy
 from .prove import prove_slots
 from .quiet import quiet_stderr
@@ -96,6 +97,7 @@ class GRPOTrainer:
             weights=config.rewards.weights,
             base_dir=config.base_dir,
         )
+        Objective(config)  # one of the user's own that cannot be loaded is told now
         self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
         train_rows = self._rows(train_dataset, config.data.train, split=config.data.train_split)
         eval_rows = self._rows(eval_dataset, config.data.eval, split=config.data.eval_split)
@@ -145,7 +147,7 @@ class GRPOTrainer:
                             self._evaluate_at(step + 1, "during")
                     self._leave_healthy()
                     self._evaluate_at(config.optim.max_steps, "after")
-                except KeyboardInterrupt:
+                except BaseException:  # Ctrl-C, a reward function's error: what was learned is kept, whatever ends the run
                     self._save(interrupted=True)
                     self.view.note(f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}")
                     raise
@@ -180,8 +182,7 @@ class GRPOTrainer:
         if step == 0 or _due(step + 1, config.logging.completions_steps):
             self._show_completions(step + 1, batch.collected, batch.advantages)
         if update.give_up is not None:
-            self._save(interrupted=True)
-            raise TrainingStoppedError(f"{update.give_up}; the adapter as it was is in {self.recorder.adapter_dir}")
+            raise TrainingStoppedError(update.give_up)
 
     def _tell(self, step: int, groups: Sequence[ScoredGroup], update: Update) -> None:
         for note in update.notes:
@@ -197,7 +198,7 @@ class GRPOTrainer:
         step = self.learner.restore_last_healthy()
         if step is not None:
             self.engine.publish(self.policy.write_slots)
-            self.view.note(f"the reward has fallen from its best: the run ends with the adapter of step {step}")
+            self.view.note(f"the reward has fallen from its best: the run ends with the adapter that sampled step {step}")
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -257,6 +258,7 @@ class GRPOTrainer:
                 "model": self.config.model.name,
                 "seed": self.config.seed,
                 "interrupted": interrupted,
+                "guards": self.learner.guards.metrics(),
             }
         )
         if summary["steps"]:

@@ -77,7 +77,10 @@ class RankupSide(Side):
     def __init__(self, *, rank: int = RANK, adapter_folder: Path | None = None) -> None:
         keep_freed_memory()
         self.model_path = resolve_model(MODEL)
-        self._config = GRPOConfig(lora={"rank": rank, "alpha": ALPHA}, model=MODEL)
+        # No sampler has drawn the tokens: there is no gap to correct, and nothing for guards to judge.
+        self._config = GRPOConfig(
+            lora={"rank": rank, "alpha": ALPHA}, model=MODEL, correction={"mode": "none"}, guards={"enabled": False}
+        )
         with quiet_stderr():
             self._policy = Policy(self.model_path, lora=self._config.lora, dtype=self._config.model.dtype)
         self._randomise()
@@ -124,7 +127,7 @@ class RankupSide(Side):
     def step(self) -> dict[str, float]:
         """One update, as the trainer asks for it; its metrics."""
         assert self._learner is not None
-        return self._learner.update(self._groups, step=0)
+        return self._learner.update(self._groups, step=0).metrics
 
     def num_tokens(self) -> int:
         """Tokens that go through the model in a step."""
@@ -138,7 +141,7 @@ class RankupSide(Side):
         learner = Learner(self._policy, still)
         gradients: dict[str, torch.Tensor] = {}
         learner.optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(self._policy.peft_model)))
-        metrics = learner.update(self._groups, step=0)
+        metrics = learner.update(self._groups, step=0).metrics
         save_file(gradients, folder / GRADIENTS_FILE)
         return {
             "loss": metrics["loss"],
@@ -259,8 +262,7 @@ class StockSide(Side):
         algorithm = self._config.algorithm
         logprobs_BT, is_target_BT = self._logprobs()
         loss_BT = clipped_surrogate(
-            logprobs_BT,
-            logprobs_BT.detach(),
+            torch.exp(logprobs_BT - logprobs_BT.detach()),
             self._advantages_B1,
             epsilon=algorithm.epsilon,
             epsilon_high=algorithm.epsilon_high,

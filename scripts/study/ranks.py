@@ -5,7 +5,9 @@ Every run is a line of a JSONL file, written when the run ends; a run that has i
 stopped at any time and goes on where it was. Runs of one rank share an engine.
 
     grid        rank x scaling x learning rate x seed; short runs of 64 completions a step, constant rate, no guards
-    collapse    a run set up to collapse (rank 128, alpha 256, rate 1e-4 constant), without guards and with them
+    collapse    runs set up to collapse (rank 128, alpha 256, rate 2e-4 constant, 32 completions a step), without guards and
+                with them
+    ramp        the same adapter under a rate that rises to 1e-3: it learns, and then the rate becomes too high
     defaults    the quick start as it is shipped, at rank 64 and 128
 
 examples:
@@ -94,14 +96,37 @@ def collapse() -> Iterator[Run]:
             experiment="collapse",
             rank=128,
             scaling="alpha 2r",
-            learning_rate=1e-4,
+            learning_rate=2e-4,
             seed=seed,
             guards=guards,
             settings={
                 **scale_of("alpha 2r", 128),
-                "optim.learning_rate": 1e-4,
+                "optim.learning_rate": 2e-4,
                 "optim.lr_scheduler_type": "constant",
+                "optim.max_steps": 80,
+                "optim.prompts_per_step": 4,
+                "logging.eval_steps": 10,
+                "guards.enabled": guards,
+            },
+        )
+
+
+def ramp() -> Iterator[Run]:
+    for seed, guards in product((1, 2), (False, True)):
+        yield Run(
+            experiment="ramp",
+            rank=128,
+            scaling="alpha 2r",
+            learning_rate=1e-3,
+            seed=seed,
+            guards=guards,
+            settings={
+                **scale_of("alpha 2r", 128),
+                "optim.learning_rate": 1e-3,
+                "optim.lr_scheduler_type": "constant",
+                "optim.warmup_steps": 59,
                 "optim.max_steps": 60,
+                "optim.prompts_per_step": 8,
                 "logging.eval_steps": 5,
                 "guards.enabled": guards,
             },
@@ -122,7 +147,7 @@ def defaults() -> Iterator[Run]:
         )
 
 
-EXPERIMENTS = {"grid": grid, "collapse": collapse, "defaults": defaults}
+EXPERIMENTS = {"grid": grid, "collapse": collapse, "ramp": ramp, "defaults": defaults}
 
 
 def scale_of(scaling: str, rank: int) -> dict[str, Any]:

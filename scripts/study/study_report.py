@@ -17,7 +17,7 @@ GUARDED, UNGUARDED = "#0072B2", "#D55E00"
 
 def tables(rows: Sequence[Row]) -> str:
     """All experiments that have results."""
-    parts = [_grid_table(rows), _run_table(rows, "collapse"), _run_table(rows, "defaults")]
+    parts = [_grid_table(rows), *(_run_table(rows, name) for name in ("collapse", "ramp", "defaults"))]
     return "\n\n".join(part for part in parts if part)
 
 

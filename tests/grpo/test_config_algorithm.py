@@ -89,9 +89,37 @@ def test_trl_s_switch_for_scaled_rewards(load: Load, switch: bool, scale: str) -
 @pytest.mark.parametrize("loss_type", DECIDED)
 @pytest.mark.parametrize("mode", CORRECTION_MODES)
 def test_a_dump_reads_back_to_the_same(load: Load, loss_type: str, mode: str) -> None:
-    config = GRPOConfig(loss_type=loss_type, mode=mode, off_policy_mask_threshold=0.5, delta=7.5, entropy_coef=-0.1)
+    delta = None if loss_type in ("cispo", "sapo") else 7.5
+    config = GRPOConfig(loss_type=loss_type, mode=mode, off_policy_mask_threshold=0.5, delta=delta, entropy_coef=-0.1)
     again = load(dump_config(config))
     assert (again.algorithm, again.correction) == (config.algorithm, config.correction)
+
+
+def test_another_objective_over_a_dumped_file_brings_its_own_values(load: Load) -> None:
+    dumped = dump_config(GRPOConfig(loss_type="cispo", mode="icepop", epsilon=0.1))
+    config = load(dumped, "algorithm.loss_type=gspo", "correction.mode=none")
+    assert config.algorithm.importance_sampling_level == "sequence" and config.algorithm.epsilon_high == 4e-4
+    assert config.algorithm.epsilon == 0.1, "what was given stays"
+    assert (config.correction.cap, config.correction.veto) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss_type=cispo", "delta=9"], "algorithm.delta: has no effect on cispo"),
+        (["soft_overlong_tokens=300"], "must be at most rollout.max_completion_length, which is 256 (got 300)"),
+        (["soft_overlong_tokens=3", "loss_type=maxrl"], "algorithm.soft_overlong_tokens: cannot go with maxrl"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(error_of: ErrorOf, overrides: list[str], message: str) -> None:
+    assert message in error_of("", *overrides)
+
+
+def test_a_small_cap_without_icepop_needs_no_floor_below_it(load: Load) -> None:
+    config = GRPOConfig(mode="token_truncate", cap=0.4)
+    assert load(dump_config(config)).correction.cap == 0.4
+    with pytest.raises(ValueError, match=r"correction.floor: must be below correction.cap, which is 0.4"):
+        GRPOConfig(mode="icepop", cap=0.4)
 
 
 @pytest.mark.parametrize(("loss_type", "own"), [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")])
@@ -173,7 +201,7 @@ def test_trl_s_names_of_the_correction() -> None:
         (["correction.mode=tis"], "correction.mode: must be 'none', 'token_truncate', 'token_mask', 'icepop', "),
         (["correction.cap=0"], "correction.cap: must be above 0.0 (got 0)"),
         (["correction.veto=1"], "correction.veto: must be below 1.0 (got 1)"),
-        (["correction.floor=2"], "correction.floor: must be below correction.cap, which is 2 (got 2)"),
+        (["mode=icepop", "cap=2", "floor=2"], "correction.floor: must be below correction.cap, which is 2 (got 2)"),
         (["mode=icepop", "cap=1.5", "floor=1.7"], "correction.floor: must be below correction.cap, which is 1.5 (got 1.7)"),
     ],
 )

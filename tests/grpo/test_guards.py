@@ -185,7 +185,7 @@ def test_a_third_alarm_restores_and_halves_again_and_empties_the_window(calm: Pl
         calm.steps(sampler_kl=0.02)
     verdict = calm.verdicts[-1]
     assert verdict.restore and not verdict.skip and not verdict.healthy
-    assert verdict.text == "step 25: restored the adapter and optimizer of step 20, learning rate x 0.25"
+    assert verdict.text == "step 25: restored the adapter and optimizer that sampled step 20, learning rate x 0.25"
     assert (calm.metric("restores"), calm.metric("halvings"), calm.metric("alarms")) == (1, 2, 3)
     calm.steps()
     calm.steps(sampler_kl=0.02)
@@ -228,7 +228,7 @@ def test_a_policy_beyond_stop_is_restored_at_once(calm: Played):
     verdicts = calm.steps(12, reward=0.0)
     (restored,) = [verdict for verdict in verdicts if verdict.restore][:1]
     assert rung([restored]) == [("reward", Level.STOP)]
-    assert restored.text.endswith("restored the adapter and optimizer of step 15, learning rate x 0.5")
+    assert restored.text.endswith("restored the adapter and optimizer that sampled step 15, learning rate x 0.5")
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -52,6 +52,15 @@ def test_no_snapshot_while_the_reward_is_below_its_best():
     assert any(verdict.healthy for verdict in played.steps(30, reward=0.8))
 
 
+def test_a_fall_that_is_too_fast_to_be_told_from_noise_is_not_taken_for_healthy():
+    """Rewards of a run whose rate rose too high: at its best in step 10, fallen from step 12 on."""
+    rewards = [0.031, 0.016, 0.031, 0.094, 0.156, 0.141, 0.188, 0.297, 0.516, 0.203, 0.516, 0.328, 0.109, 0.25, 0.141, 0.078]
+    played = Played()
+    for reward in [*rewards, 0.172, 0.391, 0.375, 0.188]:
+        played.steps(reward=reward)
+    assert max(healthy_steps(played)) <= 11
+
+
 def test_a_restore_puts_the_running_means_back():
     played = Played()
     rise(played)

@@ -350,7 +350,9 @@ def test_metrics(make_learner, groups: list[WeightedGroup]) -> None:
     expected = {
         "loss": -(one.advantages_N.mean().item()),
         "grad_norm": metrics["grad_norm"],
+        "updates": 1.0,
         "update_skipped": 0.0,
+        "sampling/left_out_ratio": 0.0,
         "entropy": entropy_N.mean().item(),
         **gap_metrics(logprobs_N, one.sampler_logprobs_N, torch.ones_like(logprobs_N)),
         "learning_rate": 1e-4,
