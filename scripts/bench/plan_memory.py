@@ -96,7 +96,9 @@ def _config(options: argparse.Namespace) -> GRPOConfig:
 
     return GRPOConfig(
         lora={"rank": options.rank, "alpha": ALPHA},
-        guards={"enabled": False},  # random tokens are far from what a sampler draws, and snapshots are not in the budget
+        # Random tokens are far from what a sampler draws, and snapshots are not in the budget.
+        correction={"mode": "none"},
+        guards={"enabled": False},
         optim={
             "tokens_per_pack": options.tokens_per_pack,
             "gradient_checkpointing": options.gradient_checkpointing,

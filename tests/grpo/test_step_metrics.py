@@ -71,6 +71,7 @@ def test_reward_metrics(groups: list[ScoredGroup], advantages: list[GroupAdvanta
             "reward": (2 + 13 + 1 + 4) / 4,
             "reward_std": (statistics.stdev([2, 13]) + statistics.stdev([1, 4])) / 2,
             "frac_reward_zero_std": 0.0,
+            "advantage_scale": (statistics.stdev([2, 13]) + statistics.stdev([1, 4])) / 2,
             "rewards/length/mean": 2.5,
             "rewards/length/std": statistics.stdev([2, 3, 1, 4]),
             "rewards/shouts/mean": 1 / 3,  # over the three it applies to
@@ -82,6 +83,8 @@ def test_reward_metrics(groups: list[ScoredGroup], advantages: list[GroupAdvanta
 
 def test_groups_of_equal_rewards_are_counted(groups: list[ScoredGroup], scorer: Scorer) -> None:
     advantages = group_advantages([[1.0, 1.0], [0.0, 1.0]], scale_rewards="group")
+    scale = reward_metrics(groups, advantages, scorer)["advantage_scale"]
+    assert scale == pytest.approx(statistics.stdev([0, 1])), "groups without variance do not count in it"
     metrics = reward_metrics(groups, advantages, scorer)
     assert metrics["frac_reward_zero_std"] == 0.5
     assert metrics["reward_std"] == pytest.approx(statistics.stdev([0, 1]) / 2)
