@@ -34,6 +34,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 SampleRow = tuple[Prompt, str, float | None]
 
 WHEN_TEXT = {"before": "before training", "after": "after training"}
+GUARD_WORDS = {"alarms": "alarm", "skipped_steps": "skip", "restores": "restore"}
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 
 
@@ -257,6 +258,8 @@ class LiveView:
                 grid.add_row(label, decimal(metrics[name], 3))
         if guards := guards_text(metrics):
             grid.add_row("guards", Text(guards, style="yellow"))
+        if (factor := metrics.get("guards/learning_rate_factor", 1.0)) != 1.0:
+            grid.add_row("rate", Text(f"x {factor:g}", style="yellow"))
         return grid
 
 
@@ -302,15 +305,9 @@ def step_seconds(seconds_by_phase: Mapping[str, float]) -> float:
 
 
 def guards_text(metrics: Mapping[str, float]) -> str:
-    """What the guards have done so far, such as `3 alarms, 1 skipped, rate x 0.5`; empty where nothing rang."""
-    counts = (("alarms", "alarm"), ("skipped_steps", "skipped"), ("restores", "restored"))
-    parts = []
-    for name, what in counts:
-        count = int(metrics.get(f"guards/{name}", 0))
-        if count:
-            parts.append(f"{count} {what}" + ("s" if what == "alarm" and count > 1 else ""))
-    factor = metrics.get("guards/learning_rate_factor", 1.0)
-    return ", ".join([*parts, f"rate x {factor:g}"] if factor != 1.0 else parts)
+    """What the guards have done so far, such as `3 alarms, 1 skip, 1 restore`; empty where nothing rang."""
+    counts = [(int(metrics.get(f"guards/{name}", 0)), word) for name, word in GUARD_WORDS.items()]
+    return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count)
 
 
 def evaluation_text(step: int, reward: float, when: When) -> str:

@@ -11,7 +11,17 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from rankup.grpo.terminal import LiveView, PlainView, View, duration, make_view, one_line, shorten, sparkline
+from rankup.grpo.terminal import (
+    LiveView,
+    PlainView,
+    View,
+    duration,
+    guards_text,
+    make_view,
+    one_line,
+    shorten,
+    sparkline,
+)
 
 METRICS = {
     "reward": 0.41,
@@ -217,3 +227,13 @@ def test_sparkline_shows_the_whole_history_on_one_scale():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_what_the_guards_did_is_shown_once_they_did_something() -> None:
+    assert guards_text({"reward": 0.5, "guards/alarms": 0.0, "guards/learning_rate_factor": 1.0}) == ""
+    counts = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/restores": 1.0}
+    assert guards_text(counts) == "3 alarms, 1 skip, 1 restore"
+    view, console = live_view(width=100)
+    view.step(31, METRICS | counts | {"guards/learning_rate_factor": 0.25}, PHASES)
+    shown = frame(view, console)
+    assert "3 alarms, 1 skip, 1 restore" in shown and "x 0.25" in shown
