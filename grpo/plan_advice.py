@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .ranks import REFERENCE_ALPHA, REFERENCE_RATE
+
 FEW_ROWS, MANY_ROWS = 1_000, 10_000
 RSLORA_FROM = 32  # rank from which rsLoRA is recommended (Kalajdzievski, 2312.03732)
-RL_ALPHA = 32.0
-REFERENCE_RATE = 1e-4  # at alpha 32 without rsLoRA
-MOST_USEFUL_RANK = 128
 TIGHT_RANK = 16  # practice's upper end where memory is tight: 8 to 16
 
 
@@ -60,7 +59,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "memory-efficient": Preset(8, 16.0, "attention"),
     "high-quality": Preset(64, 128.0, "all-linear"),
-    "rl": Preset(64, RL_ALPHA, "all-linear"),
+    "rl": Preset(64, REFERENCE_ALPHA, "all-linear"),
 }
 
 
@@ -179,7 +178,7 @@ def _asked_for(rank: int, task: str, practice: Practice) -> str:
 def _alpha(rank: int, *, is_rl: bool) -> Choice:
     if is_rl:
         return Choice(
-            RL_ALPHA,
+            REFERENCE_ALPHA,
             f"32 at every rank, not practice's r or 2r ({rank} or {2 * rank}): the best learning rate in RL then hardly "
             "depends on the rank",
         )
@@ -223,7 +222,7 @@ def _in_words(targets: str) -> str:
 def _learning_rate(rank: int, alpha: float, *, use_rslora: bool) -> Choice:
     """The rate at which an optimizer step changes a layer's output as 1e-4 does at alpha 32: `scale * rank * rate` is equal."""
     scale = alpha / (math.sqrt(rank) if use_rslora else rank)
-    times = scale * rank / RL_ALPHA
+    times = scale * rank / REFERENCE_ALPHA
     if times == 1:
         return Choice(REFERENCE_RATE, "RL with LoRA uses 5e-6 to 1e-4 at this scale")
     rate = float(f"{REFERENCE_RATE / times:.1e}")

@@ -125,3 +125,16 @@ def test_other_objectives_and_layouts_run(make_trainer, tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row] == [0, 1, 2]
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all("q_proj" in key or "up_proj" in key for key in adapter)
+
+
+def test_an_error_in_a_reward_function_keeps_what_was_learned(make_trainer, tmp_path):
+    def fails_in_the_second_step(completion_ids, trainer_state, **kwargs):
+        if trainer_state.global_step == 1:
+            raise KeyError("no such answer")
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    with pytest.raises(RuntimeError, match="fails_in_the_second_step"):
+        make_trainer(reward=fails_in_the_second_step).train()
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name), "the first step's update is in it"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
