@@ -30,7 +30,7 @@ class GuardsConfig(Section):
 
     restore: bool = True
     """Go back to the last healthy adapter and optimizer: three alarms within `window_steps`, or a policy beyond a stop
-    limit. Needs host memory for one copy of both (12 bytes an adapter parameter)."""
+    limit. Needs host memory for one copy of both (12 bytes an adapter parameter), for two with `logging.eval_steps`."""
 
     sampler_kl_watch: float | None = Field(default=0.01, ge=0)
     """KL divergence of sampler to trainer (k3 estimator), per token; and twice its start."""
@@ -79,6 +79,13 @@ class GuardsConfig(Section):
 
     reward_stop: float | None = Field(default=0.3, ge=0)
     """Beyond it the policy is restored."""
+
+    evaluation_watch: float | None = Field(default=0.15, ge=0)
+    """The same share of what was gained in the evaluations of a run with `logging.eval_steps`, less 2 standard errors. There
+    the run also ends with the best evaluation's adapter, if the last evaluation has lost more than 0.05."""
+
+    evaluation_stop: float | None = Field(default=0.3, ge=0)
+    """Beyond it the policy is restored: the best evaluation's."""
 
     zero_variance_watch: float | None = Field(default=0.8, ge=0, le=1)
     """Share of groups without variance, [0, 1], in the mean of some 20 steps. Advice: it is shown and nothing follows."""

@@ -150,3 +150,32 @@ class Trackers:
             series={name: Series(**values) for name, values in state["series"].items()},
             excursions={name: Excursion(**values) for name, values in state["excursions"].items()},
         )
+
+
+@dataclass(slots=True)
+class Counters:
+    """What belongs to the run, whatever becomes of its policy."""
+
+    learning_rate_factor: float = 1.0
+    rings: list[int] = field(default_factory=list)
+    """Steps of the rings that still count."""
+    last_ring: int | None = None
+    alarms: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+    halvings: int = 0
+    restores: int = 0
+
+
+@dataclass(slots=True)
+class Kept:
+    """What the guards remember along with a snapshot."""
+
+    step: int
+    trackers: Trackers
+    restores: int = 0
+    """How often it was put back."""
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Kept:
+        return cls(step=state["step"], trackers=Trackers.from_dict(state["trackers"]), restores=state["restores"])

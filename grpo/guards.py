@@ -14,6 +14,12 @@
 The rollouts of a step measure the policy that is in memory until that step's update. So a snapshot that is taken between
 `judge` and the update is of a policy whose own reward has just been seen to be good.
 
+Where the run evaluates as it goes, an evaluation is the better witness: it is greedy, on the same prompts each time, and its
+noise is known. The policy that it shows to be at its best has a snapshot of its own, which is put back if a later one has
+fallen, and with which the run ends if the last one is not at its best:
+
+    verdict = guards.judge_evaluation(step, rewards)      # between two steps; the same three answers
+
 Three kinds of alarm. `batch`: this batch is no basis for an update; beyond `stop` the update is skipped. `policy`: the policy
 itself goes wrong; beyond `stop` it is taken back. `advice`: shown, nothing follows. An alarm rings when its value crosses a
 limit, and again only after it has been back inside. Two rings in a window halve the learning rate, three take the policy back.
@@ -22,7 +28,8 @@ What noise explains is no fault: a step's reward is a mean of few completions, s
 errors, a gradient's norm by its own scatter, the sampler's gap by what it was at the start. Otherwise healthy runs would be
 halved and taken back, at low base rates of success most of all.
 
-All of it is arithmetic on a dozen Python floats (`guard_trackers.py`); limits are those of `config_guards.py`.
+All of it is arithmetic on a dozen Python floats (`guard_trackers.py`, `guard_evaluations.py`); the alarms are listed in
+`guard_rules.py`, their limits in `config_guards.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +37,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from .config_guards import LOW_IS_BAD, GuardsConfig
-from .guard_rules import RULES, Rule
-from .guard_trackers import LONG_SPAN, SHORT_SPAN, Excursion, Level, Series, Trackers
+from .guard_evaluations import Evaluations, Rewards, mean_reward
+from .guard_rules import EVALUATION, RULES, Alarm, Reading, Rule, alarm_of, level_of
+from .guard_trackers import LONG_SPAN, SHORT_SPAN, Counters, Excursion, Kept, Level, Series, Trackers
+
+Witness = Literal["step", "evaluation"]
+"""What has shown a policy to be good, and so which of the two snapshots it is in."""
 
 QUIET_STEPS = 3
 """No snapshot is taken so shortly after an alarm, in steps: a fault may show in one quantity before the others."""
@@ -50,59 +61,21 @@ SKIP_REMEDY = (
 RESTORE_REMEDY = "even at a lower learning rate: lower optim.learning_rate, or raise guards.max_restores"
 
 AT_BEST = 0.05
-"""The reward is at its best while no more than this share of its gain is lost."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
-    """An alarm that rang: `value` is what was compared with `limit`, `text` says it in one line."""
-
-    step: int
-    name: str
-    level: Level
-    value: float
-    limit: float
-    text: str
+"""A reward is at its best while no more than this share of its gain is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What to do with a step's update. `text` says in one line what was decided; it is empty where nothing was."""
+    """What to do with a step's update, or after an evaluation. `text` says in one line what was decided, if anything was."""
 
     alarms: tuple[Alarm, ...] = ()
     skip: bool = False
     restore: bool = False
     healthy: bool = False
-    """The policy that sampled this step is worth a snapshot."""
+    """The policy that was seen (that sampled this step, or was evaluated) is worth a snapshot."""
     give_up: bool = False
-    """The run should stop: updates have been skipped for too long."""
+    """The run should stop: updates have been skipped for too long, or nothing leads on from a snapshot."""
     text: str = ""
-
-
-@dataclass(slots=True)
-class Counters:
-    """What belongs to the run, whatever becomes of its policy."""
-
-    learning_rate_factor: float = 1.0
-    rings: list[int] = field(default_factory=list)
-    """Steps of the rings that still count."""
-    last_ring: int | None = None
-    snapshot_step: int | None = None
-    alarms: int = 0
-    skipped_steps: int = 0
-    consecutive_skips: int = 0
-    halvings: int = 0
-    restores: int = 0
-    restores_of_snapshot: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What a rule says of a step: where its value is now, and the alarm if it rang."""
-
-    rule: Rule
-    level: Level
-    alarm: Alarm | None
 
 
 class Guards:
@@ -111,7 +84,8 @@ class Guards:
     def __init__(self, config: GuardsConfig) -> None:
         self.config = config
         self._now = Trackers()
-        self._at_snapshot: Trackers | None = None
+        self._kept: dict[Witness, Kept] = {}
+        self._evaluations = Evaluations()
         self._counters = Counters()
 
     @property
@@ -127,23 +101,46 @@ class Guards:
         """
         readings = [self._read(rule, step, quantities) for rule in RULES] if self.config.enabled else []
         counted = [reading for reading in readings if reading.rule.kind != "advice"]
-        restore, halve = self._count_rings(step, counted)
+        restore, halve = self._count_rings(step, counted, "step")
         halved = halve and self._halve()
         reasons = [] if restore else self._reasons_to_skip(counted, quantities.get("grad_norm"))
-        give_up = self._count_skip(bool(reasons))
-        if restore and self._counters.restores_of_snapshot >= self.config.max_restores:
-            give_up = f"the run stops: nothing has led on from step {self._counters.snapshot_step}, {RESTORE_REMEDY}"
+        give_up = self._count_skip(bool(reasons)) or self._nothing_leads_on("step", restore=restore)
         healthy = self.config.enabled and not restore and not reasons and self._is_healthy(step, counted)
         if healthy:
-            self._counters.snapshot_step, self._counters.restores_of_snapshot = step, 0
-            self._at_snapshot = copy.deepcopy(self._now)
+            self._kept["step"] = Kept(step, copy.deepcopy(self._now))
+        of = f"that sampled step {self._kept['step'].step}" if restore else ""
         return Verdict(
             alarms=tuple(reading.alarm for reading in readings if reading.alarm is not None),
             skip=bool(reasons),
             restore=restore,
             healthy=healthy,
             give_up=bool(give_up),
-            text=self._text(step, restore=restore, reasons=reasons, halved=halved, give_up=give_up),
+            text=self._text(step, of, reasons=reasons, halved=halved, give_up=give_up),
+        )
+
+    def judge_evaluation(self, step: int, rewards: Rewards) -> Verdict:
+        """What an evaluation after `step` updates says of the policy; `rewards` are of the same prompts each time.
+
+        Call it between two steps. If the verdict says `restore`, put back the evaluations' snapshot, take it for the steps'
+        snapshot as well, and call `restored("evaluation")`; if it says `healthy`, take the evaluations' snapshot now.
+        """
+        if not self.config.enabled:
+            return Verdict()
+        self._evaluations.add(rewards)
+        reading = self._read_evaluation(step, rewards)
+        restore, halve = self._count_rings(step, [reading], "evaluation")
+        halved = halve and self._halve()
+        give_up = self._nothing_leads_on("evaluation", restore=restore)
+        healthy = self.config.restore and not restore and self._evaluations.lost(rewards, standard_errors=0) <= AT_BEST
+        if healthy:
+            self._kept["evaluation"] = Kept(step, copy.deepcopy(self._now))
+        of = f"of the evaluation at step {self._kept['evaluation'].step}" if restore else ""
+        return Verdict(
+            alarms=() if reading.alarm is None else (reading.alarm,),
+            restore=restore,
+            healthy=healthy,
+            give_up=bool(give_up),
+            text=self._text(step, of, halved=halved, give_up=give_up),
         )
 
     def allows(self, step: int, grad_norm: float) -> str:
@@ -158,19 +155,28 @@ class Guards:
         self._counters.skipped_steps += bool(reason)
         return f"step {step}: skipped a further update ({reason})" if reason else ""
 
-    def restored(self) -> None:
+    def restored(self, witness: Witness = "step") -> None:
         """Adapter and optimizer are again those of the snapshot: so are all running means; the learning rate stays low."""
-        assert self._at_snapshot is not None
-        self._now = copy.deepcopy(self._at_snapshot)
+        kept = self._kept[witness]
+        self._now = copy.deepcopy(kept.trackers)
+        if witness == "evaluation":  # what the steps have found healthy since then has turned out not to be
+            self._kept["step"] = Kept(kept.step, copy.deepcopy(kept.trackers))
+        kept.restores += 1
         self._counters.rings.clear()
         self._counters.restores += 1
-        self._counters.restores_of_snapshot += 1
 
-    def ends_unhealthy(self) -> bool:
-        """Whether the run should end with the snapshot: so much of the reward's gain is lost that the alarm watches."""
-        limit = self.config.reward_watch
-        reward = self._now.series.get("reward")
-        return self._can_restore and limit is not None and reward is not None and reward.lost(standard_errors=3) > limit
+    def ends_with(self, rewards: Rewards | None = None) -> Witness | None:
+        """Which snapshot the run should end with, None for the policy as it is. `rewards`: of the last evaluation.
+
+        Among evaluations the best is known, so the last one has to be at its best. Without them the training reward decides: so
+        much of its gain must be lost that the alarm watches.
+        """
+        if rewards is not None and self._can_restore("evaluation"):
+            return "evaluation" if self._evaluations.lost(rewards, standard_errors=0) > AT_BEST else None
+        limit, reward = self.config.reward_watch, self._now.series.get("reward")
+        if limit is None or reward is None or not self._can_restore("step"):
+            return None
+        return "step" if reward.lost(standard_errors=3) > limit else None
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start of the run, and the factor of the learning rate."""
@@ -187,39 +193,54 @@ class Guards:
         """All that later verdicts depend on, as plain data that JSON holds without loss."""
         return {
             "now": asdict(self._now),
-            "at_snapshot": None if self._at_snapshot is None else asdict(self._at_snapshot),
+            "kept": {witness: asdict(kept) for witness, kept in self._kept.items()},
+            "evaluations": asdict(self._evaluations),
             "counters": asdict(self._counters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, with the same configuration."""
-        at_snapshot = state["at_snapshot"]
         self._now = Trackers.from_dict(state["now"])
-        self._at_snapshot = None if at_snapshot is None else Trackers.from_dict(at_snapshot)
+        self._kept = {witness: Kept.from_dict(kept) for witness, kept in state["kept"].items()}
+        self._evaluations = Evaluations(**copy.deepcopy(dict(state["evaluations"])))
         self._counters = Counters(**copy.deepcopy(dict(state["counters"])))
 
     # ---------------------------------------------------------------------------------------------- reading
 
-    def _read(self, rule: Rule, step: int, quantities: Mapping[str, float | None]) -> _Reading:
+    def _read(self, rule: Rule, step: int, quantities: Mapping[str, float | None]) -> Reading:
         """Take in the step's value, compare it with the limits, and ring if a limit was crossed."""
         metric = quantities.get(rule.metric)
         watch, stop = self._limits(rule)  # before the value is taken in: it must not move its own limits
         value = None if metric is None else self._measure(rule, metric)
         if metric is None or value is None:
-            return _Reading(rule, Level.INSIDE, None)
-        level = _level(value, watch, stop, low_is_bad=rule.name in LOW_IS_BAD)
+            return Reading(rule, Level.INSIDE)
+        level = level_of(rule, value, watch, stop)
         excursion = self._now.excursions.setdefault(rule.name, Excursion())
         if level == Level.INSIDE:
             # A short mean remembers so many steps: inside for fewer, it has not left its excursion.
             excursion.inside(needed=1 if rule.kind == "batch" else SHORT_SPAN)
-            return _Reading(rule, level, None)
+            return Reading(rule, level)
         if rule.held_at_best and self._reward_is_at_best():
-            return _Reading(rule, Level.INSIDE, None)
+            return Reading(rule, Level.INSIDE)
         limit = stop if level == Level.STOP else watch
         assert limit is not None
         rings = excursion.beyond(level)
-        alarm = _alarm(rule, step, level, metric=metric, value=value, limit=limit) if rings else None
-        return _Reading(rule, level, alarm)
+        return Reading(rule, level, alarm_of(rule, step, level, metric=metric, value=value, limit=limit) if rings else None)
+
+    def _read_evaluation(self, step: int, rewards: Rewards) -> Reading:
+        """How much of what the evaluations had gained is lost beyond noise; rings as the other alarms do."""
+        watch, stop = self.config.limits(EVALUATION.name)
+        value = self._evaluations.lost(rewards, standard_errors=2)
+        level = level_of(EVALUATION, value, watch, stop)
+        excursion = self._now.excursions.setdefault(EVALUATION.name, Excursion())
+        if level == Level.INSIDE:
+            excursion.inside(needed=1)
+        limit = stop if level == Level.STOP else watch
+        if limit is None or level == Level.INSIDE or not excursion.beyond(level):
+            return Reading(EVALUATION, level)
+        return Reading(
+            EVALUATION, level, alarm_of(EVALUATION, step, level, metric=mean_reward(rewards), value=value, limit=limit)
+        )
 
     def _measure(self, rule: Rule, metric: float) -> float | None:
         """What the rule compares with its limits, with `metric` taken in. None: there is nothing to compare with yet."""
@@ -269,11 +290,16 @@ class Guards:
 
     # --------------------------------------------------------------------------------------------- deciding
 
-    @property
-    def _can_restore(self) -> bool:
-        return self.config.enabled and self.config.restore and self._at_snapshot is not None
+    def _can_restore(self, witness: Witness) -> bool:
+        return self.config.enabled and self.config.restore and witness in self._kept
 
-    def _count_rings(self, step: int, readings: Sequence[_Reading]) -> tuple[bool, bool]:
+    def _nothing_leads_on(self, witness: Witness, *, restore: bool) -> str:
+        """Why the run should stop after this restore, empty where it should not."""
+        if not restore or self._kept[witness].restores < self.config.max_restores:
+            return ""
+        return f"the run stops: nothing has led on from step {self._kept[witness].step}, {RESTORE_REMEDY}"
+
+    def _count_rings(self, step: int, readings: Sequence[Reading], witness: Witness) -> tuple[bool, bool]:
         """Take in this step's rings; returns whether to restore and whether to halve."""
         rang = [reading for reading in readings if reading.alarm is not None]
         if not rang:
@@ -285,7 +311,7 @@ class Guards:
         signs = {reading.rule.metric.partition("/")[0] for reading in rang}
         counters.rings = [ring for ring in counters.rings if ring > step - self.config.window_steps] + [step] * len(signs)
         policy_stops = any(reading.rule.kind == "policy" and reading.level == Level.STOP for reading in rang)
-        restore = self._can_restore and (policy_stops or len(counters.rings) >= 3)
+        restore = self._can_restore(witness) and (policy_stops or len(counters.rings) >= 3)
         return restore, policy_stops or len(counters.rings) >= 2
 
     def _halve(self) -> bool:
@@ -297,7 +323,7 @@ class Guards:
         counters.halvings += 1
         return True
 
-    def _reasons_to_skip(self, readings: Sequence[_Reading], grad_norm: float | None) -> list[str]:
+    def _reasons_to_skip(self, readings: Sequence[Reading], grad_norm: float | None) -> list[str]:
         """Alarms for which this batch is no basis for an update."""
         if grad_norm is not None and not math.isfinite(grad_norm):  # such an update destroys the adapter, guarded or not
             return ["the gradient is not finite"]
@@ -313,18 +339,20 @@ class Guards:
             return ""
         return f"the run stops after {self._counters.consecutive_skips} skipped updates in a row: {SKIP_REMEDY}"
 
-    def _is_healthy(self, step: int, readings: Sequence[_Reading]) -> bool:
+    def _is_healthy(self, step: int, readings: Sequence[Reading]) -> bool:
         """Whether a snapshot is worth taking: all is quiet, the reward is near its best, and the last one is old enough.
 
         Stricter than an alarm: a policy that falls too fast to be told from noise must not become the one to go back to.
         """
-        counters, reward = self._counters, self._now.series.get("reward")
+        last_ring, reward = self._counters.last_ring, self._now.series.get("reward")
+        evaluation, kept = self._now.excursions.get(EVALUATION.name), self._kept.get("step")
         return (
             self.config.restore
             and all(reading.level == Level.INSIDE for reading in readings)
             and not self._entropy_has_dropped()
-            and (counters.last_ring is None or step - counters.last_ring > QUIET_STEPS)
-            and (counters.snapshot_step is None or step - counters.snapshot_step >= self.config.snapshot_steps)
+            and (evaluation is None or evaluation.worst == Level.INSIDE)
+            and (last_ring is None or step - last_ring > QUIET_STEPS)
+            and (kept is None or step - kept.step >= self.config.snapshot_steps)
             and (reward is None or reward.is_near_its_best())
         )
 
@@ -335,10 +363,8 @@ class Guards:
             return False
         return series.last < watch * series.start
 
-    def _text(self, step: int, *, restore: bool, reasons: Sequence[str], halved: bool, give_up: str) -> str:
-        parts = []
-        if restore:
-            parts.append(f"restored the adapter and optimizer that sampled step {self._counters.snapshot_step}")
+    def _text(self, step: int, restored: str, *, halved: bool, give_up: str, reasons: Sequence[str] = ()) -> str:
+        parts = [f"restored the adapter and optimizer {restored}"] if restored else []
         if reasons:
             parts.append(f"skipped the update ({', '.join(reasons)})")
         if halved:
@@ -354,18 +380,3 @@ def _exp(exponent: float) -> float:
 
 def _at_least(limit: float | None, usual: float) -> float | None:
     return None if limit is None else max(limit, usual)
-
-
-def _level(value: float, watch: float | None, stop: float | None, *, low_is_bad: bool) -> Level:
-    """Where `value` is; NaN is beyond every limit that is on."""
-    for level, limit in ((Level.STOP, stop), (Level.WATCH, watch)):
-        if limit is not None and not (value >= limit if low_is_bad else value <= limit):
-            return level
-    return Level.INSIDE
-
-
-def _alarm(rule: Rule, step: int, level: Level, *, metric: float, value: float, limit: float) -> Alarm:
-    reading = rule.text.format(metric=metric, value=value) if math.isfinite(metric) else "is not finite"
-    side = "below" if rule.name in LOW_IS_BAD else "above"
-    text = f"step {step}: {rule.name} {reading} ({level.name.lower()} {side} {limit:g})"
-    return Alarm(step=step, name=rule.name, level=level, value=value, limit=limit, text=text)

@@ -18,7 +18,8 @@ import torch
 
 from .config import GRPOConfig
 from .corrections import gap_metrics
-from .guards import Guards
+from .guard_evaluations import Rewards
+from .guards import Guards, Verdict, Witness
 from .losses import Counts, entropy_bound, kl_k3
 from .objective import Objective, StepConstants
 from .optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -49,7 +50,10 @@ class Learner:
         self.objective = Objective(config)
         self.optimizer = make_optimizer(policy.master_roles, config.optim)
         self.guards = Guards(config.guards)
-        self.snapshot = Snapshot(policy.masters, self.optimizer)
+        self.snapshots: dict[Witness, Snapshot] = {
+            "step": Snapshot(policy.masters, self.optimizer),
+            "evaluation": Snapshot(policy.masters, self.optimizer),
+        }
 
     def update(
         self, groups: Sequence[WeightedGroup], *, step: int, observed: Mapping[str, float] | None = None
@@ -85,12 +89,24 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
         return update
 
-    def restore_last_healthy(self) -> int | None:
-        """Put back the last healthy adapter and optimizer state; the step it is of, None where there is none."""
-        if self.snapshot.step is None:
+    def evaluated(self, step: int, rewards: Rewards) -> Verdict:
+        """The guards' verdict on an evaluation after `step` updates, carried out. After a restore, publish the adapter."""
+        verdict = self.guards.judge_evaluation(step, rewards)
+        if verdict.restore:
+            self.restore("evaluation")
+        elif verdict.healthy:
+            self.snapshots["evaluation"].take(step)
+        return verdict
+
+    def restore(self, witness: Witness) -> int | None:
+        """Put back a snapshot of adapter and optimizer state; the step it is of, None where there is none."""
+        snapshot = self.snapshots[witness]
+        if snapshot.step is None:
             return None
-        step = self.snapshot.restore()
-        self.guards.restored()
+        step = snapshot.restore()
+        if witness == "evaluation":  # later steps found something healthy that the evaluation did not
+            self.snapshots["step"].take(step)
+        self.guards.restored(witness)
         return step
 
     def _judged(
@@ -101,11 +117,11 @@ class Learner:
         rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
         set_learning_rate(self.optimizer, rate)
         stepped = False
-        if (verdict.restore or verdict.give_up) and self.restore_last_healthy() is not None:
+        if (verdict.restore or verdict.give_up) and self.restore("step") is not None:
             pass  # these gradients are of the policy that was just left
         else:
             if verdict.healthy:  # also where there is nothing to train on: the guards go by it
-                self.snapshot.take(step + 1)
+                self.snapshots["step"].take(step + 1)
             stepped = can_update and not verdict.skip and self._step_if_possible(metrics["grad_norm"])
         self.optimizer.zero_grad(set_to_none=True)
         updates = {"updates": float(stepped), "update_skipped": float(not stepped)} if can_update else {}

@@ -218,7 +218,8 @@ def gap_bytes(shape: ModelShape, work: Workload) -> int:
 def training_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
     """The trainer's memory at its peak, by part; "adapter_slots" are those that vLLM samples with, held once.
 
-    Copies of masters and optimizer state that a run may keep on the host are not counted.
+    The guards' snapshot of masters and optimizer lies on the host: it counts where the host is the device. A run that evaluates
+    as it goes (`logging.eval_steps`) keeps two.
     """
     adapter = work.rank * shape.parameters_per_rank(work.targets)
     parts = {
@@ -227,6 +228,7 @@ def training_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
         "adapter_masters": FP32 * adapter,
         "adapter_gradients": FP32 * adapter,
         "optimizer": ADAM * adapter,
+        "guards_snapshot": (FP32 + ADAM) * adapter if work.device == "cpu" else 0,
         "activations": activation_bytes(shape, work),
         **peak_work(shape, work),
         "gaps": gap_bytes(shape, work),

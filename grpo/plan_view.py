@@ -26,6 +26,7 @@ LABELS = {
     "adapter_masters": "adapter, fp32 masters",
     "adapter_gradients": "adapter, fp32 gradients",
     "optimizer": "AdamW",
+    "guards_snapshot": "guards' snapshot of both",
     "activations": "activations of a pack",
     "logits_chunk": "logits of one chunk",
     "hidden_states": "hidden states, gradients",

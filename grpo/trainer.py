@@ -32,6 +32,7 @@ from .collect import Collected, ScoredGroup, collect, engine_settings, greedy_se
 from .config import GRPOConfig, dump_config
 from .corrections import sampling_warnings
 from .data import PromptData, PromptSampler, load_rows, prepare_prompts
+from .guard_evaluations import Rewards, mean_reward
 from .learner import Learner, Update
 from .models import resolve_model
 from .objective import Objective
@@ -138,15 +139,15 @@ class GRPOTrainer:
                         f"the run that was in {config.logging.output_dir} is now in {self.recorder.moved_aside}"
                     )
                 try:
-                    self._evaluate_at(0, "before", wanted=config.logging.eval_before)
+                    if config.logging.eval_before:
+                        self._evaluate_at(0, "before")
                     for step in range(config.optim.max_steps):
                         self._step(step)
                         if _due(step + 1, config.checkpoint.save_steps):
                             self.policy.save_adapter(self.recorder.adapter_dir)
                         if step + 1 < config.optim.max_steps and _due(step + 1, config.logging.eval_steps):
                             self._evaluate_at(step + 1, "during")
-                    self._leave_healthy()
-                    self._evaluate_at(config.optim.max_steps, "after")
+                    self._finish()
                 except BaseException:  # Ctrl-C, a reward function's error: what was learned is kept, whatever ends the run
                     self._save(interrupted=True)
                     self.view.note(f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}")
@@ -191,14 +192,23 @@ class GRPOTrainer:
         if unscored:
             self.view.note(f"step {step}: no reward function applied to {unscored} completions; they teach nothing")
 
-    def _leave_healthy(self) -> None:
-        """A run whose reward has fallen away from its best ends with the adapter that had it."""
-        if not self.learner.guards.ends_unhealthy():
-            return
-        step = self.learner.restore_last_healthy()
-        if step is not None:
+    def _finish(self) -> None:
+        """The last evaluation. A run that has fallen away from its best ends with the adapter that had it."""
+        max_steps, guards = self.config.optim.max_steps, self.learner.guards
+        rewards = None
+        if self.eval_prompts is not None and self.config.logging.eval_steps > 0:
+            rewards = self._evaluate(step=max_steps)
+        witness = guards.ends_with(rewards)
+        if witness is not None:
+            if rewards is not None:
+                self._record_evaluation(max_steps, rewards, "during")
+                rewards = None
+            step = self.learner.restore(witness)
             self.engine.publish(self.policy.write_slots)
-            self.view.note(f"the reward has fallen from its best: the run ends with the adapter that sampled step {step}")
+            whose = "that sampled" if witness == "step" else "of the evaluation at"
+            self.view.note(f"the reward has fallen from its best: the run ends with the adapter {whose} step {step}")
+        if self.eval_prompts is not None:
+            self._record_evaluation(max_steps, rewards or self._evaluate(step=max_steps), "after")
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -214,19 +224,34 @@ class GRPOTrainer:
             if adapter is not None:
                 self.policy.load_adapter(adapter)
                 self.engine.publish(self.policy.write_slots)
-            self.view.stage(f"evaluating {len(self.eval_prompts.rows)} prompts")
-            return self._evaluate(step=0, use_adapter=adapter is not None)
+            return mean_reward(self._evaluate(step=0, use_adapter=adapter is not None))
 
-    def _evaluate_at(self, step: int, when: When, *, wanted: bool = True) -> None:
-        if self.eval_prompts is None or not wanted:
+    def _evaluate_at(self, step: int, when: When) -> None:
+        """Evaluate, and let the guards judge it where the run evaluates as it goes."""
+        if self.eval_prompts is None:
             return
-        self.view.stage(f"evaluating {len(self.eval_prompts.rows)} prompts")
-        reward = self._evaluate(step=step)
+        rewards = self._evaluate(step=step)
+        self._record_evaluation(step, rewards, when)
+        if self.config.logging.eval_steps == 0:
+            return
+        verdict = self.learner.evaluated(step, rewards)
+        for text in (*(alarm.text for alarm in verdict.alarms), verdict.text):
+            if text:
+                self.view.note(text)
+        if verdict.restore:
+            self.engine.publish(self.policy.write_slots)
+        if verdict.give_up:
+            raise TrainingStoppedError(verdict.text)
+
+    def _record_evaluation(self, step: int, rewards: Rewards, when: When) -> None:
+        reward = mean_reward(rewards)
         self.recorder.evaluation(step, reward, when=when)
         self.view.evaluation(step, reward, when)
 
-    def _evaluate(self, *, step: int, use_adapter: bool = True) -> float:
+    def _evaluate(self, *, step: int, use_adapter: bool = True) -> list[float | None]:
+        """Greedy rewards of the evaluation data, in its order."""
         assert self.eval_prompts is not None
+        self.view.stage(f"evaluating {len(self.eval_prompts.rows)} prompts")
         collected = collect(
             self.engine,
             self.scorer,
@@ -236,8 +261,7 @@ class GRPOTrainer:
             trainer_state={"global_step": step, "max_steps": self.config.optim.max_steps},
             use_adapter=use_adapter,
         )
-        rewards = [r for g in collected.groups for r in g.scores.total if r is not None]
-        return sum(rewards) / len(rewards) if rewards else 0.0
+        return [reward for group in collected.groups for reward in group.scores.total]
 
     # ---------------------------------------------------------------------------------------------- records
 

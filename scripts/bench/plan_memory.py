@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__, EXAMPLE, repeats=2, what="updates, of which the peak is taken")
+    parser = command_line(__doc__, EXAMPLE, repeats=4, what="updates, of which the peak is taken; the first snapshot with optimizer state is in the second")
     parser.add_argument("--model", default=MODEL, help=f"embedded name, folder or hub id (default {MODEL})")
     parser.add_argument("--rank", type=int, default=64, metavar="R", help="of the adapter, on all seven (default 64)")
     parser.add_argument("--tokens-per-pack", type=int, default=4096, metavar="T", help="a multiple of 512 (default 4096)")
@@ -96,14 +96,20 @@ def _config(options: argparse.Namespace) -> GRPOConfig:
 
     return GRPOConfig(
         lora={"rank": options.rank, "alpha": ALPHA},
-        # Random tokens are far from what a sampler draws, and snapshots are not in the budget.
+        # Random tokens are far from what a sampler draws: no alarm may ring at that, and a snapshot is taken at every step.
         correction={"mode": "none"},
-        guards={"enabled": False},
+        guards={"snapshot_steps": 1, **_no_limits()},
         optim={
             "tokens_per_pack": options.tokens_per_pack,
             "gradient_checkpointing": options.gradient_checkpointing,
         },
     )
+
+
+def _no_limits() -> dict[str, None]:
+    from rankup.grpo.config_guards import GuardsConfig
+
+    return dict.fromkeys(name for name in GuardsConfig.model_fields if name.endswith(("_watch", "_stop")))
 
 
 def _train_tiny_model(config: GRPOConfig) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import steps_of
+from tiny_runs import metrics_of, steps_of
 
 from rankup.grpo.trainer import TrainingStoppedError
 
@@ -138,3 +138,29 @@ def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
     steps, printed = run(turns, **HEALTHY | {"max_steps": 30, "learning_rate": 5e-3})
     assert steps[-1]["guards/restores"] >= 1 or "the run ends with the adapter of step" in printed
     assert math.isfinite(steps[-1]["grad_norm"])
+
+
+def test_a_fallen_evaluation_is_noticed_and_the_run_ends_with_the_best(run, tmp_path):
+    """From step 12 on training rewards the opposite, and the alarms that would see it are off: only evaluations tell."""
+
+    def turned(completion_ids, trainer_state, **kwargs):
+        is_evaluation = len(completion_ids) == 1
+        sign = 1 if is_evaluation or trainer_state.global_step < 12 else -1
+        return [0.5 + sign * (reward - 0.5) for reward in low_ids(completion_ids)]
+
+    blind = {f"{name}_{limit}": None for name in ("reward", "entropy") for limit in ("watch", "stop")}
+    changes = HEALTHY | blind | {"max_steps": 30, "learning_rate": 5e-3, "eval_steps": 3, "eval_before": True}
+    steps, printed = run(turned, **changes)
+    evaluations = [row["eval_reward"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row]
+    best, gain = max(evaluations), max(evaluations) - evaluations[0]
+    assert gain > 0.1, "it learns first"
+    assert min(evaluations[4:]) < best - 0.3 * gain, "and unlearns"
+    assert steps[-1]["guards/restores"] >= 1 and steps[-1]["guards/learning_rate_factor"] < 1.0
+    assert "of the evaluation at step" in printed
+    assert evaluations[-1] >= best - 0.05 * gain - 1e-6
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["evaluation"]["after"]["reward"] == evaluations[-1]
+
+    unguarded, _ = run(turned, **changes, enabled=False)
+    evaluations = [row["eval_reward"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row]
+    assert evaluations[-1] < max(evaluations) - 0.3 * (max(evaluations) - evaluations[0])

@@ -8,8 +8,9 @@ import pytest
 from played_guards import Played, after_calm, rise, rung
 
 from rankup.grpo.config_guards import GuardsConfig
+from rankup.grpo.guard_rules import EVALUATION, RULES
 from rankup.grpo.guard_trackers import Level
-from rankup.grpo.guards import RULES, Guards, Verdict
+from rankup.grpo.guards import Guards, Verdict
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_every_rule_has_its_limits():
     config = GuardsConfig()
     assert all(config.limits(rule.name) != (None, None) for rule in RULES)
     names = {name.rpartition("_")[0] for name in GuardsConfig.model_fields if name.endswith(("_watch", "_stop"))}
-    assert names == {rule.name for rule in RULES}
+    assert names == {rule.name for rule in (*RULES, EVALUATION)}
 
 
 def test_a_snapshot_that_nothing_leads_on_from_ends_the_run() -> None:

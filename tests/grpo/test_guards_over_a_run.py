@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from played_guards import CALM, Played, after_calm, rise, rung
 
 from rankup.grpo.config_guards import GuardsConfig
-from rankup.grpo.guards import RULES, Guards
+from rankup.grpo.guard_rules import RULES
+from rankup.grpo.guards import Guards
 
 HEALTHY_RUN = Path(__file__).parent / "data" / "healthy_run.json"
 
@@ -65,25 +66,25 @@ def test_a_restore_puts_the_running_means_back():
     played = Played()
     rise(played)
     played.steps(5, reward=0.8, entropy=0.05)
-    saved = json.loads(json.dumps(played.guards.state_dict()))["at_snapshot"]
+    saved = json.loads(json.dumps(played.guards.state_dict()))["kept"]["step"]["trackers"]
     assert any(verdict.restore for verdict in played.steps(10, reward=0.1, entropy=0.05)[:5])
     played.guards.restored()
     state = played.guards.state_dict()
-    assert state["now"] == saved == state["at_snapshot"]
+    assert state["now"] == saved == state["kept"]["step"]["trackers"]
     assert played.guards.learning_rate_factor < 1
     assert rung(played.steps(20, reward=0.8, entropy=0.05)) == []
 
 
-def test_whether_the_run_ends_unhealthy():
+def test_a_run_ends_with_the_snapshot_if_its_reward_has_fallen():
     played = Played(reward_stop=None)
     rise(played)
     played.steps(30, reward=0.8)
-    assert not played.guards.ends_unhealthy()
+    assert played.guards.ends_with() is None
     played.steps(15, reward=0.5)
-    assert played.guards.ends_unhealthy()
+    assert played.guards.ends_with() == "step"
     played.steps(20, reward=0.8)
-    assert not played.guards.ends_unhealthy()
-    assert not Guards(GuardsConfig()).ends_unhealthy()
+    assert played.guards.ends_with() is None
+    assert Guards(GuardsConfig()).ends_with() is None
 
 
 # Resuming, and a run that was healthy

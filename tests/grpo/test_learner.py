@@ -260,14 +260,14 @@ def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: lis
 
 def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[WeightedGroup]) -> None:
     learner: Learner = make_learner(guards={"enabled": True}, learning_rate=1e-3)
-    assert learner.restore_last_healthy() is None
+    assert learner.restore("step") is None
     sampled = groups_of_the_policy(learner, groups)
     before = copies(learner.policy)
     update = learner.update(sampled, step=0, observed={"reward": 0.5})
     assert update.metrics["update_skipped"] == 0.0 and update.notes == ()
     once = copies(learner.policy)
     learner.update(sampled, step=1)
-    assert learner.restore_last_healthy() == 1, "the policy of the first step, before its update"
+    assert learner.restore("step") == 1, "the policy of the first step, before its update"
     assert all(map(torch.equal, before, learner.policy.masters))
     learner.policy.write_slots()
     learner.update(sampled, step=2)

@@ -164,8 +164,10 @@ def test_colour_settings_do_not_put_the_live_view_into_a_log(monkeypatch):
 
 
 CHILD = """
+import signal
 import time
 from rankup.grpo.terminal import make_view
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts in the background
 with make_view(max_steps=3, run_name="sums") as view:
     view.step(1, {"reward": 0.41}, {"train": 1.0})
     print("a reward function prints", flush=True)

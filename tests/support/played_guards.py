@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rankup.grpo.config_guards import GuardsConfig
+from rankup.grpo.guard_rules import RULES
 from rankup.grpo.guard_trackers import Level
-from rankup.grpo.guards import RULES, Guards, Verdict
+from rankup.grpo.guards import Guards, Verdict
 
 CALM = {
     "reward": 0.5,
@@ -39,6 +41,14 @@ class Played:
                 self.guards.restored()
             self.step += 1
         return self.verdicts[-count:]
+
+    def evaluate(self, rewards: Sequence[float | None]) -> Verdict:
+        """Judge an evaluation after the steps so far; a restore is carried out."""
+        verdict = self.guards.judge_evaluation(self.step, rewards)
+        if verdict.restore:
+            self.guards.restored("evaluation")
+        self.verdicts.append(verdict)
+        return verdict
 
     def metric(self, name: str) -> float:
         return self.guards.metrics()[f"guards/{name}"]
