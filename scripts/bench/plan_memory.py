@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__, EXAMPLE, repeats=4, what="updates, of which the peak is taken; the first snapshot with optimizer state is in the second")
+    # The guards' first snapshot with optimizer state is in the second update, and lies beside activations from the third on.
+    parser = command_line(__doc__, EXAMPLE, repeats=4, what="updates, of which the peak is taken")
     parser.add_argument("--model", default=MODEL, help=f"embedded name, folder or hub id (default {MODEL})")
     parser.add_argument("--rank", type=int, default=64, metavar="R", help="of the adapter, on all seven (default 64)")
     parser.add_argument("--tokens-per-pack", type=int, default=4096, metavar="T", help="a multiple of 512 (default 4096)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ Row = dict[str, Any]
 
 COLOURS = {"alpha 32": "#0072B2", "alpha r": "#009E73", "alpha 2r": "#E69F00", "rslora 32": "#D55E00"}
 MARKERS = {64: "o", 128: "D"}
+SEED_MARKERS = {1: "o", 2: "s"}
 GUARDED, UNGUARDED = "#0072B2", "#D55E00"
 
 
@@ -69,7 +69,7 @@ def _actions(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], out: Path) -> None:
-    """Left: the grid's last evaluation by effective step. Right: rewards of the runs that were set up to collapse."""
+    """Left: the grid's last evaluation by effective step. Right: evaluations of the runs whose rate rises too high."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -79,7 +79,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
         figure = Figure(figsize=(12.8, 5.4), dpi=125, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
         _draw_grid(left, [row for row in rows if row["experiment"] == "grid"])
-        _draw_collapse(right, [row for row in rows if row["experiment"] == "collapse"])
+        _draw_collapse(right, [row for row in rows if row["experiment"] == "ramp"])
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
 
@@ -103,20 +103,13 @@ def _draw_grid(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_collapse(axes: Any, rows: Sequence[Row]) -> None:
-    labelled: set[bool] = set()
-    for row in rows:
-        colour = GUARDED if row["guards"] else UNGUARDED
-        label = None if row["guards"] in labelled else ("with guards" if row["guards"] else "without guards")
-        labelled.add(row["guards"])
-        rewards = row["rewards"]
-        smooth = [statistics.fmean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
-        axes.plot(range(1, len(rewards) + 1), rewards, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(range(1, len(rewards) + 1), smooth, color=colour, linewidth=2.2, label=label)
-        evaluations = [(step, reward) for step, reward in row["evaluations"] if step > 0]
-        axes.plot(*zip(*evaluations, strict=True), color=colour, marker="o", markersize=5, linestyle="none")
+    for row in sorted(rows, key=lambda row: (row["guards"], row["seed"])):
+        colour, guards = (GUARDED, "with guards") if row["guards"] else (UNGUARDED, "without guards")
+        style = {"color": colour, "marker": SEED_MARKERS[row["seed"]], "markersize": 6, "linewidth": 2}
+        axes.plot(*zip(*row["evaluations"], strict=True), label=f"{guards}, seed {row['seed']}", **style)
     axes.set_ylim(-0.04, 1.0)
     axes.set_xlabel("step")
-    axes.set_title("Set up to collapse: rank 128, alpha 256, rate 1e-4 (points: greedy accuracy)", loc="left", fontsize=11)
+    axes.set_title("Greedy accuracy at rank 128, alpha 256, under a rate that rises to 1e-3", loc="left", fontsize=11)
     axes.grid(axis="y")
     if rows:
         axes.legend(frameon=False)

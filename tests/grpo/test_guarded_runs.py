@@ -161,6 +161,6 @@ def test_a_fallen_evaluation_is_noticed_and_the_run_ends_with_the_best(run, tmp_
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["evaluation"]["after"]["reward"] == evaluations[-1]
 
-    unguarded, _ = run(turned, **changes, enabled=False)
+    run(turned, **changes, enabled=False)
     evaluations = [row["eval_reward"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row]
     assert evaluations[-1] < max(evaluations) - 0.3 * (max(evaluations) - evaluations[0])
