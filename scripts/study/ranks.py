@@ -43,7 +43,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 GRID_STEPS = 40
 SCALINGS = ("alpha 32", "alpha r", "alpha 2r", "rslora 32")
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-4, 3e-4, 3e-5)  # the default first
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class Run:
 
 
 def grid() -> Iterator[Run]:
-    """Seeds outermost: when time runs out, every setting has as many seeds as any other, but one."""
-    for seed, rank, scaling, rate in product((1, 2), (64, 128), SCALINGS, RATES):
+    """Seeds outermost, then rates: when time runs out, all ranks and scales have been compared at the rates that were run."""
+    for seed, rate, rank, scaling in product((1, 2), RATES, (64, 128), SCALINGS):
         yield Run(
             experiment="grid",
             rank=rank,
