@@ -1,12 +1,15 @@
 """Reward functions: how they are found, called and combined.
 
     scorer = Scorer(["my_rewards.py:correct", "trl.rewards:think_format_reward"], weights=[1.0, 0.2])
-    scores = scorer.score(prompts=..., completions=..., completion_ids=..., columns={"answer": [...]}, trainer_state={})
+    scores = scorer.score(Inputs(prompts=..., completions=..., completion_ids=..., columns={"answer": [...]}))
 
-`loading` turns a spec into a function, `runner` holds the calling contract (TRL's), `answers` has the built-in rewards.
+`loading` turns a spec into a function, `contract` says how one is called (as TRL does), `runner` scores with several, inline or
+in the processes of `processes` and `worker`, and `combining` puts their results together. The other modules are built-in
+rewards: see docs/rewards.md.
 """
 
+from .contract import Inputs, RewardError
 from .loading import RewardSpec, load_object, load_reward, reward_name
 from .runner import Scorer, Scores
 
-__all__ = ["RewardSpec", "Scorer", "Scores", "load_object", "load_reward", "reward_name"]
+__all__ = ["Inputs", "RewardError", "RewardSpec", "Scorer", "Scores", "load_object", "load_reward", "reward_name"]

@@ -3,59 +3,121 @@
     rewards:
       functions: rankup.rewards.answers:last_integer
 
-How numbers are read, in completions and in the `answer` column alike:
+`exact_match` compares whole texts, `last_integer` and `last_number` the number that a text ends with. A row whose
+answer is None gets None. How numbers are read, in completions and in the `answer` column alike:
 
 - thousands separators are part of the number: "1,234" is 1234;
 - a full stop that ends a sentence is not: "12." is 12;
 - a minus sign counts unless it joins two terms: "-5", "(-5)", "-$5" and "is -5" are minus five, "7-5" and "3 - 5" end
   in plain five;
-- a decimal number is one number: "4.0" is the integer 4, and "12.5" is no integer (neither 12 nor 5).
+- a decimal number is one number: "4.0" is the integer 4, ".5" is a half, and "12.5" is no integer (neither 12 nor 5);
+- percent and currency signs are not part of it: "$5" and "5%" are 5.
 
 The *last number* decides. "42, or rather 42.5" has no integer answer, though an integer stands in it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
+
+from .texts import Completion, RewardFunction, text_of
 
 _NUMBER = re.compile(
     r"""
+    (?= [-\u2212.0-9] )                                            # for speed only: most characters begin no number
     (?P<sign> (?<![\w)\]}]) [-\u2212] \$? )?                        # a minus (or the typographic one) after no operand
-    (?P<whole> [0-9]{1,3} (?: ,[0-9]{3} )+ (?![0-9]) | [0-9]+ )     # 1,234,567 or 1234567
+    (?P<whole> [0-9]{1,3} (?: ,[0-9]{3} )+ (?![0-9]) | [0-9]+       # 1,234,567 or 1234567
+             | (?<![\w.]) (?=\.[0-9]) )                             # or nothing, before the .5 of "is .5"
     (?: \. (?P<fraction> [0-9]+ ) )?
     """,
     re.VERBOSE,
 )
 
 
-def last_integer(completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+    """1.0 where the completion is the row's answer, white space around either aside, else 0.0.
+
+    completions: n strings, or n conversations, of which the last message counts. answer: n values, compared as text.
+    """
+    return _same_text(completions, answer, str.strip)
+
+
+def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False) -> RewardFunction:
+    """`exact_match` with options.
+
+    ignore_case: capitals equal small letters. ignore_whitespace: all white space is removed first, not only around the
+    text.
+    """
+
+    def normalised(text: str) -> str:
+        text = "".join(text.split()) if ignore_whitespace else text.strip()
+        return text.casefold() if ignore_case else text
+
+    def reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+        return _same_text(completions, answer, normalised)
+
+    reward.__name__ = "exact_match"
+    return reward
+
+
+def last_integer(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """1.0 where the last number of the completion is the integer that the row's answer ends with, else 0.0.
 
     completions: n strings, or n conversations, of which the last message counts.
     answer: n values: an int, a string such as "42" or "1,234", or a reference text that ends with the answer, as
-    GSM8K's "... #### 1,234". A row whose answer is None gets None.
+    GSM8K's "... #### 1,234".
 
     Raises ValueError, naming the row, where an answer has no integer: no completion could ever be right.
     """
-    return [_matches(row, *pair) for row, pair in enumerate(zip(completions, answer, strict=True))]
+    return _same_number(completions, answer, _final_integer, "does not end with an integer")
 
 
-def _matches(row: int, completion: Any, answer: Any) -> float | None:
-    if answer is None:
-        return None
-    expected = _final_integer(str(answer))
-    if expected is None:
-        raise ValueError(f"the answer of row {row} does not end with an integer: {str(answer)[-60:]!r}")
-    text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
-    return float(_final_integer(text) == expected)
+def last_number(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+    """The same for numbers with decimals: 1.0 where the last number of both is the same, else 0.0.
+
+    They are compared exactly: "4.0" equals "4", and "0.333" does not equal "0.3333".
+
+    Raises ValueError, naming the row, where an answer has no number.
+    """
+    return _same_number(completions, answer, _final_number, "has no number")
 
 
-def _final_integer(text: str) -> str | None:
-    """The last number of `text` as canonical digits; None where there is none, or where it has a fraction."""
+def _same_text(
+    completions: Sequence[Completion], answer: Sequence[Any], normalised: Callable[[str], str]
+) -> list[float | None]:
+    return [
+        None if expected is None else float(normalised(text_of(completion)) == normalised(str(expected)))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def _same_number(
+    completions: Sequence[Completion], answer: Sequence[Any], read: Callable[[str], Decimal | None], lack: str
+) -> list[float | None]:
+    scores: list[float | None] = []
+    for row, (completion, written) in enumerate(zip(completions, answer, strict=True)):
+        if written is None:
+            scores.append(None)
+            continue
+        expected = read(str(written))
+        if expected is None:
+            raise ValueError(f"the answer of row {row} {lack}: {str(written)[-60:]!r}")
+        scores.append(float(read(text_of(completion)) == expected))
+    return scores
+
+
+def _final_integer(text: str) -> Decimal | None:
+    number = _final_number(text)
+    return number if number is not None and number == number.to_integral_value() else None
+
+
+def _final_number(text: str) -> Decimal | None:
+    """The last number of `text`; None where there is none."""
     numbers = list(_NUMBER.finditer(text))
-    if not numbers or (numbers[-1]["fraction"] or "").strip("0"):
+    if not numbers:
         return None
     last = numbers[-1]
-    # Text instead of int(): Python refuses to convert a few thousand digits, which a degenerate completion can hold.
-    digits = last["whole"].replace(",", "").lstrip("0") or "0"
-    return f"-{digits}" if last["sign"] and digits != "0" else digits
+    # Decimal is exact at any length, and int() refuses a few thousand digits, which a degenerate completion can hold.
+    whole = last["whole"].replace(",", "") or "0"
+    return Decimal(f"{'-' if last['sign'] else ''}{whole}.{last['fraction'] or ''}")

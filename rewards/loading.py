@@ -2,7 +2,10 @@
 
     load_reward("rewards/math.py:correct")          # a file, relative to the working directory, then to the run file
     load_reward("trl.rewards:think_format_reward")  # anything importable
+    load_reward("last_integer")                     # what a package offers in the entry point group `rankup.rewards`
+    load_reward("my/classifier")                    # a folder or hub id: a sequence classifier with one label
     load_reward(my_function)                        # a callable passes through
+    load_reward("lengths.py:target", kwargs={"tokens": 100})    # what a factory returns
 
 The folder of a `file.py` is searched for imports **while the file is being imported, and after everything else on
 `sys.path`**: `import helper` at the top of the file finds `helper.py` beside it, but a neighbour called `json.py` can
@@ -17,13 +20,17 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 RewardSpec = str | Callable[..., Any]
+
+ENTRY_POINTS = "rankup.rewards"
+"""Entry point group in which packages offer rewards by a short name; the built-in ones are in it."""
 
 
 def load_object(spec: str, *, base_dir: Path | None = None) -> object:
@@ -49,17 +56,52 @@ def load_object(spec: str, *, base_dir: Path | None = None) -> object:
         raise ValueError(f"{place} has no {name!r}{_names_to_offer(module, name)}") from None
 
 
-def load_reward(spec: RewardSpec, *, base_dir: Path | None = None) -> Callable[..., Any]:
+def load_reward(
+    spec: RewardSpec, *, base_dir: Path | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """Return the reward function that `spec` names, or `spec` itself where it is a callable already.
+
+    With `kwargs` (an empty mapping counts) it is a factory, a function or a class, and what it returns for them is the reward
+    function.
 
     Raises what `load_object` raises, and ValueError where the object cannot serve as a reward function.
     """
-    function = load_object(spec, base_dir=base_dir) if isinstance(spec, str) else spec
+    found = _find(spec, base_dir=base_dir) if isinstance(spec, str) else spec
+    function = found if kwargs is None else _made_by(spec, found, kwargs)
     if inspect.isclass(function):
-        raise ValueError(f"reward {spec!r} is a class: name an instance of it, or a function")
+        raise ValueError(f"reward {spec!r} is a class: name an instance of it or a function, or give its kwargs")
     if not callable(function):
         raise ValueError(f"reward {spec!r} is not callable: it is a {type(function).__name__}")
     return function
+
+
+def _find(spec: str, *, base_dir: Path | None) -> object:
+    if ":" in spec or spec.endswith(".py"):
+        return load_object(spec, base_dir=base_dir)
+    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if spec in offered:
+        return offered[spec].load()
+    if "/" in spec or Path(spec).is_dir():
+        from .classifier import SequenceClassifier
+
+        return SequenceClassifier(spec)
+    near = difflib.get_close_matches(spec, offered, n=3)
+    offer = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(offered))}"
+    raise ValueError(
+        f"no reward is called {spec!r}: {offer} (your own is path/to/file.py:name or package.module:name, a sequence "
+        "classifier a folder or hub id)"
+    )
+
+
+def _made_by(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) -> object:
+    if not callable(factory):
+        raise ValueError(f"reward {spec!r} takes no kwargs: it is a {type(factory).__name__}")
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        given = ", ".join(kwargs) or "none"
+        raise ValueError(f"reward {spec!r} cannot be made with its kwargs ({given}): {error}") from error
+    return factory(**kwargs)
 
 
 def reward_name(function: Callable[..., Any]) -> str:

@@ -1,289 +1,263 @@
-"""Call reward functions by TRL's contract and combine what they return.
+"""Call reward functions by TRL's contract (`contract.py`) and combine what they return.
 
-    scorer = Scorer(["rankup.rewards.answers:last_integer", style], weights=[1.0, 0.1])
-    scores = scorer.score(prompts=p, completions=c, completion_ids=i, columns={"answer": a}, trainer_state={})
+    scorer = Scorer(["last_integer", style], weights=[1.0, 0.1], isolation="process", timeout=10.0)
+    pending = scorer.submit(Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
+    scores = pending.result()
     scores.total        # [1.1, 0.0, None, ...], one per completion
+    scorer.close()      # ends the processes
 
-A reward function is any callable. It is called with keyword arguments only,
-
-    f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=, log_metric=) -> list[float | None]
-
-and one that has no `**kwargs` gets only the arguments that it names. `async def` functions (and objects with an async
-`__call__`, and partials of either) run together, after the others. `None` says that the function does not apply to the
-row. Everything here runs inline: sync functions on the caller's thread, async ones on one event loop that lives as
-long as the scorer, so that a client with open connections can be kept from call to call.
+Where a function runs: `async def` functions (and objects with an async `__call__`, and partials of either) run together on one
+event loop that lives as long as the scorer, so that a client with open connections can be kept from call to call. Others run on
+the caller's thread (`isolation="inline"`), or in persistent processes (`"process"`), where a call that takes too long is killed
+and a crash costs one call. In processes and on the loop, scoring goes on while the caller samples further completions.
 """
 
+from __future__ import annotations
+
 import asyncio
+import dataclasses
 import functools
-import inspect
 import math
+import pickle
+import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, Literal
 
-from .loading import RewardSpec, load_reward, reward_name
+from .combining import OnError, Pending, Scores
+from .contract import (
+    RESERVED_ARGUMENTS,
+    CallResult,
+    Failure,
+    Function,
+    Inputs,
+    accepted,
+    call,
+    call_async,
+    check_column_names,
+    failure_of,
+    is_async,
+)
+from .loading import RewardSpec, find_file, load_reward, reward_name
+from .processes import WorkerPool
+from .worker import Portable, digest_of
 
-T = TypeVar("T")
-
-RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+Isolation = Literal["inline", "process"]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The rewards of n completions."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reward:
+    """A function, how it is reported, and where it runs. `number` is its place in the worker processes."""
 
-    total: list[float | None]
-    """Weighted sum over the functions that apply to the row, length n; None where none applies."""
-    by_function: dict[str, list[float | None]]
-    """Unweighted rewards, one list of length n for every function, by its name in `Scorer.names`."""
-    extras: dict[str, list[Any]]
-    """Columns for the completions table, from `log_extra`, each of length n."""
-    metrics: dict[str, float]
-    """From `log_metric`; the mean where one name was logged several times."""
+    name: str
+    function: Function
+    portable: Portable
+    isolation: Isolation
+    number: int
 
 
 class Scorer:
     """Loads reward functions once, and scores completions with them.
 
-    `weights` has one finite number per function (default: all 1). `base_dir` is the folder that relative paths in
-    `functions` are also looked up in. `names` holds one distinct name per function.
+    Args:
+        functions: callables, specs as `load_reward` takes them, or mappings with `function` and any of `kwargs` (for a
+            factory), `name`, `weight` and `isolation`.
+        weights: one finite number a function; None: those of the mappings, else 1.
+        base_dir: folder that relative paths in `functions` are also looked up in.
+        isolation: where functions that are not async run. A callable may bring its own as an attribute `isolation`.
+        num_workers: processes; None: one a core, at most 8.
+        timeout: seconds that one call may take, None for ever; in processes and for async functions but those with an
+            attribute `bounds_itself` that is true.
+        retries: how often a call that failed is tried again; in processes and for async functions.
+        memory_gib: bound on the data of each process.
+        on_error: what a call that failed does: "stop" raises, "none" gives its rows None, a number is their reward.
+        rows_per_call: completions a call; None: all that are submitted together, which are a prompt's. With 1 a failure costs
+            one row, but a function sees no group.
 
-    Raises ValueError for no functions or a wrong number of weights, and what `load_reward` raises.
+    `names` holds one distinct name per function. Raises ValueError for no functions or a wrong number of weights, and what
+    `load_reward` raises.
     """
 
     def __init__(
         self,
-        functions: RewardSpec | Sequence[RewardSpec],
+        functions: RewardSpec | Mapping[str, Any] | Sequence[RewardSpec | Mapping[str, Any]],
         *,
         weights: Sequence[float] | None = None,
         base_dir: Path | None = None,
+        isolation: Isolation = "inline",
+        num_workers: int | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        memory_gib: float | None = None,
+        on_error: OnError = "stop",
+        rows_per_call: int | None = None,
     ):
-        specs = [functions] if isinstance(functions, str) or callable(functions) else list(functions)
-        if not specs:
+        single = isinstance(functions, (str, Mapping)) or callable(functions)
+        given = [functions] if single else list(functions)  # type: ignore[arg-type]
+        if not given:
             raise ValueError("no reward functions: give at least one")
-        weights = [1.0] * len(specs) if weights is None else [float(weight) for weight in weights]
-        if len(weights) != len(specs):
-            raise ValueError(f"{len(weights)} reward weights for {len(specs)} reward functions: give one weight each")
-        if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"reward weights must be finite numbers, not {weights}")
-        self.weights = weights
-        self.functions = [load_reward(spec, base_dir=base_dir) for spec in specs]
-        self.names = _distinct([reward_name(function) for function in self.functions])
+        entries: list[dict[str, Any]] = [dict(f) if isinstance(f, Mapping) else {"function": f} for f in given]
+        self.weights = _weights(entries, weights)
+        self._rewards = _load(entries, base_dir=base_dir, isolation=isolation)
+        self.names = [reward.name for reward in self._rewards]
+        self._num_workers, self._timeout, self._retries = num_workers, timeout, retries
+        self._memory_gib, self._on_error, self._rows_per_call = memory_gib, on_error, rows_per_call
         self._loop: _BackgroundLoop | None = None
+        self._pool: WorkerPool | None = None
+
+    @property
+    def functions(self) -> list[Function]:
+        """The reward functions."""
+        return [reward.function for reward in self._rewards]
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise now what `score` would raise about the data set's columns (the prompt's is not among them)."""
+        """Raise now what `submit` would raise about the data set's columns (the prompt's is not among them)."""
         columns = list(columns)
         check_column_names(columns)
-        for name, function in zip(self.names, self.functions, strict=True):
-            _accepted(name, function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
+        for reward in self._rewards:
+            accepted(reward.name, reward.function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
 
-    def score(
-        self,
-        *,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Any]],
-        trainer_state: Mapping[str, Any],
-    ) -> Scores:
-        """Score n completions.
+    def start(self) -> None:
+        """Start the processes now, so that they load while something else does; otherwise the first `submit` does."""
+        isolated = [reward for reward in self._rewards if reward.isolation == "process"]
+        if isolated and self._pool is None:
+            from os import cpu_count
 
-        prompts, completions: n strings, or n conversations (lists of messages).
-        completion_ids: n unpadded lists of token ids. columns: the data set's other columns, n values each.
-        trainer_state: the functions see it as an object with attributes (`trainer_state.global_step`), as TRL's.
-
-        Raises ValueError where a function returns something other than n finite numbers or None, or asks for an
-        argument that does not exist; RuntimeError, with the original as its cause, where it raises.
-        """
-        check_column_names(columns)
-        inputs = dict(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        for name, values in inputs.items():
-            if len(values) != len(completions):
-                raise ValueError(f"{name} has {len(values)} values for {len(completions)} completions")
-        log = _Log(num_rows=len(completions))
-        calls = [
-            _Call(name, function, inputs, SimpleNamespace(**trainer_state), log)
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
-        returned = {call.name: call.run() for call in calls if not call.is_async}
-        pending = [call for call in calls if call.is_async]
-        if pending:
-            self._loop = self._loop or _BackgroundLoop()
-            results = self._loop.run(_gather(pending))
-            returned.update(zip((call.name for call in pending), results, strict=True))
-        by_function = {name: _as_rewards(name, returned[name], num_rows=len(completions)) for name in self.names}
-        return Scores(
-            total=[self._weighted_sum(row) for row in zip(*by_function.values(), strict=True)],
-            by_function=by_function,
-            extras=log.extras,
-            metrics={name: sum(values) / len(values) for name, values in log.metrics.items()},
-        )
-
-    def _weighted_sum(self, row: Sequence[float | None]) -> float | None:
-        terms = [weight * reward for weight, reward in zip(self.weights, row, strict=True) if reward is not None]
-        return sum(terms) if terms else None
-
-
-def check_column_names(columns: Iterable[str]) -> None:
-    """ValueError where a data column has the name of an argument that every reward function gets anyway."""
-    clashes = [name for name in columns if name in RESERVED_ARGUMENTS]
-    if clashes:
-        raise ValueError(f"data column {clashes[0]!r} has the name of a reward function's argument: rename the column")
-
-
-class _Call:
-    """One function together with the arguments of one `score`."""
-
-    def __init__(
-        self, name: str, function: Callable[..., Any], inputs: dict[str, Any], state: SimpleNamespace, log: "_Log"
-    ):
-        self.name = name
-        self.function = function
-        self.is_async = _is_async(function)
-        self.prompts = inputs["prompts"]
-        self.arguments = _accepted(
-            name,
-            function,
-            {
-                **inputs,
-                "trainer_state": state,
-                "log_extra": functools.partial(log.extra, name),
-                "log_metric": log.metric,
-            },
-        )
-
-    def run(self) -> Any:
-        try:
-            return self.function(**self.arguments)
-        except Exception as error:  # a user's function may raise anything; whatever it is goes on as the cause
-            raise self._failed(error) from error
-
-    async def run_async(self) -> Any:
-        try:
-            return await self.function(**self.arguments)
-        except Exception as error:  # as above
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> RuntimeError:
-        first_prompt = repr(self.prompts[0])
-        first_prompt = first_prompt if len(first_prompt) <= 100 else first_prompt[:97] + "..."
-        return RuntimeError(
-            f"reward function {self.name!r} failed on rows 0 to {len(self.prompts) - 1} (first prompt: {first_prompt})"
-            f": {type(error).__name__}: {error}"
-        )
-
-
-async def _gather(calls: Sequence[_Call]) -> list[Any]:
-    # Exceptions are collected first: no task is left running, and which failure is reported does not hang on timing.
-    results = await asyncio.gather(*(call.run_async() for call in calls), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-class _BackgroundLoop:
-    """An event loop on its own daemon thread; works where the caller's thread runs a loop already (a notebook)."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # only has an effect where the wait was interrupted (Ctrl-C)
-
-
-class _Log:
-    """Collects what the functions of one `score` log."""
-
-    def __init__(self, *, num_rows: int):
-        self.num_rows = num_rows
-        self.extras: dict[str, list[Any]] = {}
-        self.metrics: dict[str, list[float]] = defaultdict(list)
-
-    def extra(self, function: str, column: str, values: Iterable[Any]) -> None:
-        """Set a column of the completions table; the last call for a column counts."""
-        values = list(values)
-        if len(values) != self.num_rows:
-            raise ValueError(
-                f"log_extra({column!r}) in reward function {function!r} got {len(values)} values for "
-                f"{self.num_rows} completions"
+            self._pool = WorkerPool(
+                [reward.portable for reward in isolated],
+                num_workers=self._num_workers or min(8, cpu_count() or 1),
+                timeout=self._timeout,
+                retries=self._retries,
+                memory_bytes=None if self._memory_gib is None else int(self._memory_gib * 2**30),
             )
-        self.extras[column] = values
 
-    def metric(self, name: str, value: float) -> None:
-        self.metrics[name].append(float(value))
+    def submit(self, inputs: Inputs) -> Pending:
+        """Begin to score n completions; functions that run inline have run when it returns.
+
+        Raises ValueError where a function asks for an argument that does not exist. What else a function does wrong is raised
+        by the result: see `Pending.result`.
+        """
+        self.check_columns(inputs.columns)
+        self.start()
+        pieces = [inputs] if self._rows_per_call is None else inputs.split(self._rows_per_call)
+        pickled = [pickle.dumps(piece) for piece in pieces] if self._pool is not None else [b""] * len(pieces)
+        # First what runs elsewhere, then what runs here meanwhile.
+        order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline" and not is_async(reward.function))
+        futures = {
+            reward.name: [self._begin(reward, *piece) for piece in zip(pieces, pickled, strict=True)] for reward in order
+        }
+        return Pending(
+            calls={name: list(zip(pieces, futures[name], strict=True)) for name in self.names},
+            weights=dict(zip(self.names, self.weights, strict=True)),
+            on_error=self._on_error,
+        )
+
+    def score(self, inputs: Inputs) -> Scores:
+        """Score n completions and wait for it."""
+        return self.submit(inputs).result()
+
+    def close(self) -> None:
+        """End the processes; the next `submit` starts new ones. Results that nobody has asked for are lost."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _begin(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
+        if is_async(reward.function):
+            self._loop = self._loop or _BackgroundLoop()
+            timeout = None if getattr(reward.function, "bounds_itself", False) else self._timeout
+            return self._loop.begin(_attempts(reward, inputs, timeout, self._retries))
+        if reward.isolation == "process":
+            assert self._pool is not None
+            return self._pool.submit_pickled(reward.number, pickled)
+        done: Future[CallResult] = Future()
+        try:
+            done.set_result(call(reward.name, reward.function, inputs))
+        except Exception as error:  # a user's function may raise anything; it goes on as the cause of what `result` raises
+            done.set_result(dataclasses.replace(failure_of(error), cause=error))
+        return done
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def _weights(entries: Sequence[Mapping[str, Any]], weights: Sequence[float] | None) -> list[float]:
+    own = [entry.get("weight") for entry in entries]
+    if weights is None:
+        weights = [1.0 if weight is None else weight for weight in own]
+    elif any(weight is not None for weight in own):
+        raise ValueError("reward weights are given twice: with the functions, or as a list of their own")
+    weights = [float(weight) for weight in weights]
+    if len(weights) != len(entries):
+        raise ValueError(f"{len(weights)} reward weights for {len(entries)} reward functions: give one weight each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward weights must be finite numbers, not {weights}")
+    return weights
+
+
+def _load(entries: Sequence[Mapping[str, Any]], *, base_dir: Path | None, isolation: Isolation) -> list[_Reward]:
+    functions = [load_reward(e["function"], base_dir=base_dir, kwargs=e.get("kwargs")) for e in entries]
+    names = _distinct([e.get("name") or reward_name(f) for e, f in zip(entries, functions, strict=True)])
+    rewards: list[_Reward] = []
+    for entry, name, function in zip(entries, names, functions, strict=True):
+        where: Isolation = entry.get("isolation") or getattr(function, "isolation", None) or isolation
+        where = "inline" if is_async(function) else where
+        rewards.append(
+            _Reward(
+                name=name,
+                function=function,
+                portable=_portable(name, entry, function, base_dir) if where == "process" else Portable(name=name),
+                isolation=where,
+                number=sum(reward.isolation == "process" for reward in rewards),
+            )
+        )
+    return rewards
+
+
+def _portable(name: str, entry: Mapping[str, Any], function: Function, base_dir: Path | None) -> Portable:
+    spec, kwargs = entry["function"], entry.get("kwargs")
+    place = spec.rpartition(":")[0] if isinstance(spec, str) else ""
+    if place.endswith(".py"):
+        file = find_file(place, base_dir=base_dir)
+        spec = f"{file}:{spec.rpartition(':')[2]}"
+        return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir, file=file, digest=digest_of(file))
+    if isinstance(spec, str):
+        return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir)
+    import cloudpickle
+
+    module = _module_of(function)
+    by_value = module is not None and module.__name__ != "__main__" and not _can_be_imported(module.__name__)
+    if by_value:  # a file that was loaded by its path (a test's): the other process could not find it by name
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return Portable(name=name, pickled=cloudpickle.dumps(function))
+    except (pickle.PicklingError, TypeError) as error:
+        raise ValueError(
+            f"reward function {name!r} cannot be sent to a process: {error}; name it as file.py:name, or let it run inline"
+        ) from error
+    finally:
+        if by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _module_of(function: Function) -> ModuleType | None:
+    """Where the function's own code stands: of a partial the function's within, of a method its object's class's."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, ModuleType):
+        function = type(owner)
+    return sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
 
 
-def _accepted(name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that `function` takes: all of them with `**kwargs`, else those that it names."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some callables written in C tell nothing about themselves
-        return arguments
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
-    missing = [parameter for parameter in required if parameter not in arguments]
-    if missing:
-        columns = [column for column in arguments if column not in RESERVED_ARGUMENTS]
-        raise ValueError(
-            f"reward function {name!r} asks for {missing[0]!r}, which is no column of the data "
-            f"(columns: {', '.join(columns) or 'none'})"
-        )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return arguments
-    names = {p.name for p in parameters}
-    return {key: value for key, value in arguments.items() if key in names}
-
-
-def _as_rewards(name: str, returned: Any, *, num_rows: int) -> list[float | None]:
-    if isinstance(returned, (str, bytes, Mapping)) or not isinstance(returned, Iterable):
-        raise ValueError(
-            f"reward function {name!r} returned {_short(returned)}: return a list with one number or None for each of "
-            f"the {num_rows} completions"
-        )
-    rewards = list(returned)
-    if len(rewards) != num_rows:
-        raise ValueError(f"reward function {name!r} returned {len(rewards)} rewards for {num_rows} completions")
-    return [_as_number(name, row, reward) for row, reward in enumerate(rewards)]
-
-
-def _as_number(name: str, row: int, reward: Any) -> float | None:
-    if reward is None:
-        return None
-    number = math.nan
-    if not isinstance(reward, (str, bytes)):  # float("1") would pass, and hide a mistake
-        try:
-            number = float(reward)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a torch tensor of many elements
-            pass
-    if not math.isfinite(number):
-        raise ValueError(
-            f"reward function {name!r} returned {_short(reward)} for row {row}: return a finite number, or None where "
-            "the function does not apply"
-        )
-    return number
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+def _can_be_imported(name: str) -> bool:
+    """Whether a new process would find the module: `importlib.util.find_spec` is content with what is loaded here."""
+    package = name.partition(".")[0]
+    return any(finder.find_spec(package, None) is not None for finder in sys.meta_path)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -296,3 +270,34 @@ def _distinct(names: Sequence[str]) -> list[str]:
             candidate = f"{name}_{number}"
         distinct.append(candidate)
     return distinct
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+async def _attempts(reward: _Reward, inputs: Inputs, timeout: float | None, retries: int) -> CallResult:
+    """Call an async function until it succeeds; never raises what the function raises."""
+    outcome: CallResult = Failure(reason="")
+    for _ in range(retries + 1):
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await call_async(reward.name, reward.function, inputs)
+        except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it goes on as the cause
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # it was not the function: nobody waits for the result any more
+                raise
+            failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
+            outcome = dataclasses.replace(failure, cause=error)
+    return outcome
+
+
+class _BackgroundLoop:
+    """An event loop on its own daemon thread; works where the caller's thread runs a loop already (a notebook)."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
+
+    def begin(self, coroutine: Coroutine[Any, Any, CallResult]) -> Future[CallResult]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -1,8 +1,20 @@
+import json
+import lzma
+from pathlib import Path
+
+import cloudpickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankup.rewards.answers import last_integer
+from rankup.rewards.answers import exact_match, exact_match_of, last_integer, last_number
+
+GSM8K_ANSWERS = Path(__file__).parent / "data" / "gsm8k_answers.txt.xz"
+
+
+@pytest.fixture(scope="module")
+def gsm8k_answers() -> list[str]:
+    return [json.loads(line) for line in lzma.decompress(GSM8K_ANSWERS.read_bytes()).decode().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +48,8 @@ from rankup.rewards.answers import last_integer
         ("4.0", 4),
         ("$18.00.", 18),
         ("1,234.00", 1234),
+        ("wait...5", 5),
+        ("as above.5", 5),
         ("version 3.1, then 42", 42),
         ("5%", 5),
         ("42\n", 42),
@@ -45,7 +59,9 @@ def test_the_last_integer_is_found(completion, integer):
     assert last_integer([completion, completion], answer=[integer, integer + 1]) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("completion", ["", "no number", "12.5", "42, or rather 42.5", "five", "1" * 10_000, "-12"])
+@pytest.mark.parametrize(
+    "completion", ["", "no number", "12.5", ".5", "0.42", "$.12", "42, or rather 42.5", "five", "1" * 10_000, "-12"]
+)
 def test_without_the_integer_at_the_end_there_is_no_reward(completion):
     assert last_integer([completion] * 3, answer=[12, 5, 42]) == [0.0, 0.0, 0.0]
 
@@ -105,3 +121,86 @@ def test_every_integer_is_read_back_with_and_without_separators(integer, before,
     for written in (f"{integer}", f"{integer:,}"):
         completion = f"{before} {written}{after}"
         assert last_integer([completion, completion], answer=[integer, integer + 1]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "number"),
+    [
+        ("4.0", "4"),
+        ("4", "4.000"),
+        ("It is 12.50.", "12.5"),
+        ("$1,234.50", "1234.5"),
+        ("-$0.5", "-.5"),
+        ("about .5", "0.5"),
+        ("(-.25)", "-0.25"),
+        ("12.5%", "12.5"),
+        ("5 \u20ac", "5"),
+        ("1.5, or 2.5", "2.5"),
+        ("3.0-2.5", "2.5"),
+        ("-0.0", "0"),
+        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+        ("9" * 5000 + ".5", "9" * 5000 + ".50"),
+    ],
+)
+def test_the_last_number_is_compared_exactly(completion, number):
+    assert last_number([completion] * 3, answer=[number, f"{number}1" if "." in number else f"{number}.1", "77"]) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"), [("0.333", "0.3333"), ("12", "12.5"), ("12.5", "12"), ("no number", "1"), ("", "0"), ("5", ".5")]
+)
+def test_other_numbers_earn_nothing(completion, answer):
+    assert last_number([completion], answer=[answer]) == [0.0]
+
+
+def test_last_number_leaves_rows_out_and_names_a_bad_answer():
+    assert last_number(["1", "2.5"], answer=[None, 2.5]) == [None, 1.0]
+    with pytest.raises(ValueError, match="the answer of row 1 has no number: 'yes'"):
+        last_number(["1", "2"], answer=["1", "yes"])
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3), st.sampled_from([".", "", " ", "!", ".\n", "%", " euros"]))
+def test_every_decimal_is_read_back(number, after):
+    completions = [f"It is {number:f}{after}", f"It is {number:,f}{after}"]
+    assert last_number(completions, answer=[number, f"{number:f}"]) == [1.0, 1.0]
+
+
+def test_all_reference_answers_of_gsm8k_are_read(gsm8k_answers):
+    assert len(gsm8k_answers) == 8792
+    final = [text.rpartition("#### ")[2].replace(",", "") for text in gsm8k_answers]
+    assert all(text.lstrip("-").isdigit() for text in final)
+    for reward in (last_integer, last_number):
+        assert reward(gsm8k_answers, answer=gsm8k_answers) == [1.0] * 8792
+        assert reward(final, answer=gsm8k_answers) == [1.0] * 8792
+
+
+@pytest.mark.parametrize("reward", [last_integer, last_number])
+@pytest.mark.parametrize("form", ["The answer is {}.", "**{}**", r"So it is \boxed{{{}}}", "Half of 10 is 5.\n#### {}\n"])
+def test_gsm8k_completions_in_usual_forms(gsm8k_answers, reward, form):
+    answers = [text.rpartition("\n")[2] for text in gsm8k_answers]  # the last line: the whole texts are read above
+    numbers = [int(text.removeprefix("#### ").replace(",", "")) for text in answers]
+    for style in ("{}", "{:,}"):
+        right = [form.format(style.format(number)) for number in numbers]
+        wrong = [form.format(style.format(number + 1)) for number in numbers]
+        assert reward(right, answer=answers) == [1.0] * 8792
+        assert reward(wrong, answer=answers) == [0.0] * 8792
+
+
+def test_exact_match_ignores_white_space_around_the_text_only():
+    completions = [" Paris\n", "paris", "Par is", "42", [{"role": "assistant", "content": "Paris"}], "Paris"]
+    assert exact_match(completions, answer=["Paris", "Paris", "Paris", 42, " Paris", None]) == [1, 0, 0, 1, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ({}, [1.0, 0.0, 0.0, 0.0, 0.0]),
+        ({"ignore_case": True}, [1.0, 1.0, 0.0, 0.0, 0.0]),
+        ({"ignore_whitespace": True}, [1.0, 0.0, 1.0, 0.0, 0.0]),
+        ({"ignore_case": True, "ignore_whitespace": True}, [1.0, 1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_options_of_exact_match(options, scores):
+    reward = cloudpickle.loads(cloudpickle.dumps(exact_match_of(**options)))
+    assert reward.__name__ == "exact_match"
+    assert reward(completions=["New York", "new york", "New\n York", "newyork", "York"], answer=["New York"] * 5) == scores

@@ -1,11 +1,14 @@
 import functools
 import pickle
 import sys
+from importlib.metadata import entry_points
 from traceback import walk_tb
 
 import pytest
 
-from rankup.rewards.loading import load_object, load_reward, reward_name
+from rankup.rewards.contract import Inputs
+from rankup.rewards.loading import ENTRY_POINTS, load_object, load_reward, reward_name
+from rankup.rewards.runner import Scorer
 
 
 def test_a_function_is_loaded_from_a_file(tmp_path):
@@ -160,3 +163,62 @@ def test_names_go_through_partials_and_to_the_class():
     assert reward_name(functools.partial(functools.partial(correct), completions=[])) == "correct"
     assert reward_name(Judge()) == "Judge"
     assert reward_name(functools.partial(Judge())) == "Judge"
+
+
+# Short names, factories, classifiers
+
+
+def test_every_built_in_name_leads_to_its_function():
+    offered = [point.name for point in entry_points(group=ENTRY_POINTS)]
+    assert {"last_integer", "math_verify", "unit_tests", "judge", "soft_overlong"} <= set(offered)
+    for name in offered:
+        assert reward_name(load_reward(name)) == name
+
+
+def test_an_unknown_name_is_answered_with_a_near_one():
+    with pytest.raises(ValueError, match=r"no reward is called 'last_intger': did you mean last_integer.*\?"):
+        load_reward("last_intger")
+    with pytest.raises(ValueError, match=r"there are .*think_format"):
+        load_reward("xyz")
+
+
+def test_a_folder_or_hub_id_is_a_classifier(tmp_path, monkeypatch):
+    assert load_reward("org/Skywork-Reward").__name__ == "Skywork-Reward"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "helpful").mkdir()
+    assert load_reward("helpful").model_id == "helpful"
+
+
+FACTORIES = """
+def above(limit, *, strict=True):
+    def reward(completions, **kwargs):
+        return [len(c) > limit or (not strict and len(c) == limit) for c in completions]
+    return reward
+
+class Above:
+    def __init__(self, limit):
+        self.limit = limit
+    def __call__(self, completions, **kwargs):
+        return [len(c) > self.limit for c in completions]
+
+number = 3
+"""
+
+
+def test_kwargs_make_the_reward_function(tmp_path):
+    (tmp_path / "made.py").write_text(FACTORIES)
+    above = load_reward(f"{tmp_path}/made.py:above", kwargs={"limit": 1, "strict": False})
+    assert above(completions=["a", ""]) == [True, False]
+    assert load_reward(f"{tmp_path}/made.py:Above", kwargs={"limit": 0})(completions=["a", ""]) == [True, False]
+    with pytest.raises(ValueError, match=r"cannot be made with its kwargs \(lmit\): .*'limit'"):
+        load_reward(f"{tmp_path}/made.py:above", kwargs={"lmit": 1})
+    with pytest.raises(ValueError, match="takes no kwargs: it is a int"):
+        load_reward(f"{tmp_path}/made.py:number", kwargs={})
+    with pytest.raises(ValueError, match="is a class: name an instance of it or a function, or give its kwargs"):
+        load_reward(f"{tmp_path}/made.py:Above")
+
+
+def test_a_factory_that_was_given_no_kwargs_says_so(tmp_path):
+    (tmp_path / "made.py").write_text("def anything():\n    return lambda completions, **kwargs: [0.0] * len(completions)\n")
+    with pytest.raises(ValueError, match="returned a function: it makes reward functions, so give it `kwargs`"):
+        Scorer(f"{tmp_path}/made.py:anything").score(Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]]))

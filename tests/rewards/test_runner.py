@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from rankup.rewards.contract import Inputs
 from rankup.rewards.runner import Scorer
 
 
 def score(functions, completions=("a", "bb", "ccc"), *, weights=None, trainer_state=None, **columns):
-    return Scorer(functions, weights=weights).score(
+    return Scorer(functions, weights=weights).score(inputs(completions, trainer_state=trainer_state, **columns))
+
+
+def inputs(completions=("a", "bb", "ccc"), *, trainer_state=None, **columns):
+    return Inputs(
         prompts=["p"] * len(completions),
         completions=list(completions),
         completion_ids=[[1] * len(c) for c in completions],
@@ -229,7 +234,7 @@ def test_async_functions_keep_one_event_loop_from_call_to_call():
 
     scorer = Scorer(reward)
     for _ in range(2):
-        scorer.score(prompts=["p"], completions=["c"], completion_ids=[[1]], columns={}, trainer_state={})
+        scorer.score(inputs(["c"]))
     assert loops[0] is loops[1]
     assert not loops[0].is_closed()
 
@@ -319,3 +324,23 @@ def test_trl_reward_objects_run_from_a_users_file(tmp_path):
     overlong, repetition = scores.by_function.values()
     assert overlong == [0.0, -0.5, -1.0]
     assert repetition == pytest.approx([0.0, -2 / 3, -4 / 5])
+
+
+def test_an_async_function_s_own_faults_are_told_as_such():
+    async def inner_limit(completions, **kwargs):
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(10)
+
+    async def cancels(completions, **kwargs):
+        task = asyncio.create_task(asyncio.sleep(10))
+        task.cancel()
+        await task
+
+    async def slow(completions, **kwargs):
+        await asyncio.sleep(60)
+
+    scores = Scorer([inner_limit, cancels, slow], timeout=1.0, on_error="none").score(inputs(["a"]))
+    assert scores.total == [None]
+    assert scores.errors["inner_limit"] == ["TimeoutError: "]
+    assert "CancelledError" in str(scores.errors["cancels"])
+    assert scores.errors["slow"] == ["no answer in 1 s: it was cancelled"]

@@ -1,0 +1,102 @@
+"""A reward that a sequence classifier gives: TRL's meaning of a model id among the reward functions.
+
+    rewards: {functions: Skywork/Skywork-Reward-V2-Qwen3-0.6B}      # a hub id or a local folder
+
+    helpful = SequenceClassifier("models/helpful", device="cpu")
+
+The reward of a row is the one logit that the classifier gives for prompt and completion, written one after the other;
+conversations go through the chat template of the classifier's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class SequenceClassifier:
+    """A reward function around a sequence classifier with one label.
+
+    Arguments:
+        model_id: a local folder or a hub id that `AutoModelForSequenceClassification` loads, with its tokenizer.
+        device: where it runs, such as "cpu" or "cuda:1"; None is the GPU, or the CPU where there is none.
+        batch_size: how many texts go through the model at a time.
+
+    The model is loaded at the first call. Raises ValueError then where it is no classifier with exactly one label.
+    """
+
+    isolation = "inline"  # one copy of the model, where the GPU is, instead of one in each process
+
+    def __init__(self, model_id: str, *, device: str | None = None, batch_size: int = 16):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.__name__ = str(model_id).rstrip("/").rpartition("/")[2]
+        self.model_id = model_id
+        self.device = device
+        self.batch_size = batch_size
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}  # weights are not sent to another process, but loaded there
+
+    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        """The classifier's logit for each of n rows (TRL's contract).
+
+        Raises ValueError where a text is longer than the classifier takes.
+        """
+        import torch
+
+        if self._loaded is None:
+            self._loaded = _load(self.model_id, self.device)
+        model, tokenizer = self._loaded
+        texts = [_text(tokenizer, *row) for row in zip(prompts, completions, strict=True)]
+        rewards: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = tokenizer(
+                text=texts[start : start + self.batch_size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="right",
+                add_special_tokens=False,
+            )
+            length = batch["input_ids"].shape[1]
+            if length > tokenizer.model_max_length:  # on a GPU, positions that do not exist would end the process
+                raise ValueError(
+                    f"{self.__name__} takes {tokenizer.model_max_length} tokens, but prompt and completion have {length}: "
+                    "lower the completions' length, or choose a classifier for longer texts"
+                )
+            with torch.inference_mode():
+                rewards += model(**batch.to(model.device)).logits[:, 0].float().tolist()
+        return rewards
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt + completion
+    text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _load(model_id: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    # With sizes allowed to differ, a head of another size is reported here instead of failing with the names of its weights.
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        model_id, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    for name, saved, _ in report["mismatched_keys"]:
+        raise ValueError(f"{model_id} is no reward model: its {name} gives {saved[0]} labels, and a reward is one")
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ValueError(f"{model_id} is no sequence classifier: its {missing} would be random")
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Decoders take the last token that is not this one as the end of the text.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer

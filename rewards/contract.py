@@ -1,0 +1,251 @@
+"""TRL's contract for one reward function: what it is called with, and what it may return.
+
+    returned = call("length", length, Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
+    returned.rewards        # [1.0, None, 0.5], one per completion
+
+A reward function is any callable. It is called with keyword arguments only,
+
+    f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=, log_metric=) -> list[float | None]
+
+and one that has no `**kwargs` gets only the arguments that it names. `None` says that the function does not apply to the row.
+The same code runs in the trainer's process and in reward processes (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What n completions are scored by.
+
+    Attributes:
+        prompts, completions: n strings, or n conversations (lists of messages); completions of one prompt are adjacent.
+        completion_ids: n unpadded lists of token ids.
+        columns: the data set's other columns, n values each.
+        trainer_state: the functions see it as an object with attributes (`trainer_state.global_step`), as TRL's.
+
+    Raises ValueError where lengths differ, or where a column has the name of an argument.
+    """
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    trainer_state: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_column_names(self.columns)
+        for name, values in self.rows().items():
+            if len(values) != len(self.completions):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.completions)} completions")
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def rows(self) -> dict[str, Sequence[Any]]:
+        """All that has a value for each completion, by the argument's name."""
+        return {
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "completion_ids": self.completion_ids,
+            **self.columns,
+        }
+
+    def split(self, size: int) -> list[Inputs]:
+        """The same rows in pieces of at most `size`."""
+        return [
+            Inputs(
+                prompts=self.prompts[start : start + size],
+                completions=self.completions[start : start + size],
+                completion_ids=self.completion_ids[start : start + size],
+                columns={name: values[start : start + size] for name, values in self.columns.items()},
+                trainer_state=self.trainer_state,
+            )
+            for start in range(0, len(self), size)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """What one call gave: n rewards, columns for the completions table (n values each), and logged metrics."""
+
+    rewards: list[float | None]
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a call gave nothing. `reason` says it in one line; `details` is the user's traceback, if there is one."""
+
+    reason: str
+    details: str = ""
+    is_bad_value: bool = False
+    """The function returned something that is no list of rewards."""
+    cause: BaseException | None = None
+    """The exception, where it was raised in this process."""
+
+
+CallResult = Returned | Failure
+
+
+class RewardError(RuntimeError):
+    """A reward function failed; the message names it and the rows, and ends with its traceback."""
+
+
+def call(name: str, function: Function, inputs: Inputs) -> Returned:
+    """Call a function that is not async. Whatever it raises is raised; ValueError where it returns no list of rewards."""
+    log = Log(num_rows=len(inputs))
+    return _returned(name, function(**arguments_of(name, function, inputs, log)), log)
+
+
+async def call_async(name: str, function: Function, inputs: Inputs) -> Returned:
+    """The same for an async one."""
+    log = Log(num_rows=len(inputs))
+    return _returned(name, await function(**arguments_of(name, function, inputs, log)), log)
+
+
+class BadValueError(ValueError):
+    """A function returned something that is no list of rewards."""
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What an exception of a call says; frames of this module are not the user's and are left out of the traceback."""
+    if isinstance(error, BadValueError):
+        return Failure(reason=str(error), is_bad_value=True)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _OWN_FILES]
+    details = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
+    return Failure(reason=f"{type(error).__name__}: {error}", details=f"Traceback (most recent call last):\n{details}")
+
+
+_OWN_FILES = {__file__, __file__.replace("contract.py", "runner.py"), __file__.replace("contract.py", "worker.py")}
+
+
+def arguments_of(name: str, function: Function, inputs: Inputs, log: Log) -> dict[str, Any]:
+    """The keyword arguments of a call."""
+    offered = {
+        **inputs.rows(),
+        "trainer_state": SimpleNamespace(**inputs.trainer_state),
+        "log_extra": functools.partial(log.extra, name),
+        "log_metric": log.metric,
+    }
+    return accepted(name, function, offered)
+
+
+def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that `function` takes: all of them with `**kwargs`, else those that it names.
+
+    Raises ValueError where it asks for one that does not exist.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some callables written in C tell nothing about themselves
+        return arguments
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    missing = [parameter for parameter in required if parameter not in arguments]
+    if missing:
+        columns = [column for column in arguments if column not in RESERVED_ARGUMENTS]
+        raise ValueError(
+            f"reward function {name!r} asks for {missing[0]!r}, which is no column of the data "
+            f"(columns: {', '.join(columns) or 'none'})"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    names = {p.name for p in parameters}
+    return {key: value for key, value in arguments.items() if key in names}
+
+
+def check_column_names(columns: Iterable[str]) -> None:
+    """ValueError where a data column has the name of an argument that every reward function gets anyway."""
+    clashes = [name for name in columns if name in RESERVED_ARGUMENTS]
+    if clashes:
+        raise ValueError(f"data column {clashes[0]!r} has the name of a reward function's argument: rename the column")
+
+
+def is_async(function: Function) -> bool:
+    """Whether calling it gives something to await; partials and objects with an async `__call__` included."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class Log:
+    """Collects what a function logs in one call."""
+
+    def __init__(self, *, num_rows: int):
+        self.num_rows = num_rows
+        self.extras: dict[str, list[Any]] = {}
+        self.metrics: defaultdict[str, list[float]] = defaultdict(list)
+
+    def extra(self, function: str, column: str, values: Iterable[Any]) -> None:
+        """Set a column of the completions table; the last call for a column counts."""
+        values = list(values)
+        if len(values) != self.num_rows:
+            raise ValueError(
+                f"log_extra({column!r}) in reward function {function!r} got {len(values)} values for "
+                f"{self.num_rows} completions"
+            )
+        self.extras[column] = values
+
+    def metric(self, name: str, value: float) -> None:
+        """Log a number; the mean where one name is logged several times."""
+        self.metrics[name].append(float(value))
+
+
+def _returned(name: str, values: Any, log: Log) -> Returned:
+    rewards = _as_rewards(name, values, num_rows=log.num_rows)
+    return Returned(rewards=rewards, extras=log.extras, metrics=dict(log.metrics))
+
+
+def _as_rewards(name: str, returned: Any, *, num_rows: int) -> list[float | None]:
+    if callable(returned):
+        raise BadValueError(
+            f"reward function {name!r} returned a function: it makes reward functions, so give it `kwargs` "
+            f"(in a run file, {{function: ..., kwargs: {{}}}})"
+        )
+    if isinstance(returned, (str, bytes, Mapping)) or not isinstance(returned, Iterable):
+        raise BadValueError(
+            f"reward function {name!r} returned {_short(returned)}: return a list with one number or None for each of "
+            f"the {num_rows} completions"
+        )
+    rewards = list(returned)
+    if len(rewards) != num_rows:
+        raise BadValueError(f"reward function {name!r} returned {len(rewards)} rewards for {num_rows} completions")
+    return [_as_number(name, row, reward) for row, reward in enumerate(rewards)]
+
+
+def _as_number(name: str, row: int, reward: Any) -> float | None:
+    if reward is None:
+        return None
+    number = math.nan
+    if not isinstance(reward, (str, bytes)):  # float("1") would pass, and hide a mistake
+        try:
+            number = float(reward)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a torch tensor of many elements
+            pass
+    if not math.isfinite(number):
+        raise BadValueError(
+            f"reward function {name!r} returned {_short(reward)} for row {row}: return a finite number, or None where "
+            "the function does not apply"
+        )
+    return number
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

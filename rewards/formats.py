@@ -1,0 +1,209 @@
+"""Built-in rewards for the form of a completion: tags, regular expressions, JSON.
+
+    rewards:
+      functions:
+        - rankup.rewards.formats:think_format
+        - {function: "rankup.rewards.formats:tags", kwargs: {names: [plan, answer], partial_credit: true}}
+        - {function: "rankup.rewards.formats:json_schema", kwargs: {schema: schemas/person.json}}
+
+`think_format` is a reward function; `tags`, `matches` and `json_schema` make one.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .loading import find_file
+from .texts import Completion, RewardFunction, text_of
+
+_THINK = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
+_TAG_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_JSON_BLOCK = re.compile(r"^```json[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+_FLAGS = {name: re.RegexFlag[name] for name in ("ASCII", "DOTALL", "IGNORECASE", "MULTILINE", "VERBOSE")}
+
+
+def think_format(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+    """1.0 for one `<think>...</think>` at the beginning and an answer after it, else 0.0.
+
+    White space may stand before the first tag; the thought may be empty, the answer may not; neither tag may occur
+    again. Some chat templates put `<think>` at the end of the prompt. Then it is not part of the completion, and
+    `matches` with the pattern `(?:(?!</?think>).)*</think>(?!.*</?think>).*\\S.*` asks for the rest.
+    """
+    return [_is_think_format(text_of(completion)) for completion in completions]
+
+
+def _is_think_format(text: str) -> float:
+    found = _THINK.fullmatch(text)
+    once = text.count("<think>") == text.count("</think>") == 1
+    return float(found is not None and once and bool(found["answer"].strip()))
+
+
+def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = False) -> RewardFunction:
+    """Make a reward: 1.0 where the completion is `<a>...</a> <b>...</b>` for the given names, else 0.0.
+
+    names: which tags, in their order. Each pair must stand there exactly once, with nothing but white space before,
+    between and after the pairs. What stands inside a pair may be anything, or nothing.
+    partial_credit: where the form is not right, give the share of the pairs that are: each tag of the pair exactly
+    once, the pair after those before it. Where all pairs are right but text stands outside them, the last one counts
+    as wrong, so that only the right form earns 1.0.
+
+    Raises ValueError where `names` is not a list of different names.
+    """
+    if isinstance(names, str) or not names or len(set(names)) != len(names):
+        raise ValueError(f"tags needs a list of different tag names, such as [think, answer], not {names!r}")
+    names = [_checked_tag(name) for name in names]
+
+    def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        shares = [_share_of_pairs(text_of(completion), names) for completion in completions]
+        return [share if partial_credit else float(share == 1.0) for share in shares]
+
+    reward.__name__ = "tags"
+    return reward
+
+
+def _checked_tag(name: object) -> str:
+    if not isinstance(name, str) or not _TAG_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be a tag's name: write it without the angle brackets, as in think")
+    return name
+
+
+def _share_of_pairs(text: str, names: Sequence[str]) -> float:
+    right, end, outside = 0, 0, ""
+    for name in names:
+        opening, closing = f"<{name}>", f"</{name}>"
+        start, stop = text.find(opening), text.find(closing)
+        if text.count(opening) == text.count(closing) == 1 and end <= start < stop:
+            right += 1
+            outside += text[end:start]
+            end = stop + len(closing)
+    if right == len(names) and (outside + text[end:]).strip():
+        right -= 1
+    return right / len(names)
+
+
+def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: bool = True) -> RewardFunction:
+    """Make a reward: 1.0 where the completion matches a regular expression, else 0.0.
+
+    pattern: in the syntax of Python's `re`. flags: names of its flags, such as [DOTALL, IGNORECASE]; by default a dot
+    stands for line breaks as well. full: the whole completion has to match, else some part of it.
+
+    A pattern with nested repetitions, such as `(a+)+b`, can take for ever on some texts, and Python cannot interrupt
+    it. Where the pattern is not simple, run the reward under `isolation: process` with a time limit.
+
+    Raises ValueError for a pattern or a flag that `re` does not know.
+    """
+    names = [flags] if isinstance(flags, str) else list(flags)
+    unknown = [name for name in names if name not in _FLAGS]
+    if unknown:
+        raise ValueError(f"unknown regular expression flag {unknown[0]!r}: choose from {', '.join(_FLAGS)}")
+    combined = re.NOFLAG
+    for name in names:
+        combined |= _FLAGS[name]
+    try:
+        compiled = re.compile(pattern, combined)
+    except (re.error, ValueError) as error:  # ValueError: a flag inside the pattern that excludes another
+        raise ValueError(f"cannot read the regular expression {pattern!r}: {error}") from error
+    match = compiled.fullmatch if full else compiled.search
+
+    def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        return [float(match(text_of(completion)) is not None) for completion in completions]
+
+    reward.__name__ = "matches"
+    return reward
+
+
+def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid_reward: float = 0.0) -> RewardFunction:
+    """Make a reward: 1.0 where the completion is JSON that fits the schema.
+
+    The JSON is the whole completion, or the only ```json block in it. Where there is none, or it cannot be read, the
+    reward is 0.0.
+
+    schema: a JSON schema, or the path of a file with one, relative to the working directory. Without it the data's
+    column `schema` is used, which has one for each row (JSON text or a mapping; None: does not apply). Write it as JSON
+    text: a column of mappings gets all keys of all rows when it is stored as a table.
+    invalid_reward: for JSON that does not fit.
+
+    References to other documents are not fetched. `format` is an annotation, as the standard has it: not checked.
+
+    Raises ValueError for something that is no valid schema, FileNotFoundError for a path that does not exist. The
+    reward raises ValueError, naming the row, for a row's invalid schema.
+    """
+    if schema is None:
+
+        def reward_by_row(completions: Sequence[Completion], schema: Sequence[Any], **kwargs: Any) -> list[float | None]:
+            validators = [_validator_of_row(row, value) for row, value in enumerate(schema)]
+            pairs = zip(completions, validators, strict=True)
+            return [v and _score_json(text_of(completion), v, invalid_reward) for completion, v in pairs]
+
+        reward_by_row.__name__ = "json_schema"
+        return reward_by_row
+
+    fixed = _read_schema_file(schema) if isinstance(schema, (str, Path)) else schema
+    _validator(fixed, name="the schema")
+
+    def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+        validator = _validator(fixed, name="the schema")  # here: a validator cannot be relied on to be picklable
+        return [_score_json(text_of(completion), validator, invalid_reward) for completion in completions]
+
+    reward.__name__ = "json_schema"
+    return reward
+
+
+def _read_schema_file(path: str | Path) -> Any:
+    found = find_file(path)
+    try:
+        return json.loads(found.read_text())
+    except ValueError as error:
+        raise ValueError(f"{found} is not JSON: {error}") from error
+
+
+def _validator_of_row(row: int, schema: Any) -> Any:
+    if schema is None:
+        return None
+    name = f"the schema of row {row}"
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+    return _validator(schema, name=name)
+
+
+def _validator(schema: Any, *, name: str) -> Any:
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+    from jsonschema_specifications import REGISTRY
+
+    if not isinstance(schema, (Mapping, bool)):
+        raise ValueError(f"{name} must be a mapping, not {schema!r}")
+    kind = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"{name} is not a valid JSON schema: {error.message} (at {error.json_path})") from error
+    # Without a registry of its own, a validator would fetch what a $ref names from the network.
+    return kind(schema, registry=REGISTRY)
+
+
+def _score_json(text: str, validator: Any, invalid_reward: float) -> float:
+    from referencing.exceptions import Unresolvable
+
+    blocks = _JSON_BLOCK.findall(text)
+    if len(blocks) > 1:
+        return 0.0
+    try:
+        value = json.loads(blocks[0] if blocks else text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # RecursionError: thousands of open brackets
+        return 0.0
+    try:
+        return 1.0 if validator.is_valid(value) else invalid_reward
+    except (RecursionError, OverflowError):  # deep nesting, and numbers such as 1e999: the completion is at fault
+        return invalid_reward
+    except Unresolvable as error:
+        raise ValueError(f"the schema refers to {error.ref!r}, which it does not contain: put it into `$defs`") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")  # Python's parser takes NaN and Infinity, the standard does not

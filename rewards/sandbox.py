@@ -1,0 +1,282 @@
+"""Run one Python program that a model wrote, without trusting it.
+
+    outcome = run_python("print(input()[::-1])", stdin="abc", limits=Limits(seconds=2))
+    outcome.status, outcome.stdout          # "ok", "cba\n"
+
+The program runs under bubblewrap (`bwrap`) in namespaces of its own, as a user of its own where the caller is root:
+
+- files: Python, /usr and the system's libraries, read-only; a scratch folder in memory, /tmp, that ends with the program;
+- no network, not even to this machine; no environment variables, no terminal, no descriptors but the three standard ones;
+- no processes but its own are visible, and none of its own outlives the call, whatever it does to detach itself;
+- wall time, CPU time, memory, processes, open files, sizes of files and the length of the output are limited (`Limits`);
+- a filter of system calls (`seccomp`) takes away mounts, namespaces, ptrace, uncounted memory and rare sockets.
+
+What it does not do: the memory limit holds for each process, so that the program as a whole may take `processes` times as
+much, for as long as it runs; and the kernel is shared with it, so that a hole in Linux is a hole in the sandbox.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .sandbox_process import Running, has_data, pipe, sealed
+from .seccomp import seccomp_filter
+
+Status = Literal["ok", "error", "timeout", "memory", "output"]
+Sandbox = Literal["bubblewrap", "local"]
+
+_LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
+_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
+# bwrap itself gets this too, for /proc/1/environ is readable in the sandbox. The fixed seed makes rewards repeatable.
+_ENVIRONMENT = {
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/bin:/bin",
+    "PYTHONHASHSEED": "0",
+    "PYTHONIOENCODING": "utf-8",
+}
+# That it starts is not enough: the program must see no processes but its own, and be in namespaces of its own.
+_NAMESPACES = ("ipc", "mnt", "net", "pid", "uts")
+_PROBE = f"""
+import os
+print(*sorted(int(name) for name in os.listdir("/proc") if name.isdigit()))
+print(*(os.readlink("/proc/self/ns/" + name) for name in {_NAMESPACES}))
+"""
+_FIRST_USER, _USERS = 0x70000000, 0x0FFFFFFF  # user ids that distributions leave unassigned
+_SHARED_MIB = 16  # of /dev/shm, which multiprocessing needs for its locks
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    seconds: wall time, Python's start included. Each process gets as much CPU time, rounded up, and a second more.
+    memory_mib: address space of each process in MiB; Python itself takes about 30.
+    processes: processes and threads at any one time (only under bubblewrap).
+    open_files: descriptors of each process. output_bytes: bytes of stdout, and again of stderr.
+    scratch_mib: MiB of the scratch folder, and of any one file.
+
+    Raises ValueError for values that no program can run with.
+    """
+
+    seconds: float = 5.0
+    memory_mib: int = 512
+    processes: int = 16
+    open_files: int = 64
+    output_bytes: int = 64 * 1024
+    scratch_mib: int = 64
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise ValueError(f"seconds must be positive and finite, not {self.seconds}")
+        lowest = {"memory_mib": 32, "processes": 1, "open_files": 16, "output_bytes": 1, "scratch_mib": 1}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    stdout, stderr: text, with U+FFFD for what is no UTF-8; cut off at `Limits.output_bytes`.
+    exit_code: as a shell counts, 128 plus the signal's number for a signal; None where the program was killed here.
+    status: "ok" for exit code 0, "error" for another one; "timeout", "memory" (it ended in a MemoryError) or "output" for
+    the limit that it ran into. seconds: wall time.
+    """
+
+    stdout: str
+    stderr: str
+    exit_code: int | None
+    status: Status
+    seconds: float
+
+
+def choose_sandbox(*, unsafe_local: bool = False) -> Sandbox:
+    """ "bubblewrap" where it works; else "local", if `unsafe_local` allows it.
+
+    Raises ValueError, with the reason and what to install, where bubblewrap does not work and `unsafe_local` is false.
+    """
+    problem = bubblewrap_problem()
+    if problem is None:
+        return "bubblewrap"
+    if unsafe_local:
+        return "local"
+    raise ValueError(
+        f"no sandbox for the code that the model writes: {problem}. Install bubblewrap (apt install bubblewrap), or set "
+        "unsafe_local: true to run the code without isolation from your files and the network"
+    )
+
+
+def bubblewrap_problem() -> str | None:
+    """Why bubblewrap cannot be used here, or None where it works; it is tried once for each `bwrap` that PATH leads to."""
+    bwrap = shutil.which("bwrap")
+    return "bwrap is not installed" if bwrap is None else _problem_with(bwrap)
+
+
+@functools.cache
+def _problem_with(bwrap: str) -> str | None:
+    try:
+        outcome = _run(_PROBE, "", Limits(seconds=30), bwrap=bwrap, site_packages=False)
+    except (ValueError, OSError, RuntimeError) as error:
+        return f"{bwrap} does not work here ({error})"
+    if outcome.status != "ok":
+        return f"{bwrap} does not work here ({outcome.status}: {outcome.stderr.strip()[-300:]})"
+    processes, _, namespaces = outcome.stdout.strip().partition("\n")
+    shared = [name for name in _NAMESPACES if os.readlink(f"/proc/self/ns/{name}") in namespaces.split()]
+    isolated = processes == "1 2" and len(namespaces.split()) == len(_NAMESPACES) and not shared
+    return None if isolated else f"{bwrap} separates too little (processes {processes}; shared: {', '.join(shared) or 'none'})"
+
+
+def run_python(
+    source: str,
+    *,
+    stdin: str = "",
+    limits: Limits | None = None,
+    site_packages: bool = False,
+    sandbox: Sandbox | None = None,
+) -> Outcome:
+    """Run the program `source` as `__main__` with `stdin` as its input, and wait until nothing of it is left.
+
+    Any number of threads may call it at once. limits: default `Limits()`. site_packages: let the program see and import the
+    packages of this Python, not the standard library alone. sandbox: what `choose_sandbox` returned; None chooses.
+    "local" isolates nothing: the program has the rights, the files and the network of the caller, one that detaches itself
+    outlives the call, and the limits on processes and on the scratch folder do not hold.
+
+    Raises ValueError where there is no sandbox, RuntimeError where it fails to start (a fault of the machine, never the
+    program's).
+    """
+    sandbox = sandbox or choose_sandbox()
+    bwrap = shutil.which("bwrap") if sandbox == "bubblewrap" else None
+    if sandbox == "bubblewrap" and bwrap is None:
+        raise ValueError("bwrap is not installed any more: apt install bubblewrap")
+    return _run(source, stdin, limits or Limits(), bwrap=bwrap, site_packages=site_packages)
+
+
+def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_packages: bool) -> Outcome:
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        text, given = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
+        ready, says_ready = stack.enter_context(pipe())
+        info, says_info = stack.enter_context(pipe())
+        user = _own_user() if bwrap else None
+        paths = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))) if site_packages else []
+        request = {"source": text, "ready": says_ready.fileno(), "user": user, "paths": paths}
+        request["limits"] = _rlimits(limits, local=bwrap is None, own_user=user is not None)
+        # -S and friends leave `site`, the user's packages and the working directory out of `sys.path`.
+        command = [_interpreter(), "-s", "-P", "-S", "-B", "-c", _LAUNCHER.read_text(), json.dumps(request)]
+        passed = [text, says_ready.fileno()]
+        if bwrap:
+            rules = stack.enter_context(sealed(seccomp_filter()))
+            passed += [rules, says_info.fileno()]
+            prefix = [bwrap, *_namespaces(user), *_files(limits, paths), "--seccomp", str(rules)]
+            command = [*prefix, "--info-fd", str(says_info.fileno()), "--", *command]
+            folder = "/"
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-", ignore_cleanup_errors=True))
+        running = Running(
+            command,
+            stdin=given,
+            passed=passed,
+            folder=folder,
+            environment=_ENVIRONMENT,
+            output_bytes=limits.output_bytes,
+            deadline=started + limits.seconds,
+        )
+        stack.enter_context(running)
+        says_info.close()
+        if bwrap:
+            running.find_init(info.fileno())
+        stopped_by = running.read()
+        running.kill()
+        stopped_by = running.drain() or stopped_by
+        stdout, stderr = running.texts()
+        if stopped_by is None and not has_data(ready.fileno()):
+            raise RuntimeError(f"the sandbox did not start: {stderr.strip()[-500:] or 'nothing on stderr'}")
+        code = running.exit_code()
+        return Outcome(
+            stdout=stdout,
+            stderr=stderr,
+            exit_code=None if stopped_by else code,
+            status=stopped_by or _status(code, stderr),
+            seconds=time.monotonic() - started,
+        )
+
+
+def _namespaces(user: int | None) -> list[str]:
+    """What bwrap separates. Root needs no user namespace, and without one `user` is a user that nothing else runs as."""
+    common = ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
+    for name, value in _ENVIRONMENT.items():
+        common += ["--setenv", name, value]
+    if user is None:
+        return ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", *common]
+    separate = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # the launcher gives them up
+    return [*separate, *rights, *common]
+
+
+def _files(limits: Limits, paths: list[str]) -> list[str]:
+    """What bwrap lets the program see."""
+    arguments = ["--proc", "/proc", "--dev", "/dev"]
+    for folder, mib in (("/tmp", limits.scratch_mib), ("/dev/shm", _SHARED_MIB)):
+        arguments += ["--perms", "1777", "--size", str(mib * 2**20), "--tmpfs", folder]
+    prefixes = [path for path in (sys.base_prefix, sys.base_exec_prefix, *paths) if not path.startswith("/usr/")]
+    for folder in dict.fromkeys([*_SYSTEM_FOLDERS, *prefixes]):
+        for parent in reversed(Path(folder).parents[:-1]):  # those that bwrap makes unasked are for their owner alone
+            arguments += ["--dir", str(parent)]
+        arguments += ["--ro-bind-try", folder, folder]
+    # The root and /dev are folders in memory too, of a size that nothing limits.
+    return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
+
+
+def _rlimits(limits: Limits, *, local: bool, own_user: bool) -> dict[str, tuple[int, int]]:
+    memory, scratch = limits.memory_mib * 2**20, limits.scratch_mib * 2**20
+    cpu = math.ceil(limits.seconds) + 1
+    rlimits = {
+        "RLIMIT_AS": (memory, memory),
+        "RLIMIT_CORE": (0, 0),
+        "RLIMIT_CPU": (cpu, cpu + 1),  # SIGXCPU, which can be ignored; then SIGKILL
+        "RLIMIT_FSIZE": (scratch, scratch),
+        "RLIMIT_NOFILE": (limits.open_files, limits.open_files),
+    }
+    if not local:  # where the limit would count all the processes of the user
+        processes = limits.processes + (0 if own_user else 1)  # bwrap itself runs in the user namespace
+        rlimits["RLIMIT_NPROC"] = (processes, processes)
+    return rlimits
+
+
+def _own_user() -> int | None:
+    """The id of a user that nothing else runs as, for root; None for another user, or where such ids do not exist."""
+    user = _FIRST_USER + secrets.randbelow(_USERS)
+    ranges = [[int(number) for number in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    exists = any(first <= user < first + count for first, _, count in ranges)
+    return user if exists and os.geteuid() == 0 else None
+
+
+def _interpreter() -> str:
+    # The environment's own python leads to this one, and the environment is not visible in the sandbox.
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _status(code: int, stderr: str) -> Status:
+    if code == 0:
+        return "ok"
+    if code == 128 + signal.SIGXCPU:
+        return "timeout"
+    last = stderr.rstrip().rpartition("\n")[2]
+    return "memory" if "MemoryError" in last.partition(":")[0] else "error"

@@ -1,0 +1,182 @@
+"""A process that is started, read and killed with limits, whatever it does.
+
+    with Running(["ls"], stdin=0, passed=[], folder="/", environment={}, output_bytes=999, deadline=monotonic() + 5) as running:
+        stopped_by = running.read()         # None, "timeout" or "output"
+        running.kill()
+        stdout, stderr = running.texts()
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from io import FileIO
+from typing import Literal
+
+_CHUNK = 65536
+_KILL_SECONDS = 30
+
+Stop = Literal["timeout", "output"]
+
+
+class Running:
+    """The process that was started, with what it printed; leaving the block kills all of it.
+
+    stdin: a descriptor. passed: further ones that the process inherits under the same numbers. folder: its working directory.
+    environment: all of its variables. output_bytes: how much is kept of stdout, and of stderr. deadline: in `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdin: int,
+        passed: list[int],
+        folder: str,
+        environment: dict[str, str],
+        output_bytes: int,
+        deadline: float,
+    ):
+        self._limit = output_bytes
+        self._deadline = deadline
+        self._init: int | None = None
+        # start_new_session, not preexec_fn: nothing of ours runs between fork and exec, so other threads do not matter.
+        self._process = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env=environment,
+            pass_fds=passed,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._printed = {self._process.stdout.fileno(): bytearray(), self._process.stderr.fileno(): bytearray()}
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.kill()
+        finally:
+            if self._init is not None:
+                os.close(self._init)
+            with self._process:  # closes its pipes
+                pass
+
+    def find_init(self, info: int) -> None:
+        """Learn which process is the first one of the sandbox: with it, all the others die."""
+        text = b""
+        while _wait_for(info, self._deadline - time.monotonic()) and (chunk := os.read(info, _CHUNK)):
+            text += chunk
+        # Without a number bwrap failed, or is late: then it is killed, and takes the sandbox with it (--die-with-parent).
+        if b"child-pid" in text:
+            with contextlib.suppress(ProcessLookupError):  # it is over already
+                self._init = os.pidfd_open(json.loads(text)["child-pid"])
+
+    def read(self) -> Stop | None:
+        """Collect what is printed until the program ends, or until a limit that is returned."""
+        ended = os.pidfd_open(self._process.pid)
+        try:
+            with selectors.DefaultSelector() as selector:
+                for source in (ended, *self._printed):
+                    selector.register(source, selectors.EVENT_READ)
+                while (remaining := self._deadline - time.monotonic()) > 0:
+                    ready = [key.fd for key, _ in selector.select(remaining)]
+                    for source in ready:
+                        if source != ended and not self._take(source):
+                            selector.unregister(source)
+                    if self._too_much():
+                        return "output"
+                    if ended in ready:
+                        return None
+        finally:
+            os.close(ended)
+        return "timeout"
+
+    def drain(self) -> Stop | None:
+        """Take what is left in the pipes. A process that detached itself ("local") may hold them open: none is waited for."""
+        for source in self._printed:
+            os.set_blocking(source, False)
+            with contextlib.suppress(BlockingIOError):
+                while not self._too_much() and self._take(source):
+                    pass
+        return "output" if self._too_much() else None
+
+    def kill(self) -> None:
+        """End whatever still runs, and wait until it is gone; the second time there is nothing to do."""
+        if self._process.returncode is not None:
+            return
+        if self._init is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._init, signal.SIGKILL)
+            # Ready only when all the processes of its namespace are gone.
+            if not _wait_for(self._init, _KILL_SECONDS):
+                raise RuntimeError("the sandbox does not end, though it was killed")
+        # Not waited for until here, so that the number of the group is still its own. (bwrap may take a moment to see that
+        # the sandbox is gone, and passes its exit code on: it is killed only where the program was.)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(_KILL_SECONDS)
+
+    def exit_code(self) -> int:
+        """After `kill`: as a shell counts: 128 plus the number of the signal for a process that a signal ended."""
+        code = self._process.returncode
+        return code if code >= 0 else 128 - code
+
+    def texts(self) -> list[str]:
+        """What was printed to stdout and to stderr, cut off at the limit, with U+FFFD for what is no UTF-8."""
+        return [bytes(printed[: self._limit]).decode("utf-8", "replace") for printed in self._printed.values()]
+
+    def _take(self, source: int) -> bool:
+        chunk = os.read(source, _CHUNK)
+        self._printed[source] += chunk
+        return bool(chunk)
+
+    def _too_much(self) -> bool:
+        return any(len(printed) > self._limit for printed in self._printed.values())
+
+
+@contextlib.contextmanager
+def sealed(content: str | bytes) -> Iterator[int]:
+    """A file in memory that nobody can change, not even a program that has it as its standard input; its descriptor."""
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    file = os.memfd_create("text", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(file, "wb", closefd=False) as stream:
+            stream.write(data)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    """The two ends of a pipe; as objects, for they may be closed before the block ends."""
+    reader, writer = os.pipe()
+    with FileIO(reader, "r") as out, FileIO(writer, "w") as into:
+        yield out, into
+
+
+def _wait_for(descriptor: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def has_data(reader: int) -> bool:
+    """Whether a pipe holds anything now."""
+    os.set_blocking(reader, False)
+    try:
+        return bool(os.read(reader, 1))
+    except BlockingIOError:
+        return False

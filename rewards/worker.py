@@ -1,0 +1,116 @@
+"""A process that calls reward functions for `processes.py`.
+
+    python -c "from rankup.rewards.worker import main; main(5)"     # 5: descriptor of the socket
+
+Messages are pickles on a socket that the parent made. First a `Setup` comes in, and True goes out when all is loaded; then
+pairs of a function's number and pickled `Inputs` come in, and a `Returned` or a `Failure` goes out for each. A function that
+cannot be loaded answers its calls with a `Failure`; the others do not notice. The functions run on the main thread, so
+verifiers that use `signal.alarm` work. When the parent ends, for whatever reason, so does this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import pickle
+import resource
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .contract import Failure, Function, Inputs, Returned, call, failure_of
+from .loading import load_reward
+
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portable:
+    """A reward function in a form that another process can load.
+
+    Attributes:
+        name: under which it is reported.
+        spec: where it is found, and for a factory its `kwargs`; None where it is `pickled` (by cloudpickle).
+        file, digest: of a spec that names a file, its path and the hash of its content when the run began.
+    """
+
+    name: str
+    spec: str | None = None
+    kwargs: Mapping[str, Any] | None = None
+    base_dir: Path | None = None
+    file: Path | None = None
+    digest: str = ""
+    pickled: bytes = b""
+
+    def load(self) -> Function:
+        """The function. Raises what `load_reward` or unpickling raises, and ValueError where the file has changed."""
+        if self.file is not None and digest_of(self.file) != self.digest:
+            raise ValueError(f"{self.file} has changed since the run began: all calls must be of the same function")
+        if self.spec is not None:
+            return load_reward(self.spec, base_dir=self.base_dir, kwargs=self.kwargs)
+        return pickle.loads(self.pickled)
+
+
+def digest_of(file: Path) -> str:
+    """Hash of the file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a reward process begins with. `path` is the parent's `sys.path`; `memory_bytes` of data, None: no bound."""
+
+    functions: tuple[Portable, ...]
+    path: tuple[str, ...]
+    memory_bytes: int | None
+
+
+def main(descriptor: int) -> None:
+    """Serve until the parent closes its end."""
+    _die_with_the_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.set_inheritable(descriptor, False)  # a program that a function starts must not keep the socket open
+    connection = Connection(descriptor)
+    setup: Setup = pickle.loads(connection.recv_bytes())
+    sys.path[:] = setup.path
+    if setup.memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
+    functions = [_load(function) for function in setup.functions]
+    connection.send_bytes(pickle.dumps(True))
+    names = [function.name for function in setup.functions]
+    while True:
+        try:
+            number = int.from_bytes(connection.recv_bytes(), "big")
+            inputs = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_reply(names[number], functions[number], inputs))
+
+
+def _load(portable: Portable) -> Function | Failure:
+    try:
+        return portable.load()
+    except Exception as error:  # a user's file may raise anything; its calls tell
+        return failure_of(error)
+
+
+def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
+    if isinstance(function, Failure):
+        return pickle.dumps(function)
+    answer: Returned | Failure
+    try:
+        loaded: Inputs = pickle.loads(inputs)
+        answer = call(name, function, loaded)
+        return pickle.dumps(answer)  # within the try: what `log_extra` was given may be anything
+    except Exception as error:  # a user's function may raise anything; it is reported
+        return pickle.dumps(failure_of(error))
+
+
+def _die_with_the_parent() -> None:
+    """A parent that is killed closes the socket, but a function that hangs would not see it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

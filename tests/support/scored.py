@@ -1,0 +1,48 @@
+"""Completions to score, and reward functions with known answers and known faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from rankup.rewards.contract import Inputs
+
+
+def inputs(*completions: str, **columns: list) -> Inputs:
+    return Inputs(
+        prompts=["p"] * len(completions),
+        completions=list(completions),
+        completion_ids=[[1] * len(c) for c in completions],
+        columns=columns,
+        trainer_state={"global_step": 3},
+    )
+
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def obeys(completions, **kwargs):
+    """Does what a completion says, for all faults of these tests."""
+    for completion in completions:
+        verb, _, argument = completion.partition(" ")
+        if verb == "sleep":
+            time.sleep(float(argument))
+        elif verb == "raise":
+            raise KeyError(argument)
+        elif verb == "exit":
+            print("on its way out")
+            os._exit(int(argument))
+        elif verb == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif verb == "allocate":
+            bytearray(int(argument) * 2**20)
+    return [1.0] * len(completions)
+
+
+class UnreadableError(Exception):
+    """Pickles, and does not unpickle."""
+
+    def __init__(self, one, two):
+        super().__init__("text")
