@@ -107,6 +107,31 @@ def group_advantages(
     return results
 
 
+def normalized_sums(rewards: Sequence[Sequence[Rewards]], weights: Sequence[float]) -> list[Rewards]:
+    """Sums of rewards that were normalised one function at a time (GDPO, arXiv 2601.05242), so that none drowns another.
+
+    Of each group and function: `(r - mean of the group) / (standard deviation of the group + 1e-4)`, times the function's
+    weight. Their sum over the functions is still to be divided by the batch's standard deviation: `group_advantages` with
+    `scale_rewards="batch"`. Its mean is 0 in each group already, and so in the batch.
+
+    Args:
+        rewards: of each completion, by group and then by function.
+        weights: one a function.
+    """
+    return [_normalized_sum(group, weights) for group in rewards]
+
+
+def _normalized_sum(group: Sequence[Rewards], weights: Sequence[float]) -> Rewards:
+    columns = []
+    for rewards, weight in zip(group, weights, strict=True):
+        known = [r for r in rewards if r is not None]
+        mean, divisor = _mean(known), _std(known) + EPSILON
+        is_flat = not known or max(known) == min(known)  # exactly: rounding must not make a group of equals teach
+        columns.append([None if r is None else 0.0 if is_flat else weight * (r - mean) / divisor for r in rewards])
+    rows = [[r for r in row if r is not None] for row in zip(*columns, strict=True)]
+    return [math.fsum(row) if row else None for row in rows]
+
+
 def soft_overlong_penalty(length: int, *, max_completion_length: int, soft_tokens: int) -> float:
     """What a completion of `length` tokens loses: 0 up to `max_completion_length - soft_tokens`, then linearly up to 1.
 

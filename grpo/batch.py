@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
-from .advantages import GroupAdvantages, group_advantages, soft_overlong_penalty
+from .advantages import GroupAdvantages, group_advantages, normalized_sums, soft_overlong_penalty
 from .collect import Collected, ScoredGroup, collect, sampling_settings
 from .config import GRPOConfig
 from .data import PromptSampler
@@ -78,7 +78,13 @@ def weigh(groups: Sequence[ScoredGroup], config: GRPOConfig) -> list[GroupAdvant
         for g in groups
     ]
     algorithm = config.algorithm
-    return group_advantages(rewards, estimator=algorithm.advantage_estimator, scale_rewards=algorithm.scale_rewards)
+    weighed = group_advantages(rewards, estimator=algorithm.advantage_estimator, scale_rewards=algorithm.scale_rewards)
+    if config.rewards.multi_objective_aggregation == "sum_then_normalize":
+        return weighed
+    sums = normalized_sums([list(g.scores.by_function.values()) for g in groups], groups[0].scores.weights)
+    normalised = group_advantages(sums, estimator="group", scale_rewards="batch")
+    # What is reported of the rewards is of the rewards themselves.
+    return [dataclasses.replace(n, mean=w.mean, std=w.std) for n, w in zip(normalised, weighed, strict=True)]
 
 
 def _penalties(group: ScoredGroup, config: GRPOConfig) -> list[float]:

@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, check, plan."""
+"""The command `rankup`: train, eval, check, plan, new, reward."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..rewards.contract import RewardError
 from .config import GRPOConfig, load_config
 from .plan import add_plan_command
 from .records import CONFIG_FILE
+from .reward_tools import add_reward_commands
 
 if TYPE_CHECKING:
     from .trainer import GRPOTrainer
@@ -23,6 +25,8 @@ EXAMPLES = """examples:
   rankup eval configs/quickstart.yaml                             the base model on the same
   rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
   rankup plan Qwen/Qwen2.5-7B --vram 80                           an adapter and a memory budget, with the reasons
+  rankup new reward short_answers                                 a reward function to begin with, and its test
+  rankup reward short_answers.py:short_answers --data runs/sums   try a reward on the completions of a run
 """
 
 INTERRUPTED = 130  # what shells expect after Ctrl-C
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RewardError) as error:
         if options.traceback:
             raise
         print(f"rankup: error: {error}", file=sys.stderr)
@@ -73,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         command.set_defaults(command=function)
     add_plan_command(commands)
+    add_reward_commands(commands)
     return parser
 
 

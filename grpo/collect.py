@@ -1,4 +1,10 @@
-"""Groups from the engine, scored as they finish: what training and evaluation both begin with."""
+"""Groups from the engine, scored as they finish: what training and evaluation both begin with.
+
+    collected = collect(engine, make_scorer(config), rows, sampling_settings(config), seed=(42, step), trainer_state=state)
+
+A group goes to the reward functions as soon as its last completion ends. What runs in processes or on the event loop is
+waited for when all groups are sampled; what runs inline is done between two steps of the engine.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..rewards.runner import Scorer, Scores
+from ..rewards.combining import Pending, Scores
+from ..rewards.contract import Inputs
+from ..rewards.loading import RewardSpec
+from ..rewards.runner import Scorer
 from ..rollout.engine import EngineSettings, RolloutEngine, request_seed
 from ..rollout.types import PromptGroup, SamplingSettings
 from .adapters import target_module_names
@@ -31,6 +40,23 @@ class Collected:
     groups: list[ScoredGroup]
     rollout_seconds: float
     reward_seconds: float
+
+
+def make_scorer(config: GRPOConfig, functions: RewardSpec | Sequence[RewardSpec] | None = None) -> Scorer:
+    """The configured reward functions, or those given, run as the configuration says. Raises what `Scorer` raises."""
+    rewards = config.rewards
+    return Scorer(
+        rewards.entries() if functions is None else functions,  # type: ignore[arg-type]
+        weights=rewards.weights,
+        base_dir=config.base_dir,
+        isolation=rewards.isolation,
+        num_workers=rewards.num_workers,
+        timeout=rewards.timeout,
+        retries=rewards.retries,
+        memory_gib=rewards.memory_gib,
+        on_error=rewards.on_error,
+        rows_per_call=rewards.rows_per_call,
+    )
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
@@ -98,23 +124,43 @@ def collect(
     seeds = None if seed is None else [request_seed(*seed, first_index + index) for index in range(len(rows))]
     started = time.perf_counter()
     reward_seconds = 0.0
-    scored: list[ScoredGroup] = []
+    waiting: dict[int, Pending] = {}
+    groups: dict[int, PromptGroup] = {}
+    scores: dict[int, Scores] = {}
     prompts = [row.token_ids for row in rows]
-    for group in engine.rollout(prompts, sampling, seeds=seeds, use_adapter=use_adapter):
-        scoring_started = time.perf_counter()
-        row = rows[group.index]
-        scored.append(ScoredGroup(row=row, group=group, scores=_score(scorer, row, group, trainer_state)))
-        reward_seconds += time.perf_counter() - scoring_started
-    scored.sort(key=lambda s: s.group.index)
+    try:
+        for group in engine.rollout(prompts, sampling, seeds=seeds, use_adapter=use_adapter):
+            scoring_started = time.perf_counter()
+            groups[group.index] = group
+            waiting[group.index] = scorer.submit(_inputs(rows[group.index], group, trainer_state))
+            scores |= _take_finished(waiting)  # a failure that stops the run should do so now
+            reward_seconds += time.perf_counter() - scoring_started
+        sampled = time.perf_counter()
+        scores |= {index: pending.result() for index, pending in waiting.items()}
+        reward_seconds += time.perf_counter() - sampled
+    except BaseException:  # whatever ends the rollout: nobody waits for these any more
+        for pending in waiting.values():
+            pending.cancel()
+        raise
     seconds = time.perf_counter() - started
-    return Collected(groups=scored, rollout_seconds=seconds - reward_seconds, reward_seconds=reward_seconds)
+    return Collected(
+        groups=[ScoredGroup(row=rows[i], group=groups[i], scores=scores[i]) for i in sorted(groups)],
+        rollout_seconds=seconds - reward_seconds,
+        reward_seconds=reward_seconds,
+    )
 
 
-def _score(scorer: Scorer, row: PromptRow, group: PromptGroup, trainer_state: Mapping[str, Any]) -> Scores:
+def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:
+    """Remove from `waiting` what is finished; returns its scores."""
+    finished = [index for index, pending in waiting.items() if pending.is_finished()]
+    return {index: waiting.pop(index).result() for index in finished}
+
+
+def _inputs(row: PromptRow, group: PromptGroup, trainer_state: Mapping[str, Any]) -> Inputs:
     count = len(group.completions)
     texts = [completion.text for completion in group.completions]
     conversational = not isinstance(row.prompt, str)
-    return scorer.score(
+    return Inputs(
         prompts=[row.prompt] * count,
         completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
         completion_ids=[list(completion.token_ids) for completion in group.completions],

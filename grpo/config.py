@@ -4,7 +4,7 @@
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
 
-The fields stand in `config_sections.py`, `config_lora.py`, `config_algorithm.py` and `config_guards.py`. A configuration is
+The fields stand in `config_sections.py` and in `config_<section>.py` where a section has a file of its own. A configuration is
 frozen: it does not change in a run. Every mistake is a `ValueError` with one line a problem. Nothing here imports torch.
 """
 
@@ -18,13 +18,13 @@ from .config_algorithm import COMMON, AlgorithmConfig, CorrectionConfig
 from .config_guards import GuardsConfig
 from .config_loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
 from .config_lora import LoraConfig
+from .config_rewards import RewardFunction, RewardsConfig
 from .config_sections import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
-    RewardsConfig,
     RolloutConfig,
     Section,
 )
@@ -40,6 +40,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
+    "RewardFunction",
     "RewardsConfig",
     "RolloutConfig",
     "dump_config",
@@ -84,7 +85,7 @@ class GRPOConfig(Section):
     """Optimizer, schedule and size of a step."""
 
     rewards: RewardsConfig = RewardsConfig()
-    """Reward functions and weights."""
+    """Reward functions, where they run, and what their failures do."""
 
     data: DataConfig = DataConfig()
     """Prompts for training and evaluation."""
@@ -112,6 +113,22 @@ class GRPOConfig(Section):
             raise ValueError(
                 "algorithm.soft_overlong_tokens: cannot go with maxrl, which takes rewards of at least 0: leave it out, or "
                 "take another estimator"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _normalised_rewards_stand_alone(self) -> "GRPOConfig":
+        if self.rewards.multi_objective_aggregation == "sum_then_normalize":
+            return self
+        if self.algorithm.advantage_estimator != "group":
+            raise ValueError(
+                "rewards.multi_objective_aggregation: normalize_then_sum makes advantages of its own: leave "
+                f"algorithm.advantage_estimator at group (got {self.algorithm.advantage_estimator})"
+            )
+        if self.algorithm.soft_overlong_tokens:
+            raise ValueError(
+                "algorithm.soft_overlong_tokens: cannot go with normalize_then_sum: add the reward function soft_overlong "
+                "in its place"
             )
         return self
 

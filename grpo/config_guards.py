@@ -81,8 +81,8 @@ class GuardsConfig(Section):
     """Beyond it the policy is restored."""
 
     evaluation_watch: float | None = Field(default=0.15, ge=0)
-    """The same share of what was gained in the evaluations of a run with `logging.eval_steps`, less 2 standard errors. There
-    the run also ends with the best evaluation's adapter, if the last evaluation has lost more than 0.05."""
+    """The same share of what was gained in the evaluations of a run with `logging.eval_steps`, less 2 standard errors or more.
+    There the run also ends with the best evaluation's adapter, if the last one has lost more than 0.05 and a standard error."""
 
     evaluation_stop: float | None = Field(default=0.3, ge=0)
     """Beyond it the policy is restored: the best evaluation's."""

@@ -260,7 +260,7 @@ def describe_errors(error: ValidationError, keys: KnownKeys) -> str:
 
 
 def _describe_error(details: ErrorDetails, keys: KnownKeys) -> str:
-    name = ".".join(str(part) for part in details["loc"])
+    name = ".".join(str(part) for part in details["loc"] if not str(part).startswith("<"))  # <...>: a union's tag
     context = details.get("ctx", {})
     if details["type"] == "extra_forbidden":
         return f"{name}: unknown key; {keys.hint(name)}"

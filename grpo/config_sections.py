@@ -1,5 +1,5 @@
-"""The sections of a run's configuration, one pydantic model each; `config.py` puts them together. The adapter's is in
-`config_lora.py`, the objective's in `config_algorithm.py`, the guards' in `config_guards.py`.
+"""The sections of a run's configuration, one pydantic model each; `config.py` puts them together. The adapter's,
+the objective's, the guards' and the rewards' are in files of their own, `config_<section>.py`.
 
 Each field says what it is, its unit and its bounds in the docstring below it. Names are those of TRL and PEFT where
 they have the concept. Where one field bounds another, the validator stands with the field that comes second.
@@ -153,29 +153,6 @@ class OptimConfig(Section):
         if warmup_steps >= max_steps:
             raise ValueError(f"must be below optim.max_steps, which is {max_steps} (got {warmup_steps})")
         return warmup_steps
-
-
-class RewardsConfig(Section):
-    """What makes a completion good."""
-
-    functions: list[str] = []
-    """Reward functions, `path/to/file.py:name` or `package.module:name`. A single string will do."""
-
-    weights: list[float] | None = None
-    """Weight of each function in the sum, one a function (TRL's `reward_weights`). None: 1 each."""
-
-    @field_validator("functions", mode="before")
-    @classmethod
-    def _one_string_will_do(cls, functions: object) -> object:
-        return [functions] if isinstance(functions, str) else functions
-
-    @field_validator("weights")
-    @classmethod
-    def _one_weight_a_function(cls, weights: list[float] | None, info: ValidationInfo) -> list[float] | None:
-        count = len(info.data.get("functions", ()))  # 0 where Python users hand functions to the trainer
-        if weights is not None and count and len(weights) != count:
-            raise ValueError(f"must have one weight a function: {count} (got {len(weights)})")
-        return weights
 
 
 class DataConfig(Section):

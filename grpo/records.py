@@ -34,6 +34,7 @@ When = Literal["before", "during", "after"]
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+COLUMN_NAMES = "rankup.columns"  # key in the metadata of a completions file
 PHASES = ("rollout", "reward", "train", "publish")
 
 
@@ -86,13 +87,16 @@ class RunRecorder:
         *,
         rewards: Mapping[str, Sequence[float | None]] | None = None,
         extras: Mapping[str, Sequence] | None = None,
+        data: Mapping[str, Sequence] | None = None,
     ) -> Path:
         """Writes one parquet file with a row for each completion; all columns have the same length N. Returns its path.
 
-        table: prompt, completion, advantage, reward, finish_reason, num_tokens (or a part of them); `step` is added.
+        table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens (or a part of them); `step` is
+        added.
         rewards: one column for each reward function, None where it did not apply.
-        extras: what reward functions logged.
-        A reward or extra whose name is taken becomes `rewards/<name>` or `extras/<name>`, so that none hides another.
+        extras: what reward functions logged. data: the data set's columns, which `read_completions` gives back as they were.
+        A reward, extra or column whose name is taken becomes `rewards/<name>`, `extras/<name>` or `data/<name>`, so that none
+        hides another.
         """
         import pyarrow
         import pyarrow.parquet
@@ -104,11 +108,19 @@ class RunRecorder:
             columns[f"rewards/{name}" if name in columns else name] = pyarrow.array(numbers, pyarrow.float64())
         for name, values in (extras or {}).items():
             columns[f"extras/{name}" if name in columns else name] = _arrow_column(name, values)
+        names: dict[str, dict[str, Any]] = {"rewards": {}, "data": {}}
+        for name in rewards or {}:
+            names["rewards"][name] = f"rewards/{name}" if f"rewards/{name}" in columns else name
+        for name, values in (data or {}).items():
+            column = f"data/{name}" if name in columns else name
+            columns[column], is_json = _data_column(values)
+            names["data"][name] = {"column": column, "json": is_json}
         lengths = {name: len(column) for name, column in columns.items()}
         assert set(lengths.values()) == {num_rows}, f"columns of different lengths: {lengths}"
 
         buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+        with_names = pyarrow.table(columns).replace_schema_metadata({COLUMN_NAMES: json.dumps(names)})
+        pyarrow.parquet.write_table(with_names, buffer)
         path = self.output_dir / "completions" / f"step_{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
         write_whole(path, buffer.getvalue())
@@ -149,6 +161,29 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the rest was cut off, or is empty
     return [json.loads(line) for line in lines]
+
+
+def read_completions(path: Path) -> list[dict[str, Any]]:
+    """Rows of a completions file: its own columns (`prompt`, `completion`, ...), and the mappings `rewards` and `data`.
+
+    `rewards` are by function. The data set's columns have the values that they had, whatever their type.
+
+    Raises ValueError where the file holds no completions of a run.
+    """
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    metadata = (table.schema.metadata or {}).get(COLUMN_NAMES.encode())
+    if metadata is None:
+        raise ValueError(f"{path} holds no completions that a run has saved")
+    names = json.loads(metadata)
+    rows = []
+    for row in table.to_pylist():
+        data = {name: (row.pop(one["column"]), one["json"]) for name, one in names["data"].items()}
+        rewards = {name: row.pop(column) for name, column in names["rewards"].items()}
+        decoded = {name: json.loads(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
+        rows.append({**row, "rewards": rewards, "data": decoded})
+    return rows
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -199,6 +234,19 @@ def _strict(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
+def _data_column(values: Sequence) -> tuple[Any, bool]:
+    """A parquet column that holds the values exactly, and whether it holds them as JSON."""
+    import pyarrow
+
+    kinds = {type(value) for value in values if value is not None}
+    types = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind in types and (kind is not int or all(value is None or -(2**63) <= value < 2**63 for value in values)):
+        return pyarrow.array(values, types[kind]), False
+    texts = [None if value is None else json.dumps(value, default=str) for value in values]
+    return pyarrow.array(texts, pyarrow.string()), True
+
+
 def _arrow_column(name: str, values: Sequence) -> Any:
     """A typed parquet column. Only the kind of value decides the type, so files of all steps can be read as one table.
 
@@ -207,6 +255,8 @@ def _arrow_column(name: str, values: Sequence) -> Any:
     import pyarrow
 
     present = [value for value in values if value is not None]
+    if name == "completion_ids":
+        return pyarrow.array(values, pyarrow.list_(pyarrow.int32()))
     if name in ("step", "num_tokens"):
         return pyarrow.array(values, pyarrow.int64())
     if all(isinstance(value, str) for value in present) and present:

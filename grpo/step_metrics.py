@@ -26,9 +26,17 @@ def reward_metrics(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdva
         values = [r for g in groups for r in g.scores.by_function[name] if r is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    for name, reasons in failures(groups).items():
+        metrics[f"rewards/{name}/failed_ratio"] = len(reasons) / sum(len(g.group.completions) for g in groups)
     for name in dict.fromkeys(name for g in groups for name in g.scores.metrics):
         metrics[name] = _mean(g.scores.metrics.get(name) for g in groups)
     return metrics
+
+
+def failures(groups: Sequence[ScoredGroup]) -> dict[str, list[str]]:
+    """Why functions that failed gave rows no reward of their own, a reason a row."""
+    names = dict.fromkeys(name for g in groups for name in g.scores.errors)
+    return {name: [r for g in groups for r in g.scores.errors.get(name, []) if r is not None] for name in names}
 
 
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -47,12 +55,16 @@ def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 def completions_table(
     groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages], scorer: Scorer
-) -> tuple[dict[str, list[Any]], dict[str, list[float | None]], dict[str, list[Any]]]:
-    """For `RunRecorder.completions`: the table, a column a reward function, and the columns that functions logged."""
+) -> tuple[dict[str, list[Any]], dict[str, dict[str, list[Any]]]]:
+    """For `RunRecorder.completions`: the table; and `rewards` (a column a function), `extras` (what functions logged), `data`.
+
+    `<function>/error` says why a row has no reward of a function that failed.
+    """
     pairs = [(g, c) for g in groups for c in g.group.completions]
     table = {
         "prompt": [g.row.prompt for g, _ in pairs],
         "completion": [c.text for _, c in pairs],
+        "completion_ids": [list(c.token_ids) for _, c in pairs],
         "advantage": [a for group in advantages for a in group.advantages],
         "reward": [r for g in groups for r in g.scores.total],
         "finish_reason": [c.finish_reason for _, c in pairs],
@@ -64,7 +76,12 @@ def completions_table(
     extras = {
         name: [v for g in groups for v in g.scores.extras.get(name, [None] * len(g.group.completions))] for name in names
     }
-    return table, rewards, extras
+    for function in failures(groups):
+        extras[f"{function}/error"] = [
+            reason for g in groups for reason in g.scores.errors.get(function) or [None] * len(g.group.completions)
+        ]
+    data = {name: [g.row.columns[name] for g, _ in pairs] for name in groups[0].row.columns}
+    return table, {"rewards": rewards, "extras": extras, "data": data}
 
 
 def _mean(values: Iterable[float | None]) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,10 @@ from transformers import AutoTokenizer
 
 from ..kernels.cpu_memory import keep_freed_memory
 from ..rewards.loading import RewardSpec
-from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
 from .advantages import GroupAdvantages
 from .batch import collect_batch
-from .collect import Collected, ScoredGroup, collect, engine_settings, greedy_settings
+from .collect import Collected, ScoredGroup, collect, engine_settings, greedy_settings, make_scorer
 from .config import GRPOConfig, dump_config
 from .corrections import sampling_warnings
 from .data import PromptData, PromptSampler, load_rows, prepare_prompts
@@ -41,7 +40,7 @@ from .prove import prove_slots
 from .quiet import quiet_stderr
 from .ranks import describe
 from .records import RunRecorder, When
-from .step_metrics import completions_table
+from .step_metrics import completions_table, failures
 from .terminal import View, make_view
 
 if TYPE_CHECKING:
@@ -50,6 +49,14 @@ if TYPE_CHECKING:
 
 class TrainingStoppedError(ValueError):
     """The guards gave up on the run. What it had learned is saved."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Rewards of the evaluation data in its order, and why functions that failed gave none of their own."""
+
+    rewards: Rewards
+    failures: dict[str, list[str]]
 
 
 class Clock:
@@ -93,11 +100,7 @@ class GRPOTrainer:
         if model is not None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         self.config = config
-        self.scorer = Scorer(
-            config.rewards.functions if reward_funcs is None else reward_funcs,
-            weights=config.rewards.weights,
-            base_dir=config.base_dir,
-        )
+        self.scorer = make_scorer(config, reward_funcs)
         Objective(config)  # one of the user's own that cannot be loaded is told now
         self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
         train_rows = self._rows(train_dataset, config.data.train, split=config.data.train_split)
@@ -188,27 +191,33 @@ class GRPOTrainer:
     def _tell(self, step: int, groups: Sequence[ScoredGroup], update: Update) -> None:
         for note in update.notes:
             self.view.note(note)
-        unscored = sum(reward is None for g in groups for reward in g.scores.total)
+        for name, reasons in failures(groups).items():
+            self.view.note(f"step {step}: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}")
+        unscored = sum(
+            reward is None and not any(errors[row] for errors in g.scores.errors.values())
+            for g in groups
+            for row, reward in enumerate(g.scores.total)
+        )
         if unscored:
             self.view.note(f"step {step}: no reward function applied to {unscored} completions; they teach nothing")
 
     def _finish(self) -> None:
         """The last evaluation. A run that has fallen away from its best ends with the adapter that had it."""
         max_steps, guards = self.config.optim.max_steps, self.learner.guards
-        rewards = None
+        last = None
         if self.eval_prompts is not None and self.config.logging.eval_steps > 0:
-            rewards = self._evaluate(step=max_steps)
-        witness = guards.ends_with(rewards)
+            last = self._evaluate(step=max_steps)
+        witness = guards.ends_with(None if last is None or last.failures else last.rewards)
         if witness is not None:
-            if rewards is not None:
-                self._record_evaluation(max_steps, rewards, "during")
-                rewards = None
+            if last is not None:
+                self._record_evaluation(max_steps, last, "during")
+                last = None
             step = self.learner.restore(witness)
             self.engine.publish(self.policy.write_slots)
             whose = "that sampled" if witness == "step" else "of the evaluation at"
             self.view.note(f"the reward has fallen from its best: the run ends with the adapter {whose} step {step}")
         if self.eval_prompts is not None:
-            self._record_evaluation(max_steps, rewards or self._evaluate(step=max_steps), "after")
+            self._record_evaluation(max_steps, last or self._evaluate(step=max_steps), "after")
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -224,18 +233,18 @@ class GRPOTrainer:
             if adapter is not None:
                 self.policy.load_adapter(adapter)
                 self.engine.publish(self.policy.write_slots)
-            return mean_reward(self._evaluate(step=0, use_adapter=adapter is not None))
+            return mean_reward(self._evaluate(step=0, use_adapter=adapter is not None).rewards)
 
     def _evaluate_at(self, step: int, when: When) -> None:
         """Evaluate, and let the guards judge it where the run evaluates as it goes."""
         if self.eval_prompts is None:
             return
-        rewards = self._evaluate(step=step)
-        self._record_evaluation(step, rewards, when)
-        if self.config.logging.eval_steps == 0:
+        evaluation = self._evaluate(step=step)
+        self._record_evaluation(step, evaluation, when)
+        if self.config.logging.eval_steps == 0 or evaluation.failures:  # a function that failed says nothing of the policy
             return
-        verdict = self.learner.evaluated(step, rewards)
-        for text in (*(alarm.text for alarm in verdict.alarms), verdict.text):
+        verdict = self.learner.evaluated(step, evaluation.rewards)
+        for text in (*(alarm.text for alarm in verdict.alarms), "" if verdict.give_up else verdict.text):
             if text:
                 self.view.note(text)
         if verdict.restore:
@@ -243,13 +252,15 @@ class GRPOTrainer:
         if verdict.give_up:
             raise TrainingStoppedError(verdict.text)
 
-    def _record_evaluation(self, step: int, rewards: Rewards, when: When) -> None:
-        reward = mean_reward(rewards)
+    def _record_evaluation(self, step: int, evaluation: Evaluation, when: When) -> None:
+        for name, reasons in evaluation.failures.items():
+            self.view.note(f"evaluation: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}")
+        reward = mean_reward(evaluation.rewards)
         self.recorder.evaluation(step, reward, when=when)
         self.view.evaluation(step, reward, when)
 
-    def _evaluate(self, *, step: int, use_adapter: bool = True) -> list[float | None]:
-        """Greedy rewards of the evaluation data, in its order."""
+    def _evaluate(self, *, step: int, use_adapter: bool = True) -> Evaluation:
+        """Greedy completions of the evaluation data, scored."""
         assert self.eval_prompts is not None
         self.view.stage(f"evaluating {len(self.eval_prompts.rows)} prompts")
         collected = collect(
@@ -261,13 +272,14 @@ class GRPOTrainer:
             trainer_state={"global_step": step, "max_steps": self.config.optim.max_steps},
             use_adapter=use_adapter,
         )
-        return [reward for group in collected.groups for reward in group.scores.total]
+        rewards = [reward for group in collected.groups for reward in group.scores.total]
+        return Evaluation(rewards=rewards, failures=failures(collected.groups))
 
     # ---------------------------------------------------------------------------------------------- records
 
     def _show_completions(self, step: int, collected: Collected, advantages: Sequence[GroupAdvantages]) -> None:
-        table, rewards, extras = completions_table(collected.groups, advantages, self.scorer)
-        self.recorder.completions(step, table, rewards=rewards, extras=extras)
+        table, columns = completions_table(collected.groups, advantages, self.scorer)
+        self.recorder.completions(step, table, **columns)
         shown = [
             (g.row.prompt, g.group.completions[0].text, g.scores.total[0])
             for g in collected.groups[: self.config.logging.num_completions_to_print]
@@ -315,33 +327,42 @@ class GRPOTrainer:
         """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine (if ours) in the end."""
         config = self.config
         keep_freed_memory()
-        self.view.stage("starting vLLM and loading the model")
-        settings = engine_settings(config, self.model_path)
-        if engine is not None and dataclasses.replace(engine.settings, seed=settings.seed) != settings:
-            raise ValueError(f"the engine was made with other settings ({engine.settings}) than this run needs ({settings})")
-        with quiet_stderr():
-            self.engine = engine or RolloutEngine(settings)
-        try:
-            with quiet_stderr():
-                self.policy = Policy(
-                    self.model_path,
-                    lora=config.lora,
-                    dtype=config.model.dtype,
-                    seed=config.seed,
-                    device=self.engine.device,
-                    gradient_checkpointing=config.optim.gradient_checkpointing,
-                    logits_mib=config.optim.logits_mib,
+        with closing(self.scorer):
+            self.scorer.start()  # reward processes load their functions while vLLM starts
+            self.view.stage("starting vLLM and loading the model")
+            settings = engine_settings(config, self.model_path)
+            if engine is not None and dataclasses.replace(engine.settings, seed=settings.seed) != settings:
+                raise ValueError(
+                    f"the engine was made with other settings ({engine.settings}) than this run needs ({settings})"
                 )
-            self.policy.attach(self.engine.slots)
-            if self.policy.plain_reason is not None:
-                self.view.note(f"each prompt is computed once per completion: {self.policy.plain_reason}")
-            self.view.note(self.policy.fusion.summary)
-            prove_slots(self.policy, self.engine)
-            self.learner = Learner(self.policy, config, pad_token_id=self.tokenizer.pad_token_id or 0)
-            yield
-        finally:
-            if engine is None:
-                self.engine.close()
+            with quiet_stderr():
+                self.engine = engine or RolloutEngine(settings)
+            try:
+                self._make_policy()
+                yield
+            finally:
+                if engine is None:
+                    self.engine.close()
+
+    def _make_policy(self) -> None:
+        """The policy on the engine's slots, proved to be what the engine samples from, and what trains it."""
+        config = self.config
+        with quiet_stderr():
+            self.policy = Policy(
+                self.model_path,
+                lora=config.lora,
+                dtype=config.model.dtype,
+                seed=config.seed,
+                device=self.engine.device,
+                gradient_checkpointing=config.optim.gradient_checkpointing,
+                logits_mib=config.optim.logits_mib,
+            )
+        self.policy.attach(self.engine.slots)
+        if self.policy.plain_reason is not None:
+            self.view.note(f"each prompt is computed once per completion: {self.policy.plain_reason}")
+        self.view.note(self.policy.fusion.summary)
+        prove_slots(self.policy, self.engine)
+        self.learner = Learner(self.policy, config, pad_token_id=self.tokenizer.pad_token_id or 0)
 
     def _rows(self, given: Any, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
         source = configured if given is None else given

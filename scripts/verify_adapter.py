@@ -14,10 +14,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rankup.grpo.collect import make_scorer
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.data import PromptRow, load_rows, prepare_prompts
 from rankup.grpo.models import resolve_model
-from rankup.rewards.runner import Scorer
+from rankup.rewards.contract import Inputs
 
 
 def main() -> None:
@@ -62,13 +63,14 @@ def evaluation_prompts(config: GRPOConfig, model_path: str) -> list[PromptRow]:
 
 def score(config: GRPOConfig, rows: Sequence[PromptRow], texts: Sequence[str]) -> float:
     """Mean reward of one completion a row."""
-    scorer = Scorer(config.rewards.functions, weights=config.rewards.weights, base_dir=config.base_dir)
+    scorer = make_scorer(config)
     scores = scorer.score(
-        prompts=[row.prompt for row in rows],
-        completions=[[{"role": "assistant", "content": text}] for text in texts],
-        completion_ids=[[] for _ in texts],
-        columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
-        trainer_state={},
+        Inputs(
+            prompts=[row.prompt for row in rows],
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=[[] for _ in texts],
+            columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
+        )
     )
     rewards = [reward for reward in scores.total if reward is not None]
     return sum(rewards) / len(rewards)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankup.grpo.advantages import ESTIMATORS, group_advantages, soft_overlong_penalty
+from rankup.grpo.advantages import ESTIMATORS, group_advantages, normalized_sums, soft_overlong_penalty
 from rankup.grpo.config import AlgorithmConfig
 
 Scale = Literal["group", "batch", "none"]
@@ -158,3 +158,32 @@ def test_the_soft_overlong_penalty_rises_to_one(length: int, penalty: float) -> 
     measured = soft_overlong_penalty(length, max_completion_length=100, soft_tokens=20)
     assert measured == pytest.approx(penalty) and math.copysign(1.0, measured) == 1.0
     assert soft_overlong_penalty(length, max_completion_length=100, soft_tokens=0) == 0.0
+
+
+OF_TWO_FUNCTIONS = st.lists(st.lists(st.none() | REWARDS, min_size=4, max_size=4), min_size=2, max_size=2)
+
+
+@settings(max_examples=60)
+@given(groups=st.lists(OF_TWO_FUNCTIONS, min_size=2, max_size=4))
+def test_normalised_sums_are_gdpo_as_trl_has_it(groups: list[list[list[float | None]]]):
+    """`groups` has rewards by group, function and completion."""
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    table_BKG = torch.tensor([[[math.nan if r is None else r for r in one] for one in g] for g in groups], dtype=torch.float64)
+    centred_BKG = table_BKG - table_BKG.nanmean(2, keepdim=True)
+    scaled_BKG = centred_BKG / (nan_std(table_BKG, dim=2)[..., None].nan_to_num(0.0) + 1e-4)
+    sums_BG = (scaled_BKG * weights[:, None]).nansum(1)
+    sums_BG[table_BKG.isnan().all(1)] = math.nan
+    expected_BG = ((sums_BG - sums_BG.nanmean()) / (nan_std(sums_BG).nan_to_num(0.0) + 1e-4)).nan_to_num(0.0)
+
+    sums = normalized_sums(groups, weights.tolist())
+    result = group_advantages(sums, estimator="group", scale_rewards="batch")
+    advantages_BG = torch.tensor([g.advantages for g in result], dtype=torch.float64)
+    torch.testing.assert_close(advantages_BG, expected_BG, rtol=1e-6, atol=1e-6)
+
+
+def test_no_function_drowns_another_and_equals_teach_nothing():
+    large_and_small = [[[0.0, 100.0, 0.0, 100.0], [0.0, 0.0, 0.1, 0.1]], [[5.0] * 4, [0.3] * 4]]
+    sums = normalized_sums(large_and_small, [1.0, 1.0])
+    assert sums[0][0] == pytest.approx(-sums[0][3]) and sums[0][1] == pytest.approx(sums[0][2], abs=1e-2)
+    result = group_advantages(sums, estimator="group", scale_rewards="batch")
+    assert result[1].advantages == (0.0,) * 4, "exactly: the learner leaves out what has no advantage"

@@ -11,6 +11,7 @@ from rankup.grpo.advantages import GroupAdvantages, group_advantages
 from rankup.grpo.collect import ScoredGroup
 from rankup.grpo.data import PromptRow
 from rankup.grpo.step_metrics import completion_metrics, completions_table, reward_metrics
+from rankup.rewards.contract import Inputs
 from rankup.rewards.runner import Scorer
 from rankup.rollout.types import Completion, PromptGroup
 
@@ -49,11 +50,11 @@ def groups(scorer: Scorer) -> list[ScoredGroup]:
         completions = tuple(completion(text, reason) for text, reason in pairs)
         group = PromptGroup(index=index, prompt_token_ids=(5, 6), completions=completions)
         scores = scorer.score(
-            prompts=["p"] * 2,
-            completions=[c.text for c in completions],
-            completion_ids=[list(c.token_ids) for c in completions],
-            columns={},
-            trainer_state={},
+            Inputs(
+                prompts=["p"] * 2,
+                completions=[c.text for c in completions],
+                completion_ids=[list(c.token_ids) for c in completions],
+            )
         )
         row = PromptRow(prompt=f"prompt {index}", token_ids=(5, 6), columns={})
         scored.append(ScoredGroup(row=row, group=group, scores=scores))
@@ -107,15 +108,17 @@ def test_no_completion_ended_by_itself(groups: list[ScoredGroup]) -> None:
 
 
 def test_completions_table(groups: list[ScoredGroup], advantages: list[GroupAdvantages], scorer: Scorer) -> None:
-    table, rewards, extras = completions_table(groups, advantages, scorer)
+    table, columns = completions_table(groups, advantages, scorer)
     assert table == {
         "prompt": ["prompt 0", "prompt 0", "prompt 1", "prompt 1"],
         "completion": ["aa", "bbB", "c", "dddd"],
+        "completion_ids": [[0, 1], [0, 1, 2], [0], [0, 1, 2, 3]],
         "advantage": [*advantages[0].advantages, *advantages[1].advantages],
         "reward": [2.0, 13.0, 1.0, 4.0],
         "finish_reason": ["length", "stop", "abort", "stop"],
         "num_tokens": [2, 3, 1, 4],
         "policy_version": [3] * 4,
     }
-    assert rewards == {"length": [2.0, 3.0, 1.0, 4.0], "shouts": [0.0, 1.0, None, 0.0]}
-    assert extras == {"letters": [0, 1, None, None]}, "a group whose function logged nothing has empty cells"
+    assert columns["rewards"] == {"length": [2.0, 3.0, 1.0, 4.0], "shouts": [0.0, 1.0, None, 0.0]}
+    assert columns["data"] == {}
+    assert columns["extras"] == {"letters": [0, 1, None, None]}, "a group whose function logged nothing has empty cells"
