@@ -1,9 +1,10 @@
 """Evaluations of one run: how they began, the best of them, and how much of what was gained is lost again.
 
     evaluations = Evaluations()
-    evaluations.add(rewards_before)
-    evaluations.add(rewards_at_step_20)
-    evaluations.lost(rewards_now, standard_errors=2)     # 0.4: of what was gained, 40 % are lost again beyond noise
+    for rewards in (before, at_step_20, now):
+        if evaluations.accepts(rewards):
+            evaluations.add(rewards)
+    evaluations.lost(now, standard_errors=evaluations.luck)     # 0.4: of what was gained, 40 % are lost again beyond noise
 
 An evaluation is greedy and on the same prompts each time, so two of them are compared prompt by prompt: most prompts have the
 same reward in both, and the difference of the means is known far better than either mean.
@@ -19,19 +20,32 @@ from dataclasses import dataclass
 Rewards = Sequence[float | None]
 """One evaluation, a number for each prompt in the data's order; None: no reward function applied."""
 
-GAINED = 2.0
-"""Something was gained if the best lies so many standard errors above the start."""
+AT_BEST = 0.05
+"""A reward is at its best while no more than this share of its gain is lost."""
 
 
 @dataclass(slots=True)
 class Evaluations:
-    """The first and the best evaluation of a run."""
+    """The first and the best evaluation of a run, and how many there were."""
 
     start: list[float | None] | None = None
     best: list[float | None] | None = None
+    count: int = 0
+
+    @property
+    def luck(self) -> float:
+        """Standard errors that noise explains: two, and more after many evaluations, whose best is a lucky one."""
+        return max(2.0, 1.0 + math.sqrt(2.0 * math.log(max(1, self.count))))
+
+    def accepts(self, rewards: Rewards) -> bool:
+        """Whether it says anything: the same prompts have a reward as at the start. A reward that failed makes no fall."""
+        has_reward = [reward is not None for reward in rewards]
+        return any(has_reward) and (self.start is None or has_reward == [reward is not None for reward in self.start])
 
     def add(self, rewards: Rewards) -> None:
-        """Take in an evaluation; of two equal ones the later counts as the best."""
+        """Take in an evaluation that is accepted; of two equal ones the later counts as the best."""
+        assert self.accepts(rewards)
+        self.count += 1
         if self.start is None:
             self.start = list(rewards)
         if self.best is None or _difference(rewards, self.best)[0] >= 0:
@@ -40,28 +54,44 @@ class Evaluations:
     def lost(self, rewards: Rewards, *, standard_errors: float) -> float:
         """Share of the gain that is lost, `(best - now) / (best - start)`, less so many standard errors of `best - now`.
 
-        Where nothing has been gained it is the share of what there was at the start, and noise is always taken off.
+        Where nothing has been gained beyond luck, it is the share of what there was at the start, or of how far rewards scatter
+        if that is more: rewards around 0 have no share to lose.
         """
         if self.start is None or self.best is None:
             return 0.0
-        gain, gain_error = _difference(self.best, self.start)
-        fall, fall_error = _difference(self.best, rewards)
-        if gain > GAINED * gain_error:
-            return max(0.0, fall - standard_errors * fall_error) / gain
-        at_stake = max(abs(mean_reward(self.start)), GAINED * gain_error, 1e-6)
-        return max(0.0, fall - max(standard_errors, GAINED) * fall_error) / at_stake
+        fall, error, scatter = _difference(self.best, rewards)
+        return max(0.0, fall - standard_errors * error) / (self._gain() or self._at_stake(scatter))
+
+    def is_at_best(self, rewards: Rewards) -> bool:
+        """Whether a policy with these rewards may stand for the best: it is the best, or hardly to be told from it."""
+        if self.start is None or self.best is None:
+            return False
+        fall, error, _ = _difference(self.best, rewards)
+        return fall <= 0 or fall <= max(error, AT_BEST * self._gain()) * (self._gain() > 0)
+
+    def _gain(self) -> float:
+        """Best less start; 0 where luck explains it."""
+        assert self.start is not None and self.best is not None
+        gain, error, _ = _difference(self.best, self.start)
+        return gain if gain > self.luck * error else 0.0
+
+    def _at_stake(self, scatter: float) -> float:
+        assert self.start is not None
+        known = [reward for reward in self.start if reward is not None]
+        return max(abs(statistics.fmean(known)), statistics.pstdev(known), scatter, 1e-6)
 
 
 def mean_reward(rewards: Rewards) -> float:
-    """Mean over the prompts that have a reward; 0 where none has."""
-    return statistics.fmean([r for r in rewards if r is not None] or [0.0])
+    """Mean over the prompts that have a reward; NaN where none has."""
+    known = [reward for reward in rewards if reward is not None]
+    return statistics.fmean(known) if known else math.nan
 
 
-def _difference(a: Rewards, b: Rewards) -> tuple[float, float]:
-    """Mean of `a - b` over the prompts that have a reward in both, and its standard error."""
+def _difference(a: Rewards, b: Rewards) -> tuple[float, float, float]:
+    """Mean of `a - b` over the prompts, its standard error (more for few prompts: Student's t), and one prompt's deviation."""
     differences = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    if not differences:
-        return 0.0, 0.0
-    # Of one prompt nothing is known but its own reward.
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    return statistics.fmean(differences), error
+    count = len(differences)
+    if count < 2:  # of one prompt nothing is known but its own reward
+        return statistics.fmean(differences or [0.0]), math.inf, 0.0
+    deviation = statistics.stdev(differences)
+    return statistics.fmean(differences), deviation / math.sqrt(count) * (1 + 4 / (count - 1)), deviation

@@ -175,7 +175,9 @@ class Kept:
     trackers: Trackers
     restores: int = 0
     """How often it was put back."""
+    is_evaluated: bool = False
+    """The evaluations' snapshot is of the same policy."""
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Kept:
-        return cls(step=state["step"], trackers=Trackers.from_dict(state["trackers"]), restores=state["restores"])
+        return cls(**{**state, "trackers": Trackers.from_dict(state["trackers"])})

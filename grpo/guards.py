@@ -3,11 +3,11 @@
     guards = Guards(config.guards)
     verdict = guards.judge(step, {"reward": 0.4, "grad_norm": 0.2, "entropy": 1.1})   # after backward, before the update
     if verdict.restore:
-        snapshot.restore()
-        guards.restored()
+        snapshots[verdict.restore].restore()
+        guards.restored(verdict.restore)
     elif not verdict.skip:
         if verdict.healthy:
-            snapshot.take(step)
+            snapshots["step"].take(step)
         optimizer.step()
     rate = schedule(step) * guards.learning_rate_factor
 
@@ -16,7 +16,7 @@ The rollouts of a step measure the policy that is in memory until that step's up
 
 Where the run evaluates as it goes, an evaluation is the better witness: it is greedy, on the same prompts each time, and its
 noise is known. The policy that it shows to be at its best has a snapshot of its own, which is put back if a later one has
-fallen, and with which the run ends if the last one is not at its best:
+fallen, and with which the run ends if the last one is clearly below it:
 
     verdict = guards.judge_evaluation(step, rewards)      # between two steps; the same three answers
 
@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .config_guards import LOW_IS_BAD, GuardsConfig
-from .guard_evaluations import Evaluations, Rewards, mean_reward
+from .guard_evaluations import AT_BEST, Evaluations, Rewards, mean_reward
 from .guard_rules import EVALUATION, RULES, Alarm, Reading, Rule, alarm_of, level_of
 from .guard_trackers import LONG_SPAN, SHORT_SPAN, Counters, Excursion, Kept, Level, Series, Trackers
 
@@ -60,9 +60,6 @@ SKIP_REMEDY = (
 )
 RESTORE_REMEDY = "even at a lower learning rate: lower optim.learning_rate, or raise guards.max_restores"
 
-AT_BEST = 0.05
-"""A reward is at its best while no more than this share of its gain is lost."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -70,7 +67,8 @@ class Verdict:
 
     alarms: tuple[Alarm, ...] = ()
     skip: bool = False
-    restore: bool = False
+    restore: Witness | None = None
+    """The snapshot to put back."""
     healthy: bool = False
     """The policy that was seen (that sampled this step, or was evaluated) is worth a snapshot."""
     give_up: bool = False
@@ -101,46 +99,48 @@ class Guards:
         """
         readings = [self._read(rule, step, quantities) for rule in RULES] if self.config.enabled else []
         counted = [reading for reading in readings if reading.rule.kind != "advice"]
-        restore, halve = self._count_rings(step, counted, "step")
+        restore, halve = self._count_rings(step, counted, self._witness())
         halved = halve and self._halve()
         reasons = [] if restore else self._reasons_to_skip(counted, quantities.get("grad_norm"))
-        give_up = self._count_skip(bool(reasons)) or self._nothing_leads_on("step", restore=restore)
+        give_up = self._count_skip(bool(reasons)) or self._nothing_leads_on(restore)
+        if give_up and self._can_restore(self._witness()):
+            restore = self._witness()
         healthy = self.config.enabled and not restore and not reasons and self._is_healthy(step, counted)
         if healthy:
             self._kept["step"] = Kept(step, copy.deepcopy(self._now))
-        of = f"that sampled step {self._kept['step'].step}" if restore else ""
         return Verdict(
             alarms=tuple(reading.alarm for reading in readings if reading.alarm is not None),
             skip=bool(reasons),
             restore=restore,
             healthy=healthy,
             give_up=bool(give_up),
-            text=self._text(step, of, reasons=reasons, halved=halved, give_up=give_up),
+            text=self._text(step, restore, reasons=reasons, halved=halved, give_up=give_up),
         )
 
     def judge_evaluation(self, step: int, rewards: Rewards) -> Verdict:
         """What an evaluation after `step` updates says of the policy; `rewards` are of the same prompts each time.
 
+        One in which other prompts have a reward than at the start says nothing.
+
         Call it between two steps. If the verdict says `restore`, put back the evaluations' snapshot, take it for the steps'
         snapshot as well, and call `restored("evaluation")`; if it says `healthy`, take the evaluations' snapshot now.
         """
-        if not self.config.enabled:
+        if not self.config.enabled or not self._evaluations.accepts(rewards):
             return Verdict()
         self._evaluations.add(rewards)
         reading = self._read_evaluation(step, rewards)
         restore, halve = self._count_rings(step, [reading], "evaluation")
         halved = halve and self._halve()
-        give_up = self._nothing_leads_on("evaluation", restore=restore)
-        healthy = self.config.restore and not restore and self._evaluations.lost(rewards, standard_errors=0) <= AT_BEST
+        give_up = self._nothing_leads_on(restore)
+        healthy = self.config.restore and not restore and self._evaluations.is_at_best(rewards)
         if healthy:
             self._kept["evaluation"] = Kept(step, copy.deepcopy(self._now))
-        of = f"of the evaluation at step {self._kept['evaluation'].step}" if restore else ""
         return Verdict(
             alarms=() if reading.alarm is None else (reading.alarm,),
             restore=restore,
             healthy=healthy,
             give_up=bool(give_up),
-            text=self._text(step, of, halved=halved, give_up=give_up),
+            text=self._text(step, restore, halved=halved, give_up=give_up),
         )
 
     def allows(self, step: int, grad_norm: float) -> str:
@@ -159,20 +159,24 @@ class Guards:
         """Adapter and optimizer are again those of the snapshot: so are all running means; the learning rate stays low."""
         kept = self._kept[witness]
         self._now = copy.deepcopy(kept.trackers)
-        if witness == "evaluation":  # what the steps have found healthy since then has turned out not to be
-            self._kept["step"] = Kept(kept.step, copy.deepcopy(kept.trackers))
         kept.restores += 1
+        if witness == "evaluation":
+            # What the steps have found healthy since then has turned out not to be. After E updates, step E + 1 is sampled.
+            self._kept["step"] = Kept(kept.step + 1, copy.deepcopy(kept.trackers), kept.restores, is_evaluated=True)
+        elif kept.is_evaluated:  # the same policy: its restores are counted together
+            self._kept["evaluation"].restores = kept.restores
         self._counters.rings.clear()
         self._counters.restores += 1
 
     def ends_with(self, rewards: Rewards | None = None) -> Witness | None:
         """Which snapshot the run should end with, None for the policy as it is. `rewards`: of the last evaluation.
 
-        Among evaluations the best is known, so the last one has to be at its best. Without them the training reward decides: so
-        much of its gain must be lost that the alarm watches.
+        Among evaluations the best is known: the last one may have lost as much of it as a standard error explains, and 0.05 of
+        the gain. Without them the training reward decides: so much of its gain must be lost that the alarm watches.
         """
         if rewards is not None and self._can_restore("evaluation"):
-            return "evaluation" if self._evaluations.lost(rewards, standard_errors=0) > AT_BEST else None
+            is_judged = self.config.evaluation_watch is not None and self._evaluations.accepts(rewards)
+            return "evaluation" if is_judged and self._evaluations.lost(rewards, standard_errors=1) > AT_BEST else None
         limit, reward = self.config.reward_watch, self._now.series.get("reward")
         if limit is None or reward is None or not self._can_restore("step"):
             return None
@@ -230,7 +234,7 @@ class Guards:
     def _read_evaluation(self, step: int, rewards: Rewards) -> Reading:
         """How much of what the evaluations had gained is lost beyond noise; rings as the other alarms do."""
         watch, stop = self.config.limits(EVALUATION.name)
-        value = self._evaluations.lost(rewards, standard_errors=2)
+        value = self._evaluations.lost(rewards, standard_errors=self._evaluations.luck)
         level = level_of(EVALUATION, value, watch, stop)
         excursion = self._now.excursions.setdefault(EVALUATION.name, Excursion())
         if level == Level.INSIDE:
@@ -293,17 +297,23 @@ class Guards:
     def _can_restore(self, witness: Witness) -> bool:
         return self.config.enabled and self.config.restore and witness in self._kept
 
-    def _nothing_leads_on(self, witness: Witness, *, restore: bool) -> str:
-        """Why the run should stop after this restore, empty where it should not."""
-        if not restore or self._kept[witness].restores < self.config.max_restores:
-            return ""
-        return f"the run stops: nothing has led on from step {self._kept[witness].step}, {RESTORE_REMEDY}"
+    def _witness(self) -> Witness:
+        """Whose snapshot a step's restore puts back: after a fallen evaluation, no step is a witness against it."""
+        evaluation = self._now.excursions.get(EVALUATION.name)
+        has_fallen = evaluation is not None and evaluation.worst > Level.INSIDE
+        return "evaluation" if has_fallen and self._can_restore("evaluation") else "step"
 
-    def _count_rings(self, step: int, readings: Sequence[Reading], witness: Witness) -> tuple[bool, bool]:
-        """Take in this step's rings; returns whether to restore and whether to halve."""
+    def _nothing_leads_on(self, restore: Witness | None) -> str:
+        """Why the run should stop after this restore, empty where it should not."""
+        if restore is None or self._kept[restore].restores < self.config.max_restores:
+            return ""
+        return f"the run stops: nothing has led on from step {self._kept[restore].step}, {RESTORE_REMEDY}"
+
+    def _count_rings(self, step: int, readings: Sequence[Reading], witness: Witness) -> tuple[Witness | None, bool]:
+        """Take in this step's rings; returns what to restore (`witness`, or nothing) and whether to halve."""
         rang = [reading for reading in readings if reading.alarm is not None]
         if not rang:
-            return False, False
+            return None, False
         counters = self._counters
         counters.alarms += len(rang)
         counters.last_ring = step
@@ -312,7 +322,7 @@ class Guards:
         counters.rings = [ring for ring in counters.rings if ring > step - self.config.window_steps] + [step] * len(signs)
         policy_stops = any(reading.rule.kind == "policy" and reading.level == Level.STOP for reading in rang)
         restore = self._can_restore(witness) and (policy_stops or len(counters.rings) >= 3)
-        return restore, policy_stops or len(counters.rings) >= 2
+        return witness if restore else None, policy_stops or len(counters.rings) >= 2
 
     def _halve(self) -> bool:
         """Lower the learning rate, unless that is switched off or it is as low as it goes."""
@@ -363,8 +373,13 @@ class Guards:
             return False
         return series.last < watch * series.start
 
-    def _text(self, step: int, restored: str, *, halved: bool, give_up: str, reasons: Sequence[str] = ()) -> str:
-        parts = [f"restored the adapter and optimizer {restored}"] if restored else []
+    def _text(
+        self, step: int, restore: Witness | None, *, halved: bool, give_up: str, reasons: Sequence[str] = ()
+    ) -> str:
+        parts = []
+        if restore is not None:
+            whose = "that sampled step" if restore == "step" else "of the evaluation at step"
+            parts.append(f"restored the adapter and optimizer {whose} {self._kept[restore].step}")
         if reasons:
             parts.append(f"skipped the update ({', '.join(reasons)})")
         if halved:

@@ -93,19 +93,16 @@ class Learner:
         """The guards' verdict on an evaluation after `step` updates, carried out. After a restore, publish the adapter."""
         verdict = self.guards.judge_evaluation(step, rewards)
         if verdict.restore:
-            self.restore("evaluation")
+            self.restore(verdict.restore)
         elif verdict.healthy:
             self.snapshots["evaluation"].take(step)
         return verdict
 
-    def restore(self, witness: Witness) -> int | None:
-        """Put back a snapshot of adapter and optimizer state; the step it is of, None where there is none."""
-        snapshot = self.snapshots[witness]
-        if snapshot.step is None:
-            return None
-        step = snapshot.restore()
-        if witness == "evaluation":  # later steps found something healthy that the evaluation did not
-            self.snapshots["step"].take(step)
+    def restore(self, witness: Witness) -> int:
+        """Put back a snapshot of adapter and optimizer state, as the guards have said; returns the step it is of."""
+        step = self.snapshots[witness].restore()
+        if witness == "evaluation":  # steps since then found something healthy that the evaluation did not
+            self.snapshots["step"].take(step + 1)
         self.guards.restored(witness)
         return step
 
@@ -117,8 +114,8 @@ class Learner:
         rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
         set_learning_rate(self.optimizer, rate)
         stepped = False
-        if (verdict.restore or verdict.give_up) and self.restore("step") is not None:
-            pass  # these gradients are of the policy that was just left
+        if verdict.restore:  # these gradients are of the policy that is just left
+            self.restore(verdict.restore)
         else:
             if verdict.healthy:  # also where there is nothing to train on: the guards go by it
                 self.snapshots["step"].take(step + 1)

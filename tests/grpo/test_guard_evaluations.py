@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 
@@ -13,6 +14,7 @@ from played_guards import Played, after_calm, rung
 
 from rankup.grpo.guard_evaluations import Evaluations, mean_reward
 from rankup.grpo.guard_trackers import Level
+from rankup.grpo.guards import Verdict
 
 
 def right(count: int, *, of: int = 128) -> list[float | None]:
@@ -41,7 +43,7 @@ def test_the_share_of_the_gain_that_is_lost():
 def test_noise_is_that_of_the_differences_prompt_by_prompt():
     evaluations = evaluated(16, 80)
     differences = [1.0] * 32 + [0.0] * 96
-    noise = 2 * statistics.stdev(differences) / 128**0.5
+    noise = 2 * statistics.stdev(differences) / 128**0.5 * (1 + 4 / 127)
     assert evaluations.lost(right(48), standard_errors=2) == pytest.approx((0.25 - noise) / 0.5)
     other_prompts = list(reversed(right(48)))  # the same mean, but few prompts have the same reward
     assert 0 < evaluations.lost(other_prompts, standard_errors=2) < evaluations.lost(right(48), standard_errors=2)
@@ -49,17 +51,31 @@ def test_noise_is_that_of_the_differences_prompt_by_prompt():
 
 def test_where_nothing_was_gained_a_fall_below_the_start_counts():
     evaluations = evaluated(64, 66)
-    assert evaluations.lost(right(60), standard_errors=0) < 0.1
-    assert evaluations.lost(right(0), standard_errors=0) == pytest.approx((66 - 2 * (66 * 62 / 127) ** 0.5) / 64, rel=0.02)
+    assert evaluations.lost(right(0), standard_errors=0) == pytest.approx(66 / 64, rel=0.01)
+    assert evaluations.lost(right(0), standard_errors=2) > 0.8
 
 
-def test_prompts_without_a_reward_are_left_out():
+@pytest.mark.parametrize("start", [[1.0, -1.0] * 64, [0.0] * 128], ids=["around 0", "all 0"])
+def test_rewards_around_zero_have_no_share_to_lose(start: list[float | None]):
     evaluations = Evaluations()
-    evaluations.add([None, 0.0, 0.0, 0.0])
-    evaluations.add([1.0, 1.0, 1.0, None])
-    assert evaluations.lost([0.0, 0.0, None, 0.0], standard_errors=0) == pytest.approx(1.0)
-    assert Evaluations().lost([None], standard_errors=2) == 0.0
-    assert mean_reward([None, 1.0, 0.0]) == 0.5 and mean_reward([None]) == 0.0
+    evaluations.add(start)
+    a_little_worse = [(reward or 0.0) - 2 * (row < 8) for row, reward in enumerate(start)]
+    assert 0 < evaluations.lost(a_little_worse, standard_errors=0) < 0.3
+    assert evaluations.lost(a_little_worse, standard_errors=2) < 0.15
+
+
+def test_an_evaluation_with_other_prompts_scored_is_not_accepted():
+    evaluations = Evaluations()
+    assert not evaluations.accepts([None, None]), "nothing is known"
+    evaluations.add([None, 0.0, 0.0])
+    assert evaluations.accepts([None, 1.0, 0.0])
+    assert not evaluations.accepts([None, 1.0, None]) and not evaluations.accepts([0.0, 1.0, 0.0])
+    assert mean_reward([None, 1.0, 0.0]) == 0.5 and math.isnan(mean_reward([None]))
+
+
+def test_the_more_evaluations_the_more_their_best_is_luck():
+    assert Evaluations().luck == 2.0 == evaluated(*range(1)).luck
+    assert evaluated(*range(10)).luck == pytest.approx(1 + math.sqrt(2 * math.log(10)))
 
 
 def test_of_one_prompt_nothing_is_known():
@@ -75,7 +91,8 @@ def test_the_best_has_lost_nothing_and_less_is_lost_with_noise_taken_off(rounds:
     for rewards in rounds:
         evaluations.add(rewards)
     best = max(rounds, key=statistics.fmean)
-    assert evaluations.lost(best, standard_errors=0) == pytest.approx(0, abs=1e-9)
+    assert evaluations.lost(best, standard_errors=0) == pytest.approx(0, abs=1e-6)
+    assert evaluations.is_at_best(evaluations.best)
     for rewards in rounds:
         assert 0 <= evaluations.lost(rewards, standard_errors=2) <= evaluations.lost(rewards, standard_errors=0)
 
@@ -92,6 +109,54 @@ def test_the_newest_policy_at_its_best_has_the_snapshot():
     assert healthy == [True, True, True, True, False, True]
 
 
+def test_before_anything_is_gained_the_snapshot_does_not_slide_down():
+    played = Played()
+    assert [bool(played.evaluate(right(count)).healthy) for count in (64, 66, 62, 66, 59)] == [True, True, False, True, False]
+
+
+def test_an_outage_of_the_rewards_says_nothing():
+    played = Played()
+    for count in (16, 80):
+        played.steps(10)
+        played.evaluate(right(count))
+    nothing: list[float | None] = [None] * 128
+    partly: list[float | None] = [0.0, 0.0, *[None] * 126]
+    assert played.evaluate(nothing) == played.evaluate(partly) == Verdict()
+    assert played.guards.ends_with(nothing) is None
+    assert rung([played.evaluate(right(20))]) == [("evaluation", Level.STOP)]
+
+
+def test_after_a_fallen_evaluation_a_step_s_restore_goes_back_to_the_best_one():
+    played = after_calm()
+    for count in (16, 80):
+        played.evaluate(right(count))
+        played.steps(6)
+    assert played.evaluate(right(55)).restore is None
+    verdicts = [v for _ in range(2) for v in [*played.steps(sampler_kl=0.02), *played.steps()]]
+    (restored,) = [v for v in verdicts if v.restore]
+    assert restored.restore == "evaluation"
+    assert "of the evaluation at step 26" in restored.text
+
+
+def test_one_policy_is_put_back_so_many_times_whoever_vouches_for_it():
+    """Every restore is followed by a fall, now in the evaluation, now in the training reward."""
+    played = after_calm(max_restores=3)
+    for count in (16, 80):
+        played.evaluate(right(count))
+    restores = []
+    for _ in range(8):
+        restores += [v for v in [played.evaluate(right(0)), *played.steps(8, reward=0.0)] if v.restore]
+    assert [v.give_up for v in restores][:4] == [False, False, False, True]
+
+
+def test_a_restored_step_is_the_one_that_the_evaluated_policy_samples():
+    played = after_calm()
+    for count in (16, 80, 0):
+        played.evaluate(right(count))
+    state = played.guards.state_dict()["kept"]
+    assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 21)
+
+
 def test_a_fall_beyond_stop_restores_the_best_and_halves():
     played = Played()
     for count in (16, 80):
@@ -100,12 +165,11 @@ def test_a_fall_beyond_stop_restores_the_best_and_halves():
     played.steps(10)
     verdict = played.evaluate(right(30))
     assert rung([verdict]) == [("evaluation", Level.STOP)]
-    assert verdict.restore and not verdict.healthy and not verdict.skip
+    assert verdict.restore == "evaluation" and not verdict.healthy and not verdict.skip
     assert verdict.text == "step 30: restored the adapter and optimizer of the evaluation at step 20, learning rate x 0.5"
     assert verdict.alarms[0].text.startswith("step 30: evaluation 0.234: ")
     state = played.guards.state_dict()
     assert state["now"] == state["kept"]["evaluation"]["trackers"] == state["kept"]["step"]["trackers"]
-    assert state["kept"]["step"]["step"] == 20
     assert (played.metric("alarms"), played.metric("restores"), played.metric("halvings")) == (1, 1, 1)
     played.steps(10)
     assert rung([played.evaluate(right(80))]) == []
@@ -116,7 +180,7 @@ def test_a_fall_that_is_watched_adds_up_with_other_alarms_and_bars_snapshots():
     for count in (16, 80):
         played.evaluate(right(count))
         played.steps(2)
-    played.evaluate(right(58))
+    played.evaluate(right(55))
     assert rung(played.verdicts[-1:]) == [("evaluation", Level.WATCH)]
     assert played.guards.learning_rate_factor == 1.0
     assert not any(verdict.healthy for verdict in played.steps(15))
@@ -126,13 +190,18 @@ def test_a_fall_that_is_watched_adds_up_with_other_alarms_and_bars_snapshots():
     assert any(verdict.healthy for verdict in played.steps(8))
 
 
-def test_noise_is_no_fall():
-    """Evaluations of one unchanging policy whose every prompt succeeds two times in three: no alarm in a hundred."""
-    played, draw = Played(), random.Random(0)
-    played.evaluate(right(8))
-    for _ in range(100):
-        played.evaluate([float(draw.random() < 2 / 3) for _ in range(128)])
-    assert [level for _, level in rung(played.verdicts) if level == Level.STOP] == []
+@pytest.mark.parametrize(("prompts", "count"), [(16, 50), (64, 50), (200, 50)])
+def test_noise_is_seldom_a_fall(prompts: int, count: int):
+    """A policy that does not change, whose prompts flip in one of five evaluations: hardly a run is restored, none ends."""
+    restored = ended = 0
+    for seed in range(20):
+        draw, played = random.Random(seed), Played()
+        usual = [float(draw.random() < 0.3) for _ in range(prompts)]
+        for _ in range(count):
+            played.evaluate([1 - right if draw.random() < 0.2 else right for right in usual])
+        restored += any(verdict.restore for verdict in played.verdicts)
+        ended += any(verdict.give_up for verdict in played.verdicts)
+    assert restored <= 2 and ended == 0
 
 
 def test_an_evaluation_that_nothing_leads_on_from_ends_the_run():
@@ -150,9 +219,11 @@ def test_an_evaluation_that_nothing_leads_on_from_ends_the_run():
 
 def test_switches():
     falls = (16, 80, 0)
-    assert not any(Played(restore=False).evaluate(right(count)).restore for count in falls)
+    never = Played(restore=False)
+    assert [never.evaluate(right(count)).restore for count in falls] == [None] * 3
+    assert rung(never.verdicts) == [("evaluation", Level.STOP)]
     unhalved, off, unlimited = Played(halve=False), Played(enabled=False), Played(evaluation_watch=None, evaluation_stop=None)
-    assert [unhalved.evaluate(right(count)).restore for count in falls] == [False, False, True]
+    assert [unhalved.evaluate(right(count)).restore for count in falls] == [None, None, "evaluation"]
     assert unhalved.guards.learning_rate_factor == 1.0
     for count in falls:
         off.evaluate(right(count))
@@ -170,9 +241,13 @@ def test_the_run_ends_with_the_best_evaluation_unless_the_last_is_at_its_best():
     for count in (16, 80):
         played.evaluate(right(count))
     assert played.guards.ends_with(right(80)) is None
-    assert played.guards.ends_with(right(77)) is None  # 0.047 of the gain
-    assert played.guards.ends_with(right(76)) == "evaluation"  # 0.063
+    assert played.guards.ends_with(right(75)) is None  # 0.08 of the gain, half of which noise explains
+    assert played.guards.ends_with(right(70)) == "evaluation"  # 0.16
     assert Played().guards.ends_with(right(3)) is None
+    unlimited = Played(evaluation_watch=None, evaluation_stop=None)
+    for count in (16, 80):
+        unlimited.evaluate(right(count))
+    assert unlimited.guards.ends_with(right(0)) is None
 
 
 def test_evaluations_outrank_the_training_reward_at_the_end():

@@ -136,7 +136,7 @@ def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
         return [0.5 + sign * (reward - 0.5) for reward in low_ids(completion_ids)]
 
     steps, printed = run(turns, **HEALTHY | {"max_steps": 30, "learning_rate": 5e-3})
-    assert steps[-1]["guards/restores"] >= 1 or "the run ends with the adapter of step" in printed
+    assert steps[-1]["guards/restores"] >= 1 or "the run ends with the adapter that sampled step" in printed
     assert math.isfinite(steps[-1]["grad_norm"])
 
 

@@ -176,7 +176,7 @@ def test_one_alarm_does_nothing_and_two_halve_the_learning_rate(calm: Played):
     assert (first.text, calm.guards.learning_rate_factor) == ("", 1.0)
     calm.steps()
     (second,) = calm.steps(sampler_kl=0.02)
-    assert (second.skip, second.restore, calm.guards.learning_rate_factor) == (False, False, 0.5)
+    assert (second.skip, second.restore, calm.guards.learning_rate_factor) == (False, None, 0.5)
     assert second.text == "step 22: learning rate x 0.5"
 
 

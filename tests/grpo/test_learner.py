@@ -260,7 +260,7 @@ def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: lis
 
 def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[WeightedGroup]) -> None:
     learner: Learner = make_learner(guards={"enabled": True}, learning_rate=1e-3)
-    assert learner.restore("step") is None
+    assert learner.snapshots["step"].step is None
     sampled = groups_of_the_policy(learner, groups)
     before = copies(learner.policy)
     update = learner.update(sampled, step=0, observed={"reward": 0.5})

@@ -38,7 +38,7 @@ class Played:
             quantities = {METRICS[name]: value for name, value in (CALM | values).items()}
             self.verdicts.append(self.guards.judge(self.step, quantities))
             if self.verdicts[-1].restore:
-                self.guards.restored()
+                self.guards.restored(self.verdicts[-1].restore)
             self.step += 1
         return self.verdicts[-count:]
 
@@ -46,7 +46,7 @@ class Played:
         """Judge an evaluation after the steps so far; a restore is carried out."""
         verdict = self.guards.judge_evaluation(self.step, rewards)
         if verdict.restore:
-            self.guards.restored("evaluation")
+            self.guards.restored(verdict.restore)
         self.verdicts.append(verdict)
         return verdict
 
