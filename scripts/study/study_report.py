@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ Row = dict[str, Any]
 
 COLOURS = {"alpha 32": "#0072B2", "alpha r": "#009E73", "alpha 2r": "#E69F00", "rslora 32": "#D55E00"}
 MARKERS = {64: "o", 128: "D"}
+STEP_TICKS = (0.3, 0.6, 1, 2, 4, 8, 16, 32)
 SEED_MARKERS = {1: "o", 2: "s"}
 GUARDED, UNGUARDED = "#0072B2", "#D55E00"
 
@@ -85,7 +87,8 @@ def plot(rows: Sequence[Row], out: Path) -> None:
 
 
 def _draw_grid(axes: Any, rows: Sequence[Row]) -> None:
-    for scaling, rank in sorted({(row["scaling"], row["rank"]) for row in rows}):
+    found = {(row["scaling"], row["rank"]) for row in rows}
+    for scaling, rank in (pair for pair in product(COLOURS, MARKERS) if pair in found):
         points = [row for row in rows if (row["scaling"], row["rank"]) == (scaling, rank)]
         whole = [row for row in points if not row["stopped"]]
         style = {"color": COLOURS[scaling], "marker": MARKERS[rank], "markersize": 8, "linestyle": "none"}
@@ -94,6 +97,8 @@ def _draw_grid(axes: Any, rows: Sequence[Row]) -> None:
         lost = [row for row in points if row["stopped"]]
         axes.plot([r["step_factor"] for r in lost], [0.0] * len(lost), markerfacecolor="none", **style)
     axes.set_xscale("log")
+    axes.set_xticks(STEP_TICKS, [f"{tick:g}" for tick in STEP_TICKS], minor=False)
+    axes.minorticks_off()
     axes.set_ylim(-0.04, 1.0)
     axes.set_xlabel("effective step, times the reference (alpha 32, rate 1e-4)")
     axes.set_title("Greedy accuracy after 40 short steps (hollow, at 0: collapsed)", loc="left", fontsize=11)
