@@ -216,7 +216,7 @@ def _rows_of_file(path: Path) -> list[_Row]:
         _Row(
             prompt=row.get("prompt", ""),
             completion=_as_conversation(row.get("prompt", ""), row["completion"]),
-            completion_ids=list(row.get("completion_ids") or ()),
+            completion_ids=list[int](row.get("completion_ids") or ()),
             columns={name: value for name, value in row.items() if name not in own},
             rewards={},
         )
@@ -226,8 +226,13 @@ def _rows_of_file(path: Path) -> list[_Row]:
 
 def _row_of_run(row: Mapping[str, Any]) -> _Row:
     prompt = _parsed(row["prompt"])
-    completion, ids = _as_conversation(prompt, row["completion"]), list(row.get("completion_ids") or ())
-    return _Row(prompt, completion, ids, row["data"], row["rewards"])
+    return _Row(
+        prompt=prompt,
+        completion=_as_conversation(prompt, row["completion"]),
+        completion_ids=list[int](row.get("completion_ids") or ()),
+        columns=row["data"],
+        rewards=row["rewards"],
+    )
 
 
 def _as_conversation(prompt: Any, completion: Any) -> Any:

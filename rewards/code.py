@@ -129,7 +129,7 @@ class _UnitTests(_Executed):
         jobs: list[Callable[[], float] | None] = []
         for row, (completion, wanted) in enumerate(zip(completions, tests, strict=True)):
             codes = None if wanted is None else _strings(row, "tests", wanted)
-            jobs.append(codes and functools.partial(self._score, program_of(text_of(completion)), codes))
+            jobs.append(None if codes is None else functools.partial(self._score, program_of(text_of(completion)), codes))
         return self._concurrently(jobs)
 
     def _score(self, program: str, tests: list[str]) -> float:
@@ -156,7 +156,7 @@ class _StdinStdout(_Executed):
         jobs: list[Callable[[], float] | None] = []
         for row, (completion, given, expected) in enumerate(zip(completions, inputs, outputs, strict=True)):
             pairs = None if given is None or expected is None else self._pairs(row, given, expected)
-            jobs.append(pairs and functools.partial(self._score, program_of(text_of(completion)), pairs))
+            jobs.append(None if pairs is None else functools.partial(self._score, program_of(text_of(completion)), pairs))
         return self._concurrently(jobs)
 
     def _pairs(self, row: int, given: Any, expected: Any) -> list[tuple[str, str]]:

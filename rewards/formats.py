@@ -180,7 +180,7 @@ def _validator(schema: Any, *, name: str) -> Any:
         raise ValueError(f"{name} must be a mapping, not {schema!r}")
     kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
+        kind.check_schema(schema)  # pyright: ignore[reportArgumentType]
     except SchemaError as error:
         raise ValueError(f"{name} is not a valid JSON schema: {error.message} (at {error.json_path})") from error
     # Without a registry of its own, a validator would fetch what a $ref names from the network.

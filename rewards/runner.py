@@ -105,7 +105,8 @@ class Scorer:
         self._rewards = _load(entries, base_dir=base_dir, isolation=isolation)
         self.names = [reward.name for reward in self._rewards]
         self._num_workers, self._timeout, self._retries = num_workers, timeout, retries
-        self._memory_gib, self._on_error, self._rows_per_call = memory_gib, on_error, rows_per_call
+        self._memory_gib, self._rows_per_call = memory_gib, rows_per_call
+        self._on_error: OnError = on_error
         self._loop: _BackgroundLoop | None = None
         self._pool: WorkerPool | None = None
 

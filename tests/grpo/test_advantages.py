@@ -184,6 +184,7 @@ def test_normalised_sums_are_gdpo_as_trl_has_it(groups: list[list[list[float | N
 def test_no_function_drowns_another_and_equals_teach_nothing():
     large_and_small = [[[0.0, 100.0, 0.0, 100.0], [0.0, 0.0, 0.1, 0.1]], [[5.0] * 4, [0.3] * 4]]
     sums = normalized_sums(large_and_small, [1.0, 1.0])
+    assert sums[0][3] is not None
     assert sums[0][0] == pytest.approx(-sums[0][3]) and sums[0][1] == pytest.approx(sums[0][2], abs=1e-2)
     result = group_advantages(sums, estimator="group", scale_rewards="batch")
     assert result[1].advantages == (0.0,) * 4, "exactly: the learner leaves out what has no advantage"

@@ -23,6 +23,7 @@ def test_local_files_train_by_the_same_run_file(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = load_config(RUN_FILE, [f"data.train={path}", f"data.eval={path}"])
+    assert config.data.train is not None
     rows = load_rows(config.data.train, split=config.data.train_split, subset=config.data.subset)
     prompts = prepare_prompts(
         rows,
@@ -31,8 +32,10 @@ def test_local_files_train_by_the_same_run_file(tmp_path):
         system_prompt=config.data.system_prompt,
         max_prompt_length=config.rollout.max_prompt_length,
     ).rows
-    assert [message["role"] for message in prompts[0].prompt] == ["system", "user"]
-    assert "pens" in prompts[0].prompt[1]["content"]
+    messages = prompts[0].prompt
+    assert isinstance(messages, list)
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert "pens" in messages[1]["content"]
     completions = [[{"role": "assistant", "content": text}] for text in ("They cost $1,234.", "He has 3.")]
     scores = make_scorer(config).score(
         Inputs(

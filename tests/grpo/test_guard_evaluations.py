@@ -92,7 +92,7 @@ def test_the_best_has_lost_nothing_and_less_is_lost_with_noise_taken_off(rounds:
         evaluations.add(rewards)
     best = max(rounds, key=statistics.fmean)
     assert evaluations.lost(best, standard_errors=0) == pytest.approx(0, abs=1e-6)
-    assert evaluations.is_at_best(evaluations.best)
+    assert evaluations.best is not None and evaluations.is_at_best(evaluations.best)
     for rewards in rounds:
         assert 0 <= evaluations.lost(rewards, standard_errors=2) <= evaluations.lost(rewards, standard_errors=0)
 

@@ -49,7 +49,8 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def rewards_of_trl(classifiers, tiny_model_path, tmp_path_factory) -> Callable[..., dict[str, list[float]]]:
     """What TRL's trainer makes of model ids among its reward functions: their rewards, by the kind of classifier."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     kinds = ["llama", "llama without pad", "bert"]
     output = str(tmp_path_factory.mktemp("trl"))
@@ -129,6 +130,7 @@ def test_nothing_is_left_to_train(classifiers):
     classifier = SequenceClassifier(str(classifiers["bert"]), device="cpu")
     rewards = [classifier(prompts=["p"], completions=["c"]) for _ in range(2)]
     assert rewards[0] == rewards[1]  # dropout would tell them apart
+    assert classifier._loaded is not None
     model, _ = classifier._loaded
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()

@@ -101,7 +101,7 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all or nothing", "partial credit"])
-def scores(request) -> tuple[bool, dict[str, float]]:
+def scores(request) -> tuple[bool, dict[str, float | None]]:
     reward = unit_tests(timeout=4, partial_credit=request.param, workers=4)
     rewards = reward(completions=[program for program, *_ in PROGRAMS.values()], tests=[TESTS] * len(PROGRAMS))
     return request.param, dict(zip(PROGRAMS, rewards, strict=True))
@@ -130,7 +130,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all or nothing", "partial credit"])
-def run_scores(request) -> tuple[bool, dict[str, float]]:
+def run_scores(request) -> tuple[bool, dict[str, float | None]]:
     reward = stdin_stdout(timeout=4, partial_credit=request.param, workers=3)
     programs = [program for program, *_ in RUNS.values()]
     rewards = reward(completions=programs, inputs=[INPUTS] * len(RUNS), outputs=[OUTPUTS] * len(RUNS))
@@ -204,7 +204,7 @@ def f(x): return 0
 
 
 @pytest.fixture(scope="module")
-def forged() -> dict[str, float]:
+def forged() -> dict[str, float | None]:
     reward = unit_tests(timeout=PATIENT, partial_credit=True, workers=4)
     tests = ["assert f(2) == 4", "assert f(3) == 6\n\nassert f(4) == 8\npass"]
     rewards = reward(completions=list(FORGERIES.values()), tests=[tests] * len(FORGERIES))

@@ -208,7 +208,7 @@ def test_references_are_resolved_inside_the_schema_and_never_fetched():
             self.end_headers()
             self.wfile.write(b"{}")
 
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:

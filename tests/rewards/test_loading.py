@@ -186,7 +186,7 @@ def test_a_folder_or_hub_id_is_a_classifier(tmp_path, monkeypatch):
     assert load_reward("org/Skywork-Reward").__name__ == "Skywork-Reward"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "helpful").mkdir()
-    assert load_reward("helpful").model_id == "helpful"
+    assert load_reward("helpful").model_id == "helpful"  # pyright: ignore[reportFunctionMemberAccess]
 
 
 FACTORIES = """

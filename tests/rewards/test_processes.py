@@ -121,6 +121,7 @@ def test_a_partial_of_a_function_from_a_file(make_scorer, tmp_path):
     text = "def scaled(completions, factor, **kwargs):\n    return [factor * len(c) for c in completions]\n"
     (tmp_path / "mine.py").write_text(text)
     scaled = load_object(f"{tmp_path}/mine.py:scaled")
+    assert callable(scaled)
     assert make_scorer(functools.partial(scaled, factor=2.0)).score(inputs("abc")).total == [6.0]
 
 

@@ -2,10 +2,10 @@
 
 import asyncio
 import functools
+import importlib
 from typing import Any
 
 import pytest
-import trl.rewards
 
 from rankup.rewards import Inputs, Scorer, load_object
 
@@ -28,13 +28,15 @@ TEXTS = [
 SOLUTIONS = [r"\frac{1}{3}"] * 11 + ["no formula"]
 IDS = [list(range(length)) for length in range(1, 7)] + [[5] * length for length in (0, 3, 8, 10, 11, 40)]
 
+TRL = importlib.import_module("trl.rewards")
+
 # A factory needs arguments, so what it returns is named here.
 MADE = {
-    "get_cosine_scaled_reward": trl.rewards.get_cosine_scaled_reward(max_len=12),
-    "get_repetition_penalty_reward": trl.rewards.get_repetition_penalty_reward(ngram_size=2, max_penalty=-0.5),
-    "get_soft_overlong_punishment": trl.rewards.get_soft_overlong_punishment(max_completion_len=10, soft_punish_cache=4),
+    "get_cosine_scaled_reward": TRL.get_cosine_scaled_reward(max_len=12),
+    "get_repetition_penalty_reward": TRL.get_repetition_penalty_reward(ngram_size=2, max_penalty=-0.5),
+    "get_soft_overlong_punishment": TRL.get_soft_overlong_punishment(max_completion_len=10, soft_punish_cache=4),
 }
-NAMES = sorted(name for name in trl.rewards.__all__ if callable(getattr(trl.rewards, name)))
+NAMES = sorted(name for name in TRL.__all__ if callable(getattr(TRL, name)))
 
 
 def inputs_of(completions: list[Any] | None = None, **columns: list[Any]) -> Inputs:
@@ -96,7 +98,8 @@ def test_all_of_them_together():
     assert len(scores.by_function) == len(NAMES)
     columns = list(scores.by_function.values())
     for row, total in enumerate(scores.total):
-        assert total == pytest.approx(sum(column[row] for column in columns if column[row] is not None))
+        expected = sum(value for column in columns if (value := column[row]) is not None)
+        assert total == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------ as people write theirs
@@ -136,7 +139,7 @@ class Threshold:
 
 
 class AwaitedThreshold(Threshold):
-    async def __call__(self, completions, **kwargs):
+    async def __call__(self, completions, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().__call__(completions)
 
 
