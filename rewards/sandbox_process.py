@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from io import FileIO
 from typing import Literal
 
 _CHUNK = 65536
+_SEAL_ATTEMPTS = 200  # for two seconds
 _KILL_SECONDS = 30
 
 Stop = Literal["timeout", "output"]
@@ -152,11 +154,24 @@ def sealed(content: str | bytes) -> Iterator[int]:
     try:
         with open(file, "wb", closefd=False) as stream:
             stream.write(data)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        _seal(file)
         os.lseek(file, 0, os.SEEK_SET)
         yield file
     finally:
         os.close(file)
+
+
+def _seal(file: int) -> None:
+    """Make a file in memory unchangeable. While the kernel itself still holds some of its pages, it answers "busy"."""
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    for attempt in range(_SEAL_ATTEMPTS):
+        try:
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or attempt == _SEAL_ATTEMPTS - 1:
+                raise
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager

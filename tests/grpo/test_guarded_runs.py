@@ -157,7 +157,7 @@ def test_a_fallen_evaluation_is_noticed_and_the_run_ends_with_the_best(run, tmp_
     assert min(evaluations[4:]) < best - 0.3 * gain, "and unlearns"
     assert steps[-1]["guards/restores"] >= 1 and steps[-1]["guards/learning_rate_factor"] < 1.0
     assert "of the evaluation at step" in printed
-    assert evaluations[-1] >= best - 0.05 * gain - 1e-6
+    assert evaluations[-1] >= best - 0.2 * gain, "0.05, and a standard error of four prompts"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["evaluation"]["after"]["reward"] == evaluations[-1]
 
