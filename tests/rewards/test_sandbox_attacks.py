@@ -321,6 +321,8 @@ def test_the_number_of_processes_is_limited(separated):
     assert outcome.stdout == "4\n", outcome  # itself being the fifth
 
 
-def test_what_was_attacked(record_property):
-    record_property("attacks that have to fail", len(ATTEMPTS) + len(ATTACKS))
+@pytest.mark.parametrize("count", [len(ATTEMPTS) + len(ATTACKS)], ids=lambda count: f"{count} attacks that fail")
+def test_what_was_attacked(count, record_property):
+    """The number stands in the test's name, for a list of what was tested."""
+    record_property("attacks that have to fail", count)
     assert len(ATTEMPTS) >= 50 and len(ATTACKS) >= 25
