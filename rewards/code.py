@@ -117,7 +117,7 @@ class _Executed:
             futures = [None if job is None else pool.submit(job) for job in jobs]
             try:
                 return [None if future is None else future.result() for future in futures]
-            except BaseException:
+            except BaseException:  # Ctrl-C too; it goes on
                 pool.shutdown(wait=False, cancel_futures=True)  # those that run end with their limits
                 raise
 

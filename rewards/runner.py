@@ -18,6 +18,7 @@ import asyncio
 import dataclasses
 import functools
 import math
+import os
 import pickle
 import sys
 import threading
@@ -126,11 +127,9 @@ class Scorer:
         """Start the processes now, so that they load while something else does; otherwise the first `submit` does."""
         isolated = [reward for reward in self._rewards if reward.isolation == "process"]
         if isolated and self._pool is None:
-            from os import cpu_count
-
             self._pool = WorkerPool(
                 [reward.portable for reward in isolated],
-                num_workers=self._num_workers or min(8, cpu_count() or 1),
+                num_workers=self._num_workers or min(8, os.cpu_count() or 1),
                 timeout=self._timeout,
                 retries=self._retries,
                 memory_bytes=None if self._memory_gib is None else int(self._memory_gib * 2**30),

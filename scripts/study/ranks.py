@@ -256,7 +256,8 @@ def row_of(run: Run, config: GRPOConfig, watch: Watch, stopped: str | None, *, m
             for name, key in (("rewards", "reward"), ("entropies", "entropy"), ("grad_norms", "grad_norm"))
         },
         "guard_actions": {name: value for name, value in last.items() if name.startswith("guards/")},
-        "notes": watch.notes,
+        # Not where the run's folder is: that is nobody else's concern.
+        "notes": [note for note in watch.notes if str(config.logging.output_dir) not in note],
         "minutes": round(minutes, 2),
     }
 
