@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .grpo.config import GRPOConfig
+    from .grpo.interrupts import RunInterrupted
     from .grpo.trainer import GRPOTrainer
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "__version__"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "RunInterrupted", "__version__"]
 
 __version__ = version("rankup")
 
-_HOMES = {"GRPOConfig": ".grpo.config", "GRPOTrainer": ".grpo.trainer"}
+_HOMES = {"GRPOConfig": ".grpo.config", "GRPOTrainer": ".grpo.trainer", "RunInterrupted": ".grpo.interrupts"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..rewards.contract import RewardError
 from .config import GRPOConfig, load_config
+from .errors import explain
+from .interrupts import RunInterrupted
 from .plan import add_plan_command
 from .records import CONFIG_FILE
 from .reward_tools import add_reward_commands
@@ -21,6 +23,7 @@ EXAMPLES = """examples:
   rankup train configs/quickstart.yaml                            learn to add, in minutes, on two CPU cores
   rankup train run.yaml optim.max_steps=200 lora.rank=128 seed=1  a run file and overrides
   rankup train run.yaml data.train=rows.jsonl rewards.functions=reward.py:score
+  rankup train run.yaml --resume                                  go on from the newest checkpoint
   rankup eval runs/quickstart                                     the trained adapter on the evaluation data, greedy
   rankup eval configs/quickstart.yaml                             the base model on the same
   rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
@@ -33,7 +36,11 @@ INTERRUPTED = 130  # what shells expect after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 for an error of the user's, 130 after Ctrl-C."""
+    """Run the command; returns the exit status: 0, 1 for an error of the user's, 130 after Ctrl-C.
+
+    Raises:
+        RunInterrupted: a signal ended a run; a SystemExit, with status 0 where the run is saved.
+    """
     options = make_parser().parse_args(arguments)
     from .quiet import quiet_loggers
 
@@ -43,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, FileNotFoundError, RewardError) as error:
-        if options.traceback:
+    except Exception as error:  # `explain` knows which ones a user can mend; all others go on
+        text = explain(error)
+        if text is None or options.traceback:
             raise
-        print(f"rankup: error: {error}", file=sys.stderr)
+        print("\n".join([f"rankup: error: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 1
 
 
@@ -76,14 +84,40 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="section.field=value", help="what to set differently")
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         command.set_defaults(command=function)
+        if function is train:
+            _add_resume_options(command)
     add_plan_command(commands)
     add_reward_commands(commands)
     return parser
 
 
+def _add_resume_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run's newest whole checkpoint, to the bit as if nothing had happened; without any, start",
+    )
+    command.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="with --resume: go on although configuration, data or reward functions have changed",
+    )
+
+
 def train(options: argparse.Namespace) -> int:
-    """`rankup train FILE [section.field=value ...]`"""
-    _trainer(load_config(options.file, options.overrides)).train()
+    """`rankup train FILE [section.field=value ...] [--resume]`"""
+    trainer = _trainer(load_config(options.file, options.overrides))
+    to_go_on = "to go on: " + shlex.join(["rankup", "train", str(options.file), *options.overrides, "--resume"])
+    try:
+        trainer.train(resume_from_checkpoint=options.resume, allow_changes=options.allow_changes)
+    except RunInterrupted as interruption:
+        if interruption.code == 0:
+            print(to_go_on)
+        raise
+    except Exception as error:  # it goes on; said beside it is what a user will want next
+        if trainer.has_checkpoint:
+            error.add_note(to_go_on)
+        raise
     return 0
 
 

@@ -32,6 +32,7 @@ TRL_NAMES = {
     "vllm_importance_sampling_correction": "correction.mode",
     "vllm_importance_sampling_mode": "correction.mode",
     "vllm_importance_sampling_clip_max": "correction.cap",
+    "save_total_limit": "checkpoint.keep_last",
     "embedding_lr": "optim.embedding_learning_rate",
     "loraplus_lr_ratio": "optim.lora_plus_ratio",
 }
@@ -140,7 +141,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"run file not found: {path}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
@@ -150,6 +151,11 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold sections such as 'model:' and 'optim:' (got {_shorten(values)})")
     return values
+
+
+def parse_yaml(text: str) -> Any:
+    """What a run file's text says. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
@@ -213,7 +219,7 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
     if not (name and equals):
         raise ValueError(f"{override}: is not an override; write section.field=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: {text!r} is not YAML{_describe_yaml_error(error)}; put quotes around it") from None
 

@@ -41,12 +41,18 @@ class Update:
 
 
 class Learner:
-    """AdamW on the policy's masters, with gradient clipping and guards. See the module's docstring."""
+    """AdamW on the policy's masters, with gradient clipping and guards. See the module's docstring.
+
+    Attributes:
+        is_between_steps: whether masters, optimizer and guards are still those of the last whole step. An update clears it as
+            soon as it changes one of them; whoever has finished the step sets it.
+    """
 
     def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0) -> None:
         self.policy = policy
         self.config = config
         self.pad_token_id = pad_token_id
+        self.is_between_steps = True
         self.objective = Objective(config)
         self.optimizer = make_optimizer(policy.master_roles, config.optim)
         self.guards = Guards(config.guards)
@@ -91,6 +97,7 @@ class Learner:
 
     def evaluated(self, step: int, rewards: Rewards) -> Verdict:
         """The guards' verdict on an evaluation after `step` updates, carried out. After a restore, publish the adapter."""
+        self.is_between_steps = False
         verdict = self.guards.judge_evaluation(step, rewards)
         if verdict.restore:
             self.restore(verdict.restore)
@@ -110,6 +117,7 @@ class Learner:
         self, step: int, observed: Mapping[str, float], metrics: dict[str, float], *, can_update: bool
     ) -> Update:
         """The guards' verdict on the gradients that stand in the masters, carried out."""
+        self.is_between_steps = False
         verdict = self.guards.judge(step + 1, {**observed, **metrics})  # people count from 1
         rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
         set_learning_rate(self.optimizer, rate)

@@ -1,13 +1,14 @@
 """AdamW over the policy's masters, each with the learning rate that its role, rank and scale ask for, and the schedule.
 
-The schedule is a pure function of the step, so nothing but the optimizer's state and the masters needs to be saved.
+The schedule is a pure function of the step, so nothing but the optimizer's state and the masters needs to be saved:
+`optimizer_tensors` names the state, `set_optimizer_tensors` puts it back.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -48,3 +49,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of the next update; every group takes its factor of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The optimizer's state, not copied, as `<index of the parameter>.<name>`. Empty before the first update."""
+    return {
+        f"{index}.{name}": value
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def set_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Make copies of `tensors` the optimizer's whole state, each on its parameter's device."""
+    optimizer.state.clear()
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = tensor.to(parameter.device, copy=True)

@@ -10,20 +10,22 @@
     metrics.jsonl                       one JSON object a step or evaluation, with TRL's metric names
     completions/step_000010.parquet     sampled completions with their rewards
     adapter/                            the trained adapter in PEFT's format (written by the trainer)
+    checkpoints/                        what the run can go on from (written by the trainer)
     summary.json                        evaluation before and after, seconds by phase, peak memory
 
 `metrics.jsonl` grows line by line, so a run that was killed keeps every finished step; every other file appears under
 its name only when it is complete. JSON is strict: a value that is not finite is written as null. A full disk surfaces
-as the OSError that the system gave.
+as the OSError that the system gave. One process at a time owns the folder, by a lock that ends with it.
 """
 
+import fcntl
 import io
 import json
 import math
 import os
 import resource
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -36,26 +38,35 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 COLUMN_NAMES = "rankup.columns"  # key in the metadata of a completions file
 PHASES = ("rollout", "reward", "train", "publish")
+RECENT_STEPS = 10  # whose mean reward ranks a checkpoint where the run does not evaluate
 
 
 class RunRecorder:
     """Owns one run folder. Make it once the run's inputs are known to be good: it creates the folder and `config.yaml`.
 
     A folder that already holds a run is renamed to `<name>.1` (or the next free number), and `moved_aside` is its new
-    path, else None.
+    path, else None. With `resume`, what `state_dict` returned, the run in the folder goes on instead: what was recorded
+    after that is removed, and `moved_aside` is None.
 
-    Raises ValueError where `output_dir` cannot become a run folder: it is a file, or the process works inside it.
+    Raises ValueError where `output_dir` cannot become a run folder: it is a file, the process works inside it, or another
+    process writes to it.
     """
 
-    def __init__(self, output_dir: Path, *, config_yaml: str) -> None:
+    def __init__(self, output_dir: Path, *, config_yaml: str, resume: Mapping[str, Any] | None = None) -> None:
         self.output_dir = Path(output_dir)
-        self.moved_aside = _move_aside(self.output_dir)
+        self.moved_aside = None if resume is not None else _move_aside(self.output_dir)
         self.output_dir.resolve().mkdir(parents=True, exist_ok=True)  # resolved: a link's target was just moved aside
-        write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
+        self._lock = _lock(self.output_dir)
         self._steps = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._evaluation: dict[str, float | None] = {"before": None, "after": None}
+        self._recent_rewards: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._last_evaluation: tuple[int, float] | None = None
         self._started = time.monotonic()
+        self._peak_memory = 0
+        if resume is not None:
+            self._go_on(resume)
+        write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
 
     @property
     def adapter_dir(self) -> Path:
@@ -66,6 +77,7 @@ class RunRecorder:
         """Appends one optimizer step to `metrics.jsonl`; `time/<phase>` (seconds) is also added up for the summary."""
         self._append({"step": step, **metrics})
         self._steps += 1
+        self._recent_rewards.append(float(metrics.get("reward", math.nan)))
         for name, value in metrics.items():
             if name.startswith("time/"):
                 self._seconds[name.removeprefix("time/")] += float(value)
@@ -77,6 +89,7 @@ class RunRecorder:
         """
         others = {f"eval_{name}": value for name, value in (metrics or {}).items()}
         self._append({"step": step, "eval_reward": reward, **others})
+        self._last_evaluation = (step, float(reward))
         if when != "during":
             self._evaluation[when] = float(reward)
 
@@ -137,13 +150,69 @@ class RunRecorder:
         summary = {
             "evaluation": {when: {"reward": reward} for when, reward in self._evaluation.items()},
             "steps": self._steps,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": self._peak(),
             **values,
             "seconds": measured | dict(values.get("seconds", {})),
         }
         summary = _strict(summary)
         write_whole(self.output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         return summary
+
+    # ------------------------------------------------------------------------------------------- going on later
+
+    def reward_at(self, step: int, *, by_evaluation: bool) -> float | None:
+        """What a checkpoint after `step` steps is ranked by: its evaluation's reward, or the mean of the last steps' rewards.
+
+        None where that is not known.
+        """
+        if by_evaluation:
+            reward = self._last_evaluation[1] if self._last_evaluation and self._last_evaluation[0] == step else math.nan
+        else:
+            reward = sum(self._recent_rewards) / len(self._recent_rewards) if self._recent_rewards else math.nan
+        return reward if math.isfinite(reward) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the records are, as plain data. What was recorded so far is on the disk when this returns."""
+        path = self.output_dir / METRICS_FILE
+        num_bytes = 0
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            num_bytes = path.stat().st_size
+        return {
+            "metrics_bytes": num_bytes,
+            "steps": self._steps,
+            "seconds": dict(self._seconds),
+            "evaluation": dict(self._evaluation),
+            "recent_rewards": list(self._recent_rewards),
+            "last_evaluation": self._last_evaluation,
+            "elapsed": time.monotonic() - self._started,
+            "peak_memory": self._peak(),
+        }
+
+    def close(self) -> None:
+        """Give the folder free for other processes."""
+        os.close(self._lock)
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Take over the counts, and remove what was recorded after them."""
+        self._steps = state["steps"]
+        self._seconds.update(state["seconds"])
+        self._evaluation = dict(state["evaluation"])
+        self._recent_rewards.extend(state["recent_rewards"])
+        self._last_evaluation = state["last_evaluation"] and tuple(state["last_evaluation"])
+        self._started -= state["elapsed"]
+        self._peak_memory = state["peak_memory"]
+        metrics = self.output_dir / METRICS_FILE
+        if metrics.is_file():
+            os.truncate(metrics, min(state["metrics_bytes"], metrics.stat().st_size))
+        for path in (self.output_dir / "completions").glob("step_*.parquet"):
+            if int(path.stem.removeprefix("step_")) > self._steps:
+                path.unlink()
+
+    def _peak(self) -> int:
+        """Peak resident memory in bytes, of earlier processes of this run too."""
+        return max(self._peak_memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(_strict(row), allow_nan=False) + "\n"
@@ -161,6 +230,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the rest was cut off, or is empty
     return [json.loads(line) for line in lines]
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """What a run's `summary.json` says; None where it has none yet."""
+    path = Path(run_dir) / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
@@ -184,6 +259,12 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
         decoded = {name: json.loads(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
         rows.append({**row, "rewards": rewards, "data": decoded})
     return rows
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM now, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -212,10 +293,27 @@ def _move_aside(folder: Path) -> Path | None:
         raise ValueError(
             f"output_dir {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
         )
+    os.close(_lock(folder))  # a run that still goes on must keep its folder
     number = 1
     while os.path.lexists(f"{folder}.{number}"):
         number += 1
     return folder.rename(f"{folder}.{number}")
+
+
+def _lock(folder: Path) -> int:
+    """Own the folder until the returned descriptor is closed, or this process ends in whatever way.
+
+    Raises ValueError where another process owns it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing to {folder}: end it first, or give another output_dir") from None
+    except OSError:  # a file system without locks: there is nothing to see whether anybody else writes
+        pass
+    return descriptor
 
 
 def _strict(value: Any) -> Any:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from .optimizer import optimizer_tensors
+
 STEP = "step"
 """Name of the step in `state_dict`; names of the others begin with the parameter's index."""
 
@@ -80,9 +82,7 @@ class Snapshot:
         live = {}
         for index, parameter in enumerate(self._parameters):
             live[f"{index}.master"] = parameter.detach()
-            for name, value in self._optimizer.state.get(parameter, {}).items():
-                live[f"{index}.{name}"] = value
-        return live
+        return live | optimizer_tensors(self._optimizer, self._parameters)
 
     def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

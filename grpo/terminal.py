@@ -50,6 +50,8 @@ class View(Protocol):
         """A warning; it stays readable after the run."""
         ...
 
+    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The run goes on after `step` steps; `rows` are the lines of `metrics.jsonl` until then."""
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None: ...
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None: ...
     def evaluation(self, step: int, reward: float, when: When) -> None: ...
@@ -85,6 +87,9 @@ class PlainView:
 
     def note(self, text: str) -> None:
         self._print(f"note: {text}")
+
+    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._print(f"going on after step {step}")
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
         self._pace.step(step, step_seconds(seconds_by_phase))
@@ -163,6 +168,12 @@ class LiveView:
         self._num_notes += 1
         self._note_line = f"notes: {self._num_notes}, the last one at step {self._pace.steps_done}"
         self._console.print(Text(f"note: {text}", style="yellow"))
+
+    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._pace.steps_done = step
+        self._rewards += [_number(row["reward"]) for row in rows if "reward" in row]
+        self._evaluations += [_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
+        self._console.print(Text(f"going on after step {step}", style="cyan"))
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
         self._pace.step(step, step_seconds(seconds_by_phase))
@@ -317,7 +328,8 @@ def evaluation_text(step: int, reward: float, when: When) -> str:
 def summary_text(summary: Mapping[str, Any]) -> str:
     """One line of `summary.json`: steps, time, and the evaluation before and after."""
     seconds = summary.get("seconds", {}).get("total")
-    text = f"done: {summary.get('steps', 0)} steps in {duration(seconds)}"
+    how = "stopped" if summary.get("interrupted") else "done"
+    text = f"{how}: {summary.get('steps', 0)} steps in {duration(seconds)}"
     rewards = [summary.get("evaluation", {}).get(when, {}).get("reward") for when in ("before", "after")]
     if rewards[1] is not None:
         before = "" if rewards[0] is None else f"{decimal(rewards[0], 3)} → "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .dense_lora import wrapper_name
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
-from .types import Completion, PromptGroup, SamplingSettings
+from .types import Completion, EngineError, PromptGroup, SamplingSettings
 from .vllm_compat import (
     cpu_norms,
     import_vllm,
@@ -187,6 +187,9 @@ class RolloutEngine:
 
         `seeds`, one a prompt, make sampling repeatable. `use_adapter=False` asks the base model. Closing the iterator
         early aborts what is still running.
+
+        Raises:
+            EngineError: vLLM failed.
         """
         assert seeds is None or len(seeds) == len(prompts)
         self._ensure_active()
@@ -197,7 +200,7 @@ class RolloutEngine:
                 params = self._sampling_params(sampling, None if seeds is None else seeds[index])
                 running[self._submit(prompt, params, use_adapter=use_adapter)] = index
             while running:
-                for output in self._engine.step():
+                for output in self._step():
                     if output.finished:
                         index = running.pop(output.request_id)
                         yield self._group(output, index=index, has_text=has_text)
@@ -215,7 +218,7 @@ class RolloutEngine:
         running = {self._submit(ids, params, use_adapter=use_adapter): i for i, ids in enumerate(sequences)}
         results: list[list[float]] = [[] for _ in sequences]
         while running:
-            for output in self._engine.step():
+            for output in self._step():
                 if output.finished:
                     index = running.pop(output.request_id)
                     pairs = zip(output.prompt_logprobs[1:], sequences[index][1:], strict=True)
@@ -238,6 +241,13 @@ class RolloutEngine:
         results = require(self._engine, "apply_model", purpose="reach the model in this process")(function)
         assert len(results) == 1, "one worker expected"
         return results[0]
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:  # vLLM may raise anything; it goes on as the cause
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EngineError(f"vLLM failed while sampling: {reason}") from error
 
     def _submit(self, prompt: Sequence[int], params: SamplingParams, *, use_adapter: bool) -> str:
         self._requests += 1

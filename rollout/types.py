@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+class EngineError(RuntimeError):
+    """vLLM failed while it sampled; what it raised is the cause. The engine is not to be used any more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
     """How completions are drawn. Names and meanings are vLLM's and TRL's; `temperature` 0 is greedy."""

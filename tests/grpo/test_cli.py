@@ -65,7 +65,7 @@ def rankup(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     def refuse(*args: object) -> None:
         pytest.fail("the command started an engine")
 
-    monkeypatch.setattr("rankup.grpo.trainer.RolloutEngine", refuse)
+    monkeypatch.setattr("rankup.grpo.session.RolloutEngine", refuse)
     monkeypatch.setattr("rankup.grpo.check.RolloutEngine", refuse)
 
     def run(*arguments: str) -> Outcome:

@@ -16,6 +16,7 @@ def make_run(folder: Path, *, seed: int, rewards: list[float], evaluations: bool
         recorder.step(step, {"reward": reward})
     if evaluations:
         recorder.evaluation(len(rewards), 0.9, when="after")
+    recorder.close()
     return folder
 
 

@@ -1,6 +1,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ TABLE = {
 
 
 @pytest.fixture
-def recorder(tmp_path: Path) -> RunRecorder:
-    return RunRecorder(tmp_path / "runs" / "first", config_yaml="seed: 42\n")
+def recorder(tmp_path: Path) -> Iterator[RunRecorder]:
+    with closing(RunRecorder(tmp_path / "runs" / "first", config_yaml="seed: 42\n")) as recorder:
+        yield recorder
 
 
 def strict_json(text: str):
@@ -44,6 +47,7 @@ def test_earlier_runs_are_moved_aside_and_kept_whole(tmp_path):
         recorder = RunRecorder(folder, config_yaml=f"seed: {seed}\n")
         recorder.step(1, {"reward": float(seed)})
         moved.append(recorder.moved_aside)
+        recorder.close()
     assert moved == [None, tmp_path / "run.1", tmp_path / "run.2"]
     for name, seed in (("run.1", 0), ("run.2", 1), ("run", 2)):
         assert (tmp_path / name / "config.yaml").read_text() == f"seed: {seed}\n"
@@ -61,8 +65,8 @@ def test_linked_folder_keeps_its_link(tmp_path):
     (tmp_path / "big_disk").mkdir()
     link = tmp_path / "run"
     link.symlink_to(tmp_path / "big_disk")
-    RunRecorder(link, config_yaml="old")
-    RunRecorder(link, config_yaml="new")
+    RunRecorder(link, config_yaml="old").close()
+    RunRecorder(link, config_yaml="new").close()
     assert link.is_symlink()
     assert (tmp_path / "big_disk" / "config.yaml").read_text() == "new"
     assert (tmp_path / "big_disk.1" / "config.yaml").read_text() == "old"

@@ -31,6 +31,7 @@ def run_folder(tmp_path: Path) -> Path:
         rewards={"last_integer": [1.0, 0.0, 1.0, 0.5], "reward": [1.0] * 4},
         data={"answer": [2, 2, 4, 4], "reward": ["a"] * 4, "tests": [["1 == 1"]] * 4, "large": [2**70] * 4, "none": [None] * 4},
     )
+    recorder.close()
     return recorder.output_dir
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tiny_runs import metrics_of
+from tiny_runs import metrics_of, timeless
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +21,7 @@ def test_a_run_leaves_a_complete_folder(make_trainer, tmp_path, capsys):
     summary = make_trainer().train()
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "adapter", "completions", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json",
+        "adapter", "checkpoints", "completions", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json",
     }  # fmt: skip
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2 and not summary["interrupted"]
@@ -51,10 +51,6 @@ def test_the_same_run_twice_gives_the_same_bits(make_trainer, tmp_path):
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(one[key].equal(two[key]) for key in one)
     assert any(one[key].any() for key in one if "lora_B" in key), "training moved B away from zero"
-
-    def timeless(run: Path) -> list[dict]:
-        return [{k: v for k, v in row.items() if "time/" not in k and "per_second" not in k} for row in metrics_of(run)]
-
     assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
 
 

@@ -1,0 +1,225 @@
+"""Checkpoints on disk: folders that are whole or not there, and that show it when they are damaged later.
+
+    store = CheckpointStore(Path("runs/mine/checkpoints"), keep_last=2, keep_best=1)
+    store.write(10, fill, reward=0.4)               # `fill` writes files into the folder that it is given
+    checkpoint = store.newest_whole(say=print)      # skips damaged ones and says why
+    checkpoint.path, checkpoint.step, checkpoint.reward
+
+    checkpoints/step_000010/manifest.json           step, reward, and size and SHA-256 of every other file
+    checkpoints/.step_000020.partial/               being written, or what a kill left of that
+
+A checkpoint is written beside its place, synced to the disk file by file, and renamed. So under its name stands a whole one
+or none, whatever ends the process or the machine; what happens to it afterwards, the checksums show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+FORMAT = "rankup-checkpoint-1"
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written (a full disk, say). Those that were there still are."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was written; the message says where."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One whole checkpoint: its folder, the steps done, and the reward that it is ranked by (None: not known)."""
+
+    path: Path
+    step: int
+    reward: float | None
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they stand; made by the first `write`.
+        keep_last: how many of the newest are kept, at least 1.
+        keep_best: how many of those with the highest reward are kept beside them.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_best: int) -> None:
+        assert keep_last >= 1
+        self.folder = folder
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+
+    def write(self, step: int, fill: Callable[[Path], None], *, reward: float | None = None) -> Path:
+        """Make the checkpoint of `step` from the files that `fill` writes, then delete those that need not be kept.
+
+        Leftovers of writes that were cut off are deleted first: they may be what the disk is full of.
+
+        Raises:
+            CheckpointError: it could not be written, with the system's reason. Nothing of it remains.
+        """
+        path = self.folder / f"step_{step:06d}"
+        assert not path.exists(), "a run reaches a step once; `set_aside_after` has moved those of another course"
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            for leftover in self._leftovers():
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+            fill(partial)
+            _write_manifest(partial, step=step, reward=reward)
+            partial.rename(path)
+            _sync(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
+        self._delete_superfluous()
+        return path
+
+    def newest_whole(self, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+        """The newest checkpoint that is as it was written, None if there is none; `say` is told why others were skipped.
+
+        Raises:
+            ValueError: the newest that can be read has another format; the message names it.
+        """
+        for leftover in self._leftovers():
+            say(f"skipped {leftover}: it was not written to its end")
+        for path in self._paths():
+            try:
+                return read_checkpoint(path)
+            except DamagedCheckpointError as error:
+                say(f"skipped {error}")
+        return None
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints of later steps, so that the run can go on from `step`; returns their new paths."""
+        moved = []
+        for path in self._paths():
+            if _step_of(path) <= step:
+                continue
+            number = 1
+            while (target := path.with_name(f"{path.name}.aside.{number}")).exists():
+                number += 1
+            moved.append(path.rename(target))
+        return moved
+
+    def _paths(self) -> list[Path]:
+        """Checkpoints, whole or not, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of, reverse=True)
+
+    def _leftovers(self) -> list[Path]:
+        return sorted(self.folder.glob(".step_*"))
+
+    def _delete_superfluous(self) -> None:
+        """Keep the last and the best. A deleted one loses its name first: half deleted it would look damaged."""
+        paths = self._paths()
+        rewards = {path: reward for path in paths if (reward := _reward_of(path)) is not None}
+        best = sorted(rewards, key=lambda path: (rewards[path], _step_of(path)), reverse=True)[: self.keep_best]
+        for path in set(paths[self.keep_last :]) - set(best):
+            hidden = path.rename(path.with_name(f".{path.name}.deleted"))
+            shutil.rmtree(hidden, ignore_errors=True)  # what stays behind is a leftover, and the next `write` says why
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, once all of it is seen to be as it was written.
+
+    Raises:
+        DamagedCheckpointError: it is not, with the file that is missing, cut off or changed.
+        ValueError: it has another format; the message names it.
+    """
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpointError(f"{path}: {name} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise DamagedCheckpointError(f"{path}: {name} has {size} bytes instead of {expected['bytes']}")
+        if _digest(file) != expected["sha256"]:
+            raise DamagedCheckpointError(f"{path}: {name} was changed, its checksum is another one")
+    return Checkpoint(path=path, step=manifest["step"], reward=manifest["reward"])
+
+
+def _write_manifest(folder: Path, *, step: int, reward: float | None) -> None:
+    """List and sync all files of `folder`; the manifest comes last and vouches for itself too."""
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(file)
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
+    manifest = {"format": FORMAT, "rankup": version("rankup"), "step": step, "reward": reward, "files": files}
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1) + "\n", encoding="utf-8")
+    for synced in (path, *(sub for sub in folder.rglob("*") if sub.is_dir()), folder):
+        _sync(synced)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} is missing") from None
+    except ValueError:  # neither JSON nor text
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} cannot be read") from None
+    if not isinstance(manifest, dict):
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} cannot be read")
+    found = manifest.get("format")
+    if found != FORMAT:
+        raise ValueError(
+            f"the checkpoint {path} has the format {found!r}, this rankup reads {FORMAT!r}: go on with the rankup that made it "
+            f"({manifest.get('rankup', 'not known')}), or start the run anew"
+        )
+    if manifest.pop("sha256", None) != _digest_of(manifest):
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} was changed, its checksum is another one")
+    return manifest
+
+
+def _reward_of(path: Path) -> float | None:
+    """What a checkpoint is ranked by, None for a damaged one: it is no best one."""
+    try:
+        return _read_manifest(path)["reward"]
+    except ValueError:
+        return None
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints_in(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"

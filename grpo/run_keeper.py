@@ -1,0 +1,112 @@
+"""Where a run is between two steps, and its checkpoints: written when they are due, taken up again later.
+
+    keeper = RunKeeper(config, session, recorder, store, inputs=inputs, note=view.note)
+    keeper.go_on(resumption)                        # or keeper.advance(0, is_evaluated=False) for a new run
+    ... a step ...
+    keeper.advance(1, is_evaluated=True)
+    keeper.save()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from .config import GRPOConfig, dump_config
+from .random_states import random_states, set_random_states
+from .records import RunRecorder
+from .resume import Resumption, software_changes
+from .run_state import Position, load_state, write_state
+from .session import Session
+
+
+class RunKeeper:
+    """See the module's docstring.
+
+    Attributes:
+        position: of the last `advance`, or of the checkpoint that the run goes on from.
+        num_tokens: tokens sampled so far; the trainer counts them up.
+    """
+
+    position: Position
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        session: Session,
+        recorder: RunRecorder,
+        store: CheckpointStore,
+        *,
+        inputs: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        self.num_tokens = 0
+        self._config = config
+        self._session = session
+        self._recorder = recorder
+        self._store = store
+        self._inputs = inputs
+        self._note = note
+        self._last: Checkpoint | None = None
+
+    def advance(self, steps_done: int, *, is_evaluated: bool) -> None:
+        """The run is between two steps: what a checkpoint would say of it from now until the next update begins."""
+        self._session.learner.is_between_steps = True
+        self.position = Position(
+            steps_done=steps_done,
+            is_evaluated=is_evaluated,
+            num_tokens=self.num_tokens,
+            random_states=random_states(),
+        )
+
+    def go_on(self, resumption: Resumption) -> None:
+        """Take over everything that a checkpoint says; checkpoints of later steps are set aside."""
+        checkpoint, state = resumption.checkpoint, resumption.state
+        for path in self._store.set_aside_after(checkpoint.step):
+            self._note(f"a checkpoint that the run does not go on from is now {path}")
+        load_state(checkpoint.path, state, self._session)
+        for change in software_changes(state, self._session.policy.device):
+            self._note(f"the last bits may differ from those of an undisturbed run: {change}")
+        self.num_tokens, self._last = state.position.num_tokens, checkpoint
+        set_random_states(state.position.random_states)
+        self.advance(state.position.steps_done, is_evaluated=state.position.is_evaluated)
+
+    def save(self) -> None:
+        """Write a checkpoint. One that fails is told, and the run goes on: the next one may succeed."""
+        try:
+            self.write()
+        except CheckpointError as error:
+            self._note(f"{error}; the run goes on, and earlier checkpoints are whole")
+
+    def write(self) -> Path | None:
+        """The checkpoint of `position`, unless that of this step is there already; returns its folder.
+
+        None where there is nothing to go on from: before the first step, and while an update is under way, of which no
+        step's state is in memory.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        position = self.position
+        if self._last is not None and self._last.step == position.steps_done:
+            return self._last.path
+        if position.steps_done == 0 or not self._session.learner.is_between_steps:
+            return None
+
+        def fill(folder: Path) -> None:
+            write_state(
+                folder,
+                position,
+                self._session,
+                config_yaml=dump_config(self._config),
+                recorder=self._recorder.state_dict(),
+                inputs=self._inputs,
+            )
+
+        by_evaluation = self._config.logging.eval_steps > 0
+        reward = self._recorder.reward_at(position.steps_done, by_evaluation=by_evaluation)
+        path = self._store.write(position.steps_done, fill, reward=reward)
+        self._last = Checkpoint(path=path, step=position.steps_done, reward=reward)
+        return path

@@ -1,0 +1,83 @@
+"""vLLM, the policy on its adapter slots, and what trains it: what a run holds in memory while it goes on.
+
+    with open_session(config, model_path, say=view.stage, note=view.note) as session:
+        session.engine.rollout(...)
+        session.learner.update(...)
+        session.publish()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..kernels.cpu_memory import keep_freed_memory
+from ..rollout.engine import RolloutEngine
+from .collect import engine_settings
+from .config import GRPOConfig
+from .learner import Learner
+from .policy import Policy
+from .prove import prove_slots
+from .quiet import quiet_stderr
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The parts of a running trainer that share one copy of the adapter."""
+
+    engine: RolloutEngine
+    policy: Policy
+    learner: Learner
+
+    def publish(self) -> int:
+        """Make the policy as it is the one that the engine samples with; returns its version."""
+        return self.engine.publish(self.policy.write_slots)
+
+
+@contextmanager
+def open_session(
+    config: GRPOConfig,
+    model_path: str,
+    *,
+    pad_token_id: int = 0,
+    engine: RolloutEngine | None = None,
+    note: Callable[[str], None],
+) -> Iterator[Session]:
+    """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine in the end.
+
+    Args:
+        engine: one to sample with, which stays open. None: one of its own.
+        note: told what the user should know about how this model is computed.
+
+    Raises:
+        ValueError: the engine was made with other settings than this run needs; the model cannot be adapted as asked.
+        RuntimeError: vLLM does not sample from the policy that would be trained.
+    """
+    keep_freed_memory()
+    settings = engine_settings(config, model_path)
+    if engine is not None and dataclasses.replace(engine.settings, seed=settings.seed) != settings:
+        raise ValueError(f"the engine was made with other settings ({engine.settings}) than this run needs ({settings})")
+    with quiet_stderr():
+        own = engine or RolloutEngine(settings)
+    try:
+        with quiet_stderr():
+            policy = Policy(
+                model_path,
+                lora=config.lora,
+                dtype=config.model.dtype,
+                seed=config.seed,
+                device=own.device,
+                gradient_checkpointing=config.optim.gradient_checkpointing,
+                logits_mib=config.optim.logits_mib,
+            )
+        policy.attach(own.slots)
+        if policy.plain_reason is not None:
+            note(f"each prompt is computed once per completion: {policy.plain_reason}")
+        note(policy.fusion.summary)
+        prove_slots(policy, own)
+        yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id))
+    finally:
+        if engine is None:
+            own.close()
