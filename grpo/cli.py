@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         RunInterrupted: a signal ended a run; a SystemExit, with status 0 where the run is saved.
     """
-    options = make_parser().parse_args(arguments)
+    options = parse(arguments)
     from .quiet import quiet_loggers
 
     quiet_loggers()
@@ -56,6 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("\n".join([f"rankup: error: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 1
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line; overrides may stand before and after options, which argparse alone takes in one place only."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {shlex.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:

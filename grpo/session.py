@@ -77,6 +77,7 @@ def open_session(
             note(f"each prompt is computed once per completion: {policy.plain_reason}")
         note(policy.fusion.summary)
         prove_slots(policy, own)
+        own.policy_version = 0  # a run counts its own policies: 0 is the adapter that it begins with
         yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id))
     finally:
         if engine is None:

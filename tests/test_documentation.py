@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rankup.grpo.cli import make_parser
+from rankup.grpo.cli import parse
 from rankup.grpo.config import GRPOConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def problem(words: list[str]) -> str | None:
         is_script = (ROOT / name).is_file() and os.access(ROOT / name, os.X_OK)
         return None if is_script else "there is no such script, or it cannot be executed"
     try:
-        options = make_parser().parse_args(arguments)
+        options = parse(arguments)
     except SystemExit as exit_:  # 0 after --help
         return "rankup does not understand it" if exit_.code else None
     # A file in a folder is one of the repository's; a bare name, such as run.yaml, is the reader's own; so is a run.

@@ -1,7 +1,6 @@
 """Whole runs on a tiny random model with real vLLM: what they leave behind, and what they do when disturbed."""
 
 import json
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest

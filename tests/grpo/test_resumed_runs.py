@@ -1,0 +1,266 @@
+"""A run that was interrupted and taken up again is, to the bit, the run that was not: real vLLM on a tiny model."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import ROWS, metrics_of, timeless
+
+from rankup.grpo.interrupts import RunInterrupted
+
+pytestmark = pytest.mark.engine
+
+OPTIONS: dict[str, Any] = {"max_steps": 6, "eval_steps": 2, "save_steps": 4, "completions_steps": 2}
+
+
+class FaultError(Exception):
+    """What a reward function raises in these tests."""
+
+
+def low_ids_with_luck(completion_ids: list, **kwargs: Any) -> list[float]:
+    """A reward that also draws from Python's global generator."""
+    return [sum(token < 130 for token in ids) / len(ids) + 0.01 * random.random() for ids in completion_ids]
+
+
+def failing_at(step: int, error: BaseException) -> Callable[..., list[float]]:
+    """The same reward under the same name, that raises in a step (from 0)."""
+
+    def low_ids_with_luck_until(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == step:
+            raise error
+        return low_ids_with_luck(completion_ids)
+
+    low_ids_with_luck_until.__name__ = low_ids_with_luck.__name__
+    return low_ids_with_luck_until
+
+
+def left_behind(run: Path) -> dict[str, Any]:
+    """Everything that must be the same: adapter, metrics, completions, and the summary's evaluation and guards."""
+    summary = json.loads((run / "summary.json").read_text())
+    tables = {path.name: pyarrow.parquet.read_table(path).to_pylist() for path in sorted((run / "completions").iterdir())}
+    return {
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "metrics": timeless(run),
+        "completions": tables,
+        "summary": {name: summary[name] for name in ("steps", "evaluation", "guards", "interrupted")},
+    }
+
+
+@pytest.fixture
+def train(make_trainer, run_engine, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Make a run in a folder of that name, from the same seed of Python's generator unless it is resumed."""
+
+    def run(name: str, *, reward=low_ids_with_luck, resume: Any = False, allow_changes: bool = False, **changes: Any):
+        random.seed(99 if resume else 7)
+        options = OPTIONS | changes
+        trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **options)
+        return trainer.train(engine=run_engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
+
+    return run
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "two updates a step, two learning rates": {"num_iterations": 2, "lora_plus_ratio": 4.0, "lr_scheduler_type": "cosine"},
+    "guards that act": {
+        "learning_rate": 0.05, "max_steps": 10, "baseline_steps": 2, "entropy_watch": 0.95, "entropy_stop": 0.9,
+    },
+    "further prompts": {"max_resampling_rounds": 2, "shuffle": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("failing_step", [3, 5])
+def test_a_run_that_failed_and_goes_on_is_the_undisturbed_one(train, tmp_path: Path, changes: dict, failing_step: int):
+    train("undisturbed", **changes)
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("failed", reward=failing_at(failing_step, FaultError()), **changes)
+    summary = json.loads((tmp_path / "failed" / "summary.json").read_text())
+    assert summary["interrupted"] and summary["steps"] == failing_step
+    train("failed", resume=True, **changes)
+    one, other = left_behind(tmp_path / "undisturbed"), left_behind(tmp_path / "failed")
+    assert one["metrics"] == other["metrics"]
+    assert one == other
+    if "entropy_stop" in changes:
+        assert one["summary"]["guards"]["guards/restores"] > 1
+
+
+def test_the_checkpoint_holds_the_last_whole_step(train, tmp_path: Path):
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("failed", reward=failing_at(5, FaultError()))
+    assert sorted(path.name for path in (tmp_path / "failed" / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+    folder = tmp_path / "failed" / "checkpoints" / "step_000005"
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter", "config.yaml", "manifest.json", "optimizer.safetensors", "snapshot_evaluation.safetensors",
+        "snapshot_step.safetensors", "state.json",
+    }  # fmt: skip
+    adapter, saved = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "failed")
+    )
+    assert all(adapter[name].equal(saved[name]) for name in saved)
+
+
+def test_a_failure_in_an_evaluation_loses_nothing(train, tmp_path: Path):
+    calls = 0
+
+    def fails_in_the_evaluation_after_two_steps(completion_ids, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 4 + 2 * 3 + 2:  # the first evaluation, two steps, one prompt of the second evaluation
+            raise FaultError
+        return low_ids_with_luck(completion_ids)
+
+    fails_in_the_evaluation_after_two_steps.__name__ = low_ids_with_luck.__name__
+    train("undisturbed")
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("failed", reward=fails_in_the_evaluation_after_two_steps)
+    assert [row["step"] for row in metrics_of(tmp_path / "failed") if "eval_reward" in row] == [0]
+    train("failed", resume=True)
+    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
+
+
+LOSS = """
+calls = 0
+
+def loss(inputs):
+    global calls
+    calls += 1
+    if calls == FAILS_AT:
+        raise MemoryError("no room for the backward pass")
+    return -inputs.advantages * inputs.logprobs
+"""
+
+
+def test_a_failure_in_the_backward_pass_loses_nothing(train, tmp_path: Path):
+    """Out of memory comes there, before the update has changed anything."""
+    whole, fails = tmp_path / "whole.py", tmp_path / "fails.py"
+    whole.write_text(LOSS.replace("FAILS_AT", "-1"))
+    fails.write_text(LOSS.replace("FAILS_AT", "4"))
+    train("undisturbed", loss_type=f"{whole}:loss")
+    with pytest.raises(MemoryError):
+        train("failed", loss_type=f"{fails}:loss")
+    assert (tmp_path / "failed" / "checkpoints" / "step_000003").is_dir()
+    train("failed", resume=True, loss_type=f"{whole}:loss", allow_changes=True)
+    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
+
+
+def test_a_run_goes_on_from_a_named_checkpoint_and_sets_later_ones_aside(train, tmp_path: Path, capsys):
+    train("undisturbed", save_steps=2)
+    whole = left_behind(tmp_path / "undisturbed")
+    checkpoints = tmp_path / "undisturbed" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000004", "step_000006"]
+    train("undisturbed", save_steps=2, resume=checkpoints / "step_000004")
+    assert left_behind(tmp_path / "undisturbed") == whole
+    assert "step_000006.aside.1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no checkpoint of this run"):
+        train("other", resume=checkpoints / "step_000004")
+
+
+def test_a_finished_run_is_left_as_it_is(train, tmp_path: Path, capsys):
+    first = train("run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train("run", resume=True) == first
+    assert "nothing left to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_can_be_made_longer(train, tmp_path: Path):
+    train("long", max_steps=6, eval_steps=0)
+    train("short", max_steps=4, eval_steps=0)
+    with pytest.raises(ValueError, match=r"optim.max_steps: 4 there, 6 here"):
+        train("short", max_steps=6, eval_steps=0, resume=True)
+    train("short", max_steps=6, eval_steps=0, resume=True, allow_changes=True)
+    assert left_behind(tmp_path / "short")["adapter"] == left_behind(tmp_path / "long")["adapter"]
+    steps = [row["step"] for row in metrics_of(tmp_path / "short") if "reward" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_a_checkpoint_the_run_starts_at_its_first_step(train, tmp_path: Path, capsys):
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("run", reward=failing_at(0, FaultError()))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    summary = train("run", resume=True)
+    assert summary["steps"] == 6
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(train, tmp_path: Path, capsys):
+    train("undisturbed", save_steps=2)
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("failed", reward=failing_at(5, FaultError()), save_steps=2)
+    newest = tmp_path / "failed" / "checkpoints" / "step_000005"
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    train("failed", resume=True, save_steps=2)
+    out = capsys.readouterr().out
+    assert f"skipped {newest}: optimizer.safetensors has 0 bytes" in out and "going on after step 4" in out
+    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
+
+
+def test_other_data_and_other_rewards_are_refused(make_trainer, run_engine, tmp_path: Path):
+    make_trainer(save_steps=1).train(engine=run_engine)
+    changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here") as caught:
+        changed.train(engine=run_engine, resume_from_checkpoint=True)
+    assert "--allow-changes" in str(caught.value)
+    other = make_trainer(save_steps=1, reward=low_ids_with_luck)
+    with pytest.raises(ValueError, match=r"reward functions: \['many_low_ids'\] there, \['low_ids_with_luck'\] here"):
+        other.train(engine=run_engine, resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("place", "step"), [("a step", 3), ("an evaluation", 2)])
+def test_a_signal_ends_the_run_where_it_can_go_on(train, tmp_path: Path, place: str, step: int):
+    """After the step; an evaluation is left at once, and made again."""
+
+    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        is_there = trainer_state.global_step == 2 and (len(completion_ids) > 1) == (place == "a step")
+        if is_there and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return low_ids_with_luck(completion_ids)
+
+    asked: list[bool] = []
+    asks_to_stop.__name__ = low_ids_with_luck.__name__
+    train("undisturbed")
+    with pytest.raises(RunInterrupted) as caught:
+        train("stopped", reward=asks_to_stop)
+    assert caught.value.code == 0 and caught.value.signal == "SIGTERM"
+    assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoints" / f"step_{step:06d}"
+    train("stopped", resume=True)
+    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "stopped")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB: room for one checkpoint and a part of the next."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_costs_no_more_than_that_checkpoint(train, small_disk: Path, tmp_path: Path, capsys):
+    """The run goes on while only checkpoints do not fit; what was saved before stays whole."""
+    changes: dict[str, Any] = {"save_steps": 1, "keep_last": 20, "keep_best": 0, "max_steps": 20, "completions_steps": 0}
+    train("undisturbed", **changes)
+    try:
+        train("disk/run", **changes)
+    except OSError:
+        pass  # a line of metrics or the adapter did not fit either
+    out = capsys.readouterr().out
+    assert "could not be written" in out and "No space left on device" in out
+    saved = sorted((small_disk / "run" / "checkpoints").glob("step_*"))
+    assert saved and len(saved) < 20
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    train("disk/run", resume=True, **changes)
+    assert left_behind(small_disk / "run") == left_behind(tmp_path / "undisturbed")
