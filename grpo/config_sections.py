@@ -7,7 +7,7 @@ they have the concept. Where one field bounds another, the validator stands with
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -213,6 +213,31 @@ class LoggingConfig(Section):
 
     num_completions_to_print: int = Field(default=3, ge=1)
     """How many completions to show at a time, at least 1."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides `metrics.jsonl`: tensorboard, wandb, trackio. A single one will do, and `none` for none."""
+
+    project: str = Field(default="rankup", min_length=1)
+    """Project of the run on wandb and trackio."""
+
+    profile_steps: list[Annotated[int, Field(ge=1)]] = []
+    """Steps, counted from 1, that leave a profiler trace in `<output_dir>/profile`. A single one will do."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_or_none(cls, report_to: object) -> object:
+        names = [report_to] if isinstance(report_to, str) else report_to
+        return [] if names == ["none"] else names
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_tracker_once(cls, report_to: list[str]) -> list[str]:
+        return list(dict.fromkeys(report_to))
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _one_step_will_do(cls, steps: object) -> object:
+        return [steps] if isinstance(steps, int | float | str) else steps
 
     @model_validator(mode="before")
     @classmethod

@@ -259,6 +259,26 @@ def test_one_string_is_a_list_of_one(load: Load) -> None:
     assert (config.rewards.functions, config.rollout.stop) == (["a.py:f"], ["</s>"])
 
 
+@pytest.mark.parametrize(
+    ("report_to", "names"),
+    [
+        ("wandb", ["wandb"]),
+        ("none", []),
+        ("[none]", []),
+        ("[]", []),
+        ("[trackio, wandb, trackio]", ["trackio", "wandb"]),
+    ],
+)
+def test_trackers(load: Load, report_to: str, names: list[str]) -> None:
+    logging = load("", f"report_to={report_to}").logging
+    assert (logging.report_to, logging.project) == (names, "rankup")
+
+
+def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
+    assert load("", "profile_steps=5").logging.profile_steps == [5]
+    assert load("", "profile_steps=[1, 5]").logging.profile_steps == [1, 5]
+
+
 # Bounds
 
 
@@ -266,6 +286,11 @@ def test_one_string_is_a_list_of_one(load: Load) -> None:
     ("override", "error"),
     [
         ("num_generations=1", "rollout.num_generations: must be at least 2 (got 1)"),
+        ("report_to=mlflow", "logging.report_to.0: must be 'tensorboard', 'wandb' or 'trackio' (got 'mlflow')"),
+        ("report_to=[none, wandb]", "logging.report_to.0: must be 'tensorboard', 'wandb' or 'trackio' (got 'none')"),
+        ("project=''", "logging.project: must not be empty (got '')"),
+        ("profile_steps=0", "logging.profile_steps.0: must be at least 1 (got 0)"),
+        ("profile_steps=[1, x]", "logging.profile_steps.1: must be a whole number (got 'x')"),
         ("num_generations=two", "rollout.num_generations: must be a whole number (got 'two')"),
         ("num_generations=2.5", "rollout.num_generations: must be a whole number (got 2.5)"),
         ("temperature=0", "rollout.temperature: must be above 0.0 (got 0)"),
