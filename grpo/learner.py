@@ -107,6 +107,7 @@ class Learner:
 
     def restore(self, witness: Witness) -> int:
         """Put back a snapshot of adapter and optimizer state, as the guards have said; returns the step it is of."""
+        self.is_between_steps = False
         step = self.snapshots[witness].restore()
         if witness == "evaluation":  # steps since then found something healthy that the evaluation did not
             self.snapshots["step"].take(step + 1)

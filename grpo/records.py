@@ -5,6 +5,7 @@
     recorder.step(1, {"reward": 0.12, "time/rollout": 3.1})
     recorder.completions(10, {"prompt": [...], "completion": [...], "reward": [...]}, rewards={"exact": [...]})
     recorder.summary({"run_name": "quickstart"})
+    recorder.close()
 
     config.yaml                         the resolved configuration
     metrics.jsonl                       one JSON object a step or evaluation, with TRL's metric names
@@ -29,7 +30,9 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from .reporting import Report
 
 When = Literal["before", "during", "after"]
 
@@ -64,6 +67,7 @@ class RunRecorder:
         self._last_evaluation: tuple[int, float] | None = None
         self._started = time.monotonic()
         self._peak_memory = 0
+        self._reports: list[Report] = []
         if resume is not None:
             self._go_on(resume)
         write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
@@ -72,6 +76,10 @@ class RunRecorder:
     def adapter_dir(self) -> Path:
         """Where the adapter belongs, in PEFT's format. Not created here."""
         return self.output_dir / "adapter"
+
+    def report_to(self, reports: Sequence[Report]) -> None:
+        """Send what is recorded from now on to these as well; `close` closes them."""
+        self._reports += reports
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one optimizer step to `metrics.jsonl`; `time/<phase>` (seconds) is also added up for the summary."""
@@ -188,11 +196,20 @@ class RunRecorder:
             "last_evaluation": self._last_evaluation,
             "elapsed": time.monotonic() - self._started,
             "peak_memory": self._peak(),
+            "reports": {report.name: report.state_dict() for report in self._reports},
         }
 
-    def close(self) -> None:
-        """Give the folder free for other processes."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the reports, and give the folder free for other processes. `failed`: the run did not come to its end."""
+        for report in self._reports:
+            report.close(failed=failed)
         os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(failed=kind is not None)
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Take over the counts, and remove what was recorded after them."""
@@ -218,6 +235,8 @@ class RunRecorder:
         line = json.dumps(_strict(row), allow_nan=False) + "\n"
         with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(line)
+        for report in self._reports:
+            report.log(row)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

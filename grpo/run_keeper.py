@@ -1,15 +1,17 @@
 """Where a run is between two steps, and its checkpoints: written when they are due, taken up again later.
 
-    keeper = RunKeeper(config, session, recorder, store, inputs=inputs, note=view.note)
-    keeper.go_on(resumption)                        # or keeper.advance(0, is_evaluated=False) for a new run
-    ... a step ...
-    keeper.advance(1, is_evaluated=True)
-    keeper.save()
+    with open_recorder(config, resumption, note=view.note) as recorder:
+        keeper = RunKeeper(config, session, recorder, store, inputs=inputs, note=view.note)
+        keeper.go_on(resumption)                    # or keeper.advance(0, is_evaluated=False) for a new run
+        ... a step ...
+        keeper.advance(1, is_evaluated=True)
+        keeper.save()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,37 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from .config import GRPOConfig, dump_config
 from .random_states import random_states, set_random_states
 from .records import RunRecorder
+from .reporting import make_reports
 from .resume import Resumption, software_changes
 from .run_state import Position, load_state, write_state
 from .session import Session
+
+
+@contextmanager
+def open_recorder(
+    config: GRPOConfig, resumption: Resumption | None, *, note: Callable[[str], None]
+) -> Iterator[RunRecorder]:
+    """The run folder of a new run, or of one that goes on, and the reports that the configuration names.
+
+    Raises:
+        ValueError: the folder cannot be the run's, or a report cannot be opened.
+    """
+    logging = config.logging
+    resume = None if resumption is None else resumption.state.recorder
+    with RunRecorder(logging.output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
+        if recorder.moved_aside is not None:
+            note(f"the run that was in {logging.output_dir} is now in {recorder.moved_aside}")
+        reports = make_reports(
+            logging.report_to,
+            output_dir=logging.output_dir,
+            run_name=logging.run_name,
+            project=logging.project,
+            config=config.model_dump(mode="json"),
+            resume=None if resume is None else resume["reports"],
+            resume_step=0 if resume is None else resume["steps"],
+        )
+        recorder.report_to(reports)
+        yield recorder
 
 
 class RunKeeper:

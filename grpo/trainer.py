@@ -27,7 +27,7 @@ from .advantages import GroupAdvantages
 from .batch import collect_batch
 from .checkpoint import CheckpointStore
 from .collect import Collected, make_scorer
-from .config import GRPOConfig, dump_config
+from .config import GRPOConfig
 from .data import PromptSampler
 from .evaluation import Evaluation, evaluate
 from .guard_evaluations import mean_reward
@@ -35,10 +35,12 @@ from .guards import Verdict
 from .interrupts import Interrupts, RunInterrupted
 from .notes import evaluation_notes, start_notes, step_notes
 from .objective import Objective
+from .profiling import profiled
 from .records import RunRecorder, When, read_metrics, read_summary, resident_mib
+from .reporting import check_reports
 from .resume import Resume, Resumption, find_resumption
 from .run_inputs import load_run_inputs
-from .run_keeper import RunKeeper
+from .run_keeper import RunKeeper, open_recorder
 from .session import Session, open_session
 from .step_metrics import completions_table
 from .terminal import View, make_view
@@ -140,6 +142,7 @@ class GRPOTrainer:
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
         """
         with self.view, self._interrupts.handled():
+            check_reports(self.config.logging.report_to)
             resumption = find_resumption(
                 resume_from_checkpoint,
                 self.config,
@@ -171,7 +174,8 @@ class GRPOTrainer:
             self._interrupts.stop_if_asked()
             if step == max_steps:
                 break
-            self._step(step)
+            with profiled(self._trace_of(step + 1)):
+                self._step(step)
             self.keeper.advance(step + 1, is_evaluated=not self._evaluation_is_due(step + 1))
         self._finish()
 
@@ -219,6 +223,7 @@ class GRPOTrainer:
             if last is not None:
                 self._record_evaluation(max_steps, last, "during")
                 last = None
+            self.keeper.save()  # what the run has come to, before it is left
             step = learner.restore(witness)
             self.session.publish()
             whose = "that sampled" if witness == "step" else "of the evaluation at"
@@ -282,6 +287,11 @@ class GRPOTrainer:
         self.view.stage(f"evaluating {len(rows)} prompts")
         with self._interrupts.at_once():  # it can be made again
             return evaluate(self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter)
+
+    def _trace_of(self, step: int) -> Path | None:
+        """Where the profiler's trace of the step goes, counted from 1; None where none is asked for."""
+        is_asked_for = step in self.config.logging.profile_steps
+        return self.recorder.output_dir / "profile" / f"step_{step:06d}.json.gz" if is_asked_for else None
 
     def _show_completions(self, step: int, collected: Collected, advantages: Sequence[GroupAdvantages]) -> None:
         table, columns = completions_table(collected.groups, advantages, self.scorer)
@@ -360,12 +370,7 @@ class GRPOTrainer:
     @contextmanager
     def _recording(self, resumption: Resumption | None) -> Iterator[None]:
         """The run folder, and where the run begins: at its first step, or at a checkpoint."""
-        output_dir = self.config.logging.output_dir
-        resume = None if resumption is None else resumption.state.recorder
-        self.recorder = RunRecorder(output_dir, config_yaml=dump_config(self.config), resume=resume)
-        with closing(self.recorder):
-            if self.recorder.moved_aside is not None:
-                self.view.note(f"the run that was in {output_dir} is now in {self.recorder.moved_aside}")
+        with open_recorder(self.config, resumption, note=self.view.note) as self.recorder:
             self.keeper = RunKeeper(
                 self.config, self.session, self.recorder, self._checkpoints, inputs=self._fingerprint(), note=self.view.note
             )
@@ -373,7 +378,7 @@ class GRPOTrainer:
                 self.keeper.advance(0, is_evaluated=not self._evaluation_is_due(0))
             else:
                 self.keeper.go_on(resumption)
-                self.view.resumed(resumption.checkpoint.step, read_metrics(output_dir))
+                self.view.resumed(resumption.checkpoint.step, read_metrics(self.recorder.output_dir))
             yield
 
     def _fingerprint(self) -> dict[str, Any]:
