@@ -40,7 +40,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 COLUMN_NAMES = "rankup.columns"  # key in the metadata of a completions file
-PHASES = ("rollout", "reward", "train", "publish")
+PHASES = ("rollout", "reward", "train", "publish", "checkpoint")
 RECENT_STEPS = 10  # whose mean reward ranks a checkpoint where the run does not evaluate
 
 
@@ -89,6 +89,10 @@ class RunRecorder:
         for name, value in metrics.items():
             if name.startswith("time/"):
                 self._seconds[name.removeprefix("time/")] += float(value)
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Add time that is no part of a step, such as that of a checkpoint, to the summary's seconds."""
+        self._seconds[phase] += seconds
 
     def evaluation(self, step: int, reward: float, *, when: When, metrics: Mapping[str, float] | None = None) -> None:
         """Appends an evaluation as `eval_reward`, every further metric as `eval_<name>`.

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +138,8 @@ class RunKeeper:
 
         by_evaluation = self._config.logging.eval_steps > 0
         reward = self._recorder.reward_at(position.steps_done, by_evaluation=by_evaluation)
+        started = time.perf_counter()
         path = self._store.write(position.steps_done, fill, reward=reward)
+        self._recorder.spent("checkpoint", time.perf_counter() - started)
         self._last = Checkpoint(path=path, step=position.steps_done, reward=reward)
         return path

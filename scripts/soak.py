@@ -133,16 +133,16 @@ def _kill_and_resume(
         process.kill()
         output += process.communicate()[0]
     is_partial = any((folder / "checkpoints").glob(".step_*.partial"))
-    has_ended = process.returncode == 0
     whole_step = _newest_whole_step(folder)
     resumed, _ = _run_to_its_end([*command, "--resume"], folder)
     match = re.search(r"^going on after step (\d+)$", resumed, re.MULTILINE)
+    had_ended = "there is nothing left to do" in resumed  # it was killed on its way out
     return Trial(
         number=number,
-        moment="after its end" if has_ended else "while a checkpoint was written" if is_partial else "between",
+        moment="after its end" if had_ended else "while a checkpoint was written" if is_partial else "between",
         steps_seen=len(STEP.findall(output)),
         whole_step=whole_step,
-        resumed_step=int(match[1]) if match else whole_step if has_ended else 0,
+        resumed_step=int(match[1]) if match else whole_step if had_ended else 0,
         outcome=outcome_of(folder),
     )
 

@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -163,7 +165,7 @@ def test_summary_has_the_promised_form(recorder):
     assert summary["evaluation"] == {"before": {"reward": 0.11}, "after": {"reward": 0.86}}
     total = summary["seconds"].pop("total")
     assert 0 < total < 60
-    assert summary["seconds"] == {"rollout": 6.0, "reward": 0.0, "train": 4.0, "publish": 0.5}
+    assert summary["seconds"] == {"rollout": 6.0, "reward": 0.0, "train": 4.0, "publish": 0.5, "checkpoint": 0.0}
     assert summary["steps"] == 2
     assert summary["peak_memory_bytes"] > 10_000_000
     assert summary["run_name"] == "first"
@@ -189,3 +191,68 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
         write_whole(path, b"new" * 100_000)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+# ------------------------------------------------------------------------------------------- going on later
+
+
+def make_run(folder: Path, steps: range, *, resume: dict | None = None) -> dict:
+    """Record these steps with completions, and an evaluation at the end; returns how far the records are then."""
+    with RunRecorder(folder, config_yaml="seed: 1\n", resume=resume) as recorder:
+        for step in steps:
+            recorder.step(step, {"reward": step / 10, "time/rollout": 2.0})
+            recorder.completions(step, TABLE)
+        recorder.evaluation(steps[-1], 0.5, when="during")
+        return json.loads(json.dumps(recorder.state_dict()))
+
+
+def test_a_resumed_run_removes_what_came_after_and_counts_on(tmp_path: Path):
+    state = make_run(tmp_path / "run", range(1, 4))
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    make_run(tmp_path / "run", range(4, 6), resume=state)
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "rew')  # killed in the middle of a line
+    with RunRecorder(tmp_path / "run", config_yaml="seed: 2\n", resume=state) as recorder:
+        assert recorder.moved_aside is None
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+        assert sorted(path.name for path in (tmp_path / "run" / "completions").iterdir()) == [
+            f"step_{step:06d}.parquet" for step in (1, 2, 3)
+        ]
+        recorder.step(4, {"reward": 0.4, "time/rollout": 2.0})
+        recorder.spent("checkpoint", 0.25)
+        summary = recorder.summary({})
+    assert summary["steps"] == 4
+    assert summary["seconds"]["rollout"] == 8.0 and summary["seconds"]["checkpoint"] == 0.25
+    assert summary["seconds"]["total"] >= state["elapsed"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 2\n"
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 3, 4]
+
+
+def test_a_checkpoint_is_ranked_by_its_evaluation_or_by_the_last_ten_steps(recorder):
+    assert recorder.reward_at(0, by_evaluation=False) is None
+    for step in range(1, 13):
+        recorder.step(step, {"reward": float(step)})
+    assert recorder.reward_at(12, by_evaluation=False) == sum(range(3, 13)) / 10
+    assert recorder.reward_at(12, by_evaluation=True) is None
+    recorder.evaluation(12, 0.75, when="during")
+    assert recorder.reward_at(12, by_evaluation=True) == 0.75
+    assert recorder.reward_at(13, by_evaluation=True) is None
+    recorder.step(13, {"reward": math.nan})
+    assert recorder.reward_at(13, by_evaluation=False) is None
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from rankup.grpo.records import RunRecorder\n"
+        "recorder = RunRecorder(Path(sys.argv[1]), config_yaml='')\n"
+        "print('open', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        for resume in (None, {}):
+            with pytest.raises(ValueError, match="another process is writing to"):
+                RunRecorder(tmp_path / "run", config_yaml="", resume=resume)
+        other.kill()
+    assert not (tmp_path / "run.1").exists()
+    RunRecorder(tmp_path / "run", config_yaml="").close()  # a killed process holds nothing

@@ -24,7 +24,7 @@ def test_a_run_leaves_a_complete_folder(make_trainer, tmp_path, capsys):
     }  # fmt: skip
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2 and not summary["interrupted"]
-    assert set(summary["seconds"]) == {"rollout", "reward", "train", "publish", "total"}
+    assert set(summary["seconds"]) == {"rollout", "reward", "train", "publish", "checkpoint", "total"}
     assert all(0 <= summary["evaluation"][when]["reward"] <= 1 for when in ("before", "after"))
     assert yaml.safe_load((run / "config.yaml").read_text())["lora"]["rank"] == 8
 

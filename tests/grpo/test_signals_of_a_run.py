@@ -1,0 +1,127 @@
+"""The command itself, with real signals: it ends with status 0 and says how to go on, and then goes on to the same end."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_runs import timeless
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKUP = Path(sys.executable).with_name("rankup")
+RUN_FILE = """
+model: {{name: {model}, dtype: float32}}
+lora: {{rank: 8, alpha: 16}}
+rollout: {{num_generations: 4, max_prompt_length: 64, max_completion_length: 8, kv_cache_gib: 0.0625}}
+optim: {{prompts_per_step: 3, max_steps: 12, learning_rate: 1e-2}}
+data: {{train: rows.jsonl, eval: rows.jsonl}}
+rewards: {{functions: reward.py:low_ids, isolation: process, num_workers: 1}}
+logging: {{eval_steps: 4, completions_steps: 3}}
+"""
+REWARD = """
+import time
+
+def low_ids(completion_ids, **kwargs):
+    time.sleep(0.1)
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file, its data and its reward function."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "run.yaml").write_text(RUN_FILE.format(model=tiny_model_path("llama")))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"count to {n}"}) + "\n" for n in range(8)))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture
+def no_other_engine(engine_shelf) -> None:
+    """These runs start engines of their own, and two do not fit."""
+    engine_shelf.close()
+
+
+def start(project: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [RANKUP, *words], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def lines_until(process: subprocess.Popen[str], part: str) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.rstrip()
+        if part in line:
+            return
+    raise AssertionError(f"the run ended without {part!r}: {process.communicate()[1]}")
+
+
+def test_a_signal_ends_the_command_with_status_0_and_it_goes_on_to_the_same_end(no_other_engine, project: Path):
+    whole = start(project, "train", "run.yaml", "logging.output_dir=whole")
+    out, error = whole.communicate(timeout=300)
+    assert whole.returncode == 0, error
+
+    stopped = start(project, "train", "run.yaml", "logging.output_dir=stopped")
+    list(lines_until(stopped, "step  2/12"))
+    stopped.send_signal(signal.SIGINT)
+    out, error = stopped.communicate(timeout=60)
+    assert (stopped.returncode, error) == (0, "")
+    lines = out.splitlines()
+    assert any("SIGINT: this step is finished and saved" in line for line in lines)
+    (to_go_on,) = [line.removeprefix("to go on: ") for line in lines if line.startswith("to go on: ")]
+    assert to_go_on == "rankup train run.yaml logging.output_dir=stopped --resume"
+    assert json.loads((project / "stopped" / "summary.json").read_text())["interrupted"]
+
+    program, *words = shlex.split(to_go_on)
+    assert program == "rankup"
+    resumed = start(project, *words)
+    out, error = resumed.communicate(timeout=300)
+    assert (resumed.returncode, error) == (0, "")
+    assert "going on after step" in out
+    adapter = Path("adapter") / "adapter_model.safetensors"
+    assert (project / "stopped" / adapter).read_bytes() == (project / "whole" / adapter).read_bytes()
+    assert timeless(project / "stopped") == timeless(project / "whole")
+
+
+def test_a_second_signal_ends_the_command_at_once(no_other_engine, project: Path):
+    (project / "slow.py").write_text(REWARD.replace("time.sleep(0.1)", "open('called', 'w').close(); time.sleep(60)"))
+    process = start(
+        project, "train", "run.yaml", "logging.output_dir=second", "rewards.functions=slow.py:low_ids", "data.eval=null"
+    )
+    while not (project / "called").exists():  # the first step is on its way
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    list(lines_until(process, "SIGTERM: this step"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_an_error_says_how_to_go_on(no_other_engine, project: Path):
+    (project / "fails.py").write_text(REWARD.replace("time.sleep(0.1)", "assert kwargs['trainer_state'].global_step < 2"))
+    process = start(
+        project, "train", "run.yaml", "logging.output_dir=failed", "rewards.functions=fails.py:low_ids", "data.eval=null",
+        "rewards.isolation=inline",
+    )  # fmt: skip
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "step 2 is saved in failed/checkpoints/step_000002" in out
+    lines = error.splitlines()
+    assert lines[0].startswith("rankup: error: reward function 'low_ids' failed")
+    assert lines[-1].startswith("to go on: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")
+
+
+def test_the_soak_script_kills_resumes_and_counts(no_other_engine, project: Path, tmp_path: Path):
+    soak = [ROOT / "scripts" / "soak.py", "run.yaml", "--kills", "2", "--seed", "4", "--folder", tmp_path / "soak"]
+    result = subprocess.run([*soak, "rewards.isolation=inline"], cwd=project, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 of 2 end with the same adapter, metrics and completions" in result.stdout.splitlines()[-1]
