@@ -14,7 +14,14 @@ from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.utils.other import get_pattern_key, match_target_against_key
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -120,6 +127,21 @@ def check_saved_config(folder: Path, ours: PeftConfig) -> None:
             raise ValueError(f"the adapter in {folder} was made with {name}, which trainer and sampler do not share")
     if theirs.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"the adapter in {folder} belongs to base weights that {theirs.init_lora_weights} has changed")
+
+
+def load_weights(peft_model: PeftModel, folder: Path, *, device: str = "cpu") -> None:
+    """Read the weights of the adapter in `folder` into a model that has one of the same names and shapes.
+
+    Raises:
+        ValueError: they are not the same. Nothing was read then.
+    """
+    weights = load_peft_weights(str(folder), device=device)
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    shapes, expected_shapes = ({key: t.shape for key, t in tensors.items()} for tensors in (weights, expected))
+    misfits = sorted(key for key, _ in shapes.items() ^ expected_shapes.items())
+    if misfits:
+        raise ValueError(f"the adapter in {folder} does not fit this model and lora.targets, see {misfits[0]}")
+    set_peft_model_state_dict(peft_model, weights)
 
 
 def _targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:

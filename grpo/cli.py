@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, check, plan, new, reward."""
+"""The command `rankup`: train, eval, export, check, plan, new, reward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .config import GRPOConfig, load_config
 from .errors import explain
+from .export import add_export_command
 from .interrupts import RunInterrupted
 from .plan import add_plan_command
 from .records import CONFIG_FILE
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   rankup train run.yaml --resume                                  go on from the newest checkpoint
   rankup eval runs/quickstart                                     the trained adapter on the evaluation data, greedy
   rankup eval configs/quickstart.yaml                             the base model on the same
+  rankup export runs/quickstart --merge                           a plain transformers model, to share or to serve
   rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
   rankup plan Qwen/Qwen2.5-7B --vram 80                           an adapter and a memory budget, with the reasons
   rankup new reward short_answers                                 a reward function to begin with, and its test
@@ -97,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if function is train:
             _add_resume_options(command)
+    add_export_command(commands)
     add_plan_command(commands)
     add_reward_commands(commands)
     return parser

@@ -38,6 +38,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankup" / "models"
 
 
+def hub_id(name: str) -> str | None:
+    """The id of a model that `resolve_model` takes from the hub; None for an embedded one and for a local folder."""
+    is_here = name.lower() in EMBEDDED or Path(name).expanduser().is_dir()
+    return None if is_here or Path(name).is_absolute() or name.startswith((".", "~")) else name
+
+
 def resolve_model(name: str, *, revision: str | None = None, say: Callable[[str], None] = lambda text: None) -> str:
     """The local folder of a model: embedded name, path, or hub id (downloaded if it is not cached).
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..kernels import shared_prompt_attention
 from ..kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ..rollout.slots import AdapterSlot
-from .adapters import check_saved_config, check_targets, inject
+from .adapters import check_saved_config, check_targets, inject, load_weights
 from .config import LoraConfig
 from .fusing import fuse
 from .heads import head_of
@@ -151,13 +150,7 @@ class Policy:
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(f"no adapter in {folder}: adapter_model.safetensors is missing")
         check_saved_config(folder, self.peft_model.peft_config[ADAPTER])
-        weights = load_peft_weights(str(folder), device=self.device)
-        expected = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
-        shapes, expected_shapes = ({key: t.shape for key, t in tensors.items()} for tensors in (weights, expected))
-        misfits = sorted(key for key, _ in shapes.items() ^ expected_shapes.items())
-        if misfits:
-            raise ValueError(f"the adapter in {folder} does not fit this model and lora.targets, see {misfits[0]}")
-        set_peft_model_state_dict(self.peft_model, weights)
+        load_weights(self.peft_model, folder, device=self.device)
 
     # ------------------------------------------------------------------------------------------ computing
 
