@@ -93,8 +93,8 @@ def test_merged_weights_are_the_exact_ones_rounded_once(
     scales: dict[str, float],
 ) -> None:
     run = save_run(kind, **lora)
-    export_merged(read_run(run), tmp_path / "fp32", dtype="float32")
-    export_merged(read_run(run), tmp_path / "bf16", dtype="bfloat16")
+    none = export_merged(read_run(run), tmp_path / "fp32", dtype="float32")
+    rounding = export_merged(read_run(run), tmp_path / "bf16", dtype="bfloat16")
     exact = exact_merge(tiny_model_path(kind), run, scales)
     fp32, bf16 = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
     assert fp32.keys() == exact.keys() == bf16.keys()
@@ -102,6 +102,12 @@ def test_merged_weights_are_the_exact_ones_rounded_once(
         assert (fp32[name].dtype, bf16[name].dtype) == (torch.float32, torch.bfloat16)
         torch.testing.assert_close(fp32[name].double(), weight, rtol=1e-6, atol=2e-6)
         assert torch.equal(bf16[name], fp32[name].bfloat16())
+    base = load_file(tiny_model_path(kind) / "model.safetensors")
+    updates = {name: weight - base.get(name, base[EMBEDDING]).double() for name, weight in exact.items()}
+    adapted = [name for name, update in updates.items() if update.any()]
+    errors = [(bf16[name].double() - exact[name]).norm() for name in adapted]
+    expected = torch.stack(errors).norm() / torch.stack([updates[name].norm() for name in adapted]).norm()
+    assert none == 0 and rounding == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_a_base_in_bf16_is_merged_in_fp32(save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path) -> None:
