@@ -14,6 +14,7 @@ or none, whatever ends the process or the machine; what happens to it afterwards
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -67,24 +68,29 @@ class CheckpointStore:
     def write(self, step: int, fill: Callable[[Path], None], *, reward: float | None = None) -> Path:
         """Make the checkpoint of `step` from the files that `fill` writes, then delete those that need not be kept.
 
+        One of the same step is replaced (a run that was interrupted before an evaluation saves the step again after it).
         Leftovers of writes that were cut off are deleted first: they may be what the disk is full of.
 
         Raises:
-            CheckpointError: it could not be written, with the system's reason. Nothing of it remains.
+            CheckpointError: it could not be written, with the system's reason. What there was before is whole.
         """
         path = self.folder / f"step_{step:06d}"
-        assert not path.exists(), "a run reaches a step once; `set_aside_after` has moved those of another course"
-        partial = path.with_name(f".{path.name}.partial")
+        partial, replaced = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
         try:
+            self._mend()
             for leftover in self._leftovers():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             fill(partial)
             _write_manifest(partial, step=step, reward=reward)
+            if path.exists():
+                path.rename(replaced)
             partial.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
             _sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            self._mend()
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
         self._delete_superfluous()
         return path
@@ -95,14 +101,30 @@ class CheckpointStore:
         Raises:
             ValueError: the newest that can be read has another format; the message names it.
         """
+        self._mend()
         for leftover in self._leftovers():
-            say(f"skipped {leftover}: it was not written to its end")
+            if leftover.suffix == ".partial":
+                say(f"skipped {leftover}: it was not written to its end")
         for path in self._paths():
             try:
                 return read_checkpoint(path)
             except DamagedCheckpointError as error:
                 say(f"skipped {error}")
         return None
+
+    def own(self, path: Path) -> Path:
+        """The same path, once it is seen to be one of this store's.
+
+        Raises:
+            ValueError: it is not, or it was set aside.
+        """
+        is_ours = path.is_dir() and path.resolve().parent == self.folder.resolve() and _NAME.fullmatch(path.name)
+        if not is_ours:
+            raise ValueError(
+                f"{path} is no checkpoint of this run: name a folder such as {self.folder / 'step_000010'} (one that was set "
+                "aside gets its name back by hand)"
+            )
+        return path
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename the checkpoints of later steps, so that the run can go on from `step`; returns their new paths."""
@@ -125,14 +147,24 @@ class CheckpointStore:
     def _leftovers(self) -> list[Path]:
         return sorted(self.folder.glob(".step_*"))
 
+    def _mend(self) -> None:
+        """Give a checkpoint its name back that a kill has caught between the two renames of its replacement."""
+        for hidden in self.folder.glob(".step_*.replaced"):
+            path = hidden.with_name(hidden.name.removesuffix(".replaced").removeprefix("."))
+            if not path.exists():
+                hidden.rename(path)
+
     def _delete_superfluous(self) -> None:
         """Keep the last and the best. A deleted one loses its name first: half deleted it would look damaged."""
         paths = self._paths()
         rewards = {path: reward for path in paths if (reward := _reward_of(path)) is not None}
         best = sorted(rewards, key=lambda path: (rewards[path], _step_of(path)), reverse=True)[: self.keep_best]
         for path in set(paths[self.keep_last :]) - set(best):
-            hidden = path.rename(path.with_name(f".{path.name}.deleted"))
-            shutil.rmtree(hidden, ignore_errors=True)  # what stays behind is a leftover, and the next `write` says why
+            try:
+                hidden = path.rename(path.with_name(f".{path.name}.deleted"))
+            except OSError:  # then it is kept; the new one is whole all the same
+                continue
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -212,14 +244,12 @@ def _digest_of(manifest: dict[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
+    """Wait until a file or a folder's entries are on the disk; some file systems know no such thing for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
-
-
-def checkpoints_in(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"

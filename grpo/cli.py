@@ -121,7 +121,9 @@ def _add_resume_options(command: argparse.ArgumentParser) -> None:
 def train(options: argparse.Namespace) -> int:
     """`rankup train FILE [section.field=value ...] [--resume]`"""
     trainer = _trainer(load_config(options.file, options.overrides))
-    to_go_on = "to go on: " + shlex.join(["rankup", "train", str(options.file), *options.overrides, "--resume"])
+    allowed = ["--allow-changes"] if options.allow_changes else []
+    words = ["rankup", "train", str(options.file), *options.overrides, "--resume", *allowed]
+    to_go_on = f"to go on: {shlex.join(words)}"
     try:
         trainer.train(resume_from_checkpoint=options.resume, allow_changes=options.allow_changes)
     except RunInterrupted as interruption:
@@ -129,7 +131,7 @@ def train(options: argparse.Namespace) -> int:
             print(to_go_on)
         raise
     except Exception as error:  # it goes on; said beside it is what a user will want next
-        if trainer.has_checkpoint:
+        if trainer.can_go_on:
             error.add_note(to_go_on)
         raise
     return 0

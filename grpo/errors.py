@@ -6,11 +6,15 @@
         if (text := explain(error)) is None:
             raise                           # a mistake of ours: the traceback is what helps
         print(text)
+
+`Attempts` is for what has to be saved while an error is on its way out.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any
 
 from ..rewards.contract import RewardError
 from ..rollout.types import EngineError
@@ -21,6 +25,22 @@ OUT_OF_MEMORY = (
     "optim.gradient_checkpointing=true, or give vLLM less (rollout.kv_cache_gib on CPU, rollout.gpu_memory_utilization on a "
     "GPU); `rankup plan` says what fits"
 )
+
+
+class Attempts:
+    """What is to be done while an error is on its way out: each is tried whatever becomes of the others, none replaces it."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def to(self, what: str, action: Callable[[], Any]) -> bool:
+        """Try `action`; returns whether it succeeded."""
+        try:
+            action()
+        except Exception as failure:  # whatever it is: the error that came first is the one to be told
+            self.failures.append(f"could not {what}: {failure}")
+            return False
+        return True
 
 
 def explain(error: BaseException) -> str | None:

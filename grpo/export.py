@@ -70,7 +70,7 @@ def export(options: argparse.Namespace) -> int:
     if options.dtype != "auto" and not options.merge:
         raise ValueError("--dtype goes with --merge: an adapter is exported as it was trained, in float32")
     trained = read_run(options.run)
-    output: Path = options.output or options.run / "export" / ("merged" if options.merge else "adapter")
+    output: Path = options.output or default_output(trained, options.run, merged=options.merge)
     if options.merge:
         rounding = export_merged(trained, output, dtype=options.dtype, overwrite=options.overwrite, say=_print)
         if rounding > LARGE_ROUNDING:
@@ -84,6 +84,12 @@ def export(options: argparse.Namespace) -> int:
     print(f"{output} ({size / 2**20:,.1f} MiB)")
     print(f"serve it: {shlex.join(_serve_command(trained, output, merged=options.merge))}")
     return 0
+
+
+def default_output(trained: TrainedAdapter, run: Path, *, merged: bool) -> Path:
+    """`RUN/export/<kind>`; `RUN/export/step_<N>-<kind>` for a checkpoint, which the run may delete with all that is in it."""
+    kind = "merged" if merged else "adapter"
+    return run / "export" / kind if trained.step is None else run.parents[1] / "export" / f"{run.name}-{kind}"
 
 
 def _print(text: str) -> None:

@@ -1,13 +1,11 @@
 """SIGINT (Ctrl-C) and SIGTERM while a run goes on: the first asks it to stop, the second ends the process at once.
 
     interrupts = Interrupts(view.note)
-    with interrupts.handled():
-        start_the_engine()                  # a signal here raises RunInterrupted
-        with interrupts.deferred():
-            step()                          # a signal here is remembered
-            interrupts.stop_if_asked()      # and raises RunInterrupted here
-            with interrupts.at_once():
-                evaluate()                  # what can be repeated without loss need not be waited for
+    with interrupts.handled(), interrupts.deferred():
+        step()                              # a signal here is remembered
+        interrupts.stop_if_asked()          # and raises RunInterrupted here
+        with interrupts.at_once():
+            evaluate()                      # here it raises at once: what can be repeated need not be waited for
 """
 
 from __future__ import annotations
@@ -61,8 +59,10 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._asked = None  # of an earlier run
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        answered = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        # None: a handler of C, which Python could not put back.
+        answered = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
         for number in answered:
             signal.signal(number, self._answer)
         try:
@@ -112,3 +112,4 @@ def _end_process(number: int) -> None:
         os.write(sys.stdout.fileno(), SHOW_CURSOR)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container does not die of it

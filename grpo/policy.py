@@ -137,9 +137,12 @@ class Policy:
         shutil.rmtree(partial, ignore_errors=True)
         # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.
         self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
+        replaced = folder.with_name(folder.name + ".replaced")
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
         partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def load_adapter(self, folder: Path) -> None:
         """Read masters from an adapter in PEFT's format. Publish afterwards.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .quiet import quiet_stderr
-from .records import write_whole
+from .run_folder import write_whole
 
 SUFFIX = ".json.gz"
 ROWS = 30

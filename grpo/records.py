@@ -19,7 +19,6 @@ its name only when it is complete. JSON is strict: a value that is not finite is
 as the OSError that the system gave. One process at a time owns the folder, by a lock that ends with it.
 """
 
-import fcntl
 import io
 import json
 import math
@@ -28,16 +27,16 @@ import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from .reporting import Report
+from .run_folder import CONFIG_FILE, METRICS_FILE, locked_folder, move_aside, write_whole
 
 When = Literal["before", "during", "after"]
 
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 COLUMN_NAMES = "rankup.columns"  # key in the metadata of a completions file
 PHASES = ("rollout", "reward", "train", "publish", "checkpoint")
@@ -48,8 +47,8 @@ class RunRecorder:
     """Owns one run folder. Make it once the run's inputs are known to be good: it creates the folder and `config.yaml`.
 
     A folder that already holds a run is renamed to `<name>.1` (or the next free number), and `moved_aside` is its new
-    path, else None. With `resume`, what `state_dict` returned, the run in the folder goes on instead: what was recorded
-    after that is removed, and `moved_aside` is None.
+    path, else None. With `resume`, what `state_dict` returned, the run in the folder goes on instead, and nothing of it
+    changes until `go_on`.
 
     Raises ValueError where `output_dir` cannot become a run folder: it is a file, the process works inside it, or another
     process writes to it.
@@ -57,9 +56,8 @@ class RunRecorder:
 
     def __init__(self, output_dir: Path, *, config_yaml: str, resume: Mapping[str, Any] | None = None) -> None:
         self.output_dir = Path(output_dir)
-        self.moved_aside = None if resume is not None else _move_aside(self.output_dir)
-        self.output_dir.resolve().mkdir(parents=True, exist_ok=True)  # resolved: a link's target was just moved aside
-        self._lock = _lock(self.output_dir)
+        self._config_yaml = config_yaml
+        self._lock = ExitStack()
         self._steps = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._evaluation: dict[str, float | None] = {"before": None, "after": None}
@@ -68,9 +66,19 @@ class RunRecorder:
         self._started = time.monotonic()
         self._peak_memory = 0
         self._reports: list[Report] = []
-        if resume is not None:
-            self._go_on(resume)
-        write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
+        self._kept_bytes = 0
+        self.moved_aside = None
+        with ExitStack() as lock:
+            lock.enter_context(locked_folder(self.output_dir))
+            if resume is None:
+                self.moved_aside = move_aside(self.output_dir)
+                # Resolved: a link's target was just moved aside.
+                self.output_dir.resolve().mkdir(parents=True, exist_ok=True)
+                lock.enter_context(locked_folder(self.output_dir))
+                write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
+            else:
+                self._take_over(resume)
+            self._lock = lock.pop_all()
 
     @property
     def adapter_dir(self) -> Path:
@@ -170,6 +178,10 @@ class RunRecorder:
         write_whole(self.output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         return summary
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What `metrics.jsonl` holds; nothing where there is none yet."""
+        return read_metrics(self.output_dir) if (self.output_dir / METRICS_FILE).is_file() else []
+
     # ------------------------------------------------------------------------------------------- going on later
 
     def reward_at(self, step: int, *, by_evaluation: bool) -> float | None:
@@ -205,18 +217,34 @@ class RunRecorder:
 
     def close(self, *, failed: bool = False) -> None:
         """Close the reports, and give the folder free for other processes. `failed`: the run did not come to its end."""
-        for report in self._reports:
-            report.close(failed=failed)
-        os.close(self._lock)
+        with self._lock:
+            for report in self._reports:
+                report.close(failed=failed)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.close(failed=kind is not None)
+        self.close(failed=kind is not None and not issubclass(kind, SystemExit))  # a run that a signal ended has not failed
 
-    def _go_on(self, state: Mapping[str, Any]) -> None:
-        """Take over the counts, and remove what was recorded after them."""
+    def go_on(self) -> bool:
+        """From here on the folder is this run's: what was recorded after `resume` is removed, the configuration is written.
+
+        Returns whether all that had been recorded until then is still there.
+        """
+        (self.output_dir / SUMMARY_FILE).unlink(missing_ok=True)  # it may be of a run that had ended here
+        metrics = self.output_dir / METRICS_FILE
+        num_bytes = metrics.stat().st_size if metrics.is_file() else 0
+        if num_bytes > self._kept_bytes:
+            os.truncate(metrics, self._kept_bytes)
+        for path in (self.output_dir / "completions").glob("step_*.parquet"):
+            if int(path.stem.removeprefix("step_")) > self._steps:
+                path.unlink()
+        write_whole(self.output_dir / CONFIG_FILE, self._config_yaml.encode())
+        return num_bytes >= self._kept_bytes
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        """Counts of the run that goes on."""
         self._steps = state["steps"]
         self._seconds.update(state["seconds"])
         self._evaluation = dict(state["evaluation"])
@@ -224,12 +252,7 @@ class RunRecorder:
         self._last_evaluation = state["last_evaluation"] and tuple(state["last_evaluation"])
         self._started -= state["elapsed"]
         self._peak_memory = state["peak_memory"]
-        metrics = self.output_dir / METRICS_FILE
-        if metrics.is_file():
-            os.truncate(metrics, min(state["metrics_bytes"], metrics.stat().st_size))
-        for path in (self.output_dir / "completions").glob("step_*.parquet"):
-            if int(path.stem.removeprefix("step_")) > self._steps:
-                path.unlink()
+        self._kept_bytes = state["metrics_bytes"]
 
     def _peak(self) -> int:
         """Peak resident memory in bytes, of earlier processes of this run too."""
@@ -288,55 +311,6 @@ def resident_mib() -> float:
     """Memory of this process that is in RAM now, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds either what it held before or all of `data`, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _move_aside(folder: Path) -> Path | None:
-    """Renames a folder that holds a run to `<name>.<first free number>`; None where there is no run in it."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; give a folder")
-    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
-        return None
-    if folder.is_symlink():
-        folder = folder.resolve()  # the link goes on pointing to where the new run is written
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"output_dir {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
-        )
-    os.close(_lock(folder))  # a run that still goes on must keep its folder
-    number = 1
-    while os.path.lexists(f"{folder}.{number}"):
-        number += 1
-    return folder.rename(f"{folder}.{number}")
-
-
-def _lock(folder: Path) -> int:
-    """Own the folder until the returned descriptor is closed, or this process ends in whatever way.
-
-    Raises ValueError where another process owns it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another process is writing to {folder}: end it first, or give another output_dir") from None
-    except OSError:  # a file system without locks: there is nothing to see whether anybody else writes
-        pass
-    return descriptor
 
 
 def _strict(value: Any) -> Any:

@@ -17,11 +17,11 @@ from typing import Any
 from .checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from .config import GRPOConfig, dump_config
 from .config_loading import parse_yaml, read_run_file
-from .records import CONFIG_FILE
+from .records import CONFIG_FILE, read_summary
 from .run_state import RunState, made_with, read_state
 
-Resume = bool | str | Path
-"""True: from the newest whole checkpoint; a path: from that one; False: not at all (TRL's `resume_from_checkpoint`)."""
+Resume = bool | str | Path | None
+"""True: from the newest whole checkpoint; a path: from that one; False, None: not at all (TRL's `resume_from_checkpoint`)."""
 
 WITHOUT_EFFECT = ("logging.", "checkpoint.")
 """Sections that decide what is shown and kept, but for these of their options:"""
@@ -52,30 +52,40 @@ def find_resumption(
     Raises:
         ValueError: the run was another one, with every difference; or the named checkpoint is damaged, or of another format.
     """
-    if source is False:
+    if not source:  # TRL's scripts hand None through
         return None
-    if source is True:
-        checkpoint = store.newest_whole(say)
-    else:
-        if not Path(source).is_dir() or Path(source).resolve().parent != store.folder.resolve():
-            raise ValueError(f"{source} is no checkpoint of this run: name a folder such as {store.folder / 'step_000010'}")
-        checkpoint = read_checkpoint(Path(source))
+    checkpoint = store.newest_whole(say) if source is True else read_checkpoint(store.own(Path(source)))
     if checkpoint is None:
         say(f"no checkpoint in {store.folder}: the run starts at its first step")
         return None
+    if checkpoint.step > config.optim.max_steps:
+        raise ValueError(
+            f"the run in {checkpoint.path.parents[1]} has done {checkpoint.step} steps already, more than "
+            f"optim.max_steps={config.optim.max_steps}: raise that, or take the adapter of an earlier checkpoint"
+        )
     state = read_state(checkpoint.path)
     changes = list(config_changes(checkpoint.path, config))
-    free = [change for change in changes if change.name.startswith(WITHOUT_EFFECT) and change.name not in WITH_EFFECT]
-    grave = [change for change in changes if change not in free] + list(input_changes(state.inputs, inputs))
+    free = [change for change in changes if not change.has_effect]
+    grave = [change for change in changes if change.has_effect] + list(input_changes(state.inputs, inputs))
     if grave and not allow_changes:
         lines = "\n".join(f"  {change}" for change in grave)
         raise ValueError(
             f"the run of {checkpoint.path} was made otherwise:\n{lines}\n"
-            "Go back to that, or go on as it is now with --allow-changes (allow_changes=True), or start anew without --resume"
+            "Go back to that, or go on as it is now with --allow-changes (allow_changes=True), or start anew without --resume. "
+            "After a change of what costs memory or time only, the run differs in its last bits"
         )
     for change in [*free, *grave]:
         say(f"changed since the checkpoint: {change}")
     return Resumption(checkpoint, state)
+
+
+def summary_of_finished_run(config: GRPOConfig) -> dict[str, Any] | None:
+    """What `summary.json` says if the run in `output_dir` is this one and has come to its end; else None."""
+    run_dir = config.logging.output_dir
+    summary = read_summary(run_dir)
+    if summary is None or summary["interrupted"] or summary["steps"] != config.optim.max_steps:
+        return None
+    return None if any(change.has_effect for change in config_changes(run_dir, config)) else summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +96,18 @@ class Change:
     before: Any
     now: Any
 
+    @property
+    def has_effect(self) -> bool:
+        """Whether it can change what is learned."""
+        return not self.name.startswith(WITHOUT_EFFECT) or self.name in WITH_EFFECT
+
     def __str__(self) -> str:
         return f"{self.name}: {self.before} there, {self.now} here"
 
 
-def config_changes(checkpoint: Path, config: GRPOConfig) -> Iterator[Change]:
-    """Options with another value than in the checkpoint."""
-    before = _flat(read_run_file(checkpoint / CONFIG_FILE))
+def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
+    """Options with another value than in the folder of a checkpoint or a run."""
+    before = _flat(read_run_file(folder / CONFIG_FILE))
     now = _flat(parse_yaml(dump_config(config)))
     yield from _changes(before, now)
 

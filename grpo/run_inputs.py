@@ -75,7 +75,7 @@ def _fingerprint(prompts: Sequence[PromptRow]) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     for row in prompts:
         # Not the text of such a value: it may hold the place in memory, which changes from run to run.
-        columns = json.dumps(row.columns, sort_keys=True, default=lambda value: type(value).__name__)
+        columns = json.dumps(row.columns, skipkeys=True, default=lambda value: type(value).__name__)
         digest.update(f"{row.token_ids}{columns}\n".encode())
     return {"rows": len(prompts), "hash": digest.hexdigest()}
 

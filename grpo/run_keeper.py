@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from .checkpoint import CheckpointError, CheckpointStore
 from .config import GRPOConfig, dump_config
 from .random_states import random_states, set_random_states
-from .records import RunRecorder
+from .records import METRICS_FILE, RunRecorder
 from .reporting import make_reports
 from .resume import Resumption, software_changes
 from .run_state import Position, load_state, write_state
@@ -59,6 +59,7 @@ class RunKeeper:
     Attributes:
         position: of the last `advance`, or of the checkpoint that the run goes on from.
         num_tokens: tokens sampled so far; the trainer counts them up.
+        last: the newest checkpoint, written or gone on from; None where there is none.
     """
 
     position: Position
@@ -80,7 +81,8 @@ class RunKeeper:
         self._store = store
         self._inputs = inputs
         self._note = note
-        self._last: Checkpoint | None = None
+        self.last: Path | None = None
+        self._last_position: tuple[int, bool] | None = None
 
     def advance(self, steps_done: int, *, is_evaluated: bool) -> None:
         """The run is between two steps: what a checkpoint would say of it from now until the next update begins."""
@@ -95,12 +97,15 @@ class RunKeeper:
     def go_on(self, resumption: Resumption) -> None:
         """Take over everything that a checkpoint says; checkpoints of later steps are set aside."""
         checkpoint, state = resumption.checkpoint, resumption.state
+        load_state(checkpoint.path, state, self._session)  # before anything in the folder changes: it may not fit
         for path in self._store.set_aside_after(checkpoint.step):
             self._note(f"a checkpoint that the run does not go on from is now {path}")
-        load_state(checkpoint.path, state, self._session)
+        if not self._recorder.go_on():
+            self._note(f"{METRICS_FILE} is shorter than it was at step {checkpoint.step}: some rows are lost")
         for change in software_changes(state, self._session.policy.device):
             self._note(f"the last bits may differ from those of an undisturbed run: {change}")
-        self.num_tokens, self._last = state.position.num_tokens, checkpoint
+        self.num_tokens, self.last = state.position.num_tokens, checkpoint.path
+        self._last_position = (state.position.steps_done, state.position.is_evaluated)
         set_random_states(state.position.random_states)
         self.advance(state.position.steps_done, is_evaluated=state.position.is_evaluated)
 
@@ -112,7 +117,7 @@ class RunKeeper:
             self._note(f"{error}; the run goes on, and earlier checkpoints are whole")
 
     def write(self) -> Path | None:
-        """The checkpoint of `position`, unless that of this step is there already; returns its folder.
+        """The checkpoint of `position`, unless it is there already; returns its folder.
 
         None where there is nothing to go on from: before the first step, and while an update is under way, of which no
         step's state is in memory.
@@ -121,8 +126,8 @@ class RunKeeper:
             CheckpointError: it could not be written.
         """
         position = self.position
-        if self._last is not None and self._last.step == position.steps_done:
-            return self._last.path
+        if self._last_position == (position.steps_done, position.is_evaluated):
+            return self.last
         if position.steps_done == 0 or not self._session.learner.is_between_steps:
             return None
 
@@ -141,5 +146,5 @@ class RunKeeper:
         started = time.perf_counter()
         path = self._store.write(position.steps_done, fill, reward=reward)
         self._recorder.spent("checkpoint", time.perf_counter() - started)
-        self._last = Checkpoint(path=path, step=position.steps_done, reward=reward)
+        self.last, self._last_position = path, (position.steps_done, position.is_evaluated)
         return path

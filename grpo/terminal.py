@@ -39,7 +39,7 @@ SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 class View(Protocol):
-    """Both views. All calls come from the main thread; `step` counts from 1, phases and times are in seconds."""
+    """Both views. `note` may come from any thread; `step` counts from 1, phases and times are in seconds."""
 
     def start(self) -> None: ...
     def stage(self, text: str) -> None:
@@ -205,7 +205,7 @@ class LiveView:
         self._console.print(Text(evaluation_text(step, reward, when), style="cyan"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        self._stage = "done"
+        self._stage = "stopped" if summary.get("interrupted") else "done"
         self._live.stop()
         self._console.print(Text(summary_text(summary), style="bold"))
 
@@ -215,7 +215,7 @@ class LiveView:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
-            self._stage = "interrupted" if issubclass(kind, KeyboardInterrupt) else "stopped by an error"
+            self._stage = "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "stopped by an error"
         self._live.stop()
 
     def __rich__(self) -> RenderableType:

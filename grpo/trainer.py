@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from safetensors import SafetensorError
 
 from ..rewards.loading import RewardSpec
 from ..rollout.engine import RolloutEngine
@@ -29,6 +27,7 @@ from .checkpoint import CheckpointStore
 from .collect import Collected, make_scorer
 from .config import GRPOConfig
 from .data import PromptSampler
+from .errors import Attempts
 from .evaluation import Evaluation, evaluate
 from .guard_evaluations import mean_reward
 from .guards import Verdict
@@ -36,9 +35,10 @@ from .interrupts import Interrupts, RunInterrupted
 from .notes import evaluation_notes, start_notes, step_notes
 from .objective import Objective
 from .profiling import profiled
-from .records import RunRecorder, When, read_metrics, read_summary, resident_mib
+from .records import RunRecorder, When, resident_mib
 from .reporting import check_reports
-from .resume import Resume, Resumption, find_resumption
+from .resume import Resume, Resumption, find_resumption, summary_of_finished_run
+from .run_folder import locked_folder
 from .run_inputs import load_run_inputs
 from .run_keeper import RunKeeper, open_recorder
 from .session import Session, open_session
@@ -141,8 +141,16 @@ class GRPOTrainer:
             TrainingStoppedError: the guards gave up.
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
         """
-        with self.view, self._interrupts.handled():
+        output_dir = self.config.logging.output_dir
+        with ExitStack() as stack:
+            stack.enter_context(self.view)
+            stack.enter_context(self._interrupts.handled())
+            stack.enter_context(self._interrupts.deferred())
             check_reports(self.config.logging.report_to)
+            stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
+            if resume_from_checkpoint is True and (summary := summary_of_finished_run(self.config)) is not None:
+                self.view.note(f"the run in {output_dir} has come to its end: there is nothing left to do")
+                return summary
             resumption = find_resumption(
                 resume_from_checkpoint,
                 self.config,
@@ -151,14 +159,15 @@ class GRPOTrainer:
                 allow_changes=allow_changes,
                 say=self.view.note,
             )
-            if resumption is not None and (summary := self._summary_of_finished_run(resumption)) is not None:
-                return summary
             for note in start_notes(self.config, self.inputs):
                 self.view.note(note)
-            with self._open_session(engine), self._recording(resumption), self._interrupts.deferred():
-                with self._nothing_lost():
-                    self._run()
-                return self._save(interrupted=False)
+            with self._interrupts.at_once():
+                stack.enter_context(self._open_session(engine))
+            stack.enter_context(self._recording(resumption))
+            with self._nothing_lost():
+                self._run()
+            self.session.policy.save_adapter(self.recorder.adapter_dir)
+            return self._summarise(interrupted=False)
 
     def _run(self) -> None:
         """All steps and evaluations that are left."""
@@ -174,6 +183,7 @@ class GRPOTrainer:
             self._interrupts.stop_if_asked()
             if step == max_steps:
                 break
+            assert step < max_steps
             with profiled(self._trace_of(step + 1)):
                 self._step(step)
             self.keeper.advance(step + 1, is_evaluated=not self._evaluation_is_due(step + 1))
@@ -220,10 +230,10 @@ class GRPOTrainer:
             last = self._evaluate(step=max_steps)
         witness = learner.guards.ends_with(None if last is None or last.failures else last.rewards)
         if witness is not None:
+            self.keeper.save()  # what the run has come to, before it is left
             if last is not None:
                 self._record_evaluation(max_steps, last, "during")
                 last = None
-            self.keeper.save()  # what the run has come to, before it is left
             step = learner.restore(witness)
             self.session.publish()
             whose = "that sampled" if witness == "step" else "of the evaluation at"
@@ -232,9 +242,10 @@ class GRPOTrainer:
             self._record_evaluation(max_steps, last or self._evaluate(step=max_steps), "after")
 
     @property
-    def has_checkpoint(self) -> bool:
-        """Whether `train(resume_from_checkpoint=True)` would go on from a checkpoint."""
-        return self._checkpoints.newest_whole() is not None
+    def can_go_on(self) -> bool:
+        """Whether the last `train` has left a checkpoint of its run."""
+        keeper = getattr(self, "keeper", None)  # there is none before the run folder is made
+        return keeper is not None and keeper.last is not None
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -310,21 +321,19 @@ class GRPOTrainer:
         try:
             yield
         except BaseException as error:  # and it goes on, whatever it is
-            try:
-                checkpoint = self.keeper.write()
-                if checkpoint is not None:
-                    self.view.note(f"step {self.keeper.position.steps_done} is saved in {checkpoint}")
-                self._save(interrupted=True)
-                self.view.note(f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}")
-                if isinstance(error, RunInterrupted):
-                    error.saved(checkpoint)
-            except (OSError, SafetensorError) as failure:
-                self.view.note(f"not everything could be saved: {failure}")
+            attempts = Attempts()
+            is_kept = attempts.to("save a checkpoint", self.keeper.write)
+            attempts.to("save the adapter", lambda: self.session.policy.save_adapter(self.recorder.adapter_dir))
+            attempts.to("write the summary", lambda: self._summarise(interrupted=True))
+            if isinstance(error, RunInterrupted) and is_kept:
+                error.saved(self.keeper.last)
+            newest = [] if self.keeper.last is None else [f"the newest checkpoint is {self.keeper.last}"]
+            notes = [*newest, f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}", *attempts.failures]
+            attempts.to("tell of it", lambda: [self.view.note(note) for note in notes])
             raise
 
-    def _save(self, *, interrupted: bool) -> dict[str, Any]:
-        """The adapter, the summary, and the learning curve."""
-        self.session.policy.save_adapter(self.recorder.adapter_dir)
+    def _summarise(self, *, interrupted: bool) -> dict[str, Any]:
+        """`summary.json` and the learning curve."""
         summary = self.recorder.summary(
             {
                 "run_name": self.config.logging.run_name,
@@ -358,15 +367,6 @@ class GRPOTrainer:
             ) as self.session:
                 yield
 
-    def _summary_of_finished_run(self, resumption: Resumption) -> dict[str, Any] | None:
-        """What a run that has come to its end says; None where something is left to do."""
-        summary = read_summary(self.config.logging.output_dir)
-        is_last = resumption.checkpoint.step == self.config.optim.max_steps
-        if not is_last or summary is None or summary["interrupted"]:
-            return None
-        self.view.note(f"the run in {self.config.logging.output_dir} has come to its end: there is nothing left to do")
-        return summary
-
     @contextmanager
     def _recording(self, resumption: Resumption | None) -> Iterator[None]:
         """The run folder, and where the run begins: at its first step, or at a checkpoint."""
@@ -378,7 +378,7 @@ class GRPOTrainer:
                 self.keeper.advance(0, is_evaluated=not self._evaluation_is_due(0))
             else:
                 self.keeper.go_on(resumption)
-                self.view.resumed(resumption.checkpoint.step, read_metrics(self.recorder.output_dir))
+                self.view.resumed(resumption.checkpoint.step, self.recorder.rows())
             yield
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -73,7 +73,9 @@ class Setup:
 def main(descriptor: int) -> None:
     """Serve until the parent closes its end."""
     _die_with_the_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    # The parent answers both, and ends this process when it is done. Not SIG_IGN: that is handed down to what users start.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     os.set_inheritable(descriptor, False)  # a program that a function starts must not keep the socket open
     connection = Connection(descriptor)
     setup: Setup = pickle.loads(connection.recv_bytes())

@@ -59,8 +59,9 @@ class Trial:
 def main() -> int:
     options = _options()
     use_environment()
-    shutil.rmtree(options.folder, ignore_errors=True)
-    options.folder.mkdir(parents=True)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if any(options.folder.iterdir()):
+        sys.exit(f"soak: {options.folder} is not empty: remove what is in it, or give another --folder")
     chance = random.Random(options.seed)
     rankup = Path(sys.executable).with_name("rankup")
     command = [str(rankup), "train", str(options.file), f"checkpoint.save_steps={SAVE_STEPS}", *options.overrides]
@@ -86,6 +87,7 @@ def main() -> int:
     same = [trial for trial in trials if trial.outcome == expected]
     kept = [trial for trial in trials if trial.resumed_step == trial.whole_step]
     writing = [trial for trial in trials if trial.moment == "while a checkpoint was written"]
+    shutil.rmtree(undisturbed)
     print(
         f"{len(same)} of {len(trials)} end with the same adapter, metrics and completions; "
         f"{len(kept)} of {len(trials)} went on from the newest whole checkpoint; "
@@ -192,7 +194,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="what to set differently")
     parser.add_argument("--kills", type=int, default=20, help="how often to kill and resume (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "soak", help="for the runs; emptied first")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "soak", help="for the runs, empty or new")
     return parser.parse_intermixed_args()
 
 

@@ -207,3 +207,33 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small_disk: Path):
     newest = store.newest_whole()
     assert newest is not None and newest.step == 20
     assert names(store) == ["step_000010", "step_000020"]
+
+
+def test_a_step_is_saved_again_and_a_kill_between_loses_nothing(store: CheckpointStore):
+    path = store.write(10, fill)
+    store.write(10, fill, reward=0.5)
+    newest = store.newest_whole()
+    assert newest is not None and newest.reward == 0.5 and names(store) == ["step_000010"]
+    path.rename(path.with_name(".step_000010.replaced"))  # killed between the two renames
+    newest = store.newest_whole()
+    assert newest is not None and newest.path == path
+    assert names(store) == ["step_000010"]
+
+
+def test_only_checkpoints_of_the_run_can_be_named(store: CheckpointStore, tmp_path: Path):
+    path = store.write(10, fill)
+    assert store.own(path) == path
+    store.write(20, fill)
+    (aside,) = store.set_aside_after(10)
+    for other in (aside, tmp_path, store.folder / "step_000030"):
+        with pytest.raises(ValueError, match="no checkpoint of this run"):
+            store.own(other)
+
+
+def test_a_leftover_of_a_deletion_is_no_news(store: CheckpointStore):
+    path = store.write(10, fill)
+    path.rename(path.with_name(".step_000010.deleted"))
+    said: list[str] = []
+    assert store.newest_whole(said.append) is None and said == []
+    store.write(20, fill)
+    assert names(store) == ["step_000020"]

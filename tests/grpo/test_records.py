@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from rankup.grpo.records import RunRecorder, read_metrics, write_whole
+from rankup.grpo import run_folder
+from rankup.grpo.records import RunRecorder, read_metrics
+from rankup.grpo.run_folder import locked_folder, write_whole
 
 TABLE = {
     "prompt": ["What is 1 + 1?", "What is 1 + 1?"],
@@ -199,6 +201,7 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
 def make_run(folder: Path, steps: range, *, resume: dict | None = None) -> dict:
     """Record these steps with completions, and an evaluation at the end; returns how far the records are then."""
     with RunRecorder(folder, config_yaml="seed: 1\n", resume=resume) as recorder:
+        assert resume is None or recorder.go_on()
         for step in steps:
             recorder.step(step, {"reward": step / 10, "time/rollout": 2.0})
             recorder.completions(step, TABLE)
@@ -214,6 +217,8 @@ def test_a_resumed_run_removes_what_came_after_and_counts_on(tmp_path: Path):
         file.write(b'{"step": 6, "rew')  # killed in the middle of a line
     with RunRecorder(tmp_path / "run", config_yaml="seed: 2\n", resume=state) as recorder:
         assert recorder.moved_aside is None
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != metrics, "nothing changes before the run goes on"
+        assert recorder.go_on()
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
         assert sorted(path.name for path in (tmp_path / "run" / "completions").iterdir()) == [
             f"step_{step:06d}.parquet" for step in (1, 2, 3)
@@ -256,3 +261,24 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path):
         other.kill()
     assert not (tmp_path / "run.1").exists()
     RunRecorder(tmp_path / "run", config_yaml="").close()  # a killed process holds nothing
+
+
+def test_missing_rows_are_noticed(tmp_path: Path):
+    state = make_run(tmp_path / "run", range(1, 4))
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
+    with RunRecorder(tmp_path / "run", config_yaml="", resume=state) as recorder:
+        assert not recorder.go_on()
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        assert not recorder.go_on()
+        assert recorder.rows() == []
+
+
+def test_the_folder_is_free_again_after_a_recorder_that_could_not_begin(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.tmp").mkdir()  # where the configuration is written first
+    with pytest.raises(OSError):
+        RunRecorder(tmp_path / "run", config_yaml="")
+    assert not run_folder._OWNED
+    with locked_folder(tmp_path / "run"), locked_folder(tmp_path / "run"):  # one process may own it twice
+        assert run_folder._OWNED
+    assert not run_folder._OWNED

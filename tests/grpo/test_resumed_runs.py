@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import ROWS, metrics_of, timeless
 
 from rankup.grpo.interrupts import RunInterrupted
+from rankup.grpo.silent import SilentView
 
 pytestmark = pytest.mark.engine
 
@@ -90,7 +91,7 @@ def test_a_run_that_failed_and_goes_on_is_the_undisturbed_one(train, tmp_path: P
     assert one["metrics"] == other["metrics"]
     assert one == other
     if "entropy_stop" in changes:
-        assert one["summary"]["guards"]["guards/restores"] > 1
+        assert one["summary"]["guards"]["guards/restores"] > 0
 
 
 def test_the_checkpoint_holds_the_last_whole_step(train, tmp_path: Path):
@@ -205,13 +206,15 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tr
 
 
 def test_other_data_and_other_rewards_are_refused(make_trainer, run_engine, tmp_path: Path):
-    make_trainer(save_steps=1).train(engine=run_engine)
-    changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
+    with pytest.raises(RuntimeError, match="FaultError"):
+        make_trainer(save_steps=1, reward=failing_at(1, FaultError())).train(engine=run_engine)
+    reward = low_ids_with_luck
+    changed = make_trainer(save_steps=1, reward=reward, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
     with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here") as caught:
         changed.train(engine=run_engine, resume_from_checkpoint=True)
     assert "--allow-changes" in str(caught.value)
-    other = make_trainer(save_steps=1, reward=low_ids_with_luck)
-    with pytest.raises(ValueError, match=r"reward functions: \['many_low_ids'\] there, \['low_ids_with_luck'\] here"):
+    other = make_trainer(save_steps=1)
+    with pytest.raises(ValueError, match=r"reward functions: \['low_ids_with_luck'\] there, \['many_low_ids'\] here"):
         other.train(engine=run_engine, resume_from_checkpoint=True)
 
 
@@ -264,3 +267,122 @@ def test_a_full_disk_is_told_and_costs_no_more_than_that_checkpoint(train, small
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     train("disk/run", resume=True, **changes)
     assert left_behind(small_disk / "run") == left_behind(tmp_path / "undisturbed")
+
+
+# -------------------------------------------------------------------------------- what a resumption must not trust or spoil
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_summary_of_an_earlier_course_does_not_end_a_run(train, tmp_path: Path):
+    """A finished run is made longer and killed in its last evaluation: the checkpoint of the last step is there already."""
+    train("run", max_steps=4, eval_steps=0)
+    longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
+
+    def fails_in_the_last_evaluation(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 6:
+            raise FaultError
+        return low_ids_with_luck(completion_ids)
+
+    fails_in_the_last_evaluation.__name__ = low_ids_with_luck.__name__
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("run", reward=fails_in_the_last_evaluation, resume=True, allow_changes=True, **longer)
+    (tmp_path / "run" / "summary.json").unlink()  # as after a SIGKILL, which writes none
+    assert (tmp_path / "run" / "checkpoints" / "step_000006").is_dir()
+    summary = train("run", resume=True, **longer)
+    assert summary["steps"] == 6 and not summary["interrupted"]
+
+
+def test_going_on_removes_the_summary_of_the_course_before(train, tmp_path: Path):
+    train("run", max_steps=4, eval_steps=0)
+
+    def looks(completion_ids: list, **kwargs: Any) -> list[float]:
+        seen.append((tmp_path / "run" / "summary.json").exists())
+        return low_ids_with_luck(completion_ids)
+
+    seen: list[bool] = []
+    looks.__name__ = low_ids_with_luck.__name__
+    train("run", reward=looks, resume=True, allow_changes=True, max_steps=6, eval_steps=0)
+    assert seen and not any(seen)
+
+
+def test_fewer_steps_than_were_done_are_refused(train):
+    train("run", max_steps=6)
+    with pytest.raises(ValueError, match=r"has done 6 steps already, more than optim.max_steps=4"):
+        train("run", max_steps=4, resume=True, allow_changes=True)
+
+
+def test_a_resumption_that_fails_leaves_the_folder_as_it_was(train, tmp_path: Path):
+    train("run", save_steps=2)
+    before = files_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="lora_alpha"):
+        train("run", save_steps=2, resume=True, allow_changes=True, alpha=64, max_steps=8)
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    with pytest.raises(OSError):
+        checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
+        train("run", save_steps=2, resume=checkpoint, report_to="tensorboard")
+    (tmp_path / "run" / "tensorboard").unlink()
+    assert files_of(tmp_path / "run") == before
+
+
+def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(train, tmp_path: Path):
+    changes: dict[str, Any] = {"max_steps": 8, "save_steps": 2, "eval_steps": 2, "keep_last": 1}
+
+    def best_after_two_steps(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        is_evaluation = len(completion_ids) == 1
+        if is_evaluation and trainer_state.global_step == 2:
+            if asked.append(True) or (name == "stopped" and len(asked) == 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return [1.0]
+        return [0.1] if is_evaluation else low_ids_with_luck(completion_ids)
+
+    kept = {}
+    best_after_two_steps.__name__ = low_ids_with_luck.__name__
+    for name in ("undisturbed", "stopped"):
+        asked: list[bool] = []
+        if name == "stopped":
+            with pytest.raises(RunInterrupted):
+                train(name, reward=best_after_two_steps, **changes)
+        train(name, reward=best_after_two_steps, resume=name == "stopped", **changes)
+        kept[name] = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+    assert kept["undisturbed"] == kept["stopped"] == ["step_000002", "step_000008"]
+
+
+def test_one_trainer_can_be_interrupted_and_go_on(make_trainer, run_engine, tmp_path: Path):
+    def asks_to_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 1 and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return low_ids_with_luck(completion_ids)
+
+    asked: list[bool] = []
+    trainer = make_trainer(reward=asks_to_stop_once, max_steps=3)
+    with pytest.raises(RunInterrupted):
+        trainer.train(engine=run_engine)
+    assert trainer.can_go_on
+    assert trainer.train(engine=run_engine, resume_from_checkpoint=True)["steps"] == 3
+    assert trainer.train(engine=run_engine, resume_from_checkpoint=None)["steps"] == 3  # TRL's scripts hand None through
+
+
+def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Path, capsys):
+    first = train("run", save_steps=0)
+    before = files_of(tmp_path / "run")
+    assert train("run", save_steps=0, resume=True) == first
+    assert files_of(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
+
+
+def test_what_cannot_be_saved_or_told_does_not_replace_the_error(make_trainer, run_engine, tmp_path: Path):
+    """A terminal that is gone, and a file where the adapter belongs."""
+
+    class DeadView(SilentView):
+        def note(self, text: str) -> None:
+            if "interrupted" in text:
+                raise BrokenPipeError(32, "Broken pipe")
+
+    trainer = make_trainer(reward=failing_at(2, FaultError()), max_steps=4)
+    trainer.view = DeadView()
+    with pytest.raises(RuntimeError, match="FaultError"):
+        trainer.train(engine=run_engine)
+    assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()

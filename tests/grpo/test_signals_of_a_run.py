@@ -23,7 +23,7 @@ rollout: {{num_generations: 4, max_prompt_length: 64, max_completion_length: 8, 
 optim: {{prompts_per_step: 3, max_steps: 12, learning_rate: 1e-2}}
 data: {{train: rows.jsonl, eval: rows.jsonl}}
 rewards: {{functions: reward.py:low_ids, isolation: process, num_workers: 1}}
-logging: {{eval_steps: 4, completions_steps: 3}}
+logging: {{completions_steps: 3}}
 """
 REWARD = """
 import time
@@ -114,7 +114,7 @@ def test_an_error_says_how_to_go_on(no_other_engine, project: Path):
     )  # fmt: skip
     out, error = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "step 2 is saved in failed/checkpoints/step_000002" in out
+    assert "the newest checkpoint is failed/checkpoints/step_000002" in out
     lines = error.splitlines()
     assert lines[0].startswith("rankup: error: reward function 'low_ids' failed")
     assert lines[-1].startswith("to go on: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")

@@ -56,6 +56,20 @@ def test_a_process_is_killed_with_its_children(make_scorer, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_job_are_the_parents_to_answer(make_scorer, number):
+    """Schedulers send them to every process; a step that is under way must still be scored. What users start can be ended."""
+
+    def is_told(completions, number, **kwargs):
+        with subprocess.Popen(["sleep", "600"]) as child:
+            child.terminate()
+        os.kill(os.getpid(), number[0])
+        time.sleep(0.2)
+        return [float(child.returncode == -signal.SIGTERM)]
+
+    assert make_scorer(is_told, num_workers=1).score(inputs("a", number=[int(number)])).total == [1.0]
+
+
 def _runs(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:

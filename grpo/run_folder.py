@@ -1,0 +1,80 @@
+"""The folder of a run: moved aside for a new run, owned by one process at a time, its files written whole.
+
+    with locked_folder(Path("runs/mine")):
+        moved = move_aside(Path("runs/mine"))           # runs/mine.1, where a run was in it
+        write_whole(Path("runs/mine/config.yaml"), b"...")
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+_OWNED: set[tuple[int, int]] = set()
+"""Folders that this process owns, by device and inode: the system would lock it out of its own."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds either what it held before or all of `data`, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Renames a folder that holds a run to `<name>.<first free number>`; None where there is no run in it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; give a folder")
+    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
+        return None
+    if folder.is_symlink():
+        folder = folder.resolve()  # the link goes on pointing to where the new run is written
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"output_dir {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
+        )
+    number = 1
+    while os.path.lexists(f"{folder}.{number}"):
+        number += 1
+    return folder.rename(f"{folder}.{number}")
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Own the folder for this process inside the block, or until it ends in whatever way. One that is not there has no owner.
+
+    Raises ValueError where another process owns it.
+    """
+    if not folder.is_dir() or (identity := _identity(folder)) in _OWNED:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing to {folder}: end it first, or give another output_dir") from None
+    except OSError:  # a file system without locks: there is nothing to see whether anybody else writes
+        pass
+    _OWNED.add(identity)
+    try:
+        yield
+    finally:
+        _OWNED.remove(identity)
+        os.close(descriptor)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
