@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
 from .advantages import GroupAdvantages, group_advantages, normalized_sums, soft_overlong_penalty
-from .collect import Collected, ScoredGroup, collect, sampling_settings
+from .collect import Collected, ScoredGroup, collect, sampling_settings, together
 from .config import GRPOConfig
 from .data import PromptSampler
 from .packing import WeightedGroup
+from .peers import ALONE, Peers
 from .step_metrics import completion_metrics, reward_metrics
 
 
@@ -41,16 +42,25 @@ class Batch:
 
 
 def collect_batch(
-    engine: RolloutEngine, scorer: Scorer, sampler: PromptSampler, config: GRPOConfig, *, step: int
+    engine: RolloutEngine,
+    scorer: Scorer,
+    sampler: PromptSampler,
+    config: GRPOConfig,
+    *,
+    step: int,
+    peers: Peers = ALONE,
 ) -> Batch:
-    """Sample, score and weigh the groups of a step (from 0); the same for the same step, seed and policy."""
+    """Sample, score and weigh the groups of a step (from 0); the same for the same step, seed and policy.
+
+    Each of several workers samples its share of every round; all groups are weighed together, those of others in outline.
+    """
     wanted, rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
-    collected = _round(engine, scorer, sampler, config, step=step, number=0)
+    collected = _round(engine, scorer, sampler, config, step=step, number=0, peers=peers)
     advantages = weigh(collected.groups, config)
     number = 0
     while number < rounds and sum(a.has_variance for a in advantages) < wanted:
         number += 1
-        more = _round(engine, scorer, sampler, config, step=step, number=number)
+        more = _round(engine, scorer, sampler, config, step=step, number=number, peers=peers)
         collected = Collected(
             groups=[*collected.groups, *more.groups],
             rollout_seconds=collected.rollout_seconds + more.rollout_seconds,
@@ -99,19 +109,28 @@ def _penalties(group: ScoredGroup, config: GRPOConfig) -> list[float]:
 
 
 def _round(
-    engine: RolloutEngine, scorer: Scorer, sampler: PromptSampler, config: GRPOConfig, *, step: int, number: int
+    engine: RolloutEngine,
+    scorer: Scorer,
+    sampler: PromptSampler,
+    config: GRPOConfig,
+    *,
+    step: int,
+    number: int,
+    peers: Peers,
 ) -> Collected:
-    """The step's own prompts (number 0), or those of a further round."""
+    """The step's own prompts (number 0), or those of a further round: this worker's share in full, the others' in outline."""
     rows = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
-    return collect(
+    share = peers.share(len(rows))
+    own = collect(
         engine,
         scorer,
-        rows,
+        rows[share],
         sampling_settings(config),
         seed=(config.seed, step),
-        first_index=number * config.optim.prompts_per_step,
+        first_index=number * config.optim.prompts_per_step + share.start,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
     )
+    return together(own, rows, peers)
 
 
 def _to_train_on(
@@ -119,7 +138,7 @@ def _to_train_on(
 ) -> list[WeightedGroup]:
     """All groups (the learner leaves out what has no gradient); after resampling the first `wanted` with variance."""
     weighted = [
-        WeightedGroup(group=dataclasses.replace(g.group, index=place), advantages=a.advantages)
+        WeightedGroup(group=dataclasses.replace(g.group, index=place), advantages=a.advantages, is_own=g.is_own)
         for place, (g, a) in enumerate(zip(groups, advantages, strict=True))
         if a.has_variance or not choose
     ]

@@ -8,6 +8,7 @@ waited for when all groups are sampled; what runs inline is done between two ste
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,20 @@ from ..rollout.types import PromptGroup, SamplingSettings
 from .adapters import target_module_names
 from .config import GRPOConfig
 from .data import PromptRow
+from .peers import Peers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """One prompt's row of the data set, its completions, and their scores."""
+    """One prompt's row of the data set, its completions, and their scores.
+
+    `is_own`: whether this worker has sampled it; another's is here in outline (`PromptGroup.outline`).
+    """
 
     row: PromptRow
     group: PromptGroup
     scores: Scores
+    is_own: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +154,20 @@ def collect(
         rollout_seconds=seconds - reward_seconds,
         reward_seconds=reward_seconds,
     )
+
+
+def together(own: Collected, rows: Sequence[PromptRow], peers: Peers) -> Collected:
+    """The groups of all workers for `rows`, of which each has collected its share: the own ones, and outlines of the others."""
+    if peers.size == 1:
+        return own
+    outlines = peers.gather([(g.group.outline(), dataclasses.replace(g.scores, extras={})) for g in own.groups])
+    others = [
+        ScoredGroup(row=row, group=group, scores=scores, is_own=False)
+        for row, (group, scores) in zip(rows, outlines, strict=True)
+    ]
+    share = peers.share(len(rows))
+    groups = [*others[: share.start], *own.groups, *others[share.stop :]]
+    return dataclasses.replace(own, groups=groups)
 
 
 def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from ..rewards.runner import Scorer
 from ..rollout.engine import RolloutEngine
-from .collect import collect, greedy_settings
+from .collect import collect, greedy_settings, together
 from .config import GRPOConfig
 from .data import PromptRow
 from .guard_evaluations import Rewards
+from .peers import ALONE, Peers
 from .step_metrics import failures
 
 
@@ -34,16 +35,21 @@ def evaluate(
     *,
     step: int,
     use_adapter: bool = True,
+    peers: Peers = ALONE,
 ) -> Evaluation:
-    """Sample one greedy completion of each row, with or without the adapter, and score it. `step`: steps done so far."""
-    collected = collect(
+    """Sample one greedy completion of each row, with or without the adapter, and score it. `step`: steps done so far.
+
+    Each of several workers takes its share of the rows; all get the whole evaluation.
+    """
+    own = collect(
         engine,
         scorer,
-        rows,
+        rows[peers.share(len(rows))],
         greedy_settings(config),
         seed=None,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
     )
+    collected = together(own, rows, peers)
     rewards = [reward for group in collected.groups for reward in group.scores.total]
     return Evaluation(rewards=rewards, failures=failures(collected.groups))

@@ -90,6 +90,15 @@ class Interrupts:
         finally:
             self._is_deferred = was_deferred
 
+    @property
+    def asked(self) -> signal.Signals | None:
+        """The signal that was remembered."""
+        return self._asked
+
+    def ask(self) -> None:
+        """Remember a wish to stop that came in another way than by a signal to this process."""
+        self._asked = self._asked or signal.SIGTERM
+
     def stop_if_asked(self) -> None:
         """Raise RunInterrupted if a signal was remembered."""
         if self._asked is not None:

@@ -17,15 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from .config import GRPOConfig
-from .corrections import gap_metrics
+from .corrections import gap_metrics, gap_tally
 from .guard_evaluations import Rewards
 from .guards import Guards, Verdict, Witness
 from .losses import Counts, entropy_bound, kl_k3
 from .objective import Objective, StepConstants
 from .optimizer import learning_rate, make_optimizer, set_learning_rate
 from .packing import Pack, WeightedGroup, pack, pad
+from .peers import ALONE, Peers
 from .policy import Policy
 from .snapshots import Snapshot
+from .tally import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +50,9 @@ class Learner:
             soon as it changes one of them; whoever has finished the step sets it.
     """
 
-    def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0) -> None:
+    def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0, peers: Peers = ALONE) -> None:
         self.policy = policy
+        self.peers = peers
         self.config = config
         self.pad_token_id = pad_token_id
         self.is_between_steps = True
@@ -69,14 +72,15 @@ class Learner:
         Where there is nothing to train on nothing changes, and the metrics say only what the guards know.
         """
         kept = self._kept(groups)
-        packs = self._packs(kept)
-        if not packs:
+        if not any(c.token_ids for w in kept for c in w.group.completions):
             return self._judged(step, observed or {}, {}, can_update=False)
+        own = [w for w in kept if w.is_own]
+        packs = self._packs(own)
         constants = self._constants(groups, kept, packs)
         base = self._base_logprobs(packs)
         # The first iteration's policy is the one that the step began with: its log-probabilities are the old ones.
         metrics, old = self._gradients(packs, constants, [None] * len(packs), base)
-        metrics |= _packing_metrics(packs, kept)
+        metrics |= _packing_metrics(self.peers.gather_each(_packing_counts(packs, own)))
         update = self._judged(step, observed or {}, metrics, can_update=True)
         for _ in range(1, self.config.algorithm.num_iterations):
             if update.metrics["update_skipped"]:
@@ -159,34 +163,64 @@ class Learner:
                     factor=loss.factor,
                 )
             )
-        losses, logprobs, entropies = zip(*results, strict=True)
+        losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
+        self._sum_gradients()
+        tally = Tally()
+        if packs:
+            tally = self._tally(packs, losses, logprobs, entropies, old=old, base=base)
+        tally = Tally.together(self.peers.gather_each(tally))
         metrics = {
-            "loss": torch.stack(losses).sum().item(),
+            "loss": tally.sums["loss"],
             "grad_norm": self._clip_gradients(),
-            "entropy": torch.cat(entropies).mean().item(),
-            **self._gap(packs, logprobs),
+            "entropy": tally.mean("entropy"),
+            **gap_metrics(tally),
+            "sampling/left_out_ratio": 1.0 - tally.mean("kept"),
         }
-        if self.config.algorithm.beta > 0:
-            base_all = torch.cat([b for b in base if b is not None])
-            metrics["kl"] = kl_k3(torch.cat(logprobs), base_all).mean().item()
-        if old[0] is not None:
-            metrics |= self._clip_ratios(packs, logprobs, [o for o in old if o is not None])
+        if "kl_to_base" in tally.sums:
+            metrics["kl"] = tally.mean("kl_to_base")
+        if "clip_low" in tally.sums:
+            low, high = tally.mean("clip_low"), tally.mean("clip_high")
+            metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         return metrics, logprobs
 
-    def _gap(self, packs: list[Pack], logprobs: Sequence[torch.Tensor]) -> dict[str, float]:
-        weights = [self.objective.weights(one, logprobs_N) for one, logprobs_N in zip(packs, logprobs, strict=True)]
-        gap = gap_metrics(torch.cat(list(logprobs)), torch.cat([one.sampler_logprobs_N for one in packs]), torch.cat(weights))
-        kept = [self.objective.keeps(one, logprobs_N) for one, logprobs_N in zip(packs, logprobs, strict=True)]
-        return gap | {"sampling/left_out_ratio": 1.0 - torch.cat(kept).float().mean().item()}
+    def _tally(
+        self,
+        packs: list[Pack],
+        losses: Sequence[torch.Tensor],
+        logprobs: Sequence[torch.Tensor],
+        entropies: Sequence[torch.Tensor],
+        *,
+        old: Sequence[torch.Tensor | None],
+        base: Sequence[torch.Tensor | None],
+    ) -> Tally:
+        """What the metrics of these packs are made of."""
+        pairs = list(zip(packs, logprobs, strict=True))
+        logprobs_all = torch.cat(list(logprobs))
+        sums = {
+            "entropy": torch.cat(list(entropies)),
+            "loss": torch.stack(list(losses)),
+            "kept": torch.cat([self.objective.keeps(one, logprobs_N) for one, logprobs_N in pairs]),
+        }
+        if self.config.algorithm.beta > 0:
+            sums["kl_to_base"] = kl_k3(logprobs_all, torch.cat([b for b in base if b is not None]))
+        if old[0] is not None:
+            counts = [self.objective.clip_counts(*one) for one in zip(packs, logprobs, old, strict=True)]  # type: ignore[arg-type]
+            sums["clip_low"], sums["clip_high"] = torch.stack(counts).unbind(1)
+        gap = gap_tally(
+            logprobs_all,
+            torch.cat([one.sampler_logprobs_N for one in packs]),
+            torch.cat([self.objective.weights(one, logprobs_N) for one, logprobs_N in pairs]),
+        )
+        return Tally.of(sums=sums, extremes={}).beside(gap)
 
-    def _clip_ratios(
-        self, packs: list[Pack], logprobs: Sequence[torch.Tensor], old: Sequence[torch.Tensor]
-    ) -> dict[str, float]:
-        counts = torch.stack(
-            [self.objective.clip_counts(*one) for one in zip(packs, logprobs, old, strict=True)]
-        ).sum(0)
-        low, high = (counts / sum(len(logprobs_N) for logprobs_N in logprobs)).tolist()
-        return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    def _sum_gradients(self) -> None:
+        """Every worker has a part of the step's gradient; each gets the whole."""
+        if self.peers.size == 1:
+            return
+        for master in self.policy.masters:
+            if master.grad is None:  # a worker whose groups all lacked variance
+                master.grad = torch.zeros_like(master)
+        self.peers.sum_([master.grad for master in self.policy.masters if master.grad is not None])
 
     def _step_if_possible(self, grad_norm: float) -> bool:
         """An optimizer step. A gradient that is not finite would destroy the adapter; of none only old momentum would move."""
@@ -236,7 +270,8 @@ class Learner:
         if algorithm.top_entropy_quantile == 1.0:
             return StepConstants(counts=counts, entropy_tokens=tokens)
         temperature = self.config.rollout.temperature
-        entropies = torch.cat([self.policy.logprobs(one, temperature=temperature)[1] for one in packs])
+        own = [self.policy.logprobs(one, temperature=temperature)[1].cpu() for one in packs]
+        entropies = torch.cat(self.peers.gather(own)).to(self.policy.device)
         bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
         return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 
@@ -254,21 +289,32 @@ OFF_POLICY_METRICS = ("loss", "grad_norm", "clip_ratio/low_mean", "clip_ratio/hi
 def without_truncated(weighted: WeightedGroup) -> WeightedGroup:
     """The group without the completions that were cut off."""
     whole = [i for i, completion in enumerate(weighted.group.completions) if completion.finish_reason != "length"]
-    return WeightedGroup(
+    return dataclasses.replace(
+        weighted,
         group=dataclasses.replace(weighted.group, completions=tuple(weighted.group.completions[i] for i in whole)),
         advantages=tuple(weighted.advantages[i] for i in whole),
     )
 
 
-def _packing_metrics(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[str, float]:
-    """Packs and tokens that went through the model, the share that was padding, and their ratio to one prompt a completion."""
-    computed = sum(one.num_input_tokens for one in packs)
-    padding = sum(one.num_padding_tokens for one in packs)
+def _packing_counts(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[str, int]:
+    """Packs and tokens of this worker, and the tokens that one prompt a completion would have been."""
     lengths = [(len(w.group.prompt_token_ids), len(c.token_ids)) for w in groups for c in w.group.completions if c.token_ids]
     return {
-        "packing/packs": float(len(packs)),
-        "packing/tokens": float(computed),
-        "packing/completion_tokens": float(sum(length for _, length in lengths)),
-        "packing/padding_ratio": padding / (computed + padding),
-        "packing/token_ratio": computed / sum(map(sum, lengths)),
+        "packs": len(packs),
+        "computed": sum(one.num_input_tokens for one in packs),
+        "padding": sum(one.num_padding_tokens for one in packs),
+        "completion": sum(length for _, length in lengths),
+        "plain": sum(map(sum, lengths)),
+    }
+
+
+def _packing_metrics(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Packs and tokens that went through the model, the share that was padding, and their ratio to one prompt a completion."""
+    total = {name: sum(one[name] for one in counts) for name in counts[0]}
+    return {
+        "packing/packs": float(total["packs"]),
+        "packing/tokens": float(total["computed"]),
+        "packing/completion_tokens": float(total["completion"]),
+        "packing/padding_ratio": total["padding"] / (total["computed"] + total["padding"]),
+        "packing/token_ratio": total["computed"] / total["plain"],
     }

@@ -23,10 +23,11 @@ from ..rollout.types import Completion, PromptGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedGroup:
-    """A group with one advantage a completion."""
+    """A group with one advantage a completion. `is_own`: whether its tokens are here, or with another worker."""
 
     group: PromptGroup
     advantages: tuple[float, ...]
+    is_own: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,24 +19,31 @@ from typing import Any
 
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import GRPOConfig, dump_config
+from .peers import ALONE, Peers
 from .random_states import random_states, set_random_states
 from .records import METRICS_FILE, RunRecorder
 from .reporting import make_reports
 from .resume import Resumption, software_changes
 from .run_state import Position, load_state, write_state
 from .session import Session
+from .silent import SilentRecorder
 
 
 @contextmanager
 def open_recorder(
-    config: GRPOConfig, resumption: Resumption | None, *, note: Callable[[str], None]
+    config: GRPOConfig, resumption: Resumption | None, *, note: Callable[[str], None], peers: Peers = ALONE
 ) -> Iterator[RunRecorder]:
     """The run folder of a new run, or of one that goes on, and the reports that the configuration names.
+
+    Only the first of several workers records.
 
     Raises:
         ValueError: the folder cannot be the run's, or a report cannot be opened.
     """
     logging = config.logging
+    if not peers.is_first:
+        yield SilentRecorder(logging.output_dir)
+        return
     resume = None if resumption is None else resumption.state.recorder
     with RunRecorder(logging.output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
         if recorder.moved_aside is not None:
@@ -73,8 +81,10 @@ class RunKeeper:
         *,
         inputs: Mapping[str, Any],
         note: Callable[[str], None],
+        peers: Peers = ALONE,
     ) -> None:
         self.num_tokens = 0
+        self._peers = peers
         self._config = config
         self._session = session
         self._recorder = recorder
@@ -91,14 +101,14 @@ class RunKeeper:
             steps_done=steps_done,
             is_evaluated=is_evaluated,
             num_tokens=self.num_tokens,
-            random_states=random_states(),
+            random_states=[random_states()],
         )
 
     def go_on(self, resumption: Resumption) -> None:
         """Take over everything that a checkpoint says; checkpoints of later steps are set aside."""
         checkpoint, state = resumption.checkpoint, resumption.state
         load_state(checkpoint.path, state, self._session)  # before anything in the folder changes: it may not fit
-        for path in self._store.set_aside_after(checkpoint.step):
+        for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_first else ():
             self._note(f"a checkpoint that the run does not go on from is now {path}")
         if not self._recorder.go_on():
             self._note(f"{METRICS_FILE} is shorter than it was at step {checkpoint.step}: some rows are lost")
@@ -106,7 +116,8 @@ class RunKeeper:
             self._note(f"the last bits may differ from those of an undisturbed run: {change}")
         self.num_tokens, self.last = state.position.num_tokens, checkpoint.path
         self._last_position = (state.position.steps_done, state.position.is_evaluated)
-        set_random_states(state.position.random_states)
+        states = state.position.random_states  # of every worker that there was
+        set_random_states(states[self._peers.rank % len(states)])
         self.advance(state.position.steps_done, is_evaluated=state.position.is_evaluated)
 
     def save(self) -> None:
@@ -117,7 +128,7 @@ class RunKeeper:
             self._note(f"{error}; the run goes on, and earlier checkpoints are whole")
 
     def write(self) -> Path | None:
-        """The checkpoint of `position`, unless it is there already; returns its folder.
+        """The checkpoint of `position`, unless it is there already; returns its folder. All workers call it, the first writes.
 
         None where there is nothing to go on from: before the first step, and while an update is under way, of which no
         step's state is in memory.
@@ -129,6 +140,11 @@ class RunKeeper:
         if self._last_position == (position.steps_done, position.is_evaluated):
             return self.last
         if position.steps_done == 0 or not self._session.learner.is_between_steps:
+            return None
+
+        position = dataclasses.replace(position, random_states=self._peers.gather(position.random_states))
+        before, self._last_position = self._last_position, (position.steps_done, position.is_evaluated)
+        if not self._peers.is_first:
             return None
 
         def fill(folder: Path) -> None:
@@ -144,7 +160,31 @@ class RunKeeper:
         by_evaluation = self._config.logging.eval_steps > 0
         reward = self._recorder.reward_at(position.steps_done, by_evaluation=by_evaluation)
         started = time.perf_counter()
-        path = self._store.write(position.steps_done, fill, reward=reward)
+        try:
+            self.last = self._store.write(position.steps_done, fill, reward=reward)
+        except CheckpointError:
+            self._last_position = before
+            raise
         self._recorder.spent("checkpoint", time.perf_counter() - started)
-        self.last, self._last_position = path, (position.steps_done, position.is_evaluated)
-        return path
+        return self.last
+
+    def conclude(self, *, interrupted: bool) -> dict[str, Any]:
+        """The adapter, the summary and the learning curve: what a run leaves at its end. Nothing but for the first worker."""
+        if not self._peers.is_first:
+            return {}
+        self._session.policy.save_adapter(self._recorder.adapter_dir)
+        summary = self._recorder.summary(
+            {
+                "run_name": self._config.logging.run_name,
+                "model": self._config.model.name,
+                "seed": self._config.seed,
+                "interrupted": interrupted,
+                "guards": self._session.learner.guards.metrics(),
+            }
+        )
+        if summary["steps"]:
+            from .plots import plot_learning_curve
+
+            run_dir = self._recorder.output_dir
+            plot_learning_curve([run_dir], run_dir / "learning_curve.png")
+        return summary

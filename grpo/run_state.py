@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,13 +46,13 @@ class Position:
         steps_done: optimizer steps.
         is_evaluated: whether the evaluation that is due after them was made, if one is.
         num_tokens: tokens sampled so far, prompts counted once a completion.
-        random_states: of the global generators, as `random_states()` gives them.
+        random_states: of the global generators of every worker, as `random_states()` gives them.
     """
 
     steps_done: int
     is_evaluated: bool
     num_tokens: int
-    random_states: Mapping[str, Any]
+    random_states: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

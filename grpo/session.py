@@ -18,6 +18,7 @@ from ..rollout.engine import RolloutEngine
 from .collect import engine_settings
 from .config import GRPOConfig
 from .learner import Learner
+from .peers import ALONE, Peers
 from .policy import Policy
 from .prove import prove_slots
 from .quiet import quiet_stderr
@@ -44,6 +45,7 @@ def open_session(
     pad_token_id: int = 0,
     engine: RolloutEngine | None = None,
     note: Callable[[str], None],
+    peers: Peers = ALONE,
 ) -> Iterator[Session]:
     """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine in the end.
 
@@ -78,7 +80,7 @@ def open_session(
         note(policy.fusion.summary)
         prove_slots(policy, own)
         own.policy_version = 0  # a run counts its own policies: 0 is the adapter that it begins with
-        yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id))
+        yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id, peers=peers))
     finally:
         if engine is None:
             own.close()

@@ -13,8 +13,7 @@ configuration, data and reward functions and writes nothing; `train` makes the r
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +33,7 @@ from .guards import Verdict
 from .interrupts import Interrupts, RunInterrupted
 from .notes import evaluation_notes, start_notes, step_notes
 from .objective import Objective
+from .peers import ALONE, Peers
 from .profiling import profiled
 from .records import RunRecorder, When, resident_mib
 from .reporting import check_reports
@@ -44,6 +44,7 @@ from .run_keeper import RunKeeper, open_recorder
 from .session import Session, open_session
 from .step_metrics import completions_table
 from .terminal import View, make_view
+from .worker_reports import Clock, exchange_reports, num_tokens, slowest, time_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,19 +52,6 @@ if TYPE_CHECKING:
 
 class TrainingStoppedError(ValueError):
     """The guards gave up on the run. What it had learned is saved."""
-
-
-class Clock:
-    """Seconds by phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
 
 
 class GRPOTrainer:
@@ -75,6 +63,8 @@ class GRPOTrainer:
         args: the configuration.
         train_dataset, eval_dataset: a `datasets.Dataset`, rows, or a source as in `args.data`; None: `args.data`.
         view: where progress is shown; None: the terminal.
+        peers: the workers of one `torch.distributed` group that share every step; by default this one alone. Each makes a
+            trainer with the same arguments; the first records and saves.
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
@@ -93,11 +83,13 @@ class GRPOTrainer:
         eval_dataset: str | Dataset | Iterable[Mapping[str, Any]] | None = None,
         *,
         view: View | None = None,
+        peers: Peers = ALONE,
     ) -> None:
         config = args or GRPOConfig()
         if model is not None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         self.config = config
+        self.peers = peers
         self.scorer = make_scorer(config, reward_funcs)
         Objective(config)  # one of the user's own that cannot be loaded is told now
         self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
@@ -116,6 +108,7 @@ class GRPOTrainer:
             keep_best=config.checkpoint.keep_best,
         )
         self._interrupts = Interrupts(self.view.note)
+        self.should_stop: Callable[[], bool] = lambda: False  # asked between steps, where no signal arrives
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -147,18 +140,13 @@ class GRPOTrainer:
             stack.enter_context(self._interrupts.handled())
             stack.enter_context(self._interrupts.deferred())
             check_reports(self.config.logging.report_to)
-            stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
-            if resume_from_checkpoint is True and (summary := summary_of_finished_run(self.config)) is not None:
+            if self.peers.is_first:
+                stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
+            finished = self.peers.from_first(lambda: resume_from_checkpoint is True and summary_of_finished_run(self.config))
+            if finished:
                 self.view.note(f"the run in {output_dir} has come to its end: there is nothing left to do")
-                return summary
-            resumption = find_resumption(
-                resume_from_checkpoint,
-                self.config,
-                self._checkpoints,
-                inputs=self._fingerprint(),
-                allow_changes=allow_changes,
-                say=self.view.note,
-            )
+                return finished
+            resumption = self.peers.from_first(lambda: self._find_resumption(resume_from_checkpoint, allow_changes))
             for note in start_notes(self.config, self.inputs):
                 self.view.note(note)
             with self._interrupts.at_once():
@@ -166,21 +154,20 @@ class GRPOTrainer:
             stack.enter_context(self._recording(resumption))
             with self._nothing_lost():
                 self._run()
-            self.session.policy.save_adapter(self.recorder.adapter_dir)
-            return self._summarise(interrupted=False)
+            return self._conclude(interrupted=False)
 
     def _run(self) -> None:
         """All steps and evaluations that are left."""
         max_steps, save_steps = self.config.optim.max_steps, self.config.checkpoint.save_steps
         while True:
-            self._interrupts.stop_if_asked()
+            self._stop_if_asked()
             step = self.keeper.position.steps_done
             if not self.keeper.position.is_evaluated:
                 self._evaluate_at(step, "during" if step else "before")
                 self.keeper.advance(step, is_evaluated=True)
             if _due(step, save_steps) or (step == max_steps and save_steps):
                 self.keeper.save()
-            self._interrupts.stop_if_asked()
+            self._stop_if_asked()
             if step == max_steps:
                 break
             assert step < max_steps
@@ -189,10 +176,16 @@ class GRPOTrainer:
             self.keeper.advance(step + 1, is_evaluated=not self._evaluation_is_due(step + 1))
         self._finish()
 
+    def _stop_if_asked(self) -> None:
+        """Raise RunInterrupted if the run is to stop here: on all workers, if on one."""
+        if any(self.peers.gather_each(self.should_stop() or self._interrupts.asked is not None)):
+            self._interrupts.ask()
+        self._interrupts.stop_if_asked()
+
     def _step(self, step: int) -> None:
         """One step, `step` counting from 0: rollout, reward and advantages; train; publish; record."""
         config, session, clock = self.config, self.session, Clock()
-        batch = collect_batch(session.engine, self.scorer, self.sampler, config, step=step)
+        batch = collect_batch(session.engine, self.scorer, self.sampler, config, step=step, peers=self.peers)
         clock.seconds["rollout"] = batch.collected.rollout_seconds
         clock.seconds["reward"] = batch.collected.reward_seconds
         with clock.phase("train"):
@@ -201,20 +194,17 @@ class GRPOTrainer:
             session.publish()
 
         groups = batch.collected.groups
-        sampled_tokens = sum(len(c.token_ids) for g in groups for c in g.group.completions)
-        trained_tokens = update.metrics.get("packing/completion_tokens", 0.0)
-        self.keeper.num_tokens += sampled_tokens + sum(len(g.row.token_ids) * config.rollout.num_generations for g in groups)
+        reports = exchange_reports(self.peers, session, clock.seconds, groups)
+        self.keeper.num_tokens += num_tokens(groups)
         metrics = {
             **batch.metrics,
             **update.metrics,
             "num_tokens": float(self.keeper.num_tokens),
             "memory/resident_mib": resident_mib(),
-            **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-            "tokens_per_second/rollout": sampled_tokens / clock.seconds["rollout"],
-            "tokens_per_second/train": trained_tokens / clock.seconds["train"],
+            **time_metrics(reports, trained_tokens=update.metrics.get("packing/completion_tokens", 0.0)),
         }
         self.recorder.step(step + 1, metrics)
-        self.view.step(step + 1, metrics, clock.seconds)
+        self.view.step(step + 1, metrics, slowest(reports))
         for note in step_notes(step + 1, groups, update):
             self.view.note(note)
         if step == 0 or _due(step + 1, config.logging.completions_steps):
@@ -297,7 +287,9 @@ class GRPOTrainer:
         rows = self.eval_prompts.rows
         self.view.stage(f"evaluating {len(rows)} prompts")
         with self._interrupts.at_once():  # it can be made again
-            return evaluate(self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter)
+            return evaluate(
+                self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter, peers=self.peers
+            )
 
     def _trace_of(self, step: int) -> Path | None:
         """Where the profiler's trace of the step goes, counted from 1; None where none is asked for."""
@@ -305,11 +297,12 @@ class GRPOTrainer:
         return self.recorder.output_dir / "profile" / f"step_{step:06d}.json.gz" if is_asked_for else None
 
     def _show_completions(self, step: int, collected: Collected, advantages: Sequence[GroupAdvantages]) -> None:
-        table, columns = completions_table(collected.groups, advantages, self.scorer)
+        own = [(g, a) for g, a in zip(collected.groups, advantages, strict=True) if g.is_own]
+        table, columns = completions_table([g for g, _ in own], [a for _, a in own], self.scorer)
         self.recorder.completions(step, table, **columns)
         shown = [
             (g.row.prompt, g.group.completions[0].text, g.scores.total[0])
-            for g in collected.groups[: self.config.logging.num_completions_to_print]
+            for g, _ in own[: self.config.logging.num_completions_to_print]
         ]
         self.view.completions(step, shown)
 
@@ -322,9 +315,10 @@ class GRPOTrainer:
             yield
         except BaseException as error:  # and it goes on, whatever it is
             attempts = Attempts()
-            is_kept = attempts.to("save a checkpoint", self.keeper.write)
-            attempts.to("save the adapter", lambda: self.session.policy.save_adapter(self.recorder.adapter_dir))
-            attempts.to("write the summary", lambda: self._summarise(interrupted=True))
+            # Where one of several workers fails, the others are elsewhere: there is no step that all could save.
+            can_save = self.peers.size == 1 or isinstance(error, RunInterrupted)
+            is_kept = can_save and attempts.to("save a checkpoint", self.keeper.write)
+            attempts.to("save adapter and summary", lambda: self._conclude(interrupted=True))
             if isinstance(error, RunInterrupted) and is_kept:
                 error.saved(self.keeper.last)
             newest = [] if self.keeper.last is None else [f"the newest checkpoint is {self.keeper.last}"]
@@ -332,21 +326,8 @@ class GRPOTrainer:
             attempts.to("tell of it", lambda: [self.view.note(note) for note in notes])
             raise
 
-    def _summarise(self, *, interrupted: bool) -> dict[str, Any]:
-        """`summary.json` and the learning curve."""
-        summary = self.recorder.summary(
-            {
-                "run_name": self.config.logging.run_name,
-                "model": self.config.model.name,
-                "seed": self.config.seed,
-                "interrupted": interrupted,
-                "guards": self.session.learner.guards.metrics(),
-            }
-        )
-        if summary["steps"]:
-            from .plots import plot_learning_curve
-
-            plot_learning_curve([self.recorder.output_dir], self.recorder.output_dir / "learning_curve.png")
+    def _conclude(self, *, interrupted: bool) -> dict[str, Any]:
+        summary = self.keeper.conclude(interrupted=interrupted)
         self.view.finish(summary)
         return summary
 
@@ -364,15 +345,22 @@ class GRPOTrainer:
                 pad_token_id=cast(int, self.inputs.tokenizer.pad_token_id or 0),
                 engine=engine,
                 note=self.view.note,
+                peers=self.peers,
             ) as self.session:
                 yield
 
     @contextmanager
     def _recording(self, resumption: Resumption | None) -> Iterator[None]:
         """The run folder, and where the run begins: at its first step, or at a checkpoint."""
-        with open_recorder(self.config, resumption, note=self.view.note) as self.recorder:
+        with open_recorder(self.config, resumption, note=self.view.note, peers=self.peers) as self.recorder:
             self.keeper = RunKeeper(
-                self.config, self.session, self.recorder, self._checkpoints, inputs=self._fingerprint(), note=self.view.note
+                self.config,
+                self.session,
+                self.recorder,
+                self._checkpoints,
+                inputs=self._fingerprint(),
+                note=self.view.note,
+                peers=self.peers,
             )
             if resumption is None:
                 self.keeper.advance(0, is_evaluated=not self._evaluation_is_due(0))
@@ -380,6 +368,16 @@ class GRPOTrainer:
                 self.keeper.go_on(resumption)
                 self.view.resumed(resumption.checkpoint.step, self.recorder.rows())
             yield
+
+    def _find_resumption(self, source: Resume, allow_changes: bool) -> Resumption | None:
+        return find_resumption(
+            source,
+            self.config,
+            self._checkpoints,
+            inputs=self._fingerprint(),
+            allow_changes=allow_changes,
+            say=self.view.note,
+        )
 
     def _fingerprint(self) -> dict[str, Any]:
         """What the run is made from besides its configuration, for the comparison when it is taken up again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 
 class EngineError(RuntimeError):
@@ -47,3 +47,20 @@ class PromptGroup:
     index: int
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
+
+    def outline(self) -> PromptGroup:
+        """The same group without its tokens and text: lengths, finish reasons and versions alone, for other workers."""
+        return PromptGroup(
+            index=self.index,
+            prompt_token_ids=(),
+            completions=tuple(
+                Completion(
+                    token_ids=cast(tuple[int, ...], range(len(c.token_ids))),  # has the length and takes no room
+                    logprobs=(),
+                    text="",
+                    finish_reason=c.finish_reason,
+                    policy_version=c.policy_version,
+                )
+                for c in self.completions
+            ),
+        )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rankup.grpo.config import CorrectionConfig
 from rankup.grpo.config_algorithm import CORRECTION_MODES
-from rankup.grpo.corrections import correction_weights, gap_metrics, sampling_warnings, veto_keep
+from rankup.grpo.corrections import correction_weights, gap_metrics, gap_tally, sampling_warnings, veto_keep
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
@@ -95,7 +95,7 @@ def test_metrics_of_the_gap() -> None:
     sampler_N = torch.tensor([-1.1, -1.7, -0.5, -3.4], dtype=torch.float64)
     log_w = [0.1, -0.3, 0.0, 0.4]
     w = [math.exp(x) for x in log_w]
-    metrics = gap_metrics(logprobs_N, sampler_N, torch.tensor([1.0, 0.5, 1.0, 1.2], dtype=torch.float64))
+    metrics = gap_metrics(gap_tally(logprobs_N, sampler_N, torch.tensor([1.0, 0.5, 1.0, 1.2], dtype=torch.float64)))
     assert metrics == pytest.approx(
         {
             "sampling/sampling_logp_difference/mean": 0.2,
@@ -113,9 +113,9 @@ def test_metrics_of_the_gap() -> None:
 def test_the_effective_sample_size_is_a_share() -> None:
     """1 for equal weights, 1/N where one token has all the weight."""
     weights_N = torch.ones(8)
-    same = gap_metrics(torch.full((8,), -1.0), torch.full((8,), -1.5), weights_N)
+    same = gap_metrics(gap_tally(torch.full((8,), -1.0), torch.full((8,), -1.5), weights_N))
     assert same["sampling/effective_sample_size"] == pytest.approx(1.0)
-    one = gap_metrics(torch.tensor([0.0] + [-40.0] * 7), torch.tensor([-9.0] + [-1.0] * 7), weights_N)
+    one = gap_metrics(gap_tally(torch.tensor([0.0] + [-40.0] * 7), torch.tensor([-9.0] + [-1.0] * 7), weights_N))
     assert one["sampling/effective_sample_size"] == pytest.approx(1 / 8)
 
 
@@ -124,7 +124,7 @@ def test_the_divergence_is_from_sampler_to_trainer() -> None:
     generator = torch.Generator().manual_seed(0)
     trainer, sampler = torch.randn(2, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
     draws = torch.multinomial(sampler.exp(), 200_000, replacement=True, generator=generator)
-    measured = gap_metrics(trainer[draws], sampler[draws], torch.ones(1))["sampling/kl"]
+    measured = gap_metrics(gap_tally(trainer[draws], sampler[draws], torch.ones(1)))["sampling/kl"]
     assert measured == pytest.approx((sampler.exp() * (sampler - trainer)).sum().item(), rel=0.02)
 
 

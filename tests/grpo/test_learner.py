@@ -13,7 +13,7 @@ import torch
 from sample_groups import make_group, random_groups, with_logprobs
 
 from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.corrections import gap_metrics
+from rankup.grpo.corrections import gap_metrics, gap_tally
 from rankup.grpo.learner import Learner
 from rankup.grpo.packing import WeightedGroup, by_completion
 from rankup.grpo.policy import Policy
@@ -354,7 +354,7 @@ def test_metrics(make_learner, groups: list[WeightedGroup]) -> None:
         "update_skipped": 0.0,
         "sampling/left_out_ratio": 0.0,
         "entropy": entropy_N.mean().item(),
-        **gap_metrics(logprobs_N, one.sampler_logprobs_N, torch.ones_like(logprobs_N)),
+        **gap_metrics(gap_tally(logprobs_N, one.sampler_logprobs_N, torch.ones_like(logprobs_N))),
         "learning_rate": 1e-4,
         "packing/packs": 1.0,
         "packing/tokens": tokens,

@@ -1,0 +1,62 @@
+"""Learners that share their steps: what each worker process of `test_peers.py` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sample_groups import random_groups
+
+from rankup.grpo.config import GRPOConfig, LoraConfig
+from rankup.grpo.learner import Learner
+from rankup.grpo.peers import Peers
+from rankup.grpo.policy import Policy
+from rankup.grpo.quiet import quiet_stderr
+
+SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8]), (5, [4, 4, 4]), (2, [20])]
+STEPS = 3
+OPTIONS: dict[str, Any] = {"mode": "none", "veto": 0.0, "learning_rate": 1e-3, "guards": {"enabled": False}}
+
+Outcome = tuple[torch.Tensor, list[dict[str, float]]]
+"""All masters in one vector, and the metrics of each step."""
+
+
+def learn(model_path: str, variants: dict[str, dict[str, Any]], peers: Peers) -> dict[str, Outcome]:
+    """A few updates for each variant, on this worker's share of the same groups."""
+    outcomes = {}
+    for name, options in variants.items():
+        with quiet_stderr():
+            policy = Policy(model_path, lora=LoraConfig(rank=8, alpha=8), dtype="float32", seed=3)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for layer in policy.layers.values():
+                layer.master_b.copy_(torch.randn(layer.master_b.shape, generator=generator) * 0.05)
+        policy.write_slots()
+        learner = Learner(policy, GRPOConfig(**{**OPTIONS, **options}), peers=peers)
+        metrics = []
+        for step in range(STEPS):
+            groups = random_groups(SHAPES, seed=step, truncated=[0])
+            groups[1] = dataclasses.replace(groups[1], advantages=(0.0, 0.0))
+            own = range(len(groups))[peers.share(len(groups))]
+            shared = [
+                group if place in own else dataclasses.replace(group, group=group.group.outline(), is_own=False)
+                for place, group in enumerate(groups)
+            ]
+            metrics.append(learner.update(shared, step=step).metrics)
+            policy.write_slots()
+        outcomes[name] = (torch.cat([master.detach().flatten() for master in policy.masters]), metrics)
+    return outcomes
+
+
+def learn_in_a_group(rank: int, size: int, rendezvous: str, model_path: str, variants: dict, out: str) -> None:
+    """One worker of `size`, which leaves what it came to in `out`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+    outcomes = learn(model_path, variants, Peers.of_process_group())
+    torch.save(outcomes, Path(out) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
