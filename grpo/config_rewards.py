@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from .config_sections import Section
 
-Isolation = Literal["inline", "process"]
+Isolation = Literal["inline", "process", "ray"]
 
 
 class RewardFunction(Section):
@@ -59,16 +59,18 @@ class RewardsConfig(Section):
 
     isolation: Isolation = "inline"
     """`inline`: in the trainer's process. `process`: in processes of their own, where a call can be killed, while further
-    completions are sampled. Async functions run on an event loop beside the trainer in either case."""
+    completions are sampled. `ray`: in such processes on the nodes of the Ray cluster that `RAY_ADDRESS` names, or of one that
+    is started here. Async functions run on an event loop beside the trainer in any case."""
 
     num_workers: int | None = Field(default=None, ge=1)
-    """Processes. None: one a core, at most 8."""
+    """Processes; with `ray` calls at once in the cluster. None: one a core, at most 8; with `ray` one a CPU, at most 64."""
 
     timeout: float | None = Field(default=60.0, gt=0)
     """Seconds that one call may take, in processes and for async functions. None: for ever."""
 
     retries: int = Field(default=0, ge=0)
-    """How often a call that failed is tried again, in processes and for async functions."""
+    """How often a call that failed is tried again, in processes and for async functions. One whose Ray node is lost is made
+    again besides."""
 
     memory_gib: float | None = Field(default=None, gt=0)
     """Bound on the data of each process, in GiB. None: no bound."""

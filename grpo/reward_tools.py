@@ -89,8 +89,10 @@ def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     reward.add_argument("--kwargs", help="arguments of a factory, as YAML or JSON: '{tokens: 100}'")
     reward.add_argument("--rows", type=int, default=256, help="completions to score at most, the newest (default 256)")
-    reward.add_argument("--isolation", choices=["inline", "process"], default="inline", help="where it runs (default inline)")
-    reward.add_argument("--timeout", type=float, default=60.0, help="seconds a prompt's completions may take in a process")
+    reward.add_argument(
+        "--isolation", choices=["inline", "process", "ray"], default="inline", help="where it runs (default inline)"
+    )
+    reward.add_argument("--timeout", type=float, default=60.0, help="seconds a prompt's completions may take, unless inline")
     reward.add_argument("--json", action="store_true", help="print the rows and the summary as one JSON object")
     reward.set_defaults(command=try_reward)
     for parser in (new, reward):

@@ -132,7 +132,7 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(reason=f"{type(error).__name__}: {error}", details=f"Traceback (most recent call last):\n{details}")
 
 
-_OWN_FILES = {__file__, __file__.replace("contract.py", "runner.py"), __file__.replace("contract.py", "worker.py")}
+_OWN_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
 
 
 def arguments_of(name: str, function: Function, inputs: Inputs, log: Log) -> dict[str, Any]:

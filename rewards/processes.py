@@ -5,9 +5,8 @@
     future.result()                           # a Returned, or a Failure that says why there is none
     pool.close()
 
-A thread for each process takes calls from one queue, sends each to its process and waits for the answer. A process that does
-not answer in time is killed with its children and replaced; so is one that died. The others do not notice. What the functions
-print goes to the trainer's output, line by line.
+A process that does not answer in time is killed with its children and replaced; so is one that died. The others do not notice.
+What the functions print goes to this process's output, line by line.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import queue
 import signal
 import socket
 import subprocess
@@ -23,19 +21,21 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
-from .contract import CallResult, Failure, Inputs, Returned, failure_of
-from .worker import Portable, Setup, main
+from .contract import Failure
+from .pool import Answer, Pool
+from .portable import Portable
+from .worker import Setup, main
+
+MOST_WORKERS = 8
+"""Processes where nothing else is said: the trainer needs the machine as well."""
 
 START_SECONDS = 300.0
 """A process that has not loaded its functions by then never will; imports can be slow on a machine that is busy."""
 
-LONGEST_WAIT = 3600.0
-"""Seconds; the system takes no very long ones."""
+LONGEST_WAIT = 1.0
+"""Seconds; a task of Ray that is cancelled notices it between two waits."""
 
 DYING_SECONDS = 2.0
 """What a process that has closed its socket gets to end by itself."""
@@ -47,18 +47,12 @@ KEPT_OUTPUT = 2000
 """Last characters of a process's output, told when it dies."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    number: int
-    inputs: bytes
-    future: Future[CallResult]
-
-
-class WorkerPool:
+class WorkerPool(Pool):
     """`num_workers` processes with the same functions. See the module's docstring.
 
     Args:
         functions: what the processes load; `submit` names them by their place.
+        num_workers: processes; None: one a core, at most `MOST_WORKERS`.
         timeout: seconds that one call may take, None: for ever.
         retries: how often a call that failed is tried again.
         memory_bytes: bound on each process's data, None: no bound.
@@ -68,93 +62,68 @@ class WorkerPool:
         self,
         functions: Sequence[Portable],
         *,
-        num_workers: int,
+        num_workers: int | None = None,
         timeout: float | None = None,
         retries: int = 0,
         memory_bytes: int | None = None,
     ) -> None:
-        self._setup = pickle.dumps(Setup(functions=tuple(functions), path=tuple(sys.path), memory_bytes=memory_bytes))
-        self._timeout, self._retries = timeout, retries
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        setup = Setup(functions=tuple(functions), path=tuple(sys.path), memory_bytes=memory_bytes)
+        num_lanes = num_workers or min(MOST_WORKERS, os.cpu_count() or 1)
+        super().__init__(lambda: Worker(setup, timeout=timeout), num_lanes=num_lanes, retries=retries)
+
+
+class Worker:
+    """A process that answers calls, and is replaced when it breaks. It ends with the thread that has made this.
+
+    Args:
+        setup: what a process begins with.
+        timeout: seconds that one call may take, None: for ever.
+    """
+
+    def __init__(self, setup: Setup, *, timeout: float | None) -> None:
+        self._setup, self._timeout = pickle.dumps(setup), timeout
         self._lock = threading.Lock()
-        self._processes: set[_Process] = set()
-        self._is_closed = False
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"rewards-{number}", daemon=True) for number in range(num_workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._is_stopped = False
+        self._process: _Process | None = None
+        self._start()
 
-    def submit(self, number: int, inputs: Inputs) -> Future[CallResult]:
-        """Queue a call of function `number`. The future's result tells a failure; its exception is none of the user's."""
-        return self.submit_pickled(number, pickle.dumps(inputs))
-
-    def submit_pickled(self, number: int, inputs: bytes) -> Future[CallResult]:
-        """The same with `Inputs` that are pickled already: several functions get the same."""
-        assert not self._is_closed
-        future: Future[CallResult] = Future()
-        self._calls.put(_Call(number, inputs, future))
-        return future
-
-    def close(self) -> None:
-        """Kill all processes; calls that have not been answered are cancelled."""
-        with self._lock:
-            self._is_closed = True
-            processes = list(self._processes)
-        for process in processes:
-            process.kill()
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def _serve(self) -> None:
-        """A thread's life: one process at a time, one call at a time."""
-        process = self._start()
-        while (call := self._calls.get()) is not None:
-            if self._is_closed or not call.future.set_running_or_notify_cancel():
-                call.future.cancel()
-                continue
-            outcome: CallResult = Failure(reason="")
-            for _ in range(self._retries + 1):
-                process = process or self._start()
-                outcome = self._attempt(process, call)
-                if process is not None and process.is_broken:
-                    self._discard(process)
-                    process = self._start()
-                if isinstance(outcome, Returned):
-                    break
-            call.future.set_result(outcome)
-        if process is not None:
-            self._discard(process)
-
-    def _attempt(self, process: _Process | None, call: _Call) -> CallResult:
+    def answer(self, number: int, inputs: bytes) -> Answer:
+        """Call function `number` with pickled `Inputs`. Raises nothing of the user's."""
+        if self._process is None:
+            self._start()
+        process = self._process
         if process is None:
             return Failure(reason="no process could be started for it")
         try:
-            outcome = process.call(call, self._timeout)
-        except Exception as error:  # whatever it is, this thread has to go on: the caller waits for an answer
-            process.is_broken = True
-            return failure_of(error)
-        return Failure(reason="the scorer was closed") if self._is_closed else outcome
+            answer = process.call(number, inputs, self._timeout)
+        except BaseException:  # what it may answer yet must not be taken for the answer to another call
+            self.close()
+            raise
+        if process.is_broken:
+            self.close()
+            self._start()
+        return answer
 
-    def _start(self) -> _Process | None:
-        """A new process; None once the pool is closed, or where the system has none to give."""
+    def stop(self) -> None:
+        """From another thread: kill the process; there will be no other."""
         with self._lock:
-            if self._is_closed:
-                return None
-            try:
-                process = _Process(self._setup)
-            except OSError:  # too many processes or descriptors: tried again at the next call
-                return None
-            self._processes.add(process)
-            return process
+            self._is_stopped = True
+            if self._process is not None:
+                self._process.kill()
 
-    def _discard(self, process: _Process) -> None:
-        process.kill()
-        process.release()
+    def close(self) -> None:
+        """Kill the process and its children."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.release()
+            self._process = None
+
+    def _start(self) -> None:
+        """A new process; none once the worker was stopped, or where the system has none to give."""
         with self._lock:
-            self._processes.discard(process)
+            if not self._is_stopped:
+                with contextlib.suppress(OSError):  # too many processes or descriptors: tried again at the next call
+                    self._process = _Process(self._setup)
 
 
 class _Process:
@@ -184,7 +153,7 @@ class _Process:
         with contextlib.suppress(OSError):  # it died at once: the first call tells
             self._connection.send_bytes(setup)
 
-    def call(self, call: _Call, timeout: float | None) -> CallResult:
+    def call(self, number: int, inputs: bytes, timeout: float | None) -> Answer:
         """Have a call answered; the time begins when the functions are loaded."""
         if not self._is_ready:
             answer = self._receive(START_SECONDS, waiting_for="not loaded")
@@ -192,8 +161,8 @@ class _Process:
                 return answer
             self._is_ready = True
         try:
-            self._connection.send_bytes(call.number.to_bytes(4, "big"))
-            self._connection.send_bytes(call.inputs)
+            self._connection.send_bytes(number.to_bytes(4, "big"))
+            self._connection.send_bytes(inputs)
         except OSError:
             return self._died()
         return self._receive(timeout, waiting_for="no answer")
@@ -213,7 +182,7 @@ class _Process:
         self._output.close()
         os.close(self._death)
 
-    def _receive(self, timeout: float | None, *, waiting_for: str) -> Any:
+    def _receive(self, timeout: float | None, *, waiting_for: str) -> Answer:
         """The next message; a Failure where none comes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -231,16 +200,13 @@ class _Process:
             if self._death in ready:
                 return self._died()
 
-    def _message(self) -> Any:
+    def _message(self) -> Answer:
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError):
             return self._died()
         self._forward_output(chunks=4)
-        try:
-            return pickle.loads(message)
-        except Exception as error:  # what `log_extra` was given may fail in any way
-            return Failure(reason=f"its answer cannot be read here: {type(error).__name__}: {error}")
+        return message
 
     def _died(self) -> Failure:
         self.is_broken = True

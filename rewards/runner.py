@@ -8,25 +8,22 @@
 
 Where a function runs: `async def` functions (and objects with an async `__call__`, and partials of either) run together on one
 event loop that lives as long as the scorer, so that a client with open connections can be kept from call to call. Others run on
-the caller's thread (`isolation="inline"`), or in persistent processes (`"process"`), where a call that takes too long is killed
-and a crash costs one call. In processes and on the loop, scoring goes on while the caller samples further completions.
+the caller's thread (`isolation="inline"`), or in persistent processes, where a call that takes too long is killed and a crash
+costs one call: on this machine (`"process"`) or in a Ray cluster (`"ray"`). In processes and on the loop, scoring goes on while
+the caller samples further completions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import math
-import os
 import pickle
-import sys
 import threading
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from .combining import OnError, Pending, Scores
@@ -43,21 +40,26 @@ from .contract import (
     failure_of,
     is_async,
 )
-from .loading import RewardSpec, find_file, load_reward, reward_name
+from .loading import RewardSpec, load_reward, reward_name
+from .pool import Pool
+from .portable import Portable, portable_of
 from .processes import WorkerPool
-from .worker import Portable, digest_of
+from .ray_pool import RayPool
 
-Isolation = Literal["inline", "process"]
+Isolation = Literal["inline", "process", "ray"]
+
+POOLS = {"process": WorkerPool, "ray": RayPool}
+"""What calls the functions that are not inline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reward:
-    """A function, how it is reported, and where it runs. `number` is its place in the worker processes."""
+    """A function, how it is reported, and where it runs. What a pool calls is `portable`, and `number` is its place there."""
 
     name: str
     function: Function
-    portable: Portable
     isolation: Isolation
+    portable: Portable | None
     number: int
 
 
@@ -70,7 +72,7 @@ class Scorer:
         weights: one finite number a function; None: those of the mappings, else 1.
         base_dir: folder that relative paths in `functions` are also looked up in.
         isolation: where functions that are not async run. A callable may bring its own as an attribute `isolation`.
-        num_workers: processes; None: one a core, at most 8.
+        num_workers: calls at once of each pool; None: as the pool says.
         timeout: seconds that one call may take, None for ever; in processes and for async functions but those with an
             attribute `bounds_itself` that is true.
         retries: how often a call that failed is tried again; in processes and for async functions.
@@ -109,7 +111,7 @@ class Scorer:
         self._memory_gib, self._rows_per_call = memory_gib, rows_per_call
         self._on_error: OnError = on_error
         self._loop: _BackgroundLoop | None = None
-        self._pool: WorkerPool | None = None
+        self._pools: dict[str, Pool] = {}
 
     @property
     def functions(self) -> list[Function]:
@@ -124,16 +126,20 @@ class Scorer:
             accepted(reward.name, reward.function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
 
     def start(self) -> None:
-        """Start the processes now, so that they load while something else does; otherwise the first `submit` does."""
-        isolated = [reward for reward in self._rewards if reward.isolation == "process"]
-        if isolated and self._pool is None:
-            self._pool = WorkerPool(
-                [reward.portable for reward in isolated],
-                num_workers=self._num_workers or min(8, os.cpu_count() or 1),
-                timeout=self._timeout,
-                retries=self._retries,
-                memory_bytes=None if self._memory_gib is None else int(self._memory_gib * 2**30),
-            )
+        """Start the processes now, so that they load while something else does; otherwise the first `submit` does.
+
+        Raises ConnectionError where functions run in a Ray cluster and none answers.
+        """
+        for isolation, pool in POOLS.items():
+            functions = [reward.portable for reward in self._rewards if reward.portable and reward.isolation == isolation]
+            if functions and isolation not in self._pools:
+                self._pools[isolation] = pool(
+                    functions,
+                    num_workers=self._num_workers,
+                    timeout=self._timeout,
+                    retries=self._retries,
+                    memory_bytes=None if self._memory_gib is None else int(self._memory_gib * 2**30),
+                )
 
     def submit(self, inputs: Inputs) -> Pending:
         """Begin to score n completions; functions that run inline have run when it returns.
@@ -144,7 +150,7 @@ class Scorer:
         self.check_columns(inputs.columns)
         self.start()
         pieces = [inputs] if self._rows_per_call is None else inputs.split(self._rows_per_call)
-        pickled = [pickle.dumps(piece) for piece in pieces] if self._pool is not None else [b""] * len(pieces)
+        pickled = [pickle.dumps(piece) for piece in pieces] if self._pools else [b""] * len(pieces)
         # First what runs elsewhere, then what runs here meanwhile.
         order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline" and not is_async(reward.function))
         futures = {
@@ -162,18 +168,16 @@ class Scorer:
 
     def close(self) -> None:
         """End the processes; the next `submit` starts new ones. Results that nobody has asked for are lost."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        while self._pools:
+            self._pools.popitem()[1].close()
 
     def _begin(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
         if is_async(reward.function):
             self._loop = self._loop or _BackgroundLoop()
             timeout = None if getattr(reward.function, "bounds_itself", False) else self._timeout
             return self._loop.begin(_attempts(reward, inputs, timeout, self._retries))
-        if reward.isolation == "process":
-            assert self._pool is not None
-            return self._pool.submit_pickled(reward.number, pickled)
+        if reward.portable is not None:
+            return self._pools[reward.isolation].submit_pickled(reward.number, pickled)
         done: Future[CallResult] = Future()
         try:
             done.set_result(call(reward.name, reward.function, inputs))
@@ -206,58 +210,19 @@ def _load(entries: Sequence[Mapping[str, Any]], *, base_dir: Path | None, isolat
     for entry, name, function in zip(entries, names, functions, strict=True):
         where: Isolation = entry.get("isolation") or getattr(function, "isolation", None) or isolation
         where = "inline" if is_async(function) else where
+        portable = None
+        if where != "inline":
+            portable = portable_of(name, entry, function, base_dir=base_dir, for_machines=where == "ray")
         rewards.append(
             _Reward(
                 name=name,
                 function=function,
-                portable=_portable(name, entry, function, base_dir) if where == "process" else Portable(name=name),
                 isolation=where,
-                number=sum(reward.isolation == "process" for reward in rewards),
+                portable=portable,
+                number=sum(reward.isolation == where for reward in rewards),
             )
         )
     return rewards
-
-
-def _portable(name: str, entry: Mapping[str, Any], function: Function, base_dir: Path | None) -> Portable:
-    spec, kwargs = entry["function"], entry.get("kwargs")
-    place = spec.rpartition(":")[0] if isinstance(spec, str) else ""
-    if place.endswith(".py"):
-        file = find_file(place, base_dir=base_dir)
-        spec = f"{file}:{spec.rpartition(':')[2]}"
-        return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir, file=file, digest=digest_of(file))
-    if isinstance(spec, str):
-        return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir)
-    import cloudpickle
-
-    module = _module_of(function)
-    by_value = module is not None and module.__name__ != "__main__" and not _can_be_imported(module.__name__)
-    if by_value:  # a file that was loaded by its path (a test's): the other process could not find it by name
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        return Portable(name=name, pickled=cloudpickle.dumps(function))
-    except (pickle.PicklingError, TypeError) as error:
-        raise ValueError(
-            f"reward function {name!r} cannot be sent to a process: {error}; name it as file.py:name, or let it run inline"
-        ) from error
-    finally:
-        if by_value:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _module_of(function: Function) -> ModuleType | None:
-    """Where the function's own code stands: of a partial the function's within, of a method its object's class's."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, ModuleType):
-        function = type(owner)
-    return sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
-
-
-def _can_be_imported(name: str) -> bool:
-    """Whether a new process would find the module: `importlib.util.find_spec` is content with what is loaded here."""
-    package = name.partition(".")[0]
-    return any(finder.find_spec(package, None) is not None for finder in sys.meta_path)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

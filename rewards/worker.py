@@ -11,54 +11,18 @@ verifiers that use `signal.alarm` work. When the parent ends, for whatever reaso
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import pickle
 import resource
 import signal
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
 from .contract import Failure, Function, Inputs, Returned, call, failure_of
-from .loading import load_reward
+from .portable import Portable
 
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Portable:
-    """A reward function in a form that another process can load.
-
-    Attributes:
-        name: under which it is reported.
-        spec: where it is found, and for a factory its `kwargs`; None where it is `pickled` (by cloudpickle).
-        file, digest: of a spec that names a file, its path and the hash of its content when the run began.
-    """
-
-    name: str
-    spec: str | None = None
-    kwargs: Mapping[str, Any] | None = None
-    base_dir: Path | None = None
-    file: Path | None = None
-    digest: str = ""
-    pickled: bytes = b""
-
-    def load(self) -> Function:
-        """The function. Raises what `load_reward` or unpickling raises, and ValueError where the file has changed."""
-        if self.file is not None and digest_of(self.file) != self.digest:
-            raise ValueError(f"{self.file} has changed since the run began: all calls must be of the same function")
-        if self.spec is not None:
-            return load_reward(self.spec, base_dir=self.base_dir, kwargs=self.kwargs)
-        return pickle.loads(self.pickled)
-
-
-def digest_of(file: Path) -> str:
-    """Hash of the file's content."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ def test_a_built_in_on_a_run_s_completions(run_folder, capsys):
     assert (result["completions"], result["mean"], result["failed"], result["differ_from_recorded"]) == (4, 0.5, 0, 1)
 
 
-@pytest.mark.parametrize("isolation", ["inline", "process"])
+@pytest.mark.parametrize("isolation", ["inline", "process", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_user_s_function_gets_what_a_run_would_give_it(run_folder, tmp_path, capsys, isolation):
     (tmp_path / "mine.py").write_text(
         "def sees(prompts, completions, completion_ids, answer, reward, **kwargs):\n"

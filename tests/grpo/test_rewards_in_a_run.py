@@ -38,16 +38,17 @@ def test_a_reward_that_hangs_costs_its_rows_and_the_run_goes_on(make_trainer, ru
     assert "reward function 'hangs_on_three' failed on 4 completions: no answer in 3 s" in capsys.readouterr().out
 
 
-def test_the_same_run_in_processes_as_inline(make_trainer, run_engine, tmp_path):
+@pytest.mark.ray
+def test_the_same_run_in_processes_and_in_ray_as_inline(make_trainer, run_engine, tmp_path):
     def low(completion_ids, **kwargs):
         return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
 
     rewards = []
-    for isolation in ("inline", "process"):
+    for isolation in ("inline", "process", "ray"):
         out = tmp_path / isolation
         make_trainer(reward=low, isolation=isolation, num_workers=2, max_steps=2, output_dir=out).train(engine=run_engine)
         rewards.append([(step["reward"], step["loss"], step["grad_norm"]) for step in steps_of(out)])
-    assert rewards[0] == rewards[1]
+    assert rewards[0] == rewards[1] == rewards[2]
 
 
 def test_a_process_that_dies_stops_the_run_with_what_it_said(make_trainer, run_engine, tmp_path):
