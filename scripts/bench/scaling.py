@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""What a step costs on many devices, by formulas and a simulation: nothing here is measured, and nothing is run.
+
+A step of Llama-3.1-8B on workers that each hold the whole model: how many bytes cross the network and how long that takes, on
+8, 64 and 512 devices at ranks 64 and 128; how long a step is when the batch is fixed (strong scaling) and when each device has
+its completions (weak scaling), with lengths that vary, so that a step waits for its slowest worker. The numbers of parameters
+are those of `rankup plan`. The model is in scaling_model.py, its assumptions are in docs/scaling.md.
+
+    scripts/bench/scaling.py --table --plot docs/scaling.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import command_line, use_environment, write_json
+
+if TYPE_CHECKING:
+    from scaling_model import Batch, Device, Model, Steps
+
+EXAMPLE = """examples:
+  scripts/bench/scaling.py                                           the tables of docs/scaling.md, half a minute
+  scripts/bench/scaling.py --plot docs/scaling.png                   its picture
+  scripts/bench/scaling.py --json scaling.json --repeats 100         all figures, with less noise
+"""
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+RANKS = (64, 128)
+DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SHOWN = (8, 64, 512)
+STRONG_PROMPTS = (128, 1024)  # a step
+WEAK_PROMPTS = 16  # a device and step
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compute the figures; print, draw and write what was asked for."""
+    options = _parse(arguments)
+    figures = compute(read_models(), repeats=options.repeats)
+    if options.table or not (options.plot or options.json):
+        from scaling_report import TABLES
+
+        for name, table in TABLES.items():
+            print(f"<!-- table: {name} -->\n{table(figures)}\n<!-- end -->\n")
+    if options.plot is not None:
+        from scaling_report import draw
+
+        draw(figures, options.plot)
+        print(f"drawn: {options.plot}")
+    if options.json is not None:
+        write_json(options.json, figures)
+        print(f"written to {options.json}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_line(__doc__, EXAMPLE, repeats=20, what="simulated steps of each size")
+    parser.add_argument("--table", action="store_true", help="print the tables; the default without --plot and --json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture there")
+    return parser.parse_args(arguments)
+
+
+def read_models() -> dict[int, Model]:
+    """The model with an adapter of each rank, from the planner's shapes."""
+    from scaling_model import Model
+
+    from rankup.grpo.plan_shapes import read_shape
+
+    with tempfile.TemporaryDirectory(prefix="rankup-scaling-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
+        shape = read_shape(folder)
+    return {rank: Model.of(shape, rank) for rank in RANKS}
+
+
+def compute(models: dict[int, Model], *, repeats: int) -> dict[str, Any]:
+    """All figures: "assumptions", "adapters", "network", "strong", "weak", "settings"."""
+    from scaling_model import H100, NETWORKS, Batch, simulate
+
+    model = models[RANKS[0]]
+    weak = {
+        rank: {n: simulate(one, Batch(prompts=WEAK_PROMPTS * n), workers=n, repeats=repeats) for n in DEVICES}
+        for rank, one in models.items()
+    }
+    strong = {
+        str(prompts): [_row(simulate(model, Batch(prompts=prompts), workers=n, repeats=repeats)) for n in DEVICES]
+        for prompts in STRONG_PROMPTS
+    }
+    return {
+        "repeats": repeats,
+        "assumptions": {
+            "device": dataclasses.asdict(H100),
+            "networks": [dataclasses.asdict(network) for network in NETWORKS],
+            "batch": dataclasses.asdict(Batch(prompts=WEAK_PROMPTS)),
+        },
+        "adapters": {str(rank): one.adapter for rank, one in models.items()},
+        "network": [_traffic(rank, one, n, weak[rank][n]) for rank, one in models.items() for n in SHOWN],
+        "strong": strong,
+        "weak": {str(rank): [_row(steps) for steps in of_rank.values()] for rank, of_rank in weak.items()},
+        "settings": _settings(models, repeats),
+    }
+
+
+def _row(steps: Steps) -> dict[str, Any]:
+    return dataclasses.asdict(steps) | {"seconds": steps.seconds, "busy": steps.busy}
+
+
+def _traffic(rank: int, model: Model, workers: int, steps: Steps) -> dict[str, Any]:
+    """Bytes and seconds of a step's collectives, by network and algorithm; shares are of the step of weak scaling."""
+    from scaling_model import INFINIBAND, NETWORKS, RECORD_BYTES, Batch, all_reduce_seconds, network_seconds
+
+    batch = Batch(prompts=WEAK_PROMPTS * workers)
+    size, nodes = model.gradient_bytes, max(1, workers // INFINIBAND.node)
+    without = steps.seconds - steps.network
+    found = []
+    for network in NETWORKS:
+        seconds = network_seconds(model, batch, workers, network)
+        by_algorithm = {name: all_reduce_seconds(size, workers, network, name) for name in ("ring", "nodes", "tree")}
+        share = seconds / (without + seconds)
+        found.append({"name": network.name, "seconds": seconds, "share": share, "all_reduce": by_algorithm})
+    return {
+        "rank": rank,
+        "workers": workers,
+        "buffer_bytes": size,
+        "sent_by_device": 2 * (workers - 1) / workers * size,
+        "sent_by_node": 2 * (nodes - 1) / nodes * size,
+        "records_received": batch.prompts * batch.generations * RECORD_BYTES,
+        "networks": found,
+    }
+
+
+def _settings(models: dict[int, Model], repeats: int) -> list[dict[str, Any]]:
+    """Weak scaling on the most devices, and what changes it."""
+    from scaling_model import ETHERNET, H100, Batch, Device, network_seconds, simulate
+
+    workers = DEVICES[-1]
+    base = Batch(prompts=WEAK_PROMPTS * workers)
+    as_on_data_sheet = Device(memory_share=1.0, compute_share=1.0, iteration_seconds=0.0)
+    longer = dataclasses.replace(base, median=800.0, cap=8192)
+    same_length = dataclasses.replace(base, median=736.0, prompt_sigma=0.0, completion_sigma=0.0)
+    cases: list[tuple[str, Batch, Device, int]] = [
+        ("as above: 128 completions a device, cap 4,096", base, H100, 64),
+        *((f"{8 * n} completions a device", Batch(prompts=n * workers), H100, 64) for n in (8, 32, 64)),
+        ("cap 2,048", dataclasses.replace(base, cap=2048), H100, 64),
+        ("median 800, cap 8,192", longer, H100, 64),
+        ("no prompt harder than another", dataclasses.replace(base, prompt_sigma=0.0), H100, 64),
+        ("every completion 736 tokens, the mean", same_length, H100, 64),
+        ("rank 128", base, H100, 128),
+        ("devices as fast as their data sheet says", base, as_on_data_sheet, 64),
+    ]
+    rows = []
+    for name, batch, device, rank in cases:
+        steps = simulate(models[rank], batch, workers=workers, device=device, repeats=repeats)
+        network = network_seconds(models[rank], batch, workers, ETHERNET)
+        share = network / (steps.seconds - steps.network + network)
+        rows.append(_row(steps) | {"name": name, "ethernet_share": share})
+    return rows
+
+
+if __name__ == "__main__":
+    use_environment()
+    main()
