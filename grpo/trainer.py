@@ -142,8 +142,9 @@ class GRPOTrainer:
             check_reports(self.config.logging.report_to)
             if self.peers.is_first:
                 stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
-            finished = self.peers.from_first(lambda: resume_from_checkpoint is True and summary_of_finished_run(self.config))
-            if finished:
+            is_resumed = resume_from_checkpoint is True
+            finished = self.peers.from_first(lambda: summary_of_finished_run(self.config) if is_resumed else None)
+            if finished is not None:
                 self.view.note(f"the run in {output_dir} has come to its end: there is nothing left to do")
                 return finished
             resumption = self.peers.from_first(lambda: self._find_resumption(resume_from_checkpoint, allow_changes))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
 from peer_trainers import train_in_a_group
 from safetensors.torch import load_file
 from tiny_runs import steps_of
+from torch.multiprocessing.spawn import spawn
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ def runs(engine_shelf, tiny_model_path, tmp_path_factory: pytest.TempPathFactory
     def train(name: str, size: int, *, resume: bool = False, **changes: Any) -> None:
         rendezvous = f"file://{folder / f'{name}.{resume}'}"
         arguments = (size, rendezvous, model, str(folder / name), OPTIONS | changes, resume)
-        mp.spawn(train_in_a_group, arguments, nprocs=size)
+        spawn(train_in_a_group, arguments, nprocs=size)
 
     train("one", 1)
     train("two", 2)

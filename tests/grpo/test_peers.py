@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peer_learners import learn, learn_in_a_group
+from torch.multiprocessing.spawn import spawn
 
 from rankup.grpo.peers import ALONE, Peers
 from rankup.rollout.types import Completion, PromptGroup
@@ -49,7 +49,7 @@ def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[
     """What one worker comes to, and each of three."""
     model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("peers")
     arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS, str(out))
-    mp.spawn(learn_in_a_group, arguments, nprocs=3)
+    spawn(learn_in_a_group, arguments, nprocs=3)
     return [learn(model, VARIANTS, ALONE), *(torch.load(out / f"{rank}.pt") for rank in range(3))]
 
 

@@ -21,7 +21,9 @@ def test_all_generators_go_on_where_they_were():
         draws()  # an odd number of normal ones: the second of a pair is waiting
         state = json.loads(json.dumps(random_states()))
         first = draws()
-        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
         assert draws() != first
         set_random_states(state)
         assert draws() == first
