@@ -86,8 +86,8 @@ class CheckpointStore:
             if path.exists():
                 path.rename(replaced)
             partial.rename(path)
-            shutil.rmtree(replaced, ignore_errors=True)
             _sync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             self._mend()
@@ -118,6 +118,7 @@ class CheckpointStore:
         Raises:
             ValueError: it is not, or it was set aside.
         """
+        self._mend()
         is_ours = path.is_dir() and path.resolve().parent == self.folder.resolve() and _NAME.fullmatch(path.name)
         if not is_ours:
             raise ValueError(
@@ -129,6 +130,7 @@ class CheckpointStore:
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename the checkpoints of later steps, so that the run can go on from `step`; returns their new paths."""
         moved = []
+        self._mend()
         for path in self._paths():
             if _step_of(path) <= step:
                 continue
@@ -179,10 +181,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file():
             raise DamagedCheckpointError(f"{path}: {name} is missing")
-        size = file.stat().st_size
+        try:
+            size, digest = file.stat().st_size, _digest(file)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path}: {name} cannot be read: {error}") from error
         if size != expected["bytes"]:
             raise DamagedCheckpointError(f"{path}: {name} has {size} bytes instead of {expected['bytes']}")
-        if _digest(file) != expected["sha256"]:
+        if digest != expected["sha256"]:
             raise DamagedCheckpointError(f"{path}: {name} was changed, its checksum is another one")
     return Checkpoint(path=path, step=manifest["step"], reward=manifest["reward"])
 
@@ -205,7 +210,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path}: {MANIFEST} is missing") from None
-    except ValueError:  # neither JSON nor text
+    except (OSError, ValueError):  # no folder or no right to read it; neither JSON nor text
         raise DamagedCheckpointError(f"{path}: {MANIFEST} cannot be read") from None
     if not isinstance(manifest, dict):
         raise DamagedCheckpointError(f"{path}: {MANIFEST} cannot be read")

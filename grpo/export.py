@@ -88,8 +88,8 @@ def export(options: argparse.Namespace) -> int:
 
 def default_output(trained: TrainedAdapter, run: Path, *, merged: bool) -> Path:
     """`RUN/export/<kind>`; `RUN/export/step_<N>-<kind>` for a checkpoint, which the run may delete with all that is in it."""
-    kind = "merged" if merged else "adapter"
-    return run / "export" / kind if trained.step is None else run.parents[1] / "export" / f"{run.name}-{kind}"
+    kind, place = "merged" if merged else "adapter", run.resolve()
+    return run / "export" / kind if trained.step is None else place.parents[1] / "export" / f"{place.name}-{kind}"
 
 
 def _print(text: str) -> None:

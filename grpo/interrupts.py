@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 SHOW_CURSOR = b"\x1b[?25h\n"
 
@@ -36,10 +37,11 @@ class RunInterrupted(SystemExit):
         self.signal = number.name
         self.checkpoint: Path | None = None
 
-    def saved(self, checkpoint: Path | None) -> None:
+    def saved(self, checkpoint: Path | None) -> Self:
         """The run is in `checkpoint` and can go on from there; None: before the first step, where nothing is lost."""
         self.checkpoint = checkpoint
         self.code = 0
+        return self
 
 
 class Interrupts:
@@ -49,6 +51,7 @@ class Interrupts:
         self._say = say
         self._asked: signal.Signals | None = None
         self._is_deferred = False
+        self._process = os.getpid()
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -59,7 +62,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._asked = None  # of an earlier run
+        self._process = os.getpid()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         # None: a handler of C, which Python could not put back.
         answered = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
@@ -68,6 +71,7 @@ class Interrupts:
         try:
             yield
         finally:
+            self._asked = None  # what was not answered by now came too late to be
             for number in answered:
                 signal.signal(number, before[number])
 
@@ -105,8 +109,9 @@ class Interrupts:
             raise RunInterrupted(self._asked)
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:
-            _end_process(number)
+        # A process that a reward function has forked inherits this; `multiprocessing` ends its processes by SIGTERM.
+        if self._asked is not None or os.getpid() != self._process:
+            _end_process(number, show_cursor=os.getpid() == self._process)
         self._asked = signal.Signals(number)
         if not self._is_deferred:
             raise RunInterrupted(self._asked)
@@ -115,9 +120,9 @@ class Interrupts:
         threading.Thread(target=self._say, args=(text,)).start()
 
 
-def _end_process(number: int) -> None:
+def _end_process(number: int, *, show_cursor: bool) -> None:
     """Die of the signal, as shells and schedulers expect. No lock can be waited for here, so the cursor is shown by hand."""
-    if sys.stdout.isatty():
+    if show_cursor and sys.stdout.isatty():
         os.write(sys.stdout.fileno(), SHOW_CURSOR)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

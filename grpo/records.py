@@ -196,15 +196,10 @@ class RunRecorder:
         return reward if math.isfinite(reward) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the records are, as plain data. What was recorded so far is on the disk when this returns."""
+        """How far the records are, as plain data."""
         path = self.output_dir / METRICS_FILE
-        num_bytes = 0
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            num_bytes = path.stat().st_size
         return {
-            "metrics_bytes": num_bytes,
+            "metrics_bytes": path.stat().st_size if path.is_file() else 0,
             "steps": self._steps,
             "seconds": dict(self._seconds),
             "evaluation": dict(self._evaluation),
@@ -214,6 +209,13 @@ class RunRecorder:
             "peak_memory": self._peak(),
             "reports": {report.name: report.state_dict() for report in self._reports},
         }
+
+    def sync(self) -> None:
+        """Wait until what was recorded so far is on the disk."""
+        path = self.output_dir / METRICS_FILE
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self, *, failed: bool = False) -> None:
         """Close the reports, and give the folder free for other processes. `failed`: the run did not come to its end."""

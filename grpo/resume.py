@@ -60,7 +60,7 @@ def find_resumption(
         return None
     if checkpoint.step > config.optim.max_steps:
         raise ValueError(
-            f"the run in {checkpoint.path.parents[1]} has done {checkpoint.step} steps already, more than "
+            f"the run in {config.logging.output_dir} has done {checkpoint.step} steps already, more than "
             f"optim.max_steps={config.optim.max_steps}: raise that, or take the adapter of an earlier checkpoint"
         )
     state = read_state(checkpoint.path)
@@ -79,13 +79,14 @@ def find_resumption(
     return Resumption(checkpoint, state)
 
 
-def summary_of_finished_run(config: GRPOConfig) -> dict[str, Any] | None:
+def summary_of_finished_run(config: GRPOConfig, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `summary.json` says if the run in `output_dir` is this one and has come to its end; else None."""
     run_dir = config.logging.output_dir
     summary = read_summary(run_dir)
     if summary is None or summary["interrupted"] or summary["steps"] != config.optim.max_steps:
         return None
-    return None if any(change.has_effect for change in config_changes(run_dir, config)) else summary
+    changes = [*config_changes(run_dir, config), *input_changes(summary["inputs"], inputs)]
+    return None if any(change.has_effect for change in changes) else summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     with open_recorder(config, resumption, note=view.note) as recorder:
         keeper = RunKeeper(config, session, recorder, store, inputs=inputs, note=view.note)
-        keeper.go_on(resumption)                    # or keeper.advance(0, is_evaluated=False) for a new run
+        keeper.go_on(resumption)                    # or keeper.begin(is_evaluated=False) for a new run
         ... a step ...
         keeper.advance(1, is_evaluated=True)
         keeper.save()
@@ -33,31 +33,19 @@ from .silent import SilentRecorder
 def open_recorder(
     config: GRPOConfig, resumption: Resumption | None, *, note: Callable[[str], None], peers: Peers = ALONE
 ) -> Iterator[RunRecorder]:
-    """The run folder of a new run, or of one that goes on, and the reports that the configuration names.
-
-    Only the first of several workers records.
+    """The run folder of a new run, or of one that goes on. Only the first of several workers records.
 
     Raises:
-        ValueError: the folder cannot be the run's, or a report cannot be opened.
+        ValueError: the folder cannot be the run's.
     """
-    logging = config.logging
+    output_dir = config.logging.output_dir
     if not peers.is_first:
-        yield SilentRecorder(logging.output_dir)
+        yield SilentRecorder(output_dir)
         return
     resume = None if resumption is None else resumption.state.recorder
-    with RunRecorder(logging.output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
+    with RunRecorder(output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
         if recorder.moved_aside is not None:
-            note(f"the run that was in {logging.output_dir} is now in {recorder.moved_aside}")
-        reports = make_reports(
-            logging.report_to,
-            output_dir=logging.output_dir,
-            run_name=logging.run_name,
-            project=logging.project,
-            config=config.model_dump(mode="json"),
-            resume=None if resume is None else resume["reports"],
-            resume_step=0 if resume is None else resume["steps"],
-        )
-        recorder.report_to(reports)
+            note(f"the run that was in {output_dir} is now in {recorder.moved_aside}")
         yield recorder
 
 
@@ -103,11 +91,19 @@ class RunKeeper:
             num_tokens=self.num_tokens,
             random_states=[random_states()],
         )
+        self._records = self._recorder.state_dict()
+
+    def begin(self, *, is_evaluated: bool) -> None:
+        """A new run, before its first step."""
+        self._open_reports(None)
+        self.advance(0, is_evaluated=is_evaluated)
 
     def go_on(self, resumption: Resumption) -> None:
         """Take over everything that a checkpoint says; checkpoints of later steps are set aside."""
         checkpoint, state = resumption.checkpoint, resumption.state
-        load_state(checkpoint.path, state, self._session)  # before anything in the folder changes: it may not fit
+        # What can fail comes first: nothing in the folder changes before it is known that the run does go on.
+        load_state(checkpoint.path, state, self._session)
+        self._open_reports(state.recorder)
         for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_first else ():
             self._note(f"a checkpoint that the run does not go on from is now {path}")
         if not self._recorder.go_on():
@@ -153,13 +149,14 @@ class RunKeeper:
                 position,
                 self._session,
                 config_yaml=dump_config(self._config),
-                recorder=self._recorder.state_dict(),
+                recorder=self._records,
                 inputs=self._inputs,
             )
 
         by_evaluation = self._config.logging.eval_steps > 0
         reward = self._recorder.reward_at(position.steps_done, by_evaluation=by_evaluation)
         started = time.perf_counter()
+        self._recorder.sync()
         try:
             self.last = self._store.write(position.steps_done, fill, reward=reward)
         except CheckpointError:
@@ -168,23 +165,43 @@ class RunKeeper:
         self._recorder.spent("checkpoint", time.perf_counter() - started)
         return self.last
 
-    def conclude(self, *, interrupted: bool) -> dict[str, Any]:
-        """The adapter, the summary and the learning curve: what a run leaves at its end. Nothing but for the first worker."""
-        if not self._peers.is_first:
-            return {}
-        self._session.policy.save_adapter(self._recorder.adapter_dir)
-        summary = self._recorder.summary(
+    def save_adapter(self) -> None:
+        """The policy as it is, in the run folder. Only the first of several workers writes this and what follows."""
+        if self._peers.is_first:
+            self._session.policy.save_adapter(self._recorder.adapter_dir)
+
+    def draw(self) -> None:
+        """The learning curve, once there is a step."""
+        if self._peers.is_first and self.position.steps_done:
+            from .plots import plot_learning_curve
+
+            run_dir = self._recorder.output_dir
+            plot_learning_curve([run_dir], run_dir / "learning_curve.png")
+
+    def summarise(self, *, interrupted: bool) -> dict[str, Any]:
+        """`summary.json`, which says whether the run has come to its end; so it is the last file to be written."""
+        return self._recorder.summary(
             {
                 "run_name": self._config.logging.run_name,
                 "model": self._config.model.name,
                 "seed": self._config.seed,
                 "interrupted": interrupted,
                 "guards": self._session.learner.guards.metrics(),
+                "inputs": self._inputs,
             }
         )
-        if summary["steps"]:
-            from .plots import plot_learning_curve
 
-            run_dir = self._recorder.output_dir
-            plot_learning_curve([run_dir], run_dir / "learning_curve.png")
-        return summary
+    def _open_reports(self, resume: Mapping[str, Any] | None) -> None:
+        if not self._peers.is_first:
+            return
+        logging = self._config.logging
+        reports = make_reports(
+            logging.report_to,
+            output_dir=logging.output_dir,
+            run_name=logging.run_name,
+            project=logging.project,
+            config=self._config.model_dump(mode="json"),
+            resume=None if resume is None else resume["reports"],
+            resume_step=0 if resume is None else resume["steps"],
+        )
+        self._recorder.report_to(reports)

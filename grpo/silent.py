@@ -45,6 +45,7 @@ class SilentRecorder(RunRecorder):
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def sync(self) -> None: ...
     def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 

@@ -7,12 +7,12 @@
         view.completions(1, [(prompt, completion, reward)])
         view.finish(summary)
 
-`metrics` and `summary` are those of `records.RunRecorder`. Text of a model or a data set is shown on one line,
-shortened, and is never read as markup or as terminal control. Leaving the `with` block restores the terminal,
-after Ctrl-C too.
+`metrics` and `summary` are those of `records.RunRecorder`. Text of a model or a data set is shown on one line, shortened, and is
+never read as markup or as terminal control. Leaving the `with` block restores the terminal, after Ctrl-C too.
 """
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -44,11 +44,9 @@ class View(Protocol):
     def start(self) -> None: ...
     def stage(self, text: str) -> None:
         """What the run does now, for what is no part of a step ("starting the engine", "evaluating")."""
-        ...
 
     def note(self, text: str) -> None:
         """A warning; it stays readable after the run."""
-        ...
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The run goes on after `step` steps; `rows` are the lines of `metrics.jsonl` until then."""
@@ -125,16 +123,18 @@ class PlainView:
         self._console.file.flush()
 
     def _print(self, line: str) -> None:
-        encoding = self._console.encoding  # a log in ASCII must not end the run because of a completion in Greek
-        self._console.file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-        self._console.file.flush()
+        encoding, file = self._console.encoding, self._console.file
+        try:  # a log in ASCII must not end the run because of a completion in Greek
+            file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            file.flush()
+        except OSError:  # nobody reads it any more, as after Ctrl-C with `| tee log`: the run goes on, and nothing fails of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class LiveView:
     """A panel that is redrawn in place; notes and evaluations are printed above it, so they stay in the scrollback.
 
-    The panel is redrawn by a thread of rich. Everything it reads is replaced in one assignment, never changed in place.
-    """
+    A thread of rich redraws it. Everything it reads is replaced in one assignment, never changed in place."""
 
     def __init__(self, *, max_steps: int, run_name: str, console: Console) -> None:
         self._max_steps = max_steps
@@ -171,8 +171,8 @@ class LiveView:
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._pace.steps_done = step
-        self._rewards += [_number(row["reward"]) for row in rows if "reward" in row]
-        self._evaluations += [_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
+        self._rewards = [_number(row["reward"]) for row in rows if "reward" in row]
+        self._evaluations = [_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
         self._console.print(Text(f"going on after step {step}", style="cyan"))
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:

@@ -108,6 +108,8 @@ class GRPOTrainer:
             keep_best=config.checkpoint.keep_best,
         )
         self._interrupts = Interrupts(self.view.note)
+        self.can_go_on = False
+        """Whether the last `train` has left a checkpoint of its run."""
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps, where no signal arrives
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -134,7 +136,7 @@ class GRPOTrainer:
             TrainingStoppedError: the guards gave up.
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
         """
-        output_dir = self.config.logging.output_dir
+        output_dir, self.can_go_on = self.config.logging.output_dir, False
         with ExitStack() as stack:
             stack.enter_context(self.view)
             stack.enter_context(self._interrupts.handled())
@@ -143,7 +145,8 @@ class GRPOTrainer:
             if self.peers.is_first:
                 stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
             is_resumed = resume_from_checkpoint is True
-            finished = self.peers.from_first(lambda: summary_of_finished_run(self.config) if is_resumed else None)
+            inputs = self._fingerprint()
+            finished = self.peers.from_first(lambda: summary_of_finished_run(self.config, inputs) if is_resumed else None)
             if finished is not None:
                 self.view.note(f"the run in {output_dir} has come to its end: there is nothing left to do")
                 return finished
@@ -155,7 +158,13 @@ class GRPOTrainer:
             stack.enter_context(self._recording(resumption))
             with self._nothing_lost():
                 self._run()
-            return self._conclude(interrupted=False)
+            self.keeper.save_adapter()
+            self.keeper.draw()
+            summary = self.keeper.summarise(interrupted=False)
+            self.view.finish(summary)
+            if (asked := self._interrupts.asked) is not None:  # too late to change anything, but a script is to end
+                raise RunInterrupted(asked).saved(self.keeper.last)
+            return summary
 
     def _run(self) -> None:
         """All steps and evaluations that are left."""
@@ -165,7 +174,6 @@ class GRPOTrainer:
             step = self.keeper.position.steps_done
             if not self.keeper.position.is_evaluated:
                 self._evaluate_at(step, "during" if step else "before")
-                self.keeper.advance(step, is_evaluated=True)
             if _due(step, save_steps) or (step == max_steps and save_steps):
                 self.keeper.save()
             self._stop_if_asked()
@@ -174,7 +182,6 @@ class GRPOTrainer:
             assert step < max_steps
             with profiled(self._trace_of(step + 1)):
                 self._step(step)
-            self.keeper.advance(step + 1, is_evaluated=not self._evaluation_is_due(step + 1))
         self._finish()
 
     def _stop_if_asked(self) -> None:
@@ -205,6 +212,8 @@ class GRPOTrainer:
             **time_metrics(reports, trained_tokens=update.metrics.get("packing/completion_tokens", 0.0)),
         }
         self.recorder.step(step + 1, metrics)
+        if update.give_up is None:
+            self.keeper.advance(step + 1, is_evaluated=not self._evaluation_is_due(step + 1))
         self.view.step(step + 1, metrics, slowest(reports))
         for note in step_notes(step + 1, groups, update):
             self.view.note(note)
@@ -231,12 +240,6 @@ class GRPOTrainer:
             self.view.note(f"the reward has fallen from its best: the run ends with the adapter {whose} step {step}")
         if self.eval_prompts is not None:
             self._record_evaluation(max_steps, last or self._evaluate(step=max_steps), "after")
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether the last `train` has left a checkpoint of its run."""
-        keeper = getattr(self, "keeper", None)  # there is none before the run folder is made
-        return keeper is not None and keeper.last is not None
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -267,20 +270,22 @@ class GRPOTrainer:
         # A function that failed says nothing of the policy.
         is_judged = self.config.logging.eval_steps > 0 and not evaluation.failures
         verdict = self.session.learner.evaluated(step, evaluation.rewards) if is_judged else Verdict()
+        if verdict.restore:
+            self.session.publish()
         self._record_evaluation(step, evaluation, when)
+        if not verdict.give_up:
+            self.keeper.advance(step, is_evaluated=True)
         for text in (*(alarm.text for alarm in verdict.alarms), "" if verdict.give_up else verdict.text):
             if text:
                 self.view.note(text)
-        if verdict.restore:
-            self.session.publish()
         if verdict.give_up:
             raise TrainingStoppedError(verdict.text)
 
     def _record_evaluation(self, step: int, evaluation: Evaluation, when: When) -> None:
-        for note in evaluation_notes(evaluation):
-            self.view.note(note)
         reward = mean_reward(evaluation.rewards)
         self.recorder.evaluation(step, reward, when=when)
+        for note in evaluation_notes(evaluation):
+            self.view.note(note)
         self.view.evaluation(step, reward, when)
 
     def _evaluate(self, *, step: int, use_adapter: bool = True) -> Evaluation:
@@ -319,18 +324,16 @@ class GRPOTrainer:
             # Where one of several workers fails, the others are elsewhere: there is no step that all could save.
             can_save = self.peers.size == 1 or isinstance(error, RunInterrupted)
             is_kept = can_save and attempts.to("save a checkpoint", self.keeper.write)
-            attempts.to("save adapter and summary", lambda: self._conclude(interrupted=True))
+            has_adapter = attempts.to("save the adapter", self.keeper.save_adapter)
+            attempts.to("draw the learning curve", self.keeper.draw)
+            attempts.to("write the summary", lambda: self.view.finish(self.keeper.summarise(interrupted=True)))
             if isinstance(error, RunInterrupted) and is_kept:
                 error.saved(self.keeper.last)
-            newest = [] if self.keeper.last is None else [f"the newest checkpoint is {self.keeper.last}"]
-            notes = [*newest, f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}", *attempts.failures]
-            attempts.to("tell of it", lambda: [self.view.note(note) for note in notes])
+            notes = [f"the newest checkpoint is {self.keeper.last}"] if self.keeper.last is not None else []
+            if has_adapter:
+                notes.append(f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}")
+            attempts.to("tell of it", lambda: [self.view.note(note) for note in [*notes, *attempts.failures]])
             raise
-
-    def _conclude(self, *, interrupted: bool) -> dict[str, Any]:
-        summary = self.keeper.conclude(interrupted=interrupted)
-        self.view.finish(summary)
-        return summary
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -348,7 +351,10 @@ class GRPOTrainer:
                 note=self.view.note,
                 peers=self.peers,
             ) as self.session:
-                yield
+                try:
+                    yield
+                finally:
+                    del self.session  # the policy's memory is not to wait for the next one
 
     @contextmanager
     def _recording(self, resumption: Resumption | None) -> Iterator[None]:
@@ -364,11 +370,15 @@ class GRPOTrainer:
                 peers=self.peers,
             )
             if resumption is None:
-                self.keeper.advance(0, is_evaluated=not self._evaluation_is_due(0))
+                self.keeper.begin(is_evaluated=not self._evaluation_is_due(0))
             else:
                 self.keeper.go_on(resumption)
                 self.view.resumed(resumption.checkpoint.step, self.recorder.rows())
-            yield
+            try:
+                yield
+            finally:
+                self.can_go_on = self.keeper.last is not None
+                del self.keeper
 
     def _find_resumption(self, source: Resume, allow_changes: bool) -> Resumption | None:
         return find_resumption(

@@ -40,6 +40,7 @@ def main(descriptor: int) -> None:
     # The parent answers both, and ends this process when it is done. Not SIG_IGN: that is handed down to what users start.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    os.register_at_fork(after_in_child=_answer_signals)
     os.set_inheritable(descriptor, False)  # a program that a function starts must not keep the socket open
     connection = Connection(descriptor)
     setup: Setup = pickle.loads(connection.recv_bytes())
@@ -75,6 +76,12 @@ def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
         return pickle.dumps(answer)  # within the try: what `log_extra` was given may be anything
     except Exception as error:  # a user's function may raise anything; it is reported
         return pickle.dumps(failure_of(error))
+
+
+def _answer_signals() -> None:
+    """What a function forks is ended by signals as ever: `multiprocessing` does so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _die_with_the_parent() -> None:

@@ -237,3 +237,19 @@ def test_a_leftover_of_a_deletion_is_no_news(store: CheckpointStore):
     assert store.newest_whole(said.append) is None and said == []
     store.write(20, fill)
     assert names(store) == ["step_000020"]
+
+
+def test_a_replacement_that_was_cut_off_is_set_aside_too(store: CheckpointStore):
+    """Else it would come back among the checkpoints of another course."""
+    store.write(4, fill)
+    path = store.write(6, fill)
+    path.rename(path.with_name(".step_000006.replaced"))
+    assert [moved.name for moved in store.set_aside_after(4)] == ["step_000006.aside.1"]
+
+
+def test_what_cannot_be_read_is_damaged_and_ends_nothing(store: CheckpointStore):
+    store.write(10, fill)
+    (store.folder / "step_000099").write_text("a file, no folder")
+    newest = store.newest_whole()
+    assert newest is not None and newest.step == 10
+    store.write(20, fill)

@@ -183,3 +183,37 @@ def test_the_cursor_is_shown_again_on_a_terminal():
         process.kill()
         process.wait()
         os.close(terminal)
+
+
+def test_what_a_reward_function_forks_is_ended_by_signals_as_ever(start):
+    process = start(
+        """
+import multiprocessing
+with interrupts.handled(), interrupts.deferred():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.2)
+    child.terminate()
+    child.join(timeout=10)
+    print("ended", child.exitcode, interrupts.asked, flush=True)
+    child.kill()
+"""
+    )
+    assert lines_until(process, "ended") == ["ended -15 None"]
+
+
+def test_a_reader_that_has_gone_ends_nothing():
+    code = (
+        "import sys, time; from rankup.grpo.terminal import make_view\n"
+        "view = make_view(max_steps=3, run_name='x')\n"
+        "view.start(); sys.stdin.read()\n"
+        "view.note('one'); view.note('two'); print('three', flush=True)\n"
+        "sys.exit(7)\n"
+    )
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipe) as process:
+        assert process.stdout is not None and process.stdin is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.wait(timeout=30), process.stderr.read()) == (7, "")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -278,21 +279,20 @@ def files_of(run: Path) -> dict[Path, bytes]:
 
 def test_a_summary_of_an_earlier_course_does_not_end_a_run(train, tmp_path: Path):
     """A finished run is made longer and killed in its last evaluation: the checkpoint of the last step is there already."""
-    train("run", max_steps=4, eval_steps=0)
-    longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
 
-    def fails_in_the_last_evaluation(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
-        if trainer_state.global_step == 6:
-            raise FaultError
+    def is_killed_in_the_last_evaluation(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 6 and not (tmp_path / "killed").exists():
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")  # what a SIGKILL would leave in this moment
         return low_ids_with_luck(completion_ids)
 
-    fails_in_the_last_evaluation.__name__ = low_ids_with_luck.__name__
-    with pytest.raises(RuntimeError, match="FaultError"):
-        train("run", reward=fails_in_the_last_evaluation, resume=True, allow_changes=True, **longer)
-    (tmp_path / "run" / "summary.json").unlink()  # as after a SIGKILL, which writes none
-    assert (tmp_path / "run" / "checkpoints" / "step_000006").is_dir()
-    summary = train("run", resume=True, **longer)
-    assert summary["steps"] == 6 and not summary["interrupted"]
+    is_killed_in_the_last_evaluation.__name__ = low_ids_with_luck.__name__
+    longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
+    train("run", max_steps=4, eval_steps=0)
+    train("run", reward=is_killed_in_the_last_evaluation, resume=True, allow_changes=True, **longer)
+    assert (tmp_path / "killed" / "checkpoints" / "step_000006").is_dir()
+    summary = train("killed", resume=True, **longer)
+    assert summary["steps"] == 6
+    assert left_behind(tmp_path / "killed")["adapter"] == left_behind(tmp_path / "run")["adapter"]
 
 
 def test_going_on_removes_the_summary_of_the_course_before(train, tmp_path: Path):
@@ -318,7 +318,7 @@ def test_a_resumption_that_fails_leaves_the_folder_as_it_was(train, tmp_path: Pa
     train("run", save_steps=2)
     before = files_of(tmp_path / "run")
     with pytest.raises(ValueError, match="lora_alpha"):
-        train("run", save_steps=2, resume=True, allow_changes=True, alpha=64, max_steps=8)
+        train("run", save_steps=2, resume=True, allow_changes=True, alpha=64, max_steps=8, report_to="tensorboard")
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     with pytest.raises(OSError):
         checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
@@ -373,16 +373,66 @@ def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Pat
     assert files_of(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
 
 
-def test_what_cannot_be_saved_or_told_does_not_replace_the_error(make_trainer, run_engine, tmp_path: Path):
-    """A terminal that is gone, and a file where the adapter belongs."""
+def test_what_cannot_be_saved_does_not_replace_the_error(make_trainer, run_engine, tmp_path: Path, capsys):
+    def fails(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 2:
+            (tmp_path / "run" / "adapter.partial").mkdir()
+            (tmp_path / "run" / "checkpoints").write_text("in the way")
+            (tmp_path / "run" / "adapter.partial").rename(tmp_path / "run" / "learning_curve.png")
+            raise FaultError
+        return low_ids_with_luck(completion_ids)
 
+    with pytest.raises(RuntimeError, match="FaultError"):
+        make_trainer(reward=fails, max_steps=4).train(engine=run_engine)
+    out = capsys.readouterr().out
+    assert "could not save a checkpoint" in out and "could not draw the learning curve" in out
+    assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_view_that_fails_costs_no_step(make_trainer, run_engine, tmp_path: Path):
     class DeadView(SilentView):
-        def note(self, text: str) -> None:
-            if "interrupted" in text:
+        def step(self, step: int, metrics: Any, seconds_by_phase: Any) -> None:
+            if step == 2:
                 raise BrokenPipeError(32, "Broken pipe")
 
-    trainer = make_trainer(reward=failing_at(2, FaultError()), max_steps=4)
+    trainer = make_trainer(reward=low_ids_with_luck, max_steps=4, save_steps=0)
     trainer.view = DeadView()
-    with pytest.raises(RuntimeError, match="FaultError"):
+    with pytest.raises(BrokenPipeError):
         trainer.train(engine=run_engine)
-    assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
+    assert trainer.can_go_on and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+
+
+def test_after_an_interruption_a_trainer_evaluates(make_trainer, engine_shelf, run_engine, tmp_path: Path):
+    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 1 and len(asked) == 0:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return low_ids_with_luck(completion_ids)
+
+    asked: list[None] = []
+    trainer = make_trainer(reward=asks_to_stop)
+    with pytest.raises(RunInterrupted):
+        trainer.train(engine=run_engine)
+    assert not hasattr(trainer, "session"), "its memory is free for the next one"
+    engine_shelf.close()
+    assert 0 <= trainer.evaluate(adapter=tmp_path / "run" / "adapter") <= 1.01
+
+
+def test_a_signal_at_the_very_end_ends_a_script_too(make_trainer, run_engine, tmp_path: Path):
+    class Asks(SilentView):
+        def evaluation(self, step: int, reward: float, when: Any) -> None:
+            if when == "after":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer()
+    trainer.view = Asks()
+    with pytest.raises(RunInterrupted) as caught:
+        trainer.train(engine=run_engine)
+    assert caught.value.code == 0
+    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"]
+
+
+def test_a_finished_run_with_other_data_is_refused(make_trainer, run_engine):
+    make_trainer(save_steps=1).train(engine=run_engine)
+    changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here"):
+        changed.train(engine=run_engine, resume_from_checkpoint=True)

@@ -70,6 +70,22 @@ def test_signals_to_the_whole_job_are_the_parents_to_answer(make_scorer, number)
     assert make_scorer(is_told, num_workers=1).score(inputs("a", number=[int(number)])).total == [1.0]
 
 
+def test_what_a_function_forks_is_ended_by_signals_as_ever(make_scorer):
+    """`multiprocessing` ends its processes by SIGTERM, which they must not have learned to ignore."""
+
+    def forks(completions, **kwargs):
+        import multiprocessing
+
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.2)
+        child.terminate()
+        child.join(timeout=10)
+        return [float(child.exitcode == -signal.SIGTERM)]
+
+    assert make_scorer(forks, num_workers=1).score(inputs("a")).total == [1.0]
+
+
 def _runs(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
