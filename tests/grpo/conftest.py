@@ -1,9 +1,12 @@
 """Run files for the tests of the configuration, and trainers of a tiny model with real vLLM."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from resumed import OPTIONS, low_ids_with_luck
 from tiny_runs import ROWS, many_low_ids, tiny_config
 
 from rankup.grpo.config import GRPOConfig, load_config
@@ -60,3 +63,16 @@ def run_engine(engine_shelf, tiny_model_path):
 
     settings = engine_settings(tiny_config(Path("unused")), str(tiny_model_path("llama")))
     return engine_shelf.get(**dataclasses.asdict(settings))
+
+
+@pytest.fixture
+def train(make_trainer, run_engine, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Make a run in a folder of that name, from the same seed of Python's generator unless it is resumed."""
+
+    def run(name: str, *, reward=low_ids_with_luck, resume: Any = False, allow_changes: bool = False, **changes: Any):
+        random.seed(99 if resume else 7)
+        options = OPTIONS | changes
+        trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **options)
+        return trainer.train(engine=run_engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
+
+    return run

@@ -1,0 +1,47 @@
+"""Runs that fail on purpose and are resumed: a reward with luck, how it fails, and what must be the same in the end."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from tiny_runs import timeless
+
+OPTIONS: dict[str, Any] = {"max_steps": 6, "eval_steps": 2, "save_steps": 4, "completions_steps": 2}
+
+
+class FaultError(Exception):
+    """What a reward function raises in these tests."""
+
+
+def low_ids_with_luck(completion_ids: list, **kwargs: Any) -> list[float]:
+    """A reward that also draws from Python's global generator."""
+    return [sum(token < 130 for token in ids) / len(ids) + 0.01 * random.random() for ids in completion_ids]
+
+
+def failing_at(step: int, error: BaseException) -> Callable[..., list[float]]:
+    """The same reward under the same name, that raises in a step (from 0)."""
+
+    def low_ids_with_luck_until(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == step:
+            raise error
+        return low_ids_with_luck(completion_ids)
+
+    low_ids_with_luck_until.__name__ = low_ids_with_luck.__name__
+    return low_ids_with_luck_until
+
+
+def left_behind(run: Path) -> dict[str, Any]:
+    """Everything that must be the same: adapter, metrics, completions, and the summary's evaluation and guards."""
+    summary = json.loads((run / "summary.json").read_text())
+    tables = {path.name: pyarrow.parquet.read_table(path).to_pylist() for path in sorted((run / "completions").iterdir())}
+    return {
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "metrics": timeless(run),
+        "completions": tables,
+        "summary": {name: summary[name] for name in ("steps", "evaluation", "guards", "interrupted")},
+    }
