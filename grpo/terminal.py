@@ -7,8 +7,8 @@
         view.completions(1, [(prompt, completion, reward)])
         view.finish(summary)
 
-`metrics` and `summary` are those of `records.RunRecorder`. Text of a model or a data set is shown on one line, shortened, and is
-never read as markup or as terminal control. Leaving the `with` block restores the terminal, after Ctrl-C too.
+`metrics` and `summary` are those of `records.RunRecorder`. Text of a model or a data set is shown on one line, shortened, and
+is never read as markup or as terminal control. Leaving the `with` block restores the terminal, after Ctrl-C too.
 """
 
 import math
