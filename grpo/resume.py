@@ -85,7 +85,7 @@ def summary_of_finished_run(config: GRPOConfig, inputs: Mapping[str, Any]) -> di
     summary = read_summary(run_dir)
     if summary is None or summary["interrupted"] or summary["steps"] != config.optim.max_steps:
         return None
-    changes = [*config_changes(run_dir, config), *input_changes(summary["inputs"], inputs)]
+    changes = [*config_changes(run_dir, config), *input_changes(summary.get("inputs", {}), inputs)]
     return None if any(change.has_effect for change in changes) else summary
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -144,9 +145,8 @@ class GRPOTrainer:
             check_reports(self.config.logging.report_to)
             if self.peers.is_first:
                 stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
-            is_resumed = resume_from_checkpoint is True
-            inputs = self._fingerprint()
-            finished = self.peers.from_first(lambda: summary_of_finished_run(self.config, inputs) if is_resumed else None)
+            finish = summary_of_finished_run if resume_from_checkpoint is True else lambda *_: None
+            finished = self.peers.from_first(lambda: finish(self.config, self._fingerprint))
             if finished is not None:
                 self.view.note(f"the run in {output_dir} has come to its end: there is nothing left to do")
                 return finished
@@ -365,7 +365,7 @@ class GRPOTrainer:
                 self.session,
                 self.recorder,
                 self._checkpoints,
-                inputs=self._fingerprint(),
+                inputs=self._fingerprint,
                 note=self.view.note,
                 peers=self.peers,
             )
@@ -385,11 +385,12 @@ class GRPOTrainer:
             source,
             self.config,
             self._checkpoints,
-            inputs=self._fingerprint(),
+            inputs=self._fingerprint,
             allow_changes=allow_changes,
             say=self.view.note,
         )
 
+    @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """What the run is made from besides its configuration, for the comparison when it is taken up again."""
         return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names)}

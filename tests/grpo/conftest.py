@@ -1,7 +1,8 @@
 """Run files for the tests of the configuration, and trainers of a tiny model with real vLLM."""
 
 import random
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,20 @@ def train(make_trainer, run_engine, tmp_path: Path) -> Callable[..., dict[str, A
         return trainer.train(engine=run_engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that makes a file system of a size such as `4m`, as the only one of the test."""
+    folder = tmp_path / "disk"
+
+    def make(size: str) -> Path:
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode != 0:
+            pytest.skip("a file system can be mounted by root only")
+        return folder
+
+    yield make
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)

@@ -180,3 +180,12 @@ def test_a_finished_run_with_other_data_is_refused(make_trainer, run_engine):
     changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
     with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here"):
         changed.train(engine=run_engine, resume_from_checkpoint=True)
+
+
+def test_a_run_folder_of_another_make_is_moved_aside(train, tmp_path: Path):
+    """A summary that lacks what this one writes must not disturb a new run, nor count as this run's end."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "summary.json").write_text('{"interrupted": false, "steps": 6}')
+    assert train("run")["steps"] == 6
+    assert (tmp_path / "run.1" / "summary.json").is_file()
