@@ -23,7 +23,7 @@ from .config import GRPOConfig, dump_config, load_config
 from .config_loading import dump_yaml
 from .models import EMBEDDED, hub_id
 from .records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_metrics
-from .terminal import duration
+from .view_text import duration
 
 LAST_STEPS = 10  # over which the training reward at the end is averaged: one step's is noisy
 DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")

@@ -11,7 +11,6 @@
 is never read as markup or as terminal control. Leaving the `with` block restores the terminal, after Ctrl-C too.
 """
 
-import math
 import os
 import sys
 import time
@@ -29,13 +28,27 @@ from rich.table import Table
 from rich.text import Text
 
 from .records import When
+from .view_text import (
+    Prompt,
+    as_number,
+    decimal,
+    duration,
+    evaluation_text,
+    guards_text,
+    one_line,
+    phases_of,
+    seconds_text,
+    shorten,
+    sparkline,
+    step_seconds,
+    summary_text,
+    whole,
+    workers_text,
+)
 
-Prompt = str | Sequence[Mapping[str, Any]]
 SampleRow = tuple[Prompt, str, float | None]
 
-WHEN_TEXT = {"before": "before training", "after": "after training"}
-GUARD_WORDS = {"alarms": "alarm", "skipped_steps": "skip", "restores": "restore"}
-SPARK_LEVELS = "▁▂▃▄▅▆▇█"
+LABEL_WIDTH = 10  # of "evaluation", the longest label: what stands below the metrics lines up with them
 
 
 class View(Protocol):
@@ -97,7 +110,8 @@ class PlainView:
             f"length {decimal(metrics.get('completions/mean_length'), 1)}",
         ]
         if (rate := metrics.get("tokens_per_second/rollout")) is not None:
-            parts.append(f"{whole(rate)} tok/s rollout")
+            workers = workers_text(metrics)
+            parts.append(f"{whole(rate)} tok/s rollout" + (f": {workers}" if workers else ""))
         phases = " ".join(f"{name} {seconds_text(seconds)}" for name, seconds in phases_of(seconds_by_phase).items())
         parts.append(f"{seconds_text(step_seconds(seconds_by_phase))} s ({phases})")
         parts.append(f"left {duration(self._pace.left())}")
@@ -149,6 +163,7 @@ class LiveView:
         self._num_notes = 0
         self._note_line = ""
         self._last_step: tuple[Mapping[str, float], Mapping[str, float]] | None = None
+        self._workers = ""
         self._tables: RenderableType = Text("the first step is on its way", style="dim")
         self._samples: RenderableType | None = None
         self._live = Live(self, console=console, refresh_per_second=4, redirect_stderr=True, redirect_stdout=True)
@@ -171,15 +186,16 @@ class LiveView:
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._pace.steps_done = step
-        self._rewards = [_number(row["reward"]) for row in rows if "reward" in row]
-        self._evaluations = [_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
+        self._rewards = [as_number(row["reward"]) for row in rows if "reward" in row]
+        self._evaluations = [as_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
         self._console.print(Text(f"going on after step {step}", style="cyan"))
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
         self._pace.step(step, step_seconds(seconds_by_phase))
         self._stage = "training"
-        self._rewards.append(_number(metrics.get("reward")))
+        self._rewards.append(as_number(metrics.get("reward")))
         self._last_step = (metrics, seconds_by_phase)
+        self._workers = workers_text(metrics)
         self._build_tables()
         self._live.refresh()
 
@@ -188,7 +204,8 @@ class LiveView:
         grid.add_column(justify="right", width=6, no_wrap=True)
         grid.add_column(overflow="fold")
         grid.add_row("", Text(f"completions of step {step}", style="dim"))
-        num_shown = max(0, (self._console.height - 15) // 3)  # the rest of the panel has 14 lines, a completion up to 3
+        # The rest of the panel has 14 lines, 15 with the workers' row; a completion has up to 3.
+        num_shown = max(0, (self._console.height - 15 - bool(self._workers)) // 3)
         for prompt, completion, reward in rows[:num_shown]:
             style = "dim" if reward is None else "bold green" if reward > 0 else "bold red"
             grid.add_row(
@@ -250,11 +267,12 @@ class LiveView:
         tables = [self._metric_table(metrics), _phase_table(metrics, seconds_by_phase)]
         side_by_side = Table.grid(padding=(0, 4))
         side_by_side.add_row(*tables)
-        self._tables = side_by_side if self._console.width >= 78 else Group(*tables)
+        both = side_by_side if self._console.width >= 78 else Group(*tables)
+        self._tables = Group(both, _workers_row(self._workers)) if self._workers else both
 
     def _metric_table(self, metrics: Mapping[str, float]) -> Table:
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(style="dim", no_wrap=True, min_width=LABEL_WIDTH if self._workers else None)
         grid.add_column(no_wrap=True, width=27)
         trend = sparkline(self._rewards, width=20)
         grid.add_row("reward", Text.assemble((decimal(self._rewards[-1]), "bold"), "  ", (trend, "cyan")))
@@ -272,6 +290,15 @@ class LiveView:
         if (factor := metrics.get("guards/learning_rate_factor", 1.0)) != 1.0:
             grid.add_row("rate", Text(f"x {factor:g}", style="yellow"))
         return grid
+
+
+def _workers_row(text: str) -> Table:
+    """Below both tables: hundreds of workers make a longer text than either has room for."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True, width=LABEL_WIDTH)
+    grid.add_column()
+    grid.add_row("workers", text)
+    return grid
 
 
 def _phase_table(metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> Table:
@@ -304,97 +331,3 @@ class Pace:
     def left(self) -> float | None:
         """Seconds, None before the first step."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
-
-
-def phases_of(seconds_by_phase: Mapping[str, float]) -> dict[str, float]:
-    return {name: seconds for name, seconds in seconds_by_phase.items() if name != "total"}
-
-
-def step_seconds(seconds_by_phase: Mapping[str, float]) -> float:
-    """The `total` where it is given (phases may overlap), else the sum."""
-    return seconds_by_phase.get("total", sum(seconds_by_phase.values()))
-
-
-def guards_text(metrics: Mapping[str, float]) -> str:
-    """What the guards have done so far, such as `3 alarms, 1 skip, 1 restore`; empty where nothing rang."""
-    counts = [(int(metrics.get(f"guards/{name}", 0)), word) for name, word in GUARD_WORDS.items()]
-    return ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count)
-
-
-def evaluation_text(step: int, reward: float, when: When) -> str:
-    return f"evaluation {WHEN_TEXT.get(when, f'at step {step}')}: reward {decimal(reward, 3)}"
-
-
-def summary_text(summary: Mapping[str, Any]) -> str:
-    """One line of `summary.json`: steps, time, and the evaluation before and after."""
-    seconds = summary.get("seconds", {}).get("total")
-    how = "stopped" if summary.get("interrupted") else "done"
-    text = f"{how}: {summary.get('steps', 0)} steps in {duration(seconds)}"
-    rewards = [summary.get("evaluation", {}).get(when, {}).get("reward") for when in ("before", "after")]
-    if rewards[1] is not None:
-        before = "" if rewards[0] is None else f"{decimal(rewards[0], 3)} → "
-        text += f", evaluation reward {before}{decimal(rewards[1], 3)}"
-    return text
-
-
-def one_line(text: Prompt) -> str:
-    """`text`, or a conversation's last message, on one line: line breaks as ⏎, what a terminal might obey as ·."""
-    if not isinstance(text, str):
-        text = str(text[-1]["content"])
-    text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
-    return "".join(character if character.isprintable() else "·" for character in text)
-
-
-def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters; what is cut is the middle, since an answer stands at the end."""
-    if len(text) <= limit:
-        return text
-    tail = limit // 2
-    return text[: limit - tail - 3] + " … " + text[-tail:]
-
-
-def sparkline(values: Sequence[float], *, width: int) -> str:
-    """The whole history in at most `width` bars, each the mean of its share of the values that are finite.
-
-    The scale is 0 to 1 where all values lie within, else lowest to highest.
-    """
-    bars = []
-    num_bars = min(width, len(values))
-    for index in range(num_bars):
-        share = values[index * len(values) // num_bars : (index + 1) * len(values) // num_bars]
-        finite = [value for value in share if math.isfinite(value)]
-        bars.append(sum(finite) / len(finite) if finite else None)
-    heights = [bar for bar in bars if bar is not None]
-    if not heights:
-        return ""
-    low, high = min(heights), max(heights)
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scale = 7 / (high - low or 1.0)
-    return "".join(" " if bar is None else SPARK_LEVELS[round((bar - low) * scale)] for bar in bars)
-
-
-def decimal(value: float | None, places: int = 2) -> str:
-    return f"{number:.{places}f}" if math.isfinite(number := _number(value)) else "-"
-
-
-def whole(value: float | None) -> str:
-    return f"{number:,.0f}" if math.isfinite(number := _number(value)) else "-"
-
-
-def seconds_text(value: float) -> str:
-    return f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
-
-
-def duration(seconds: float | None) -> str:
-    """45s, 6m10s, 1h02m; - if unknown."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

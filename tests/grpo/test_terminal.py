@@ -6,22 +6,13 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from rankup.grpo.terminal import (
-    LiveView,
-    PlainView,
-    View,
-    duration,
-    guards_text,
-    make_view,
-    one_line,
-    shorten,
-    sparkline,
-)
+from rankup.grpo.terminal import LiveView, PlainView, View, make_view
 
 METRICS = {
     "reward": 0.41,
@@ -45,6 +36,11 @@ SUMMARY = {
     "seconds": {"total": 370},
     "evaluation": {"before": {"reward": 0.109}, "after": {"reward": 0.86}},
 }
+
+
+def speeds(of_each: Sequence[float]) -> dict[str, float]:
+    """Metrics of a step that several workers share."""
+    return {f"workers/{rank}/tokens_per_second": speed for rank, speed in enumerate(of_each)}
 
 
 def drive(view: View) -> None:
@@ -89,6 +85,15 @@ def test_plain_step_without_metrics_still_shows():
     assert file.getvalue() == "step  3/80  reward -  length -  4.0 s (train 2.0)  left 5m08s\n"
 
 
+def test_plain_step_tells_the_speed_of_each_worker():
+    file = io.StringIO()
+    plain_view(file).step(12, METRICS | speeds([602.4, 601.9]), PHASES)
+    assert file.getvalue() == (
+        "step 12/80  reward 0.41  length 13.2  1,204 tok/s rollout: 602, 602 tok/s  "
+        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  left 5m54s\n"
+    )
+
+
 def test_plain_view_tells_the_whole_run_without_control_characters():
     file = io.StringIO()
     with plain_view(file) as view:
@@ -126,13 +131,45 @@ def test_live_panel_fits_the_width_and_shows_the_run(width):
     assert "…" in text
 
 
+@pytest.mark.parametrize("is_evaluated", [False, True])
+@pytest.mark.parametrize("width", [78, 80, 120])
+@pytest.mark.parametrize(
+    ("of_each", "text"),
+    [
+        ([12812, 12798, 12805, 12799], "12812, 12798, 12805, 12799 tok/s"),
+        ([20000] * 487 + [11207] + [20000] * 23 + [99889], "512 workers, 11,207 (rank 487) to 99,889 (rank 511) tok/s"),
+    ],
+)
+def test_live_panel_shows_the_workers_on_one_line_below_the_metrics(of_each, text, width, is_evaluated):
+    view, console = live_view(width=width)
+    if is_evaluated:
+        view.evaluation(0, 0.109, "before")
+    view.step(1, METRICS | speeds(of_each), PHASES)
+    lines = frame(view, console).splitlines()
+    assert any(line.startswith(f"│ workers     {text} ") for line in lines)
+    assert any(line.startswith("│ length      13.2 tokens") for line in lines), "both columns line up"
+
+
+def test_live_panel_of_one_worker_has_no_row_of_workers():
+    view, console = live_view()
+    view.step(1, METRICS | speeds([602.4, 601.9]), PHASES)
+    of_two = frame(view, console).splitlines()
+    view.step(1, METRICS, PHASES)
+    of_one = frame(view, console)
+    assert "workers" not in of_one
+    assert len(of_one.splitlines()) == len(of_two) - 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 8])
 @pytest.mark.parametrize("height", [12, 24, 40])
-def test_live_panel_fits_the_height(height):
+def test_live_panel_fits_the_height(height, num_workers):
     view, console = live_view(height=height)
     drive(view)
-    view.completions(2, SAMPLES * 5)
+    guards = {"guards/alarms": 1.0, "grad_norm": 0.1}
+    view.step(3, METRICS | guards | speeds([800.0] * num_workers), PHASES)
+    view.completions(2, SAMPLES[1:] * 10)  # of three lines each
     shown = frame(view, console)
-    assert len(shown.splitlines()) < max(height, 15)
+    assert len(shown.splitlines()) < max(height, 16 if num_workers else 15)
     assert ("completions of step 2" in shown) == (height >= 24)
 
 
@@ -204,37 +241,8 @@ def _read(controller: int, *, until: bytes) -> bytes:
     return seen
 
 
-def test_one_line_disarms_what_a_terminal_obeys():
-    assert one_line("a\r\nb\tc\x1b[31m\u202ed") == "a⏎b c·[31m·d"
-
-
-def test_shorten_keeps_both_ends():
-    text = shorten("start" + "x" * 100 + "answer 42", 30)
-    assert len(text) == 30
-    assert text.startswith("start")
-    assert text.endswith("answer 42")
-    assert shorten("short", 30) == "short"
-
-
-def test_sparkline_shows_the_whole_history_on_one_scale():
-    assert sparkline([0.0, 0.5, 1.0], width=20) == "▁▅█"
-    assert sparkline([0.0] * 50 + [1.0] * 50, width=4) == "▁▁██"
-    assert sparkline([-2.0, 5.0, math.nan], width=20) == "▁█ "
-    assert sparkline([3.0, 3.0], width=20) == "▁▁"
-    assert sparkline([], width=20) == sparkline([math.nan], width=20) == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "-"), (44.6, "45s"), (60, "1m00s"), (370, "6m10s"), (3600, "1h00m"), (90061, "25h01m")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_what_the_guards_did_is_shown_once_they_did_something() -> None:
-    assert guards_text({"reward": 0.5, "guards/alarms": 0.0, "guards/learning_rate_factor": 1.0}) == ""
+def test_what_the_guards_did_is_shown() -> None:
     counts = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/restores": 1.0}
-    assert guards_text(counts) == "3 alarms, 1 skip, 1 restore"
     view, console = live_view(width=100)
     view.step(31, METRICS | counts | {"guards/learning_rate_factor": 0.25}, PHASES)
     shown = frame(view, console)
