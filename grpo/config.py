@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from .config_algorithm import COMMON, AlgorithmConfig, CorrectionConfig
+from .config_cluster import ClusterConfig
 from .config_guards import GuardsConfig
 from .config_loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
 from .config_lora import LoraConfig
@@ -32,6 +33,7 @@ from .config_sections import (
 __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "CorrectionConfig",
     "DataConfig",
     "GRPOConfig",
@@ -96,6 +98,9 @@ class GRPOConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
 
+    cluster: ClusterConfig = ClusterConfig()
+    """Several devices."""
+
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of data order, adapter initialisation and sampling, 0 to 2**32 - 1."""
 
@@ -132,6 +137,15 @@ class GRPOConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _every_worker_has_a_prompt(self) -> "GRPOConfig":
+        if self.cluster.workers > self.optim.prompts_per_step:
+            raise ValueError(
+                "cluster.workers: must be at most optim.prompts_per_step, which is divided among them and is "
+                f"{self.optim.prompts_per_step} (got {self.cluster.workers})"
+            )
+        return self
+
     def __init__(self, **values: Any) -> None:
         keys = known_keys()
         try:
@@ -144,6 +158,12 @@ class GRPOConfig(Section):
         """Folder of the run file: reward and data paths that are not found from here are looked for there.
         None for a configuration made in Python; not part of the dump."""
         return self._base_dir
+
+    def seen_from(self, base_dir: Path | None) -> "GRPOConfig":
+        """The same, with another `base_dir`: a run file's folder has another path on another machine."""
+        copy = self.model_copy()
+        copy._base_dir = None if base_dir is None else base_dir.resolve()
+        return copy
 
     @property
     def max_num_seqs(self) -> int:

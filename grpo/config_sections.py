@@ -266,3 +266,7 @@ class CheckpointConfig(Section):
     keep_best: int = Field(default=1, ge=0)
     """Checkpoints to keep besides: so many with the highest evaluation, or, where `logging.eval_steps` is 0, with the highest
     mean reward of the last ten steps."""
+
+    storage: str | None = None
+    """Where the run folder is copied to after every checkpoint and at the end: a folder of its own at any fsspec path
+    (`s3://bucket/runs/mine`, `/mnt/shared/mine`). `--resume` takes from there what is missing here. None: nowhere."""

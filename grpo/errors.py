@@ -27,6 +27,21 @@ OUT_OF_MEMORY = (
 )
 
 
+class TrainingStoppedError(ValueError):
+    """The guards gave up on the run. What it had learned is saved."""
+
+
+class ClusterError(RuntimeError):
+    """A run on a cluster has failed; the message is for the user.
+
+    `can_go_on`: whether it has left a checkpoint.
+    """
+
+    def __init__(self, message: str, *, can_go_on: bool = False) -> None:
+        super().__init__(message)
+        self.can_go_on = can_go_on
+
+
 class Attempts:
     """What is to be done while an error is on its way out: each is tried whatever becomes of the others, none replaces it."""
 
@@ -53,9 +68,16 @@ def explain(error: BaseException) -> str | None:
         return OUT_OF_MEMORY.format(reason=_first_line(error)) if memory else str(error)
     if _is_full_disk(error):
         return f"no space left on the disk: {_first_line(error)}. Free some, or give another logging.output_dir"
-    if isinstance(error, ValueError | OSError | RewardError):
+    if isinstance(error, ValueError | OSError | RewardError | ClusterError):
         return str(error)
     return None
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same run may come through if it is started again: the network's errors, and the engine's but for memory."""
+    if isinstance(error, EngineError):
+        return error.__cause__ is None or not _is_out_of_memory(error.__cause__)
+    return isinstance(error, ConnectionError | TimeoutError)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

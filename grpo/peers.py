@@ -11,7 +11,8 @@ Everything that decides something is computed by every worker from the same gath
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,10 +21,15 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class LostPeerError(ConnectionError):
+    """Another worker has not taken part in an exchange: its process, its node, or the network between them is gone."""
+
+
 class Peers:
     """`rank` of `size` workers; those of a size above 1 are the default process group of `torch.distributed`.
 
-    `on_exchange` is called after everything that the workers exchange: a sign of life.
+    `on_exchange` is called after everything that the workers exchange: a sign of life. Every exchange raises LostPeerError
+    where another worker is gone.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, *, on_exchange: Callable[[], None] | None = None) -> None:
@@ -56,8 +62,8 @@ class Peers:
         if self.size == 1:
             return [own]
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, own)
-        self._on_exchange()
+        with self._exchange():
+            dist.all_gather_object(parts, own)
         return cast(list[T], parts)
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -72,10 +78,18 @@ class Peers:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        self._on_exchange()
+        with self._exchange():
+            dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # what torch.distributed raises where the other side is gone
+            raise LostPeerError(f"another worker is gone: {error}") from error
+        self._on_exchange()
 
 
 ALONE = Peers()

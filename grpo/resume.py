@@ -23,9 +23,9 @@ from .run_state import RunState, made_with, read_state
 Resume = bool | str | Path | None
 """True: from the newest whole checkpoint; a path: from that one; False, None: not at all (TRL's `resume_from_checkpoint`)."""
 
-WITHOUT_EFFECT = ("logging.", "checkpoint.")
-"""Sections that decide what is shown and kept, but for these of their options:"""
-WITH_EFFECT = ("logging.eval_steps", "logging.eval_before")
+WITHOUT_EFFECT = ("logging.", "checkpoint.", "cluster.")
+"""Sections that decide what is shown and kept, and where a run lives, but for these of their options:"""
+WITH_EFFECT = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
 
 _ABSENT = "not set"
 

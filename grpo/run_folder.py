@@ -7,6 +7,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,8 +52,10 @@ def move_aside(folder: Path) -> Path | None:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Own the folder for this process inside the block, or until it ends in whatever way. One that is not there has no owner.
+
+    `patience`: seconds to wait for another owner's end.
 
     Raises ValueError where another process owns it.
     """
@@ -61,7 +64,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, patience)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another process is writing to {folder}: end it first, or give another output_dir") from None
@@ -73,6 +76,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
     finally:
         _OWNED.remove(identity)
         os.close(descriptor)
+
+
+def _lock(descriptor: int, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import GRPOConfig, dump_config
+from .errors import Attempts
+from .interrupts import RunInterrupted
 from .peers import ALONE, Peers
 from .random_states import random_states, set_random_states
 from .records import METRICS_FILE, RunRecorder
@@ -27,6 +29,7 @@ from .resume import Resumption, software_changes
 from .run_state import Position, load_state, write_state
 from .session import Session
 from .silent import SilentRecorder
+from .terminal import View
 
 
 @contextmanager
@@ -190,6 +193,27 @@ class RunKeeper:
                 "inputs": self._inputs,
             }
         )
+
+    @contextmanager
+    def nothing_lost(self, view: View) -> Iterator[None]:
+        """Whatever ends the block, a signal, an error of a reward function, a full disk: save what can be saved."""
+        try:
+            yield
+        except BaseException as error:  # and it goes on, whatever it is
+            attempts = Attempts()
+            # Where one of several workers fails, the others are elsewhere: there is no step that all could save.
+            can_save = self._peers.size == 1 or isinstance(error, RunInterrupted)
+            is_kept = can_save and attempts.to("save a checkpoint", self.write)
+            has_adapter = attempts.to("save the adapter", self.save_adapter)
+            attempts.to("draw the learning curve", self.draw)
+            attempts.to("write the summary", lambda: view.finish(self.summarise(interrupted=True)))
+            if isinstance(error, RunInterrupted) and is_kept:
+                error.saved(self.last)
+            notes = [f"the newest checkpoint is {self.last}"] if self.last is not None else []
+            if has_adapter:
+                notes.append(f"interrupted: the adapter as it was is in {self._recorder.adapter_dir}")
+            attempts.to("tell of it", lambda: [view.note(note) for note in [*notes, *attempts.failures]])
+            raise
 
     def _open_reports(self, resume: Mapping[str, Any] | None) -> None:
         if not self._peers.is_first:

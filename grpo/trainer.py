@@ -27,7 +27,7 @@ from .checkpoint import CheckpointStore
 from .collect import Collected, make_scorer
 from .config import GRPOConfig
 from .data import PromptSampler
-from .errors import Attempts
+from .errors import ClusterError, TrainingStoppedError
 from .evaluation import Evaluation, evaluate
 from .guard_evaluations import mean_reward
 from .guards import Verdict
@@ -49,10 +49,6 @@ from .worker_reports import Clock, exchange_reports, num_tokens, slowest, time_m
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class TrainingStoppedError(ValueError):
-    """The guards gave up on the run. What it had learned is saved."""
 
 
 class GRPOTrainer:
@@ -91,6 +87,7 @@ class GRPOTrainer:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         self.config = config
         self.peers = peers
+        self._given = {"reward_funcs": reward_funcs, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.scorer = make_scorer(config, reward_funcs)
         Objective(config)  # one of the user's own that cannot be loaded is told now
         self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
@@ -135,6 +132,7 @@ class GRPOTrainer:
         Raises:
             ValueError: the run in `output_dir` was made otherwise, with the differences; the engine has other settings.
             TrainingStoppedError: the guards gave up.
+            ClusterError: a run with `cluster.workers` above 1 has failed.
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
         """
         output_dir, self.can_go_on = self.config.logging.output_dir, False
@@ -143,8 +141,11 @@ class GRPOTrainer:
             stack.enter_context(self._interrupts.handled())
             stack.enter_context(self._interrupts.deferred())
             check_reports(self.config.logging.report_to)
+            if self.config.cluster.workers > self.peers.size:
+                return self._train_on_cluster(resume_from_checkpoint, allow_changes, engine)
             if self.peers.is_first:
-                stack.enter_context(locked_folder(output_dir))  # before a checkpoint is chosen, and before an engine starts
+                # Before a checkpoint is chosen, and before an engine starts. A worker that was lost may take a moment to die.
+                stack.enter_context(locked_folder(output_dir, patience=60.0 if self.peers.size > 1 else 0.0))
             finish = summary_of_finished_run if resume_from_checkpoint is True else lambda *_: None
             finished = self.peers.from_first(lambda: finish(self.config, self._fingerprint))
             if finished is not None:
@@ -156,7 +157,7 @@ class GRPOTrainer:
             with self._interrupts.at_once():
                 stack.enter_context(self._open_session(engine))
             stack.enter_context(self._recording(resumption))
-            with self._nothing_lost():
+            with self.keeper.nothing_lost(self.view):
                 self._run()
             self.keeper.save_adapter()
             self.keeper.draw()
@@ -165,6 +166,25 @@ class GRPOTrainer:
             if (asked := self._interrupts.asked) is not None:  # too late to change anything, but a script is to end
                 raise RunInterrupted(asked).saved(self.keeper.last)
             return summary
+
+    def _train_on_cluster(self, resume: Resume, allow_changes: bool, engine: RolloutEngine | None) -> dict[str, Any]:
+        """The same by several workers, each with a trainer like this one."""
+        from .cluster import train_on_cluster  # one device needs no Ray
+
+        if engine is not None:
+            raise ValueError("cluster.workers: workers have engines of their own: leave out `engine`, or set it to 1")
+        try:
+            return train_on_cluster(
+                self.config,
+                self._given,
+                view=self.view,
+                interrupts=self._interrupts,
+                resume=resume,
+                allow_changes=allow_changes,
+            )
+        except ClusterError as error:
+            self.can_go_on = error.can_go_on
+            raise
 
     def _run(self) -> None:
         """All steps and evaluations that are left."""
@@ -311,29 +331,6 @@ class GRPOTrainer:
             for g, _ in own[: self.config.logging.num_completions_to_print]
         ]
         self.view.completions(step, shown)
-
-    # ------------------------------------------------------------------------------ what is saved, and going on
-
-    @contextmanager
-    def _nothing_lost(self) -> Iterator[None]:
-        """Whatever ends the run, a signal, an error of a reward function, a full disk: save what can be saved."""
-        try:
-            yield
-        except BaseException as error:  # and it goes on, whatever it is
-            attempts = Attempts()
-            # Where one of several workers fails, the others are elsewhere: there is no step that all could save.
-            can_save = self.peers.size == 1 or isinstance(error, RunInterrupted)
-            is_kept = can_save and attempts.to("save a checkpoint", self.keeper.write)
-            has_adapter = attempts.to("save the adapter", self.keeper.save_adapter)
-            attempts.to("draw the learning curve", self.keeper.draw)
-            attempts.to("write the summary", lambda: self.view.finish(self.keeper.summarise(interrupted=True)))
-            if isinstance(error, RunInterrupted) and is_kept:
-                error.saved(self.keeper.last)
-            notes = [f"the newest checkpoint is {self.keeper.last}"] if self.keeper.last is not None else []
-            if has_adapter:
-                notes.append(f"interrupted: the adapter as it was is in {self.recorder.adapter_dir}")
-            attempts.to("tell of it", lambda: [self.view.note(note) for note in [*notes, *attempts.failures]])
-            raise
 
     # ------------------------------------------------------------------------------------------------ parts
 

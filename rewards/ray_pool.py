@@ -20,21 +20,17 @@ import; functions from files of the user travel (`portable.py`).
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
-import signal
-import socket
 import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from .contract import Failure
 from .pool import Answer, Pool
 from .portable import Portable
 from .processes import Worker
+from .ray_connection import CONNECTION
 from .worker import Setup
 
 LOST_WORKERS = 3
@@ -42,9 +38,6 @@ LOST_WORKERS = 3
 
 MOST_WORKERS = 64
 """Tasks at once where nothing else is said: each costs this process a thread."""
-
-REACH_SECONDS = 10.0
-"""What a machine gets to accept a connection."""
 
 
 class RayPool(Pool):
@@ -73,7 +66,7 @@ class RayPool(Pool):
         retries: int = 0,
         memory_bytes: int | None = None,
     ) -> None:
-        self._has_connection = _connection.hold()
+        self._has_connection = CONNECTION.hold()
 
         import ray
 
@@ -91,7 +84,7 @@ class RayPool(Pool):
         super().close()
         if self._has_connection:
             self._has_connection = False
-            _connection.release()
+            CONNECTION.release()
 
 
 class _Lane:
@@ -147,62 +140,3 @@ def _answer(work: bytes, number: int, inputs: bytes) -> Answer:
         setup = Setup(functions=functions, path=tuple(sys.path), memory_bytes=memory_bytes)
         _beside = (work, Worker(setup, timeout=timeout))
     return _beside[1].answer(number, inputs)
-
-
-# ------------------------------------------------------------------------------------------------------ the connection
-
-
-class _Connection:
-    """This process's connection to Ray where pools have made it: they share it, and the last one ends it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_holders = 0
-
-    def hold(self) -> bool:
-        """Connect unless that is done; False where somebody else has done it, who will also end it."""
-        import ray
-
-        with self._lock:
-            if not ray.is_initialized():
-                _connect()
-            elif self._num_holders == 0:
-                return False
-            self._num_holders += 1
-            return True
-
-    def release(self) -> None:
-        import ray
-
-        with self._lock:
-            self._num_holders -= 1
-            if self._num_holders == 0:
-                ray.shutdown()
-
-
-_connection = _Connection()
-
-
-def _connect() -> None:
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS") or "local"  # Ray left to itself would join any cluster that this machine is in
-    at_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        _reach(address)
-        ray.init(address, ignore_reinit_error=True, include_dashboard=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): correct it, or unset it for a "
-            "cluster on this machine alone"
-        ) from error
-    finally:
-        if threading.current_thread() is threading.main_thread() and at_sigterm is not None:
-            signal.signal(signal.SIGTERM, at_sigterm)  # Ray takes it; a run has its own answer
-
-
-def _reach(address: str) -> None:
-    """Raise OSError or ValueError where nothing listens at the address; Ray itself would try for minutes."""
-    place = urlsplit(address if "://" in address else f"//{address}")
-    if place.hostname is not None and place.port is not None:
-        socket.create_connection((place.hostname, place.port), timeout=REACH_SECONDS).close()

@@ -1,0 +1,112 @@
+"""Runs on a real Ray cluster of several nodes on this machine: two workers make the run of one, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import ClusterRun, is_alive, wait_until, write_run_file
+from safetensors.torch import load_file
+from tiny_runs import steps_of, timeless
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.ray]
+
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def cluster(engine_shelf) -> Iterator[dict[str, str]]:
+    """Three nodes of one CPU each beside the head; what joins them has this in its environment."""
+    from ray.cluster_utils import Cluster
+
+    engine_shelf.close()  # these processes start engines of their own
+    nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        nodes.add_node(**NODE)
+    yield {"RAY_ADDRESS": str(nodes.address)}
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_path) -> Path:
+    return tiny_model_path("llama")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, model, cluster) -> Path:
+    """The run of one worker, without Ray."""
+    folder = tmp_path_factory.mktemp("one")
+    write_run_file(folder, model)
+    run = ClusterRun(folder)
+    assert run.wait() == 0, run.output
+    return run.output_dir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, model, cluster) -> Path:
+    """The same by two workers, undisturbed."""
+    folder = tmp_path_factory.mktemp("two")
+    write_run_file(folder, model)
+    run = ClusterRun(folder, ("cluster.workers=2",), cluster)
+    assert run.wait() == 0, run.output
+    return run.output_dir
+
+
+def adapter_of(run: Path) -> dict:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):
+    a, b = adapter_of(one), adapter_of(two)
+    difference = sum(((a[name] - b[name]) ** 2).sum().item() for name in a) ** 0.5
+    assert difference / sum((a[name] ** 2).sum().item() for name in a) ** 0.5 < 1e-5
+
+
+def test_their_metrics_are_those_of_the_whole_batch(one: Path, two: Path):
+    names = ("loss", "reward", "reward_std", "grad_norm", "entropy", "completions/mean_length", "num_tokens", "targets")
+    for a, b in zip(steps_of(one), steps_of(two), strict=True):
+        assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-6)
+        assert b["workers/0/tokens_per_second"] > 0 and b["workers/1/tokens_per_second"] > 0
+    evaluations = [json.loads((run / "summary.json").read_text())["evaluation"] for run in (one, two)]
+    assert evaluations[0]["after"]["reward"] == pytest.approx(evaluations[1]["after"]["reward"])
+
+
+def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Path, cluster: dict[str, str]):
+    """A signal to the run, then SIGKILL of a worker, a worker that hangs, SIGKILL of a node: the end is the undisturbed one."""
+    write_run_file(tmp_path, model)
+    for step in range(1, 5):
+        (tmp_path / f"stop_{step}").touch()
+    overrides = ("cluster.workers=2", "cluster.step_timeout=15")
+    run = ClusterRun(tmp_path, overrides, cluster)
+
+    run.until_stopped_at(1)
+    run.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "SIGTERM: this step is finished and saved" in run.output)
+    time.sleep(2)  # until the workers have heard of it
+    run.let_go_on(1)
+    assert run.wait() == 0
+    assert "to go on: rankup train run.yaml" in run.output and (run.output_dir / "checkpoints" / "step_000002").is_dir()
+
+    run = ClusterRun(tmp_path, (*overrides, "--resume"), cluster)
+    os.kill(run.until_stopped_at(2)[1]["worker"], signal.SIGKILL)
+    run.let_go_on(2)
+    os.kill(run.until_stopped_at(3)[0]["worker"], signal.SIGSTOP)
+    run.let_go_on(3)
+    lost = run.until_stopped_at(4)[0]
+    os.kill(lost["node"], signal.SIGKILL)
+    wait_until(lambda: not is_alive(lost["worker"]))
+    run.let_go_on(4)
+    assert run.wait() == 0, run.output
+
+    assert timeless(run.output_dir) == timeless(two)
+    expected, adapter = adapter_of(two), adapter_of(run.output_dir)
+    assert all(expected[name].equal(adapter[name]) for name in expected)
+    assert run.output.count("all start again") == 3 and "its node has died" in run.output
+    assert "worker 1 has heard nothing of the others for cluster.step_timeout=15 s" in run.output
+    assert "raylet" not in run.output
