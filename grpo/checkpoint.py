@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 
 FORMAT = "rankup-checkpoint-1"
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step_(\d{6,})")
+NAME = re.compile(r"step_(\d{6,})")
+"""Name of a checkpoint's folder, with the steps done."""
 
 
 class CheckpointError(OSError):
@@ -74,25 +75,39 @@ class CheckpointStore:
         Raises:
             CheckpointError: it could not be written, with the system's reason. What there was before is whole.
         """
-        path = self.folder / f"step_{step:06d}"
-        partial, replaced = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
+        partial = self.partial(f"step_{step:06d}")
         try:
-            self._mend()
-            for leftover in self._leftovers():
-                shutil.rmtree(leftover, ignore_errors=True)
+            self.tidy()
             partial.mkdir(parents=True)
             fill(partial)
             _write_manifest(partial, step=step, reward=reward)
-            if path.exists():
-                path.rename(replaced)
-            partial.rename(path)
-            _sync(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+            path = self.place(partial)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             self._mend()
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
         self._delete_superfluous()
+        return path
+
+    def partial(self, name: str) -> Path:
+        """The hidden folder in which a checkpoint of that name is made."""
+        return self.folder / f".{name}.partial"
+
+    def tidy(self) -> None:
+        """Delete what was left by writes that were cut off."""
+        self._mend()
+        for leftover in self._leftovers():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def place(self, partial: Path) -> Path:
+        """Give a whole checkpoint in its hidden folder its name, and return its path; one that has the name is replaced."""
+        path = partial.with_name(partial.name.removesuffix(".partial").removeprefix("."))
+        replaced = partial.with_suffix(".replaced")
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         return path
 
     def newest_whole(self, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
@@ -119,7 +134,7 @@ class CheckpointStore:
             ValueError: it is not, or it was set aside.
         """
         self._mend()
-        is_ours = path.is_dir() and path.resolve().parent == self.folder.resolve() and _NAME.fullmatch(path.name)
+        is_ours = path.is_dir() and path.resolve().parent == self.folder.resolve() and NAME.fullmatch(path.name)
         if not is_ours:
             raise ValueError(
                 f"{path} is no checkpoint of this run: name a folder such as {self.folder / 'step_000010'} (one that was set "
@@ -132,7 +147,7 @@ class CheckpointStore:
         moved = []
         self._mend()
         for path in self._paths():
-            if _step_of(path) <= step:
+            if step_of(path) <= step:
                 continue
             number = 1
             while (target := path.with_name(f"{path.name}.aside.{number}")).exists():
@@ -144,7 +159,7 @@ class CheckpointStore:
         """Checkpoints, whole or not, the newest first."""
         if not self.folder.is_dir():
             return []
-        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of, reverse=True)
+        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
     def _leftovers(self) -> list[Path]:
         return sorted(self.folder.glob(".step_*"))
@@ -160,7 +175,7 @@ class CheckpointStore:
         """Keep the last and the best. A deleted one loses its name first: half deleted it would look damaged."""
         paths = self._paths()
         rewards = {path: reward for path in paths if (reward := _reward_of(path)) is not None}
-        best = sorted(rewards, key=lambda path: (rewards[path], _step_of(path)), reverse=True)[: self.keep_best]
+        best = sorted(rewards, key=lambda path: (rewards[path], step_of(path)), reverse=True)[: self.keep_best]
         for path in set(paths[self.keep_last :]) - set(best):
             try:
                 hidden = path.rename(path.with_name(f".{path.name}.deleted"))
@@ -176,7 +191,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpointError: it is not, with the file that is missing, cut off or changed.
         ValueError: it has another format; the message names it.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -193,19 +208,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _write_manifest(folder: Path, *, step: int, reward: float | None) -> None:
-    """List and sync all files of `folder`; the manifest comes last and vouches for itself too."""
+    """List all files of `folder`, in a file that vouches for itself too, and sync them all."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _sync(file)
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
     manifest = {"format": FORMAT, "rankup": version("rankup"), "step": step, "reward": reward, "files": files}
-    path = folder / MANIFEST
-    path.write_text(json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1) + "\n", encoding="utf-8")
-    for synced in (path, *(sub for sub in folder.rglob("*") if sub.is_dir()), folder):
-        _sync(synced)
+    text = json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sync_all(folder)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint says: `step`, `reward`, and in `files` the `bytes` and `sha256` of each by its path.
+
+    Raises:
+        DamagedCheckpointError: it is missing, or not as it was written.
+        ValueError: it has another format; the message names it.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -228,13 +247,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _reward_of(path: Path) -> float | None:
     """What a checkpoint is ranked by, None for a damaged one: it is no best one."""
     try:
-        return _read_manifest(path)["reward"]
+        return read_manifest(path)["reward"]
     except ValueError:
         return None
 
 
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
+def step_of(path: Path) -> int:
+    """The steps that a checkpoint's name says."""
+    match = NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 
@@ -248,7 +268,13 @@ def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_all(folder: Path) -> None:
+    """`sync` for a folder and everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
     """Wait until a file or a folder's entries are on the disk; some file systems know no such thing for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,8 @@
 """One run on many devices, through Ray Train, seen from where it was started.
 
-    summary = train_on_cluster(config, inputs, view=view, interrupts=interrupts, resume=True, allow_changes=False)
+    summary = train_on_cluster(
+        config, inputs, storage=None, view=view, interrupts=interrupts, resume=True, allow_changes=False
+    )
 
 Every worker (`cluster_worker.py`) is the whole single-device trainer: vLLM, policy and optimizer on a device of its own, and a
 share of each step's prompts. They exchange what `peers.py` says. The first one records and saves; what it shows comes here over
@@ -32,7 +34,9 @@ from .config_cluster import ClusterConfig
 from .desk import Outcome, Reader, open_desk
 from .errors import ClusterError
 from .interrupts import Interrupts, RunInterrupted
+from .records import SUMMARY_FILE
 from .resume import Resume
+from .storage import Storage
 from .terminal import View
 
 POLL_SECONDS = 0.2
@@ -43,6 +47,7 @@ def train_on_cluster(
     config: GRPOConfig,
     inputs: dict[str, Any],
     *,
+    storage: Storage | None,
     view: View,
     interrupts: Interrupts,
     resume: Resume,
@@ -55,6 +60,7 @@ def train_on_cluster(
     Args:
         config: with `cluster.workers` above 1.
         inputs: arguments of `GRPOTrainer` besides the configuration: reward functions, data sets. They are sent to the workers.
+        storage: of `checkpoint.storage`; the run is fetched from there if its folder is not seen here.
         view: where progress is shown.
         interrupts: answers signals, and defers them.
 
@@ -84,6 +90,8 @@ def train_on_cluster(
         checkpoints = config.logging.output_dir / "checkpoints"
         raise ClusterError(error, can_go_on=has_begun and any(checkpoints.glob("step_*")))
     assert outcome is not None
+    if storage is not None and not (config.logging.output_dir / SUMMARY_FILE).exists():
+        storage.pull(view.note)  # the workers' disk is another one
     if outcome.summary is None:
         raise RunInterrupted(interrupts.asked or signal.SIGTERM).saved(outcome.checkpoint)
     return outcome.summary

@@ -12,12 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .config_sections import LoggingConfig
 from .quiet import quiet_stderr
 from .run_folder import write_whole
 
 SUFFIX = ".json.gz"
 ROWS = 30
 """Operations in the table."""
+
+
+def trace_path(logging: LoggingConfig, step: int, *, rank: int = 0) -> Path | None:
+    """Where a worker's trace of the step (from 1) goes; None where none is asked for."""
+    if step not in logging.profile_steps:
+        return None
+    worker = f".worker_{rank}" if rank else ""
+    return logging.output_dir / "profile" / f"step_{step:06d}{worker}{SUFFIX}"
 
 
 @contextmanager

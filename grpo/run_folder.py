@@ -14,6 +14,7 @@ from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 
 _OWNED: set[tuple[int, int]] = set()
 """Folders that this process owns, by device and inode: the system would lock it out of its own."""
@@ -33,17 +34,20 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Renames a folder that holds a run to `<name>.<first free number>`; None where there is no run in it."""
+def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
+    """Renames a folder that holds a run to `<name>.<first free number>`; None where there is no run in it.
+
+    Raises ValueError, which names the option that gave the folder, where it is a file or the process works inside it.
+    """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; give a folder")
+        raise ValueError(f"{option} {folder} is a file; give a folder")
     if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
         return None
     if folder.is_symlink():
         folder = folder.resolve()  # the link goes on pointing to where the new run is written
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"output_dir {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
+            f"{option} {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
         )
     number = 1
     while os.path.lexists(f"{folder}.{number}"):

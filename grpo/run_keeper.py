@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,17 +30,24 @@ from .resume import Resumption, software_changes
 from .run_state import Position, load_state, write_state
 from .session import Session
 from .silent import SilentRecorder
+from .storage import Storage, StorageError
 from .terminal import View
 
 
 @contextmanager
 def open_recorder(
-    config: GRPOConfig, resumption: Resumption | None, *, note: Callable[[str], None], peers: Peers = ALONE
+    config: GRPOConfig,
+    resumption: Resumption | None,
+    *,
+    note: Callable[[str], None],
+    peers: Peers = ALONE,
+    storage: Storage | None = None,
 ) -> Iterator[RunRecorder]:
     """The run folder of a new run, or of one that goes on. Only the first of several workers records.
 
     Raises:
-        ValueError: the folder cannot be the run's.
+        ValueError: the folder, or the one in the storage, cannot be the run's.
+        StorageError: the storage could not be reached.
     """
     output_dir = config.logging.output_dir
     if not peers.is_first:
@@ -49,6 +57,8 @@ def open_recorder(
     with RunRecorder(output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
         if recorder.moved_aside is not None:
             note(f"the run that was in {output_dir} is now in {recorder.moved_aside}")
+        if storage is not None and resumption is None and (moved := storage.move_aside()) is not None:
+            note(f"the run that was in {storage.url} is now in {moved}")
         yield recorder
 
 
@@ -73,8 +83,10 @@ class RunKeeper:
         inputs: Mapping[str, Any],
         note: Callable[[str], None],
         peers: Peers = ALONE,
+        storage: Storage | None = None,
     ) -> None:
         self.num_tokens = 0
+        self._storage = storage
         self._peers = peers
         self._config = config
         self._session = session
@@ -105,7 +117,8 @@ class RunKeeper:
         """Take over everything that a checkpoint says; checkpoints of later steps are set aside."""
         checkpoint, state = resumption.checkpoint, resumption.state
         # What can fail comes first: nothing in the folder changes before it is known that the run does go on.
-        load_state(checkpoint.path, state, self._session)
+        with self._at_hand(checkpoint.path) as path:
+            load_state(path, state, self._session)
         self._open_reports(state.recorder)
         for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_first else ():
             self._note(f"a checkpoint that the run does not go on from is now {path}")
@@ -165,8 +178,17 @@ class RunKeeper:
         except CheckpointError:
             self._last_position = before
             raise
+        self.copy()
         self._recorder.spent("checkpoint", time.perf_counter() - started)
         return self.last
+
+    def copy(self) -> None:
+        """Bring the copy in the storage up to date. One that fails is told, and the run goes on: the next makes up for it."""
+        if self._storage is not None and self._peers.is_first:
+            try:
+                self._storage.push()
+            except StorageError as error:
+                self._note(f"{error}; the run goes on")
 
     def save_adapter(self) -> None:
         """The policy as it is, in the run folder. Only the first of several workers writes this and what follows."""
@@ -207,6 +229,7 @@ class RunKeeper:
             has_adapter = attempts.to("save the adapter", self.save_adapter)
             attempts.to("draw the learning curve", self.draw)
             attempts.to("write the summary", lambda: view.finish(self.summarise(interrupted=True)))
+            attempts.to("copy the run", self.copy)
             if isinstance(error, RunInterrupted) and is_kept:
                 error.saved(self.last)
             notes = [f"the newest checkpoint is {self.last}"] if self.last is not None else []
@@ -214,6 +237,16 @@ class RunKeeper:
                 notes.append(f"interrupted: the adapter as it was is in {self._recorder.adapter_dir}")
             attempts.to("tell of it", lambda: [view.note(note) for note in [*notes, *attempts.failures]])
             raise
+
+    @contextmanager
+    def _at_hand(self, checkpoint: Path) -> Iterator[Path]:
+        """The first worker's checkpoint where this one sees it: on a machine of its own, fetched for the time being."""
+        if checkpoint.is_dir():
+            yield checkpoint
+            return
+        assert self._storage is not None, "a worker of a cluster sees the run folder, or there is a storage"
+        with tempfile.TemporaryDirectory() as folder:
+            yield self._storage.pull_checkpoint(checkpoint.name, Path(folder))
 
     def _open_reports(self, resume: Mapping[str, Any] | None) -> None:
         if not self._peers.is_first:

@@ -35,7 +35,7 @@ from .interrupts import Interrupts, RunInterrupted
 from .notes import evaluation_notes, start_notes, step_notes
 from .objective import Objective
 from .peers import ALONE, Peers
-from .profiling import profiled
+from .profiling import profiled, trace_path
 from .records import RunRecorder, When, resident_mib
 from .reporting import check_reports
 from .resume import Resume, Resumption, find_resumption, summary_of_finished_run
@@ -44,6 +44,7 @@ from .run_inputs import load_run_inputs
 from .run_keeper import RunKeeper, open_recorder
 from .session import Session, open_session
 from .step_metrics import completions_table
+from .storage import Storage
 from .terminal import View, make_view
 from .worker_reports import Clock, exchange_reports, num_tokens, slowest, time_metrics
 
@@ -105,6 +106,8 @@ class GRPOTrainer:
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
         )
+        storage = config.checkpoint.storage
+        self._storage = None if storage is None else Storage(storage, config.logging.output_dir)
         self._interrupts = Interrupts(self.view.note)
         self.can_go_on = False
         """Whether the last `train` has left a checkpoint of its run."""
@@ -130,6 +133,7 @@ class GRPOTrainer:
             engine: one to sample with, which stays open: several runs can share it. None: one of its own.
 
         Raises:
+            StorageError: `checkpoint.storage` could not be reached where the run is to be found, or begins.
             ValueError: the run in `output_dir` was made otherwise, with the differences; the engine has other settings.
             TrainingStoppedError: the guards gave up.
             ClusterError: a run with `cluster.workers` above 1 has failed.
@@ -146,6 +150,8 @@ class GRPOTrainer:
             if self.peers.is_first:
                 # Before a checkpoint is chosen, and before an engine starts. A worker that was lost may take a moment to die.
                 stack.enter_context(locked_folder(output_dir, patience=60.0 if self.peers.size > 1 else 0.0))
+                if resume_from_checkpoint and self._storage is not None:
+                    self._storage.pull(self.view.note)
             finish = summary_of_finished_run if resume_from_checkpoint is True else lambda *_: None
             finished = self.peers.from_first(lambda: finish(self.config, self._fingerprint))
             if finished is not None:
@@ -162,6 +168,7 @@ class GRPOTrainer:
             self.keeper.save_adapter()
             self.keeper.draw()
             summary = self.keeper.summarise(interrupted=False)
+            self.keeper.copy()
             self.view.finish(summary)
             if (asked := self._interrupts.asked) is not None:  # too late to change anything, but a script is to end
                 raise RunInterrupted(asked).saved(self.keeper.last)
@@ -177,6 +184,7 @@ class GRPOTrainer:
             return train_on_cluster(
                 self.config,
                 self._given,
+                storage=self._storage,
                 view=self.view,
                 interrupts=self._interrupts,
                 resume=resume,
@@ -200,7 +208,7 @@ class GRPOTrainer:
             if step == max_steps:
                 break
             assert step < max_steps
-            with profiled(self._trace_of(step + 1)):
+            with profiled(trace_path(self.config.logging, step + 1, rank=self.peers.rank)):
                 self._step(step)
         self._finish()
 
@@ -317,11 +325,6 @@ class GRPOTrainer:
                 self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter, peers=self.peers
             )
 
-    def _trace_of(self, step: int) -> Path | None:
-        """Where the profiler's trace of the step goes, counted from 1; None where none is asked for."""
-        is_asked_for = step in self.config.logging.profile_steps
-        return self.recorder.output_dir / "profile" / f"step_{step:06d}.json.gz" if is_asked_for else None
-
     def _show_completions(self, step: int, collected: Collected, advantages: Sequence[GroupAdvantages]) -> None:
         own = [(g, a) for g, a in zip(collected.groups, advantages, strict=True) if g.is_own]
         table, columns = completions_table([g for g, _ in own], [a for _, a in own], self.scorer)
@@ -356,15 +359,15 @@ class GRPOTrainer:
     @contextmanager
     def _recording(self, resumption: Resumption | None) -> Iterator[None]:
         """The run folder, and where the run begins: at its first step, or at a checkpoint."""
-        with open_recorder(self.config, resumption, note=self.view.note, peers=self.peers) as self.recorder:
+        workers = {"note": self.view.note, "peers": self.peers, "storage": self._storage}
+        with open_recorder(self.config, resumption, **workers) as self.recorder:
             self.keeper = RunKeeper(
                 self.config,
                 self.session,
                 self.recorder,
                 self._checkpoints,
                 inputs=self._fingerprint,
-                note=self.view.note,
-                peers=self.peers,
+                **workers,
             )
             if resumption is None:
                 self.keeper.begin(is_evaluated=not self._evaluation_is_due(0))

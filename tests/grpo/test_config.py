@@ -317,6 +317,11 @@ def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
         ("eval_steps=null", "logging.eval_steps: must be a whole number (got None)"),
         ("run_name=''", "logging.run_name: must not be empty (got '')"),
         ("output_dir=[x]", "logging.output_dir: must be a path (got ['x'])"),
+        ("workers=0", "cluster.workers: must be at least 1 (got 0)"),
+        (
+            "workers=9",
+            "cluster.workers: must be at most optim.prompts_per_step, which is divided among them and is 8 (got 9)",
+        ),
         ("seed=-1", "seed: must be at least 0 (got -1)"),
     ],
 )

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from rankup.grpo.errors import explain
+from rankup.grpo.errors import ClusterError, explain, may_pass
+from rankup.grpo.peers import LostPeerError
 from rankup.rewards.contract import RewardError
 from rankup.rollout.types import EngineError
 
@@ -32,6 +33,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs"), ["Permission denied", "runs"]),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ["no space left on the disk", "logging.output_dir"]),
         (EngineError("vLLM failed while sampling: bad"), ["vLLM failed while sampling: bad"]),
+        (ClusterError("workers were lost"), ["workers were lost"]),
         (MemoryError(), ["out of memory", "optim.tokens_per_pack", "rankup plan"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["out of memory: CUDA out of memory", "gpu_memory_utilization"]),
         (cpu_out_of_memory(), ["out of memory", "optim.tokens_per_pack"]),
@@ -48,3 +50,10 @@ def test_what_a_user_can_mend_is_one_paragraph(error: Exception, parts: list[str
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shapes differ"), AssertionError(), ZeroDivisionError()])
 def test_a_mistake_of_ours_keeps_its_traceback(error: Exception):
     assert explain(error) is None
+
+
+def test_what_may_pass_is_tried_again():
+    for error in (ConnectionResetError(), TimeoutError(), LostPeerError("gone"), EngineError("vLLM failed: illegal address")):
+        assert may_pass(error)
+    for error in (ValueError("bad"), FileNotFoundError("none"), caused(EngineError("no room"), MemoryError())):
+        assert not may_pass(error)

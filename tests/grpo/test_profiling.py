@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankup.grpo.profiling import profiled
+from rankup.grpo.config_sections import LoggingConfig
+from rankup.grpo.profiling import profiled, trace_path
 
 
 def multiply() -> None:
@@ -45,3 +46,10 @@ def test_a_block_that_raises_leaves_no_files_and_no_profiler_running(tmp_path: P
     with profiled(path):  # while another one runs this would fail
         multiply()
     assert path.is_file()
+
+
+def test_each_worker_has_a_trace_of_its_own():
+    logging = LoggingConfig(output_dir=Path("run"), profile_steps=[5])
+    assert trace_path(logging, 4) is None
+    assert trace_path(logging, 5) == Path("run/profile/step_000005.json.gz")
+    assert trace_path(logging, 5, rank=2) == Path("run/profile/step_000005.worker_2.json.gz")

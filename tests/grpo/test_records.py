@@ -263,6 +263,19 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path):
     RunRecorder(tmp_path / "run", config_yaml="").close()  # a killed process holds nothing
 
 
+def test_an_owner_that_is_about_to_die_is_waited_for(tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from rankup.grpo.run_folder import locked_folder\n"
+        "with locked_folder(Path(sys.argv[1])): print('open', flush=True); time.sleep(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="another process is writing to"), locked_folder(tmp_path, patience=0.1):
+            pass
+        with locked_folder(tmp_path, patience=60):
+            assert other.wait(10) == 0
+
+
 def test_missing_rows_are_noticed(tmp_path: Path):
     state = make_run(tmp_path / "run", range(1, 4))
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")

@@ -1,0 +1,108 @@
+"""Run folders as a run leaves them, without a run: for the tests of their copies.
+
+    run = StoredRun(Path("runs/mine"))
+    run.save(10)                                # ten more rows of metrics, and a checkpoint that knows them
+    run.end()                                   # the adapter, and the summary
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+from rankup.grpo.checkpoint import Checkpoint, CheckpointStore
+from rankup.grpo.run_folder import write_whole
+from rankup.grpo.storage import Storage
+
+
+class StoredRun:
+    """The run in `folder`, two checkpoints at most. `branch` tells its rows from those of one that has gone on otherwise."""
+
+    def __init__(self, folder: Path, *, branch: str = "a") -> None:
+        self.folder, self.branch = folder, branch
+        self.store = CheckpointStore(folder / "checkpoints", keep_last=2, keep_best=0)
+        (folder / "completions").mkdir(parents=True, exist_ok=True)
+        self.metrics = folder / "metrics.jsonl"
+
+    def save(self, step: int) -> Path:
+        """Go on to `step` and write its checkpoint, which knows the rows until then."""
+        write_whole(self.folder / "config.yaml", b"seed: 1\n")
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "branch": self.branch, "more": "x" * len(self.branch)}) + "\n")
+        write_whole(self.folder / "completions" / f"step_{step:06d}.parquet", f"{step} of {self.branch}".encode())
+
+        def fill(folder: Path) -> None:
+            (folder / "adapter").mkdir()
+            (folder / "adapter" / "weights").write_bytes(f"{step} {self.branch}".encode() * 500)
+            shutil.copy(self.metrics, folder / "rows")
+
+        return self.store.write(step, fill)
+
+    def go_back(self, step: int, *, branch: str) -> None:
+        """Take the run up at the checkpoint of that step, from where it goes otherwise."""
+        self.branch = branch
+        self.store.set_aside_after(step)
+        shutil.copy(self.store.folder / f"step_{step:06d}" / "rows", self.metrics)
+        for path in (self.folder / "completions").iterdir():
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+        (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """The adapter, of the same size each time, and the summary."""
+        (self.folder / "adapter").mkdir(exist_ok=True)
+        (self.folder / "adapter" / "weights").write_bytes(self.branch[0].encode() * 1000)
+        write_whole(self.folder / "summary.json", json.dumps({"branch": self.branch}).encode())
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; the records are seen to be those that it knows, and what came after."""
+        newest = self.store.newest_whole()
+        if newest is not None:
+            assert self.metrics.read_bytes().startswith((newest.path / "rows").read_bytes())
+            assert (self.folder / "completions" / f"{newest.path.name}.parquet").is_file()
+        return newest
+
+    def files(self) -> dict[str, bytes]:
+        """What the files hold that a copy has."""
+        files = {path.relative_to(self.folder): path for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            name.as_posix(): path.read_bytes()
+            for name, path in files.items()
+            if not any(part.startswith(".") or ".aside." in part for part in name.parts)
+        }
+
+
+def two_checkpoints(folder: Path) -> StoredRun:
+    """A run of two checkpoints, with files that are no part of a copy."""
+    run = StoredRun(folder)
+    run.save(10)
+    run.save(20)
+    shutil.copytree(run.store.folder / "step_000010", run.store.folder / "step_000020.aside.1")
+    shutil.copytree(run.store.folder / "step_000010", run.store.folder / ".step_000030.partial")
+    (run.folder / ".config.yaml.tmp").write_text("cut off")
+    return run
+
+
+def quiet(text: str) -> None:
+    """For what is said in passing."""
+
+
+def pulled(url: str, folder: Path, say: Callable[[str], None] = quiet) -> StoredRun:
+    """What another machine gets."""
+    Storage(url, folder).pull(say)
+    return StoredRun(folder)
+
+
+def copied(url: str) -> dict[str, bytes]:
+    """Every file of the copy."""
+    fs, root = fsspec.url_to_fs(url)
+    return {path.removeprefix(f"{root}/"): fs.cat_file(path) for path in fs.find(root)}
+
+
+def forget_memory() -> None:
+    """Files in memory outlive a test."""
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
