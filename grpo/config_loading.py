@@ -271,7 +271,7 @@ def _describe_error(details: ErrorDetails, keys: KnownKeys) -> str:
     if details["type"] == "extra_forbidden":
         return f"{name}: unknown key; {keys.hint(name)}"
     if details["type"] == "value_error":  # from a validator of ours: says all there is to say
-        return f"{name}: {context['error']}"
+        return f"{name}: {context['error']}" if name else str(context["error"])  # of the whole: names its option itself
     message = _MESSAGES.get(details["type"], details["msg"]).format(**context)
     return f"{name}: {message} (got {_shorten(details['input'])})"
 

@@ -27,11 +27,38 @@ from .random_states import random_states, set_random_states
 from .records import METRICS_FILE, RunRecorder
 from .reporting import make_reports
 from .resume import Resumption, software_changes
+from .run_folder import locked_folder
 from .run_state import Position, load_state, write_state
 from .session import Session
 from .silent import SilentRecorder
 from .storage import Storage, StorageError
 from .terminal import View
+
+DYING_SECONDS = 60.0
+"""What a worker that was lost gets to die, and to let go of the folder, before the one in its place gives up."""
+
+
+@contextmanager
+def owned_folder(
+    folder: Path, *, resumes: bool, note: Callable[[str], None], peers: Peers = ALONE, storage: Storage | None = None
+) -> Iterator[None]:
+    """Own the folder inside the block, and have in it what a run that is taken up needs of the storage.
+
+    That is the first worker's alone, and comes before a checkpoint is chosen and an engine started.
+
+    Raises:
+        ValueError: another process owns it.
+        StorageError: the storage could not be read.
+    """
+    if not peers.is_first:
+        yield
+        return
+    if resumes and storage is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder, patience=DYING_SECONDS if peers.size > 1 else 0.0):
+        if resumes and storage is not None:
+            storage.pull(note)
+        yield
 
 
 @contextmanager

@@ -39,9 +39,8 @@ from .profiling import profiled, trace_path
 from .records import RunRecorder, When, resident_mib
 from .reporting import check_reports
 from .resume import Resume, Resumption, find_resumption, summary_of_finished_run
-from .run_folder import locked_folder
 from .run_inputs import load_run_inputs
-from .run_keeper import RunKeeper, open_recorder
+from .run_keeper import RunKeeper, open_recorder, owned_folder
 from .session import Session, open_session
 from .step_metrics import completions_table
 from .storage import Storage
@@ -108,6 +107,7 @@ class GRPOTrainer:
         )
         storage = config.checkpoint.storage
         self._storage = None if storage is None else Storage(storage, config.logging.output_dir)
+        self._surroundings: dict[str, Any] = {"note": self.view.note, "peers": peers, "storage": self._storage}
         self._interrupts = Interrupts(self.view.note)
         self.can_go_on = False
         """Whether the last `train` has left a checkpoint of its run."""
@@ -147,11 +147,8 @@ class GRPOTrainer:
             check_reports(self.config.logging.report_to)
             if self.config.cluster.workers > self.peers.size:
                 return self._train_on_cluster(resume_from_checkpoint, allow_changes, engine)
-            if self.peers.is_first:
-                # Before a checkpoint is chosen, and before an engine starts. A worker that was lost may take a moment to die.
-                stack.enter_context(locked_folder(output_dir, patience=60.0 if self.peers.size > 1 else 0.0))
-                if resume_from_checkpoint and self._storage is not None:
-                    self._storage.pull(self.view.note)
+            resumes = bool(resume_from_checkpoint)
+            stack.enter_context(owned_folder(output_dir, resumes=resumes, **self._surroundings))
             finish = summary_of_finished_run if resume_from_checkpoint is True else lambda *_: None
             finished = self.peers.from_first(lambda: finish(self.config, self._fingerprint))
             if finished is not None:
@@ -359,15 +356,14 @@ class GRPOTrainer:
     @contextmanager
     def _recording(self, resumption: Resumption | None) -> Iterator[None]:
         """The run folder, and where the run begins: at its first step, or at a checkpoint."""
-        workers = {"note": self.view.note, "peers": self.peers, "storage": self._storage}
-        with open_recorder(self.config, resumption, **workers) as self.recorder:
+        with open_recorder(self.config, resumption, **self._surroundings) as self.recorder:
             self.keeper = RunKeeper(
                 self.config,
                 self.session,
                 self.recorder,
                 self._checkpoints,
                 inputs=self._fingerprint,
-                **workers,
+                **self._surroundings,
             )
             if resumption is None:
                 self.keeper.begin(is_evaluated=not self._evaluation_is_due(0))

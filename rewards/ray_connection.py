@@ -69,12 +69,13 @@ def starts_a_cluster() -> bool:
 
 def _connect(*, dashboard: bool, logs: bool) -> str | None:
     import ray
+    from ray._private import worker
 
     # Ray left to itself would join any cluster that this machine is in.
     address = "local" if starts_a_cluster() else os.environ["RAY_ADDRESS"]
     at_sigterm = signal.getsignal(signal.SIGTERM)
     # The only switch there is for what Ray prints in this process about nodes and workers that it has lost, pages of it.
-    ray._private.worker._worker_logs_enabled = logs
+    worker._worker_logs_enabled = logs
     try:
         _reach(address)
         context = ray.init(

@@ -39,7 +39,7 @@ hangs()
 
 
 def run(ending: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", HANGS, ending], capture_output=True, text=True, timeout=50)
+    return subprocess.run([sys.executable, "-c", HANGS, ending], capture_output=True, text=True, timeout=50, cwd="/")
 
 
 def test_a_process_that_hangs_ends_with_its_stacks():

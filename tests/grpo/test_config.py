@@ -23,7 +23,7 @@ from rankup.grpo.config import (
 from rankup.grpo.config_algorithm import OBJECTIVES
 
 SECTIONS = ["model", "lora", "rollout", "algorithm", "correction", "guards", "optim"]
-SECTIONS += ["rewards", "data", "logging", "checkpoint"]
+SECTIONS += ["rewards", "data", "logging", "checkpoint", "cluster"]
 
 Load = Callable[..., GRPOConfig]
 ErrorOf = Callable[..., str]

@@ -61,4 +61,4 @@ def test_a_storage_that_cannot_be_reached_does_not_start_a_run_anew(train, tmp_p
     (tmp_path / "storage").write_text("a file")
     with pytest.raises((ValueError, StorageError), match="storage"):
         train("run", storage=str(tmp_path / "storage"), resume=True)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
