@@ -110,3 +110,32 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     assert run.output.count("all start again") == 3 and "its node has died" in run.output
     assert "worker 1 has heard nothing of the others for cluster.step_timeout=15 s" in run.output
     assert "raylet" not in run.output
+
+
+def test_a_mistake_of_the_users_is_told_once_and_not_tried_again(tmp_path: Path, model: Path):
+    """On a cluster of its own, which ends with the run."""
+    write_run_file(tmp_path, model, logging={"eval_before": False})
+    (tmp_path / "fail_2").touch()
+    run = ClusterRun(tmp_path, ("cluster.workers=2",))
+    assert run.wait() == 1
+    assert "start again" not in run.output and "a mistake" in run.output
+    assert "rankup: error: reward function 'many_low_ids' failed" in run.output
+    assert run.output.endswith("to go on: rankup train run.yaml logging.output_dir=runs/run cluster.workers=2 --resume\n")
+    assert (run.output_dir / "adapter" / "adapter_model.safetensors").is_file()
+    assert [row["step"] for row in steps_of(run.output_dir)] == [1, 2]
+
+
+def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path: Path, model: Path, cluster: dict[str, str]):
+    write_run_file(tmp_path, model)
+    run = ClusterRun(tmp_path, ("cluster.workers=2",), cluster)
+    wait_until(lambda: "starting vLLM" in run.output)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 0, run.output
+    assert not run.output_dir.exists()
+
+
+def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path, model: Path):
+    write_run_file(tmp_path, model)
+    run = ClusterRun(tmp_path, ("cluster.workers=2", "cluster.cpus_per_worker=1000"))
+    assert run.wait() == 1
+    assert "cluster.workers=2 need 2000 CPUs, and this machine has 1 node" in run.output
