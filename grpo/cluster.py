@@ -69,7 +69,7 @@ def train_on_cluster(
         ClusterError: the run has failed.
         RunInterrupted: a signal came; the workers have finished their step and saved.
     """
-    with _connected(view, config.cluster):
+    with _connected(view, config.cluster) as is_ours:
         desk = open_desk()
         reader = Reader(desk, view)
         fit = _Fit(_task(config, inputs, desk, resume=resume, allow_changes=allow_changes))
@@ -79,8 +79,9 @@ def train_on_cluster(
             reader.show()
             if is_over:
                 break
-            if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()):
-                raise RunInterrupted(interrupts.asked).saved(None)  # no worker is on its way yet: there is nothing to save
+            if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()) and is_ours:
+                # No worker has come to its first step: there is nothing to save, and they end with the connection.
+                raise RunInterrupted(interrupts.asked).saved(None)
             time.sleep(POLL_SECONDS)
         reader.finish()
         outcome: Outcome | None
@@ -98,8 +99,8 @@ def train_on_cluster(
 
 
 @contextmanager
-def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
-    """Inside the block Ray is connected, and the user knows to what."""
+def _connected(view: View, cluster: ClusterConfig) -> Iterator[bool]:
+    """Inside the block Ray is connected, and the user knows to what. Yields whether the connection is ours, and ends with it."""
     view.stage("connecting to Ray")
     is_alone = starts_a_cluster() and not ray.is_initialized()
     has_connection = CONNECTION.hold(dashboard=True, logs=False)
@@ -117,7 +118,7 @@ def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
             )
         if missing:
             view.note(f"the workers need {' and '.join(missing)}: the run begins when enough nodes have joined the cluster")
-        yield
+        yield has_connection
     finally:
         if has_connection:
             CONNECTION.release()

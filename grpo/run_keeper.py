@@ -81,11 +81,11 @@ def open_recorder(
         yield SilentRecorder(output_dir)
         return
     resume = None if resumption is None else resumption.state.recorder
+    if storage is not None and resumption is None and (moved := storage.move_aside()) is not None:
+        note(f"the run that was in {storage.url} is now in {moved}")
     with RunRecorder(output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
         if recorder.moved_aside is not None:
             note(f"the run that was in {output_dir} is now in {recorder.moved_aside}")
-        if storage is not None and resumption is None and (moved := storage.move_aside()) is not None:
-            note(f"the run that was in {storage.url} is now in {moved}")
         yield recorder
 
 

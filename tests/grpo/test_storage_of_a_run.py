@@ -9,6 +9,7 @@ import pytest
 from resumed import FaultError, failing_at, left_behind
 
 from rankup.grpo.storage import StorageError
+from rankup.rewards.contract import RewardError
 
 pytestmark = pytest.mark.engine
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.engine
 def test_a_run_goes_on_from_the_storage_alone(train, tmp_path: Path):
     train("whole")
     storage = str(tmp_path / "storage")
-    with pytest.raises(FaultError):
+    with pytest.raises(RewardError):
         train("run", reward=failing_at(5, FaultError()), storage=storage)
     shutil.rmtree(tmp_path / "run")
     train("run", resume=True, storage=storage)
@@ -26,7 +27,7 @@ def test_a_run_goes_on_from_the_storage_alone(train, tmp_path: Path):
     assert left_behind(tmp_path / "fetched") == left_behind(tmp_path / "whole")
 
 
-def test_a_new_run_moves_the_copy_of_the_old_one_aside(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_new_run_moves_the_copy_of_the_old_one_aside(train, tmp_path: Path):
     storage = str(tmp_path / "storage")
     train("run", max_steps=2, storage=storage)
     train("run", max_steps=3, storage=storage)
