@@ -1,0 +1,221 @@
+"""What `scripts/ray_submit.sh` submits, and a job that it submits for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import steps_of
+
+from rankup.grpo.cli import parse
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ray_submit.sh"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where this `rankup` is
+RUN_FILE = """
+model: {{name: {model}, dtype: float32}}
+lora: {{rank: 8, alpha: 16}}
+rollout: {{num_generations: 4, max_prompt_length: 64, max_completion_length: 8, kv_cache_gib: 0.0625}}
+optim: {{prompts_per_step: 3, max_steps: 2, learning_rate: 1e-2}}
+data: {{train: data/rows.jsonl}}
+rewards: {{functions: low_ids.py:low_ids}}
+logging: {{output_dir: out/tiny}}
+"""
+REWARD = """
+def low_ids(completion_ids, **kwargs):
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+def make_project(folder: Path, *, model: str) -> Path:
+    """A folder with a run file, data that git ignores, and a reward function."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "run.yaml").write_text(RUN_FILE.format(model=model))
+    (folder / "data" / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"count to {n}"}) + "\n" for n in range(8)))
+    (folder / "low_ids.py").write_text(REWARD)
+    (folder / ".gitignore").write_text("data/\n")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path / "project", model="smollm2-135m-instruct")
+
+
+def run_script(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "RAY_"))}
+    return subprocess.run(
+        [SCRIPT, *words], cwd=folder, env=variables | {"PATH": PATH} | environment, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+
+
+def dry_run(folder: Path, *words: str, **environment: str) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The runtime environment, what is asked of `ray job submit`, and the command of the job."""
+    result = run_script(folder, "--dry-run", *words, **environment)
+    assert result.returncode == 0, result.stderr
+    *runtime_env, command = result.stdout.splitlines()
+    words_of_command = shlex.split(command)
+    assert words_of_command[:6] == [
+        "RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1", "ray", "job", "submit", "--runtime-env", "FILE",
+    ]  # fmt: skip
+    at = words_of_command.index("--")
+    return yaml.safe_load("\n".join(runtime_env)), words_of_command[6:at], words_of_command[at + 1 :]
+
+
+def refusal(folder: Path, *words: str) -> str:
+    result = run_script(folder, "--dry-run", *words)
+    assert (result.returncode, result.stdout) == (1, "")
+    return result.stderr
+
+
+def test_help(tmp_path: Path):
+    result = run_script(tmp_path, "--help")
+    assert result.returncode == 0
+    assert "Examples:" in result.stdout
+
+
+def test_the_folder_travels_and_the_run_is_kept_where_the_script_was_called(project: Path):
+    runtime_env, submit, command = dry_run(project, "run.yaml", "seed=3", "--resume")
+    assert runtime_env["working_dir"] == str(project)
+    assert {".git", ".venv", "/runs", "*.safetensors", "/out/tiny", "/out/tiny.*"} <= set(runtime_env["excludes"])
+    assert list(runtime_env["env_vars"]) == ["PATH"]
+    assert command == ["rankup", "train", "run.yaml", "seed=3", f"logging.output_dir={project}/out/tiny", "--resume"]
+    options = parse(command[1:])
+    assert (options.file, options.resume) == (Path("run.yaml"), True)
+    name, submission = submit
+    assert name == "--submission-id" and submission.startswith("rankup-run-")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("logging.output_dir=mine", "logging.output_dir={project}/mine"),
+        ('output_dir="a: b"', 'logging.output_dir="{project}/a: b"'),
+        ("logging.output_dir=/elsewhere", None),
+    ],
+)
+def test_a_relative_run_folder_becomes_absolute(project: Path, override: str, expected: str | None):
+    *_, command = dry_run(project, "run.yaml", override)
+    assert command[4:] == ([] if expected is None else [expected.format(project=project)])
+
+
+def test_a_model_in_a_folder_is_not_sent_but_named_from_the_root(project: Path):
+    (project / "model").mkdir()
+    *_, command = dry_run(project, "run.yaml", "model.name=model")
+    assert command[-1] == f"model.name={project}/model"
+
+
+def test_a_run_file_may_be_named_from_the_root(project: Path):
+    *_, command = dry_run(project, str(project / "run.yaml"))
+    assert command[:3] == ["rankup", "train", "run.yaml"]
+
+
+def test_variables_travel_by_name_and_their_values_are_not_printed(project: Path):
+    secrets = {"HF_TOKEN": "a secret", "MINE": "another secret", "HF_HOME": "/of/this/machine"}
+    result = run_script(project, "--dry-run", "--env", "MINE", "run.yaml", **secrets)
+    assert "secret" not in result.stdout + result.stderr
+    runtime_env, *_ = dry_run(project, "--env", "MINE", "run.yaml", **secrets)
+    assert list(runtime_env["env_vars"]) == ["PATH", "HF_TOKEN", "MINE"]
+
+
+def test_what_follows_the_dashes_is_for_ray(project: Path):
+    _, submit, command = dry_run(project, "run.yaml", "--", "--no-wait", "--submission-id=mine", "--address", "http://head:8265")
+    assert submit == ["--no-wait", "--submission-id=mine", "--address", "http://head:8265"]
+    assert "--no-wait" not in command
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "which run file?"),
+        (["no_such.yaml"], "run file not found: no_such.yaml"),
+        (["run.yaml", "lora.rnk=3"], "lora.rnk: unknown key"),
+        (["--env"], "--env needs the name of a variable"),
+        (["--env", "NO_SUCH_VARIABLE", "run.yaml"], "--env: NO_SUCH_VARIABLE is not set"),
+        (["run.yaml", "--", "--runtime-env-json={}"], "the runtime environment is made here"),
+        (["../outside.yaml"], "outside.yaml is not in the current folder"),
+        (["runs/old/config.yaml"], "is in a folder of runs, which stays behind"),
+        (["out/tiny/config.yaml"], "is in a folder of runs, which stays behind"),
+    ],
+)
+def test_refuses_in_one_line(project: Path, words: list[str], reason: str):
+    for copy in ("../outside.yaml", "runs/old/config.yaml", "out/tiny/config.yaml"):
+        (project / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(project / "run.yaml", project / copy)
+    message = refusal(project, *words)
+    assert message.startswith("ray_submit: ") and reason in message
+    assert len(message.splitlines()) == 1
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now; held all at once, so that they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """The address of the dashboard of a Ray cluster of two CPUs, started outside of the environment of `rankup`."""
+    port, dashboard_port = free_ports(2)
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path: it becomes part of the names of sockets
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true",
+        f"--port={port}", f"--dashboard-port={dashboard_port}", f"--temp-dir={folder}", "--disable-usage-stats",
+        f"--object-store-memory={100 * 2**20}",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PATH": os.defpath, "RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers(dashboard_port):
+            assert head.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{dashboard_port}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_submitted_run_leaves_its_folder_where_the_file_says(tmp_path: Path, tiny_model_path, engine_shelf, dashboard: str):
+    engine_shelf.close()  # the run starts an engine of its own, and two do not fit
+    project = make_project(tmp_path / "project", model=str(tiny_model_path("llama")))
+    ray = {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_AUTH_MODE": "disabled"}
+    result = run_script(project, "run.yaml", **ray)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "done: 2 steps" in result.stdout
+    run = project / "out" / "tiny"
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert len(steps_of(run)) == 2
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+
+    failed = run_script(project, "run.yaml", "data.train=no_such.jsonl", **ray)
+    assert failed.returncode == 1
+    assert "rankup: error: no file no_such.jsonl" in failed.stdout + failed.stderr
