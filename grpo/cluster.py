@@ -100,7 +100,7 @@ def train_on_cluster(
 
 @contextmanager
 def _connected(view: View, cluster: ClusterConfig) -> Iterator[bool]:
-    """Inside the block Ray is connected, and the user knows to what. Yields whether the connection is ours, and ends with it."""
+    """Inside the block Ray is connected, and the user knows to what. Yields whether the connection ends with the block."""
     view.stage("connecting to Ray")
     is_alone = starts_a_cluster() and not ray.is_initialized()
     has_connection = CONNECTION.hold(dashboard=True, logs=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,3 +141,32 @@ def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path, model: Path
     run = ClusterRun(tmp_path, ("cluster.workers=2", "cluster.cpus_per_worker=1000"))
     assert run.wait() == 1
     assert "cluster.workers=2 need 2000 CPUs, and this machine has 1 node" in run.output
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from rankup import GRPOConfig, GRPOTrainer
+
+def score(completions, completion_ids, bonus, **kwargs):
+    return [sum(token < 130 for token in ids) / len(ids) + extra for ids, extra in zip(completion_ids, bonus)]
+
+summary = GRPOTrainer(
+    model=sys.argv[1],
+    reward_funcs=score,
+    args=GRPOConfig(
+        dtype="float32", rank=8, num_generations=4, max_prompt_length=64, max_completion_length=8, prompts_per_step=3,
+        max_steps=2, kv_cache_gib=0.0625, output_dir="run", workers=2, max_failures=0,
+    ),
+    train_dataset=[{"prompt": f"count to {n}", "bonus": 0.5} for n in range(6)],
+).train()
+print("in the end:", summary["steps"], Path("run", "adapter").is_dir())
+"""
+
+
+def test_from_python_with_functions_and_rows_of_the_script(tmp_path: Path, model: Path, cluster: dict[str, str]):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(model)]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | cluster, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("in the end: 2 True\n")

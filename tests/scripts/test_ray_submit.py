@@ -23,6 +23,7 @@ from tiny_runs import steps_of
 from rankup.grpo.cli import parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ray_submit.sh"
+QUICKSTART = SCRIPT.parents[1] / "configs" / "quickstart.yaml"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where this `rankup` is
 RUN_FILE = """
 model: {{name: {model}, dtype: float32}}
@@ -204,18 +205,22 @@ def answers(port: int) -> bool:
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.slow
-def test_a_submitted_run_leaves_its_folder_where_the_file_says(tmp_path: Path, tiny_model_path, engine_shelf, dashboard: str):
-    engine_shelf.close()  # the run starts an engine of its own, and two do not fit
-    project = make_project(tmp_path / "project", model=str(tiny_model_path("llama")))
+def test_the_quick_start_submitted_for_two_workers_leaves_its_folder_where_the_file_says(
+    tmp_path: Path, engine_shelf, dashboard: str
+):
+    """With rewards that are computed in the cluster too."""
+    engine_shelf.close()  # the run starts engines of its own, and no further one fits
+    shutil.copy(QUICKSTART, tmp_path / "quickstart.yaml")
     ray = {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_AUTH_MODE": "disabled"}
-    result = run_script(project, "run.yaml", **ray)
+    smaller = ("optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null", "rewards.isolation=ray")
+    result = run_script(tmp_path, "quickstart.yaml", "cluster.workers=2", *smaller, **ray)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "done: 2 steps" in result.stdout
-    run = project / "out" / "tiny"
+    assert "done: 2 steps" in result.stdout and f"dashboard {dashboard}" in result.stdout
+    run = tmp_path / "runs" / "quickstart"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    assert len(steps_of(run)) == 2
+    assert [row["workers/1/tokens_per_second"] > 0 for row in steps_of(run)] == [True, True]
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
 
-    failed = run_script(project, "run.yaml", "data.train=no_such.jsonl", **ray)
+    failed = run_script(tmp_path, "quickstart.yaml", "data.train=no_such.jsonl", **ray)
     assert failed.returncode == 1
     assert "rankup: error: no file no_such.jsonl" in failed.stdout + failed.stderr
