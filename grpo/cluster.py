@@ -81,7 +81,7 @@ def train_on_cluster(
                 break
             if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()) and is_ours:
                 # No worker has come to its first step: there is nothing to save, and they end with the connection.
-                raise RunInterrupted(interrupts.asked).saved(None)
+                raise RunInterrupted(interrupts.asked)
             time.sleep(POLL_SECONDS)
         reader.finish()
         outcome: Outcome | None
