@@ -25,9 +25,8 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
 def commands(text: str) -> list[list[str]]:
     """The words of every command line of ours in a page's shell blocks: what starts with `scripts/` or `rankup`."""
     blocks = [block.replace("\\\n", " ") for language, block in code_blocks(text) if language in SHELLS]
-    lines = [
-        line.strip().removeprefix("$ ").removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()
-    ]
+    prompt = re.compile(r"^(\$ )?([A-Z_]+=\S+ )*(\.venv/bin/)?")
+    lines = [prompt.sub("", line.strip()) for block in blocks for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if re.match(r"rankup\b|scripts/", line)]
 
 
@@ -60,6 +59,7 @@ def problem(words: list[str]) -> str | None:
         ("scripts/test.sh -m 'not engine'  # the quick ones", True),
         ("$ rankup train configs/quickstart.yaml lora.rank=128 \\\n    seed=7", True),
         (".venv/bin/rankup eval runs/quickstart", True),
+        ("RAY_ADDRESS=auto rankup train my.yaml", True),
         ("rankup train my.yaml", True),
         ("rankup --help", True),
         ("scripts/no_such_script.sh", False),

@@ -210,8 +210,8 @@ def test_a_reader_that_has_gone_ends_nothing():
         "view.note('one'); view.note('two'); print('three', flush=True)\n"
         "sys.exit(7)\n"
     )
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipe) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdout is not None and process.stdin is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
