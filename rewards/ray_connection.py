@@ -70,7 +70,13 @@ def starts_a_cluster() -> bool:
 def _connect(*, dashboard: bool, logs: bool) -> str | None:
     import ray
     from ray._private import worker
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if not starts_a_cluster():
+        # `ray start` makes clusters that ask for a token as soon as one lies in the home folder, and a cluster that was started
+        # here has put it there; Ray itself would come without.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     # Ray left to itself would join any cluster that this machine is in.
     address = "local" if starts_a_cluster() else os.environ["RAY_ADDRESS"]
     at_sigterm = signal.getsignal(signal.SIGTERM)
