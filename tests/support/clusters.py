@@ -21,9 +21,19 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
+def drift():
+    """Another adapter in this process, by one number."""
+    import gc, torch
+    from rankup.grpo.policy import Policy
+
+    policy = next(thing for thing in gc.get_objects() if isinstance(thing, Policy))
+    with torch.no_grad():
+        policy.masters[0].view(-1)[0] += 1e-6
+
+
 def many_low_ids(completions, completion_ids, target, trainer_state, log_metric, **kwargs):
     """The share of token ids in the lower half of the vocabulary. In training, at a step that has a file `stop_<step>` here,
-    says which process this is, and waits until the file is gone; with `fail_<step>`, worker 1 fails."""
+    says which process this is, and waits until the file is gone; with `fail_<step>` or `drift_<step>`, worker 1 does."""
     step, rank = trainer_state.global_step, os.environ.get("RANK", "0")
     if (HERE / f"stop_{step}").exists() and len(completions) > 1:
         mark = HERE / f".{step}_{rank}"
@@ -33,6 +43,8 @@ def many_low_ids(completions, completion_ids, target, trainer_state, log_metric,
             time.sleep(0.05)
     if (HERE / f"fail_{step}").exists() and rank == "1":
         raise KeyError("a mistake")
+    if (HERE / f"drift_{step}").exists() and rank == "1":
+        drift()
     log_metric("targets", sum(target))
     return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
 '''
