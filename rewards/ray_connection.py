@@ -70,13 +70,8 @@ def starts_a_cluster() -> bool:
 def _connect(*, dashboard: bool, logs: bool) -> str | None:
     import ray
     from ray._private import worker
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if not starts_a_cluster():
-        # `ray start` makes clusters that ask for a token as soon as one lies in the home folder, and a cluster that was started
-        # here has put it there; Ray itself would come without.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     # Ray left to itself would join any cluster that this machine is in.
     address = "local" if starts_a_cluster() else os.environ["RAY_ADDRESS"]
     at_sigterm = signal.getsignal(signal.SIGTERM)
@@ -84,6 +79,8 @@ def _connect(*, dashboard: bool, logs: bool) -> str | None:
     worker._worker_logs_enabled = logs
     try:
         _reach(address)
+        if not starts_a_cluster():
+            _take_token(address)
         context = ray.init(
             address,
             ignore_reinit_error=True,
@@ -107,3 +104,28 @@ def _reach(address: str) -> None:
     place = urlsplit(address if "://" in address else f"//{address}")
     if place.hostname is not None and place.port is not None:
         socket.create_connection((place.hostname, place.port), timeout=REACH_SECONDS).close()
+
+
+def _take_token(address: str) -> None:
+    """Come with the token of the home folder where the cluster asks for one.
+
+    `ray start` makes clusters that do as soon as there is such a token, and a cluster that was started here has left one; Ray
+    itself would come without. Where none is asked for, Ray 2.60 starts no actor for who comes with one.
+    """
+    import grpc
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    server = canonicalize_bootstrap_address(address)
+    if server is None or "://" in server:
+        return
+    with grpc.insecure_channel(server) as channel:
+        nodes = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            request = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
+            nodes.GetClusterId(request, timeout=REACH_SECONDS)
+        except grpc.RpcError as error:
+            is_refused = error.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+            if is_refused and not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+                raise ConnectionError("it asks for a token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN") from error

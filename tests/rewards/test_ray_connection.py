@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster: to one that asks for a token too."""
+"""The connection to a Ray cluster, one that asks for a token and one that does not."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CODE = """
 import ray
 from rankup.rewards.ray_connection import CONNECTION
+
+
+class One:
+    def number(self):
+        return 1
+
+
 assert CONNECTION.hold()
-print("connected:", ray.is_initialized())
+actor = ray.remote(One).remote()
+print(ray.get(actor.number.remote()))
 CONNECTION.release()
 print("connected:", ray.is_initialized())
 """
 
 
-@pytest.fixture
-def environment() -> Iterator[dict[str, str]]:
-    """Of a cluster that has found a token in the home folder when it started."""
+@pytest.fixture(params=["unset", "disabled"])
+def environment(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """What joins a cluster that has found a token in the home folder when it started, and uses it unless it is told not to."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a short path: it becomes part of sockets' names
         token = Path(folder, "home", ".ray", "auth_token")
         token.parent.mkdir(parents=True)
@@ -41,19 +49,20 @@ def environment() -> Iterator[dict[str, str]]:
             Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=1", "--include-dashboard=false",
             f"--port={port}", f"--temp-dir={folder}/ray", "--disable-usage-stats", f"--object-store-memory={100 * 2**20}",
         ]  # fmt: skip
-        with subprocess.Popen(command, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
+        mode = {} if request.param == "unset" else {"RAY_AUTH_MODE": request.param}
+        with subprocess.Popen(command, env=values | mode, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as head:
             assert head.stdout is not None
             said = ""
             while "Ray runtime started" not in said:
                 line = head.stdout.readline()
                 assert line, said
                 said += line
-            assert "Token authentication is enabled" in said
+            assert ("Token authentication is enabled" in said) == (request.param == "unset")
             yield values | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
             head.send_signal(signal.SIGTERM)
             head.communicate(timeout=60)
 
 
-def test_a_cluster_that_asks_for_a_token_is_joined(environment: dict[str, str]):
+def test_a_cluster_is_joined_whether_it_asks_for_a_token_or_not(environment: dict[str, str]):
     result = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120)
-    assert (result.stdout, result.stderr) == ("connected: True\nconnected: False\n", "")
+    assert (result.stdout, result.stderr) == ("1\nconnected: False\n", "")
