@@ -11,6 +11,8 @@ a desk (`desk.py`). When a worker is lost, Ray starts all of them again, and the
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import signal
 import tempfile
@@ -70,18 +72,20 @@ def train_on_cluster(
         RunInterrupted: a signal came; the workers have finished their step and saved.
     """
     with _connected(view, config.cluster) as is_ours:
+        _check_inputs(inputs)
         desk = open_desk()
         reader = Reader(desk, view)
         fit = _Fit(_task(config, inputs, desk, resume=resume, allow_changes=allow_changes))
         fit.start()
         while True:
-            is_over = not fit.is_alive()  # before reading: what was written until then is shown
+            is_over = not fit.is_alive() or ray.get(desk.has_failed.remote())  # asked before what was written is read
             reader.show()
             if is_over:
                 break
             if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()) and is_ours:
-                # No worker has come to its first step: there is nothing to save, and they end with the connection.
-                raise RunInterrupted(interrupts.asked)
+                # No worker has come to a step, or all wait to start again: there is nothing to save, and they end with us.
+                interruption = RunInterrupted(interrupts.asked)
+                raise interruption.saved(None) if ray.get(desk.has_begun.remote()) else interruption
             time.sleep(POLL_SECONDS)
         reader.finish()
         outcome: Outcome | None
@@ -94,7 +98,8 @@ def train_on_cluster(
     if storage is not None and not (config.logging.output_dir / SUMMARY_FILE).exists():
         storage.pull(view.note)  # the workers' disk is another one
     if outcome.summary is None:
-        raise RunInterrupted(interrupts.asked or signal.SIGTERM).saved(outcome.checkpoint)
+        interruption = RunInterrupted(interrupts.asked or signal.SIGTERM)
+        raise interruption.saved(outcome.checkpoint) if outcome.is_saved else interruption
     return outcome.summary
 
 
@@ -122,6 +127,18 @@ def _connected(view: View, cluster: ClusterConfig) -> Iterator[bool]:
     finally:
         if has_connection:
             CONNECTION.release()
+
+
+def _check_inputs(inputs: dict[str, Any]) -> None:
+    """See that reward functions and data can be sent."""
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            ray.cloudpickle.dump(inputs, nowhere)
+    except (TypeError, pickle.PicklingError, AttributeError) as error:
+        raise ValueError(
+            f"reward functions and data are sent to the workers, which cannot be done with these ({error}): give them by name, "
+            "such as reward.py:score and rows.jsonl"
+        ) from error
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

@@ -146,14 +146,14 @@ def _train(task: Task, peers: Peers, deadline: Deadline) -> None:
     view = DeskView(desk) if peers.is_first else SilentView()
     trainer = GRPOTrainer(args=config, view=view, peers=peers, **task.inputs)
     trainer.should_stop = should_stop
-    resume = task.resume or bool(ray.get(desk.has_begun.remote()))
-    checkpoint = None
+    # What has begun goes on from its newest checkpoint, whichever one it was to begin with.
+    resume = bool(ray.get(desk.has_begun.remote())) or task.resume
     try:
-        summary = trainer.train(resume_from_checkpoint=resume, allow_changes=task.allow_changes)
+        outcome = Outcome(summary=trainer.train(resume_from_checkpoint=resume, allow_changes=task.allow_changes))
     except RunInterrupted as interruption:
-        summary, checkpoint = None, interruption.checkpoint
+        outcome = Outcome(checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
     if peers.is_first:
-        ray.get(desk.end.remote(Outcome(summary=summary, checkpoint=checkpoint)))
+        ray.get(desk.end.remote(outcome))
 
 
 def _is_final(error: Exception) -> bool:

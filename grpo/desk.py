@@ -31,12 +31,14 @@ class Outcome:
     Attributes:
         summary: what `summary.json` says, of a run that came to its end.
         error: what to tell the user, of one that starting again would not help.
-        checkpoint: the newest one; None where there is none.
+        checkpoint: the newest one, of a run that a signal has ended; None where there is none.
+        is_saved: whether everything of such a run is.
     """
 
     summary: dict[str, Any] | None = None
     error: str | None = None
     checkpoint: Path | None = None
+    is_saved: bool = False
 
 
 class Desk:
@@ -61,7 +63,8 @@ class Desk:
         return calls
 
     def lost(self, text: str) -> None:
-        """Workers were lost, which is worth a line unless the run has ended with it."""
+        """Workers were lost, which is worth a line unless the run has ended with it. None is there to hear of a wish."""
+        self._is_listened_to = False
         if self._outcome is None:
             self._calls.append(("note", (text,)))
 
@@ -86,6 +89,10 @@ class Desk:
     def is_first_at_work(self) -> bool:
         """Whether it may still be saving something."""
         return self._is_first_at_work
+
+    def has_failed(self) -> bool:
+        """Whether the run has ended with an error, and all is saved that can be."""
+        return self._outcome is not None and self._outcome.error is not None and not self._is_first_at_work
 
     def end(self, outcome: Outcome) -> None:
         """The run has ended, and is not to be started again. The first to say so is believed."""

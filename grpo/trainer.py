@@ -87,6 +87,8 @@ class GRPOTrainer:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         self.config = config
         self.peers = peers
+        if config.cluster.workers > peers.size:  # an iterator could be read once only, and all workers do
+            train_dataset, eval_dataset = (list(d) if isinstance(d, Iterator) else d for d in (train_dataset, eval_dataset))
         self._given = {"reward_funcs": reward_funcs, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.scorer = make_scorer(config, reward_funcs)
         Objective(config)  # one of the user's own that cannot be loaded is told now

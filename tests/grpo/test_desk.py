@@ -38,3 +38,18 @@ def test_the_first_outcome_counts_and_losses_after_it_are_none(desk: Desk):
     desk.lost("worker 0: collateral")
     assert desk.outcome() == Outcome(error="a mistake")
     assert desk.take() == [("note", ("worker 1: its node has died",))]
+
+
+def test_a_wish_is_not_heard_while_workers_are_lost(desk: Desk):
+    assert not desk.is_asked_to_stop()
+    desk.lost("worker 1: its node has died")
+    assert not desk.ask_to_stop()
+
+
+def test_a_run_has_failed_once_its_first_worker_has_saved(desk: Desk):
+    desk.set_first_at_work(True)
+    assert not desk.has_failed()
+    desk.end(Outcome(error="a mistake"))
+    assert not desk.has_failed()
+    desk.set_first_at_work(False)
+    assert desk.has_failed()
