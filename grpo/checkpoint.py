@@ -44,11 +44,15 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One whole checkpoint: its folder, the steps done, and the reward that it is ranked by (None: not known)."""
+    """One whole checkpoint: its folder, the steps done, the reward that it is ranked by (None: not known), and whose it is.
+
+    `run` is the same for all checkpoints of a run, wherever it went on, and for those of no other; None: not known.
+    """
 
     path: Path
     step: int
     reward: float | None
+    run: str | None = None
 
 
 class CheckpointStore:
@@ -66,7 +70,9 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.keep_best = keep_best
 
-    def write(self, step: int, fill: Callable[[Path], None], *, reward: float | None = None) -> Path:
+    def write(
+        self, step: int, fill: Callable[[Path], None], *, reward: float | None = None, run: str | None = None
+    ) -> Path:
         """Make the checkpoint of `step` from the files that `fill` writes, then delete those that need not be kept.
 
         One of the same step is replaced (a run that was interrupted before an evaluation saves the step again after it).
@@ -80,7 +86,7 @@ class CheckpointStore:
             self.tidy()
             partial.mkdir(parents=True)
             fill(partial)
-            _write_manifest(partial, step=step, reward=reward)
+            _write_manifest(partial, step=step, reward=reward, run=run)
             path = self.place(partial)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -204,15 +210,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise DamagedCheckpointError(f"{path}: {name} has {size} bytes instead of {expected['bytes']}")
         if digest != expected["sha256"]:
             raise DamagedCheckpointError(f"{path}: {name} was changed, its checksum is another one")
-    return Checkpoint(path=path, step=manifest["step"], reward=manifest["reward"])
+    return Checkpoint(path=path, step=manifest["step"], reward=manifest["reward"], run=manifest.get("run"))
 
 
-def _write_manifest(folder: Path, *, step: int, reward: float | None) -> None:
+def _write_manifest(folder: Path, *, step: int, reward: float | None, run: str | None) -> None:
     """List all files of `folder`, in a file that vouches for itself too, and sync them all."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-    manifest = {"format": FORMAT, "rankup": version("rankup"), "step": step, "reward": reward, "files": files}
+    manifest = {"format": FORMAT, "rankup": version("rankup"), "step": step, "reward": reward, "run": run, "files": files}
     text = json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync_all(folder)

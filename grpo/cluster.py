@@ -13,36 +13,30 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import signal
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
+from ray import cloudpickle
 
 from ..rewards.ray_connection import CONNECTION, starts_a_cluster
-from .cluster_worker import Task, run_worker
+from .cluster_fit import fit
+from .cluster_worker import Task
 from .config import GRPOConfig
 from .config_cluster import ClusterConfig
-from .desk import Outcome, Reader, open_desk
+from .desk import Outcome, Reader, open_desk, this_node
 from .errors import ClusterError
 from .interrupts import Interrupts, RunInterrupted
-from .records import SUMMARY_FILE
+from .records import read_summary
 from .resume import Resume
 from .storage import Storage
 from .terminal import View
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 60.0
 
 
 def train_on_cluster(
@@ -71,18 +65,22 @@ def train_on_cluster(
         ClusterError: the run has failed.
         RunInterrupted: a signal came; the workers have finished their step and saved.
     """
-    with _connected(view, config.cluster) as is_ours:
+    with ExitStack() as stack:
+        stack.enter_context(_connected(view, config.cluster))
         _check_inputs(inputs)
         desk = open_desk()
         reader = Reader(desk, view)
-        fit = _Fit(_task(config, inputs, desk, resume=resume, allow_changes=allow_changes))
-        fit.start()
+        view.stage(f"starting {config.cluster.workers} workers")
+        task = _task(config, inputs, desk, resume=resume, allow_changes=allow_changes)
+        fitting = ray.remote(fit).options(num_cpus=0, max_retries=0, label_selector=this_node())
+        stack.enter_context(_ended(fitted := fitting.remote(task, _resources(config.cluster))))
         while True:
-            is_over = not fit.is_alive() or ray.get(desk.has_failed.remote())  # asked before what was written is read
+            # Asked before the desk is read: what was written until then is shown.
+            is_over = bool(ray.wait([fitted], timeout=0)[0]) or ray.get(desk.has_failed.remote())
             reader.show()
             if is_over:
                 break
-            if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()) and is_ours:
+            if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()):
                 # No worker has come to a step, or all wait to start again: there is nothing to save, and they end with us.
                 interruption = RunInterrupted(interrupts.asked)
                 raise interruption.saved(None) if ray.get(desk.has_begun.remote()) else interruption
@@ -90,50 +88,64 @@ def train_on_cluster(
         reader.finish()
         outcome: Outcome | None
         outcome, has_begun = ray.get([desk.outcome.remote(), desk.has_begun.remote()])
-    error = fit.reason() if outcome is None else outcome.error
+        error = ray.get(fitted) if outcome is None else outcome.error
     if error is not None:
         checkpoints = config.logging.output_dir / "checkpoints"
         raise ClusterError(error, can_go_on=has_begun and any(checkpoints.glob("step_*")))
-    assert outcome is not None
-    if storage is not None and not (config.logging.output_dir / SUMMARY_FILE).exists():
-        storage.pull(view.note)  # the workers' disk is another one
-    if outcome.summary is None:
-        interruption = RunInterrupted(interrupts.asked or signal.SIGTERM)
-        raise interruption.saved(outcome.checkpoint) if outcome.is_saved else interruption
-    return outcome.summary
+    assert outcome is not None, "Ray Train has come to an end, and the first worker has not"
+    if storage is not None and read_summary(config.logging.output_dir) != outcome.summary:
+        storage.pull(view.note, always=True)  # the workers' disk is another one
+    if outcome.summary is not None and outcome.has_finished and interrupts.asked is None:
+        return outcome.summary
+    interruption = RunInterrupted(interrupts.asked or signal.SIGTERM)  # too late to change anything, or in a step
+    raise interruption.saved(outcome.checkpoint) if outcome.is_saved else interruption
 
 
 @contextmanager
-def _connected(view: View, cluster: ClusterConfig) -> Iterator[bool]:
-    """Inside the block Ray is connected, and the user knows to what. Yields whether the connection ends with the block."""
+def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
+    """Inside the block Ray is connected, and the user knows to what.
+
+    Raises:
+        ConnectionError: no cluster answers where `RAY_ADDRESS` says.
+        ValueError: this machine alone is too small for the workers.
+    """
     view.stage("connecting to Ray")
-    is_alone = starts_a_cluster() and not ray.is_initialized()
     has_connection = CONNECTION.hold(dashboard=True, logs=False)
+    is_alone = has_connection and starts_a_cluster()
     try:
-        total = ray.cluster_resources()
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        has = f"{nodes} node{'s' * (nodes > 1)}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+        total, alive = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        has = f"{len(alive)} node{'s' * (len(alive) > 1)}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
         view.note(f"Ray: {has}" + (f"; dashboard {url}" if (url := CONNECTION.dashboard_url) else ""))
-        needed = {name: amount * cluster.workers for name, amount in _resources(cluster).items()}
-        missing = [f"{amount:g} {name}s" for name, amount in needed.items() if total.get(name, 0) < amount]
-        if missing and is_alone:
+        each = _resources(cluster)
+        places = sum(min(int(node.get(name, 0) / amount + 1e-6) for name, amount in each.items()) for node in alive)
+        if places < cluster.workers and is_alone:
             raise ValueError(
-                f"cluster.workers={cluster.workers} need {' and '.join(missing)}, and this machine has {has}: take fewer "
-                "workers or a smaller cluster.cpus_per_worker, or join a larger cluster with RAY_ADDRESS"
+                f"cluster.workers={cluster.workers}: this machine has {has}, which is room for {places} of them: take fewer, "
+                "or a smaller cluster.cpus_per_worker, or join a larger cluster with RAY_ADDRESS"
             )
-        if missing:
-            view.note(f"the workers need {' and '.join(missing)}: the run begins when enough nodes have joined the cluster")
-        yield has_connection
+        if places < cluster.workers:
+            view.note(f"there is room for {places} of {cluster.workers} workers: the run begins when enough nodes have joined")
+        yield
     finally:
         if has_connection:
             CONNECTION.release()
+
+
+@contextmanager
+def _ended(reference: Any) -> Iterator[None]:
+    """A task that does not outlive the block, and with it whatever it has started."""
+    try:
+        yield
+    finally:
+        if not ray.wait([reference], timeout=0)[0]:
+            ray.cancel(reference, force=True)
 
 
 def _check_inputs(inputs: dict[str, Any]) -> None:
     """See that reward functions and data can be sent."""
     try:
         with open(os.devnull, "wb") as nowhere:
-            ray.cloudpickle.dump(inputs, nowhere)
+            cloudpickle.dump(inputs, nowhere)
     except (TypeError, pickle.PicklingError, AttributeError) as error:
         raise ValueError(
             f"reward functions and data are sent to the workers, which cannot be done with these ({error}): give them by name, "
@@ -172,84 +184,3 @@ def _task(config: GRPOConfig, inputs: dict[str, Any], desk: Any, *, resume: Resu
         resume=resume,
         allow_changes=allow_changes,
     )
-
-
-class _Fit(threading.Thread):
-    """Ray Train at work, until the run has ended or was lost too often."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(name="ray-train", daemon=True)
-        self._task = task
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            with tempfile.TemporaryDirectory(prefix="ray_train_") as folder:
-                self._trainer(folder).fit()
-        except Exception as error:  # whatever it is: the thread that waits for us tells it
-            self._error = error
-
-    def reason(self) -> str:
-        """Why the run has no outcome."""
-        failures = self._task.config.cluster.max_failures
-        what = "nothing is known of how" if self._error is None else end_of(self._error)
-        return f"workers were lost more than cluster.max_failures={failures} times, the last time so: {what}"
-
-    def _trainer(self, folder: str) -> TorchTrainer:
-        """`folder` is for Ray Train's own notes: our checkpoints do not go through it."""
-        task, cluster = self._task, self._task.config.cluster
-        resources = _resources(cluster)
-        # A little later than the deadline on a step, which says where it hung.
-        timeout = int(cluster.step_timeout + GRACE_SECONDS)
-        return TorchTrainer(
-            run_worker,  # type: ignore[arg-type]  # Ray's types know a plain dict only
-            train_loop_config={"task": task},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.workers, use_gpu="GPU" in resources, resources_per_worker=resources
-            ),
-            torch_config=OneDeviceEach(backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=timeout),
-            run_config=ray.train.RunConfig(
-                name=task.config.logging.run_name,
-                storage_path=folder,
-                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[TellsLosses(task.desk, cluster.max_failures)],
-            ),
-        )
-
-
-class _OneDeviceBackend(_TorchBackend):
-    share_cuda_visible_devices = False
-
-    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """The workers' processes end with them. Ray's own would take the process group from one that is still saving."""
-
-
-@dataclass
-class OneDeviceEach(TorchConfig):
-    """Ray Train's own, but a worker sees its own GPU only, as the first: vLLM and the policy take that one."""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _OneDeviceBackend
-
-
-class TellsLosses(ray.train.UserCallback):
-    """Tells the desk which workers were lost. Ray Train calls it in a process of its own."""
-
-    def __init__(self, desk: Any, max_failures: int) -> None:
-        self._desk = desk
-        self._max_failures = max_failures
-        self._num_failures = 0
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._num_failures += 1
-        what = "; ".join(f"worker {rank}: {end_of(error)}" for rank, error in sorted(worker_exceptions.items()))
-        then = "all start again" if self._num_failures <= self._max_failures else "that was once too often"
-        self._desk.lost.remote(f"{what}. Failure {self._num_failures} of cluster.max_failures={self._max_failures}: {then}")
-
-
-def end_of(error: Exception) -> str:
-    """What has become of a worker, in a line: `its node has died`, or the last line of a traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reasons = [reason for line in lines for reason in re.findall("because (its .+? has died)", line)]
-    return reasons[0] if reasons else lines[-1].strip()

@@ -8,6 +8,7 @@ told, and Ray is not to try again); or something was lost, and raising it makes 
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import tempfile
@@ -28,10 +29,15 @@ from .errors import explain, may_pass
 from .interrupts import RunInterrupted
 from .peers import Peers
 from .quiet import quiet_loggers
+from .records import read_summary
+from .remote_files import StorageError
 from .resume import Resume
 from .silent import SilentView
 from .trainer import GRPOTrainer
 from .worker_reports import DivergedError
+
+ABSENT = (errno.EIO, errno.ESTALE, errno.EADDRINUSE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+"""What a file system of the network, or the network, says when it is not there."""
 
 UNWIND_SECONDS = 60.0
 """What the first worker gets to save what it holds when another one has failed, before Ray ends them all."""
@@ -74,16 +80,20 @@ class Deadline:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a sign of life is due."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """The next sign of life is due within the time, from now on."""
         self._last = time.monotonic()
-        if not self._thread.is_alive():
-            self._thread.start()
+        self._thread.start()
         self.extend()
 
     def extend(self) -> None:
         """A sign of life; nothing before `start`."""
-        if self._thread.is_alive():
+        if self.is_running:
             self._last = time.monotonic()
             faulthandler.dump_traceback_later(self._seconds + TELLING_SECONDS, exit=True)
 
@@ -123,8 +133,10 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
     try:
         _train(task, peers, deadline)
     except Exception as error:  # Ray is to answer it; those that it cannot answer are told here
-        if _is_final(error):
+        if _is_final(error, has_begun=ray.get(desk.has_begun.remote())):
             ray.get(desk.end.remote(Outcome(error=explain(error) or str(error))))
+        if dist.is_initialized():  # vLLM's end has done that, where there was one: nobody is to wait for us
+            dist.destroy_process_group()
         if not peers.is_first:
             _await_first(desk)
         raise
@@ -140,7 +152,10 @@ def _train(task: Task, peers: Peers, deadline: Deadline) -> None:
     _check_folder_is_shared(config, peers)
 
     def should_stop() -> bool:
-        deadline.start()  # vLLM has started, which no deadline of a step could hold
+        if not deadline.is_running:
+            peers.gather_each(None)  # vLLM has started everywhere, which no deadline of a step could hold
+            deadline.start()
+        deadline.extend()
         return peers.is_first and ray.get(desk.is_asked_to_stop.remote())
 
     view = DeskView(desk) if peers.is_first else SilentView()
@@ -149,20 +164,26 @@ def _train(task: Task, peers: Peers, deadline: Deadline) -> None:
     # What has begun goes on from its newest checkpoint, whichever one it was to begin with.
     resume = bool(ray.get(desk.has_begun.remote())) or task.resume
     try:
-        outcome = Outcome(summary=trainer.train(resume_from_checkpoint=resume, allow_changes=task.allow_changes))
+        summary = trainer.train(resume_from_checkpoint=resume, allow_changes=task.allow_changes)
+        outcome = Outcome(summary=summary, is_saved=True, has_finished=True)
     except RunInterrupted as interruption:
-        outcome = Outcome(checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
+        summary = read_summary(config.logging.output_dir) if peers.is_first else None
+        outcome = Outcome(summary=summary, checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
     if peers.is_first:
         ray.get(desk.end.remote(outcome))
 
 
-def _is_final(error: Exception) -> bool:
-    """Whether starting again is no answer: to the user's mistakes, and to workers that do not hold the same policy."""
-    return isinstance(error, DivergedError) or (explain(error) is not None and not may_pass(error))
+def _is_final(error: Exception, *, has_begun: bool) -> bool:
+    """Whether starting again is no answer: to the user's mistakes, and to workers that do not hold the same policy.
+
+    What could be reached when the run began is not there for a moment, of disks and storages too.
+    """
+    is_absent = has_begun and (isinstance(error, StorageError) or getattr(error, "errno", None) in ABSENT)
+    return isinstance(error, DivergedError) or (explain(error) is not None and not is_absent and not may_pass(error))
 
 
 def _await_first(desk: Any) -> None:
-    """Give the first worker its time to save. Our part of the process group is closed, so it does not wait for us."""
+    """Give the first worker its time to save."""
     deadline = time.monotonic() + UNWIND_SECONDS
     while ray.get(desk.is_first_at_work.remote()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -174,9 +195,10 @@ def _check_folder_is_shared(config: GRPOConfig, peers: Peers) -> None:
     Raises:
         ValueError: some node does not see the folder of the run, and there is no storage in its place.
     """
-    if config.checkpoint.storage is not None:
+    storage = config.checkpoint.storage
+    if storage is not None and "://" in storage:
         return
-    folder = config.logging.output_dir.parent
+    folder = (config.logging.output_dir if storage is None else Path(storage)).parent
     with ExitStack() as stack:
         name = None
         if peers.is_first:
@@ -186,6 +208,6 @@ def _check_folder_is_shared(config: GRPOConfig, peers: Peers) -> None:
         blind = [rank for rank, sees in enumerate(peers.gather_each(probe.exists())) if not sees]
     if blind:
         raise ValueError(
-            f"workers {', '.join(map(str, blind))} do not see the folder of the run, {folder}: give a logging.output_dir on a "
+            f"workers {', '.join(map(str, blind))} do not see {folder} of the first worker: give a logging.output_dir on a "
             "disk that all nodes share, or a checkpoint.storage that all nodes reach, such as s3://bucket/runs/mine"
         )

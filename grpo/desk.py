@@ -29,16 +29,18 @@ class Outcome:
     """How a run has ended.
 
     Attributes:
-        summary: what `summary.json` says, of a run that came to its end.
+        summary: what `summary.json` says.
         error: what to tell the user, of one that starting again would not help.
         checkpoint: the newest one, of a run that a signal has ended; None where there is none.
-        is_saved: whether everything of such a run is.
+        is_saved: whether everything is.
+        has_finished: whether the run came to its end by itself.
     """
 
     summary: dict[str, Any] | None = None
     error: str | None = None
     checkpoint: Path | None = None
     is_saved: bool = False
+    has_finished: bool = False
 
 
 class Desk:
@@ -103,10 +105,14 @@ class Desk:
         return self._outcome
 
 
+def this_node() -> dict[str, str]:
+    """The label by which Ray knows this process's node."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
 def open_desk() -> Any:
     """A desk on this process's node; returns the actor's handle. Ray must be connected."""
-    node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(Desk).options(num_cpus=0, label_selector=node).remote()
+    return ray.remote(Desk).options(num_cpus=0, label_selector=this_node()).remote()
 
 
 class DeskView:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, CheckpointStore
+from .checkpoint import MANIFEST, CheckpointError, CheckpointStore
 from .config import GRPOConfig, dump_config
 from .errors import Attempts
 from .interrupts import RunInterrupted
@@ -58,6 +59,8 @@ def owned_folder(
     with locked_folder(folder, patience=DYING_SECONDS if peers.size > 1 else 0.0):
         if resumes and storage is not None:
             storage.pull(note)
+            if peers.size > 1:
+                storage.push()  # others may see the copy only, and go on from what is newest here
         yield
 
 
@@ -114,6 +117,7 @@ class RunKeeper:
     ) -> None:
         self.num_tokens = 0
         self._storage = storage
+        self._run = uuid.uuid4().hex
         self._peers = peers
         self._config = config
         self._session = session
@@ -144,6 +148,7 @@ class RunKeeper:
         """Take over everything that a checkpoint says; checkpoints of later steps are set aside."""
         checkpoint, state = resumption.checkpoint, resumption.state
         # What can fail comes first: nothing in the folder changes before it is known that the run does go on.
+        self._run = checkpoint.run or self._run
         with self._at_hand(checkpoint.path) as path:
             load_state(path, state, self._session)
         self._open_reports(state.recorder)
@@ -182,10 +187,19 @@ class RunKeeper:
             return None
 
         position = dataclasses.replace(position, random_states=self._peers.gather(position.random_states))
-        before, self._last_position = self._last_position, (position.steps_done, position.is_evaluated)
-        if not self._peers.is_first:
-            return None
+        error: CheckpointError | None = None
+        if self._peers.is_first:
+            try:
+                self._write(position)
+            except CheckpointError as failure:
+                error = failure
+        if self._peers.from_first(lambda: error is None):  # all know it: who comes here again is to come with all others
+            self._last_position = (position.steps_done, position.is_evaluated)
+        if error is not None:
+            raise error
+        return self.last
 
+    def _write(self, position: Position) -> None:
         def fill(folder: Path) -> None:
             write_state(
                 folder,
@@ -200,14 +214,9 @@ class RunKeeper:
         reward = self._recorder.reward_at(position.steps_done, by_evaluation=by_evaluation)
         started = time.perf_counter()
         self._recorder.sync()
-        try:
-            self.last = self._store.write(position.steps_done, fill, reward=reward)
-        except CheckpointError:
-            self._last_position = before
-            raise
+        self.last = self._store.write(position.steps_done, fill, reward=reward, run=self._run)
         self.copy()
         self._recorder.spent("checkpoint", time.perf_counter() - started)
-        return self.last
 
     def copy(self) -> None:
         """Bring the copy in the storage up to date. One that fails is told, and the run goes on: the next makes up for it."""
@@ -268,10 +277,13 @@ class RunKeeper:
     @contextmanager
     def _at_hand(self, checkpoint: Path) -> Iterator[Path]:
         """The first worker's checkpoint where this one sees it: on a machine of its own, fetched for the time being."""
-        if checkpoint.is_dir():
+        manifest = self._peers.from_first(lambda: (checkpoint / MANIFEST).read_bytes())
+        here = checkpoint / MANIFEST
+        if here.is_file() and here.read_bytes() == manifest:
             yield checkpoint
             return
-        assert self._storage is not None, "a worker of a cluster sees the run folder, or there is a storage"
+        if self._storage is None:
+            raise ValueError(f"this worker does not see {checkpoint}: give a checkpoint.storage that all nodes reach")
         with tempfile.TemporaryDirectory() as folder:
             yield self._storage.pull_checkpoint(checkpoint.name, Path(folder))
 

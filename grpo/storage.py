@@ -13,6 +13,7 @@ Hidden files and checkpoints that were set aside are not copied. One run at a ti
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,7 @@ from typing import Any
 from .checkpoint import (
     MANIFEST,
     NAME,
+    Checkpoint,
     CheckpointStore,
     DamagedCheckpointError,
     read_checkpoint,
@@ -185,11 +187,15 @@ class Storage:
 
     # -------------------------------------------------------------------------------------------- from the copy
 
-    def pull(self, say: Callable[[str], None]) -> None:
+    def pull(self, say: Callable[[str], None], *, always: bool = False) -> None:
         """Before a run is taken up: fetch it if the copy has a newer checkpoint than is whole here, or if only the copy has it.
 
         Records are replaced then, and all checkpoints come that are missing here; `say` is told which, and why others were
-        skipped. A pull that is cut off is made up for by the next one. The caller owns the run folder.
+        skipped. A pull that is cut off is made up for by the next one. The caller owns the run folder. Another run that is in
+        it, by its newest checkpoint, is moved aside first.
+
+        Args:
+            always: replace records even where no checkpoint is newer: the run has ended, and went on elsewhere.
 
         Raises:
             StorageError: the copy could not be read.
@@ -203,8 +209,12 @@ class Storage:
             return
         store = CheckpointStore(self._run_dir / CHECKPOINTS, keep_last=1, keep_best=0)
         newest = store.newest_whole()
+        if newest is not None and names and self._is_of_another_run(newest, names[0]):
+            say(f"another run that was in {self._run_dir} is now in {move_aside(self._run_dir)}")
+            self._known.clear()
+            newest = None
         ahead = [name for name in names if newest is None or step_of(Path(name)) > newest.step]
-        if not (ahead or is_only_there):
+        if not (ahead or is_only_there or always):
             return
         store.tidy()
         staged = {}
@@ -216,7 +226,7 @@ class Storage:
                     say(f"skipped {error}")
         # Records belong to the newest checkpoint. It gets its name after they are here and after the older ones have theirs, so
         # that a pull that was cut off is seen to be needed again.
-        takes_records = is_only_there or any(name in ahead for name in staged)
+        takes_records = is_only_there or always or any(name in ahead for name in staged)
         if takes_records:
             self._fetch_records(there)
         for partial in reversed(staged.values()):
@@ -225,6 +235,14 @@ class Storage:
             self._fetch_record(SUMMARY_FILE)
         if taken := [*reversed(staged), *(["records"] if takes_records else [])]:
             say(f"taken from {self.url}: {', '.join(taken)}")
+
+    def _is_of_another_run(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether the copy's checkpoint is of another run than this one; one that cannot be read is not said to be."""
+        try:
+            run = json.loads(self._there.read(_manifest_of(name))).get("run")
+        except (ValueError, AttributeError):
+            return False
+        return run is not None and checkpoint.run is not None and run != checkpoint.run
 
     def pull_checkpoint(self, name: str, folder: Path) -> Path:
         """Fetch one checkpoint, such as `step_000010`, and return its path in `folder`; one of that name there is replaced.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from rankup.grpo.cluster import _check_inputs
+from rankup.grpo.cluster_fit import end_of
 from rankup.grpo.cluster_worker import _is_final
 from rankup.grpo.errors import TrainingStoppedError
 from rankup.grpo.peers import LostPeerError
+from rankup.grpo.remote_files import StorageError
 from rankup.grpo.worker_reports import DivergedError
 
 HANGS = """
@@ -59,9 +64,34 @@ def test_nothing_is_due_after_the_stop():
     [ValueError("a mistake"), TrainingStoppedError("gave up"), FileNotFoundError("rows.jsonl"), DivergedError("two policies")],
 )
 def test_what_would_come_again_is_not_tried_again(error: Exception):
-    assert _is_final(error)
+    assert _is_final(error, has_begun=False) and _is_final(error, has_begun=True)
 
 
 @pytest.mark.parametrize("error", [LostPeerError("gone"), ConnectionResetError(), RuntimeError("CUDA error"), KeyError("x")])
 def test_all_else_is(error: Exception):
-    assert not _is_final(error)
+    assert not _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+
+
+@pytest.mark.parametrize("error", [StorageError("no bucket"), OSError(errno.ESTALE, "stale file handle")])
+def test_what_could_be_reached_at_first_is_tried_again(error: Exception):
+    assert _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+
+
+def test_what_cannot_be_sent_is_told_before_any_worker_starts():
+    lock = threading.Lock()
+    _check_inputs({"reward_funcs": len, "train_dataset": [{"prompt": "a"}]})
+    with pytest.raises(ValueError, match="sent to the workers, which cannot be done with these .*lock.* reward.py:score"):
+        _check_inputs({"reward_funcs": lambda completions: [lock.locked()]})
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("Failed.\nThe actor is dead because its worker process has died. Exit type: X", "its worker process has died"),
+        ("The actor died because its node has died. Node Id: 1", "its node has died"),
+        ("Traceback (most recent call last):\n  File x\nLostPeerError: gone\n", "LostPeerError: gone"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_end_of_a_worker_is_told_in_a_line(text: str, end: str):
+    assert end_of(RuntimeError(text)) == end

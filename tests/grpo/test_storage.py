@@ -230,3 +230,31 @@ def test_a_run_that_is_there_gets_another_name(run: StoredRun, url: str, tmp_pat
         assert newest is not None and newest.step == 20
     storage.push()
     assert copied(url) == run.files()
+
+
+def test_another_run_that_is_here_is_moved_aside(url: str, tmp_path: Path):
+    """It may have come further, and be finished: it is not the one that goes on."""
+    today, yesterday = StoredRun(tmp_path / "there", name="today"), StoredRun(tmp_path / "run", branch="b", name="yesterday")
+    today.save(10)
+    Storage(url, today.folder).push()
+    yesterday.save(20)
+    yesterday.end()
+    said: list[str] = []
+    Storage(url, tmp_path / "run").pull(said.append)
+    assert said[0] == f"another run that was in {tmp_path / 'run'} is now in {tmp_path / 'run.1'}"
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == today.metrics.read_text()
+    assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run.1" / "summary.json").exists()
+
+
+def test_the_end_of_a_run_is_fetched_over_an_older_one(url: str, tmp_path: Path):
+    """Both have the same checkpoint, and only there the run came to its end."""
+    here, there = StoredRun(tmp_path / "here", name="same"), StoredRun(tmp_path / "there", name="same")
+    for run in (here, there):
+        run.save(10)
+    there.end()
+    Storage(url, there.folder).push()
+    Storage(url, here.folder).pull(lambda text: None)
+    assert not (here.folder / "summary.json").exists()
+    Storage(url, here.folder).pull(lambda text: None, always=True)
+    assert (here.folder / "summary.json").read_text() == (there.folder / "summary.json").read_text()
+    assert (here.folder / "adapter" / "weights").is_file()

@@ -19,10 +19,13 @@ from rankup.grpo.storage import Storage
 
 
 class StoredRun:
-    """The run in `folder`, two checkpoints at most. `branch` tells its rows from those of one that has gone on otherwise."""
+    """The run in `folder`, two checkpoints at most. `branch` tells its rows from those of one that has gone on otherwise.
 
-    def __init__(self, folder: Path, *, branch: str = "a") -> None:
-        self.folder, self.branch = folder, branch
+    `name` is what its checkpoints say whose they are.
+    """
+
+    def __init__(self, folder: Path, *, branch: str = "a", name: str | None = None) -> None:
+        self.folder, self.branch, self.name = folder, branch, name
         self.store = CheckpointStore(folder / "checkpoints", keep_last=2, keep_best=0)
         (folder / "completions").mkdir(parents=True, exist_ok=True)
         self.metrics = folder / "metrics.jsonl"
@@ -39,7 +42,7 @@ class StoredRun:
             (folder / "adapter" / "weights").write_bytes(f"{step} {self.branch}".encode() * 500)
             shutil.copy(self.metrics, folder / "rows")
 
-        return self.store.write(step, fill)
+        return self.store.write(step, fill, run=self.name)
 
     def go_back(self, step: int, *, branch: str) -> None:
         """Take the run up at the checkpoint of that step, from where it goes otherwise."""
