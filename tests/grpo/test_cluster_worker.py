@@ -80,7 +80,7 @@ def test_what_could_be_reached_at_first_is_tried_again(error: Exception):
 def test_what_cannot_be_sent_is_told_before_any_worker_starts():
     lock = threading.Lock()
     _check_inputs({"reward_funcs": len, "train_dataset": [{"prompt": "a"}]})
-    with pytest.raises(ValueError, match="sent to the workers, which cannot be done with these .*lock.* reward.py:score"):
+    with pytest.raises(ValueError, match=r"sent to the workers, which cannot be done with these .*lock.* reward\.py:score"):
         _check_inputs({"reward_funcs": lambda completions: [lock.locked()]})
 
 
