@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..kernels.attention_plan import COLUMNS, KEPT_LIMIT, SCORES_LIMIT
-from ..kernels.logprob import BLOCK_BYTES, CPU_BLOCK_BYTES, chunk_rows
+from ..kernels.logprob import chunk_rows
+from ..kernels.logprob_rows import CPU_BLOCK_BYTES
 from .plan_shapes import Matrix, ModelShape
 from .policy import LOGITS_MIB
 
@@ -168,15 +169,14 @@ def peak_work(shape: ModelShape, work: Workload) -> dict[str, int]:
 
 
 def _logits(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """A chunk in bf16, two fp32 blocks, and hidden states and their gradients [N, D], the chunk's in fp32 besides.
+    """A chunk in bf16, on CPU two fp32 blocks, and hidden states and their gradients [N, D], the chunk's in fp32 besides.
 
     See `kernels/logprob.py`.
     """
     mib = work.logits_mib or LOGITS_MIB[work.device]
     count = math.ceil(work.targets_per_pack / chunk_rows(shape.vocabulary, BF16, mib * 2**20))
     rows = math.ceil(work.targets_per_pack / count)
-    block_bytes = CPU_BLOCK_BYTES if work.device == "cpu" else BLOCK_BYTES
-    block_rows = min(rows, max(1, block_bytes // (FP32 * shape.vocabulary)))
+    block_rows = min(rows, max(1, CPU_BLOCK_BYTES // (FP32 * shape.vocabulary))) if work.device == "cpu" else 0
     hidden = 2 * work.targets_per_pack * BF16 + rows * (BF16 + FP32)
     return {
         "logits_chunk": rows * shape.vocabulary * BF16 + 2 * block_rows * shape.vocabulary * FP32,

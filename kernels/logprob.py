@@ -11,24 +11,30 @@ log-probability and entropy. Then
 so a chunk of logits is one buffer whose content changes in place: logits, then p, then the gradient. Where the loss leaves the
 entropy alone, c is a factor of the whole row: the buffer holds p - onehot and the factor is applied to products with it.
 
-The buffer has the hidden's dtype, as the sampler's logits have. What happens to it is done in fp32, by blocks of a few rows,
-which stay in a CPU's cache. The head is frozen: no weight gradient is formed. An adapter on it gets the gradients of `lora.py`,
+The buffer has the hidden's dtype, as the sampler's logits have. What happens to it is done in fp32 by `logprob_rows.py`, or on
+a CUDA device by `triton/logprob_rows.py`, which needs no p in between. The head is frozen: no weight gradient is formed. An
+adapter on it gets the gradients of `lora.py`,
 
     dh = dy W + u a        dA = u^T h        dB = scaling * dy^T (h a^T)        u = dy b
 
-Shapes: N tokens, n those of a chunk, b those of a block, D hidden, V vocabulary, R rank of the head's adapter.
+Shapes: N tokens, n those of a chunk, D hidden, V vocabulary, R rank of the head's adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from .device import runs_triton
+from .logprob_rows import Rows, Slopes, TorchRows
 from .lora import Adapter
+
+if TYPE_CHECKING:
+    from .triton.logprob_rows import TritonRows
 
 # (log-probabilities [n], entropies [n], their slice of the N tokens) -> the loss of each of these tokens.
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
@@ -36,9 +42,6 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 TokenFactor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LOGITS_CHUNK_BYTES = 128 * 2**20
-# Of a block in fp32. On CPU, where 2 to 8 MiB take the same time, it stays in the cache; elsewhere it bounds memory.
-CPU_BLOCK_BYTES = 4 * 2**20
-BLOCK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,18 +146,18 @@ class _LinearLogprobLoss(torch.autograd.Function):
             logprobs_N, entropy_N = logits.measure()
             loss_N, slopes = _differentiate(loss, logprobs_N, entropy_N, slice(0, len(logprobs_N)))
             for chunk in logits.chunks if slopes.any else ():
-                p_nV, rows = logits.probabilities(chunk)
-                gradients.add(chunk, p_nV, logits.gradient_in_place(p_nV, chunk, rows, slopes.of(chunk)))
+                buffer_nV, rows = logits.form(chunk)
+                gradients.add(chunk, buffer_nV, logits.gradient_in_place(buffer_nV, chunk, rows, slopes.of(chunk)))
         else:
             logprobs_N, entropy_N = logits.empty_results()
             losses = [logprobs_N[:0]]
             for chunk in logits.chunks:
-                p_nV, rows = logits.probabilities(chunk)
+                buffer_nV, rows = logits.form(chunk)
                 logprobs_N[chunk], entropy_N[chunk] = rows.logprobs_n, rows.entropy_n
                 loss_n, slopes = _differentiate(loss, rows.logprobs_n, rows.entropy_n, chunk)
                 losses.append(loss_n.flatten())
                 if slopes.any:
-                    gradients.add(chunk, p_nV, logits.gradient_in_place(p_nV, chunk, rows, slopes))
+                    gradients.add(chunk, buffer_nV, logits.gradient_in_place(buffer_nV, chunk, rows, slopes))
             loss_N = torch.cat(losses)
         if factor is not None and len(loss_N):
             factor_N = factor(logprobs_N, entropy_N)
@@ -171,149 +174,66 @@ class _LinearLogprobLoss(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
-class _Slopes(NamedTuple):
-    """Derivatives of the loss with respect to each row's log-probability and entropy, [n]; None where it ignores them."""
-
-    logprob_n: torch.Tensor | None
-    entropy_n: torch.Tensor | None
-
-    @property
-    def any(self) -> bool:
-        return self.logprob_n is not None or self.entropy_n is not None
-
-    def of(self, rows: slice) -> _Slopes:
-        return _Slopes(*(None if slope_n is None else slope_n[rows] for slope_n in self))
-
-
 def _differentiate(
     loss: TokenLoss, logprobs_n: torch.Tensor, entropy_n: torch.Tensor, tokens: slice
-) -> tuple[torch.Tensor, _Slopes]:
+) -> tuple[torch.Tensor, Slopes]:
     """The tokens' losses (with two visits of any shape, they are summed) and their derivatives."""
     with torch.enable_grad():
         leaves = (logprobs_n.detach().requires_grad_(), entropy_n.detach().requires_grad_())
         loss_n = loss(*leaves, tokens)
         slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True) if loss_n.requires_grad else (None, None)
-    return loss_n.detach(), _Slopes(*slopes)
-
-
-class _Rows(NamedTuple):
-    """What is known of rows of logits, [n] each."""
-
-    logprobs_n: torch.Tensor
-    entropy_n: torch.Tensor
-    lse_n: torch.Tensor
-
-    def of(self, rows: slice) -> _Rows:
-        return _Rows(*(value_n[rows] for value_n in self))
+    return loss_n.detach(), Slopes(*slopes)
 
 
 class _Logits:
-    """Forms the logits a chunk at a time in one buffer, and replaces them there by probabilities, and these by gradients."""
+    """Forms the logits a chunk at a time in one buffer, where their gradient replaces them."""
 
     def __init__(
         self, hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float, chunk_bytes: int
     ) -> None:
-        self.hidden_ND, self.head, self.targets_N1 = hidden_ND, head, targets_N[:, None]
-        self.factor = head.scale / temperature
-        self.dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        self.hidden_ND, self.head, self.targets_N = hidden_ND, head, targets_N
         tokens, vocabulary = hidden_ND.shape[0], head.weight_VD.shape[0]
         # Chunks of about one size: a product of few rows costs nearly as much as one of many.
         count = max(1, -(-tokens // chunk_rows(vocabulary, hidden_ND.itemsize, chunk_bytes)))
         rows = max(1, -(-tokens // count))
         self.chunks = [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
         self.buffer_nV = hidden_ND.new_empty(rows, vocabulary)
-        block_bytes = CPU_BLOCK_BYTES if hidden_ND.device.type == "cpu" else BLOCK_BYTES
-        rows = min(rows, max(1, block_bytes // (self.dtype.itemsize * vocabulary)))
-        self.block_bV = hidden_ND.new_empty(rows, vocabulary, dtype=self.dtype)
-        self.other_block_bV = torch.empty_like(self.block_bV)
+        self.arithmetic = _row_arithmetic(self.buffer_nV, head.scale / temperature, head.softcap)
 
     def empty_results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for log-probabilities [N] and entropies [N]."""
-        logprobs_N = self.hidden_ND.new_empty(self.hidden_ND.shape[0], dtype=self.dtype)
+        dtype = torch.promote_types(self.hidden_ND.dtype, torch.float32)
+        logprobs_N = self.hidden_ND.new_empty(self.hidden_ND.shape[0], dtype=dtype)
         return logprobs_N, torch.empty_like(logprobs_N)
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [N] and entropies [N], and nothing else."""
         logprobs_N, entropy_N = self.empty_results()
         for chunk in self.chunks:
-            _, rows = self.probabilities(chunk, keep=False)
+            _, rows = self.form(chunk, keep=False)
             logprobs_N[chunk], entropy_N[chunk] = rows.logprobs_n, rows.entropy_n
         return logprobs_N, entropy_N
 
-    def probabilities(self, chunk: slice, *, keep: bool = True) -> tuple[torch.Tensor, _Rows]:
-        """The buffer [n, V], which holds the chunk's probabilities (if asked to keep them), and its rows."""
+    def form(self, chunk: slice, *, keep: bool = True) -> tuple[torch.Tensor, Rows]:
+        """The chunk's rows, and the buffer [n, V] with what their gradient is formed from (if asked to keep that)."""
         hidden_nD, adapter = self.hidden_ND[chunk], self.head.adapter
         buffer_nV = self.buffer_nV[: hidden_nD.shape[0]]
         torch.mm(hidden_nD, self.head.weight_VD.t(), out=buffer_nV)
         if adapter is not None:
             buffer_nV.addmm_(hidden_nD @ adapter.a.t(), adapter.b.t())
-        parts = []
-        for block in self._blocks(buffer_nV):
-            p_bV, rows = self._softmax(buffer_nV[block], self.targets_N1[chunk][block])
-            parts.append(rows)
-            if keep:
-                buffer_nV[block] = p_bV
-        return buffer_nV, _Rows(*map(torch.cat, zip(*parts, strict=True)))
+        return buffer_nV, self.arithmetic.measure(buffer_nV, self.targets_N[chunk], keep=keep)
 
-    def gradient_in_place(self, p_nV: torch.Tensor, chunk: slice, rows: _Rows, slopes: _Slopes) -> torch.Tensor:
-        """Replace the chunk's probabilities by the gradient of its logits y, except for a factor of each row.
+    def gradient_in_place(self, buffer_nV: torch.Tensor, chunk: slice, rows: Rows, slopes: Slopes) -> torch.Tensor:
+        """Let the buffer hold the gradient of the chunk's logits y, except for a factor of each row, [n, 1], returned."""
+        return self.arithmetic.gradient_in_place(buffer_nV, self.targets_N[chunk], rows, slopes)
 
-        Returns:
-            these factors, [n, 1].
-        """
-        targets_n1 = self.targets_N1[chunk]
-        if slopes.logprob_n is not None and slopes.entropy_n is None and self.head.softcap is None:
-            # Not scatter_: on CPU in bf16 that copies the whole chunk to fp32 and back.
-            rows_n = torch.arange(len(p_nV), device=p_nV.device)
-            p_nV.index_put_((rows_n, targets_n1[:, 0]), rows.logprobs_n.expm1().to(p_nV.dtype))
-            return -self.factor * slopes.logprob_n[:, None]
-        for block in self._blocks(p_nV):
-            p_nV[block] = self._gradient(p_nV[block], targets_n1[block], rows.of(block), slopes.of(block))
-        return torch.full_like(rows.lse_n, -self.factor)[:, None]
 
-    def _blocks(self, buffer_nV: torch.Tensor) -> list[slice]:
-        rows, most = buffer_nV.shape[0], self.block_bV.shape[0]
-        return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
+def _row_arithmetic(buffer_nV: torch.Tensor, factor: float, softcap: float | None) -> TorchRows | TritonRows:
+    if runs_triton(buffer_nV):
+        from .triton.logprob_rows import TritonRows  # only here: a machine without such a device needs no Triton
 
-    def _softmax(self, logits_bV: torch.Tensor, targets_b1: torch.Tensor) -> tuple[torch.Tensor, _Rows]:
-        """A block's probabilities [b, V] and its rows."""
-        rows = logits_bV.shape[0]
-        z_bV, p_bV = self.block_bV[:rows].copy_(logits_bV), self.other_block_bV[:rows]
-        if self.head.softcap is not None:
-            z_bV.div_(self.head.softcap).tanh_().mul_(self.head.softcap * self.factor)
-        elif self.factor != 1.0:
-            z_bV.mul_(self.factor)
-        # Shifted by each row's largest: sums and differences then keep their digits however large the logits are.
-        largest_b1 = z_bV.amax(-1, keepdim=True)
-        z_bV.sub_(largest_b1)
-        torch.softmax(z_bV, -1, out=p_bV)
-        lse_b = -p_bV.amax(-1).log()  # where z is 0, p is 1 / sum(exp z)
-        logprobs_b = z_bV.gather(1, targets_b1)[:, 0] - lse_b
-        z_bV.clamp_(min=torch.finfo(z_bV.dtype).min)  # a logit of -inf: p z is 0, not NaN
-        entropy_b = lse_b - z_bV.mul_(p_bV).sum(-1)
-        return p_bV, _Rows(logprobs_b, entropy_b, lse_b + largest_b1[:, 0])
-
-    def _gradient(self, p_bV: torch.Tensor, targets_b1: torch.Tensor, rows: _Rows, slopes: _Slopes) -> torch.Tensor:
-        """A block's gradient of the logits y, divided by `-factor`, [b, V].
-
-        The logits are not needed: log p tells them as exactly as logits of p's dtype would.
-        """
-        p_bV = self.block_bV[: p_bV.shape[0]].copy_(p_bV)
-        p_bV.scatter_(1, targets_b1, rows.logprobs_n.exp()[:, None])  # of the target, 1 - p must keep its digits
-        log_p_bV = self.other_block_bV[: p_bV.shape[0]]
-        torch.clamp(p_bV, min=torch.finfo(p_bV.dtype).tiny, out=log_p_bV).log_()  # p of 0: p log p is 0, not NaN
-        logprob_b1 = 0.0 if slopes.logprob_n is None else slopes.logprob_n[:, None]
-        if slopes.entropy_n is None:
-            p_bV.mul_(logprob_b1)
-        else:
-            p_bV.mul_((log_p_bV + rows.entropy_n[:, None]).mul_(slopes.entropy_n[:, None]).add_(logprob_b1))
-        if slopes.logprob_n is not None:
-            p_bV.scatter_add_(1, targets_b1, -slopes.logprob_n[:, None])
-        if self.head.softcap is not None:
-            log_p_bV.scatter_(1, targets_b1, rows.logprobs_n[:, None])
-            capped_bV = log_p_bV.add_(rows.lse_n[:, None]).div_(self.head.softcap * self.factor)
-            p_bV.mul_(capped_bV.square_().neg_().add_(1.0))  # the derivative of tanh
-        return p_bV
+        return TritonRows(factor, softcap)
+    return TorchRows(buffer_nV, factor, softcap)
 
 
 class _Gradients:

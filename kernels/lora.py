@@ -10,6 +10,8 @@ the gradients go to the fp32 masters A and B. With h = x a^T, g = dL/dy and u = 
 
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
+On CUDA y and dx are one kernel each (`triton/lora.py`), every other product is torch's; elsewhere all are.
+
 Neither `x @ A` in fp32 nor the merged weight is ever formed. h is kept: it is small beside x (R of I columns), and to form it
 again costs 2 T R I operations. Layers that read the same x have their `a` stacked, so x is read once for all their adapters.
 The MLP keeps x, gate and up besides, recomputes the product act(gate) * up, and writes gradients into buffers that it no
@@ -31,6 +33,8 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, linear, silu
+
+from .device import runs_triton
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -136,7 +140,7 @@ class _MLP(torch.autograd.Function):
     ) -> torch.Tensor:
         gate, up, down = _layers(tensors, scalings)
         (gate_TM, up_TM), h_TS = _forward(x_TI, (gate, up))
-        (y_TO,), h_of_down_TR = _forward(_activate(gate_TM, activation).mul_(up_TM), (down,))
+        (y_TO,), h_of_down_TR = _forward(_gated(gate_TM, up_TM, activation), (down,))
         ctx.save_for_backward(x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors)
         ctx.activation, ctx.scalings = activation, scalings
         return y_TO
@@ -147,12 +151,21 @@ class _MLP(torch.autograd.Function):
         (grad_TO,) = grads
         x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors = ctx.saved_tensors
         gate, up, down = _layers(tensors, ctx.scalings)
-        act_TM = _activate(gate_TM, ctx.activation)
-        d_product_TM, of_down = _backward(act_TM * up_TM, h_of_down_TR, [grad_TO], [down], needs_dx=True)
-        assert d_product_TM is not None
-        # From here on `act` and `d_product` are needed for nothing else, so their memory takes the gradients.
-        d_up_TM = act_TM.mul_(d_product_TM)
-        d_gate_TM = _activation_backward(d_product_TM.mul_(up_TM), gate_TM, ctx.activation)
+        if _has_swiglu(gate_TM, up_TM, ctx.activation):
+            from .triton.swiglu import swiglu_backward_in_place
+
+            product_TM = _gated(gate_TM, up_TM, ctx.activation)
+            d_product_TM, of_down = _backward(product_TM, h_of_down_TR, [grad_TO], [down], needs_dx=True)
+            assert d_product_TM is not None
+            swiglu_backward_in_place(d_product_TM, product_TM, gate_TM, up_TM)
+            d_gate_TM, d_up_TM = d_product_TM, product_TM
+        else:
+            act_TM = _activate(gate_TM, ctx.activation)
+            d_product_TM, of_down = _backward(act_TM * up_TM, h_of_down_TR, [grad_TO], [down], needs_dx=True)
+            assert d_product_TM is not None
+            # From here on `act` and `d_product` are needed for nothing else, so their memory takes the gradients.
+            d_up_TM = act_TM.mul_(d_product_TM)
+            d_gate_TM = _activation_backward(d_product_TM.mul_(up_TM), gate_TM, ctx.activation)
         dx_TI, of_inputs = _backward(x_TI, h_TS, [d_gate_TM, d_up_TM], [gate, up], needs_dx=ctx.needs_input_grad[0])
         return dx_TI, None, None, *_gradients([*of_inputs, *of_down])
 
@@ -196,10 +209,11 @@ def _forward(x_TI: torch.Tensor, layers: Sequence[Projection]) -> tuple[list[tor
     h_TS = x_TI @ _stacked(adapters).t() if adapters else None
     outputs = []
     for layer, columns in zip(layers, _columns(layers), strict=True):
-        y_TO = linear(x_TI, layer.weight, layer.bias)
-        if layer.adapter is not None and h_TS is not None:
-            y_TO.addmm_(h_TS[:, columns], layer.adapter.b.t())
-        outputs.append(y_TO)
+        if layer.adapter is None or h_TS is None:
+            outputs.append(linear(x_TI, layer.weight, layer.bias))
+        else:
+            h_TR, b_RO = h_TS[:, columns], layer.adapter.b.t()
+            outputs.append(_product_with_adapter(x_TI, layer.weight.t(), h_TR, b_RO, layer.bias))
     return outputs, h_TS
 
 
@@ -212,19 +226,19 @@ def _backward(
     needs_dx: bool,
 ) -> tuple[torch.Tensor | None, list[MasterGradients]]:
     """dx [T, I], summed over the layers, and (dA, dB) of each layer; None where an output has no gradient."""
-    dx_TI: torch.Tensor | None = None
     gradients: list[MasterGradients] = [(None, None)] * len(layers)
     columns = _columns(layers)
     used = [(i, grad_TO, layers[i]) for i, grad_TO in enumerate(grads_TO) if grad_TO is not None]
-    for _, grad_TO, layer in used if needs_dx else ():
-        dx_TI = grad_TO @ layer.weight if dx_TI is None else dx_TI.addmm_(grad_TO, layer.weight)
+    bare = [(grad_TO, layer.weight) for _, grad_TO, layer in used]
     adapted = [(i, grad_TO, layer.adapter) for i, grad_TO, layer in used if layer.adapter is not None]
     if not adapted or h_TS is None:
-        return dx_TI, gradients
+        return _sum_of_products(None, bare) if needs_dx else None, gradients
     adapters = [adapter for _, _, adapter in adapted]
     u_TS = _side_by_side([grad_TO @ adapter.b for _, grad_TO, adapter in adapted])
-    if dx_TI is not None:
-        dx_TI.addmm_(u_TS, _stacked(adapters))
+    dx_TI: torch.Tensor | None = None
+    if needs_dx:
+        # All adapters with the first layer's product: dx is written once for both.
+        dx_TI = _sum_of_products(_product_with_adapter(*bare[0], u_TS, _stacked(adapters)), bare[1:])
     da = (u_TS.t() @ x_TI).to(adapters[0].master_a.dtype).split([adapter.a.shape[0] for adapter in adapters])
     for (i, grad_TO, adapter), da_RI in zip(adapted, da, strict=True):
         # Transposed: the product with the larger matrix on the right takes three quarters of the time on CPU.
@@ -232,6 +246,29 @@ def _backward(
         db_OR = torch.empty_like(adapter.master_b).copy_(db_RO.t()).mul_(adapter.scaling)
         gradients[i] = (da_RI, db_OR)
     return dx_TI, gradients
+
+
+def _product_with_adapter(
+    x_TK: torch.Tensor, w_KN: torch.Tensor, h_TR: torch.Tensor, b_RN: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x w + h b + bias`, [T, N]: y of a forward, dx of a backward."""
+    if _has_kernel(x_TK):
+        from .triton import lora  # only here: a machine without such a device needs no Triton
+
+        return lora.product_with_adapter(x_TK, w_KN, h_TR, b_RN, bias_N)
+    return linear(x_TK, w_KN.t(), bias_N).addmm_(h_TR, b_RN)
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    """Whether `kernels/triton/lora.py` serves it: its tiles are those of 16-bit operands."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _sum_of_products(total: torch.Tensor | None, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+    """`total` plus the product of each pair, in place; None for nothing at all."""
+    for left, right in factors:
+        total = left @ right if total is None else total.addmm_(left, right)
+    return total
 
 
 def _columns(layers: Sequence[Projection]) -> list[slice]:
@@ -247,6 +284,20 @@ def _stacked(adapters: Sequence[Adapter]) -> torch.Tensor:
 
 def _side_by_side(parts_TR: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts_TR[0] if len(parts_TR) == 1 else torch.cat(list(parts_TR), dim=1)
+
+
+def _has_swiglu(gate_TM: torch.Tensor, up_TM: torch.Tensor, activation: Activation) -> bool:
+    """Whether `kernels/triton/swiglu.py` serves it."""
+    return activation == "silu" and runs_triton(gate_TM, up_TM)
+
+
+def _gated(gate_TM: torch.Tensor, up_TM: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """act(gate) * up."""
+    if _has_swiglu(gate_TM, up_TM, activation):
+        from .triton.swiglu import swiglu
+
+        return swiglu(gate_TM, up_TM)
+    return _activate(gate_TM, activation).mul_(up_TM)
 
 
 def _activate(gate_TM: torch.Tensor, activation: Activation) -> torch.Tensor:

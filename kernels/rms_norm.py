@@ -4,7 +4,9 @@
     y = rms_norm(x, weight, eps, unit_offset=True)      # round((1 + weight) * x / rms)     Gemma
 
 The forward is transformers' own, operation by operation, so its output is the same to the last bit. The backward keeps x and
-one number a row, where autograd keeps x in fp32 and a product of its size. With n = x / rms and d = dL/dn
+one number a row, where autograd keeps x in fp32 and a product of its size. On a CUDA device the kernels of
+`triton/rms_norm.py` do the same; their sums run in another order, so there the last bit may differ. With n = x / rms and
+d = dL/dn
 
     dx = (d - n mean(d n)) / rms
 
@@ -18,6 +20,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .device import runs_triton
+
+WIDEST = 16_384
+"""D up to which there is a kernel: it holds a row in registers."""
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool = False) -> torch.Tensor:
     """Root-mean-square normalisation (arXiv 1910.07467) of x [..., D], weight [D]; statistics in fp32, output in x's dtype."""
@@ -27,10 +34,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
+        ctx.unit_offset = unit_offset
+        if _has_kernel(x, weight_D):
+            from .triton import rms_norm as kernel  # only here: a machine without such a device needs no Triton
+
+            y, inverse_rms = kernel.normalise(x, weight_D, eps, unit_offset=unit_offset)
+            ctx.save_for_backward(x, weight_D, inverse_rms)
+            return y
         x32 = _wide(x)
         inverse_rms = x32.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, inverse_rms)
-        ctx.unit_offset = unit_offset
         normed = x32 * inverse_rms
         if unit_offset:
             return normed.mul_(1.0 + _wide(weight_D)).to(x.dtype)
@@ -40,6 +53,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight_D, inverse_rms = ctx.saved_tensors
+        if _has_kernel(x, weight_D):
+            from .triton import rms_norm as kernel
+
+            return kernel.gradient(grads[0], x, weight_D, inverse_rms, unit_offset=ctx.unit_offset), None, None, None
         weight_D = 1.0 + _wide(weight_D) if ctx.unit_offset else weight_D
         d_normed = grads[0] * weight_D
         x32, d32 = _wide(x), _wide(d_normed)
@@ -47,6 +64,10 @@ class _RMSNorm(torch.autograd.Function):
         factor = torch.linalg.vecdot(d32, x32).unsqueeze(-1).mul_(inverse_rms**3 / -x.shape[-1])
         dx = torch.addcmul(d32 * inverse_rms, x32, factor)
         return dx.to(x.dtype), None, None, None
+
+
+def _has_kernel(x: torch.Tensor, weight_D: torch.Tensor) -> bool:
+    return runs_triton(x, weight_D) and x.dtype == weight_D.dtype and x.shape[-1] <= WIDEST
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:

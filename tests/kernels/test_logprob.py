@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from logprob_oracle import Case, from_full_logits, leaves, make_adapter, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankup.kernels import logprob
+from rankup.kernels import logprob_rows
 from rankup.kernels.logprob import Head, TokenFactor, TokenLoss, chunk_rows, linear_logprob_loss, linear_logprobs
 from rankup.kernels.lora import Adapter
 
@@ -74,7 +74,7 @@ def assert_equals_full_logits(
 def blocks_of(rows: int, case: Case) -> Iterator[None]:
     """Vocabularies of tests are small: one block would hold all rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logprob, "CPU_BLOCK_BYTES", rows * 8 * case[1].weight_VD.shape[0])
+        patch.setattr(logprob_rows, "CPU_BLOCK_BYTES", rows * 8 * case[1].weight_VD.shape[0])
         yield
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels, and the functions that launch them. Only modules that run one import them: they import Triton."""

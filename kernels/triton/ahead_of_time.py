@@ -1,0 +1,97 @@
+"""Compile a Triton kernel for a GPU that need not be present, and see what it takes.
+
+    build = compile_for(80, kernel, x_ptr=torch.empty(4096, device="meta"), n=4096, BLOCK=1024, num_warps=4)
+    assert build.fits and build.stack == 0 and build.count("mma.sync")
+
+Arguments are given as to a launch and specialised as by one: a stride of 1 is a constant, a multiple of 16 is known as such,
+and a tensor on the meta device counts as aligned. So the build is the one that a launch with these arguments would run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that one block may use, by compute capability: A100, L40S (none from 8.0 on has less), H100, B200."""
+TENSOR_MEMORY = 512
+"""Columns of tensor memory that one block may use, from compute capability 100 on."""
+WARP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One kernel for one target.
+
+    registers: of a thread. stack, local: bytes of a thread outside its registers (what is spilled, and arrays).
+    shared: bytes of a block. tensor_columns: tensor memory of a block. instructions: the PTX's, by name with all suffixes.
+    """
+
+    capability: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_columns: int
+    instructions: Counter[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip could launch it: otherwise Triton raises `OutOfResources` there."""
+        return self.shared <= SHARED_MEMORY[self.capability] and self.tensor_columns <= TENSOR_MEMORY
+
+    def count(self, name: str) -> int:
+        """How many instructions there are of this name, such as "wgmma.mma_async" or "atom": suffixes do not matter."""
+        return sum(n for full, n in self.instructions.items() if f"{full}.".startswith(f"{name}."))
+
+
+def compile_for(capability: int, kernel: JITFunction[Any], **arguments: Any) -> Build:
+    """The build of `kernel` that a launch with these arguments would run; `num_warps` and `num_stages` may be among them.
+
+    The capability is one of `SHARED_MEMORY`. Under Triton's interpreter nothing can be compiled.
+    """
+    target = GPUTarget("cuda", capability, WARP)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**arguments)
+    signature, constants, attributes = {}, {}, {}
+    for parameter, (kind, key) in zip(kernel.params, specialization, strict=True):
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.num,] = bound[parameter.name]
+        elif key:
+            attributes[parameter.num,] = backend.parse_attr(key)
+    compiled = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Build(
+        capability=capability,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        tensor_columns=compiled.metadata.tmem_size or 0,
+        instructions=_instructions(compiled.asm["ptx"]),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
+
+
+def _instructions(ptx: str) -> Counter[str]:
+    """Mnemonics of a PTX text: the first word of each statement, a predicate aside."""
+    return Counter(re.findall(r"^[ \t{]*(?:@!?%\w+\s+)?([a-z]\w*(?:\.[\w:]+)+)\s", ptx, re.MULTILINE))

@@ -1,0 +1,56 @@
+"""NF4 weights by a kernel: bitsandbytes' own numbers to the last bit, and compiled for three chips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
+
+from rankup.kernels.triton.ahead_of_time import compile_for
+from rankup.kernels.triton.nf4 import BYTES, arguments, dequantise, dequantise_kernel
+
+interpreted = pytest.mark.interpreted
+
+
+def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
+    run_interpreted(__file__)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 64), (3, 123), (7, 11), (2, BYTES), (5, BYTES - 64), (4, 3, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("nested", [False, True])
+def test_any_shape_is_what_bitsandbytes_gives(shape: tuple[int, ...], dtype: torch.dtype, nested: bool) -> None:
+    packed, state = quantize_4bit(torch.randn(shape).to(dtype), quant_type="nf4", compress_statistics=nested)
+    expected = dequantize_4bit(packed, state)
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax  # type: ignore[operator]
+    weight = dequantise(packed, absmax, state.code, state.shape, dtype, blocksize=state.blocksize)
+    assert torch.equal(weight, expected) and weight.dtype == dtype
+
+
+@interpreted
+@pytest.mark.parametrize("blocksize", [64, 128, 256])
+def test_every_size_of_blocks(blocksize: int) -> None:
+    packed, state = quantize_4bit(torch.randn(30, 100), quant_type="nf4", blocksize=blocksize)
+    weight = dequantise(packed, state.absmax, state.code, state.shape, torch.float32, blocksize=blocksize)
+    assert torch.equal(weight, dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
+    weight, packed = (torch.empty(14_336, 4096 // part, dtype=of, device="meta") for part, of in ((1, dtype), (2, torch.uint8)))
+    absmax, code = torch.empty(weight.numel() // 64, device="meta"), torch.empty(16, device="meta")
+    build = compile_for(capability, dequantise_kernel, **arguments(weight, packed, absmax, code, blocksize=64))
+    assert build.fits and (build.stack, build.local) == (0, 0) and build.registers <= 128
+    assert build.count("st.global.v4"), "16 bytes at a time"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_is_what_bitsandbytes_gives() -> None:
+    packed, state = quantize_4bit(torch.randn(507, 1024, dtype=torch.bfloat16, device="cuda"), quant_type="nf4")
+    weight = dequantise(packed, state.absmax, state.code, state.shape, torch.bfloat16, blocksize=state.blocksize)
+    assert torch.equal(weight, dequantize_4bit(packed, state))
