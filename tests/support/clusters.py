@@ -33,7 +33,7 @@ def drift():
 
 def many_low_ids(completions, completion_ids, target, trainer_state, log_metric, **kwargs):
     """The share of token ids in the lower half of the vocabulary. In training, at a step that has a file `stop_<step>` here,
-    says which process this is, and waits until the file is gone; with `fail_<step>` or `drift_<step>`, worker 1 does."""
+    says which process this is, and waits until the file is gone; with `drift_<step>`, worker 1 drifts."""
     step, rank = trainer_state.global_step, os.environ.get("RANK", "0")
     if (HERE / f"stop_{step}").exists() and len(completions) > 1:
         mark = HERE / f".{step}_{rank}"
@@ -41,8 +41,6 @@ def many_low_ids(completions, completion_ids, target, trainer_state, log_metric,
         mark.rename(HERE / f"at_{step}_{rank}")
         while (HERE / f"stop_{step}").exists():
             time.sleep(0.05)
-    if (HERE / f"fail_{step}").exists() and rank == "1":
-        raise KeyError("a mistake")
     if (HERE / f"drift_{step}").exists() and rank == "1":
         drift()
     log_metric("targets", sum(target))
