@@ -145,7 +145,7 @@ def _check_inputs(inputs: dict[str, Any]) -> None:
     """See that reward functions and data can be sent."""
     try:
         with open(os.devnull, "wb") as nowhere:
-            cloudpickle.dump(inputs, nowhere)
+            cloudpickle.dump(inputs, nowhere)  # type: ignore[attr-defined]
     except (TypeError, pickle.PicklingError, AttributeError) as error:
         raise ValueError(
             f"reward functions and data are sent to the workers, which cannot be done with these ({error}): give them by name, "

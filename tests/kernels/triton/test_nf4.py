@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from rankup.kernels.triton.nf4 import BYTES, arguments, dequantise, dequantise_k
 interpreted = pytest.mark.interpreted
 
 
+def quantise(weight: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
+    """By bitsandbytes: packed numbers, and what belongs to them (whose fields its types leave open)."""
+    return quantize_4bit(weight, quant_type="nf4", **options)
+
+
 def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
     run_interpreted(__file__)
 
@@ -23,9 +29,9 @@ def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("nested", [False, True])
 def test_any_shape_is_what_bitsandbytes_gives(shape: tuple[int, ...], dtype: torch.dtype, nested: bool) -> None:
-    packed, state = quantize_4bit(torch.randn(shape).to(dtype), quant_type="nf4", compress_statistics=nested)
+    packed, state = quantise(torch.randn(shape).to(dtype), compress_statistics=nested)
     expected = dequantize_4bit(packed, state)
-    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax  # type: ignore[operator]
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
     weight = dequantise(packed, absmax, state.code, state.shape, dtype, blocksize=state.blocksize)
     assert torch.equal(weight, expected) and weight.dtype == dtype
 
@@ -33,7 +39,7 @@ def test_any_shape_is_what_bitsandbytes_gives(shape: tuple[int, ...], dtype: tor
 @interpreted
 @pytest.mark.parametrize("blocksize", [64, 128, 256])
 def test_every_size_of_blocks(blocksize: int) -> None:
-    packed, state = quantize_4bit(torch.randn(30, 100), quant_type="nf4", blocksize=blocksize)
+    packed, state = quantise(torch.randn(30, 100), blocksize=blocksize)
     weight = dequantise(packed, state.absmax, state.code, state.shape, torch.float32, blocksize=blocksize)
     assert torch.equal(weight, dequantize_4bit(packed, state))
 
@@ -51,6 +57,6 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_is_what_bitsandbytes_gives() -> None:
-    packed, state = quantize_4bit(torch.randn(507, 1024, dtype=torch.bfloat16, device="cuda"), quant_type="nf4")
+    packed, state = quantise(torch.randn(507, 1024, dtype=torch.bfloat16, device="cuda"))
     weight = dequantise(packed, state.absmax, state.code, state.shape, torch.bfloat16, blocksize=state.blocksize)
     assert torch.equal(weight, dequantize_4bit(packed, state))
