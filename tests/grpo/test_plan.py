@@ -160,7 +160,7 @@ def test_a_file_is_replaced_by_force_only(plan: Planner):
 
 def test_tight_memory_lowers_the_rank(plan: Planner):
     ample = plan.json("--task", "math", "--rows", "50000", "--vram", "24", "--load-in", "bf16")
-    tight = plan.json("--task", "math", "--rows", "50000", "--vram", "3.2")
+    tight = plan.json("--task", "math", "--rows", "50000", "--vram", "2.7")
     assert ample["adapter"]["rank"]["value"] == 128
     assert tight["adapter"]["rank"]["value"] < 128
     assert "memory is tight" in tight["adapter"]["rank"]["reason"]
