@@ -59,7 +59,7 @@ def run_script(folder: Path, *words: str, **environment: str) -> subprocess.Comp
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "RAY_"))}
     return subprocess.run(
         [SCRIPT, *words], cwd=folder, env=variables | {"PATH": PATH} | environment, capture_output=True, text=True,
-        timeout=240,
+        timeout=900,
     )  # fmt: skip
 
 
