@@ -6,9 +6,9 @@ from ..rollout.engine import RolloutEngine
 from .collect import engine_settings
 from .config import GRPOConfig
 from .models import resolve_model
-from .policy import Policy
 from .prove import Proof, prove_slots
 from .quiet import quiet_stderr
+from .session import base_note, make_policy
 
 
 def check_slots(config: GRPOConfig) -> int:
@@ -19,10 +19,8 @@ def check_slots(config: GRPOConfig) -> int:
         engine = RolloutEngine(engine_settings(config, model_path))
     try:
         with quiet_stderr():
-            policy = Policy(
-                model_path, lora=config.lora, dtype=config.model.dtype, seed=config.seed, device=engine.device
-            )
-        policy.attach(engine.slots)
+            policy = make_policy(config, model_path, engine)
+        print(base_note(policy), flush=True)
         print(f"publishing a random adapter to each of {len(policy.layers)} projections alone", flush=True)
 
         def report(proof: Proof) -> None:

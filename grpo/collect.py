@@ -21,6 +21,7 @@ from ..rewards.runner import Scorer
 from ..rollout.engine import EngineSettings, RolloutEngine, request_seed
 from ..rollout.types import PromptGroup, SamplingSettings
 from .adapters import target_module_names
+from .base_model import nf4_names
 from .config import GRPOConfig
 from .data import PromptRow
 from .peers import Peers
@@ -83,6 +84,8 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         enforce_eager=config.rollout.enforce_eager,
         lora_path=config.rollout.lora_path,
+        keep_base_weights=config.model.share_base_weights is True,
+        nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
     )
 
 

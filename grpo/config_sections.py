@@ -32,6 +32,15 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base weights and of the adapter that vLLM samples with. Adapter masters are always float32."""
 
+    load_in: Literal["nf4"] | None = None
+    """Round the base's linear layers, but for the head, to 4 bits (NF4, bitsandbytes) for trainer and sampler: `nf4`. The
+    trainer holds them packed; vLLM cannot and holds what they stand for, in `dtype`. None: as they are."""
+
+    share_base_weights: Literal["auto"] | bool = "auto"
+    """Build the trainer's model on vLLM's own base weights: `true`, `false`, or `auto`, which shares what vLLM keeps as it was
+    loaded: on CUDA everything, on CPU embeddings, head and norms. There `true` makes vLLM keep its linear layers too, which
+    slows sampling down."""
+
 
 class RolloutConfig(Section):
     """Sampling with vLLM, in this process."""

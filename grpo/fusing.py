@@ -123,7 +123,7 @@ def _why_not_an_mlp(mlp: nn.Module) -> str | None:
 def _closest(mlp: nn.Module) -> tuple[FusedMLP, float]:
     """The fused form whose activation comes closest to the MLP, and how far it is off, relative to the output."""
     weight_MD = projection(mlp.get_submodule("gate_proj")).weight
-    x = torch.randn(4, weight_MD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_MD)
+    x = torch.randn(4, weight_MD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_MD.device, weight_MD.dtype)
     expected = mlp(x).float()
     candidates = []
     for activation in get_args(Activation):

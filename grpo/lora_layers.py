@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 
 from ..kernels.lora import Activation, Adapter, Projection, lora_embedding, lora_linear, lora_mlp, lora_projections
+from ..kernels.nf4 import Nf4Weight
 from ..rollout.slots import AdapterSlot
 
 ADAPTER = "default"  # PEFT's name for the first adapter
@@ -76,8 +77,17 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """W, frozen: [d_out, d_in] of a linear layer, [V, D] of an embedding."""
-        return cast(torch.Tensor, self.get_base_layer().weight)
+        """W, frozen: [d_out, d_in] of a linear layer, formed anew if it is in 4 bits; [V, D] of an embedding."""
+        base = self.get_base_layer()
+        return base.nf4.dense() if isinstance(base, Nf4Linear) else cast(torch.Tensor, base.weight)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: it would write into base weights, which may be the sampler's.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a policy's base weights are never written: `rankup export RUN --merge` makes a merged model")
 
     @property
     def adapter(self) -> Adapter:
@@ -86,6 +96,30 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
         return Adapter(
             self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER]
         )
+
+
+class Nf4Linear(nn.Linear):
+    """A frozen linear layer in 4 bits. Its `weight` is the packed one, uint8; `nf4` is what to multiply with."""
+
+    SCALES = "absmax"  # name of the buffer
+    absmax: torch.Tensor
+
+    def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is not wanted
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.weight = nn.Parameter(weight.packed, requires_grad=False)
+        self.register_buffer(self.SCALES, weight.absmax)
+        self.bias = bias
+
+    @property
+    def nf4(self) -> Nf4Weight:
+        """The weight [d_out, d_in]."""
+        return Nf4Weight(self.weight, self.absmax, torch.Size((self.out_features, self.in_features)), self.dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., d_in] -> [..., d_out]."""
+        return lora_linear(input, projection(self))
 
 
 class FusedLoRALinear(FusedLoRALayer, PeftLoraLinear):
@@ -144,11 +178,12 @@ class FusedLoRAEmbedding(FusedLoRALayer, PeftLoraEmbedding):
 
 def projection(layer: nn.Module) -> Projection:
     """A linear layer as the kernels take it, with its adapter if it has one that is not disabled."""
+    adapter = None
     if isinstance(layer, FusedLoRALinear):
-        base = layer.get_base_layer()
-        return Projection(layer.base_weight, base.bias, None if layer.disable_adapters else layer.adapter)  # type: ignore[arg-type]
+        adapter = None if layer.disable_adapters else layer.adapter
+        layer = layer.get_base_layer()
     assert isinstance(layer, nn.Linear)
-    return Projection(layer.weight, layer.bias, None)
+    return Projection(layer.nf4 if isinstance(layer, Nf4Linear) else layer.weight, layer.bias, adapter)
 
 
 class SharedInput:

@@ -21,12 +21,13 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..kernels import shared_prompt_attention
 from ..kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ..rollout.slots import AdapterSlot
 from .adapters import check_saved_config, check_targets, inject, load_weights
+from .base_model import load_base
 from .config import LoraConfig
 from .fusing import fuse
 from .heads import head_of
@@ -40,7 +41,11 @@ LOGITS_MIB = {"cpu": 128, "cuda": 1024}
 class Policy:
     """See the module's docstring.
 
+    Args:
+        load_in, shared: in which form and in whose memory the base is held, see `load_base`.
+
     Attributes:
+        base: the base model, and how much of it is memory of its own.
         model: the transformers model with PEFT's layers inside.
         layers: the adapted layers by their name in the model.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
@@ -60,10 +65,12 @@ class Policy:
         device: str = "cpu",
         gradient_checkpointing: bool = False,
         logits_mib: int | None = None,
+        load_in: Literal["nf4"] | None = None,
+        shared: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         shared_prompt_attention.register()
-        base = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype)))
-        nn.Module.to(base, device)
+        self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
+        base = self.base.model
         self._bare_head = head_of(base)
         check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
@@ -126,6 +133,7 @@ class Policy:
     @torch.no_grad()
     def write_slots(self) -> None:
         """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
+        assert not self.base.written(), f"something has written into base weights: {self.base.written()[:3]}"
         layers = self.layers.values()
         torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])  # type: ignore[attr-defined]
         scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)  # type: ignore[attr-defined]

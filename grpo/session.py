@@ -65,18 +65,10 @@ def open_session(
         own = engine or RolloutEngine(settings)
     try:
         with quiet_stderr():
-            policy = Policy(
-                model_path,
-                lora=config.lora,
-                dtype=config.model.dtype,
-                seed=config.seed,
-                device=own.device,
-                gradient_checkpointing=config.optim.gradient_checkpointing,
-                logits_mib=config.optim.logits_mib,
-            )
-        policy.attach(own.slots)
+            policy = make_policy(config, model_path, own)
         if policy.plain_reason is not None:
             note(f"each prompt is computed once per completion: {policy.plain_reason}")
+        note(base_note(policy))
         note(policy.fusion.summary)
         prove_slots(policy, own)
         own.policy_version = 0  # a run counts its own policies: 0 is the adapter that it begins with
@@ -84,3 +76,39 @@ def open_session(
     finally:
         if engine is None:
             own.close()
+
+
+def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine) -> Policy:
+    """The policy that a configuration asks for, on the adapter slots of the engine and, where it says so, on its base weights.
+
+    Raises:
+        ValueError: the model cannot be adapted as asked, or not all of its base weights can be shared.
+    """
+    share = config.model.share_base_weights
+    policy = Policy(
+        model_path,
+        lora=config.lora,
+        dtype=config.model.dtype,
+        seed=config.seed,
+        device=engine.device,
+        gradient_checkpointing=config.optim.gradient_checkpointing,
+        logits_mib=config.optim.logits_mib,
+        load_in=config.model.load_in,
+        shared=engine.base_weights() if share else None,
+    )
+    if share is True and policy.base.own:
+        raise ValueError(
+            f"model.share_base_weights: vLLM does not hold {policy.base.own[0]} as the trainer needs it "
+            f"({len(policy.base.own)} weights in all): set it to auto or false"
+        )
+    policy.attach(engine.slots)
+    return policy
+
+
+def base_note(policy: Policy) -> str:
+    """Where the base weights lie, in a line."""
+    base = policy.base
+    shared, own = (f"{size / 2**20:,.0f} MiB" for size in (base.shared_bytes, base.own_bytes))
+    if not base.shared_bytes:
+        return f"base weights: {own} of the trainer's own, beside vLLM's"
+    return f"base weights: {shared} held once for trainer and vLLM" + (f", {own} of the trainer's own" if base.own else "")

@@ -10,7 +10,8 @@ the gradients go to the fp32 masters A and B. With h = x a^T, g = dL/dy and u = 
 
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
-On CUDA y and dx are one kernel each (`triton/lora.py`), every other product is torch's; elsewhere all are.
+On CUDA y and dx are one kernel each (`triton/lora.py`), every other product is torch's; elsewhere all are. A weight in NF4
+(`nf4.py`) is formed ahead of each product with it, one at a time, and forgotten after it.
 
 Neither `x @ A` in fp32 nor the merged weight is ever formed. h is kept: it is small beside x (R of I columns), and to form it
 again costs 2 T R I operations. Layers that read the same x have their `a` stacked, so x is read once for all their adapters.
@@ -28,13 +29,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, linear, silu
 
 from .device import runs_triton
+from .nf4 import Nf4Weight
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -59,7 +61,7 @@ class Adapter:
 class Projection:
     """A frozen linear layer, weight [O, I] and bias [O] or None, with its adapter or without one."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Nf4Weight
     bias: torch.Tensor | None
     adapter: Adapter | None
 
@@ -72,14 +74,14 @@ def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
 def lora_projections(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """`lora_linear` of several layers that read the same x [..., I]; returns one [..., O_i] for each, in order."""
     x_TI = x.reshape(-1, x.shape[-1])
-    outputs = _Projections.apply(x_TI, _scalings(projections), *_tensors(projections))
+    outputs = _Projections.apply(x_TI, _constants(projections), *_tensors(projections))
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in outputs)
 
 
 def lora_mlp(x: torch.Tensor, gate_up_down: Sequence[Projection], activation: Activation = "silu") -> torch.Tensor:
     """`down(act(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202), [..., I] to [..., O]; gradients as `lora_linear`'s."""
     x_TI = x.reshape(-1, x.shape[-1])
-    y_TO = _MLP.apply(x_TI, activation, _scalings(gate_up_down), *_tensors(gate_up_down))
+    y_TO = _MLP.apply(x_TI, activation, _constants(gate_up_down), *_tensors(gate_up_down))
     return y_TO.view(*x.shape[:-1], y_TO.shape[1])
 
 
@@ -116,11 +118,13 @@ def lora_embedding(
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: torch.Tensor, scalings: list[float], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        outputs, h_TS = _forward(x_TI, _layers(tensors, scalings))
+    def forward(
+        ctx: Any, x_TI: torch.Tensor, constants: list[Constants], *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        outputs, h_TS = _forward(x_TI, _layers(tensors, constants))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_TI, h_TS, *tensors)
-        ctx.scalings = scalings
+        ctx.constants = constants
         return tuple(outputs)
 
     @staticmethod
@@ -128,7 +132,7 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x_TI, h_TS, *tensors = ctx.saved_tensors
         dx_TI, of_masters = _backward(
-            x_TI, h_TS, grads, _layers(tensors, ctx.scalings), needs_dx=ctx.needs_input_grad[0]
+            x_TI, h_TS, grads, _layers(tensors, ctx.constants), needs_dx=ctx.needs_input_grad[0]
         )
         return dx_TI, None, *_gradients(of_masters)
 
@@ -136,13 +140,13 @@ class _Projections(torch.autograd.Function):
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TI: torch.Tensor, activation: Activation, scalings: list[float], *tensors: torch.Tensor | None
+        ctx: Any, x_TI: torch.Tensor, activation: Activation, constants: list[Constants], *tensors: torch.Tensor | None
     ) -> torch.Tensor:
-        gate, up, down = _layers(tensors, scalings)
+        gate, up, down = _layers(tensors, constants)
         (gate_TM, up_TM), h_TS = _forward(x_TI, (gate, up))
         (y_TO,), h_of_down_TR = _forward(_gated(gate_TM, up_TM, activation), (down,))
         ctx.save_for_backward(x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors)
-        ctx.activation, ctx.scalings = activation, scalings
+        ctx.activation, ctx.constants = activation, constants
         return y_TO
 
     @staticmethod
@@ -150,7 +154,7 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (grad_TO,) = grads
         x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors = ctx.saved_tensors
-        gate, up, down = _layers(tensors, ctx.scalings)
+        gate, up, down = _layers(tensors, ctx.constants)
         if _has_swiglu(gate_TM, up_TM, ctx.activation):
             from .triton.swiglu import swiglu_backward_in_place
 
@@ -210,10 +214,10 @@ def _forward(x_TI: torch.Tensor, layers: Sequence[Projection]) -> tuple[list[tor
     outputs = []
     for layer, columns in zip(layers, _columns(layers), strict=True):
         if layer.adapter is None or h_TS is None:
-            outputs.append(linear(x_TI, layer.weight, layer.bias))
+            outputs.append(linear(x_TI, _dense(layer.weight), layer.bias))
         else:
             h_TR, b_RO = h_TS[:, columns], layer.adapter.b.t()
-            outputs.append(_product_with_adapter(x_TI, layer.weight.t(), h_TR, b_RO, layer.bias))
+            outputs.append(_product_with_adapter(x_TI, _dense(layer.weight).t(), h_TR, b_RO, layer.bias))
     return outputs, h_TS
 
 
@@ -238,7 +242,9 @@ def _backward(
     dx_TI: torch.Tensor | None = None
     if needs_dx:
         # All adapters with the first layer's product: dx is written once for both.
-        dx_TI = _sum_of_products(_product_with_adapter(*bare[0], u_TS, _stacked(adapters)), bare[1:])
+        grad_TO, weight_OI = bare[0]
+        dx_TI = _product_with_adapter(grad_TO, _dense(weight_OI), u_TS, _stacked(adapters))
+        dx_TI = _sum_of_products(dx_TI, bare[1:])
     da = (u_TS.t() @ x_TI).to(adapters[0].master_a.dtype).split([adapter.a.shape[0] for adapter in adapters])
     for (i, grad_TO, adapter), da_RI in zip(adapted, da, strict=True):
         # Transposed: the product with the larger matrix on the right takes three quarters of the time on CPU.
@@ -264,11 +270,17 @@ def _has_kernel(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def _sum_of_products(total: torch.Tensor | None, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+def _sum_of_products(
+    total: torch.Tensor | None, factors: Sequence[tuple[torch.Tensor, torch.Tensor | Nf4Weight]]
+) -> torch.Tensor | None:
     """`total` plus the product of each pair, in place; None for nothing at all."""
     for left, right in factors:
-        total = left @ right if total is None else total.addmm_(left, right)
+        total = left @ _dense(right) if total is None else total.addmm_(left, _dense(right))
     return total
+
+
+def _dense(weight: torch.Tensor | Nf4Weight) -> torch.Tensor:
+    return weight.dense() if isinstance(weight, Nf4Weight) else weight
 
 
 def _columns(layers: Sequence[Projection]) -> list[slice]:
@@ -317,23 +329,37 @@ def _activation_backward(grad_TM: torch.Tensor, gate_TM: torch.Tensor, activatio
 TENSORS_PER_LAYER = 6
 
 
+class Constants(NamedTuple):
+    """What of a layer is no tensor, or one that is held by what it belongs to."""
+
+    scaling: float
+    nf4: Nf4Weight | None
+
+
 def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
     flat: list[torch.Tensor | None] = []
     for layer in layers:
-        flat += [layer.weight, layer.bias]
+        flat += [None if isinstance(layer.weight, Nf4Weight) else layer.weight, layer.bias]
         adapter = layer.adapter
         flat += [None] * 4 if adapter is None else [adapter.master_a, adapter.master_b, adapter.a, adapter.b]
     return flat
 
 
-def _scalings(layers: Sequence[Projection]) -> list[float]:
-    return [0.0 if layer.adapter is None else layer.adapter.scaling for layer in layers]
+def _constants(layers: Sequence[Projection]) -> list[Constants]:
+    return [
+        Constants(
+            scaling=0.0 if layer.adapter is None else layer.adapter.scaling,
+            nf4=layer.weight if isinstance(layer.weight, Nf4Weight) else None,
+        )
+        for layer in layers
+    ]
 
 
-def _layers(tensors: Sequence[torch.Tensor | None], scalings: Sequence[float]) -> list[Projection]:
+def _layers(tensors: Sequence[torch.Tensor | None], constants: Sequence[Constants]) -> list[Projection]:
     layers = []
-    for i, scaling in enumerate(scalings):
-        weight, bias, *adapter = tensors[i * TENSORS_PER_LAYER : (i + 1) * TENSORS_PER_LAYER]
+    for i, (scaling, nf4) in enumerate(constants):
+        plain, bias, *adapter = tensors[i * TENSORS_PER_LAYER : (i + 1) * TENSORS_PER_LAYER]
+        weight = plain if nf4 is None else nf4
         assert weight is not None
         layers.append(Projection(weight, bias, None if adapter[0] is None else Adapter(*adapter, scaling)))  # type: ignore[arg-type]
     return layers

@@ -16,10 +16,11 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .base_weights import find_base_weights, loading
 from .dense_lora import wrapper_name
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
 from .types import Completion, EngineError, PromptGroup, SamplingSettings
@@ -33,6 +34,7 @@ from .vllm_compat import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from vllm import SamplingParams
 
@@ -54,6 +56,8 @@ class EngineSettings:
 
     `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or `auto` (dense on CPU, punica
     on CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` (a share of the device) on CUDA.
+    `keep_base_weights`: linear layers keep their weights as they are loaded, for others to read; on CPU this costs speed.
+    `nf4_weights`: names of weights that are rounded to NF4 as they are loaded.
     """
 
     model: str
@@ -67,6 +71,8 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.45
     enforce_eager: bool | None = None
     lora_path: Literal["auto", "dense", "punica"] = "auto"
+    keep_base_weights: bool = False
+    nf4_weights: tuple[str, ...] = field(default=(), repr=False)
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
@@ -123,6 +129,7 @@ class RolloutEngine:
             ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **loading(nf4_weights=settings.nf4_weights, keep_linear_weights=settings.keep_base_weights),
         )
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         with lora_wrapper_replaced(wrapper):
@@ -172,6 +179,10 @@ class RolloutEngine:
         if self._apply_model(activate) and self._write_slots is not None:
             self._write_slots()
             self._engine.reset_prefix_cache()
+
+    def base_weights(self) -> dict[str, torch.Tensor]:
+        """Every base weight that vLLM keeps as it was loaded, by its name in transformers: views of vLLM's own memory."""
+        return self._apply_model(find_base_weights)
 
     # ---------------------------------------------------------------------------------------------- sampling
 

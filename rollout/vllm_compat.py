@@ -146,3 +146,16 @@ def replace_cpu_layers(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, BaseLinearLayerWithLoRA) and type(layer.base_layer) in known and layer.tp_size == 1:
             layer.apply = cpu_ops.dense_apply(layer)
+
+
+def keep_linear_weights(model: nn.Module) -> None:
+    """Between loading and vLLM's own processing: let linear layers compute with their weights as they are, on CPU too.
+
+    There vLLM repacks a weight for oneDNN and drops it. Layers with this mark are left alone, and multiply by torch: vLLM's own
+    way for a layer whose weight is read elsewhere (`kv_b_proj`). Elsewhere the mark says nothing.
+    """
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    for layer in model.modules():
+        if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
+            layer._cpu_skip_gemm_dispatch = True

@@ -1,0 +1,79 @@
+"""Frozen weights in 4 bits: NF4 (arXiv 2305.14314) by bitsandbytes, 0.5625 bytes a value.
+
+    weight = Nf4Weight.quantise(linear.weight)      # packed, with one scale for each block of 64 values
+    y = x @ weight.dense().t()                      # formed again ahead of each product, in the dtype that it came in
+
+The scales are not quantised once more. So rounding is idempotent in bf16 and fp32: `dense()` quantised again gives the same
+bits, and a model whose weights were rounded so on their way in (the sampler's) computes with the numbers that `dense()` gives.
+It is also what transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` makes of a weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .device import runs_triton
+
+BLOCKSIZE = 64
+QUANT_TYPE = "nf4"
+PIECE = 2**16  # values; a multiple of the block's
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Nf4Weight:
+    """A weight [O, I] in 4 bits, and what a tensor of its size would say of itself.
+
+    packed: two values a byte, uint8.
+    absmax: the scale of each block, fp32.
+    shape, dtype: of the weight that it stands for.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @staticmethod
+    def quantise(weight: torch.Tensor) -> Nf4Weight:
+        """Round `weight`, of any shape in fp32, bf16 or fp16, on its own device."""
+        from bitsandbytes.functional import quantize_4bit  # only here: its import takes a second
+
+        # In pieces: bitsandbytes' CPU path compares each value with all 16 at once, in fp32, some 200 bytes a value.
+        pieces = weight.reshape(-1).split(PIECE)
+        packed, states = zip(*(quantize_4bit(p, blocksize=BLOCKSIZE, quant_type=QUANT_TYPE) for p in pieces), strict=True)
+        return Nf4Weight(torch.cat(packed), torch.cat([state.absmax for state in states]), weight.shape, weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.packed.device
+
+    def dense(self) -> torch.Tensor:
+        """The weight as a new tensor: `code * scale` in fp32, rounded once."""
+        if runs_triton(self.absmax):
+            from .triton.nf4 import dequantise
+
+            code = _code(self.device)
+            return dequantise(self.packed, self.absmax, code, self.shape, self.dtype, blocksize=BLOCKSIZE)
+        import bitsandbytes  # noqa: F401  # registers the operator
+
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, self.shape, self.dtype
+        )
+
+
+def nf4_bytes(values: int) -> int:
+    """Bytes that a weight of so many values takes."""
+    return math.ceil(values / 2) + 4 * math.ceil(values / BLOCKSIZE)
+
+
+@functools.cache
+def _code(device: torch.device) -> torch.Tensor:
+    """The 16 values that 4 bits stand for."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(QUANT_TYPE, device=device)
