@@ -100,6 +100,13 @@ def nf4_names(model_path: str) -> tuple[str, ...]:
     return tuple(_linear_weights(empty_model(model_path, torch.bfloat16)))
 
 
+def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Give a model of any dtype the values that its weights of these names have in 4 bits, made from `dtype`."""
+    for name in names:
+        weight = model.get_parameter(name)
+        weight.data = Nf4Weight.quantise(weight.data.to(dtype)).dense().to(weight.dtype)
+
+
 def empty_model(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model without memory for its parameters, which are on the meta device; its buffers are computed."""
     config = AutoConfig.from_pretrained(model_path)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .model_card import TrainedAdapter, model_card, read_run
 from .models import hub_id, resolve_model
@@ -82,6 +82,12 @@ def export(options: argparse.Namespace) -> int:
         export_adapter(trained, output, overwrite=options.overwrite, say=_print)
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output} ({size / 2**20:,.1f} MiB)")
+    if trained.config.model.load_in == "nf4" and not options.merge:
+        print(
+            "note: the adapter was trained on a base in NF4; on the base as it is it makes another policy, and vLLM serves the "
+            "base only so: `rankup export RUN --merge` writes the model that was trained"
+        )
+        return 0
     print(f"serve it: {shlex.join(_serve_command(trained, output, merged=options.merge))}")
     return 0
 
@@ -153,7 +159,8 @@ def export_merged(
     _check_output(output, trained, overwrite=overwrite)
     model_path = _base_folder(trained, say)
     say(f"loading {trained.base_name} and merging the adapter, in float32")
-    merged = merge(model_path, trained.folder)
+    model_config = trained.config.model
+    merged = merge(model_path, trained.folder, load_in=model_config.load_in, dtype=model_config.dtype)
     stored_as = _own_dtype(model_path) if dtype == "auto" else dtype
     rounding = _cast(merged, stored_as)
     with _appears_complete(output) as partial:
@@ -173,10 +180,13 @@ class Merged:
     update_norm: float
 
 
-def merge(model_path: str, adapter: Path) -> Merged:
+def merge(
+    model_path: str, adapter: Path, *, load_in: Literal["nf4"] | None = None, dtype: str = "bfloat16"
+) -> Merged:
     """The model in that folder with `W + scale * B @ A` for the weight W of every adapted layer, all in fp32.
 
-    An adapter on the head or on the embedding changes that one alone: where the two share their weights, they do no longer.
+    `load_in`: W is what the run trained beside, rounded to 4 bits from `dtype`. An adapter on the head or on the embedding
+    changes that one alone: where the two share their weights, they do no longer.
 
     Raises:
         ValueError: the adapter does not fit the model, or a merged weight is not finite.
@@ -187,9 +197,12 @@ def merge(model_path: str, adapter: Path) -> Merged:
     from transformers import AutoModelForCausalLM
 
     from .adapters import load_weights
+    from .base_model import nf4_names, round_to_nf4
 
     with quiet_stderr():
         base = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
+        if load_in == "nf4":
+            round_to_nf4(base, nf4_names(model_path), getattr(torch, dtype))
     config = LoraConfig.from_pretrained(str(adapter))
     config.base_model_name_or_path = model_path  # it may have been elsewhere when the run saved the adapter
     with warnings.catch_warnings():

@@ -141,7 +141,7 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
     revision = f", revision `{config.model.revision}`" if config.model.revision else ""
     rate = f"peak learning rate {optim.learning_rate:g}, {optim.lr_scheduler_type}"
     lines = {
-        "base model": f"{_base(trained)}{revision}, its weights in {config.model.dtype}",
+        "base model": f"{_base(trained)}{revision}, its weights in {config.model.dtype}{_rounding(config)}",
         "training data": _data(config, config.data.train, config.data.train_split),
         "evaluation data": _data(config, config.data.eval, config.data.eval_split, rows=config.data.eval_rows),
         "reward": _rewards(trained),
@@ -157,6 +157,10 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
         lines["duration"] = duration(seconds) if (seconds := trained.summary.get("seconds", {}).get("total")) else ""
         lines["guards"] = _guards(trained.summary.get("guards", {}))
     return {name: text for name, text in lines.items() if text}
+
+
+def _rounding(config: GRPOConfig) -> str:
+    return ", its linear layers but for the head rounded to NF4" if config.model.load_in == "nf4" else ""
 
 
 def _data(config: GRPOConfig, source: str | None, split: str, *, rows: int | None = None) -> str:
@@ -263,19 +267,31 @@ def _use_of_adapter(trained: TrainedAdapter) -> str:
     base = model or f"path/to/{trained.base_name}"
     revision = trained.config.model.revision if model else None
     of_revision = f', revision="{revision}"' if revision else ""
-    return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    in_python = f"""```python
+{_IMPORTS_FOR_NF4 if trained.config.model.load_in == "nf4" else _IMPORTS}
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{of_revision}, dtype="{trained.config.model.dtype}")
+base = AutoModelForCausalLM.from_pretrained(
+    "{base}"{of_revision}, dtype="{trained.config.model.dtype}"{_NF4 if trained.config.model.load_in == "nf4" else ""}
+)
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
+```"""
+    if trained.config.model.load_in == "nf4":
+        return f"{in_python}\n\nOn the base as it is, not rounded to NF4, it is another policy than the one that was trained."
+    return f"""{in_python}
 
 ```bash
 vllm serve {base}{f" --revision {revision}" if revision else ""} --enable-lora \\
   --max-lora-rank {trained.config.lora.max_rank} --lora-modules policy=path/to/this/folder
 ```"""
+
+
+_IMPORTS = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer"""
+_IMPORTS_FOR_NF4 = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"""
+_NF4 = """,
+    quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"),"""
 
 
 def _configuration(config: GRPOConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankup import GRPOConfig
+from rankup.grpo.base_model import nf4_names
 from rankup.grpo.cli import main
-from rankup.grpo.config import dump_config
+from rankup.grpo.config import dump_config, load_config
 from rankup.grpo.export import export_adapter, export_merged
 from rankup.grpo.model_card import read_run
+from rankup.grpo.policy import Policy
+from rankup.grpo.prove import trainer_logprobs
 from rankup.grpo.quiet import quiet_stderr
+from rankup.kernels.nf4 import Nf4Weight
 
 SaveRun = Callable[..., Path]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -329,3 +334,45 @@ def test_vllm_samples_from_a_merged_model_with_a_head_of_its_own(
     (logprobs,) = engine.prompt_logprobs([TOKENS[0].tolist()], use_adapter=False)
     expected = logits_of(load_model(tmp_path / "merged")).log_softmax(-1)[0, :-1].gather(1, TOKENS[0, 1:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_trained_on_4_bits_is_merged_into_what_they_stand_for(
+    save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tiny_model_path("qwen2"), save_run("qwen2")
+    config = load_config(run / "config.yaml", ["model.load_in=nf4", "model.dtype=float32"])
+    (run / "config.yaml").write_text(dump_config(config))
+    export_merged(read_run(run), tmp_path / "merged")
+    exact = exact_merge(base, run, {"": 0.5})
+    rounded = {name: Nf4Weight.quantise(load_file(base / "model.safetensors")[name]).dense() for name in nf4_names(str(base))}
+    for name, weight in load_file(tmp_path / "merged" / "model.safetensors").items():
+        expected = exact[name]
+        if name in rounded:
+            expected = expected + rounded[name].double() - load_file(base / "model.safetensors")[name].double()
+        assert torch.allclose(weight.double(), expected, rtol=0, atol=1e-6)
+    assert main(["export", str(run)]) == 0
+    assert "--merge" in capsys.readouterr().out
+    assert "BitsAndBytesConfig" in (run / "export" / "adapter" / "README.md").read_text()
+
+
+def test_the_card_of_an_adapter_on_4_bits_loads_what_was_trained(save_run: SaveRun, tmp_path: Path) -> None:
+    """transformers and bitsandbytes, as the card says: the logits of our policy."""
+    run = save_run("llama")
+    config = load_config(run / "config.yaml", ["model.load_in=nf4", "model.dtype=float32"])
+    (run / "config.yaml").write_text(dump_config(config))
+    export_adapter(read_run(run), tmp_path / "adapter")
+    code = re.findall("```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)[0]
+    code = code.replace("path/to/this/folder", str(tmp_path / "adapter"))
+    code = code.replace("path/to/llama", config.model.name).replace('compute_dtype="bfloat16"', 'compute_dtype="float32"')
+    found: dict[str, Any] = {}
+    with quiet_stderr():
+        exec(code, found)
+        policy = Policy(config.model.name, lora=config.lora, dtype="float32", load_in="nf4")
+    policy.load_adapter(run / "adapter")
+    policy.write_slots()
+    tokens = [1, 17, 99, 200, 4, 4, 31]
+    with torch.no_grad():
+        # In evaluation mode bitsandbytes repacks weights on CPU, for which the tiny model's are too narrow.
+        logprobs = found["model"].train()(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(trainer_logprobs(policy, [tokens])[0]), expected, atol=1e-4)
