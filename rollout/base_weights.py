@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,9 @@ def _register_loader() -> None:
             self.nf4_weights = frozenset(extra["nf4_weights"])
             self.keep_linear_weights: bool = extra["keep_linear_weights"]
 
-        def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        def get_all_weights(
+            self, model_config: ModelConfig, model: nn.Module
+        ) -> Generator[tuple[str, torch.Tensor], None, None]:
             device, waiting = next(model.parameters()).device, set(self.nf4_weights)
             for name, tensor in super().get_all_weights(model_config, model):
                 if name in self.nf4_weights:

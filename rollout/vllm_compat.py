@@ -158,4 +158,4 @@ def keep_linear_weights(model: nn.Module) -> None:
 
     for layer in model.modules():
         if isinstance(layer, LinearBase) and isinstance(layer.quant_method, UnquantizedLinearMethod):
-            layer._cpu_skip_gemm_dispatch = True
+            layer._cpu_skip_gemm_dispatch = True  # type: ignore[assignment]

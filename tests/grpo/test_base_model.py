@@ -94,7 +94,7 @@ def test_in_4_bits_what_is_shared_stays_as_it_is_shared(tiny_model_path) -> None
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_a_policy_on_4_bits_has_the_gradients_of_one_on_the_rounded_weights(
-    tiny_model_path, tmp_path: Path, targets: object
+    tiny_model_path, tmp_path: Path, targets: str | list[str]
 ) -> None:
     """Adapted or not, fused or not: layers multiply with the same numbers, so nothing differs by a bit."""
     shutil.copytree(tiny_model_path("qwen2"), tmp_path / "rounded")
@@ -106,8 +106,8 @@ def test_a_policy_on_4_bits_has_the_gradients_of_one_on_the_rounded_weights(
     lora = LoraConfig(rank=8, targets=targets, init_lora_weights="gaussian")
     (one,) = pack(random_groups([(5, [4, 1, 6]), (3, [7])]), tokens_per_pack=1000)
     gradients = []
-    for path, load_in in ((tiny_model_path("qwen2"), "nf4"), (tmp_path / "rounded", None)):
-        policy = Policy(str(path), lora=lora, dtype="float32", load_in=load_in)
+    packed = Policy(str(tiny_model_path("qwen2")), lora=lora, dtype="float32", load_in="nf4")
+    for policy in (packed, Policy(str(tmp_path / "rounded"), lora=lora, dtype="float32")):
         with torch.no_grad():
             for master in policy.masters:
                 master.copy_(torch.randn(master.shape, generator=torch.Generator().manual_seed(len(master))) / 9)
