@@ -42,8 +42,9 @@ class Nf4Weight:
         """Round `weight`, of any shape in fp32, bf16 or fp16, on its own device."""
         from bitsandbytes.functional import quantize_4bit  # only here: its import takes a second
 
-        # In pieces: bitsandbytes' CPU path compares each value with all 16 at once, in fp32, some 200 bytes a value.
-        pieces = weight.reshape(-1).split(PIECE)
+        # On CPU in pieces: there bitsandbytes compares each value with all 16 at once, in fp32, some 200 bytes a value.
+        flat = weight.reshape(-1)
+        pieces = flat.split(PIECE) if flat.device.type == "cpu" else (flat,)
         packed, states = zip(*(quantize_4bit(p, blocksize=BLOCKSIZE, quant_type=QUANT_TYPE) for p in pieces), strict=True)
         return Nf4Weight(torch.cat(packed), torch.cat([state.absmax for state in states]), weight.shape, weight.dtype)
 
