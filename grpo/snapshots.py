@@ -5,7 +5,8 @@
     step = snapshot.restore()        # the same tensors with the values of then; publish them to the sampler afterwards
 
 A copy is exact to the bit: after a restore, the same gradients give the same parameters. Memory is allocated at the first
-`take` (12 bytes a parameter with AdamW), page-locked if the parameters are on a GPU, and used again by the next.
+`take` (12 bytes a parameter with AdamW, 6 with its 8-bit kinds), page-locked if the parameters are on a GPU, and used again
+by the next.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from .optimizer import optimizer_tensors
+from .optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 
 STEP = "step"
-"""Name of the step in `state_dict`; names of the others begin with the parameter's index."""
+MASTER = ".master"
+"""Name of the step in `state_dict`, and how a parameter's name ends; it and its state's begin with the parameter's index."""
 
 
 class Snapshot:
@@ -25,7 +27,7 @@ class Snapshot:
 
     Args:
         parameters: the masters, of any shape and dtype; always the same tensors.
-        optimizer: their optimizer. Its state must be tensors only, as AdamW's `exp_avg`, `exp_avg_sq` and `step` are.
+        optimizer: theirs, of `make_optimizer`.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -41,21 +43,17 @@ class Snapshot:
         self._copy_to_host(self._live())
         self.step = step
 
+    @torch.no_grad()
     def restore(self) -> int:
         """Write the snapshot back into the same tensors and return its step.
 
-        State that the optimizer did not have then (before its first update it has none) is deleted again.
+        State that the optimizer did not have then (before its first update AdamW has none) becomes zero, as it begins.
         """
         assert self.step is not None, "restore needs a snapshot"
-        held = set(self._names)
+        saved = {name: self._host[name] for name in self._names}
         for index, parameter in enumerate(self._parameters):
-            state = self._optimizer.state.get(parameter, {})
-            if any(f"{index}.{name}" not in held for name in state):
-                del self._optimizer.state[parameter]
-        live = self._live()
-        assert held == live.keys(), "the optimizer has lost state that it had when the snapshot was taken"
-        saved = [self._host[name] for name in self._names]
-        torch._foreach_copy_([live[name] for name in self._names], saved)  # type: ignore[attr-defined]
+            parameter.copy_(saved.pop(f"{index}{MASTER}"))
+        set_optimizer_tensors(self._optimizer, self._parameters, saved)
         return self.step
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -67,22 +65,23 @@ class Snapshot:
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what `state_dict` returned, by copy; parameters and optimizer stay as they are.
 
+        The state of another kind of optimizer is left out: a restore then begins it anew.
+
         Raises:
             ValueError: the snapshot is of other parameters.
         """
-        own = {f"{index}.master": parameter.shape for index, parameter in enumerate(self._parameters)}
-        given = {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".master")}
-        if tensors and own != given:
+        masters = {name: tensor for name, tensor in tensors.items() if name.endswith(MASTER)}
+        state = {name: tensor for name, tensor in tensors.items() if name not in masters and name != STEP}
+        own = {f"{index}{MASTER}": parameter.shape for index, parameter in enumerate(self._parameters)}
+        if tensors and own != {name: tensor.shape for name, tensor in masters.items()}:
             raise ValueError("the snapshot is of another adapter; resume with the configuration that it was made with")
         self.step = int(tensors[STEP]) if tensors else None
-        self._copy_to_host({name: tensor for name, tensor in tensors.items() if name != STEP})
+        self._copy_to_host(masters | (state if is_state_of(self._optimizer, state) else {}))
 
     def _live(self) -> dict[str, torch.Tensor]:
         """Parameters and state as they are now, by name."""
-        live = {}
-        for index, parameter in enumerate(self._parameters):
-            live[f"{index}.master"] = parameter.detach()
-        return live | optimizer_tensors(self._optimizer, self._parameters)
+        masters = {f"{index}{MASTER}": parameter.detach() for index, parameter in enumerate(self._parameters)}
+        return masters | optimizer_tensors(self._optimizer, self._parameters)
 
     def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -32,8 +32,8 @@ def make_learner(make_policy) -> Callable[..., Learner]:
     The groups' log-probabilities are made up: by default no weight corrects them and no guard minds.
     """
 
-    def make(kind: str = "llama", **options: Any) -> Learner:
-        policy: Policy = make_policy(kind)
+    def make(kind: str = "llama", *, rank: int = 16, **options: Any) -> Learner:
+        policy: Policy = make_policy(kind, rank=rank)
         policy.write_slots()
         return Learner(policy, GRPOConfig(**{"mode": "none", "veto": 0.0, "guards": {"enabled": False}, **options}))
 
@@ -272,6 +272,23 @@ def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: lis
     learner.policy.write_slots()
     learner.update(sampled, step=2)
     assert all(map(torch.equal, once, learner.policy.masters)), "Adam's moments went back too"
+
+
+def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: list[WeightedGroup]) -> None:
+    guards = {"enabled": True, "snapshot_steps": 3}
+    learner: Learner = make_learner(rank=64, guards=guards, learning_rate=1e-4, optimizer="adamw_8bit")
+    outcomes: dict[int, list[torch.Tensor]] = {}
+    for step in (0, 1, 2, 3, 4, 3, 4):
+        if step == 3 and step in outcomes:
+            assert learner.restore("step") == 4, "the policy of the fourth step, before its update"
+            learner.policy.write_slots()
+        update = learner.update(groups_of_the_policy(learner, groups), step=step, observed={"reward": 0.5})
+        assert update.metrics["update_skipped"] == 0.0
+        learner.policy.write_slots()
+        assert step not in outcomes or all(map(torch.equal, outcomes[step], learner.policy.masters))
+        outcomes[step] = copies(learner.policy)
+    states = [learner.optimizer.state[master]["state1"] for master in learner.policy.masters]
+    assert all(state.dtype == torch.uint8 and state.any() for state in states)
 
 
 # Iterations

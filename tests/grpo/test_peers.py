@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "entropy": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
     "no truncated ones": {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
     "groups without variance count": {"filter_zero_variance": False},
+    "8-bit state": {"optimizer": "adamw_8bit"},
 }
 
 

@@ -1,17 +1,21 @@
 """A run that was interrupted and taken up again is, to the bit, the run that was not: real vLLM on a tiny model."""
 
+import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from resumed import FaultError, failing_at, left_behind, low_ids_with_luck
+import torch
+from resumed import OPTIONS, FaultError, failing_at, left_behind, low_ids_with_luck
 from safetensors.torch import load_file
-from tiny_runs import ROWS, metrics_of
+from tiny_runs import ROWS, metrics_of, tiny_config
 
+from rankup.grpo.collect import engine_settings
 from rankup.grpo.interrupts import RunInterrupted
 
 pytestmark = pytest.mark.engine
@@ -186,6 +190,47 @@ def test_a_signal_ends_the_run_where_it_can_go_on(train, tmp_path: Path, place: 
     assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoints" / f"step_{step:06d}"
     train("stopped", resume=True)
     assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "stopped")
+
+
+WIDE = {"rank": 64, "alpha": 128}
+"""Ranks below have too few parameters in a matrix for state of 8 bits."""
+
+
+@pytest.fixture
+def train_wide(make_trainer, engine_shelf, tiny_model_path, tmp_path: Path):
+    """`train` with `WIDE`, and an engine for it."""
+    settings = engine_settings(tiny_config(tmp_path, **WIDE), str(tiny_model_path("llama")))
+    engine = engine_shelf.get(**dataclasses.asdict(settings))
+
+    def run(name: str, *, reward: Any = low_ids_with_luck, allow_changes: bool = False, resume: bool = False, **changes: Any):
+        random.seed(99 if resume else 7)
+        trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **OPTIONS, **WIDE, **changes)
+        return trainer.train(engine=engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
+
+    return run
+
+
+def test_a_run_with_8_bit_state_goes_on_to_the_bit(train_wide, tmp_path: Path):
+    changes: dict[str, Any] = {"optimizer": "adamw_8bit", "lora_plus_ratio": 2.0}
+    train_wide("undisturbed", **changes)
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train_wide("failed", reward=failing_at(5, FaultError()), **changes)
+    state = load_file(tmp_path / "failed" / "checkpoints" / "step_000005" / "optimizer.safetensors")
+    assert all(tensor.dtype == torch.uint8 for name, tensor in state.items() if name.endswith((".state1", ".state2")))
+    assert {int(tensor) for name, tensor in state.items() if name.endswith(".step")} == {5}
+    train_wide("failed", resume=True, **changes)
+    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
+
+
+@pytest.mark.parametrize("names", [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_another_optimizer_is_refused_or_begins_anew(train_wide, capsys, names: tuple[str, str]):
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train_wide("run", reward=failing_at(4, FaultError()), optimizer=names[0])
+    with pytest.raises(ValueError, match=f"optim.optimizer: {names[0]} there, {names[1]} here"):
+        train_wide("run", resume=True, optimizer=names[1])
+    summary = train_wide("run", resume=True, allow_changes=True, optimizer=names[1])
+    assert summary["steps"] == 6
+    assert f"optim.optimizer={names[1]} begins anew" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_full_disk_is_told_and_costs_no_more_than_that_checkpoint(train, small_disk, tmp_path: Path, capsys):
