@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, export, check, plan, new, reward."""
+"""The command `rankup`: train, eval, export, check, doctor, plan, new, reward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import GRPOConfig, load_config
+from .doctor import add_doctor_command
 from .errors import explain
 from .export import add_export_command
 from .interrupts import RunInterrupted
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   rankup eval configs/quickstart.yaml                             the base model on the same
   rankup export runs/quickstart --merge                           a plain transformers model, to share or to serve
   rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
+  rankup doctor                                                   what is here, and whether kernels and vLLM are in order
   rankup plan Qwen/Qwen2.5-7B --vram 80                           an adapter and a memory budget, with the reasons
   rankup new reward short_answers                                 a reward function to begin with, and its test
   rankup reward short_answers.py:short_answers --data runs/sums   try a reward on the completions of a run
@@ -99,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if function is train:
             _add_resume_options(command)
+    add_doctor_command(commands)
     add_export_command(commands)
     add_plan_command(commands)
     add_reward_commands(commands)

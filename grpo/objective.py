@@ -145,7 +145,7 @@ class Objective:
         """Of the pack's tokens: how many the clip holds below, and how many above, [2]. An own objective has no clip."""
         ratio_N, algorithm = self._ratio(logprobs_N - old_logprobs_N, pack.lengths_S), self.algorithm
         if algorithm.loss_type == "sapo" or self._own_loss is not None:
-            return torch.zeros(2)
+            return logprobs_N.new_zeros(2)  # on its device: counts stand beside sums of such tensors
         high = algorithm.epsilon_high if algorithm.loss_type == "cispo" else 1.0 + algorithm.epsilon_high
         low = 0.0 if algorithm.loss_type == "cispo" else 1.0 - algorithm.epsilon
         below_N = (ratio_N < low) & (pack.advantages_N < 0)

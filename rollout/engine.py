@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
 
 ADAPTER_ID = 1
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, prompts whole
@@ -98,7 +99,6 @@ class RolloutEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         import_vllm()
-        from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -106,31 +106,7 @@ class RolloutEngine:
         self.settings = settings
         on_cpu = current_platform.device_type == "cpu"
         dense = settings.lora_path == "dense" or (settings.lora_path == "auto" and on_cpu)
-        args = EngineArgs(
-            model=settings.model,
-            dtype=settings.dtype,  # type: ignore[arg-type]
-            seed=settings.seed,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            # A prompt's last, partial block of keys is computed once per completion: small blocks share more of it.
-            block_size=32 if on_cpu else None,
-            enable_prefix_caching=True,
-            # vLLM 0.32 rewinds a request's generator after a part of its prompt, which a CPU generator cannot: no parts.
-            enable_chunked_prefill=False if on_cpu else None,
-            max_num_batched_tokens=max(CPU_BATCHED_TOKENS, settings.max_model_len) if on_cpu else None,
-            kv_cache_memory_bytes=settings.kv_cache_bytes if on_cpu else None,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
-            lora_target_modules=_lora_target_modules(settings.target_modules),
-            logprobs_mode="processed_logprobs",
-            ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **loading(nf4_weights=settings.nf4_weights, keep_linear_weights=settings.keep_base_weights),
-        )
+        args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         with lora_wrapper_replaced(wrapper):
             self._engine: Any = LLMEngine.from_engine_args(args)
@@ -318,6 +294,42 @@ class RolloutEngine:
             raise ValueError(f"vLLM loads no adapter on {HEAD} alone for this model: add another layer to lora.targets")
         if EMBEDDING in found and EMBEDDING not in loadable:  # Qwen2, Mistral: no stock vLLM could serve what is trained
             raise ValueError(f"vLLM loads no adapter on {EMBEDDING} for this model: take it out of lora.targets")
+
+
+def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
+    """What vLLM is asked for; nothing is started.
+
+    Raises:
+        ValueError: this vLLM lacks a piece that is relied on.
+    """
+    import_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=settings.model,
+        dtype=settings.dtype,  # type: ignore[arg-type]
+        seed=settings.seed,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        # A prompt's last, partial block of keys is computed once per completion: small blocks share more of it.
+        block_size=32 if on_cpu else None,
+        enable_prefix_caching=True,
+        # vLLM 0.32 rewinds a request's generator after a part of its prompt, which a CPU generator cannot: no parts.
+        enable_chunked_prefill=False if on_cpu else None,
+        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, settings.max_model_len) if on_cpu else None,
+        kv_cache_memory_bytes=settings.kv_cache_bytes if on_cpu else None,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
+        lora_target_modules=_lora_target_modules(settings.target_modules),
+        logprobs_mode="processed_logprobs",
+        ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **loading(nf4_weights=settings.nf4_weights, keep_linear_weights=settings.keep_base_weights),
+    )
 
 
 def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:

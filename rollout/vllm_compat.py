@@ -48,10 +48,11 @@ def require(owner: object, name: str, *, purpose: str) -> Any:
 
 
 def import_vllm() -> ModuleType:
-    """Import vLLM so that its engine runs in this process, without its log on the terminal.
+    """Import vLLM so that its engine runs in this process, without its log on the terminal, on the same model runner anywhere.
 
-    vLLM reads both choices from the environment while it is imported and offers no argument for them, so they are set
-    here, and only here. Both are left alone if the caller's environment has them.
+    vLLM reads these choices from the environment and offers no argument for them, so they are set here, and only here. They
+    are left alone if the caller's environment has them. On CUDA vLLM would take its second model runner (V2), which CPUs do
+    not have: what is proved on one device should hold on the other.
 
     Raises:
         ValueError: vLLM is missing, or was told to run its engine in another process.
@@ -59,6 +60,7 @@ def import_vllm() -> ModuleType:
     version = vllm_version()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise ValueError(
             "rankup shares memory with vLLM's engine: unset VLLM_ENABLE_V1_MULTIPROCESSING, or set it to 0"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 RUN_FILE = ROOT / "configs" / "quickstart.yaml"
+GPU_SHARE = 0.25  # of a CUDA device's memory for each of the three engines
 ADAPTER_STD = 0.3  # of B's entries: moves log-probabilities by far more than rounding does
 
 
@@ -63,12 +64,15 @@ class RankupSide:
     def __init__(self, *, rank: int, adapter_folder: Path) -> None:
         keep_freed_memory()
         self._opened = OpenedFiles()
-        config = load_config(RUN_FILE, [f"lora.rank={rank}"])
+        share = f"rollout.gpu_memory_utilization={GPU_SHARE}"
+        config = load_config(RUN_FILE, [f"lora.rank={rank}", share])
         with quiet_stderr():
             self.model_path = resolve_model(config.model.name)
             self._settings = engine_settings(config, self.model_path)
             self._engine = EqualLengthEngine(self._settings)
-            self._policy = Policy(self.model_path, lora=config.lora, dtype=config.model.dtype, seed=config.seed)
+            self._policy = Policy(
+                self.model_path, lora=config.lora, dtype=config.model.dtype, seed=config.seed, device=self._engine.device
+            )
         self._randomise()
         self._policy.attach(self._engine.slots)
         self._engine.publish(self._policy.write_slots)
@@ -149,7 +153,9 @@ class StockSide:
         if adapter_folder is not None:
             lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
         with quiet_stderr():
-            self._llm = LLM(model_path, kv_cache_memory_bytes=kv_cache_bytes, **lora)
+            # On CUDA each engine has its share, on CPU a cache of the same size.
+            cache = None if torch.cuda.is_available() else kv_cache_bytes
+            self._llm = LLM(model_path, kv_cache_memory_bytes=cache, gpu_memory_utilization=GPU_SHARE, **lora)
         self._request = None if adapter_folder is None else LoRARequest("adapter", 1, str(adapter_folder))
 
     def describe(self) -> dict[str, Any]:

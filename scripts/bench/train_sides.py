@@ -34,6 +34,7 @@ MODEL = "smollm2-135m-instruct"
 RANK, ALPHA = 64, 32
 ADAPTER_STD = 0.1  # of B's entries: an adapter that matters, on a model that still works
 GRADIENTS_FILE = "gradients.safetensors"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Side:
@@ -52,13 +53,21 @@ class Side:
 
     def seconds(self) -> float:
         """Seconds of a step."""
+        _finish()
         started = time.perf_counter()
         self.step()
+        _finish()
         return time.perf_counter() - started
 
     def peak_bytes(self) -> int:
-        """Most resident memory within two steps (the second has the optimizer's state) beyond what the loaded model takes."""
+        """Most resident memory within two steps (the second has the optimizer's state) beyond what the loaded model takes. On
+        CUDA what torch has allocated there."""
         _return_freed_memory()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            self.step()
+            return torch.cuda.max_memory_allocated() - self._loaded_bytes
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         self.step()
         self.step()
@@ -68,7 +77,7 @@ class Side:
         for weight in weights:  # they are mapped from the file, and count as resident only once they are read
             weight.sum()
         _return_freed_memory()
-        self._loaded_bytes = _resident_bytes("VmRSS")
+        self._loaded_bytes = torch.cuda.memory_allocated() if DEVICE == "cuda" else _resident_bytes("VmRSS")
 
 
 class RankupSide(Side):
@@ -82,7 +91,7 @@ class RankupSide(Side):
             lora={"rank": rank, "alpha": ALPHA}, model=MODEL, correction={"mode": "none"}, guards={"enabled": False}
         )
         with quiet_stderr():
-            self._policy = Policy(self.model_path, lora=self._config.lora, dtype=self._config.model.dtype)
+            self._policy = Policy(self.model_path, lora=self._config.lora, dtype=self._config.model.dtype, device=DEVICE)
         self._randomise()
         self._first_values = [master.detach().clone() for master in self._policy.masters]
         if adapter_folder is not None:
@@ -112,6 +121,7 @@ class RankupSide(Side):
             "beta": algorithm.beta,
             "num_iterations": algorithm.num_iterations,
             "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         }
 
     @torch.no_grad()
@@ -151,7 +161,7 @@ class RankupSide(Side):
         }
 
     def _packs(self) -> list[Any]:
-        return pack(self._groups, tokens_per_pack=self._config.optim.tokens_per_pack)
+        return pack(self._groups, tokens_per_pack=self._config.optim.tokens_per_pack, device=DEVICE)
 
     def _logprobs(self, *, use_adapter: bool) -> list[float]:
         return [x for one in self._packs() for x in self._policy.logprobs(one, use_adapter=use_adapter)[0].tolist()]
@@ -201,6 +211,7 @@ class StockSide(Side):
             base = AutoModelForCausalLM.from_pretrained(
                 resolve_model(MODEL), dtype=torch.bfloat16, attn_implementation="sdpa"
             )
+            torch.nn.Module.to(base, DEVICE)
             self._model = PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
         self._model.train()
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -210,7 +221,7 @@ class StockSide(Side):
     def begin(self, case: Case) -> None:
         """Start a case anew."""
         self._optimizer = None
-        set_peft_model_state_dict(self._model, load_peft_weights(str(self._adapter_folder), device="cpu"))
+        set_peft_model_state_dict(self._model, load_peft_weights(str(self._adapter_folder), device=DEVICE))
         optim = self._config.optim
         self._optimizer = torch.optim.AdamW(
             self._trained,
@@ -221,10 +232,10 @@ class StockSide(Side):
             fused=True,
         )
         self._rows = padded_rows(case.groups())
-        self._ids_BT = torch.tensor(self._rows.token_ids)
-        self._attention_BT = torch.tensor(self._rows.attention)
-        self._is_target_BT = torch.tensor(self._rows.is_target, dtype=torch.bool)
-        self._advantages_B1 = torch.tensor(self._rows.advantages)[:, None]
+        self._ids_BT = torch.tensor(self._rows.token_ids, device=DEVICE)
+        self._attention_BT = torch.tensor(self._rows.attention, device=DEVICE)
+        self._is_target_BT = torch.tensor(self._rows.is_target, dtype=torch.bool, device=DEVICE)
+        self._advantages_B1 = torch.tensor(self._rows.advantages, device=DEVICE)[:, None]
 
     def step(self) -> None:
         """Forward, backward, clipping, AdamW."""
@@ -242,7 +253,7 @@ class StockSide(Side):
         """Loss, gradient norm, log-probabilities, and the cosine of the gradient with rankup's, which is in `folder`."""
         loss = self._loss()
         loss.backward()
-        theirs, ours = load_file(folder / GRADIENTS_FILE), _gradients(self._model)
+        theirs, ours = load_file(folder / GRADIENTS_FILE, device=DEVICE), _gradients(self._model)
         assert theirs.keys() == ours.keys()
         one, other = (
             torch.cat([gradients[name].flatten().double() for name in sorted(ours)]) for gradients in (theirs, ours)
@@ -274,8 +285,10 @@ class StockSide(Side):
         wanted: dict[str, torch.Tensor] = {}
         if self._completion_logits:
             # Positions, not their number: of a slice, torch's linear layer on CPU copies the head once for every row.
-            wanted["logits_to_keep"] = torch.arange(min(self._rows.prompt_lengths) - 1, self._ids_BT.shape[1])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._autocast):
+            wanted["logits_to_keep"] = torch.arange(
+                min(self._rows.prompt_lengths) - 1, self._ids_BT.shape[1], device=DEVICE
+            )
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=self._autocast):
             logits_BTV = self._model(
                 input_ids=self._ids_BT, attention_mask=self._attention_BT, use_cache=False, **wanted
             ).logits
@@ -303,6 +316,12 @@ def _weighted(groups: Sequence[Group]) -> list[WeightedGroup]:
 
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def _finish() -> None:
+    """Wait for what a CUDA device has still to do."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def _return_freed_memory() -> None:

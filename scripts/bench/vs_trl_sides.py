@@ -204,7 +204,8 @@ class TrlSide:
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         import_vllm()
-        _keep_weights_as_loaded()
+        if not torch.cuda.is_available():
+            _keep_weights_as_loaded()
         with quiet_stderr():
             from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -229,7 +230,7 @@ class TrlSide:
         fields: dict[str, Any] = {
             "output_dir": str(self._folder),
             "model_init_kwargs": {"dtype": "bfloat16"},
-            "use_cpu": True,
+            "use_cpu": not torch.cuda.is_available(),
             "bf16": True,
             "num_generations": COMPLETIONS,
             "max_completion_length": TOKENS,
@@ -284,7 +285,7 @@ class TrlSide:
         vllm = self._trainer.vllm_generation.llm.llm_engine.vllm_config
         return {
             "peak_memory_gib": _peak_memory_gib(),
-            "changes": TRL_CHANGES,
+            "changes": [] if torch.cuda.is_available() else TRL_CHANGES,
             "threads": torch.get_num_threads(),
             "arguments": {name: value for name, value in self._fields.items() if name != "output_dir"},
             "vllm": {

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# Tries everything that a GPU computes, and writes one report folder. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+Usage: scripts/gpu_check.sh [--output FOLDER] [--model NAME] [--steps N] [--cpu]
+
+Runs on the GPU, one after the other: `rankup doctor`, the tests marked `gpu`, `rankup check`, a short GRPO run and `rankup eval`
+on it, and the benchmarks of rollouts, of the training phase, of its ranks, and of a whole step beside TRL's. A step that fails
+does not end it. report.md in the folder sums it up; everything else of it lies beside.
+
+  --output FOLDER   the report folder, new or empty (default: gpu_check/<date>-<device>)
+  --model NAME      the model to check and to train: embedded, a local folder or a hub id (default: smollm2-135m-instruct)
+  --steps N         steps of the run (default: 20; with --cpu 2)
+  --cpu             the same on the CPU, with the smallest sizes: some tests of kernels instead of those for a GPU, and the
+                    training phase alone of the benchmarks
+  -h, --help        this text
+
+The exit status is 0 if every step came through, 1 if one failed, 2 where there is no GPU, 130 after Ctrl-C, which ends the
+running step and writes the report; a second Ctrl-C ends it at once.
+
+Examples:
+  scripts/gpu_check.sh
+  scripts/gpu_check.sh --model Qwen/Qwen2.5-0.5B-Instruct --steps 50
+  scripts/gpu_check.sh --cpu --output /tmp/report
+HELP
+}
+
+fail() {
+    echo "gpu_check: $*" >&2
+    exit 2
+}
+
+# --- What is asked for -------------------------------------------------------------------------------------------
+
+output="" model="smollm2-135m-instruct" steps="" cpu=""
+while (($#)); do
+    case "$1" in
+        --output | --model | --steps)
+            [[ -n "${2:-}" ]] || fail "$1 needs a value: see --help"
+            printf -v "${1#--}" '%s' "$2"
+            shift
+            ;;
+        --cpu) cpu=yes ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) fail "unknown option '$1': scripts/gpu_check.sh [--output FOLDER] [--model NAME] [--steps N] [--cpu]" ;;
+    esac
+    shift
+done
+[[ -z "$steps" || "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a whole number of at least 1, not '$steps'"
+[[ -z "$output" ]] || output=$(realpath -m -- "$output")
+[[ ! -d "$model" ]] || model=$(realpath -- "$model")
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# The environment that is active, otherwise that of the repository.
+rankup=$(command -v rankup) || rankup="$PWD/.venv/bin/rankup"
+[[ -x "$rankup" ]] || fail "rankup is not installed here: run scripts/install.sh"
+bin=$(realpath -s -- "$(dirname -- "$rankup")")
+PATH="$bin:$PATH"
+[[ -z "$cpu" ]] || export CUDA_VISIBLE_DEVICES=""
+
+device=$(python3 -P -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') ||
+    fail "torch does not work here: run scripts/install.sh"
+if [[ -z "$cpu" && -z "$device" ]]; then
+    fail "torch finds no GPU here (rankup doctor says why); scripts/gpu_check.sh --cpu takes the same path on the CPU"
+fi
+slug=$(tr -cs '[:alnum:]\n' - <<<"${device:-cpu}" | tr '[:upper:]' '[:lower:]')
+output=${output:-"$PWD/gpu_check/$(date +%Y%m%d-%H%M%S)-$slug"}
+[[ ! -e "$output" || -z "$(ls -A -- "$output")" ]] || fail "$output is not empty: name another folder"
+mkdir -p -- "$output/logs" "$output/bench"
+steps=${steps:-$([[ -n "$cpu" ]] && echo 2 || echo 20)}
+
+# --- One step after the other ------------------------------------------------------------------------------------
+
+child="" interrupted="" failed=""
+on_signal() { # INT or TERM, which the running step gets too; a second one ends it at once
+    local signal=$1
+    [[ -z "$interrupted" ]] || signal=KILL
+    interrupted=yes
+    [[ -z "$child" ]] || kill "-$signal" -- "-$child" 2>/dev/null || true
+}
+trap 'on_signal INT' INT
+trap 'on_signal TERM' TERM
+
+step() { # name, command...
+    [[ -z "$interrupted" ]] || return 0
+    local name=$1 started=$SECONDS status=0 word=ok
+    shift
+    printf '%-12s ' "$name"
+    # In a process group of its own: Ctrl-C reaches this script, which passes it on once.
+    set -m
+    "$@" >"$output/logs/$name.log" 2>&1 </dev/null &
+    child=$!
+    set +m
+    while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the step
+        wait "$child" && status=0 || status=$?
+    done
+    child=""
+    if [[ -n "$interrupted" ]]; then
+        word=interrupted
+    elif ((status)); then
+        word="failed ($status)" failed=yes
+    fi
+    printf '%-12s %5d s\n' "$word" $((SECONDS - started))
+    printf '%s\t%s\t%d\t%s\n' "$name" "$word" $((SECONDS - started)) "$*" >>"$output/steps.tsv"
+}
+
+doctor() {
+    local status=0
+    rankup doctor || status=$?
+    rankup doctor --json >"$output/doctor.json" || status=$?
+    return "$status"
+}
+
+quickstart=(configs/quickstart.yaml "model=$model")
+run=("${quickstart[@]}" "optim.max_steps=$steps" data.eval_rows=32 "logging.output_dir=$output/run" logging.run_name=gpu-check)
+if [[ -n "$cpu" ]]; then
+    tests=(tests/grpo/test_doctor_compare.py tests/kernels/test_rms_norm.py -m "not gpu and not slow")
+    # Of so few completions all may be worth the same: the bonus gives every step a gradient.
+    run+=(optim.prompts_per_step=2 data.eval_rows=4 algorithm.entropy_coef=0.001)
+    train_step=(--case 16+8 --repeats 1 --main-only)
+else
+    tests=(tests -m gpu)
+    train_step=()
+fi
+
+echo "gpu_check: ${device:-the CPU}, $model, report in $output"
+step doctor doctor
+step kernels pytest -rs -p no:cacheprovider "${tests[@]}"
+step check rankup check "${quickstart[@]}"
+step train rankup train "${run[@]}"
+step eval rankup eval "$output/run"
+step train_step scripts/bench/train_step.py --json "$output/bench/train_step.json" "${train_step[@]}"
+if [[ -z "$cpu" ]]; then # minutes each, and a quarter of an hour on a CPU
+    step rollout scripts/bench/rollout.py --json "$output/bench/rollout.json"
+    step rank scripts/bench/rank.py --json "$output/bench/rank.json"
+    step vs_trl scripts/bench/vs_trl.py --json "$output/bench/vs_trl.json"
+fi
+
+# --- The report --------------------------------------------------------------------------------------------------
+
+trap '' INT TERM
+python3 -P scripts/gpu_report.py "$output"
+[[ -z "$interrupted" ]] || exit 130
+[[ -z "$failed" ]] || exit 1

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Sums up what `scripts/gpu_check.sh` has left in a folder, in its report.md.
+
+    scripts/gpu_report.py gpu_check/20260101-120000-cpu
+
+It reads what is there: a step that failed or was interrupted may have left nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """examples:
+  scripts/gpu_report.py gpu_check/20260101-120000-cpu     write the report again
+"""
+# What is no figure of the benchmark's, or one of the repeats behind a median.
+LEFT_OUT = {"machine", "versions", "settings", "what", "all", "min", "max", "agreement", "operations", "tokens"}
+TAIL = 15  # lines of the log of a step that failed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report and say where it is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the folder that gpu_check.sh has made")
+    folder: Path = parser.parse_args(arguments).folder
+    report = folder / "report.md"
+    report.write_text("\n".join([*_header(folder), *_steps(folder), *_run(folder), *_benchmarks(folder)]) + "\n")
+    print(f"report: {report}")
+
+
+def _header(folder: Path) -> Iterator[str]:
+    """Device and versions, and all that the doctor does not like."""
+    yield f"# GPU check: {folder.name}"
+    found = _json(folder / "doctor.json")
+    if found is None:
+        return
+    for title in ("device", "versions", "paths"):
+        yield from ("", f"## {title.capitalize()}", "", "| | | |", "|---|---|---|")
+        for finding in found["sections"].get(title, []):
+            yield _row(finding["name"], finding["value"], finding["note"])
+    findings = [finding for section in found["sections"].values() for finding in section]
+    bad = [finding for finding in findings if finding["level"] in ("warning", "problem")]
+    tried = found["sections"].get("self-test", [])
+    yield from ("", f"Self-test: {sum(one['level'] == 'ok' for one in tried)} of {len(tried)} kernels hold.")
+    for finding in bad:
+        yield f"- {finding['level']}: {finding['name']}, {finding['value']}: {finding['note']}"
+
+
+def _steps(folder: Path) -> Iterator[str]:
+    yield from ("", "## Steps", "", "| step | | seconds | log |", "|---|---|---|---|")
+    steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
+    for name, word, seconds, _ in steps:
+        yield _row(name, word, seconds, f"[logs/{name}.log](logs/{name}.log)")
+    for name, word, _, command in steps:
+        if word != "ok":
+            tail = (folder / "logs" / f"{name}.log").read_text(errors="replace").splitlines()[-TAIL:]
+            yield from ("", f"`{command}` {word}. Its log ends with:", "", "```", *tail, "```")
+
+
+def _run(folder: Path) -> Iterator[str]:
+    """The run's reward and speed, step by step."""
+    metrics = folder / "run" / "metrics.jsonl"
+    if not metrics.is_file():
+        return
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    yield from ("", "## Run", "")
+    if (folder / "run" / "learning_curve.png").is_file():
+        yield from ("![Learning curve](run/learning_curve.png)", "")
+    columns = {
+        "reward": "reward",
+        "loss": "loss",
+        "gradient": "grad_norm",
+        "rollout, tokens/s": "tokens_per_second/rollout",
+        "training, tokens/s": "tokens_per_second/train",
+        "rollout, s": "time/rollout",
+        "training, s": "time/train",
+    }
+    present = {label: name for label, name in columns.items() if any(name in line for line in lines)}
+    yield _row("step", *present)
+    yield "|---" * (len(present) + 1) + "|"
+    for line in lines:
+        if "reward" in line:  # not an evaluation
+            yield _row(line.get("step", ""), *(_number(line.get(name)) for name in present.values()))
+    yield ""
+    for line in (line for line in lines if "eval_reward" in line):
+        yield f"- evaluation after step {line.get('step')}: reward {_number(line['eval_reward'])}"
+
+
+def _benchmarks(folder: Path) -> Iterator[str]:
+    for path in sorted((folder / "bench").glob("*.json")):
+        result = _json(path)
+        assert result is not None
+        yield from ("", f"## Benchmark {path.stem}", "", f"All of it: [bench/{path.name}](bench/{path.name})", "")
+        yield from (f"- {name}: {_number(value)}" for name, value in _figures(result))
+
+
+def _figures(result: Mapping[str, Any], *above: str) -> Iterator[tuple[str, float]]:
+    """Every number in it, by the names on the way to it; the median of repeats for all of them."""
+    for name, value in result.items():
+        names = above if name in ("cases", "median") else (*above, name)
+        if name in LEFT_OUT:
+            continue
+        if isinstance(value, dict):
+            yield from _figures(value, *names)
+        elif _is_number(value):
+            yield ", ".join(names), value
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if _is_number(value) else "" if value is None else str(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """None where the step that writes it did not come so far."""
+    text = path.read_text() if path.is_file() else ""
+    return json.loads(text) if text.strip() else None
+
+
+if __name__ == "__main__":
+    main()
