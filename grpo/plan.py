@@ -17,7 +17,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .config import GRPOConfig
 from .config_lora import TARGET_PRESETS
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .plan_shapes import ModelShape
 
 GIB = 2**30
+SHARING: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
 EXAMPLES = """examples:
   rankup plan smollm2-135m-instruct                        what is recommended, what it needs, on which devices it fits
   rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80           what fits on a device of 80 GiB; only config.json is fetched
@@ -40,12 +41,14 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All that the command found out."""
+    """All that the command found out. `of_model`, `of_optimizer`: fields of the run file that are not as by default."""
 
     model: str
     shape: ModelShape
     advice: Advice
     config: GRPOConfig
+    of_model: dict[str, Any]
+    of_optimizer: dict[str, str]
     work: Workload
     budget: Budget
     savings: tuple[Saving, ...]
@@ -75,7 +78,10 @@ def add_plan_command(commands: Any) -> None:
     add("--vram", type=_size, metavar="GIB", help="memory of the device, in GiB")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default cuda)")
     add("--preset", choices=list(PRESETS), help="rank, alpha and targets by name")
-    add("--load-in", choices=("bf16", "nf4"), default="bf16", help="type of the base weights (default bf16)")
+    add("--load-in", choices=("bf16", "nf4"), default="bf16", help="type of the trainer's base weights (default bf16)")
+    sharing = "whether the trainer uses vLLM's base weights (default auto: all of them on CUDA, some on CPU)"
+    add("--share-base-weights", choices=list(SHARING), default="auto", help=sharing)
+    add("--optimizer", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), default="adamw", help="default adamw")
     add("--rank", type=_positive, metavar="R", help="instead of the recommended one")
     add("--targets", metavar="T", help=f"{', '.join(TARGET_PRESETS)}, names with commas, or an expression")
     for flag, default, what in (
@@ -154,6 +160,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         shape=shape,
         advice=advice,
         config=config,
+        of_model=_of_model(options),
+        of_optimizer=_of_optimizer(options),
         work=work,
         budget=budget,
         savings=tuple(savings(shape, work)),
@@ -169,7 +177,7 @@ def _targets(text: str) -> str | list[str]:
 
 def _config(options: argparse.Namespace, advice: Advice, of_device: dict[str, Any] | None = None) -> GRPOConfig:
     return GRPOConfig(
-        model={"name": options.model},
+        model={"name": options.model, **_of_model(options)},
         lora=lora_fields(advice),
         rollout={
             "num_generations": options.num_generations,
@@ -181,8 +189,19 @@ def _config(options: argparse.Namespace, advice: Advice, of_device: dict[str, An
             "learning_rate": advice.learning_rate.value,
             "tokens_per_pack": options.tokens_per_pack,
             "gradient_checkpointing": options.gradient_checkpointing,
+            **_of_optimizer(options),
         },
     )
+
+
+def _of_model(options: argparse.Namespace) -> dict[str, Any]:
+    """How the base is held, where that is not as by default."""
+    asked = {"load_in": options.load_in, "share_base_weights": SHARING[options.share_base_weights]}
+    return {name: value for name, value in asked.items() if value not in ("bf16", "auto")}
+
+
+def _of_optimizer(options: argparse.Namespace) -> dict[str, str]:
+    return {} if options.optimizer == "adamw" else {"optimizer": options.optimizer}
 
 
 def _of_device(budget: Budget) -> dict[str, Any]:
@@ -208,6 +227,8 @@ def _workload(options: argparse.Namespace, config: GRPOConfig) -> Workload:
         tokens_per_pack=max(options.tokens_per_pack, config.rollout.max_model_length - 1),
         gradient_checkpointing=options.gradient_checkpointing,
         load_in=options.load_in,
+        share_base_weights=SHARING[options.share_base_weights],
+        optimizer=options.optimizer,
         device=options.device,
     )
 
@@ -228,6 +249,8 @@ def _rank_that_fits(options: argparse.Namespace, advice: Advice, shape: ModelSha
 
 
 def _notes(options: argparse.Namespace, shape: ModelShape, work: Workload, advice: Advice) -> tuple[str, ...]:
+    from .plan_memory import own_base_bytes
+
     notes = list(shape.unknown)
     if shape.plain_reason is not None:
         notes.append(f"its prompts cannot be shared in training ({shape.plain_reason}): attention is budgeted less exactly")
@@ -235,8 +258,8 @@ def _notes(options: argparse.Namespace, shape: ModelShape, work: Workload, advic
         notes.append(
             f"a prompt and a completion are longer than tokens_per_pack: packs of {work.tokens_per_pack:,} tokens are budgeted"
         )
-    if options.load_in == "nf4":
-        notes.append("rankup cannot train on an NF4 base yet: the budget shows what it would need")
+    if options.load_in == "nf4" and own_base_bytes(shape, work) == 0:
+        notes.append("NF4 saves nothing here: vLLM holds the base in bf16, and the trainer uses that copy")
     if advice.dropout.value > 0:
         notes.append(f"a run file takes no dropout but 0; {advice.dropout.value:g} is practice's in supervised training")
     if options.device == "cuda":
@@ -304,7 +327,8 @@ def run_file(made: Plan) -> str:
             lines.extend([f"  # {reason}"] if reason else [])
             lines.append("  " + dump_yaml({name: value}).strip().replace("\n", "\n  "))
 
-    lines += ["", dump_yaml({"model": made.model}).strip()]
+    model = {"name": made.model, **made.of_model} if made.of_model else made.model
+    lines += ["", dump_yaml({"model": model}).strip()]
     of_adapter = {name: (value, advice.choices[name].reason) for name, value in lora_fields(advice).items()}
     of_adapter["max_rank"] = (config.lora.max_rank, "vLLM's buffers: 64 or 128")
     of_adapter["dropout"] = (0.0, "the only value: with dropout, trainer and sampler would be two policies")
@@ -323,6 +347,7 @@ def run_file(made: Plan) -> str:
             "learning_rate": (config.optim.learning_rate, advice.learning_rate.reason),
             "tokens_per_pack": (config.optim.tokens_per_pack, "sets memory, not the update"),
             "gradient_checkpointing": (config.optim.gradient_checkpointing, ""),
+            **{name: (value, "") for name, value in made.of_optimizer.items()},
         },
     )
     lines += ["", "# data: {train: train.jsonl, eval: test.jsonl}", "# rewards: {functions: [reward.py:score]}"]

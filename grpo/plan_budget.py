@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .plan_memory import MAX_NUM_SEQS, Workload, base_bytes, engine_parts, kv_bytes_per_token, training_parts
+from .plan_memory import MAX_NUM_SEQS, Workload, engine_parts, kv_bytes_per_token, own_base_bytes, training_parts
 from .plan_shapes import ModelShape
 from .policy import LOGITS_MIB
 
@@ -112,14 +112,9 @@ def plan_budget(shape: ModelShape, work: Workload, *, vram: int | None = None) -
         ValueError: the device cannot even hold the base weights.
     """
     training, engine = training_parts(shape, work), engine_parts(shape, work)
-    base = work.base_copies * base_bytes(shape, work.load_in)
-    if vram is not None and base > vram:
-        nf4 = work.base_copies * base_bytes(shape, "nf4")
-        instead = f" (NF4 would take {gib(nf4)}, but rankup cannot train on it yet)" if work.load_in == "bf16" else ""
-        raise ValueError(
-            f"--vram {vram / GIB:g}: too small for the base weights, {gib(base)} in {work.base_copies} copies (one of the "
-            f"trainer, one of vLLM); take a smaller model or a device of at least {math.ceil(base / GIB)} GiB{instead}"
-        )
+    own, sampler = own_base_bytes(shape, work), engine["base_weights"]
+    if vram is not None and own + sampler > vram:
+        raise ValueError(_too_small(vram, sampler=sampler, own=own))
     return Budget(
         training=training,
         engine=engine,
@@ -129,6 +124,19 @@ def plan_budget(shape: ModelShape, work: Workload, *, vram: int | None = None) -
         device=work.device,
         vram=vram,
         slots=training["adapter_slots"],
+    )
+
+
+def _too_small(vram: int, *, sampler: int, own: int) -> str:
+    what = f"{gib(sampler)} of vLLM's in bf16"
+    instead = ""
+    if own:
+        what += f" and {gib(own)} that the trainer holds besides"
+        instead = f", or let both use one copy ({gib(sampler)}) with --share-base-weights true"
+    least = math.ceil((sampler + own) / GIB)
+    return (
+        f"--vram {vram / GIB:g}: too small for the base weights, {what}; take a smaller model or a device of at least {least} "
+        f"GiB{instead}"
     )
 
 
@@ -157,21 +165,27 @@ def savings(shape: ModelShape, work: Workload) -> list[Saving]:
 
 
 def _changes(work: Workload) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if work.device == "cuda" and work.share_base_weights is False:
+        yield "model.share_base_weights auto", "nothing", {"share_base_weights": "auto"}
     if (work.logits_mib or LOGITS_MIB[work.device]) > 256:
         yield "optim.logits_mib 256", "nothing but a little time", {"logits_mib": 256}
     half = max(MIN_TOKENS_PER_PACK, work.tokens_per_pack // 2)
     if half < work.tokens_per_pack:
         yield f"optim.tokens_per_pack {half}", "the same update, in more passes", {"tokens_per_pack": half}
+    if work.device == "cpu" and work.share_base_weights is not True:
+        yield "model.share_base_weights true", "slower sampling", {"share_base_weights": True}
     if not work.gradient_checkpointing:
         yield "optim.gradient_checkpointing true", "a third more training time", {"gradient_checkpointing": True}
     quarter = max(MIN_TOKENS_PER_PACK, work.tokens_per_pack // 4)
     if quarter < half:
         yield f"optim.tokens_per_pack {quarter}", "the same update, in still more passes", {"tokens_per_pack": quarter}
+    if work.optimizer == "adamw":
+        yield "optim.optimizer adamw_8bit", "rounded moments", {"optimizer": "adamw_8bit"}
     for rank in (64, 32, 16):
         if rank < work.rank:
             yield f"lora.rank {rank}", "less capacity", {"rank": rank, "max_rank": 64}
     if work.load_in == "bf16":
-        yield "--load-in nf4", "a coarser base; rankup cannot train on one yet", {"load_in": "nf4"}
+        yield "model.load_in nf4", "a coarser base; nothing where weights are shared", {"load_in": "nf4"}
 
 
 def thrifty(work: Workload) -> Workload:

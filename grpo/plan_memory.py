@@ -8,7 +8,8 @@
 What a training step keeps follows from what rankup's autograd functions save (`kept_bytes`); tests hold it against what
 autograd is seen to save. The peak is either where the first logits are formed, with every activation kept, or in the backward
 of a layer (`peak_work`). `scripts/bench/plan_memory.py` measures the peak of whole updates on CPU beside the sum of
-`training_parts`. `plan_budget.py` says what fits on a device.
+`training_parts`, `scripts/bench/memory.py` that of CUDA's path on tensors without memory. `plan_budget.py` says what fits on a
+device.
 
 Legend: T tokens of a pack, N targets of it, n those of a chunk of logits, D hidden, M width of the MLP, V vocabulary.
 """
@@ -29,8 +30,10 @@ from .plan_shapes import Matrix, ModelShape
 from .policy import LOGITS_MIB
 
 BF16, FP32 = 2, 4
-NF4 = 0.56  # bytes a parameter, double quantisation included
-ADAM = 2 * FP32  # both moments
+NF4 = 0.5 + FP32 / 64  # bytes a parameter: four bits, and a scale of each 64
+# Both moments of a parameter of the adapter, in 8 bits with an fp32 scale of each 256. What is paged may leave the device, but
+# counts here.
+OPTIMIZERS = {"adamw": 2 * FP32, "adamw_8bit": 2 * (1 + FP32 / 256), "paged_adamw_8bit": 2 * (1 + FP32 / 256)}
 
 QKV, MLP, OUTPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), "o_proj"
 EMBEDDINGS = ("embed_tokens", "wte")
@@ -47,12 +50,14 @@ ENGINE_GRAPH_BYTES = {"cpu": 0, "cuda": 512 * 2**20}
 MAX_NUM_SEQS = 256
 
 
+FLASH_ROWS = 128  # to which flash attention's backward rounds the queries of a sequence
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What memory depends on besides the model. `logits_mib` None: the device's default, as in `optim.logits_mib`.
 
-    `base_copies`: 2 while the trainer and vLLM hold a copy of the base weights each, 1 where they share one, or where vLLM is
-    absent.
+    `load_in`, `share_base_weights` and `optimizer` are `model.load_in`, `model.share_base_weights` and `optim.optimizer`.
     """
 
     rank: int
@@ -65,8 +70,9 @@ class Workload:
     gradient_checkpointing: bool = False
     logits_mib: int | None = None
     load_in: Literal["bf16", "nf4"] = "bf16"
+    share_base_weights: bool | Literal["auto"] = "auto"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     device: Literal["cpu", "cuda"] = "cuda"
-    base_copies: int = 2
 
     @property
     def group_tokens(self) -> int:
@@ -91,6 +97,17 @@ def base_bytes(shape: ModelShape, load_in: str) -> int:
     """One copy of the base weights. In NF4 embeddings, head, norms and biases stay bf16."""
     quantised = shape.quantisable if load_in == "nf4" else 0
     return round(quantised * NF4) + (shape.parameters - quantised) * BF16
+
+
+def own_base_bytes(shape: ModelShape, work: Workload) -> int:
+    """What the trainer holds of the base besides vLLM's, which is in bf16 always. What it shares are views of vLLM's weights;
+    by default that is all of them on CUDA, and on CPU all but the linear layers, which vLLM lays out anew."""
+    if work.share_base_weights is False:
+        return base_bytes(shape, work.load_in)
+    if work.share_base_weights is True or work.device == "cuda":
+        return 0
+    biases = sum(matrix.d_out for matrix in shape.matrices if matrix.role in shape.biases)
+    return round(shape.quantisable * (NF4 if work.load_in == "nf4" else BF16)) + biases * BF16
 
 
 def kept_bytes(shape: ModelShape, work: Workload) -> int:
@@ -165,7 +182,10 @@ def activation_bytes(shape: ModelShape, work: Workload) -> int:
 
 def peak_work(shape: ModelShape, work: Workload) -> dict[str, int]:
     """What comes on top of the activations at the peak: the logits of a chunk, or the backward of one layer."""
-    return max(_logits(shape, work), _layer_backward(shape, work), key=lambda parts: sum(parts.values()))
+    moments = [_logits(shape, work), _mlp_backward(shape, work)]
+    if work.device == "cuda":
+        moments.append(_attention_backward(shape, work))
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def _logits(shape: ModelShape, work: Workload) -> dict[str, int]:
@@ -189,15 +209,42 @@ def _head_adapter_gradients(shape: ModelShape, work: Workload) -> int:
     return sum(2 * FP32 * work.rank * (matrix.d_in + matrix.d_out) for matrix in heads)  # summed up, then scaled
 
 
-def _layer_backward(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """The MLP's backward, which is the widest: act, its product with up and their gradient, 3 M, and gradients of its input and
-    output; with checkpointing all that the layer keeps, formed again; on CPU blocks of attention scores."""
-    layers = max(1, layers_with_gradient(shape, shape.targeted(work.targets)))
-    again = kept_bytes(shape, work) // layers if work.gradient_checkpointing else 0
+def _mlp_backward(shape: ModelShape, work: Workload) -> dict[str, int]:
+    """Its product and that one's gradient, 2 M, beside gradients of its input and output; torch needs act(gate) besides, and
+    more of D; on CPU with checkpointing, blocks of attention scores."""
+    widths = 2 * shape.intermediate + 2 * shape.hidden if work.device == "cuda" else 3 * (shape.intermediate + shape.hidden)
     scores = 2 * SCORES_LIMIT * BF16 if work.device == "cpu" and work.gradient_checkpointing else 0
-    gradients = work.tokens_per_pack * BF16 * (3 * shape.intermediate + 3 * shape.hidden)
-    dequantised = shape.intermediate * shape.hidden * BF16 if work.load_in == "nf4" else 0
-    return {"layer_backward": gradients + dequantised, "layer_again": again + scores}
+    gradients = work.tokens_per_pack * BF16 * widths
+    return {"layer_backward": gradients + _formed_weight(shape, work), "layer_again": _formed_again(shape, work) + scores}
+
+
+def _attention_backward(shape: ModelShape, work: Workload) -> dict[str, int]:
+    """The flash kernel's, which comes when what the layer's MLP kept, and the input of its norm, are free again.
+
+    Gradients of the residual, of the result and of queries, keys and values; inside the kernel those of queries in fp32 with a
+    number a head, and those of keys and values once for each query head.
+    """
+    queries, keys = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim * _keys_per_token(work)
+    expanded = 2 * queries * _keys_per_token(work) if shape.heads != shape.kv_heads else 0
+    free = 2 * shape.intermediate + 2 * shape.hidden
+    elements = work.tokens_per_pack * (shape.hidden + 2 * queries + keys + expanded - free)
+    sequences = (1 + work.num_generations) * work.tokens_per_pack / work.group_tokens
+    inside = (work.tokens_per_pack + FLASH_ROWS * sequences) * shape.heads * (shape.head_dim + 1) * FP32
+    return {"layer_backward": round(BF16 * elements + inside), "layer_again": _formed_again(shape, work)}
+
+
+def _formed_again(shape: ModelShape, work: Workload) -> int:
+    """With checkpointing, all that a layer keeps, but for its input."""
+    if not work.gradient_checkpointing:
+        return 0
+    layers = max(1, layers_with_gradient(shape, shape.targeted(work.targets)))
+    return kept_bytes(shape, work) // layers - work.tokens_per_pack * BF16 * shape.hidden
+
+
+def _formed_weight(shape: ModelShape, work: Workload) -> int:
+    """The weight that a product takes, where the trainer's own is packed."""
+    is_packed = work.load_in == "nf4" and own_base_bytes(shape, work) > 0
+    return shape.intermediate * shape.hidden * BF16 if is_packed else 0
 
 
 def gap_bytes(shape: ModelShape, work: Workload) -> int:
@@ -218,17 +265,18 @@ def gap_bytes(shape: ModelShape, work: Workload) -> int:
 def training_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
     """The trainer's memory at its peak, by part; "adapter_slots" are those that vLLM samples with, held once.
 
-    The guards' snapshot of masters and optimizer lies on the host: it counts where the host is the device. A run that evaluates
-    as it goes (`logging.eval_steps`) keeps two.
+    "base_weights" are those that it does not share with vLLM. The guards' snapshot of masters and optimizer lies on the host:
+    it counts where the host is the device. A run that evaluates as it goes (`logging.eval_steps`) keeps two.
     """
     adapter = work.rank * shape.parameters_per_rank(work.targets)
+    optimizer = round(OPTIMIZERS[work.optimizer] * adapter)
     parts = {
-        "base_weights": base_bytes(shape, work.load_in),
+        "base_weights": own_base_bytes(shape, work),
         "adapter_slots": work.max_rank * shape.parameters_per_rank(work.targets) * BF16,
         "adapter_masters": FP32 * adapter,
         "adapter_gradients": FP32 * adapter,
-        "optimizer": ADAM * adapter,
-        "guards_snapshot": (FP32 + ADAM) * adapter if work.device == "cpu" else 0,
+        "optimizer": optimizer,
+        "guards_snapshot": FP32 * adapter + optimizer if work.device == "cpu" else 0,
         "activations": activation_bytes(shape, work),
         **peak_work(shape, work),
         "gaps": gap_bytes(shape, work),
@@ -241,12 +289,12 @@ def training_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
 
 
 def engine_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """What vLLM needs besides its KV cache and the slots: its copy of the base, activations of a step, logits, graphs."""
+    """What vLLM needs besides its KV cache and the slots: the base in bf16, activations of a step, logits, graphs."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widest = max(3 * shape.intermediate, 2 * queries + 2 * keys) + 2 * shape.hidden
     sampled = MAX_NUM_SEQS * shape.vocabulary * (BF16 + 2 * FP32)  # logits, and what the sampler makes of them
     parts = {
-        "base_weights": (work.base_copies - 1) * base_bytes(shape, work.load_in),
+        "base_weights": base_bytes(shape, "bf16"),
         "activations": ENGINE_STEP_TOKENS[work.device] * widest * BF16 + sampled,
         "graphs": ENGINE_GRAPH_BYTES[work.device],
     }

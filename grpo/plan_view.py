@@ -25,7 +25,7 @@ LABELS = {
     "adapter_slots": "adapter, bf16 (vLLM's slots)",
     "adapter_masters": "adapter, fp32 masters",
     "adapter_gradients": "adapter, fp32 gradients",
-    "optimizer": "AdamW",
+    "optimizer": "optimizer's state",
     "guards_snapshot": "guards' snapshot of both",
     "activations": "activations of a pack",
     "logits_chunk": "logits of one chunk",

@@ -187,7 +187,7 @@ def _estimated(model_path: str, config: GRPOConfig) -> dict[str, int]:
         tokens_per_pack=config.optim.tokens_per_pack,
         gradient_checkpointing=config.optim.gradient_checkpointing,
         device="cpu",
-        base_copies=1,
+        share_base_weights=False,  # nobody else holds one
     )
     return training_parts(read_shape(model_path), work)
 

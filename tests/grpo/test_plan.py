@@ -170,7 +170,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "rank 256": (["--rank", "256"], "lora.rank: must be at most 128"),
     "one generation": (["--num-generations", "1"], "rollout.num_generations: must be at least 2"),
     "no such layer": (["--targets", "q_proj,wq"], "LlamaForCausalLM has no linear layer wq"),
-    "small device": (["--vram", "0.4"], "--vram 0.4: too small for the base weights"),
+    "small device": (["--vram", "0.2"], "--vram 0.2: too small for the base weights"),
 }
 
 
@@ -197,6 +197,40 @@ def test_help_shows_examples_that_parse(capsys: pytest.CaptureFixture[str]):
     assert "examples:\n  rankup plan smollm2-135m-instruct" in capsys.readouterr().out
     examples = [line.strip().split("  ")[0].split()[1:] for line in EXAMPLES.splitlines()[1:]]
     assert all(parser.parse_args(example).command is not None for example in examples)
+
+
+def test_how_the_base_is_held_and_the_optimizer_go_into_the_budget(plan: Planner):
+    assert "base_weights" not in plan.json()["memory"]["training"]
+    own = plan.json("--share-base-weights", "false")["memory"]
+    assert own["training"]["base_weights"] == own["engine"]["base_weights"] == 2 * 134_515_008
+    assert plan.json("--share-base-weights", "false")["workload"]["share_base_weights"] is False
+    packed = plan.json("--share-base-weights", "false", "--load-in", "nf4")
+    assert packed["memory"]["training"]["base_weights"] < 0.6 * own["training"]["base_weights"]
+    assert not any("NF4" in note for note in packed["notes"])
+    assert any("NF4 saves nothing here" in note for note in plan.json("--load-in", "nf4")["notes"])
+    in_8_bits = plan.json("--optimizer", "adamw_8bit")["memory"]["training"]
+    assert in_8_bits["optimizer"] == pytest.approx(2.03 * 19_537_920, rel=0.001)
+
+
+HELD: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "as by default": ([], {"load_in": None, "share_base_weights": "auto", "optimizer": "adamw"}),
+    "its own, packed": (
+        ["--share-base-weights", "false", "--load-in", "nf4", "--optimizer", "adamw_8bit"],
+        {"load_in": "nf4", "share_base_weights": False, "optimizer": "adamw_8bit"},
+    ),
+    "shared": (["--share-base-weights", "true"], {"load_in": None, "share_base_weights": True, "optimizer": "adamw"}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "fields"), HELD.values(), ids=HELD)
+def test_how_the_base_is_held_and_the_optimizer_go_into_the_run_file(
+    plan: Planner, arguments: list[str], fields: dict[str, Any]
+):
+    file = plan.folder / "run.yaml"
+    plan("--write", str(file), *arguments)
+    config = load_config(file)
+    found = {"load_in": config.model.load_in, "share_base_weights": config.model.share_base_weights}
+    assert found | {"optimizer": config.optim.optimizer} == fields
 
 
 def test_targets_come_as_a_preset_names_or_an_expression(plan: Planner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from rankup.grpo.plan_budget import GIB, Budget, gib, plan_budget, savings, thrifty
-from rankup.grpo.plan_memory import Workload
+from rankup.grpo.plan_memory import Workload, training_parts
 from rankup.grpo.plan_shapes import ModelShape, read_shape
 
 QWEN_7B = {
@@ -66,10 +67,46 @@ def test_the_smallest_common_size_is_one_that_what_is_needed_goes_into(shape: Mo
 
 
 def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
-    with pytest.raises(ValueError, match=r"--vram 24: too small for the base weights, 28\.4 GiB in 2 copies") as caught:
-        plan_budget(shape, workload(), vram=24 * GIB)
-    assert "at least 29 GiB" in str(caught.value) and "NF4 would take 10.9 GiB" in str(caught.value)
-    assert plan_budget(shape, workload(load_in="nf4"), vram=24 * GIB).fits is False
+    """vLLM holds a copy in bf16, whatever the trainer holds."""
+    for sharing in ("auto", False):
+        for load_in in ("bf16", "nf4"):
+            work = workload(share_base_weights=sharing, load_in=load_in)
+            with pytest.raises(ValueError, match=r"--vram 14: too small for the base weights, 14\.2 GiB of vLLM's in bf16"):
+                plan_budget(shape, work, vram=14 * GIB)
+    assert plan_budget(shape, workload(), vram=15 * GIB).fits is False
+
+
+def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
+    with pytest.raises(ValueError, match=r"14\.2 GiB of vLLM's in bf16 and 14\.2 GiB that the trainer holds besides") as caught:
+        plan_budget(shape, workload(share_base_weights=False), vram=24 * GIB)
+    assert "at least 29 GiB, or let both use one copy (14.2 GiB) with --share-base-weights true" in str(caught.value)
+    plan_budget(shape, workload(share_base_weights=True), vram=24 * GIB)
+    plan_budget(shape, workload(share_base_weights=False, load_in="nf4"), vram=24 * GIB)
+
+
+def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
+    shared, own = ({saving.change for saving in savings(shape, workload(share_base_weights=s))} for s in (True, False))
+    assert "model.load_in nf4" in own - shared
+    packed, whole = (plan_budget(shape, workload(share_base_weights=False, load_in=name)) for name in ("nf4", "bf16"))
+    assert whole.needed - packed.needed > 0.6 * 2 * shape.quantisable
+    assert plan_budget(shape, workload(load_in="nf4")).needed == plan_budget(shape, workload()).needed
+
+
+@pytest.mark.parametrize(
+    ("device", "sharing", "change"),
+    [
+        ("cuda", "auto", None),
+        ("cuda", False, "model.share_base_weights auto"),
+        ("cpu", "auto", "model.share_base_weights true"),
+        ("cpu", False, "model.share_base_weights true"),
+        ("cpu", True, None),
+    ],
+)
+def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: str, sharing: Any, change: str | None):
+    work = workload(device=device, share_base_weights=sharing)
+    found = [one for one in savings(shape, work) if "share_base_weights" in one.change]
+    assert [one.change for one in found] == ([] if change is None else [change])
+    assert sum(one.alone for one in found) == training_parts(shape, work).get("base_weights", 0)
 
 
 def test_savings_are_differences_of_what_is_needed(shape: ModelShape):
@@ -80,8 +117,8 @@ def test_savings_are_differences_of_what_is_needed(shape: ModelShape):
     assert found["optim.gradient_checkpointing true"].alone == needed - checkpointing.needed
     rank = plan_budget(shape, workload(tokens_per_pack=16384))
     assert found["lora.rank 64"].alone == needed - rank.needed
-    nf4 = plan_budget(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384, load_in="nf4"))
-    assert found["--load-in nf4"].alone == needed - nf4.needed
+    in_8_bits = plan_budget(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384, optimizer="adamw_8bit"))
+    assert found["optim.optimizer adamw_8bit"].alone == needed - in_8_bits.needed
 
 
 def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
@@ -89,14 +126,16 @@ def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
     changes = [saving.change for saving in found]
     assert changes.index("optim.tokens_per_pack 8192") < changes.index("optim.gradient_checkpointing true")
     assert changes.index("optim.gradient_checkpointing true") < changes.index("lora.rank 64")
-    assert changes[-1] == "--load-in nf4"
+    assert changes.index("optim.gradient_checkpointing true") < changes.index("optim.optimizer adamw_8bit")
+    assert changes[-1] == "lora.rank 16"
     together = [saving.needed_with_all_before for saving in found]
     assert together == sorted(together, reverse=True)
 
 
 def test_what_is_thrifty_already_is_not_suggested_again(shape: ModelShape):
     work = thrifty(workload(rank=16))
-    assert [saving.change for saving in savings(shape, work)] == ["--load-in nf4"]
+    assert [saving.change for saving in savings(shape, work)] == ["optim.optimizer adamw_8bit"]
+    assert savings(shape, dataclasses.replace(work, optimizer="paged_adamw_8bit")) == []
 
 
 def test_on_cpu_the_cache_takes_all_that_is_left(shape: ModelShape):

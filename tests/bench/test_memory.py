@@ -1,0 +1,246 @@
+"""The memory bench: what its instrument counts, that fakes take what real tensors take, and the planner beside its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rankup.grpo.quiet import quiet_stderr
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = ROOT / "docs" / "performance" / "memory.json"
+Load = Callable[[str], ModuleType]
+KIB = 1024
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 32_000,
+    "tie_word_embeddings": False,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2, heads of their own keys": {"model_type": "qwen2", "num_key_value_heads": 8},
+    "qwen3, wide heads": {"model_type": "qwen3", "head_dim": 128},
+}
+
+GROUPS = [(32, 96, 8), (256, 768, 8), (1024, 64, 16)]  # the last one's peak is in the backward of attention
+
+
+@pytest.fixture(scope="module")
+def fake_memory(bench_module: Load) -> Any:
+    return bench_module("fake_memory")
+
+
+@pytest.fixture(scope="module")
+def sides(bench_module: Load) -> Any:
+    return bench_module("memory_sides")
+
+
+@pytest.fixture(scope="module")
+def memory(bench_module: Load) -> Any:
+    return bench_module("memory")
+
+
+@pytest.fixture(scope="module")
+def report(bench_module: Load) -> Any:
+    return bench_module("memory_report")
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict[str, Any]]:
+    return json.loads(FIGURES.read_text())["cells"]
+
+
+# ---------------------------------------------------------------------------------------------------------- instrument
+
+
+def test_a_storage_counts_once_and_until_nothing_refers_to_it(fake_memory: Any):
+    with fake_memory.PeakMemory() as counted:
+        a = torch.ones(256)
+        assert counted.now == KIB
+        view, same = a[:8].reshape(2, 4), a.mul_(2)
+        assert counted.now == KIB and same is a
+        b = (a + 1) * 2  # a + 1 lives until the product is there
+        assert (counted.now, counted.peak) == (2 * KIB, 3 * KIB)
+        counted.begin()
+        del a, same
+        assert counted.now == 2 * KIB, "the view keeps it"
+        del view, b
+        assert (counted.now, counted.peak) == (0, 2 * KIB)
+
+
+def test_what_autograd_keeps_gradients_and_the_optimizers_state_count(fake_memory: Any):
+    """y = (x w)^2: x w is kept, 1 KiB; its gradient comes beside it, that of w, 4 bytes, and AdamW's three numbers."""
+    with fake_memory.PeakMemory() as counted:
+        w, x = torch.ones(1, requires_grad=True), torch.ones(256)
+        start = counted.now
+        optimizer = torch.optim.AdamW([w])
+        y = (x * w).square()
+        assert counted.now == start + 2 * KIB
+        loss = y.sum()
+        del y
+        assert counted.now == start + KIB + 4
+        loss.backward()
+        del loss
+        assert counted.now == start + 4
+        optimizer.step()
+        assert counted.now == start + 4 + 3 * 4
+        optimizer.zero_grad()
+        assert counted.now == start + 3 * 4
+
+
+def _mlp_step() -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    optimizer = torch.optim.AdamW(mlp.parameters(), foreach=False)
+    for _ in range(2):
+        mlp(torch.ones(128, 64)).square().sum().backward()
+        optimizer.step()
+
+
+def test_the_peak_is_what_torchs_allocator_gives_out(fake_memory: Any):
+    """Every allocation and every free of a real step, as torch's profiler records them."""
+    gc.collect()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _mlp_step()
+    now = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()  # type: ignore[attr-defined]
+        peak = max(peak, now)
+    with fake_memory.PeakMemory() as counted:
+        _mlp_step()
+    assert counted.peak == pytest.approx(peak, rel=0.005)
+
+
+def test_flash_attention_takes_fp32_and_expanded_gradients_inside(fake_memory: Any):
+    """2 sequences of 300 queries and 500 keys in all, 8 heads of 64 over 2: queries in blocks of 128 more, a number beside."""
+    rows = 300 + 2 * 128
+    assert fake_memory.flash_workspace(300, 2, 500, (8, 64), 2) == 4 * rows * 8 * 65 + 2 * 2 * 500 * 8 * 64
+    assert fake_memory.flash_workspace(300, 2, 500, (8, 64), 8) == 4 * rows * 8 * 65
+
+
+# --------------------------------------------------------------------------------------------------------------- sides
+
+
+def _peak(counted: Any, side: Any, group: Any) -> tuple[int, int]:
+    for _ in range(2):
+        counted.begin()
+        side.add_gradients(group)
+        side.apply_gradients()
+    return counted.now, counted.peak
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["rankup", "trl", "peft"])
+def test_fakes_take_what_real_tensors_take(
+    fake_memory: Any, sides: Any, tiny_model_path: Callable[[str], Path], name: str, gradient_checkpointing: bool
+):
+    """The same step on the path of the CPU, with numbers and without."""
+    folder, group = tiny_model_path("llama"), sides.Group(prompt=20, completion=30, generations=4)
+    options = {"rank": 16, "gradient_checkpointing": gradient_checkpointing}
+    with quiet_stderr(), fake_memory.fake_tensors() as counted:
+        fake = sides.SIDES[name](folder, **options)
+        of_fakes = _peak(counted, fake, group)
+    with quiet_stderr(), fake_memory.PeakMemory() as counted:
+        real = sides.SIDES[name](folder, **options)
+        of_real = _peak(counted, real, group)
+    assert of_fakes == pytest.approx(of_real, rel=0.002)  # of indices some are real in both
+    if name == "rankup":
+        assert fake.fusion == real.fusion
+
+
+def test_trls_head_is_called_as_trl_calls_it(sides: Any, tiny_model_path: Callable[[str], Path]):
+    from trl.trainer.utils import add_fused_lm_head
+
+    side = sides.TrlSide(tiny_model_path("llama"), rank=4, gradient_checkpointing=False)
+    ids_BT = torch.randint(0, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours_BR = side._logprobs(ids_BT, 5)
+        add_fused_lm_head(side._base, temperature=1.0, outputs=("log_probs", "entropy"))
+        labels_BT = ids_BT.clone()
+        labels_BT[:, :-5] = -100
+        theirs_BT = side._model(input_ids=ids_BT, labels=labels_BT, fused_lm_head=True).log_probs
+    torch.testing.assert_close(ours_BR, theirs_BT[:, -5:])
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_the_plan_is_within_a_tenth_of_what_is_measured(
+    memory: Any,
+    sides: Any,
+    report: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    gradient_checkpointing: bool,
+):
+    name = str(changes)
+    monkeypatch.setitem(memory.MODELS, name, SMALL | changes)
+    options = {"rank": 64, "gradient_checkpointing": gradient_checkpointing}
+    groups = [sides.Group(*sizes) for sizes in GROUPS]
+    with quiet_stderr():
+        measured = memory.measure(memory.shape_of(name), "rankup", groups, **options)
+    rows = [{"model": name, "vocabulary": None, **dataclasses.asdict(group), **options} for group in groups]
+    assert [report.planned(row) for row in rows] == pytest.approx([peak for _, peak in measured], rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_every_cell_of_the_page_was_measured(memory: Any, cells: list[dict[str, Any]]):
+    keys = memory.Cell.__dataclass_fields__
+    assert [tuple(row[key] for key in keys) for row in cells] == [
+        tuple(getattr(cell, key) for key in keys) for cell in memory.cells()
+    ]
+
+
+def test_the_plan_is_within_a_tenth_of_every_cell(report: Any, cells: list[dict[str, Any]]):
+    ratios = [report.planned(row) / row["peak"] for row in cells if row["side"] == "rankup"]
+    assert len(ratios) >= 36
+    assert min(ratios) > 0.9 and max(ratios) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["rankup", "trl", "peft"])
+def test_the_figures_are_what_is_measured(memory: Any, cells: list[dict[str, Any]], side: str):
+    first = next(row for row in cells if row["side"] == side)
+    (cell,) = [c for c in memory.cells() if all(getattr(c, key) == first[key] for key in c.__dataclass_fields__)]
+    with quiet_stderr():
+        (measured,) = memory.measure_all([cell])
+    assert measured["peak"] == pytest.approx(first["peak"], rel=0.001)
+
+
+def test_the_page_shows_the_tables_of_the_figures(report: Any, cells: list[dict[str, Any]]):
+    page = (ROOT / "docs" / "memory.md").read_text()
+    shown = dict(re.findall(r"<!-- table: ([\w-]+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
+    assert shown == report.tables(cells)
+
+
+def test_the_picture_is_of_the_size_it_says(report: Any, cells: list[dict[str, Any]], tmp_path: Path):
+    report.draw(cells, tmp_path / "memory.png")
+    assert struct.unpack(">II", (tmp_path / "memory.png").read_bytes()[16:24]) == (2000, 1600)
+
+
+def test_memory_grows_with_p_plus_g_r_and_not_with_the_vocabulary(report: Any, cells: list[dict[str, Any]]):
+    ours = [row for row in cells if row["side"] == "rankup"]
+    by_vocabulary = [report.activations(row) for row in ours if row["part"] == "vocabularies"]
+    assert max(by_vocabulary) < 1.01 * min(by_vocabulary)
+    for checkpointing in (False, True):
+        grown = [row for row in ours if row["part"] == "completions" and row["gradient_checkpointing"] is checkpointing]
+        densities = [report.activations(row) / report._shared(row) for row in grown]
+        assert max(densities) < 1.15 * min(densities)
