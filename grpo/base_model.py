@@ -11,6 +11,7 @@ next one is read. `nf4_names` says which weights are rounded, so that the sample
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,19 @@ class BaseModel:
     shared_bytes: int
     versions: tuple[int, ...]
     """How often torch had written into each of the weights when they were loaded."""
+    checksums: tuple[int, ...]
+    """Of each of the weights when they were loaded."""
 
-    def written(self) -> list[str]:
-        """Names of the weights that torch has written into since then, whoever asked for it and through whichever view."""
-        pairs = zip(self.weights.items(), self.versions, strict=True)
-        return [name for (name, tensor), version in pairs if tensor._version != version]
+    def written(self, *, thoroughly: bool = False) -> list[str]:
+        """Names of the weights that were written into since then.
+
+        By torch's counters, which see what torch's operations do through any view, but not through `.data`, and not what other
+        kernels do; `thoroughly` reads all weights again.
+        """
+        found = [n for (n, w), version in zip(self.weights.items(), self.versions, strict=True) if w._version != version]
+        if thoroughly and not found:
+            found = [n for (n, w), was in zip(self.weights.items(), self.checksums, strict=True) if _checksum(w) != was]
+        return found
 
 
 def load_base(
@@ -73,16 +82,18 @@ def load_base(
     shared = shared or {}
     if load_in is None and not shared:
         return _loaded_plainly(model_path, dtype, device)
-    model = empty_model(model_path, dtype)
-    fitting = {name: shared[name] for name, p in model.named_parameters() if name in shared and _fits(shared[name], p, device)}
-    own = [name for name, _ in model.named_parameters() if name not in fitting]
     files = _files_of_weights(Path(model_path))
+    model = empty_model(model_path, dtype, files)
+    rounded = set(_linear_weights(model)) if load_in == "nf4" else set()
+    fitting = {name: shared[name] for name, p in model.named_parameters() if name in shared and _fits(shared[name], p, device)}
+    for name in _changed_by_loading({n: t for n, t in fitting.items() if n not in rounded}, files):
+        del fitting[name]
+    own = [name for name, _ in model.named_parameters() if name not in fitting]
     unknown = [name for name in own if name not in files] + _saved_buffers(model)
     if unknown and load_in is not None:
-        raise ValueError(f"model.load_in: {model_path} has no weight {unknown[0]} in its files: leave this option out")
+        raise ValueError(_not_found(model_path, unknown[0], files))
     if unknown:
         return _loaded_plainly(model_path, dtype, device)
-    rounded = set(_linear_weights(model)) if load_in == "nf4" else set()
     for name, tensor in fitting.items():
         _set_parameter(model, name, tensor)
     for name, tensor in _read(files, own, device):
@@ -90,14 +101,24 @@ def load_base(
             _set_nf4(model, name, Nf4Weight.quantise(tensor.to(dtype)))
         else:
             _set_parameter(model, name, tensor.to(dtype))
-    model.tie_weights()
+    _tie(model, files)
     nn.Module.to(model, device)  # its buffers
     return _described(model, fitting)
 
 
+@functools.lru_cache(maxsize=8)
 def nf4_names(model_path: str) -> tuple[str, ...]:
-    """Names of the weights that `load_in="nf4"` rounds: those of all linear layers but the head."""
-    return tuple(_linear_weights(empty_model(model_path, torch.bfloat16)))
+    """Names of the weights that `load_in="nf4"` rounds: those of all linear layers but the head.
+
+    Raises:
+        ValueError: the files of the model do not have one of them.
+    """
+    files = _files_of_weights(Path(model_path))
+    names = tuple(_linear_weights(empty_model(model_path, torch.bfloat16, files)))
+    for name in names:
+        if name not in files:
+            raise ValueError(_not_found(model_path, name, files))
+    return names
 
 
 def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
@@ -107,13 +128,34 @@ def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
         weight.data = Nf4Weight.quantise(weight.data.to(dtype)).dense().to(weight.dtype)
 
 
-def empty_model(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(model_path: str, dtype: torch.dtype, files: Mapping[str, Path]) -> PreTrainedModel:
     """The model without memory for its parameters, which are on the meta device; its buffers are computed."""
     config = AutoConfig.from_pretrained(model_path)
     with init_empty_weights(include_buffers=False):
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
-    model.tie_weights()
+    _tie(model, files)
     return model
+
+
+def _tie(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+    """Let the head and the embedding share their weight where the model has it so.
+
+    Not where the files have two that differ: then transformers and vLLM take them apart, whatever the configuration says.
+    """
+    ties: dict[str, str] = model.all_tied_weights_keys
+    for target, source in ties.items():
+        if target in files and source in files:
+            (_, a), (_, b) = _read(files, [target, source], "cpu")
+            if not torch.equal(a, b):
+                return
+    model.tie_weights()
+
+
+def _not_found(model_path: str, name: str, files: Mapping[str, Path]) -> str:
+    if not files:
+        return f"model.load_in: {model_path} has no safetensors: convert the model, or leave this option out"
+    where = f"the files of {model_path}"
+    return f"model.load_in: {where} name weights otherwise than transformers (no {name}): leave this option out"
 
 
 def _loaded_plainly(model_path: str, dtype: torch.dtype, device: str) -> BaseModel:
@@ -136,7 +178,17 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
         own_bytes=sum(sizes[name] for name in own),
         shared_bytes=sum(sizes[name] for name in shared),
         versions=tuple(tensor._version for tensor in weights.values()),
+        checksums=tuple(_checksum(tensor) for tensor in weights.values()),
     )
+
+
+def _checksum(weight: torch.Tensor) -> int:
+    """The sum of its bits modulo 2^64, read as the widest whole numbers that fit: sums of narrow ones are formed from copies."""
+    flat = weight.detach().reshape(-1)
+    size, start = flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size()
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    width = next(width for width in kinds if size % width == start % width == 0)
+    return int(flat.view(kinds[width]).sum(dtype=torch.int64).item())
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -144,6 +196,24 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
 
 def _fits(tensor: torch.Tensor, parameter: nn.Parameter, device: str) -> bool:
     return (tensor.shape, tensor.dtype, tensor.device.type) == (parameter.shape, parameter.dtype, torch.device(device).type)
+
+
+def _changed_by_loading(shared: Mapping[str, torch.Tensor], files: Mapping[str, Path]) -> list[str]:
+    """Names of the shared weights whose first or last row is not that of the files: vLLM keeps them in another form.
+
+    The proof at the start of a run cannot see that: the trainer computes with them as vLLM does.
+    """
+    changed = []
+    for name, tensor in shared.items():
+        if name not in files:
+            continue
+        with safe_open(files[name], framework="pt") as file:  # each time anew, as in `_read`
+            rows = file.get_slice(name)
+            last = rows.get_shape()[0] - 1
+            pairs = ((rows[:1], tensor[:1]), (rows[last:], tensor[last:]))
+            if not all(torch.equal(row.to(tensor.device, tensor.dtype), held) for row, held in pairs):
+                changed.append(name)
+    return changed
 
 
 def _linear_weights(model: PreTrainedModel) -> list[str]:

@@ -268,11 +268,16 @@ def _use_of_adapter(trained: TrainedAdapter) -> str:
     base = model or f"path/to/{trained.base_name}"
     revision = trained.config.model.revision if model else None
     of_revision = f', revision="{revision}"' if revision else ""
+    dtype = trained.config.model.dtype
+    in_4_bits = ""
+    if trained.config.model.load_in == "nf4":
+        how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"'
+        in_4_bits = f",\n    quantization_config=BitsAndBytesConfig({how}),"
     in_python = f"""```python
 {_IMPORTS_FOR_NF4 if trained.config.model.load_in == "nf4" else _IMPORTS}
 
 base = AutoModelForCausalLM.from_pretrained(
-    "{base}"{of_revision}, dtype="{trained.config.model.dtype}"{_NF4 if trained.config.model.load_in == "nf4" else ""}
+    "{base}"{of_revision}, dtype="{dtype}"{in_4_bits}
 )
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
@@ -291,8 +296,6 @@ _IMPORTS = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer"""
 _IMPORTS_FOR_NF4 = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"""
-_NF4 = """,
-    quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"),"""
 
 
 def _configuration(config: GRPOConfig) -> str:

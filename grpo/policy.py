@@ -141,6 +141,7 @@ class Policy:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
+        assert not self.base.written(thoroughly=True), "the base weights are not those that the adapter was trained on"
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.

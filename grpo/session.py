@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.cpu_memory import keep_freed_memory
-from ..rollout.engine import RolloutEngine
+from ..rollout.engine import EngineSettings, RolloutEngine
 from .collect import engine_settings
 from .config import GRPOConfig
 from .learner import Learner
@@ -64,8 +64,8 @@ def open_session(
     check_device(config.optim, "cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     settings = engine_settings(config, model_path)
-    if engine is not None and dataclasses.replace(engine.settings, seed=settings.seed) != settings:
-        raise ValueError(f"the engine was made with other settings ({engine.settings}) than this run needs ({settings})")
+    if engine is not None:
+        _check_engine(engine.settings, settings)
     with quiet_stderr():
         own = engine or RolloutEngine(settings)
     try:
@@ -81,6 +81,17 @@ def open_session(
     finally:
         if engine is None:
             own.close()
+
+
+def _check_engine(has: EngineSettings, needs: EngineSettings) -> None:
+    values = ((name.name, getattr(has, name.name), getattr(needs, name.name)) for name in dataclasses.fields(needs))
+    differences = [f"{name} {_short(a)} instead of {_short(b)}" for name, a, b in values if a != b and name != "seed"]
+    if differences:
+        raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) < 80 else f"{str(value)[:80]} ..."
 
 
 def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine) -> Policy:

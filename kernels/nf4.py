@@ -62,9 +62,11 @@ class Nf4Weight:
             return dequantise(self.packed, self.absmax, code, self.shape, self.dtype, blocksize=BLOCKSIZE)
         import bitsandbytes  # noqa: F401  # registers the operator
 
+        # As one row: of a matrix bitsandbytes' CPU kernel takes scales by row, which is wrong where rows are no whole blocks.
+        flat = (self.shape.numel(),)
         return torch.ops.bitsandbytes.dequantize_4bit(
-            self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, self.shape, self.dtype
-        )
+            self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, flat, self.dtype
+        ).view(self.shape)
 
 
 def nf4_bytes(values: int) -> int:

@@ -57,10 +57,11 @@ def find_base_weights(vllm_model: nn.Module) -> dict[str, torch.Tensor]:
         for kind, parameter in module.named_parameters(recurse=False):
             tensor = parameter.detach()
             if isinstance(module, LinearBase):
-                parts = packed.get(own_name, [own_name])
-                rows = getattr(module, "output_sizes", [module.output_size])
-                if len(parts) == len(rows) and tensor.shape[:1] == (sum(rows),):
-                    views = tensor.split(rows)
+                parts, rows = packed.get(own_name, [own_name]), getattr(module, "output_sizes", [])
+                if parts == [own_name]:  # packed in transformers too, or not at all
+                    found[f"{prefix}{own_name}.{kind}"] = tensor
+                elif len(parts) == len(rows) and tensor.shape[:1] == (sum(rows),):
+                    views = tensor.split(list(rows))
                     found |= {f"{prefix}{part}.{kind}": view for part, view in zip(parts, views, strict=True)}
             elif isinstance(module, VocabParallelEmbedding):
                 found[f"{name}.{kind}"] = tensor[: module.org_vocab_size]

@@ -213,7 +213,7 @@ class RolloutEngine:
         return results
 
     def close(self) -> None:
-        """Give the engine's memory back. The slots must not be used afterwards."""
+        """Give the engine's memory back, but for what others hold views of. The slots must not be used afterwards."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._engine.engine_core.shutdown()

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rankup.grpo import fusing
+from rankup.grpo import base_model, fusing
 from rankup.grpo.lora_layers import FusedMLP
 from rankup.kernels import shared_prompt_attention
 
@@ -115,6 +115,7 @@ def fake_tensors() -> Iterator[PeakMemory]:
             mock.patch.object(nn.Module, "_apply", lambda module, function, recurse=True: module),  # `to`: fakes stay
             mock.patch.object(fusing, "_closest", lambda mlp: (FusedMLP(mlp, "silu"), 0.0)),
             mock.patch.object(fusing, "_fuse_norm", _fuse_norm),
+            mock.patch.object(base_model, "_checksum", lambda weight: 0),
             mock.patch.object(shared_prompt_attention, "plan_blocks", _of_values(shared_prompt_attention.plan_blocks)),
             mock.patch.object(shared_prompt_attention, "plan_sequences", _of_values(shared_prompt_attention.plan_sequences)),
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sample_groups import random_groups
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rankup.grpo.base_model import load_base, nf4_names
+from rankup.grpo.base_model import load_base, nf4_names, round_to_nf4
 from rankup.grpo.config import LoraConfig
 from rankup.grpo.lora_layers import Nf4Linear
 from rankup.grpo.packing import pack
@@ -63,6 +64,35 @@ def test_weights_in_several_files(tiny_model_path, tmp_path: Path) -> None:
     base = load_base(str(tmp_path / "parts"), dtype=torch.float32, load_in="nf4")
     whole = load_base(tiny_model_path("qwen2"), dtype=torch.float32, load_in="nf4")
     assert torch.equal(logits(base.model), logits(whole.model))
+
+
+def test_a_shared_weight_that_is_not_that_of_the_files_is_not_taken(tiny_model_path) -> None:
+    """As where vLLM keeps a norm's weight plus 1: the same shape, and it would agree with itself."""
+    other = plain(tiny_model_path("llama"))
+    offered = {name: p.detach().clone() for name, p in other.named_parameters()}
+    offered["model.norm.weight"] += 1
+    offered["model.layers.1.mlp.up_proj.weight"][-1] = 0
+    base = load_base(tiny_model_path("llama"), dtype=torch.float32, shared=offered)
+    assert set(base.own) == {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert torch.equal(logits(base.model), logits(other))
+
+
+@pytest.mark.parametrize("load_in", [None, "nf4"])
+def test_a_head_of_its_own_stays_one_whatever_the_configuration_says(tiny_model_path, tmp_path: Path, load_in: Any) -> None:
+    """The configuration ties it, the files have two: transformers and vLLM take them apart, if they differ."""
+    for scale in (1.0, 2.0):
+        folder = tmp_path / str(scale)
+        shutil.copytree(tiny_model_path("llama"), folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = scale * weights["model.embed_tokens.weight"].flip(0 if scale == 2.0 else ())
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shared = {name: p.detach() for name, p in plain(folder).named_parameters() if "proj" not in name}
+        model = load_base(str(folder), dtype=torch.float32, load_in=load_in, shared=shared).model
+        reference = plain(folder)
+        if load_in == "nf4":
+            round_to_nf4(reference, nf4_names(str(folder)), torch.float32)
+        assert torch.equal(logits(model), logits(reference))
+        assert (model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")) is (scale == 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- in 4 bits
@@ -122,8 +152,13 @@ def test_files_that_name_weights_otherwise(tiny_model_path, tmp_path: Path) -> N
     shutil.copytree(tiny_model_path("llama"), tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
     save_file({f"backbone.{name}": weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.load_in: .* has no weight model\.embed_tokens\.weight in its files"):
+    with pytest.raises(ValueError, match=r"name weights otherwise than transformers \(no model\.embed_tokens\.weight\)"):
         load_base(str(tmp_path / "other"), dtype=torch.float32, load_in="nf4")
+    with pytest.raises(ValueError, match=r"model\.load_in: .* \(no model\.layers\.0\."):
+        nf4_names(str(tmp_path / "other"))
+    file.unlink()
+    with pytest.raises(ValueError, match="has no safetensors"):
+        nf4_names(str(tmp_path / "other") + "/.")
 
 
 # ------------------------------------------------------------------------------------------------- nobody writes there
@@ -137,6 +172,17 @@ def test_whoever_writes_into_base_weights_is_found(make_policy) -> None:
         policy.model.get_submodule("model.layers.1.mlp.up_proj").get_base_layer().weight[3, 4] += 1
     with pytest.raises(AssertionError, match=r"written into base weights: .*layers\.1\.mlp\.up_proj"):
         policy.write_slots()
+
+
+def test_what_torch_does_not_count_is_found_when_the_adapter_is_saved(make_policy, tmp_path: Path) -> None:
+    policy = make_policy()
+    policy.save_adapter(tmp_path / "before")
+    policy.model.get_submodule("model.layers.1.mlp.up_proj").get_base_layer().weight.data[3, 4] += 1
+    policy.write_slots()
+    with pytest.raises(AssertionError, match="not those that the adapter was trained on"):
+        policy.save_adapter(tmp_path / "after")
+    assert policy.base.written(thoroughly=True) == ["model.layers.1.mlp.up_proj.weight"]
+    assert not (tmp_path / "after").exists()
 
 
 def test_an_adapter_is_not_merged_into_the_base(make_policy) -> None:

@@ -357,13 +357,13 @@ def test_what_was_trained_on_4_bits_is_merged_into_what_they_stand_for(
 
 def test_the_card_of_an_adapter_on_4_bits_loads_what_was_trained(save_run: SaveRun, tmp_path: Path) -> None:
     """transformers and bitsandbytes, as the card says: the logits of our policy."""
-    run = save_run("llama")
+    run = save_run("llama64")
     config = load_config(run / "config.yaml", ["model.load_in=nf4", "model.dtype=float32"])
     (run / "config.yaml").write_text(dump_config(config))
     export_adapter(read_run(run), tmp_path / "adapter")
     code = re.findall("```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)[0]
     code = code.replace("path/to/this/folder", str(tmp_path / "adapter"))
-    code = code.replace("path/to/llama", config.model.name).replace('compute_dtype="bfloat16"', 'compute_dtype="float32"')
+    code = code.replace("path/to/llama64", config.model.name)
     found: dict[str, Any] = {}
     with quiet_stderr():
         exec(code, found)
@@ -372,7 +372,7 @@ def test_the_card_of_an_adapter_on_4_bits_loads_what_was_trained(save_run: SaveR
     policy.write_slots()
     tokens = [1, 17, 99, 200, 4, 4, 31]
     with torch.no_grad():
-        # In evaluation mode bitsandbytes repacks weights on CPU, for which the tiny model's are too narrow.
+        # In evaluation mode bitsandbytes repacks weights on CPU, with scales in bf16.
         logprobs = found["model"].train()(torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     assert torch.allclose(torch.tensor(trainer_logprobs(policy, [tokens])[0]), expected, atol=1e-4)

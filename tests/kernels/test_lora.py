@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_oracle import gradients, make_layer, masters, plain, plain_mlp
+from lora_oracle import dense, gradients, make_layer, masters, plain, plain_mlp
 
 from rankup.kernels.lora import Activation, Adapter, Projection, lora_linear, lora_mlp, lora_projections
 
@@ -179,10 +179,10 @@ def test_the_mlps_backward_changes_nothing_that_others_hold() -> None:
 def test_base_weight_and_bias_get_no_gradient() -> None:
     layer = make_layer()
     assert layer.bias is not None
-    layer.weight.requires_grad_()
+    dense(layer).requires_grad_()
     layer.bias.requires_grad_()
     lora_linear(torch.randn(4, 7, dtype=torch.float64), layer).sum().backward()
-    assert layer.weight.grad is None and layer.bias.grad is None
+    assert dense(layer).grad is None and layer.bias.grad is None
 
 
 def test_bf16_operands_give_fp32_gradients_to_masters_whose_values_are_not_read() -> None:
@@ -215,7 +215,7 @@ def kept_by(function: Callable[[], object]) -> list[torch.Tensor]:
 
 def parameters(layers: Sequence[Projection]) -> list[torch.Tensor]:
     adapters = [layer.adapter for layer in layers if layer.adapter is not None]
-    frozen = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+    frozen = [t for layer in layers for t in (dense(layer), layer.bias) if t is not None]
     return [*frozen, *masters(layers), *(t for adapter in adapters for t in (adapter.a, adapter.b))]
 
 
@@ -243,7 +243,7 @@ def cast(layer: Projection, dtype: torch.dtype) -> Projection:
     assert layer.adapter is not None and layer.bias is not None
     old = layer.adapter
     a, b = old.a.to(dtype).requires_grad_(), (old.b.to(dtype)).requires_grad_()
-    return Projection(layer.weight.to(dtype), layer.bias.to(dtype), Adapter(a, b, a, b, 1.0))
+    return Projection(dense(layer).to(dtype), layer.bias.to(dtype), Adapter(a, b, a, b, 1.0))
 
 
 @pytest.mark.parametrize(("tokens", "width", "middle", "rank"), [(252, 96, 160, 8), (123, 160, 96, 64), (1, 64, 64, 96)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankup.grpo.prove import prove_slots, trainer_logprobs
+from rankup.grpo.prove import Proof, prove_slots, trainer_logprobs
 from rankup.rollout.slots import AdapterSlot
 from rankup.rollout.types import SamplingSettings
 
@@ -46,6 +46,79 @@ def test_each_projection_alone_reaches_its_own_slot(make_engine, make_policy, ki
     proofs = prove_slots(policy, engine, each=True)
     assert len(proofs) == 1 + len(policy.layers) == 1 + 7 * policy.model.config.num_hidden_layers
     assert all(proof.gap <= 0.01 * proof.effect for proof in proofs), max(proofs, key=lambda p: p.gap / p.effect)
+
+
+class SpoiltEngine:
+    """The engine, except that something happens to its slots after each publish."""
+
+    def __init__(self, engine, spoil) -> None:
+        self._engine, self._spoil = engine, spoil
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def publish(self, write_slots):
+        return self._engine.publish(lambda: (write_slots(), self._spoil(self._engine.slots)))
+
+
+def scaled(factor):
+    def spoil(slots):
+        for slot in slots.values():
+            slot.b.mul_(factor)
+
+    return spoil
+
+
+def gate_for_up(slots):
+    for name, slot in slots.items():
+        if name.endswith("gate_proj"):
+            other = slots[name.replace("gate_proj", "up_proj")]
+            for one, two in ((slot.a, other.a), (slot.b, other.b)):
+                one_before = one.clone()
+                one.copy_(two)
+                two.copy_(one_before)
+
+
+def one_publish_late():
+    late: list[torch.Tensor] = []
+
+    def spoil(slots):
+        now = [t for slot in slots.values() for t in (slot.a, slot.b)]
+        fresh = [t.clone() for t in now]
+        for tensor, before in zip(now, late or [torch.zeros_like(t) for t in now], strict=True):
+            tensor.copy_(before)
+        late[:] = fresh
+
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [scaled(2.0), scaled(0.5), gate_for_up, one_publish_late()])
+def test_what_the_engine_holds_wrongly_is_found_before_a_run(make_engine, make_policy, spoil):
+    """Trainer and engine have slots of their own here, so that only the engine's are wrong."""
+    engine, policy = make_engine(), make_policy()
+
+    def write_both():
+        policy.write_slots()
+        for name, layer in policy.layers.items():
+            engine.slots[name].a.copy_(layer.slot.a)
+            engine.slots[name].b.copy_(layer.slot.b)
+
+    policy.attach({name: AdapterSlot(slot.a.clone(), slot.b.clone()) for name, slot in engine.slots.items()})
+    wrong = SpoiltEngine(engine, spoil)
+    publish = wrong.publish
+    wrong.publish = lambda write_slots: publish(write_both)
+    with pytest.raises(RuntimeError, match="does not sample from the policy"):
+        prove_slots(policy, wrong)  # type: ignore[arg-type]
+    wrong.publish = lambda write_slots: engine.publish(write_both)
+    prove_slots(policy, wrong)  # type: ignore[arg-type]
+
+
+def test_a_projection_that_hardly_moves_a_model_is_judged_by_the_rounding():
+    assert Proof(what="k_proj", gap=0.069, effect=0.127, noise=0.060).holds, "measured, of a map that is right"
+    assert not Proof(what="all", gap=0.069, effect=0.127).holds
+    assert not Proof(what="k_proj", gap=0.180, effect=0.127, noise=0.060).holds, "an adapter elsewhere"
+    assert not Proof(what="k_proj", gap=0.069, effect=0.070, noise=0.060).holds, "nothing to see"
+    assert not Proof(what="k_proj", gap=0.0, effect=0.0, noise=0.0).holds
 
 
 @pytest.mark.parametrize("first, second", [("gate_proj", "up_proj"), ("k_proj", "v_proj")])

@@ -36,13 +36,19 @@ def make_layer(
     return Projection(weight, offset, Adapter(master_a, master_b, a, b, scaling))
 
 
+def dense(layer: Projection) -> torch.Tensor:
+    """Its weight, of a layer that is not in 4 bits."""
+    assert isinstance(layer.weight, torch.Tensor)
+    return layer.weight
+
+
 def masters(layers: Sequence[Projection]) -> list[torch.Tensor]:
     return [m for layer in layers if layer.adapter is not None for m in (layer.adapter.master_a, layer.adapter.master_b)]
 
 
 def plain(x: torch.Tensor, layer: Projection) -> torch.Tensor:
     """What PEFT computes, from the masters."""
-    y = linear(x, layer.weight, layer.bias)
+    y = linear(x, dense(layer), layer.bias)
     if layer.adapter is None:
         return y
     return y + layer.adapter.scaling * linear(linear(x, layer.adapter.master_a), layer.adapter.master_b)
