@@ -183,7 +183,7 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
 
 
 def _checksum(weight: torch.Tensor) -> int:
-    """The sum of its bits modulo 2^64, read as the widest whole numbers that fit: sums of narrow ones are formed from copies."""
+    """The sum of its bits modulo 2^64, read as the widest whole numbers that fit: of narrow ones torch makes wide copies."""
     flat = weight.detach().reshape(-1)
     size, start = flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size()
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
