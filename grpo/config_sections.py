@@ -38,7 +38,7 @@ class ModelConfig(Section):
 
     share_base_weights: Literal["auto"] | bool = "auto"
     """Build the trainer's model on vLLM's own base weights: `true`, `false`, or `auto`, which shares what vLLM keeps as it was
-    loaded: on CUDA everything, on CPU embeddings, head and norms. There `true` makes vLLM keep its linear layers too, which
+    loaded: on CUDA everything, on CPU all but the weights of linear layers. There `true` makes vLLM keep these too, which
     slows sampling down."""
 
 
