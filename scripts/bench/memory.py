@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import use_environment, versions, write_json
+from scaling import LLAMA_8B
 
 if TYPE_CHECKING:
     from memory_sides import Group
@@ -37,15 +38,7 @@ EXAMPLE = """examples:
 """
 # Shapes as in their config.json: Llama-3.1-8B, Qwen2.5-14B, Qwen3-32B.
 MODELS: dict[str, dict[str, Any]] = {
-    "8B": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
+    "8B": LLAMA_8B,
     "14B": {
         "model_type": "qwen2",
         "hidden_size": 5120,
