@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .grpo.config import GRPOConfig
-    from .grpo.interrupts import RunInterrupted
+    from .grpo.common.interrupts import RunInterrupted
     from .grpo.trainer import GRPOTrainer
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "RunInterrupted", "__version__"]

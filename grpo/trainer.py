@@ -21,31 +21,32 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..rewards.loading import RewardSpec
 from ..rollout.engine import RolloutEngine
-from .advantages import GroupAdvantages
-from .batch import collect_batch
-from .checkpoint import CheckpointStore
-from .collect import Collected, make_scorer
+from .algorithm.advantages import GroupAdvantages
+from .experience.batch import collect_batch
+from .checkpoint.store import CheckpointStore
+from .experience.collect import Collected, make_scorer
 from .config import GRPOConfig
-from .data import PromptSampler
-from .errors import ClusterError, TrainingStoppedError
-from .evaluation import Evaluation, evaluate
-from .guard_evaluations import mean_reward
-from .guards import Verdict
-from .interrupts import Interrupts, RunInterrupted
-from .notes import evaluation_notes, start_notes, step_notes
-from .objective import Objective
-from .peers import ALONE, Peers
-from .profiling import profiled, trace_path
-from .records import RunRecorder, When, resident_mib
-from .reporting import check_reports
-from .resume import Resume, Resumption, find_resumption, summary_of_finished_run
-from .run_inputs import load_run_inputs
-from .run_keeper import RunKeeper, open_recorder, owned_folder
-from .session import Session, open_session
-from .step_metrics import completions_table
-from .storage import Storage
-from .terminal import View, make_view
-from .worker_reports import Clock, exchange_reports, num_tokens, slowest, time_metrics
+from .data.prompts import PromptSampler
+from .common.errors import ClusterError, TrainingStoppedError
+from .experience.evaluation import Evaluation, evaluate
+from .guards.evaluations import mean_reward
+from .guards.guards import Verdict
+from .common.interrupts import Interrupts, RunInterrupted
+from .run.notes import evaluation_notes, start_notes, step_notes
+from .update.objective import Objective
+from .common.world import ALONE, Peers
+from .run.profiling import profiled, trace_path
+from .display.view_text import When
+from .run.records import RunRecorder, resident_mib
+from .run.reporting import check_reports
+from .checkpoint.resume import Resume, Resumption, find_resumption, summary_of_finished_run
+from .data.run_inputs import load_run_inputs
+from .checkpoint.manager import RunKeeper, open_recorder, owned_folder
+from .update.session import Session, open_session
+from .experience.step_metrics import completions_table
+from .checkpoint.storage import Storage
+from .display.terminal import View, make_view
+from .run.worker_reports import Clock, exchange_reports, num_tokens, slowest, time_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,7 +176,7 @@ class GRPOTrainer:
 
     def _train_on_cluster(self, resume: Resume, allow_changes: bool, engine: RolloutEngine | None) -> dict[str, Any]:
         """The same by several workers, each with a trainer like this one."""
-        from .cluster import train_on_cluster  # one device needs no Ray
+        from .cluster.driver import train_on_cluster  # one device needs no Ray
 
         if engine is not None:
             raise ValueError("cluster.workers: workers have engines of their own: leave out `engine`, or set it to 1")

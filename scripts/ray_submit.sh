@@ -96,9 +96,9 @@ from pathlib import Path
 
 import yaml
 
-from rankup.grpo.cli import parse
+from rankup.grpo.cli.main import parse
 from rankup.grpo.config import load_config
-from rankup.grpo.models import EMBEDDED
+from rankup.grpo.common.model_files import EMBEDDED
 
 TRAVEL = "HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_MODE TRACKIO_SPACE_ID"
 STAY = """.git .venv venv node_modules __pycache__ .*_cache *.egg-info /runs /wandb

@@ -33,7 +33,7 @@ class EngineShelf:
     engine: object = None
 
     def get(self, **wishes):
-        from rankup.grpo.quiet import quiet_stderr
+        from rankup.grpo.common.quiet import quiet_stderr
         from rankup.rollout.engine import EngineSettings, RolloutEngine
 
         if self.wishes != wishes:
@@ -82,8 +82,8 @@ def make_policy(tiny_model_path):
         import torch
 
         from rankup.grpo.config import LoraConfig
-        from rankup.grpo.policy import Policy
-        from rankup.grpo.quiet import quiet_stderr
+        from rankup.grpo.model.policy import Policy
+        from rankup.grpo.common.quiet import quiet_stderr
 
         with quiet_stderr():
             policy = Policy(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rankup.grpo.cli import parse
+from rankup.grpo.cli.main import parse
 from rankup.grpo.config import GRPOConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -40,12 +40,12 @@ class BaseSide:
     def __init__(self, *, overrides: Sequence[str]) -> None:
         from rollout_sides import EqualLengthEngine
 
-        from rankup.grpo.collect import engine_settings
+        from rankup.grpo.experience.collect import engine_settings
         from rankup.grpo.config import load_config
-        from rankup.grpo.learner import Learner
-        from rankup.grpo.models import resolve_model
-        from rankup.grpo.quiet import quiet_stderr
-        from rankup.grpo.session import make_policy
+        from rankup.grpo.update.learner import Learner
+        from rankup.grpo.common.model_files import resolve_model
+        from rankup.grpo.common.quiet import quiet_stderr
+        from rankup.grpo.update.session import make_policy
         from rankup.kernels.cpu_memory import keep_freed_memory
 
         keep_freed_memory()
@@ -71,7 +71,7 @@ class BaseSide:
 
     def train(self) -> float:
         """Seconds of an update on what was sampled."""
-        from rankup.grpo.packing import WeightedGroup
+        from rankup.grpo.model.packing import WeightedGroup
 
         advantages = (1.0, -1.0) * (COMPLETIONS // 2)
         groups = [WeightedGroup(group=group, advantages=advantages) for group in self._groups]

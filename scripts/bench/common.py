@@ -149,7 +149,7 @@ class Worker:
 
 def _serve(connection: Connection, spec: str, options: dict[str, Any]) -> None:
     """Make the object, then answer calls until the other side closes."""
-    from rankup.grpo.quiet import quiet_loggers
+    from rankup.grpo.common.quiet import quiet_loggers
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
     quiet_loggers()  # before the import: some libraries log while they are imported

@@ -26,9 +26,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder, or a checkpoint of one")
     parser.add_argument("--rows", type=int, metavar="N", help="prompts to compare (default: all of the evaluation data)")
     options = parser.parse_args()
-    from rankup.grpo.export import export_merged
-    from rankup.grpo.model_card import read_run
-    from rankup.grpo.quiet import quiet_loggers
+    from rankup.grpo.cli.export.export import export_merged
+    from rankup.grpo.cli.export.model_card import read_run
+    from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()
     with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:

@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rankup.grpo import base_model, fusing
-from rankup.grpo.lora_layers import FusedMLP
+from rankup.grpo.model import base_model, fusing
+from rankup.grpo.model.lora_layers import FusedMLP
 from rankup.kernels import shared_prompt_attention
 
 QUERY_BLOCK = 128  # flash attention rounds the queries of a sequence up to it

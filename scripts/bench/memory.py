@@ -220,7 +220,7 @@ def _name(cell: Cell) -> str:
 
 def _quiet() -> None:
     """No word of what libraries look for in vain, and of fakes' addresses, which a tensor's length is asked with."""
-    from rankup.grpo.quiet import quiet_loggers
+    from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()
     logging.getLogger("torch").setLevel(logging.ERROR)

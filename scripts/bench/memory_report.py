@@ -20,9 +20,9 @@ from memory import PROMPT, SIDE_NAMES, shape_of
 from report import MARKER
 from report_tables import markdown
 
-from rankup.grpo.plan_memory import FP32, Workload, training_parts
-from rankup.grpo.plan_shapes import ModelShape, read_shape
-from rankup.grpo.plots import COLOURS, FAINT_INK, MARKERS, STYLE
+from rankup.grpo.cli.plan.memory import FP32, Workload, training_parts
+from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
+from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS, STYLE
 
 GIB = 2**30
 Row = dict[str, Any]

@@ -25,7 +25,7 @@ from common import command_line, machine, use_environment, versions, write_json
 
 if TYPE_CHECKING:
     from rankup.grpo.config import GRPOConfig
-    from rankup.grpo.packing import WeightedGroup
+    from rankup.grpo.model.packing import WeightedGroup
 
 EXAMPLE = """examples:
   scripts/bench/plan_memory.py --rank 128 --tokens-per-pack 2048
@@ -41,8 +41,8 @@ M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print the comparison and one line of JSON."""
     options = _parse(arguments)
-    from rankup.grpo.models import resolve_model
-    from rankup.grpo.quiet import quiet_loggers, quiet_stderr
+    from rankup.grpo.common.model_files import resolve_model
+    from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
     from rankup.kernels.cpu_memory import keep_freed_memory
 
     quiet_loggers()
@@ -108,7 +108,7 @@ def _config(options: argparse.Namespace) -> GRPOConfig:
 
 
 def _no_limits() -> dict[str, None]:
-    from rankup.grpo.config_guards import GuardsConfig
+    from rankup.grpo.config.guards import GuardsConfig
 
     return dict.fromkeys(name for name in GuardsConfig.model_fields if name.endswith(("_watch", "_stop")))
 
@@ -139,8 +139,8 @@ def _peak_growth(model_path: str, config: GRPOConfig, *, updates: int) -> int:
 
 
 def _train(model_path: str, config: GRPOConfig, groups: Sequence[WeightedGroup], *, updates: int) -> None:
-    from rankup.grpo.learner import Learner
-    from rankup.grpo.policy import Policy
+    from rankup.grpo.update.learner import Learner
+    from rankup.grpo.model.policy import Policy
 
     checkpointing = config.optim.gradient_checkpointing
     policy = Policy(model_path, lora=config.lora, dtype=config.model.dtype, gradient_checkpointing=checkpointing)
@@ -152,7 +152,7 @@ def _train(model_path: str, config: GRPOConfig, groups: Sequence[WeightedGroup],
 
 def _groups(count: int, *, vocabulary: int) -> list[WeightedGroup]:
     """Random tokens and advantages."""
-    from rankup.grpo.packing import WeightedGroup
+    from rankup.grpo.model.packing import WeightedGroup
     from rankup.rollout.types import Completion, PromptGroup
 
     draw = random.Random(0)
@@ -174,8 +174,8 @@ def _groups(count: int, *, vocabulary: int) -> list[WeightedGroup]:
 
 def _estimated(model_path: str, config: GRPOConfig) -> dict[str, int]:
     """The planner's training part, for the same sizes."""
-    from rankup.grpo.plan_memory import Workload, training_parts
-    from rankup.grpo.plan_shapes import read_shape
+    from rankup.grpo.cli.plan.memory import Workload, training_parts
+    from rankup.grpo.cli.plan.shapes import read_shape
 
     work = Workload(
         rank=config.lora.rank,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from report_tables import PHASES, SIDES, Figure, three, trl_sides
 
-from rankup.grpo.plots import COLOURS, FAINT_INK, STRONG, STYLE
+from rankup.grpo.run.plots import COLOURS, FAINT_INK, STRONG, STYLE
 
 OURS, THEIRS = COLOURS[0], "#afb8c1"
 PARTS = (*COLOURS, THEIRS, FAINT_INK)

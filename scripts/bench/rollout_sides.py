@@ -16,12 +16,12 @@ import torch
 from common import ROOT
 from transformers import AutoTokenizer
 
-from rankup.grpo.collect import engine_settings
+from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.config import load_config
-from rankup.grpo.data import load_rows, prepare_prompts
-from rankup.grpo.models import resolve_model
-from rankup.grpo.policy import Policy
-from rankup.grpo.quiet import quiet_stderr
+from rankup.grpo.data.prompts import load_rows, prepare_prompts
+from rankup.grpo.common.model_files import resolve_model
+from rankup.grpo.model.policy import Policy
+from rankup.grpo.common.quiet import quiet_stderr
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.engine import RolloutEngine
 from rankup.rollout.types import SamplingSettings

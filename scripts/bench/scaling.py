@@ -77,7 +77,7 @@ def read_models() -> dict[int, Model]:
     """The model with an adapter of each rank, from the planner's shapes."""
     from scaling_model import Model
 
-    from rankup.grpo.plan_shapes import read_shape
+    from rankup.grpo.cli.plan.shapes import read_shape
 
     with tempfile.TemporaryDirectory(prefix="rankup-scaling-") as folder:
         Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))

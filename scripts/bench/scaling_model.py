@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from rankup.grpo.plan_shapes import ModelShape
+    from rankup.grpo.cli.plan.shapes import ModelShape
 
 BF16, FP32 = 2, 4
 RECORD_BYTES = 100  # rewards and lengths of a completion

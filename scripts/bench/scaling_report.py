@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankup.grpo.plots import COLOURS, FAINT_INK, MARKERS, POINT, STRONG, STYLE
+from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS, POINT, STRONG, STYLE
 
 Figures = dict[str, Any]
 SHOWN_STRONG = {1, 8, 16, 32, 64, 128, 512}

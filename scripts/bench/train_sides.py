@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.learner import Learner
-from rankup.grpo.losses import clipped_surrogate
-from rankup.grpo.models import resolve_model
-from rankup.grpo.packing import WeightedGroup, pack
-from rankup.grpo.policy import Policy
-from rankup.grpo.quiet import quiet_stderr
+from rankup.grpo.update.learner import Learner
+from rankup.grpo.algorithm.losses import clipped_surrogate
+from rankup.grpo.common.model_files import resolve_model
+from rankup.grpo.model.packing import WeightedGroup, pack
+from rankup.grpo.model.policy import Policy
+from rankup.grpo.common.quiet import quiet_stderr
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.types import Completion, PromptGroup
 

@@ -210,10 +210,10 @@ def has_collapsed(rewards: list[float]) -> bool:
 def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[str, Any], RolloutEngine]:
     """Do one run; returns its row, and the engine for the next one."""
     from rankup import GRPOTrainer
-    from rankup.grpo.collect import engine_settings
+    from rankup.grpo.experience.collect import engine_settings
     from rankup.grpo.config import load_config
-    from rankup.grpo.models import resolve_model
-    from rankup.grpo.quiet import quiet_stderr
+    from rankup.grpo.common.model_files import resolve_model
+    from rankup.grpo.common.quiet import quiet_stderr
     from rankup.rollout.engine import RolloutEngine
 
     overrides = {"seed": run.seed, "logging.output_dir": str(folder / run.key.replace(" ", "_")), **run.settings}
@@ -237,7 +237,7 @@ def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[
 
 
 def row_of(run: Run, config: GRPOConfig, watch: Watch, stopped: str | None, *, minutes: float) -> dict[str, Any]:
-    from rankup.grpo.ranks import step_factor
+    from rankup.grpo.update.ranks import step_factor
 
     last = watch.metrics[-1] if watch.metrics else {}
     evaluations = [reward for step, reward in watch.evaluations if step > 0]
@@ -297,7 +297,7 @@ def main() -> None:
             print(tables(list(done.values())))
     if not options.experiments:
         return
-    from rankup.grpo.quiet import quiet_loggers
+    from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()
     started = time.monotonic()

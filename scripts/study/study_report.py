@@ -75,7 +75,7 @@ def plot(rows: Sequence[Row], out: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from rankup.grpo.plots import STYLE
+    from rankup.grpo.run.plots import STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=(12.8, 5.4), dpi=125, layout="constrained")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankup.grpo.quiet import quiet_stderr
+from rankup.grpo.common.quiet import quiet_stderr
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "performance" / "memory.json"

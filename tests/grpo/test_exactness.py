@@ -17,11 +17,11 @@ from sample_groups import make_group, random_groups
 from transformers import AutoModelForCausalLM
 
 from rankup.grpo.config import AlgorithmConfig, GRPOConfig
-from rankup.grpo.lora_layers import FusedLoRALinear
-from rankup.grpo.losses import Counts
-from rankup.grpo.objective import Objective, StepConstants
-from rankup.grpo.packing import Pack, WeightedGroup, by_completion, pack, pad
-from rankup.grpo.policy import Policy
+from rankup.grpo.model.lora_layers import FusedLoRALinear
+from rankup.grpo.algorithm.losses import Counts
+from rankup.grpo.update.objective import Objective, StepConstants
+from rankup.grpo.model.packing import Pack, WeightedGroup, by_completion, pack, pad
+from rankup.grpo.model.policy import Policy
 
 LossType = Literal["dapo", "grpo"]
 

@@ -333,7 +333,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_cluster_that_does_not_answer_is_told_in_one_line(tmp_path, monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     (tmp_path / "data.jsonl").write_text('{"completion": "1", "answer": "1"}\n')
-    code = "import sys; from rankup.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from rankup.grpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["reward", "last_integer", "--data", "data.jsonl", "--isolation", "ray"]
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from merged_slots import MergedModel, flat, publish_random
 
-from rankup.grpo.prove import prove_slots
+from rankup.grpo.model.prove import prove_slots
 from rankup.rollout.types import SamplingSettings
 
 pytestmark = pytest.mark.engine

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rankup.grpo.prove import trainer_logprobs
+from rankup.grpo.model.prove import trainer_logprobs
 from rankup.rollout.engine import request_seed
 from rankup.rollout.types import SamplingSettings
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from rankup.grpo.collect import engine_settings
+from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.policy import Policy
-from rankup.grpo.prove import prove_slots, trainer_logprobs
+from rankup.grpo.model.policy import Policy
+from rankup.grpo.model.prove import prove_slots, trainer_logprobs
 
 pytestmark = pytest.mark.engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankup.grpo.prove import Proof, prove_slots, trainer_logprobs
+from rankup.grpo.model.prove import Proof, prove_slots, trainer_logprobs
 from rankup.rollout.slots import AdapterSlot
 from rankup.rollout.types import SamplingSettings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rankup.grpo.cli import parse
+from rankup.grpo.cli.main import parse
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.glob("**/*.sh"), *SCRIPTS.glob("*.sbatch")])

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from tiny_runs import steps_of
 
-from rankup.grpo.cli import parse
+from rankup.grpo.cli.main import parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ray_submit.sh"
 QUICKSTART = SCRIPT.parents[1] / "configs" / "quickstart.yaml"

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 def drift():
     """Another adapter in this process, by one number."""
     import gc, torch
-    from rankup.grpo.policy import Policy
+    from rankup.grpo.model.policy import Policy
 
     policy = next(thing for thing in gc.get_objects() if isinstance(thing, Policy))
     with torch.no_grad():
@@ -83,7 +83,7 @@ class ClusterRun:
     def __post_init__(self) -> None:
         self.output_dir = self.folder / "runs" / "run"
         self._log = self.folder / "output.log"
-        code = "import sys; from rankup.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from rankup.grpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, "train", "run.yaml", "logging.output_dir=runs/run", *self.overrides]
         with self._log.open("ab") as log:
             environment = {**os.environ, **self.environment}

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from sample_groups import random_groups
 
 from rankup.grpo.config import GRPOConfig, LoraConfig
-from rankup.grpo.learner import Learner
-from rankup.grpo.peers import Peers
-from rankup.grpo.policy import Policy
-from rankup.grpo.quiet import quiet_stderr
+from rankup.grpo.update.learner import Learner
+from rankup.grpo.common.world import Peers
+from rankup.grpo.model.policy import Policy
+from rankup.grpo.common.quiet import quiet_stderr
 
 SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8]), (5, [4, 4, 4]), (2, [20])]
 STEPS = 3

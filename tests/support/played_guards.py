@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rankup.grpo.config_guards import GuardsConfig
-from rankup.grpo.guard_rules import RULES
-from rankup.grpo.guard_trackers import Level
-from rankup.grpo.guards import Guards, Verdict
+from rankup.grpo.config.guards import GuardsConfig
+from rankup.grpo.guards.rules import RULES
+from rankup.grpo.guards.trackers import Level
+from rankup.grpo.guards.guards import Guards, Verdict
 
 CALM = {
     "reward": 0.5,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 
 from tiny_models import SPECIAL_TOKENS, VOCABULARY
 
-from rankup.grpo.packing import WeightedGroup
+from rankup.grpo.model.packing import WeightedGroup
 from rankup.rollout.types import Completion, PromptGroup
 
 if TYPE_CHECKING:
     import torch
 
-    from rankup.grpo.objective import PackLoss
+    from rankup.grpo.update.objective import PackLoss
 
 CHUNK = 4  # tokens: smaller than most completions
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rankup.grpo.checkpoint import Checkpoint, CheckpointStore
-from rankup.grpo.run_folder import write_whole
-from rankup.grpo.storage import Storage
+from rankup.grpo.checkpoint.store import Checkpoint, CheckpointStore
+from rankup.grpo.run.run_folder import write_whole
+from rankup.grpo.checkpoint.storage import Storage
 
 
 class StoredRun:

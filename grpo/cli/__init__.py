@@ -1,0 +1,1 @@
+"""The command `rankup`: one file or folder for each subcommand."""

@@ -1,0 +1,1 @@
+"""`rankup doctor`: what is installed, and whether it works."""

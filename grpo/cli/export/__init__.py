@@ -1,0 +1,1 @@
+"""`rankup export`: an adapter or a merged model to share."""

@@ -1,0 +1,1 @@
+"""`rankup plan`: rank, alpha, targets and a memory budget."""

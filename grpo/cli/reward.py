@@ -1,0 +1,319 @@
+"""The commands `rankup new reward` and `rankup reward`: begin a reward function, and try one without training.
+
+    rankup new reward short_answers                                     # short_answers.py and its test
+    rankup reward short_answers.py:short_answers --data runs/quickstart # on the completions that the run has saved
+    rankup reward rankup.rewards.lengths:target_length --kwargs "{tokens: 20, tolerance: 10}" --data rows.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
+from ...rewards.loading import find_file
+from ...rewards.runner import Scorer
+from ..run.records import read_completions
+
+EXAMPLES = """examples:
+  rankup new reward short_answers                                        short_answers.py, and test_short_answers.py beside it
+  rankup reward short_answers.py:short_answers --data runs/quickstart    on the completions that a run has saved
+  rankup reward last_integer --data rows.jsonl --json                    on a file with columns completion, answer, ...
+  rankup reward soft_overlong --kwargs "{max_completion_length: 24, cache_tokens: 8}" --data runs/quickstart
+"""
+
+REWARD_TEMPLATE = '''"""A reward for rankup and TRL: {title}.
+
+    rewards:
+      functions: {name}.py:{name}          # in the run file, beside the run file or in the working directory
+
+Try it on what a run has sampled, without training: rankup reward {name}.py:{name} --data runs/RUN
+"""
+
+
+def {name}(completions, **kwargs):
+    """One number a completion; None where the reward does not apply to a row.
+
+    Completions of one prompt come together: strings, or lists of messages where the prompt is a conversation. Further
+    arguments by name: `prompts`, `completion_ids` (token ids), every other column of the data (`answer`, say),
+    `trainer_state.global_step`, `log_metric(name, value)`, `log_extra(column, values)`.
+    """
+    return [1.0 if 0 < len(text_of(completion).split()) <= 20 else 0.0 for completion in completions]
+
+
+def text_of(completion):
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+'''
+
+TEST_TEMPLATE = '''"""Known answers. A reward that is wrong trains the wrong thing, and nothing else will say so."""
+
+from {name} import {name}
+
+
+def test_{name}():
+    conversation = [{{"role": "assistant", "content": "Short enough."}}]
+    assert {name}(["Short enough.", "", "word " * 21]) == [1.0, 0.0, 0.0]
+    assert {name}([conversation]) == [1.0]
+'''
+
+
+def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `new` and `reward` to the command line."""
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    new = command("new", "write an example to begin with")
+    new.add_argument("what", choices=["reward"], help="what to begin")
+    new.add_argument("name", help="name of the function and of its file")
+    new.add_argument("--dir", type=Path, default=Path(), help="folder to write to (default: the working directory)")
+    new.set_defaults(command=new_reward)
+
+    reward = command("reward", "try a reward function on saved completions, without training")
+    reward.add_argument("function", help="path/to/file.py:name, package.module:name, or a built-in's name")
+    reward.add_argument(
+        "--data", type=Path, required=True, help="a run folder, or a .parquet or .jsonl file with a column `completion`"
+    )
+    reward.add_argument("--kwargs", help="arguments of a factory, as YAML or JSON: '{tokens: 100}'")
+    reward.add_argument("--rows", type=int, default=256, help="completions to score at most, the newest (default 256)")
+    reward.add_argument(
+        "--isolation", choices=["inline", "process", "ray"], default="inline", help="where it runs (default inline)"
+    )
+    reward.add_argument("--timeout", type=float, default=60.0, help="seconds a prompt's completions may take, unless inline")
+    reward.add_argument("--json", action="store_true", help="print the rows and the summary as one JSON object")
+    reward.set_defaults(command=try_reward)
+    for parser in (new, reward):
+        parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def new_reward(options: argparse.Namespace) -> int:
+    """`rankup new reward NAME`"""
+    name: str = options.name
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} cannot be a function's name: use letters, digits and underscores")
+    files = {
+        options.dir / f"{name}.py": REWARD_TEMPLATE.format(name=name, title=name.replace("_", " ")),
+        options.dir / f"test_{name}.py": TEST_TEMPLATE.format(name=name),
+    }
+    for path in files:
+        if path.exists():
+            raise ValueError(f"{path} exists already: choose another name, or remove it")
+    options.dir.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
+    module = options.dir / f"{name}.py"
+    print(f"test it:   pytest {options.dir / f'test_{name}.py'}")
+    print(f"try it:    rankup reward {module}:{name} --data runs/RUN")
+    print(f"train on:  rewards.functions={module}:{name}")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- rankup reward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a function gave for saved completions; `recorded` is what the run itself had for it, if it did."""
+
+    name: str
+    completions: list[Any]
+    rewards: list[float | None]
+    errors: list[str | None]
+    recorded: list[float | None] | None
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, statistics, and how many rewards differ from the recorded ones."""
+        known = [r for r in self.rewards if r is not None]
+        summary: dict[str, Any] = {
+            "function": self.name,
+            "completions": len(self.rewards),
+            "mean": statistics.fmean(known) if known else None,
+            "std": statistics.stdev(known) if len(known) > 1 else None,
+            "min": min(known, default=None),
+            "max": max(known, default=None),
+            "none": len(self.rewards) - len(known),
+            "failed": sum(error is not None for error in self.errors),
+            "milliseconds_a_completion": 1000 * self.seconds / max(1, len(self.rewards)),
+        }
+        if self.recorded is not None:
+            pairs = zip(self.rewards, self.recorded, strict=True)
+            summary["differ_from_recorded"] = sum(not _equal(now, then) for now, then in pairs)
+        return summary
+
+
+def try_reward(options: argparse.Namespace) -> int:
+    """`rankup reward FUNCTION --data RUN|FILE`"""
+    kwargs = None if options.kwargs is None else yaml.safe_load(options.kwargs)
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f"--kwargs must be a mapping, such as '{{tokens: 100}}' (got {options.kwargs})")
+    if options.rows < 1:
+        raise ValueError(f"--rows must be at least 1 (got {options.rows})")
+    entry = {"function": options.function} | ({} if kwargs is None else {"kwargs": kwargs})
+    scorer = Scorer(entry, isolation=options.isolation, timeout=options.timeout, on_error="none")
+    with closing(scorer):
+        trial = _score_saved(scorer, _read_rows(options.data)[-options.rows :])
+    if options.json:
+        rows = [
+            {"completion": c, "reward": r, "error": e}
+            for c, r, e in zip(trial.completions, trial.rewards, trial.errors, strict=True)
+        ]
+        print(json.dumps({**trial.summary(), "rows": rows}))
+    else:
+        _show(trial)
+    return 1 if trial.summary()["failed"] else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A saved completion with the data set's columns; `rewards` are what the run gave it, by function."""
+
+    prompt: Any
+    completion: Any
+    completion_ids: list[int]
+    columns: dict[str, Any]
+    rewards: dict[str, float | None]
+
+
+def _read_rows(source: Path) -> list[_Row]:
+    """Saved completions, oldest first."""
+    if not source.is_dir():
+        return _rows_of_file(find_file(source))
+    folder = source if source.name == "completions" else source / "completions"
+    files = sorted(folder.glob("step_*.parquet"))
+    if not files:
+        raise ValueError(f"{source} holds no saved completions: name the folder of a run, or a .parquet or .jsonl file")
+    return [_row_of_run(row) for file in files for row in read_completions(file)]
+
+
+def _rows_of_file(path: Path) -> list[_Row]:
+    if path.suffix == ".parquet" and path.name.startswith("step_"):
+        return [_row_of_run(row) for row in read_completions(path)]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    elif path.suffix in (".jsonl", ".json"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        raise ValueError(f"cannot read {path}: give a run folder, or a .parquet or .jsonl file")
+    if not rows or "completion" not in rows[0]:
+        raise ValueError(f"{path} has no column `completion`")
+    own = ("prompt", "completion", *RESERVED_ARGUMENTS)
+    return [
+        _Row(
+            prompt=row.get("prompt", ""),
+            completion=_as_conversation(row.get("prompt", ""), row["completion"]),
+            completion_ids=list[int](row.get("completion_ids") or ()),
+            columns={name: value for name, value in row.items() if name not in own},
+            rewards={},
+        )
+        for row in rows
+    ]
+
+
+def _row_of_run(row: Mapping[str, Any]) -> _Row:
+    prompt = _parsed(row["prompt"])
+    return _Row(
+        prompt=prompt,
+        completion=_as_conversation(prompt, row["completion"]),
+        completion_ids=list[int](row.get("completion_ids") or ()),
+        columns=row["data"],
+        rewards=row["rewards"],
+    )
+
+
+def _as_conversation(prompt: Any, completion: Any) -> Any:
+    """A completion as reward functions get it: a conversation where the prompt is one."""
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
+def _parsed(prompt: Any) -> Any:
+    """Conversations are stored as JSON."""
+    if isinstance(prompt, str) and prompt.startswith('[{"'):
+        try:
+            return json.loads(prompt)
+        except json.JSONDecodeError:
+            return prompt
+    return prompt
+
+
+def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
+    """Score rows as a run would: the completions of one prompt together."""
+    groups: list[list[_Row]] = []
+    for row in rows:
+        if groups and groups[-1][0].prompt == row.prompt and groups[-1][0].columns == row.columns:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    (name,) = scorer.names
+    scorer.check_columns(rows[0].columns)
+    started = time.perf_counter()
+    scores = [pending.result() for pending in [scorer.submit(_inputs(group)) for group in groups]]
+    seconds = time.perf_counter() - started
+    known = all(name in row.rewards for row in rows)
+    return Trial(
+        name=name,
+        completions=[row.completion for row in rows],
+        rewards=[reward for one in scores for reward in one.by_function[name]],
+        errors=[e for one in scores for e in one.errors.get(name, [None] * len(one.total))],
+        recorded=[row.rewards[name] for row in rows] if known else None,
+        seconds=seconds,
+    )
+
+
+def _inputs(group: Sequence[_Row]) -> Inputs:
+    return Inputs(
+        prompts=[row.prompt for row in group],
+        completions=[row.completion for row in group],
+        completion_ids=[row.completion_ids for row in group],
+        columns={name: [row.columns[name] for row in group] for name in group[0].columns},
+        trainer_state={"global_step": 0, "max_steps": 0},
+    )
+
+
+def _equal(now: float | None, then: float | None) -> bool:
+    return now == then if now is None or then is None else math.isclose(now, then, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _show(trial: Trial) -> None:
+    """A summary, and the completions with the highest and the lowest reward."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table(box=None, show_header=False)
+    for name, value in trial.summary().items():
+        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    ranked = sorted((r, i) for i, r in enumerate(trial.rewards) if r is not None)
+    examples = Table(box=None, title="highest and lowest", title_justify="left", title_style="bold")
+    examples.add_column("reward", justify="right")
+    examples.add_column("completion", overflow="ellipsis", no_wrap=True)
+    for reward, index in dict.fromkeys([*reversed(ranked[-3:]), *reversed(ranked[:3])]):
+        completion = trial.completions[index]
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        examples.add_row(f"{reward:.3g}", escape(" ".join(text.split())))
+    if ranked:
+        console.print(examples)
+    for reason in dict.fromkeys(error for error in trial.errors if error is not None):
+        console.print(f"failed: {escape(reason)}")
+
+

@@ -1,0 +1,39 @@
+"""The configuration of a run. Imports no torch; see `run_config.py`."""
+
+from .run_config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    CorrectionConfig,
+    DataConfig,
+    GRPOConfig,
+    GuardsConfig,
+    LoggingConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardFunction,
+    RewardsConfig,
+    RolloutConfig,
+    dump_config,
+    load_config,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "CorrectionConfig",
+    "DataConfig",
+    "GRPOConfig",
+    "GuardsConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardFunction",
+    "RewardsConfig",
+    "RolloutConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,1 @@
+"""From a source of rows to tokenized prompts, in the order in which they are trained on."""

@@ -1,0 +1,333 @@
+"""What a person sees while a run goes on: a live view in a terminal, plain lines everywhere else.
+
+    with make_view(max_steps=80, run_name="quickstart") as view:
+        view.stage("starting the engine")
+        view.evaluation(0, 0.11, "before")
+        view.step(1, metrics, {"rollout": 3.1, "train": 2.1})
+        view.completions(1, [(prompt, completion, reward)])
+        view.finish(summary)
+
+`metrics` and `summary` are those of `records.RunRecorder`. Text of a model or a data set is shown on one line, shortened, and
+is never read as markup or as terminal control. Leaving the `with` block restores the terminal, after Ctrl-C too.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from .view_text import (
+    Prompt,
+    When,
+    as_number,
+    decimal,
+    duration,
+    evaluation_text,
+    guards_text,
+    one_line,
+    phases_of,
+    seconds_text,
+    shorten,
+    sparkline,
+    step_seconds,
+    summary_text,
+    whole,
+    workers_text,
+)
+
+SampleRow = tuple[Prompt, str, float | None]
+
+LABEL_WIDTH = 10  # of "evaluation", the longest label: what stands below the metrics lines up with them
+
+
+class View(Protocol):
+    """Both views. `note` may come from any thread; `step` counts from 1, phases and times are in seconds."""
+
+    def start(self) -> None: ...
+    def stage(self, text: str) -> None:
+        """What the run does now, for what is no part of a step ("starting the engine", "evaluating")."""
+
+    def note(self, text: str) -> None:
+        """A warning; it stays readable after the run."""
+
+    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The run goes on after `step` steps; `rows` are the lines of `metrics.jsonl` until then."""
+    def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None: ...
+    def completions(self, step: int, rows: Sequence[SampleRow]) -> None: ...
+    def evaluation(self, step: int, reward: float, when: When) -> None: ...
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
+
+
+def make_view(*, max_steps: int, run_name: str, console: Console | None = None) -> View:
+    """The live view if standard output (or the given console) is a terminal that can show it, else plain lines."""
+    if console is None:
+        # The stream alone decides: FORCE_COLOR and its like must not fill a log file with redrawn panels.
+        console = Console(force_terminal=sys.stdout.isatty())
+    can_redraw = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+    kind = LiveView if can_redraw else PlainView
+    return kind(max_steps=max_steps, run_name=run_name, console=console)
+
+
+class PlainView:
+    """One line a step, for logs and pipes."""
+
+    def __init__(self, *, max_steps: int, run_name: str, console: Console) -> None:
+        self._max_steps = max_steps
+        self._run_name = run_name
+        self._console = console
+        self._pace = Pace(max_steps)
+
+    def start(self) -> None:
+        self._print(f"run {self._run_name}: {self._max_steps} steps")
+
+    def stage(self, text: str) -> None:
+        self._print(f"{text} ...")
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}")
+
+    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._print(f"going on after step {step}")
+
+    def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
+        self._pace.step(step, step_seconds(seconds_by_phase))
+        parts = [
+            f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}",
+            f"reward {decimal(metrics.get('reward'))}",
+            f"length {decimal(metrics.get('completions/mean_length'), 1)}",
+        ]
+        if (rate := metrics.get("tokens_per_second/rollout")) is not None:
+            workers = workers_text(metrics)
+            parts.append(f"{whole(rate)} tok/s rollout" + (f": {workers}" if workers else ""))
+        phases = " ".join(f"{name} {seconds_text(seconds)}" for name, seconds in phases_of(seconds_by_phase).items())
+        parts.append(f"{seconds_text(step_seconds(seconds_by_phase))} s ({phases})")
+        parts.append(f"left {duration(self._pace.left())}")
+        self._print("  ".join(parts))
+
+    def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
+        self._print(f"completions of step {step}")
+        for prompt, completion, reward in rows:
+            self._print(f"    reward {decimal(reward)}  {shorten(one_line(prompt), 160)}")
+            self._print(f"        {shorten(one_line(completion), 320)}")
+
+    def evaluation(self, step: int, reward: float, when: When) -> None:
+        self._print(evaluation_text(step, reward, when))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._print(summary_text(summary))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._console.file.flush()
+
+    def _print(self, line: str) -> None:
+        encoding, file = self._console.encoding, self._console.file
+        try:  # a log in ASCII must not end the run because of a completion in Greek
+            file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            file.flush()
+        except OSError:  # nobody reads it any more, as after Ctrl-C with `| tee log`: the run goes on, and nothing fails of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+class LiveView:
+    """A panel that is redrawn in place; notes and evaluations are printed above it, so they stay in the scrollback.
+
+    A thread of rich redraws it. Everything it reads is replaced in one assignment, never changed in place."""
+
+    def __init__(self, *, max_steps: int, run_name: str, console: Console) -> None:
+        self._max_steps = max_steps
+        self._run_name = run_name
+        self._console = console
+        self._pace = Pace(max_steps)
+        self._started = time.monotonic()
+        self._spinner = Spinner("dots", style="cyan")
+        self._stage = "starting"
+        self._rewards: list[float] = []
+        self._evaluations: list[float] = []
+        self._num_notes = 0
+        self._note_line = ""
+        self._last_step: tuple[Mapping[str, float], Mapping[str, float]] | None = None
+        self._workers = ""
+        self._tables: RenderableType = Text("the first step is on its way", style="dim")
+        self._samples: RenderableType | None = None
+        self._live = Live(self, console=console, refresh_per_second=4, redirect_stderr=True, redirect_stdout=True)
+
+    def start(self) -> None:
+        self._started = time.monotonic()
+        self._live.start()
+
+    def stage(self, text: str) -> None:
+        self._stage = text
+        if self._live.is_started:
+            self._live.refresh()
+        else:
+            self._console.print(Text(f"{text} ...", style="dim"))
+
+    def note(self, text: str) -> None:
+        self._num_notes += 1
+        self._note_line = f"notes: {self._num_notes}, the last one at step {self._pace.steps_done}"
+        self._console.print(Text(f"note: {text}", style="yellow"))
+
+    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._pace.steps_done = step
+        self._rewards = [as_number(row["reward"]) for row in rows if "reward" in row]
+        self._evaluations = [as_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
+        self._console.print(Text(f"going on after step {step}", style="cyan"))
+
+    def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
+        self._pace.step(step, step_seconds(seconds_by_phase))
+        self._stage = "training"
+        self._rewards.append(as_number(metrics.get("reward")))
+        self._last_step = (metrics, seconds_by_phase)
+        self._workers = workers_text(metrics)
+        self._build_tables()
+        self._live.refresh()
+
+    def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(justify="right", width=6, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row("", Text(f"completions of step {step}", style="dim"))
+        # The rest of the panel has 14 lines, 15 with the workers' row; a completion has up to 3.
+        num_shown = max(0, (self._console.height - 15 - bool(self._workers)) // 3)
+        for prompt, completion, reward in rows[:num_shown]:
+            style = "dim" if reward is None else "bold green" if reward > 0 else "bold red"
+            grid.add_row(
+                Text(decimal(reward), style=style),
+                Text(shorten(one_line(prompt), 66), style="dim", no_wrap=True, overflow="ellipsis"),
+            )
+            grid.add_row("", Text(shorten(one_line(completion), 132)))
+        self._samples = grid if num_shown else None
+        self._live.refresh()
+
+    def evaluation(self, step: int, reward: float, when: When) -> None:
+        self._evaluations.append(reward)
+        self._build_tables()
+        self._console.print(Text(evaluation_text(step, reward, when), style="cyan"))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._stage = "stopped" if summary.get("interrupted") else "done"
+        self._live.stop()
+        self._console.print(Text(summary_text(summary), style="bold"))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._stage = "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "stopped by an error"
+        self._live.stop()
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._header(), Text(), self._tables]
+        if self._note_line:
+            parts.append(Text(self._note_line, style="yellow"))
+        if self._samples is not None:
+            parts += [Text(), self._samples]
+        title = Text.assemble(" rankup ", (f"{one_line(self._run_name)} ", "bold"), style="not dim")
+        panel = Panel(Group(*parts), title=title, title_align="left", border_style="dim")
+        # Two columns stay free for the terminal's echo of Ctrl-C; wrapped, it would shift the last redrawing by a line.
+        return Constrain(panel, width=min(100, self._console.width - 2))
+
+    def _header(self) -> RenderableType:
+        """The only part that moves between steps: what is going on, progress, time passed and time left."""
+        self._spinner.update(text=Text(self._stage))
+        elapsed = duration(time.monotonic() - self._started)
+        times = Text.assemble(("passed ", "dim"), elapsed, ("   left ", "dim"), duration(self._pace.left()))
+        steps_done = self._pace.steps_done
+        bar = ProgressBar(total=self._max_steps, completed=steps_done, complete_style="cyan", finished_style="green")
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1)
+        grid.add_column(justify="right", no_wrap=True)
+        grid.add_row(Text.assemble("step ", (f"{steps_done}/{self._max_steps}", "bold")), bar, times)
+        return Group(self._spinner if self._live.is_started else Text(self._stage), grid)
+
+    def _build_tables(self) -> None:
+        if self._last_step is None:
+            return
+        metrics, seconds_by_phase = self._last_step
+        tables = [self._metric_table(metrics), _phase_table(metrics, seconds_by_phase)]
+        side_by_side = Table.grid(padding=(0, 4))
+        side_by_side.add_row(*tables)
+        both = side_by_side if self._console.width >= 78 else Group(*tables)
+        self._tables = Group(both, _workers_row(self._workers)) if self._workers else both
+
+    def _metric_table(self, metrics: Mapping[str, float]) -> Table:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True, min_width=LABEL_WIDTH if self._workers else None)
+        grid.add_column(no_wrap=True, width=27)
+        trend = sparkline(self._rewards, width=20)
+        grid.add_row("reward", Text.assemble((decimal(self._rewards[-1]), "bold"), "  ", (trend, "cyan")))
+        if self._evaluations:
+            first_and_last = self._evaluations[:1] + self._evaluations[1:][-1:]
+            grid.add_row("evaluation", " → ".join(decimal(reward, 3) for reward in first_and_last))
+        clipped = metrics.get("completions/clipped_ratio")
+        length = decimal(metrics.get("completions/mean_length"), 1) + " tokens"
+        grid.add_row("length", length + (f", {clipped:.0%} cut off" if clipped else ""))
+        for label, name in (("entropy", "entropy"), ("grad norm", "grad_norm")):
+            if name in metrics:
+                grid.add_row(label, decimal(metrics[name], 3))
+        if guards := guards_text(metrics):
+            grid.add_row("guards", Text(guards, style="yellow"))
+        if (factor := metrics.get("guards/learning_rate_factor", 1.0)) != 1.0:
+            grid.add_row("rate", Text(f"x {factor:g}", style="yellow"))
+        return grid
+
+
+def _workers_row(text: str) -> Table:
+    """Below both tables: hundreds of workers make a longer text than either has room for."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True, width=LABEL_WIDTH)
+    grid.add_column()
+    grid.add_row("workers", text)
+    return grid
+
+
+def _phase_table(metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("phase", style="dim", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    for name, seconds in phases_of(seconds_by_phase).items():
+        rate = metrics.get(f"tokens_per_second/{name}")
+        table.add_row(name, seconds_text(seconds), "" if rate is None else whole(rate))
+    table.add_row("step", Text(seconds_text(step_seconds(seconds_by_phase)), style="bold"), "")
+    return table
+
+
+class Pace:
+    """Steps done and the time left, from the mean duration of the last 20 steps."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.steps_done = 0
+        self._max_steps = max_steps
+        self._recent: deque[float] = deque(maxlen=20)
+        self._end: float | None = None
+
+    def step(self, step: int, seconds: float) -> None:
+        self.steps_done = step
+        self._recent.append(seconds)
+        mean = sum(self._recent) / len(self._recent)
+        self._end = time.monotonic() + mean * (self._max_steps - step)
+
+    def left(self) -> float | None:
+        """Seconds, None before the first step."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())

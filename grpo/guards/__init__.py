@@ -1,0 +1,1 @@
+"""Decisions about a step, made from numbers alone. Imports no torch."""

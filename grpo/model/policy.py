@@ -1,0 +1,265 @@
+"""The trained policy: a frozen base model, fp32 adapter masters, and the slots they are published to.
+
+    policy = Policy("path/to/model", lora=config.lora, dtype="bfloat16", seed=0)
+    policy.attach(engine.slots)                     # from here on its forward multiplies with vLLM's own buffers
+    engine.publish(policy.write_slots)              # masters -> slots: the engine samples with this policy now
+    loss, logprobs, entropy = policy.backward(pack, token_loss)
+    policy.save_adapter(Path("adapter"))            # PEFT's format
+
+PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALinear` and `FusedLoRAEmbedding` replace the
+arithmetic of its layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...kernels import shared_prompt_attention
+from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
+from ...rollout.slots import AdapterSlot
+from .adapters import check_saved_config, check_targets, inject, load_weights
+from .base_model import load_base
+from ..config import LoraConfig
+from .fusing import fuse
+from .heads import head_of
+from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
+from .packing import Pack
+
+# Logits formed at a time: what CPU caches and memory like, and 2k to 4k tokens on a GPU, whose products want many rows.
+LOGITS_MIB = {"cpu": 128, "cuda": 1024}
+
+
+class Policy:
+    """See the module's docstring.
+
+    Args:
+        load_in, shared: in which form and in whose memory the base is held, see `load_base`.
+
+    Attributes:
+        base: the base model, and how much of it is memory of its own.
+        model: the transformers model with PEFT's layers inside.
+        layers: the adapted layers by their name in the model.
+        shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
+        fusion: which layers compute together, and what does not and why.
+
+    Raises:
+        ValueError: the model cannot be adapted as asked, or does something after its head that is not implemented.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        lora: LoraConfig,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        device: str = "cpu",
+        gradient_checkpointing: bool = False,
+        logits_mib: int | None = None,
+        load_in: Literal["nf4"] | None = None,
+        shared: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        shared_prompt_attention.register()
+        self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
+        base = self.base.model
+        self._bare_head = head_of(base)
+        check_targets(base, lora.target_modules)
+        self.plain_reason = why_prompts_cannot_be_shared(base)
+        self.shares_prompts = self.plain_reason is None
+        base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else _plain_attention(base))
+        self.device = device
+        self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
+        self.model = base
+        self.peft_model = inject(base, lora, seed)
+        self.layers = {
+            name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)
+        }
+        self.attach(self._own_slots(lora.max_rank, getattr(torch, dtype)))
+        self.write_slots()
+        self.fusion = fuse(base, self._any_forward)
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable()
+            base.train()  # transformers recomputes in training mode only; there is no dropout to switch on
+
+    # ------------------------------------------------------------------------------------------- adapter
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        """All fp32 parameters that are trained: A and B of each layer in turn."""
+        return [master.parameter for master in self.master_roles]
+
+    @property
+    def master_roles(self) -> list[Master]:
+        """The same parameters in the same order, each with its role, and with the scale and the rank of its layer."""
+        return [master for layer in self.layers.values() for master in layer.masters]
+
+    def attach(self, slots: Mapping[str, AdapterSlot]) -> None:
+        """Compute with these slots from now on (vLLM's buffers). All are emptied, those of projections that are not trained
+        too: nothing may stay of an adapter of higher rank or of other targets. They hold the policy after `write_slots`.
+
+        Raises:
+            ValueError: a trained projection has no slot, or one of another shape.
+        """
+        missing = [name for name in self.layers if name not in slots]
+        if missing:
+            raise ValueError(f"the sampler has no adapter slot for {missing[:3]} ({len(missing)} projections in all)")
+        for name, layer in self.layers.items():
+            slot, rank = slots[name], layer.r[ADAPTER]
+            fits = slot.max_rank >= rank and slot.a.shape[1] == layer.in_features and slot.b.shape[0] == layer.out_features
+            if not fits:
+                raise ValueError(
+                    f"{name}: slot of shapes {list(slot.a.shape)} and {list(slot.b.shape)} for an adapter of rank {rank} "
+                    f"from {layer.in_features} to {layer.out_features}"
+                )
+        for slot in slots.values():
+            slot.a.zero_()
+            slot.b.zero_()
+        for name, layer in self.layers.items():
+            layer.slot = slots[name]
+        # Lists of views, made once: publishing is a handful of calls over them.
+        self._slot_a = [layer.slot.a[: layer.r[ADAPTER]] for layer in self.layers.values()]
+        self._slot_b = [layer.slot.b[:, : layer.r[ADAPTER]] for layer in self.layers.values()]
+        self._scalings = [layer.scaling[ADAPTER] for layer in self.layers.values()]
+
+    @torch.no_grad()
+    def write_slots(self) -> None:
+        """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
+        assert not self.base.written(), f"something has written into base weights: {self.base.written()[:3]}"
+        layers = self.layers.values()
+        torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])  # type: ignore[attr-defined]
+        scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)  # type: ignore[attr-defined]
+        torch._foreach_copy_(self._slot_b, scaled)  # type: ignore[attr-defined]
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
+        assert not self.base.written(thoroughly=True), "the base weights are not those that the adapter was trained on"
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.
+        self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
+        replaced = folder.with_name(folder.name + ".replaced")
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read masters from an adapter in PEFT's format. Publish afterwards.
+
+        Raises:
+            ValueError: no adapter there, or one of another kind, scale or shapes. Nothing was read then.
+        """
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(f"no adapter in {folder}: adapter_model.safetensors is missing")
+        check_saved_config(folder, self.peft_model.peft_config[ADAPTER])
+        load_weights(self.peft_model, folder, device=self.device)
+
+    # ------------------------------------------------------------------------------------------ computing
+
+    @torch.no_grad()
+    def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
+        with self._adapter(use_adapter):
+            hidden_ND, head = self._hidden(pack), self.head
+        return linear_logprobs(
+            hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes
+        )
+
+    def backward(
+        self,
+        pack: Pack,
+        token_loss: TokenLoss,
+        *,
+        temperature: float = 1.0,
+        visits: Literal[1, 2] = 1,
+        factor: TokenFactor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N].
+
+        `visits`: to the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
+        once all log-probabilities are. See `linear_logprob_loss` for both.
+        """
+        loss, logprobs_N, entropy_N = linear_logprob_loss(
+            self._hidden(pack),
+            self.head,
+            pack.targets_N,
+            token_loss,
+            temperature=temperature,
+            chunk_bytes=self._logits_bytes,
+            visits=visits,
+            factor=factor,
+        )
+        loss.backward()
+        return loss.detach(), logprobs_N, entropy_N
+
+    def _any_forward(self) -> None:
+        """The model once, on two tokens."""
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
+        if self.shares_prompts:
+            inputs["shared_prompt_layout"] = shared_prompt_attention.SharedPromptLayout.build([(2, [])], self.device)
+        self.model.base_model(**inputs, use_cache=False)
+
+    def _hidden(self, pack: Pack) -> torch.Tensor:
+        output = self.model.base_model(**pack.model_inputs, use_cache=False)
+        # index_select: indexing would sum its gradient one element at a time.
+        return output.last_hidden_state.flatten(0, 1).index_select(0, pack.source_N)
+
+    @property
+    def head(self) -> Head:
+        """The output layer as the kernels take it, with its adapter if it has one that is not disabled."""
+        layer = self.model.get_output_embeddings()
+        return dataclasses.replace(self._bare_head, adapter=projection(cast(nn.Module, layer)).adapter)
+
+    @contextmanager
+    def _adapter(self, use_adapter: bool) -> Iterator[None]:
+        if use_adapter:
+            yield
+        else:
+            with self.peft_model.disable_adapter():
+                yield
+
+    def _own_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
+        return {
+            name: AdapterSlot.empty(
+                max_rank=max_rank,
+                in_features=layer.master_a.shape[1],
+                out_features=layer.master_b.shape[0],
+                dtype=dtype,
+                device=self.device,
+            )
+            for name, layer in self.layers.items()
+        }
+
+
+def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
+    """None if attention is the only layer that mixes tokens and it is plain causal attention; else the reason, in words."""
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if other_layers:
+        return f"it has {', '.join(sorted(other_layers))} layers"
+    # Newer configurations say it by layer_types; where those are absent, a window applies to every layer.
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
+        return "its attention has a sliding window"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its logits"
+    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    return None
+
+
+def _plain_attention(model: PreTrainedModel) -> str:
+    """What computes one row a completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
+    caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"

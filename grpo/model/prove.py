@@ -1,0 +1,180 @@
+"""Proof that trainer and sampler compute the same function of the same adapter.
+
+A wrong map between PEFT's projections and vLLM's buffers trains well-looking rubbish: shapes often fit, losses stay
+finite. So strong random adapters are published and the engine's log-probabilities of some token sequences are compared
+with the trainer's. Rounding makes them differ a little; a misplaced, unscaled or stale adapter makes them differ about
+as much as the adapter itself moves them, which is the measure.
+
+    prove_slots(policy, engine)                    # all projections at once, distinct adapters; about a second
+    prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...rollout.engine import RolloutEngine
+from ...rollout.types import Completion, PromptGroup, SamplingSettings
+from .lora_layers import ADAPTER, FusedLoRALayer
+from .packing import Pack, WeightedGroup, by_completion, pack, pad
+from .policy import Policy
+
+# Strength of a proving adapter: the norm of its update relative to the base weight's. The fewer layers are adapted at once,
+# the stronger each has to be: at 0.05, thirty q_proj move SmolLM2-135M by no more than rounding does.
+WEAKEST, STRONGEST = 0.05, 4.0
+STRENGTH_OF_ALL = 10.5  # shared between the layers
+PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
+# The largest difference that counts as rounding, as a share of what the adapter changes. In bf16 rounding gives up to 0.35
+# (keys of SmolLM2-135M); a scale that is wrong by two gives 0.5, a misplaced adapter about 1.4.
+TOLERANCE = 0.42
+# Of a projection alone, as shares of the gap without adapters: the largest gap that is noise, and the least effect beside it.
+LIKE_NOISE, ABOVE_NOISE = 1.25, 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """One comparison: mean absolute difference of log-probabilities, trainer against engine (`gap`) and engine with the
+    adapter against engine without (`effect`).
+
+    `noise`: for a projection alone, the gap without any adapter, which is rounding; else 0.
+    """
+
+    what: str
+    gap: float
+    effect: float
+    noise: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the adapter moved the engine, and by what the trainer says.
+
+        A projection that moves a model little more than rounding does is judged by the rounding: an adapter elsewhere would
+        add its own effect to it, more than once.
+        """
+        if self.effect > 0 and self.gap <= TOLERANCE * self.effect:
+            return True
+        return self.gap <= LIKE_NOISE * self.noise and self.effect >= ABOVE_NOISE * self.noise > 0
+
+
+def prove_slots(
+    policy: Policy, engine: RolloutEngine, *, each: bool = False, report: Callable[[Proof], None] = lambda proof: None
+) -> list[Proof]:
+    """Compare trainer and engine under random adapters, then publish the policy's own again.
+
+    Raises:
+        RuntimeError: a comparison failed: the engine does not sample from what the trainer trains.
+    """
+    sequences = _sequences(policy, engine)
+    base = engine.prompt_logprobs(sequences, use_adapter=False)
+    noise = _difference(base, trainer_logprobs(policy, sequences, use_adapter=False))
+    saved = [p.detach().clone() for p in policy.masters]
+    proofs = []
+    try:
+        targets: list[tuple[str, list[str]]] = [("all projections", list(policy.layers))]
+        if each:
+            targets += [(name, [name]) for name in policy.layers]
+        for seed, (what, names) in enumerate(targets):
+            strength = min(STRONGEST, max(WEAKEST, STRENGTH_OF_ALL / len(names)))
+            _write_random_adapters(policy, names, seed, strength)
+            engine.publish(policy.write_slots)
+            gap, effect = _compare(policy, engine, sequences, base)
+            proofs.append(Proof(what=what, gap=gap, effect=effect, noise=noise if len(names) == 1 else 0.0))
+            report(proofs[-1])
+    finally:
+        with torch.no_grad():
+            for master, before in zip(policy.masters, saved, strict=True):
+                master.copy_(before)
+        engine.publish(policy.write_slots)
+    failed = [proof for proof in proofs if not proof.holds]
+    if failed:
+        worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
+        raise RuntimeError(
+            f"vLLM does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine "
+            f"differ by {worst.gap:.4f} in mean log-probability where the adapter changes it by {worst.effect:.4f} "
+            f"({len(failed)} of {len(proofs)} comparisons failed). This model must not be trained here"
+        )
+    return proofs
+
+
+def trainer_logprobs(
+    policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True
+) -> list[list[float]]:
+    """Log-probability of every token but the first of each sequence, by the trainer's forward at temperature 1."""
+    packs = _packs(policy, sequences)
+    logprobs = [policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs]
+    return [values.tolist() for values in by_completion(packs, logprobs)]
+
+
+def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
+    """Each sequence as a group: its first token is the prompt, the rest one completion."""
+    groups = [
+        WeightedGroup(
+            group=PromptGroup(
+                index=i,
+                prompt_token_ids=tuple(s[:1]),
+                completions=(
+                    Completion(
+                        token_ids=tuple(s[1:]),
+                        logprobs=(0.0,) * (len(s) - 1),
+                        text="",
+                        finish_reason="stop",
+                        policy_version=0,
+                    ),
+                ),
+            ),
+            advantages=(0.0,),
+        )
+        for i, s in enumerate(sequences)
+    ]
+    if policy.shares_prompts:
+        return pack(groups, tokens_per_pack=4096, device=policy.device)
+    return pad(groups, tokens_per_pack=4096, pad_token_id=0, device=policy.device)
+
+
+def _sequences(policy: Policy, engine: RolloutEngine) -> list[list[int]]:
+    """What the base model says after random tokens: likely text, on which rounding shows little. Needs no tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    prompts = torch.randint(0, vocabulary, (4, 2), generator=generator).tolist()
+    sampling = SamplingSettings(num_generations=1, max_completion_length=PROOF_LENGTH)
+    groups = engine.rollout(prompts, sampling, seeds=range(len(prompts)), use_adapter=False)
+    return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in sorted(groups, key=lambda g: g.index)]
+
+
+@torch.no_grad()
+def _write_random_adapters(policy: Policy, names: Sequence[str], seed: int, strength: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in policy.layers.values():
+        layer.master_b.zero_()
+    for name in names:
+        layer = policy.layers[name]
+        a, b = layer.master_a, layer.master_b
+        a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
+        b.copy_(torch.randn(b.shape, generator=generator))
+        b.mul_(strength * _base_norm(layer) / (layer.scaling[ADAPTER] * _update_norm(a, b)))
+
+
+def _base_norm(layer: FusedLoRALayer) -> float:
+    return torch.linalg.vector_norm(layer.base_weight, dtype=torch.float32).item()
+
+
+def _update_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Frobenius norm of `b @ a`, by tr(a^T b^T b a): of a head or an embedding the product itself is as large as the layer."""
+    return ((b.t() @ b) * (a @ a.t())).sum().sqrt().item()
+
+
+def _compare(
+    policy: Policy, engine: RolloutEngine, sequences: list[list[int]], base: list[list[float]]
+) -> tuple[float, float]:
+    """Gap and effect of the adapter that is published."""
+    of_engine = engine.prompt_logprobs(sequences)
+    return _difference(of_engine, trainer_logprobs(policy, sequences)), _difference(of_engine, base)
+
+
+def _difference(one: list[list[float]], other: list[list[float]]) -> float:
+    """Mean absolute difference of log-probabilities."""
+    a, b = (torch.tensor([lp for sequence in logprobs for lp in sequence]) for logprobs in (one, other))
+    return (a - b).abs().mean().item()

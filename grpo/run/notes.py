@@ -1,0 +1,47 @@
+"""What a person is told about a run beside its numbers: before the first step, and when a step was not as it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..experience.collect import ScoredGroup
+from ..config import GRPOConfig
+from ..algorithm.corrections import sampling_warnings
+from ..experience.evaluation import Evaluation
+from ..update.learner import Update
+from ..update.ranks import describe
+from ..data.run_inputs import RunInputs
+from ..experience.step_metrics import failures
+
+
+def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
+    """What is known about the run before it starts."""
+    yield from describe(config)
+    rollout = config.rollout
+    yield from sampling_warnings(
+        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p
+    )
+    for name, prompts in (("training", inputs.train_prompts), ("evaluation", inputs.eval_prompts)):
+        if prompts is not None and prompts.dropped:
+            total, limit = prompts.dropped + len(prompts.rows), rollout.max_prompt_length
+            yield f"{prompts.dropped} of {total} {name} prompts are longer than {limit} tokens and were dropped"
+
+
+def step_notes(step: int, groups: Sequence[ScoredGroup], update: Update) -> Iterator[str]:
+    """What the guards did, which reward functions failed, and completions without a reward. Steps count from 1."""
+    yield from update.notes
+    for name, reasons in failures(groups).items():
+        yield f"step {step}: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"
+    unscored = sum(
+        reward is None and not any(errors[row] for errors in g.scores.errors.values())
+        for g in groups
+        for row, reward in enumerate(g.scores.total)
+    )
+    if unscored:
+        yield f"step {step}: no reward function applied to {unscored} completions; they teach nothing"
+
+
+def evaluation_notes(evaluation: Evaluation) -> Iterator[str]:
+    """Which reward functions failed on evaluation data."""
+    for name, reasons in evaluation.failures.items():
+        yield f"evaluation: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"

@@ -1,0 +1,114 @@
+"""What each worker says of a step, to the others and so to the metrics: its times, its tokens, and which policy it holds.
+
+    clock = Clock()
+    with clock.phase("train"):
+        ...
+    reports = exchange_reports(peers, session, clock.seconds, groups)
+    metrics |= time_metrics(reports, trained_tokens=4096)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..experience.collect import ScoredGroup
+from ..common.world import Peers
+from ..update.session import Session
+
+
+class Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+class DivergedError(RuntimeError):
+    """Two workers hold different policies: whatever they would do next is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """One worker's step. `checksum` is of its masters after the update."""
+
+    seconds: Mapping[str, float]
+    sampled_tokens: int
+    policy_version: int
+    checksum: int
+
+
+def checksum(masters: Sequence[torch.Tensor]) -> int:
+    """A number that changes with any bit of the masters (fp32): their words summed, each tensor's sum times its place."""
+    sums = torch.stack([master.detach().view(torch.int32).sum(dtype=torch.int64) for master in masters]).tolist()
+    return sum((2 * place + 1) * value for place, value in enumerate(sums)) % 2**64
+
+
+def check_same_policy(reports: Sequence[WorkerReport]) -> None:
+    """See that all workers hold the policy of the first.
+
+    Raises:
+        DivergedError: one does not, with both versions and checksums.
+    """
+    first = reports[0]
+    for rank, report in enumerate(reports):
+        if (report.policy_version, report.checksum) != (first.policy_version, first.checksum):
+            raise DivergedError(
+                f"worker {rank} holds another policy than worker 0: version {report.policy_version}, adapter "
+                f"{report.checksum:016x}, instead of version {first.policy_version}, adapter {first.checksum:016x}. Go on from "
+                "the last checkpoint, and see whether all nodes have the same software and hardware"
+            )
+
+
+def exchange_reports(
+    peers: Peers, session: Session, seconds: Mapping[str, float], groups: Sequence[ScoredGroup]
+) -> list[WorkerReport]:
+    """Every worker's report of a step, by rank, once all are seen to hold the same policy.
+
+    Raises:
+        DivergedError: they do not.
+    """
+    report = WorkerReport(
+        seconds=dict(seconds),
+        sampled_tokens=sum(len(c.token_ids) for g in groups if g.is_own for c in g.group.completions),
+        policy_version=session.engine.policy_version,
+        checksum=checksum(session.policy.masters) if peers.size > 1 else 0,
+    )
+    reports = peers.gather_each(report)
+    check_same_policy(reports)
+    return reports
+
+
+def slowest(reports: Sequence[WorkerReport]) -> dict[str, float]:
+    """Seconds by phase of the worker that took longest for it: the others waited."""
+    return {phase: max(report.seconds[phase] for report in reports) for phase in reports[0].seconds}
+
+
+def time_metrics(reports: Sequence[WorkerReport], *, trained_tokens: float) -> dict[str, float]:
+    """Seconds and tokens per second of a step, of all workers together and, where there are several, of each."""
+    seconds = slowest(reports)
+    of_each = {
+        f"workers/{rank}/tokens_per_second": report.sampled_tokens / report.seconds["rollout"]
+        for rank, report in enumerate(reports)
+    }
+    return {
+        **{f"time/{phase}": value for phase, value in seconds.items()},
+        "tokens_per_second/rollout": sum(report.sampled_tokens for report in reports) / seconds["rollout"],
+        "tokens_per_second/train": trained_tokens / seconds["train"],
+        **(of_each if len(reports) > 1 else {}),
+    }
+
+
+def num_tokens(groups: Sequence[ScoredGroup]) -> int:
+    """Tokens of all groups, each prompt counted once a completion (TRL's `num_tokens`)."""
+    return sum(len(g.row.token_ids) + len(c.token_ids) for g in groups for c in g.group.completions)

@@ -1,0 +1,1 @@
+"""From groups to gradients to an optimizer step."""

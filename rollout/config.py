@@ -1,0 +1,66 @@
+"""The section `rollout` of a run's configuration: how completions are sampled. Imports no torch."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..section import Section
+
+
+class RolloutConfig(Section):
+    """Sampling with vLLM, in this process."""
+
+    num_generations: int = Field(default=8, ge=2)
+    """Completions for each prompt (the group size G), at least 2."""
+
+    max_prompt_length: int = Field(default=512, ge=1)
+    """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted."""
+
+    max_completion_length: int = Field(default=256, ge=1)
+    """Longest completion, in tokens."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature in training, above 0. Evaluation is greedy."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Probability mass to sample from, (0, 1]. Below 1 the policy that samples is not the one that is trained."""
+
+    top_k: int = Field(default=-1, ge=-1)
+    """Most likely tokens to sample from, at least 1. -1 (or TRL's 0): all of them."""
+
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Least probability of a token as a share of the likeliest one's, [0, 1]."""
+
+    stop: list[str] = []
+    """Strings that end a completion. A single string will do."""
+
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Sequences that are sampled at once. None: all completions of a step, at most 256."""
+
+    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
+    """Share of the GPU's memory for vLLM, (0, 1]; the trainer needs the rest. CUDA only."""
+
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Size of vLLM's KV cache in GiB. CPU only."""
+
+    enforce_eager: bool | None = None
+    """Run vLLM without graphs and compilation. None: decided by the device."""
+
+    lora_path: Literal["auto", "dense", "punica"] = "auto"
+    """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's own kernels), `auto`
+    (dense on CPU, punica on CUDA)."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_string_will_do(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("top_k")
+    @classmethod
+    def _zero_is_off(cls, top_k: int) -> int:
+        return top_k or -1
+
+    @property
+    def max_model_length(self) -> int:
+        """Tokens of the longest sequence: prompt and completion."""
+        return self.max_prompt_length + self.max_completion_length

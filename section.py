@@ -1,0 +1,11 @@
+"""The base class of every configuration section. Imports no torch."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused, values are finite and do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )

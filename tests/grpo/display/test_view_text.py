@@ -1,0 +1,107 @@
+import math
+
+import pytest
+
+from rankup.grpo.display.view_text import (
+    as_number,
+    decimal,
+    duration,
+    evaluation_text,
+    guards_text,
+    one_line,
+    phases_of,
+    seconds_text,
+    shorten,
+    sparkline,
+    step_seconds,
+    summary_text,
+    whole,
+    workers_text,
+)
+
+
+def test_one_line_disarms_what_a_terminal_obeys():
+    assert one_line("a\r\nb\tc\x1b[31m\u202ed") == "a⏎b c·[31m·d"
+
+
+def test_shorten_keeps_both_ends():
+    text = shorten("start" + "x" * 100 + "answer 42", 30)
+    assert len(text) == 30
+    assert text.startswith("start")
+    assert text.endswith("answer 42")
+    assert shorten("short", 30) == "short"
+
+
+def test_sparkline_shows_the_whole_history_on_one_scale():
+    assert sparkline([0.0, 0.5, 1.0], width=20) == "▁▅█"
+    assert sparkline([0.0] * 50 + [1.0] * 50, width=4) == "▁▁██"
+    assert sparkline([-2.0, 5.0, math.nan], width=20) == "▁█ "
+    assert sparkline([3.0, 3.0], width=20) == "▁▁"
+    assert sparkline([], width=20) == sparkline([math.nan], width=20) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-"), (44.6, "45s"), (60, "1m00s"), (370, "6m10s"), (3600, "1h00m"), (90061, "25h01m")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_guards_text_names_what_the_guards_did():
+    assert guards_text({"reward": 0.5, "guards/alarms": 0.0, "guards/learning_rate_factor": 1.0}) == ""
+    counts = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/restores": 1.0}
+    assert guards_text(counts) == "3 alarms, 1 skip, 1 restore"
+
+
+@pytest.mark.parametrize(
+    ("of_each", "text"),
+    [
+        ([], ""),
+        ([812.4, 798], "812, 798 tok/s"),
+        ([812, 798, 805, 12799], "812, 798, 805, 12799 tok/s"),
+        ([812, 798, 805, 799, 0], "5 workers, 0 (rank 4) to 812 (rank 0) tok/s"),
+        ([820, 800, 801, 780, 805, 806, 807, 808], "8 workers, 780 (rank 3) to 820 (rank 0) tok/s"),
+        ([1200] * 11 + [900, 12000], "13 workers, 900 (rank 11) to 12,000 (rank 12) tok/s"),
+    ],
+)
+def test_workers_text_is_by_rank_or_of_the_slowest_and_the_fastest(of_each, text):
+    by_rank = [(f"workers/{rank}/tokens_per_second", speed) for rank, speed in enumerate(of_each)]
+    in_another_order = dict(sorted(by_rank, reverse=True))
+    assert workers_text({"tokens_per_second/rollout": 9000.0} | in_another_order) == text
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
+def test_what_is_not_known_is_a_dash(unknown):
+    assert decimal(unknown) == whole(unknown) == "-"
+
+
+def test_numbers_as_text():
+    assert (decimal(0.4071), decimal(0.4071, 3), decimal(13, 1)) == ("0.41", "0.407", "13.0")
+    assert (whole(812.4), whole(12045.6)) == ("812", "12,046")
+    assert (seconds_text(3.14), seconds_text(0.1), seconds_text(0.012)) == ("3.1", "0.1", "0.01")
+    assert as_number(2) == 2.0 and math.isnan(as_number(None))
+
+
+def test_a_step_takes_its_total_where_that_is_given():
+    assert step_seconds({"rollout": 3.0, "train": 2.0}) == 5.0
+    overlapping = {"rollout": 3.0, "train": 2.0, "total": 4.0}
+    assert step_seconds(overlapping) == 4.0
+    assert phases_of(overlapping) == {"rollout": 3.0, "train": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("step", "when", "text"),
+    [(0, "before", "before training"), (20, "during", "at step 20"), (80, "after", "after training")],
+)
+def test_evaluation_text(step, when, text):
+    assert evaluation_text(step, 0.57, when) == f"evaluation {text}: reward 0.570"
+
+
+def test_summary_text():
+    rewards = {"before": {"reward": 0.109}, "after": {"reward": 0.86}}
+    assert summary_text({"steps": 3, "seconds": {"total": 370}, "evaluation": rewards}) == (
+        "done: 3 steps in 6m10s, evaluation reward 0.109 → 0.860"
+    )
+    only_after = {"steps": 3, "seconds": {"total": 370}, "evaluation": {"after": {"reward": 0.86}}}
+    assert summary_text(only_after) == "done: 3 steps in 6m10s, evaluation reward 0.860"
+    assert summary_text({"steps": 2, "interrupted": True}) == "stopped: 2 steps in -"

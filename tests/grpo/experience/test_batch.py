@@ -1,0 +1,109 @@
+"""A step's batch: what is sampled again, what is taken off rewards, and what is trained on."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_runs import ROWS, many_low_ids, steps_of
+
+from rankup.grpo.experience.batch import collect_batch
+from rankup.grpo.data.prompts import PromptRow, PromptSampler
+
+pytestmark = pytest.mark.engine
+
+
+def some_prompts_only(completion_ids, target, **kwargs):
+    """Variance for one prompt in four; all others fail always."""
+    return [float(ids[0]) if n % 4 == 0 else 0.0 for ids, n in zip(completion_ids, target, strict=True)]
+
+
+@pytest.fixture
+def make_batch(run_engine, make_trainer, tmp_path):
+    """The batch of step 0 of a run whose policy is the base model."""
+
+    def make(reward=many_low_ids, step=0, **changes):
+        trainer = make_trainer(reward=reward, **changes)
+        return collect_batch(run_engine, trainer.scorer, trainer.sampler, trainer.config, step=step)
+
+    return make
+
+
+def test_without_resampling_all_groups_are_handed_on(make_batch):
+    batch = make_batch(some_prompts_only)
+    assert len(batch.weighted) == len(batch.collected.groups) == 3
+    assert "resampling_rounds" not in batch.metrics and "overlong_penalty" not in batch.metrics
+
+
+def test_resampling_goes_on_until_enough_groups_teach(make_batch):
+    batch = make_batch(some_prompts_only, max_resampling_rounds=50)
+    rounds = int(batch.metrics["resampling_rounds"])
+    assert 1 <= rounds < 50
+    assert len(batch.collected.groups) == len(batch.advantages) == 3 * (rounds + 1)
+    assert len(batch.weighted) == 3
+    assert all(any(w.advantages) for w in batch.weighted)
+    taught = sum(a.has_variance for a in batch.advantages)
+    assert taught >= 3 and sum(a.has_variance for a in batch.advantages[:-3]) < 3, "it stops at the first round that suffices"
+    # What was sampled counts in what is reported, whether it is trained on or not.
+    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - taught / len(batch.advantages))
+
+
+def test_resampling_is_bounded(make_batch):
+    def hopeless(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    batch = make_batch(hopeless, max_resampling_rounds=2)
+    assert batch.metrics["resampling_rounds"] == 2.0
+    assert len(batch.collected.groups) == 9 and not batch.weighted
+
+
+def test_a_batch_is_the_same_for_the_same_step_and_other_for_another(make_batch):
+    def ids(batch):
+        return [c.token_ids for g in batch.collected.groups for c in g.group.completions]
+
+    first, again = (make_batch(some_prompts_only, max_resampling_rounds=3) for _ in range(2))
+    assert ids(first) == ids(again) and len(ids(first)) > 12
+    assert ids(first) != ids(make_batch(some_prompts_only, max_resampling_rounds=3, step=1))
+
+
+def test_the_same_prompt_drawn_again_gets_other_completions(make_batch):
+    """Seeds go by the place in the step, all rounds counted, not by the prompt."""
+    batch = make_batch(some_prompts_only, rows=ROWS[1:4], max_resampling_rounds=3)
+    by_prompt: dict[str, set] = {}
+    for group in batch.collected.groups:
+        drawn = tuple(c.token_ids for c in group.group.completions)
+        assert drawn not in by_prompt.setdefault(str(group.row.prompt), set())
+        by_prompt[str(group.row.prompt)].add(drawn)
+    assert len(by_prompt) == 3
+
+
+def test_long_completions_lose_reward(make_batch):
+    def constant(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    batch = make_batch(constant, soft_overlong_tokens=4)
+    for group, advantages in zip(batch.collected.groups, batch.advantages, strict=True):
+        lengths = [len(c.token_ids) for c in group.group.completions]
+        shaped = [1.0 - max(0, length - 4) / 4 for length in lengths]
+        assert advantages.mean == pytest.approx(sum(shaped) / len(shaped))
+    assert batch.metrics["overlong_penalty"] > 0
+    assert batch.metrics["reward"] == 1.0, "what the functions gave is what is reported"
+
+
+def test_a_run_with_dynamic_sampling_trains_and_reports_it(run_engine, make_trainer, tmp_path):
+    make_trainer(reward=some_prompts_only, max_resampling_rounds=8).train(engine=run_engine)
+    for step in steps_of(tmp_path / "run"):
+        assert step["resampling_rounds"] >= 1 and "loss" in step
+
+
+def test_further_prompts_are_distinct_within_a_draw_where_there_are_enough():
+    rows = [PromptRow(prompt=str(i), token_ids=(i,), columns={}) for i in range(10)]
+    sampler = PromptSampler(rows, prompts_per_step=6, seed=3, shuffle=False)
+    draws = [[row.prompt for row in sampler.further_batch(step, number)] for step in range(4) for number in range(1, 4)]
+    assert all(len(set(draw)) == 6 for draw in draws)
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+    few = PromptSampler(rows[:2], prompts_per_step=6, seed=3)
+    assert len(few.further_batch(0, 1)) == 6
+
+
+def test_an_engine_of_other_settings_is_refused(run_engine, make_trainer):
+    with pytest.raises(ValueError, match="other settings"):
+        make_trainer(max_completion_length=9).train(engine=run_engine)

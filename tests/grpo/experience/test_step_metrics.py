@@ -1,0 +1,124 @@
+"""Metrics and the completions table of a step, from real scores of a few groups."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from rankup.grpo.algorithm.advantages import GroupAdvantages, group_advantages
+from rankup.grpo.experience.collect import ScoredGroup
+from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.experience.step_metrics import completion_metrics, completions_table, reward_metrics
+from rankup.rewards.contract import Inputs
+from rankup.rewards.runner import Scorer
+from rankup.rollout.types import Completion, PromptGroup
+
+
+def length(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def shouts(completions: list[str], log_metric: Any, log_extra: Any, **kwargs: Any) -> list[float | None]:
+    """Does not apply to short texts; logs a metric always, and a column only where there is something to see."""
+    upper = [sum(c.isupper() for c in text) for text in completions]
+    log_metric("uppercase", sum(upper))
+    if any(upper):
+        log_extra("letters", upper)
+    return [float(u) if len(text) > 1 else None for u, text in zip(upper, completions, strict=True)]
+
+
+def completion(text: str, finish_reason: Any) -> Completion:
+    ids = tuple(range(len(text)))
+    return Completion(
+        token_ids=ids, logprobs=(-1.0,) * len(text), text=text, finish_reason=finish_reason, policy_version=3
+    )
+
+
+@pytest.fixture
+def scorer() -> Scorer:
+    return Scorer([length, shouts], weights=[1.0, 10.0])
+
+
+@pytest.fixture
+def groups(scorer: Scorer) -> list[ScoredGroup]:
+    """Two groups of two: rewards 2 + 0, 3 + 10 and 1, 4 + 0; the first and the third completion were cut off."""
+    texts = [[("aa", "length"), ("bbB", "stop")], [("c", "abort"), ("dddd", "stop")]]
+    scored = []
+    for index, pairs in enumerate(texts):
+        completions = tuple(completion(text, reason) for text, reason in pairs)
+        group = PromptGroup(index=index, prompt_token_ids=(5, 6), completions=completions)
+        scores = scorer.score(
+            Inputs(
+                prompts=["p"] * 2,
+                completions=[c.text for c in completions],
+                completion_ids=[list(c.token_ids) for c in completions],
+            )
+        )
+        row = PromptRow(prompt=f"prompt {index}", token_ids=(5, 6), columns={})
+        scored.append(ScoredGroup(row=row, group=group, scores=scores))
+    return scored
+
+
+@pytest.fixture
+def advantages(groups: list[ScoredGroup]) -> list[GroupAdvantages]:
+    return group_advantages([g.scores.total for g in groups], scale_rewards="group")
+
+
+def test_reward_metrics(groups: list[ScoredGroup], advantages: list[GroupAdvantages], scorer: Scorer) -> None:
+    assert reward_metrics(groups, advantages, scorer) == pytest.approx(
+        {
+            "reward": (2 + 13 + 1 + 4) / 4,
+            "reward_std": (statistics.stdev([2, 13]) + statistics.stdev([1, 4])) / 2,
+            "frac_reward_zero_std": 0.0,
+            "advantage_scale": (statistics.stdev([2, 13]) + statistics.stdev([1, 4])) / 2,
+            "rewards/length/mean": 2.5,
+            "rewards/length/std": statistics.stdev([2, 3, 1, 4]),
+            "rewards/shouts/mean": 1 / 3,  # over the three it applies to
+            "rewards/shouts/std": statistics.stdev([0, 1, 0]),
+            "uppercase": 0.5,
+        }
+    )
+
+
+def test_groups_of_equal_rewards_are_counted(groups: list[ScoredGroup], scorer: Scorer) -> None:
+    advantages = group_advantages([[1.0, 1.0], [0.0, 1.0]], scale_rewards="group")
+    scale = reward_metrics(groups, advantages, scorer)["advantage_scale"]
+    assert scale == pytest.approx(statistics.stdev([0, 1])), "groups without variance do not count in it"
+    metrics = reward_metrics(groups, advantages, scorer)
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["reward_std"] == pytest.approx(statistics.stdev([0, 1]) / 2)
+
+
+def test_completion_metrics(groups: list[ScoredGroup]) -> None:
+    assert completion_metrics(groups) == {
+        "completions/mean_length": 2.5,
+        "completions/min_length": 1.0,
+        "completions/max_length": 4.0,
+        "completions/mean_terminated_length": 3.5,  # of the two that ended by themselves
+        "completions/clipped_ratio": 0.5,
+    }
+
+
+def test_no_completion_ended_by_itself(groups: list[ScoredGroup]) -> None:
+    cut = PromptGroup(index=0, prompt_token_ids=(5,), completions=(completion("abc", "length"),))
+    metrics = completion_metrics([ScoredGroup(row=groups[0].row, group=cut, scores=groups[0].scores)])
+    assert (metrics["completions/mean_terminated_length"], metrics["completions/clipped_ratio"]) == (0.0, 1.0)
+
+
+def test_completions_table(groups: list[ScoredGroup], advantages: list[GroupAdvantages], scorer: Scorer) -> None:
+    table, columns = completions_table(groups, advantages, scorer)
+    assert table == {
+        "prompt": ["prompt 0", "prompt 0", "prompt 1", "prompt 1"],
+        "completion": ["aa", "bbB", "c", "dddd"],
+        "completion_ids": [[0, 1], [0, 1, 2], [0], [0, 1, 2, 3]],
+        "advantage": [*advantages[0].advantages, *advantages[1].advantages],
+        "reward": [2.0, 13.0, 1.0, 4.0],
+        "finish_reason": ["length", "stop", "abort", "stop"],
+        "num_tokens": [2, 3, 1, 4],
+        "policy_version": [3] * 4,
+    }
+    assert columns["rewards"] == {"length": [2.0, 3.0, 1.0, 4.0], "shouts": [0.0, 1.0, None, 0.0]}
+    assert columns["data"] == {}
+    assert columns["extras"] == {"letters": [0, 1, None, None]}, "a group whose function logged nothing has empty cells"

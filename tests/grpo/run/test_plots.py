@@ -1,0 +1,80 @@
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankup.grpo.run.plots import plot_learning_curve, running_mean
+from rankup.grpo.run.records import RunRecorder
+
+
+def make_run(folder: Path, *, seed: int, rewards: list[float], evaluations: bool = True) -> Path:
+    recorder = RunRecorder(folder, config_yaml=f"seed: {seed}\nmodel: {{name: tiny}}\nlogging: {{run_name: sums}}\n")
+    if evaluations:
+        recorder.evaluation(0, 0.1, when="before")
+    for step, reward in enumerate(rewards, start=1):
+        recorder.step(step, {"reward": reward})
+    if evaluations:
+        recorder.evaluation(len(rewards), 0.9, when="after")
+    recorder.close()
+    return folder
+
+
+def drawn_texts(monkeypatch, run_dirs: list[Path], out: Path) -> set[str]:
+    """All text in the picture, in the moment when it is saved."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    texts: set[str] = set()
+    save = Figure.savefig
+
+    def save_and_look(figure: Figure, path: Path) -> None:
+        save(figure, path)
+        texts.update(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", save_and_look)
+    plot_learning_curve(run_dirs, out)
+    return texts
+
+
+def test_picture_has_the_promised_size(tmp_path):
+    out = tmp_path / "learning_curve.png"
+    plot_learning_curve([make_run(tmp_path / "run", seed=1, rewards=[0.1, 0.4, 0.8])], out)
+    header = out.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert struct.unpack(">II", header[16:24]) == (1600, 900)
+
+
+def test_one_run_shows_name_setting_and_evaluations(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", seed=1, rewards=[0.02 * step for step in range(40)])
+    texts = drawn_texts(monkeypatch, [run], tmp_path / "curve.png")
+    expected = {"sums", "tiny", "0.10", "0.90", "each step", "mean of 4 steps", "evaluation", "mean reward"}
+    assert expected <= texts
+
+
+def test_several_runs_are_told_apart_by_their_seeds(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / f"run{seed}", seed=seed, rewards=[0.1, 0.5, 0.9]) for seed in (1, 2, 3)]
+    assert {"seed 1", "seed 2", "seed 3"} <= drawn_texts(monkeypatch, runs, tmp_path / "curve.png")
+
+
+def test_steps_without_a_finite_reward_leave_a_curve(tmp_path):
+    run = make_run(tmp_path / "run", seed=1, rewards=[float("nan"), -3.5, 12.0], evaluations=False)
+    plot_learning_curve([run], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 0
+
+
+def test_run_without_a_step_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", seed=1, rewards=[])
+    with pytest.raises(ValueError, match="no step with a reward"):
+        plot_learning_curve([run], tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_drawing_touches_no_display_state(tmp_path):
+    loaded_before = "matplotlib.pyplot" in sys.modules
+    plot_learning_curve([make_run(tmp_path / "run", seed=1, rewards=[0.5])], tmp_path / "curve.png")
+    assert ("matplotlib.pyplot" in sys.modules) == loaded_before
+
+
+def test_running_mean_looks_back_only():
+    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
