@@ -12,8 +12,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .grpo.config import GRPOConfig
     from .grpo.common.interrupts import RunInterrupted
+    from .grpo.config import GRPOConfig
     from .grpo.trainer import GRPOTrainer
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "RunInterrupted", "__version__"]

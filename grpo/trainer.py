@@ -22,31 +22,33 @@ from typing import TYPE_CHECKING, Any, cast
 from ..rewards.loading import RewardSpec
 from ..rollout.engine import RolloutEngine
 from .algorithm.advantages import GroupAdvantages
-from .experience.batch import collect_batch
+from .checkpoint.manager import RunKeeper, open_recorder, owned_folder
+from .checkpoint.resume import Resume, Resumption, find_resumption, summary_of_finished_run
+from .checkpoint.storage import Storage
 from .checkpoint.store import CheckpointStore
-from .experience.collect import Collected, make_scorer
-from .config import GRPOConfig
-from .data.prompts import PromptSampler
 from .common.errors import ClusterError, TrainingStoppedError
+from .common.interrupts import Interrupts, RunInterrupted
+from .common.memory import resident_mib
+from .common.timing import Clock
+from .common.world import SINGLE_PROCESS, World
+from .config import GRPOConfig
+from .data.run_inputs import load_run_inputs
+from .data.sampler import PromptSampler
+from .display.terminal import View, make_view
+from .display.view_text import When
+from .experience.batch import collect_batch
+from .experience.collect import Collected, make_scorer
 from .experience.evaluation import Evaluation, evaluate
+from .experience.step_metrics import completions_table
 from .guards.evaluations import mean_reward
 from .guards.guards import Verdict
-from .common.interrupts import Interrupts, RunInterrupted
 from .run.notes import evaluation_notes, start_notes, step_notes
-from .update.objective import Objective
-from .common.world import ALONE, Peers
 from .run.profiling import profiled, trace_path
-from .display.view_text import When
-from .run.records import RunRecorder, resident_mib
+from .run.records import RunRecorder
 from .run.reporting import check_reports
-from .checkpoint.resume import Resume, Resumption, find_resumption, summary_of_finished_run
-from .data.run_inputs import load_run_inputs
-from .checkpoint.manager import RunKeeper, open_recorder, owned_folder
+from .run.worker_reports import exchange_reports, num_tokens, slowest, time_metrics
+from .update.objective import Objective
 from .update.session import Session, open_session
-from .experience.step_metrics import completions_table
-from .checkpoint.storage import Storage
-from .display.terminal import View, make_view
-from .run.worker_reports import Clock, exchange_reports, num_tokens, slowest, time_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,7 +63,7 @@ class GRPOTrainer:
         args: the configuration.
         train_dataset, eval_dataset: a `datasets.Dataset`, rows, or a source as in `args.data`; None: `args.data`.
         view: where progress is shown; None: the terminal.
-        peers: the workers of one `torch.distributed` group that share every step; by default this one alone. Each makes a
+        world: the workers of one `torch.distributed` group that share every step; by default this one alone. Each makes a
             trainer with the same arguments; the first records and saves.
 
     Raises:
@@ -81,14 +83,14 @@ class GRPOTrainer:
         eval_dataset: str | Dataset | Iterable[Mapping[str, Any]] | None = None,
         *,
         view: View | None = None,
-        peers: Peers = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         config = args or GRPOConfig()
         if model is not None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         self.config = config
-        self.peers = peers
-        if config.cluster.workers > peers.size:  # an iterator could be read once only, and all workers do
+        self.world = world
+        if config.cluster.workers > world.size:  # an iterator could be read once only, and all workers do
             train_dataset, eval_dataset = (list(d) if isinstance(d, Iterator) else d for d in (train_dataset, eval_dataset))
         self._given = {"reward_funcs": reward_funcs, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.scorer = make_scorer(config, reward_funcs)
@@ -110,9 +112,9 @@ class GRPOTrainer:
         )
         storage = config.checkpoint.storage
         self._storage = None if storage is None else Storage(storage, config.logging.output_dir)
-        self._surroundings: dict[str, Any] = {"note": self.view.note, "peers": peers, "storage": self._storage}
+        self._surroundings: dict[str, Any] = {"note": self.view.note, "world": world, "storage": self._storage}
         self._interrupts = Interrupts(self.view.note)
-        self.can_go_on = False
+        self.can_resume = False
         """Whether the last `train` has left a checkpoint of its run."""
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps, where no signal arrives
 
@@ -142,22 +144,22 @@ class GRPOTrainer:
             ClusterError: a run with `cluster.workers` above 1 has failed.
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
         """
-        output_dir, self.can_go_on = self.config.logging.output_dir, False
+        output_dir, self.can_resume = self.config.logging.output_dir, False
         with ExitStack() as stack:
             stack.enter_context(self.view)
             stack.enter_context(self._interrupts.handled())
             stack.enter_context(self._interrupts.deferred())
             check_reports(self.config.logging.report_to)
-            if self.config.cluster.workers > self.peers.size:
+            if self.config.cluster.workers > self.world.size:
                 return self._train_on_cluster(resume_from_checkpoint, allow_changes, engine)
             resumes = bool(resume_from_checkpoint)
             stack.enter_context(owned_folder(output_dir, resumes=resumes, **self._surroundings))
             finish = summary_of_finished_run if resume_from_checkpoint is True else lambda *_: None
-            finished = self.peers.from_first(lambda: finish(self.config, self._fingerprint))
+            finished = self.world.broadcast_from_main(lambda: finish(self.config, self._fingerprint))
             if finished is not None:
                 self.view.note(f"the run in {output_dir} has come to its end: there is nothing left to do")
                 return finished
-            resumption = self.peers.from_first(lambda: self._find_resumption(resume_from_checkpoint, allow_changes))
+            resumption = self.world.broadcast_from_main(lambda: self._find_resumption(resume_from_checkpoint, allow_changes))
             for note in start_notes(self.config, self.inputs):
                 self.view.note(note)
             with self._interrupts.at_once():
@@ -191,7 +193,7 @@ class GRPOTrainer:
                 allow_changes=allow_changes,
             )
         except ClusterError as error:
-            self.can_go_on = error.can_go_on
+            self.can_resume = error.can_resume
             raise
 
     def _run(self) -> None:
@@ -208,20 +210,20 @@ class GRPOTrainer:
             if step == max_steps:
                 break
             assert step < max_steps
-            with profiled(trace_path(self.config.logging, step + 1, rank=self.peers.rank)):
+            with profiled(trace_path(self.config.logging, step + 1, rank=self.world.rank)):
                 self._step(step)
         self._finish()
 
     def _stop_if_asked(self) -> None:
         """Raise RunInterrupted if the run is to stop here: on all workers, if on one."""
-        if any(self.peers.gather_each(self.should_stop() or self._interrupts.asked is not None)):
+        if any(self.world.all_gather(self.should_stop() or self._interrupts.asked is not None)):
             self._interrupts.ask()
         self._interrupts.stop_if_asked()
 
     def _step(self, step: int) -> None:
         """One step, `step` counting from 0: rollout, reward and advantages; train; publish; record."""
         config, session, clock = self.config, self.session, Clock()
-        batch = collect_batch(session.engine, self.scorer, self.sampler, config, step=step, peers=self.peers)
+        batch = collect_batch(session.engine, self.scorer, self.sampler, config, step=step, world=self.world)
         clock.seconds["rollout"] = batch.collected.rollout_seconds
         clock.seconds["reward"] = batch.collected.reward_seconds
         with clock.phase("train"):
@@ -230,7 +232,7 @@ class GRPOTrainer:
             session.publish()
 
         groups = batch.collected.groups
-        reports = exchange_reports(self.peers, session, clock.seconds, groups)
+        reports = exchange_reports(self.world, session, clock.seconds, groups)
         self.keeper.num_tokens += num_tokens(groups)
         metrics = {
             **batch.metrics,
@@ -322,7 +324,7 @@ class GRPOTrainer:
         self.view.stage(f"evaluating {len(rows)} prompts")
         with self._interrupts.at_once():  # it can be made again
             return evaluate(
-                self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter, peers=self.peers
+                self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter, world=self.world
             )
 
     def _show_completions(self, step: int, collected: Collected, advantages: Sequence[GroupAdvantages]) -> None:
@@ -349,7 +351,7 @@ class GRPOTrainer:
                 pad_token_id=cast(int, self.inputs.tokenizer.pad_token_id or 0),
                 engine=engine,
                 note=self.view.note,
-                peers=self.peers,
+                world=self.world,
             ) as self.session:
                 try:
                     yield
@@ -376,7 +378,7 @@ class GRPOTrainer:
             try:
                 yield
             finally:
-                self.can_go_on = self.keeper.last is not None
+                self.can_resume = self.keeper.last is not None
                 del self.keeper
 
     def _find_resumption(self, source: Resume, allow_changes: bool) -> Resumption | None:

@@ -31,7 +31,7 @@ class RolloutConfig(Section):
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Least probability of a token as a share of the likeliest one's, [0, 1]."""
 
-    stop: list[str] = []
+    stop: list[str] = Field(default=[])
     """Strings that end a completion. A single string will do."""
 
     max_num_seqs: int | None = Field(default=None, ge=1)

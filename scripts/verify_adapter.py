@@ -14,10 +14,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankup.grpo.experience.collect import make_scorer
-from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.data.prompts import PromptRow, load_rows, prepare_prompts
 from rankup.grpo.common.model_files import resolve_model
+from rankup.grpo.config import GRPOConfig, load_config
+from rankup.grpo.data.prompts import PromptRow, prepare_prompts
+from rankup.grpo.data.sources import load_rows
+from rankup.grpo.experience.collect import make_scorer
 from rankup.rewards.contract import Inputs
 
 

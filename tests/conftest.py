@@ -81,9 +81,9 @@ def make_policy(tiny_model_path):
     def make(kind: str = "llama", *, seed: int = 1, strength: float = 0.3, dtype: str = "float32", **lora):
         import torch
 
+        from rankup.grpo.common.quiet import quiet_stderr
         from rankup.grpo.config import LoraConfig
         from rankup.grpo.model.policy import Policy
-        from rankup.grpo.common.quiet import quiet_stderr
 
         with quiet_stderr():
             policy = Policy(

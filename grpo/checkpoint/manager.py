@@ -19,29 +19,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .store import MANIFEST, CheckpointError, CheckpointStore
-from ..config import GRPOConfig, dump_config
 from ..common.errors import Attempts
 from ..common.interrupts import RunInterrupted
-from ..common.world import ALONE, Peers
 from ..common.random_states import random_states, set_random_states
+from ..common.world import SINGLE_PROCESS, World
+from ..config import GRPOConfig, dump_config
+from ..display.terminal import View
 from ..run.records import METRICS_FILE, RunRecorder
 from ..run.reporting import make_reports
-from .resume import Resumption, software_changes
 from ..run.run_folder import locked_folder
-from .state import Position, load_state, write_state
-from ..update.session import Session
 from ..run.silent import SilentRecorder
+from ..update.session import Session
+from .resume import Resumption, software_changes
+from .state import Position, load_state, write_state
 from .storage import Storage, StorageError
-from ..display.terminal import View
+from .store import MANIFEST, CheckpointError, CheckpointStore
 
-DYING_SECONDS = 60.0
+LOCK_TIMEOUT_S = 60.0
 """What a worker that was lost gets to die, and to let go of the folder, before the one in its place gives up."""
 
 
 @contextmanager
 def owned_folder(
-    folder: Path, *, resumes: bool, note: Callable[[str], None], peers: Peers = ALONE, storage: Storage | None = None
+    folder: Path, *, resumes: bool, note: Callable[[str], None], world: World = SINGLE_PROCESS, storage: Storage | None = None
 ) -> Iterator[None]:
     """Own the folder inside the block, and have in it what a run that is taken up needs of the storage.
 
@@ -51,15 +51,15 @@ def owned_folder(
         ValueError: another process owns it.
         StorageError: the storage could not be read.
     """
-    if not peers.is_first:
+    if not world.is_main:
         yield
         return
     if resumes and storage is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with locked_folder(folder, patience=DYING_SECONDS if peers.size > 1 else 0.0):
+    with locked_folder(folder, timeout=LOCK_TIMEOUT_S if world.size > 1 else 0.0):
         if resumes and storage is not None:
             storage.pull(note)
-            if peers.size > 1:
+            if world.size > 1:
                 storage.push()  # others may see the copy only, and go on from what is newest here
         yield
 
@@ -70,7 +70,7 @@ def open_recorder(
     resumption: Resumption | None,
     *,
     note: Callable[[str], None],
-    peers: Peers = ALONE,
+    world: World = SINGLE_PROCESS,
     storage: Storage | None = None,
 ) -> Iterator[RunRecorder]:
     """The run folder of a new run, or of one that goes on. Only the first of several workers records.
@@ -80,7 +80,7 @@ def open_recorder(
         StorageError: the storage could not be reached.
     """
     output_dir = config.logging.output_dir
-    if not peers.is_first:
+    if not world.is_main:
         yield SilentRecorder(output_dir)
         return
     resume = None if resumption is None else resumption.state.recorder
@@ -112,13 +112,13 @@ class RunKeeper:
         *,
         inputs: Mapping[str, Any],
         note: Callable[[str], None],
-        peers: Peers = ALONE,
+        world: World = SINGLE_PROCESS,
         storage: Storage | None = None,
     ) -> None:
         self.num_tokens = 0
         self._storage = storage
         self._run = uuid.uuid4().hex
-        self._peers = peers
+        self._peers = world
         self._config = config
         self._session = session
         self._recorder = recorder
@@ -154,7 +154,7 @@ class RunKeeper:
         if not goes_on:
             self._note(f"optim.optimizer={self._config.optim.optimizer} begins anew: the checkpoint has another one's state")
         self._open_reports(state.recorder)
-        for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_first else ():
+        for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_main else ():
             self._note(f"a checkpoint that the run does not go on from is now {path}")
         if not self._recorder.go_on():
             self._note(f"{METRICS_FILE} is shorter than it was at step {checkpoint.step}: some rows are lost")
@@ -190,12 +190,12 @@ class RunKeeper:
 
         position = dataclasses.replace(position, random_states=self._peers.gather(position.random_states))
         error: CheckpointError | None = None
-        if self._peers.is_first:
+        if self._peers.is_main:
             try:
                 self._write(position)
             except CheckpointError as failure:
                 error = failure
-        if self._peers.from_first(lambda: error is None):  # all know it: who comes here again is to come with all others
+        if self._peers.broadcast_from_main(lambda: error is None):
             self._last_position = (position.steps_done, position.is_evaluated)
         if error is not None:
             raise error
@@ -222,7 +222,7 @@ class RunKeeper:
 
     def copy(self) -> None:
         """Bring the copy in the storage up to date. One that fails is told, and the run goes on: the next makes up for it."""
-        if self._storage is not None and self._peers.is_first:
+        if self._storage is not None and self._peers.is_main:
             try:
                 self._storage.push()
             except StorageError as error:
@@ -230,12 +230,12 @@ class RunKeeper:
 
     def save_adapter(self) -> None:
         """The policy as it is, in the run folder. Only the first of several workers writes this and what follows."""
-        if self._peers.is_first:
+        if self._peers.is_main:
             self._session.policy.save_adapter(self._recorder.adapter_dir)
 
     def draw(self) -> None:
         """The learning curve, once there is a step."""
-        if self._peers.is_first and self.position.steps_done:
+        if self._peers.is_main and self.position.steps_done:
             from ..run.plots import plot_learning_curve
 
             run_dir = self._recorder.output_dir
@@ -279,7 +279,7 @@ class RunKeeper:
     @contextmanager
     def _at_hand(self, checkpoint: Path) -> Iterator[Path]:
         """The first worker's checkpoint where this one sees it: on a machine of its own, fetched for the time being."""
-        manifest = self._peers.from_first(lambda: (checkpoint / MANIFEST).read_bytes())
+        manifest = self._peers.broadcast_from_main(lambda: (checkpoint / MANIFEST).read_bytes())
         here = checkpoint / MANIFEST
         if here.is_file() and here.read_bytes() == manifest:
             yield checkpoint
@@ -290,7 +290,7 @@ class RunKeeper:
             yield self._storage.pull_checkpoint(checkpoint.name, Path(folder))
 
     def _open_reports(self, resume: Mapping[str, Any] | None) -> None:
-        if not self._peers.is_first:
+        if not self._peers.is_main:
             return
         logging = self._config.logging
         reports = make_reports(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .store import Checkpoint, CheckpointStore, read_checkpoint
 from ..config import GRPOConfig, dump_config
 from ..config.loading import parse_yaml, read_run_file
 from ..run.records import CONFIG_FILE, read_summary
 from .state import RunState, made_with, read_state
+from .store import Checkpoint, CheckpointStore, read_checkpoint
 
 Resume = bool | str | Path | None
 """True: from the newest whole checkpoint; a path: from that one; False, None: not at all (TRL's `resume_from_checkpoint`)."""

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..update.optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 from ..run.records import CONFIG_FILE
+from ..update.optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 from ..update.session import Session
 
 ADAPTER = "adapter"

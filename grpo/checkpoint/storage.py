@@ -21,6 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..run.records import SUMMARY_FILE
+from ..run.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, move_aside
+from .remote import RemoteFiles, StorageError
 from .store import (
     MANIFEST,
     NAME,
@@ -32,9 +35,6 @@ from .store import (
     step_of,
     sync_all,
 )
-from ..run.records import SUMMARY_FILE
-from .remote import RemoteFiles, StorageError
-from ..run.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, move_aside
 
 COMPLETIONS = "completions/"
 RUN_MARKS = (CONFIG_FILE, METRICS_FILE)  # show that a folder holds a run

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ...rollout.engine import RolloutEngine
-from ..experience.collect import engine_settings
-from ..config import GRPOConfig
 from ..common.model_files import resolve_model
-from ..model.prove import Proof, prove_slots
 from ..common.quiet import quiet_stderr
+from ..config import GRPOConfig
+from ..experience.collect import engine_settings
+from ..model.prove import Proof, prove_slots
 from ..update.session import base_note, make_policy
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import GRPOConfig, load_config
-from .doctor.doctor import add_doctor_command
 from ..common.errors import explain
-from .export.export import add_export_command
 from ..common.interrupts import RunInterrupted
-from .plan.plan import add_plan_command
+from ..config import GRPOConfig, load_config
 from ..run.records import CONFIG_FILE
+from .doctor.doctor import add_doctor_command
+from .export.export import add_export_command
+from .plan.plan import add_plan_command
 from .reward import add_reward_commands
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def train(options: argparse.Namespace) -> int:
             print(to_go_on)
         raise
     except Exception as error:  # it goes on; said beside it is what a user will want next
-        if trainer.can_go_on:
+        if trainer.can_resume:
             error.add_note(to_go_on)
         raise
     return 0

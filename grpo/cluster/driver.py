@@ -5,7 +5,7 @@
     )
 
 Every worker (`cluster_worker.py`) is the whole single-device trainer: vLLM, policy and optimizer on a device of its own, and a
-share of each step's prompts. They exchange what `peers.py` says. The first one records and saves; what it shows comes here over
+share of each step's prompts. They exchange what `world.py` says. The first one records and saves; what it shows comes here over
 a desk (`desk.py`). When a worker is lost, Ray starts all of them again, and they go on from the newest checkpoint.
 """
 
@@ -24,17 +24,17 @@ import ray
 from ray import cloudpickle
 
 from ...rewards.ray_connection import CONNECTION, starts_a_cluster
-from .ray_train import fit
-from .worker import Task
-from ..config import GRPOConfig
-from ..config.cluster import ClusterConfig
-from .mailbox import Outcome, Reader, open_desk, this_node
-from ..common.errors import ClusterError
-from ..common.interrupts import Interrupts, RunInterrupted
-from ..run.records import read_summary
 from ..checkpoint.resume import Resume
 from ..checkpoint.storage import Storage
+from ..common.errors import ClusterError
+from ..common.interrupts import Interrupts, RunInterrupted
+from ..config import GRPOConfig
+from ..config.cluster import ClusterConfig
 from ..display.terminal import View
+from ..run.records import read_summary
+from .mailbox import Outcome, Reader, open_desk, this_node
+from .ray_train import fit
+from .worker import Task
 
 POLL_SECONDS = 0.2
 
@@ -91,7 +91,7 @@ def train_on_cluster(
         error = ray.get(fitted) if outcome is None else outcome.error
     if error is not None:
         checkpoints = config.logging.output_dir / "checkpoints"
-        raise ClusterError(error, can_go_on=has_begun and any(checkpoints.glob("step_*")))
+        raise ClusterError(error, can_resume=has_begun and any(checkpoints.glob("step_*")))
     assert outcome is not None, "Ray Train has come to an end, and the first worker has not"
     if storage is not None and read_summary(config.logging.output_dir) != outcome.summary:
         storage.pull(view.note, always=True)  # the workers' disk is another one

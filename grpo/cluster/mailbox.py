@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import ray
 
-from ..display.view_text import When
 from ..display.terminal import SampleRow, View
+from ..display.view_text import When
 
 Call = tuple[str, tuple[Any, ...]]
 """A method of the view, and its arguments."""

@@ -23,18 +23,18 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
-from ..config import GRPOConfig
-from .mailbox import DeskView, Outcome
-from ..common.errors import explain, may_pass
-from ..common.interrupts import RunInterrupted
-from ..common.world import Peers
-from ..common.quiet import quiet_loggers
-from ..run.records import read_summary
 from ..checkpoint.remote import StorageError
 from ..checkpoint.resume import Resume
+from ..common.errors import explain, is_transient
+from ..common.interrupts import RunInterrupted
+from ..common.quiet import quiet_loggers
+from ..common.world import World
+from ..config import GRPOConfig
+from ..run.records import read_summary
 from ..run.silent import SilentView
-from ..trainer import GRPOTrainer
 from ..run.worker_reports import DivergedError
+from ..trainer import GRPOTrainer
+from .mailbox import DeskView, Outcome
 
 ABSENT = (errno.EIO, errno.ESTALE, errno.EADDRINUSE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 """What a file system of the network, or the network, says when it is not there."""
@@ -127,39 +127,39 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
         f"doing stands in Ray's logs, in worker-*-{os.getpid()}.err on {ray.util.get_node_ip_address()}"
     )
     deadline = Deadline(timeout, lambda: desk.lost.remote(last_words))
-    peers = Peers.of_process_group(on_exchange=deadline.extend)
-    if peers.is_first:
+    world = World.from_process_group(on_collective=deadline.extend)
+    if world.is_main:
         ray.get(desk.set_first_at_work.remote(True))
     try:
-        _train(task, peers, deadline)
+        _train(task, world, deadline)
     except Exception as error:  # Ray is to answer it; those that it cannot answer are told here
         if _is_final(error, has_begun=ray.get(desk.has_begun.remote())):
             ray.get(desk.end.remote(Outcome(error=explain(error) or str(error))))
         if dist.is_initialized():  # vLLM's end has done that, where there was one: nobody is to wait for us
             dist.destroy_process_group()
-        if not peers.is_first:
+        if not world.is_main:
             _await_first(desk)
         raise
     finally:
         deadline.stop()
-        if peers.is_first:
+        if world.is_main:
             ray.get(desk.set_first_at_work.remote(False))
 
 
-def _train(task: Task, peers: Peers, deadline: Deadline) -> None:
+def _train(task: Task, world: World, deadline: Deadline) -> None:
     desk = task.desk
     config = task.config.seen_from(task.base_dir)
-    _check_folder_is_shared(config, peers)
+    _check_folder_is_shared(config, world)
 
     def should_stop() -> bool:
         if not deadline.is_running:
-            peers.gather_each(None)  # vLLM has started everywhere, which no deadline of a step could hold
+            world.all_gather(None)  # vLLM has started everywhere, which no deadline of a step could hold
             deadline.start()
         deadline.extend()
-        return peers.is_first and ray.get(desk.is_asked_to_stop.remote())
+        return world.is_main and ray.get(desk.is_asked_to_stop.remote())
 
-    view = DeskView(desk) if peers.is_first else SilentView()
-    trainer = GRPOTrainer(args=config, view=view, peers=peers, **task.inputs)
+    view = DeskView(desk) if world.is_main else SilentView()
+    trainer = GRPOTrainer(args=config, view=view, world=world, **task.inputs)
     trainer.should_stop = should_stop
     # What has begun goes on from its newest checkpoint, whichever one it was to begin with.
     resume = bool(ray.get(desk.has_begun.remote())) or task.resume
@@ -167,9 +167,9 @@ def _train(task: Task, peers: Peers, deadline: Deadline) -> None:
         summary = trainer.train(resume_from_checkpoint=resume, allow_changes=task.allow_changes)
         outcome = Outcome(summary=summary, is_saved=True, has_finished=True)
     except RunInterrupted as interruption:
-        summary = read_summary(config.logging.output_dir) if peers.is_first else None
+        summary = read_summary(config.logging.output_dir) if world.is_main else None
         outcome = Outcome(summary=summary, checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
-    if peers.is_first:
+    if world.is_main:
         ray.get(desk.end.remote(outcome))
 
 
@@ -179,7 +179,7 @@ def _is_final(error: Exception, *, has_begun: bool) -> bool:
     What could be reached when the run began is not there for a moment, of disks and storages too.
     """
     is_absent = has_begun and (isinstance(error, StorageError) or getattr(error, "errno", None) in ABSENT)
-    return isinstance(error, DivergedError) or (explain(error) is not None and not is_absent and not may_pass(error))
+    return isinstance(error, DivergedError) or (explain(error) is not None and not is_absent and not is_transient(error))
 
 
 def _await_first(desk: Any) -> None:
@@ -189,7 +189,7 @@ def _await_first(desk: Any) -> None:
         time.sleep(0.1)
 
 
-def _check_folder_is_shared(config: GRPOConfig, peers: Peers) -> None:
+def _check_folder_is_shared(config: GRPOConfig, world: World) -> None:
     """See that a run could go on from its checkpoints wherever its workers are started again.
 
     Raises:
@@ -201,11 +201,11 @@ def _check_folder_is_shared(config: GRPOConfig, peers: Peers) -> None:
     folder = (config.logging.output_dir if storage is None else Path(storage)).parent
     with ExitStack() as stack:
         name = None
-        if peers.is_first:
+        if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             name = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen_by_all_")).name
-        probe = Path(peers.from_first(lambda: name or ""))
-        blind = [rank for rank, sees in enumerate(peers.gather_each(probe.exists())) if not sees]
+        probe = Path(world.broadcast_from_main(lambda: name or ""))
+        blind = [rank for rank, sees in enumerate(world.all_gather(probe.exists())) if not sees]
     if blind:
         raise ValueError(
             f"workers {', '.join(map(str, blind))} do not see {folder} of the first worker: give a logging.output_dir on a "

@@ -34,12 +34,12 @@ class TrainingStoppedError(ValueError):
 class ClusterError(RuntimeError):
     """A run on a cluster has failed; the message is for the user.
 
-    `can_go_on`: whether it has left a checkpoint.
+    `can_resume`: whether it has left a checkpoint.
     """
 
-    def __init__(self, message: str, *, can_go_on: bool = False) -> None:
+    def __init__(self, message: str, *, can_resume: bool = False) -> None:
         super().__init__(message)
-        self.can_go_on = can_go_on
+        self.can_resume = can_resume
 
 
 class Attempts:
@@ -61,19 +61,19 @@ class Attempts:
 def explain(error: BaseException) -> str | None:
     """What to tell the user; None where only a traceback can tell it."""
     if _is_out_of_memory(error):
-        return OUT_OF_MEMORY.format(reason=_first_line(error))
+        return OUT_OF_MEMORY.format(reason=first_line(error))
     if isinstance(error, EngineError):
         cause = error.__cause__
         memory = cause is not None and _is_out_of_memory(cause)
-        return OUT_OF_MEMORY.format(reason=_first_line(error)) if memory else str(error)
+        return OUT_OF_MEMORY.format(reason=first_line(error)) if memory else str(error)
     if _is_full_disk(error):
-        return f"no space left on the disk: {_first_line(error)}. Free some, or give another logging.output_dir"
+        return f"no space left on the disk: {first_line(error)}. Free some, or give another logging.output_dir"
     if isinstance(error, ValueError | OSError | RewardError | ClusterError):
         return str(error)
     return None
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same run may come through if it is started again: the network's errors, and the engine's but for memory."""
     if isinstance(error, EngineError):
         return error.__cause__ is None or not _is_out_of_memory(error.__cause__)
@@ -93,5 +93,6 @@ def _is_full_disk(error: BaseException) -> bool:
     return any(words in str(error) for number in NO_SPACE for words in (f"(os error {number})", f"[Errno {number}]"))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without a full stop; its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

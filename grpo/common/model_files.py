@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import first_line
+from .files import atomic_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +101,9 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
     torch.nn.Module.to(model, torch.bfloat16)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # type: ignore[attr-defined]  # the weights are plain now
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
+    with atomic_folder(target) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> str:
@@ -119,7 +117,6 @@ def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> st
     except HFValidationError as error:
         raise ValueError(f"model {name}: neither a folder, nor an embedded model ({known}), nor a hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"model {name}: no folder of this name, not embedded ({known}), and not to be had from the hub: {reason}"
+            f"model {name}: no folder of this name, not embedded ({known}), and not available on the Hub: {first_line(error)}"
         ) from error

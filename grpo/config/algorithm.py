@@ -54,8 +54,8 @@ class AlgorithmConfig(Section):
     loss_type: str = "dapo"
     """The objective: `grpo` (2402.03300), `dapo` (2503.14476), `dr_grpo` (2503.20783), `bnpo`, `gspo` (2507.18071), `cispo`
     (2506.13585), `sapo` (2511.20347), `rloo` (2402.14740), `reinforce_pp` (2501.03262), `maxrl` (2602.02710), or a function
-    of your own, `path/to/file.py:name` or `package.module:name`, see `rankup.grpo.algorithm.losses`. It decides what the next options
-    are where they are not given."""
+    of your own, `path/to/file.py:name` or `package.module:name`, see `rankup.grpo.algorithm.losses`. It decides the defaults of
+    the next options."""
 
     advantage_estimator: Literal["group", "rloo", "reinforce_pp", "maxrl"] = Field(default=None, validate_default=True)
     """What a reward is compared with: `group` (the group's mean), `rloo` (the mean of the group's others), `reinforce_pp`

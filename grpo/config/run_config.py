@@ -18,17 +18,15 @@ from ...rewards.config import RewardFunction, RewardsConfig
 from ...rollout.config import RolloutConfig
 from ...section import Section
 from .algorithm import COMMON, AlgorithmConfig, CorrectionConfig
+from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
+from .data import DataConfig
 from .guards import GuardsConfig
 from .loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
+from .logging import LoggingConfig
 from .lora import LoraConfig
-from .sections import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-)
+from .model import ModelConfig
+from .optim import OptimConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -53,7 +51,7 @@ MAX_NUM_SEQS = 256
 """Most sequences that vLLM samples at once unless `rollout.max_num_seqs` says otherwise."""
 
 
-DECIDED_BY_ANOTHER = {"algorithm": tuple(COMMON), "correction": ("cap", "veto")}
+DERIVED_DEFAULTS = {"algorithm": tuple(COMMON), "correction": ("cap", "veto")}
 """Options that are the objective's or the mode's own unless they are given."""
 
 
@@ -214,7 +212,7 @@ def dump_config(config: GRPOConfig) -> str:
     """
     values = config.model_dump(mode="json")
     # What another option decides stays open, or a file with another `loss_type` would keep the values of this one.
-    for section, names in DECIDED_BY_ANOTHER.items():
+    for section, names in DERIVED_DEFAULTS.items():
         given = getattr(config, section).model_fields_set
         values[section].update({name: None for name in names if name not in given})
     return dump_yaml(values)

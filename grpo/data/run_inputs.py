@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..config import GRPOConfig
-from .prompts import PromptData, PromptRow, load_rows, prepare_prompts
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
+from ..config import GRPOConfig
+from .prompts import PromptData, PromptRow, prepare_prompts
+from .sources import load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

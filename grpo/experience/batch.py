@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from ...rewards.runner import Scorer
 from ...rollout.engine import RolloutEngine
 from ..algorithm.advantages import GroupAdvantages, group_advantages, normalized_sums, soft_overlong_penalty
-from .collect import Collected, ScoredGroup, collect, sampling_settings, together
+from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
-from ..data.prompts import PromptSampler
+from ..data.sampler import PromptSampler
 from ..model.packing import WeightedGroup
-from ..common.world import ALONE, Peers
+from .collect import Collected, ScoredGroup, collect, sampling_settings, together
 from .step_metrics import completion_metrics, reward_metrics
 
 
@@ -48,19 +48,19 @@ def collect_batch(
     config: GRPOConfig,
     *,
     step: int,
-    peers: Peers = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Batch:
     """Sample, score and weigh the groups of a step (from 0); the same for the same step, seed and policy.
 
     Each of several workers samples its share of every round; all groups are weighed together, those of others in outline.
     """
     wanted, rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
-    collected = _round(engine, scorer, sampler, config, step=step, number=0, peers=peers)
+    collected = _round(engine, scorer, sampler, config, step=step, number=0, world=world)
     advantages = weigh(collected.groups, config)
     number = 0
     while number < rounds and sum(a.has_variance for a in advantages) < wanted:
         number += 1
-        more = _round(engine, scorer, sampler, config, step=step, number=number, peers=peers)
+        more = _round(engine, scorer, sampler, config, step=step, number=number, world=world)
         collected = Collected(
             groups=[*collected.groups, *more.groups],
             rollout_seconds=collected.rollout_seconds + more.rollout_seconds,
@@ -116,11 +116,11 @@ def _round(
     *,
     step: int,
     number: int,
-    peers: Peers,
+    world: World,
 ) -> Collected:
     """The step's own prompts (number 0), or those of a further round: this worker's share in full, the others' in outline."""
     rows = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
-    share = peers.share(len(rows))
+    share = world.shard(len(rows))
     own = collect(
         engine,
         scorer,
@@ -130,7 +130,7 @@ def _round(
         first_index=number * config.optim.prompts_per_step + share.start,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
     )
-    return together(own, rows, peers)
+    return together(own, rows, world)
 
 
 def _to_train_on(

@@ -20,11 +20,11 @@ from ...rewards.loading import RewardSpec
 from ...rewards.runner import Scorer
 from ...rollout.engine import EngineSettings, RolloutEngine, request_seed
 from ...rollout.types import PromptGroup, SamplingSettings
-from ..model.adapters import target_module_names
-from ..model.base_model import nf4_names
+from ..common.world import World
 from ..config import GRPOConfig
 from ..data.prompts import PromptRow
-from ..common.world import Peers
+from ..model.adapters import target_module_names
+from ..model.base_model import nf4_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,16 +159,16 @@ def collect(
     )
 
 
-def together(own: Collected, rows: Sequence[PromptRow], peers: Peers) -> Collected:
+def together(own: Collected, rows: Sequence[PromptRow], world: World) -> Collected:
     """The groups of all workers for `rows`, of which each has collected its share: the own ones, and outlines of the others."""
-    if peers.size == 1:
+    if world.size == 1:
         return own
-    outlines = peers.gather([(g.group.outline(), dataclasses.replace(g.scores, extras={})) for g in own.groups])
+    outlines = world.gather([(g.group.outline(), dataclasses.replace(g.scores, extras={})) for g in own.groups])
     others = [
         ScoredGroup(row=row, group=group, scores=scores, is_own=False)
         for row, (group, scores) in zip(rows, outlines, strict=True)
     ]
-    share = peers.share(len(rows))
+    share = world.shard(len(rows))
     groups = [*others[: share.start], *own.groups, *others[share.stop :]]
     return dataclasses.replace(own, groups=groups)
 

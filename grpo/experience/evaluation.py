@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from ...rewards.runner import Scorer
 from ...rollout.engine import RolloutEngine
-from .collect import collect, greedy_settings, together
+from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.prompts import PromptRow
 from ..guards.evaluations import Rewards
-from ..common.world import ALONE, Peers
+from .collect import collect, greedy_settings, together
 from .step_metrics import failures
 
 
@@ -35,7 +35,7 @@ def evaluate(
     *,
     step: int,
     use_adapter: bool = True,
-    peers: Peers = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Sample one greedy completion of each row, with or without the adapter, and score it. `step`: steps done so far.
 
@@ -44,12 +44,12 @@ def evaluate(
     own = collect(
         engine,
         scorer,
-        rows[peers.share(len(rows))],
+        rows[world.shard(len(rows))],
         greedy_settings(config),
         seed=None,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
     )
-    collected = together(own, rows, peers)
+    collected = together(own, rows, world)
     rewards = [reward for group in collected.groups for reward in group.scores.total]
     return Evaluation(rewards=rewards, failures=failures(collected.groups))

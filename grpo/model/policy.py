@@ -13,7 +13,6 @@ arithmetic of its layers.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +25,10 @@ from transformers import PreTrainedModel
 from ...kernels import shared_prompt_attention
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ...rollout.slots import AdapterSlot
+from ..common.files import atomic_folder
+from ..config import LoraConfig
 from .adapters import check_saved_config, check_targets, inject, load_weights
 from .base_model import load_base
-from ..config import LoraConfig
 from .fusing import fuse
 from .heads import head_of
 from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
@@ -142,16 +142,9 @@ class Policy:
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
         assert not self.base.written(thoroughly=True), "the base weights are not those that the adapter was trained on"
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.
-        self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
-        replaced = folder.with_name(folder.name + ".replaced")
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with atomic_folder(folder) as partial:
+            # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.
+            self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
 
     def load_adapter(self, folder: Path) -> None:
         """Read masters from an adapter in PEFT's format. Publish afterwards.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..experience.collect import ScoredGroup
-from ..config import GRPOConfig
 from ..algorithm.corrections import sampling_warnings
+from ..config import GRPOConfig
+from ..data.run_inputs import RunInputs
+from ..experience.collect import ScoredGroup
 from ..experience.evaluation import Evaluation
+from ..experience.step_metrics import failures
 from ..update.learner import Update
 from ..update.ranks import describe
-from ..data.run_inputs import RunInputs
-from ..experience.step_metrics import failures
 
 
 def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:

@@ -7,14 +7,13 @@
 that take most time themselves, without what they call.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config.sections import LoggingConfig
+from ..common.files import atomic_path, atomic_write
 from ..common.quiet import quiet_stderr
-from .run_folder import write_whole
+from ..config import LoggingConfig
 
 SUFFIX = ".json.gz"
 ROWS = 30
@@ -55,12 +54,8 @@ def profiled(path: Path | None) -> Iterator[None]:
         with quiet_stderr():
             profiler.stop()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # keeps its ending, by which torch knows that it is to compress
-    try:
+    with atomic_path(path) as temporary:  # torch compresses by the suffix
         profiler.export_chrome_trace(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=80)
-    write_whole(path.with_name(path.name.removesuffix(SUFFIX) + ".txt"), table.encode())
+    atomic_write(path.with_name(path.name.removesuffix(SUFFIX) + ".txt"), table.encode())

@@ -32,9 +32,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
+from ..common.files import atomic_write
 from ..display.view_text import When
 from .reporting import Report
-from .run_folder import CONFIG_FILE, METRICS_FILE, locked_folder, move_aside, write_whole
+from .run_folder import CONFIG_FILE, METRICS_FILE, locked_folder, move_aside
 
 SUMMARY_FILE = "summary.json"
 COLUMN_NAMES = "rankup.columns"  # key in the metadata of a completions file
@@ -74,7 +75,7 @@ class RunRecorder:
                 # Resolved: a link's target was just moved aside.
                 self.output_dir.resolve().mkdir(parents=True, exist_ok=True)
                 lock.enter_context(locked_folder(self.output_dir))
-                write_whole(self.output_dir / CONFIG_FILE, config_yaml.encode())
+                atomic_write(self.output_dir / CONFIG_FILE, config_yaml.encode())
             else:
                 self._take_over(resume)
             self._lock = lock.pop_all()
@@ -155,7 +156,7 @@ class RunRecorder:
         pyarrow.parquet.write_table(with_names, buffer)
         path = self.output_dir / "completions" / f"step_{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, buffer.getvalue())
+        atomic_write(path, buffer.getvalue())
         return path
 
     def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class RunRecorder:
             "seconds": measured | dict(values.get("seconds", {})),
         }
         summary = _strict(summary)
-        write_whole(self.output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+        atomic_write(self.output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         return summary
 
     def rows(self) -> list[dict[str, Any]]:
@@ -241,7 +242,7 @@ class RunRecorder:
         for path in (self.output_dir / "completions").glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > self._steps:
                 path.unlink()
-        write_whole(self.output_dir / CONFIG_FILE, self._config_yaml.encode())
+        atomic_write(self.output_dir / CONFIG_FILE, self._config_yaml.encode())
         return num_bytes >= self._kept_bytes
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
@@ -306,12 +307,6 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
         decoded = {name: json.loads(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
         rows.append({**row, "rewards": rewards, "data": decoded})
     return rows
-
-
-def resident_mib() -> float:
-    """Memory of this process that is in RAM now, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def _strict(value: Any) -> Any:

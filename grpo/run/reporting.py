@@ -29,8 +29,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config.loading import dump_yaml
 from ..common.quiet import quiet_stderr
+from ..config.loading import dump_yaml
 
 WANDB_FINISH_SECONDS = 300.0
 """How long the end of a run waits for Weights & Biases to take what it has not yet taken. `wandb sync` sends the rest."""

@@ -1,8 +1,7 @@
-"""The folder of a run: moved aside for a new run, owned by one process at a time, its files written whole.
+"""The folder of a run: moved aside for a new run, locked by one process at a time.
 
     with locked_folder(Path("runs/mine")):
-        moved = move_aside(Path("runs/mine"))           # runs/mine.1, where a run was in it
-        write_whole(Path("runs/mine/config.yaml"), b"...")
+        moved = move_aside(Path("runs/mine"))           # runs/mine.1, if it held a run
 """
 
 import fcntl
@@ -18,20 +17,6 @@ CHECKPOINTS = "checkpoints"
 
 _OWNED: set[tuple[int, int]] = set()
 """Folders that this process owns, by device and inode: the system would lock it out of its own."""
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds either what it held before or all of `data`, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
@@ -56,10 +41,10 @@ def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
 
 
 @contextmanager
-def locked_folder(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
+def locked_folder(folder: Path, *, timeout: float = 0.0) -> Iterator[None]:
     """Own the folder for this process inside the block, or until it ends in whatever way. One that is not there has no owner.
 
-    `patience`: seconds to wait for another owner's end.
+    `timeout`: seconds to wait for another owner's end.
 
     Raises ValueError where another process owns it.
     """
@@ -68,7 +53,7 @@ def locked_folder(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _lock(descriptor, patience)
+        _lock(descriptor, timeout)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"another process is writing to {folder}: end it first, or give another output_dir") from None
@@ -82,8 +67,8 @@ def locked_folder(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, patience: float) -> None:
-    deadline = time.monotonic() + patience
+def _lock(descriptor: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ..display.terminal import SampleRow
 from ..display.view_text import When
 from .records import RunRecorder
 from .reporting import Report
-from ..display.terminal import SampleRow
 
 
 class SilentView:

@@ -3,35 +3,20 @@
     clock = Clock()
     with clock.phase("train"):
         ...
-    reports = exchange_reports(peers, session, clock.seconds, groups)
+    reports = exchange_reports(world, session, clock.seconds, groups)
     metrics |= time_metrics(reports, trained_tokens=4096)
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..common.world import World
 from ..experience.collect import ScoredGroup
-from ..common.world import Peers
 from ..update.session import Session
-
-
-class Clock:
-    """Seconds by phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
 
 
 class DivergedError(RuntimeError):
@@ -71,7 +56,7 @@ def check_same_policy(reports: Sequence[WorkerReport]) -> None:
 
 
 def exchange_reports(
-    peers: Peers, session: Session, seconds: Mapping[str, float], groups: Sequence[ScoredGroup]
+    world: World, session: Session, seconds: Mapping[str, float], groups: Sequence[ScoredGroup]
 ) -> list[WorkerReport]:
     """Every worker's report of a step, by rank, once all are seen to hold the same policy.
 
@@ -82,9 +67,9 @@ def exchange_reports(
         seconds=dict(seconds),
         sampled_tokens=sum(len(c.token_ids) for g in groups if g.is_own for c in g.group.completions),
         policy_version=session.engine.policy_version,
-        checksum=checksum(session.policy.masters) if peers.size > 1 else 0,
+        checksum=checksum(session.policy.masters) if world.size > 1 else 0,
     )
-    reports = peers.gather_each(report)
+    reports = world.all_gather(report)
     check_same_policy(reports)
     return reports
 

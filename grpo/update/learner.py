@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import GRPOConfig
 from ..algorithm.corrections import gap_metrics, gap_tally
+from ..algorithm.losses import Counts, entropy_bound, kl_k3
+from ..algorithm.tally import Tally
+from ..common.world import SINGLE_PROCESS, World
+from ..config import GRPOConfig
 from ..guards.evaluations import Rewards
 from ..guards.guards import Guards, Verdict, Witness
-from ..algorithm.losses import Counts, entropy_bound, kl_k3
+from ..model.packing import Pack, WeightedGroup, pack, pad
+from ..model.policy import Policy
 from .objective import Objective, StepConstants
 from .optimizer import learning_rate, make_optimizer, set_learning_rate
-from ..model.packing import Pack, WeightedGroup, pack, pad
-from ..common.world import ALONE, Peers
-from ..model.policy import Policy
 from .snapshots import Snapshot
-from ..algorithm.tally import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +50,9 @@ class Learner:
             soon as it changes one of them; whoever has finished the step sets it.
     """
 
-    def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0, peers: Peers = ALONE) -> None:
+    def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0, world: World = SINGLE_PROCESS) -> None:
         self.policy = policy
-        self.peers = peers
+        self.world = world
         self.config = config
         self.pad_token_id = pad_token_id
         self.is_between_steps = True
@@ -80,7 +80,7 @@ class Learner:
         base = self._base_logprobs(packs)
         # The first iteration's policy is the one that the step began with: its log-probabilities are the old ones.
         metrics, old = self._gradients(packs, constants, [None] * len(packs), base)
-        metrics |= _packing_metrics(self.peers.gather_each(_packing_counts(packs, own)))
+        metrics |= _packing_metrics(self.world.all_gather(_packing_counts(packs, own)))
         update = self._judged(step, observed or {}, metrics, can_update=True)
         for _ in range(1, self.config.algorithm.num_iterations):
             if update.metrics["update_skipped"]:
@@ -168,7 +168,7 @@ class Learner:
         tally = Tally()
         if packs:
             tally = self._tally(packs, losses, logprobs, entropies, old=old, base=base)
-        tally = Tally.together(self.peers.gather_each(tally))
+        tally = Tally.together(self.world.all_gather(tally))
         metrics = {
             "loss": tally.sums["loss"],
             "grad_norm": self._clip_gradients(),
@@ -215,12 +215,12 @@ class Learner:
 
     def _sum_gradients(self) -> None:
         """Every worker has a part of the step's gradient; each gets the whole."""
-        if self.peers.size == 1:
+        if self.world.size == 1:
             return
         for master in self.policy.masters:
             if master.grad is None:  # a worker whose groups all lacked variance
                 master.grad = torch.zeros_like(master)
-        self.peers.sum_([master.grad for master in self.policy.masters if master.grad is not None])
+        self.world.all_reduce_([master.grad for master in self.policy.masters if master.grad is not None])
 
     def _step_if_possible(self, grad_norm: float) -> bool:
         """An optimizer step. A gradient that is not finite would destroy the adapter; of none only old momentum would move."""
@@ -271,7 +271,7 @@ class Learner:
             return StepConstants(counts=counts, entropy_tokens=tokens)
         temperature = self.config.rollout.temperature
         own = [self.policy.logprobs(one, temperature=temperature)[1].cpu() for one in packs]
-        entropies = torch.cat(self.peers.gather(own)).to(self.policy.device)
+        entropies = torch.cat(self.world.gather(own)).to(self.policy.device)
         bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
         return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 
 from ...rewards.loading import load_object
-from ..config import GRPOConfig
 from ..algorithm.corrections import correction_weights, veto_keep
 from ..algorithm.losses import (
     Counts,
@@ -33,6 +32,7 @@ from ..algorithm.losses import (
     sequence_ratio,
     token_weights,
 )
+from ..config import GRPOConfig
 
 if TYPE_CHECKING:
     from ...kernels.logprob import TokenFactor, TokenLoss

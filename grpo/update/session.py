@@ -17,14 +17,14 @@ import torch
 
 from ...kernels.cpu_memory import keep_freed_memory
 from ...rollout.engine import EngineSettings, RolloutEngine
-from ..experience.collect import engine_settings
+from ..common.quiet import quiet_stderr
+from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
-from .learner import Learner
-from .optimizer import check_device
-from ..common.world import ALONE, Peers
+from ..experience.collect import engine_settings
 from ..model.policy import Policy
 from ..model.prove import prove_slots
-from ..common.quiet import quiet_stderr
+from .learner import Learner
+from .optimizer import check_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def open_session(
     pad_token_id: int = 0,
     engine: RolloutEngine | None = None,
     note: Callable[[str], None],
-    peers: Peers = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Iterator[Session]:
     """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine in the end.
 
@@ -77,7 +77,7 @@ def open_session(
         note(policy.fusion.summary)
         prove_slots(policy, own)
         own.policy_version = 0  # a run counts its own policies: 0 is the adapter that it begins with
-        yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id, peers=peers))
+        yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
     finally:
         if engine is None:
             own.close()

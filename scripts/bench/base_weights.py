@@ -40,11 +40,11 @@ class BaseSide:
     def __init__(self, *, overrides: Sequence[str]) -> None:
         from rollout_sides import EqualLengthEngine
 
-        from rankup.grpo.experience.collect import engine_settings
-        from rankup.grpo.config import load_config
-        from rankup.grpo.update.learner import Learner
         from rankup.grpo.common.model_files import resolve_model
         from rankup.grpo.common.quiet import quiet_stderr
+        from rankup.grpo.config import load_config
+        from rankup.grpo.experience.collect import engine_settings
+        from rankup.grpo.update.learner import Learner
         from rankup.grpo.update.session import make_policy
         from rankup.kernels.cpu_memory import keep_freed_memory
 

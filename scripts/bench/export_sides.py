@@ -7,12 +7,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from rankup.grpo.experience.collect import engine_settings, greedy_settings
-from rankup.grpo.config import load_config
-from rankup.grpo.data.prompts import load_rows, prepare_prompts
 from rankup.grpo.common.model_files import resolve_model
-from rankup.grpo.model.policy import Policy
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import load_config
+from rankup.grpo.data.prompts import prepare_prompts
+from rankup.grpo.data.sources import load_rows
+from rankup.grpo.experience.collect import engine_settings, greedy_settings
+from rankup.grpo.model.policy import Policy
 from rankup.grpo.run.records import CONFIG_FILE
 from rankup.rollout.engine import RolloutEngine
 

@@ -26,13 +26,13 @@ def main() -> None:
     use_environment()
     import torch
 
+    from rankup.grpo.common.model_files import resolve_model
+    from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
     from rankup.grpo.config import load_config
     from rankup.grpo.guards.guards import Guards
-    from rankup.grpo.common.model_files import resolve_model
-    from rankup.grpo.update.optimizer import make_optimizer
     from rankup.grpo.model.policy import Policy
-    from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
     from rankup.grpo.run.records import CONFIG_FILE, read_metrics
+    from rankup.grpo.update.optimizer import make_optimizer
     from rankup.grpo.update.snapshots import Snapshot
     from rankup.kernels.cpu_memory import keep_freed_memory
 

@@ -26,12 +26,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from rankup.grpo.config import GRPOConfig
 from rankup.grpo.algorithm.losses import Counts, clipped_surrogate
-from rankup.grpo.update.objective import Objective, StepConstants
-from rankup.grpo.update.optimizer import make_optimizer
+from rankup.grpo.config import GRPOConfig
 from rankup.grpo.model.packing import Pack, WeightedGroup, pack
 from rankup.grpo.model.policy import LOGITS_MIB, Policy
+from rankup.grpo.update.objective import Objective, StepConstants
+from rankup.grpo.update.optimizer import make_optimizer
 from rankup.rollout.types import Completion, PromptGroup
 
 ALPHA = 32

@@ -139,8 +139,8 @@ def _peak_growth(model_path: str, config: GRPOConfig, *, updates: int) -> int:
 
 
 def _train(model_path: str, config: GRPOConfig, groups: Sequence[WeightedGroup], *, updates: int) -> None:
-    from rankup.grpo.update.learner import Learner
     from rankup.grpo.model.policy import Policy
+    from rankup.grpo.update.learner import Learner
 
     checkpointing = config.optim.gradient_checkpointing
     policy = Policy(model_path, lora=config.lora, dtype=config.model.dtype, gradient_checkpointing=checkpointing)

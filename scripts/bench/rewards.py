@@ -80,8 +80,8 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """Steps of 8 prompts with the slow reward; sampling alone is measured by the same steps' own clock with a trivial one."""
     from rankup import GRPOTrainer
-    from rankup.grpo.config import load_config
     from rankup.grpo.common.quiet import quiet_loggers
+    from rankup.grpo.config import load_config
     from rankup.grpo.run.records import read_metrics
 
     quiet_loggers()

@@ -16,12 +16,13 @@ import torch
 from common import ROOT
 from transformers import AutoTokenizer
 
-from rankup.grpo.experience.collect import engine_settings
-from rankup.grpo.config import load_config
-from rankup.grpo.data.prompts import load_rows, prepare_prompts
 from rankup.grpo.common.model_files import resolve_model
-from rankup.grpo.model.policy import Policy
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import load_config
+from rankup.grpo.data.prompts import prepare_prompts
+from rankup.grpo.data.sources import load_rows
+from rankup.grpo.experience.collect import engine_settings
+from rankup.grpo.model.policy import Policy
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.engine import RolloutEngine
 from rankup.rollout.types import SamplingSettings

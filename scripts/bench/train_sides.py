@@ -20,13 +20,13 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rankup.grpo.config import GRPOConfig
-from rankup.grpo.update.learner import Learner
 from rankup.grpo.algorithm.losses import clipped_surrogate
 from rankup.grpo.common.model_files import resolve_model
+from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import GRPOConfig
 from rankup.grpo.model.packing import WeightedGroup, pack
 from rankup.grpo.model.policy import Policy
-from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.update.learner import Learner
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.types import Completion, PromptGroup
 

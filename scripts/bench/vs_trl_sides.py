@@ -25,9 +25,9 @@ from vs_trl import ALPHA, COMPLETIONS, LEARNING_RATE, PROMPTS, RANK, TOKENS, sco
 
 import rankup.grpo.trainer
 from rankup.configs.quickstart import train as quickstart_rows
-from rankup.grpo.config import GRPOConfig
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import GRPOConfig
 from rankup.grpo.display.terminal import PlainView
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.vllm_compat import import_vllm

@@ -16,12 +16,12 @@ from peft import PeftModel
 from sample_groups import make_group, random_groups
 from transformers import AutoModelForCausalLM
 
+from rankup.grpo.algorithm.losses import Counts
 from rankup.grpo.config import AlgorithmConfig, GRPOConfig
 from rankup.grpo.model.lora_layers import FusedLoRALinear
-from rankup.grpo.algorithm.losses import Counts
-from rankup.grpo.update.objective import Objective, StepConstants
 from rankup.grpo.model.packing import Pack, WeightedGroup, by_completion, pack, pad
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.update.objective import Objective, StepConstants
 
 LossType = Literal["dapo", "grpo"]
 

@@ -15,8 +15,8 @@ from resumed import OPTIONS, FaultError, failing_at, left_behind, low_ids_with_l
 from safetensors.torch import load_file
 from tiny_runs import ROWS, metrics_of, tiny_config
 
-from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.common.interrupts import RunInterrupted
+from rankup.grpo.experience.collect import engine_settings
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rankup.grpo.config.guards import GuardsConfig
+from rankup.grpo.guards.guards import Guards, Verdict
 from rankup.grpo.guards.rules import RULES
 from rankup.grpo.guards.trackers import Level
-from rankup.grpo.guards.guards import Guards, Verdict
 
 CALM = {
     "reward": 0.5,

@@ -13,9 +13,9 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rankup.grpo.checkpoint.store import Checkpoint, CheckpointStore
-from rankup.grpo.run.run_folder import write_whole
 from rankup.grpo.checkpoint.storage import Storage
+from rankup.grpo.checkpoint.store import Checkpoint, CheckpointStore
+from rankup.grpo.common.files import atomic_write
 
 
 class StoredRun:
@@ -32,10 +32,10 @@ class StoredRun:
 
     def save(self, step: int) -> Path:
         """Go on to `step` and write its checkpoint, which knows the rows until then."""
-        write_whole(self.folder / "config.yaml", b"seed: 1\n")
+        atomic_write(self.folder / "config.yaml", b"seed: 1\n")
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, "branch": self.branch, "more": "x" * len(self.branch)}) + "\n")
-        write_whole(self.folder / "completions" / f"step_{step:06d}.parquet", f"{step} of {self.branch}".encode())
+        atomic_write(self.folder / "completions" / f"step_{step:06d}.parquet", f"{step} of {self.branch}".encode())
 
         def fill(folder: Path) -> None:
             (folder / "adapter").mkdir()
@@ -58,7 +58,7 @@ class StoredRun:
         """The adapter, of the same size each time, and the summary."""
         (self.folder / "adapter").mkdir(exist_ok=True)
         (self.folder / "adapter" / "weights").write_bytes(self.branch[0].encode() * 1000)
-        write_whole(self.folder / "summary.json", json.dumps({"branch": self.branch}).encode())
+        atomic_write(self.folder / "summary.json", json.dumps({"branch": self.branch}).encode())
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; the records are seen to be those that it knows, and what came after."""
@@ -85,7 +85,7 @@ def two_checkpoints(folder: Path) -> StoredRun:
     run.save(20)
     shutil.copytree(run.store.folder / "step_000010", run.store.folder / "step_000020.aside.1")
     shutil.copytree(run.store.folder / "step_000010", run.store.folder / ".step_000030.partial")
-    (run.folder / ".config.yaml.tmp").write_text("cut off")
+    (run.folder / ".config.tmp.yaml").write_text("cut off")
     return run
 
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ....rollout.config import RolloutConfig
+from ...common.model_files import EMBEDDED, cache_folder
 from .device import available_memory
 from .findings import Check, Finding, gib
-from ...common.model_files import EMBEDDED, cache_folder
 
 # What a run takes on CPU besides the KV cache: vLLM, the trainer and a small model in both.
 BESIDES_KV_CACHE = 3 * 2**30

@@ -17,15 +17,15 @@ import math
 import shlex
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from .model_card import TrainedAdapter, model_card, read_run
+from ...common.files import atomic_folder
 from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
+from .model_card import TrainedAdapter, model_card, read_run
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def export_adapter(
     """
     _check_output(output, trained, overwrite=overwrite)
     model_path = _base_folder(trained, say)
-    with _appears_complete(output) as partial:
+    with atomic_folder(output.resolve()) as partial:
         config = json.loads((trained.folder / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = trained.base_name
         config["revision"] = trained.config.model.revision
@@ -163,7 +163,7 @@ def export_merged(
     merged = merge(model_path, trained.folder, load_in=model_config.load_in, dtype=model_config.dtype)
     stored_as = _own_dtype(model_path) if dtype == "auto" else dtype
     rounding = _cast(merged, stored_as)
-    with _appears_complete(output) as partial:
+    with atomic_folder(output.resolve()) as partial:
         say(f"writing the weights in {stored_as}")
         _save_model(merged.model, Path(model_path), partial)
         _save_tokenizer(model_path, partial)
@@ -301,19 +301,3 @@ def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> 
     folders_in_use = (trained.folder.resolve(), Path(trained.config.model.name).expanduser().resolve())
     if not is_export or any(folder.is_relative_to(output.resolve()) for folder in folders_in_use):
         raise ValueError(f"{output} is no export that could be replaced: name another --output, or remove it yourself")
-
-
-@contextmanager
-def _appears_complete(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends, and goes away if it fails."""
-    output = output.resolve()
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

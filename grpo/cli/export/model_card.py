@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
+from ...common.model_files import EMBEDDED, hub_id
 from ...config import GRPOConfig, dump_config, load_config
 from ...config.loading import dump_yaml
-from ...common.model_files import EMBEDDED, hub_id
-from ...run.records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_metrics
 from ...display.view_text import duration
+from ...run.records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_metrics
 
 LAST_STEPS = 10  # over which the training reward at the end is averaged: one step's is noisy
 DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...model.policy import LOGITS_MIB
 from .memory import MAX_NUM_SEQS, Workload, engine_parts, kv_bytes_per_token, own_base_bytes, training_parts
 from .shapes import ModelShape
-from ...model.policy import LOGITS_MIB
 
 GIB = 2**30
 COMMON_SIZES_GIB = (16, 24, 40, 48, 80, 141)

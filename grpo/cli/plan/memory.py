@@ -26,8 +26,8 @@ from typing import Literal
 from ....kernels.attention_plan import COLUMNS, KEPT_LIMIT, SCORES_LIMIT
 from ....kernels.logprob import chunk_rows
 from ....kernels.logprob_rows import CPU_BLOCK_BYTES
-from .shapes import Matrix, ModelShape
 from ...model.policy import LOGITS_MIB
+from .shapes import Matrix, ModelShape
 
 BF16, FP32 = 2, 4
 NF4 = 0.5 + FP32 / 64  # bytes a parameter: four bits, and a scale of each 64

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config.lora import TARGET_PRESETS
 from ...common.model_files import EMBEDDED, resolve_model
+from ...config.lora import TARGET_PRESETS
 
 if TYPE_CHECKING:
     from torch import nn

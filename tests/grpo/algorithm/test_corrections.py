@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankup.grpo.algorithm.corrections import correction_weights, gap_metrics, gap_tally, sampling_warnings, veto_keep
 from rankup.grpo.config import CorrectionConfig
 from rankup.grpo.config.algorithm import CORRECTION_MODES
-from rankup.grpo.algorithm.corrections import correction_weights, gap_metrics, gap_tally, sampling_warnings, veto_keep
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 

@@ -11,8 +11,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sample_groups import loss_on_leaves, random_groups
 
-from rankup.grpo.config import GRPOConfig
-from rankup.grpo.config.algorithm import OBJECTIVES
 from rankup.grpo.algorithm.losses import (
     Counts,
     cispo,
@@ -25,8 +23,10 @@ from rankup.grpo.algorithm.losses import (
     sequence_ratio,
     token_weights,
 )
-from rankup.grpo.update.objective import Objective, StepConstants
+from rankup.grpo.config import GRPOConfig
+from rankup.grpo.config.algorithm import OBJECTIVES
 from rankup.grpo.model.packing import pack
+from rankup.grpo.update.objective import Objective, StepConstants
 
 AGGREGATIONS = ["token_mean", "local_token_mean", "sequence_mean", "constant"]
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=8)

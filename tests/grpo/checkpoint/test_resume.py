@@ -105,7 +105,7 @@ def test_one_trainer_can_be_interrupted_and_go_on(make_trainer, run_engine, tmp_
     trainer = make_trainer(reward=asks_to_stop_once, max_steps=3)
     with pytest.raises(RunInterrupted):
         trainer.train(engine=run_engine)
-    assert trainer.can_go_on
+    assert trainer.can_resume
     assert trainer.train(engine=run_engine, resume_from_checkpoint=True)["steps"] == 3
     assert trainer.train(engine=run_engine, resume_from_checkpoint=None)["steps"] == 3  # TRL's scripts hand None through
 
@@ -143,7 +143,7 @@ def test_a_view_that_fails_costs_no_step(make_trainer, run_engine, tmp_path: Pat
     trainer.view = DeadView()
     with pytest.raises(BrokenPipeError):
         trainer.train(engine=run_engine)
-    assert trainer.can_go_on and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+    assert trainer.can_resume and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
 
 
 def test_after_an_interruption_a_trainer_evaluates(make_trainer, engine_shelf, run_engine, tmp_path: Path):

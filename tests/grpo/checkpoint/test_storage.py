@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from stored_runs import StoredRun, copied, forget_memory, pulled, quiet, two_checkpoints
 
-from rankup.grpo.checkpoint.store import DamagedCheckpointError, read_checkpoint
 from rankup.grpo.checkpoint.storage import Storage
+from rankup.grpo.checkpoint.store import DamagedCheckpointError, read_checkpoint
 
 
 @pytest.fixture(params=["{}/copy", "file://{}/copy", "memory://bucket{}/copy"], ids=["folder", "file", "memory"])

@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
+from rankup.grpo.checkpoint.remote import StorageError
 from rankup.grpo.cluster.driver import _check_inputs
 from rankup.grpo.cluster.ray_train import end_of
 from rankup.grpo.cluster.worker import _is_final
 from rankup.grpo.common.errors import TrainingStoppedError
-from rankup.grpo.common.world import LostPeerError
-from rankup.grpo.checkpoint.remote import StorageError
+from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
 
 HANGS = """
@@ -67,7 +67,7 @@ def test_what_would_come_again_is_not_tried_again(error: Exception):
     assert _is_final(error, has_begun=False) and _is_final(error, has_begun=True)
 
 
-@pytest.mark.parametrize("error", [LostPeerError("gone"), ConnectionResetError(), RuntimeError("CUDA error"), KeyError("x")])
+@pytest.mark.parametrize("error", [WorkerLostError("gone"), ConnectionResetError(), RuntimeError("CUDA error"), KeyError("x")])
 def test_all_else_is(error: Exception):
     assert not _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_sent_is_told_before_any_worker_starts():
     [
         ("Failed.\nThe actor is dead because its worker process has died. Exit type: X", "its worker process has died"),
         ("The actor died because its node has died. Node Id: 1", "its node has died"),
-        ("Traceback (most recent call last):\n  File x\nLostPeerError: gone\n", "LostPeerError: gone"),
+        ("Traceback (most recent call last):\n  File x\nLostPeerError: gone\n", "WorkerLostError: gone"),
         ("", "RuntimeError"),
     ],
 )

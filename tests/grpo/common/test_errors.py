@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from rankup.grpo.common.errors import ClusterError, explain, may_pass
-from rankup.grpo.common.world import LostPeerError
+from rankup.grpo.common.errors import ClusterError, explain, is_transient
+from rankup.grpo.common.world import WorkerLostError
 from rankup.rewards.contract import RewardError
 from rankup.rollout.types import EngineError
 
@@ -53,7 +53,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(error: Exception):
 
 
 def test_what_may_pass_is_tried_again():
-    for error in (ConnectionResetError(), TimeoutError(), LostPeerError("gone"), EngineError("vLLM failed: illegal address")):
-        assert may_pass(error)
+    for error in (ConnectionResetError(), TimeoutError(), WorkerLostError("gone"), EngineError("vLLM failed: illegal address")):
+        assert is_transient(error)
     for error in (ValueError("bad"), FileNotFoundError("none"), caused(EngineError("no room"), MemoryError())):
-        assert not may_pass(error)
+        assert not is_transient(error)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from peer_learners import learn, learn_in_a_group
 from torch.multiprocessing.spawn import spawn
+from world_learners import learn, learn_in_a_group
 
-from rankup.grpo.common.world import ALONE, Peers
+from rankup.grpo.common.world import SINGLE_PROCESS, World
 from rankup.rollout.types import Completion, PromptGroup
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -26,16 +26,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_shares_are_all_of_it_once_and_even(count: int, size: int):
-    shares = [range(count)[Peers(rank, size).share(count)] for rank in range(size)]
+    shares = [range(count)[World(rank, size).shard(count)] for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_worker_exchanges_nothing():
     tensor = torch.ones(3)
-    ALONE.sum_([tensor])
+    SINGLE_PROCESS.all_reduce_([tensor])
     assert tensor.tolist() == [1, 1, 1]
-    assert (ALONE.gather([1, 2]), ALONE.gather_each([1, 2]), ALONE.is_first) == ([1, 2], [[1, 2]], True)
+    assert SINGLE_PROCESS.is_main
+    assert SINGLE_PROCESS.gather([1, 2]) == [1, 2]
+    assert SINGLE_PROCESS.all_gather([1, 2]) == [[1, 2]]
 
 
 def test_an_outline_has_lengths_and_no_tokens():
@@ -48,10 +50,10 @@ def test_an_outline_has_lengths_and_no_tokens():
 @pytest.fixture(scope="module")
 def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What one worker comes to, and each of three."""
-    model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("peers")
+    model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("world")
     arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS, str(out))
     spawn(learn_in_a_group, arguments, nprocs=3)
-    return [learn(model, VARIANTS, ALONE), *(torch.load(out / f"{rank}.pt") for rank in range(3))]
+    return [learn(model, VARIANTS, SINGLE_PROCESS), *(torch.load(out / f"{rank}.pt") for rank in range(3))]
 
 
 @pytest.mark.slow

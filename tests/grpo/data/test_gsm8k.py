@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tiny_models import tiny_tokenizer
 
-from rankup.grpo.experience.collect import make_scorer
 from rankup.grpo.config import load_config
-from rankup.grpo.data.prompts import load_rows, prepare_prompts
+from rankup.grpo.data.prompts import prepare_prompts
+from rankup.grpo.data.sources import load_rows
+from rankup.grpo.experience.collect import make_scorer
 from rankup.rewards.contract import Inputs
 
 RUN_FILE = Path(__file__).resolve().parents[3] / "configs" / "gsm8k_qwen2.5_1.5b.yaml"

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rankup.grpo.data.prompts import load_rows, prepare_prompts
+from rankup.grpo.data.prompts import prepare_prompts
+from rankup.grpo.data.sources import load_rows
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -130,7 +131,7 @@ def test_a_file_without_usable_rows_is_one_clear_line(tmp_path, capfd, name, tex
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_clear_line(tmp_path):
-    code = "from rankup.grpo.data.prompts import load_rows; load_rows('nobody/no-such-set', split='train', subset='main')"
+    code = "from rankup.grpo.data.sources import load_rows; load_rows('nobody/no-such-set', split='train', subset='main')"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankup.grpo.data.prompts import PromptRow, PromptSampler
+from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.sampler import PromptSampler
 
 
 def numbered(count):

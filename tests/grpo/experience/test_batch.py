@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny_runs import ROWS, many_low_ids, steps_of
 
+from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.sampler import PromptSampler
 from rankup.grpo.experience.batch import collect_batch
-from rankup.grpo.data.prompts import PromptRow, PromptSampler
 
 pytestmark = pytest.mark.engine
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rankup.grpo.algorithm.advantages import GroupAdvantages, group_advantages
-from rankup.grpo.experience.collect import ScoredGroup
 from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.experience.collect import ScoredGroup
 from rankup.grpo.experience.step_metrics import completion_metrics, completions_table, reward_metrics
 from rankup.rewards.contract import Inputs
 from rankup.rewards.runner import Scorer

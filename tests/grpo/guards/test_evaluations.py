@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from played_guards import Played, after_calm, rung
 
 from rankup.grpo.guards.evaluations import Evaluations, mean_reward
-from rankup.grpo.guards.trackers import Level
 from rankup.grpo.guards.guards import Verdict
+from rankup.grpo.guards.trackers import Level
 
 
 def right(count: int, *, of: int = 128) -> list[float | None]:

@@ -8,9 +8,9 @@ import pytest
 from played_guards import Played, after_calm, rise, rung
 
 from rankup.grpo.config.guards import GuardsConfig
+from rankup.grpo.guards.guards import Guards, Verdict
 from rankup.grpo.guards.rules import EVALUATION, RULES
 from rankup.grpo.guards.trackers import Level
-from rankup.grpo.guards.guards import Guards, Verdict
 
 
 @pytest.fixture

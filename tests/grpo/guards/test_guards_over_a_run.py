@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from played_guards import CALM, Played, after_calm, rise, rung
 
 from rankup.grpo.config.guards import GuardsConfig
-from rankup.grpo.guards.rules import RULES
 from rankup.grpo.guards.guards import Guards
+from rankup.grpo.guards.rules import RULES
 
 HEALTHY_RUN = Path(__file__).parent / "data" / "healthy_run.json"
 

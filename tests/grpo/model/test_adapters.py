@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rankup.grpo.model.adapters import check_targets, inject, target_module_names
 from rankup.grpo.config import LoraConfig
+from rankup.grpo.model.adapters import check_targets, inject, target_module_names
 from rankup.grpo.model.lora_layers import FusedLoRAEmbedding, FusedLoRALayer
 from rankup.grpo.model.policy import Policy
 

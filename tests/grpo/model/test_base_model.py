@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from sample_groups import random_groups
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rankup.grpo.model.base_model import load_base, nf4_names, round_to_nf4
 from rankup.grpo.config import LoraConfig
+from rankup.grpo.model.base_model import load_base, nf4_names, round_to_nf4
 from rankup.grpo.model.lora_layers import Nf4Linear
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy

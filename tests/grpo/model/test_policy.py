@@ -252,7 +252,7 @@ def test_saving_replaces_what_stood_there(make_policy: Make, tmp_path: Path) -> 
     folder = tmp_path / "adapter"
     make_policy(rank=32).save_adapter(folder)
     (folder / "stale.txt").write_text("of an earlier run")
-    (tmp_path / "adapter.partial").mkdir()  # left by a run that was killed
+    (tmp_path / ".adapter.partial").mkdir()  # left by a run that was killed
     policy = make_policy(rank=16)
     policy.save_adapter(folder)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

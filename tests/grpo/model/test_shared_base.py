@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from sample_groups import random_groups
 from tiny_runs import steps_of, tiny_config
 
-from rankup.grpo.model.base_model import nf4_names
-from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.config import LoraConfig
+from rankup.grpo.experience.collect import engine_settings
+from rankup.grpo.model.base_model import nf4_names
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs

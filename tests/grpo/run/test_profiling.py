@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankup.grpo.config.sections import LoggingConfig
+from rankup.grpo.config import LoggingConfig
 from rankup.grpo.run.profiling import profiled, trace_path
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from rankup.grpo.common.files import atomic_write
 from rankup.grpo.run import run_folder
 from rankup.grpo.run.records import RunRecorder, read_metrics
-from rankup.grpo.run.run_folder import locked_folder, write_whole
+from rankup.grpo.run.run_folder import locked_folder
 
 TABLE = {
     "prompt": ["What is 1 + 1?", "What is 1 + 1?"],
@@ -187,10 +188,10 @@ def test_full_disk_is_told_as_it_is(recorder):
 
 def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "summary.json"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     (tmp_path / ".summary.json.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left|Invalid argument"):
-        write_whole(path, b"new" * 100_000)
+        atomic_write(path, b"new" * 100_000)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
 
@@ -270,9 +271,9 @@ def test_an_owner_that_is_about_to_die_is_waited_for(tmp_path: Path):
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "open\n"
-        with pytest.raises(ValueError, match="another process is writing to"), locked_folder(tmp_path, patience=0.1):
+        with pytest.raises(ValueError, match="another process is writing to"), locked_folder(tmp_path, timeout=0.1):
             pass
-        with locked_folder(tmp_path, patience=60):
+        with locked_folder(tmp_path, timeout=60):
             assert other.wait(10) == 0
 
 
@@ -288,7 +289,7 @@ def test_missing_rows_are_noticed(tmp_path: Path):
 
 def test_the_folder_is_free_again_after_a_recorder_that_could_not_begin(tmp_path: Path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.yaml.tmp").mkdir()  # where the configuration is written first
+    (tmp_path / "run" / ".config.tmp.yaml").mkdir()  # where the configuration is written first
     with pytest.raises(OSError):
         RunRecorder(tmp_path / "run", config_yaml="")
     assert not run_folder._OWNED

@@ -12,11 +12,11 @@ import pytest
 import torch
 from sample_groups import make_group, random_groups, with_logprobs
 
-from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.algorithm.corrections import gap_metrics, gap_tally
-from rankup.grpo.update.learner import Learner
+from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.model.packing import WeightedGroup, by_completion
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.update.learner import Learner
 
 SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8])]
 

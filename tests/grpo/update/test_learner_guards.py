@@ -10,9 +10,9 @@ import torch
 from sample_groups import random_groups, with_logprobs
 
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.update.learner import Learner
 from rankup.grpo.model.packing import WeightedGroup
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.update.learner import Learner
 
 # The sampler's log-probabilities are made up: only the gradient is judged.
 GRADIENT_ONLY = {

@@ -12,12 +12,12 @@ import pytest
 import torch
 from sample_groups import loss_on_leaves, random_groups, with_logprobs
 
+from rankup.grpo.algorithm.losses import Counts, entropy_bound, token_weights
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.config.algorithm import OBJECTIVES
-from rankup.grpo.algorithm.losses import Counts, entropy_bound, token_weights
-from rankup.grpo.update.objective import Objective, StepConstants
 from rankup.grpo.model.packing import Pack, WeightedGroup, by_completion, pack
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.update.objective import Objective, StepConstants
 
 SHAPES = [(4, [3, 1, 6, 2]), (2, [7, 4])]
 NO_CORRECTION = {"mode": "none", "veto": 0.0}

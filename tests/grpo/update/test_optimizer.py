@@ -14,9 +14,11 @@ from safetensors.torch import load, save
 from sample_groups import random_groups
 from tiny_runs import tiny_config
 
+from rankup.grpo.algorithm.losses import Counts
 from rankup.grpo.config import GRPOConfig, OptimConfig
 from rankup.grpo.model.lora_layers import ADAPTER, Master, Role
-from rankup.grpo.algorithm.losses import Counts
+from rankup.grpo.model.packing import pack
+from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.objective import Objective, StepConstants
 from rankup.grpo.update.optimizer import (
     is_state_of,
@@ -26,8 +28,6 @@ from rankup.grpo.update.optimizer import (
     set_learning_rate,
     set_optimizer_tensors,
 )
-from rankup.grpo.model.packing import pack
-from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.session import open_session
 
 MakePolicy = Callable[..., Policy]

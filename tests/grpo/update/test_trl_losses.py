@@ -27,13 +27,13 @@ from sample_groups import loss_on_leaves, random_groups
 from torch.nn.utils.rnn import pad_sequence
 
 from rankup.grpo.algorithm.advantages import group_advantages
-from rankup.grpo.config import GRPOConfig
 from rankup.grpo.algorithm.corrections import correction_weights
-from rankup.grpo.update.learner import without_truncated
 from rankup.grpo.algorithm.losses import Counts, entropy_bound
-from rankup.grpo.update.objective import Objective, StepConstants
-from rankup.grpo.model.packing import Pack, pack
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import GRPOConfig
+from rankup.grpo.model.packing import Pack, pack
+from rankup.grpo.update.learner import without_truncated
+from rankup.grpo.update.objective import Objective, StepConstants
 
 SHAPES = [(4, [3, 1, 6, 2]), (2, [7, 4, 1, 5])]
 TRUNCATED = (2,)  # of each group, where completions that were cut off are masked

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankup import GRPOConfig
-from rankup.grpo.model.base_model import nf4_names
-from rankup.grpo.cli.main import main
-from rankup.grpo.config import dump_config, load_config
 from rankup.grpo.cli.export.export import export_adapter, export_merged
 from rankup.grpo.cli.export.model_card import read_run
+from rankup.grpo.cli.main import main
+from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import dump_config, load_config
+from rankup.grpo.model.base_model import nf4_names
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import trainer_logprobs
-from rankup.grpo.common.quiet import quiet_stderr
 from rankup.kernels.nf4 import Nf4Weight
 
 SaveRun = Callable[..., Path]

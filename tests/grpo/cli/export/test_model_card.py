@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rankup import GRPOConfig
-from rankup.grpo.config import dump_config
 from rankup.grpo.cli.export.model_card import model_card, read_run, without_folders
+from rankup.grpo.config import dump_config
 from rankup.grpo.run.records import RunRecorder
 
 MakeRun = Callable[..., Path]

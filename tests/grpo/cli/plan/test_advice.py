@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from rankup.grpo.config import GRPOConfig
 from rankup.grpo.cli.plan.advice import PRACTICE, PRESETS, advise, lora_fields, lower_ranks
+from rankup.grpo.config import GRPOConfig
 
 # task: lowest and highest rank, dropout, targets
 TABLE = {
@@ -95,6 +95,9 @@ def test_tight_memory_goes_down_the_range_then_to_sixteen():
 
 
 def test_nothing_here_imports_torch():
-    code = "import sys, rankup.grpo.cli.plan.plan, rankup.grpo.cli.plan.advice; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, rankup.grpo.cli.plan.plan, rankup.grpo.cli.plan.advice; "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout.strip()) == (0, "set()"), result.stderr

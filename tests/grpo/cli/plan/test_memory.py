@@ -14,8 +14,6 @@ import pytest
 import torch
 from sample_groups import random_groups
 
-from rankup.grpo.config import LoraConfig
-from rankup.grpo.model.packing import Pack, pack
 from rankup.grpo.cli.plan.memory import (
     BF16,
     FP32,
@@ -30,8 +28,10 @@ from rankup.grpo.cli.plan.memory import (
     training_parts,
 )
 from rankup.grpo.cli.plan.shapes import Matrix, ModelShape, read_shape
-from rankup.grpo.model.policy import Policy
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.config import LoraConfig
+from rankup.grpo.model.packing import Pack, pack
+from rankup.grpo.model.policy import Policy
 
 MEASURE = Path(__file__).resolve().parents[4] / "scripts" / "bench" / "plan_memory.py"
 PROMPT, COMPLETION, GENERATIONS, GROUPS = 40, 30, 8, 2

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rankup.grpo.config import load_config
-from rankup.grpo.cli.plan.plan import EXAMPLES, add_plan_command, make_plan
 from rankup.grpo.cli.plan.advice import PRACTICE
+from rankup.grpo.cli.plan.plan import EXAMPLES, add_plan_command, make_plan
 from rankup.grpo.cli.plan.view import show
+from rankup.grpo.config import load_config
 
 SMOLLM = {
     "model_type": "llama",

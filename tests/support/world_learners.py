@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from sample_groups import random_groups
 
-from rankup.grpo.config import GRPOConfig, LoraConfig
-from rankup.grpo.update.learner import Learner
-from rankup.grpo.common.world import Peers
-from rankup.grpo.model.policy import Policy
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.common.world import World
+from rankup.grpo.config import GRPOConfig, LoraConfig
+from rankup.grpo.model.policy import Policy
+from rankup.grpo.update.learner import Learner
 
 SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8]), (5, [4, 4, 4]), (2, [20])]
 STEPS = 3
@@ -24,7 +24,7 @@ Outcome = tuple[torch.Tensor, list[dict[str, float]]]
 """All masters in one vector, and the metrics of each step."""
 
 
-def learn(model_path: str, variants: dict[str, dict[str, Any]], peers: Peers) -> dict[str, Outcome]:
+def learn(model_path: str, variants: dict[str, dict[str, Any]], world: World) -> dict[str, Outcome]:
     """A few updates for each variant, on this worker's share of the same groups."""
     outcomes = {}
     for name, options in variants.items():
@@ -35,12 +35,12 @@ def learn(model_path: str, variants: dict[str, dict[str, Any]], peers: Peers) ->
             for layer in policy.layers.values():
                 layer.master_b.copy_(torch.randn(layer.master_b.shape, generator=generator) * 0.05)
         policy.write_slots()
-        learner = Learner(policy, GRPOConfig(**{**OPTIONS, **options}), peers=peers)
+        learner = Learner(policy, GRPOConfig(**{**OPTIONS, **options}), world=world)
         metrics = []
         for step in range(STEPS):
             groups = random_groups(SHAPES, seed=step, truncated=[0])
             groups[1] = dataclasses.replace(groups[1], advantages=(0.0, 0.0))
-            own = range(len(groups))[peers.share(len(groups))]
+            own = range(len(groups))[world.shard(len(groups))]
             shared = [
                 group if place in own else dataclasses.replace(group, group=group.group.outline(), is_own=False)
                 for place, group in enumerate(groups)
@@ -55,7 +55,7 @@ def learn_in_a_group(rank: int, size: int, rendezvous: str, model_path: str, var
     """One worker of `size`, which leaves what it came to in `out`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
-    outcomes = learn(model_path, variants, Peers.of_process_group())
+    outcomes = learn(model_path, variants, World.from_process_group())
     torch.save(outcomes, Path(out) / f"{rank}.pt")
     dist.destroy_process_group()
 

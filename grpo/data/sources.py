@@ -1,0 +1,174 @@
+"""Where rows come from: files, the Hub, Reasoning Gym tasks, functions, or rows in memory.
+
+    rows = load_rows("data/train.jsonl", split="train")
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import logging
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.utils
+from datasets.exceptions import DatasetsError
+
+from ...rewards.loading import find_file, load_object
+from ..common.errors import first_line
+
+Row = Mapping[str, Any]
+
+_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_REASONING_GYM = "reasoning_gym:"
+_DEFAULT_SEED = 42
+_SILENT = logging.CRITICAL + 1
+
+
+def load_rows(
+    source: str | datasets.Dataset | Iterable[Row],
+    *,
+    split: str,
+    subset: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    base_dir: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Read all rows of a data set into memory. What `source` may be:
+
+    - a path ending in .json, .jsonl, .parquet or .csv, relative to the working directory or to `base_dir` (all of its
+      rows are read: a file has no splits);
+    - the id of a data set on the Hub (`split`, and `subset` where it has several);
+    - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the
+      task's own. Every split has a seed of its own, so that a training and a test split differ;
+    - `file.py:function` or `package.module:function`, called with `options` as keyword arguments;
+    - rows, as a `datasets.Dataset` or any iterable of mappings.
+
+    Raises FileNotFoundError (no such file) and ValueError (everything else, with what to do about it).
+    """
+    options = dict(options or {})
+    if not isinstance(source, str):
+        return _as_rows(source, source="the data set", split=split)
+    if source.startswith(_REASONING_GYM):
+        return _reasoning_gym_rows(source.removeprefix(_REASONING_GYM), split=split, options=options)
+    if ":" in source:
+        return _function_rows(source, split=split, options=options, base_dir=base_dir)
+    if options:
+        raise ValueError(
+            f"data options ({', '.join(options)}) are for reasoning_gym tasks and functions: {source!r} takes none"
+        )
+    if Path(source).suffix in _FILE_BUILDERS:
+        return _file_rows(find_file(source, base_dir=base_dir))
+    return _hub_rows(source, split=split, subset=subset)
+
+
+def _file_rows(path: Path) -> list[dict[str, Any]]:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
+        try:
+            loaded = datasets.load_dataset(
+                _FILE_BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+            )
+        except (DatasetsError, ValueError) as error:
+            if "corresponds to no data" in str(error):
+                raise ValueError(f"{path} has no rows") from error
+            raise ValueError(f"cannot read {path}: {first_line(error.__cause__ or error)}") from error
+        return _as_rows(loaded, source=str(path), split="train")
+
+
+def _hub_rows(source: str, *, split: str, subset: str | None) -> list[dict[str, Any]]:
+    with _quiet_datasets():
+        try:
+            loaded = datasets.load_dataset(source, subset, split=split)
+        except ConnectionError as error:
+            raise ValueError(
+                f"cannot reach the Hub for data set {source!r}, and it is not in the local cache: go online once, or "
+                f"name a file ({', '.join(_FILE_BUILDERS)})"
+            ) from error
+        except (DatasetsError, OSError, ValueError) as error:
+            raise ValueError(f"cannot load data set {source!r}: {first_line(error)}") from error
+        return _as_rows(loaded, source=source, split=split)
+
+
+def _function_rows(source: str, *, split: str, options: dict[str, Any], base_dir: Path | None) -> list[dict[str, Any]]:
+    function = load_object(source, base_dir=base_dir)
+    if not callable(function):
+        return _as_rows(function, source=source, split=split)
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{source} cannot be called with the data options ({', '.join(options)}): {error}") from error
+    return _as_rows(function(**options), source=source, split=split)
+
+
+def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    from reasoning_gym.factory import DATASETS, create_dataset  # here: it takes seconds to import
+
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
+        offer = f": did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"reasoning_gym has no task {task!r}{offer}")
+    known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"reasoning_gym:{task} has no option {unknown[0]!r} (options: {', '.join(known)})")
+    seed = options.get("seed", _DEFAULT_SEED)
+    # Row i of a task is made from seed + i, so a split that started at seed + 1 would repeat almost all of another's
+    # rows: splits start a random-looking distance apart.
+    offset = 0 if split == "train" else zlib.crc32(split.encode()) % 2**30
+    try:
+        made = create_dataset(task, **{**options, "seed": seed + offset})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"reasoning_gym:{task} refuses its options: {first_line(error)}") from error
+    return [
+        {
+            "prompt": entry["question"],
+            "answer": entry["answer"],
+            "metadata": json.dumps(entry["metadata"], default=str),
+            "task": task,
+        }
+        for entry in (made[index] for index in range(len(made)))
+    ]
+
+
+def _as_rows(rows: Any, *, source: str, split: str) -> list[dict[str, Any]]:
+    if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split not in rows:
+            raise ValueError(f"{source} has no split {split!r} (splits: {', '.join(map(str, rows))})")
+        rows = rows[split]
+    if isinstance(rows, datasets.Dataset):
+        columns: dict[str, list[Any]] = rows.with_format(None)[:]  # one decode for each column, not one for each row
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
+        raise ValueError(f"{source} gave a {type(rows).__name__}: it must give rows, each a mapping of column to value")
+    rows = list(rows)
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {index} of {source} is a {type(row).__name__}: it must map columns to values")
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    return [dict(row) for row in rows]
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Silence the two libraries' progress bars and warnings inside the block; what fails is raised anyway."""
+    bars = {module: module.are_progress_bars_disabled() for module in (datasets.utils, huggingface_hub.utils)}
+    verbosity = {module: module.get_verbosity() for module in (datasets.utils.logging, huggingface_hub.utils.logging)}
+    for module in bars:
+        module.disable_progress_bars()
+    for module in verbosity:
+        module.set_verbosity(_SILENT)
+    try:
+        yield
+    finally:
+        for module, were_disabled in bars.items():
+            if not were_disabled:
+                module.enable_progress_bars()
+        for module, level in verbosity.items():
+            module.set_verbosity(level)
