@@ -142,7 +142,7 @@ def test_a_cached_hub_id_works_offline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["no/such-model", "smollm2"])
 def test_an_unknown_name_says_what_there_is(name: str) -> None:
     error = error_of(name)
-    assert error.startswith(f"model {name}: no folder of this name, not embedded ({NAME}), and not to be had from the hub")
+    assert error.startswith(f"model {name}: no folder of this name, not embedded ({NAME}), and not available on the Hub")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "two words"])
