@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .contract import CallResult, Failure, Inputs, Returned, RewardError
@@ -34,6 +34,20 @@ class Scores:
     """Of the functions, in their order."""
     errors: dict[str, list[str | None]] = field(default_factory=dict)
     """Why a function gave a row no reward, by its name; only functions that failed, None for rows that they scored."""
+
+    def select(self, rows: Sequence[int]) -> Scores:
+        """The scores of some rows. Metrics and weights stay those of all."""
+
+        def of_rows(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+        return replace(
+            self,
+            total=[self.total[row] for row in rows],
+            by_function=of_rows(self.by_function),
+            extras=of_rows(self.extras),
+            errors=of_rows(self.errors),
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.data.prompts import PromptRow, prepare_prompts
+from rankup.grpo.data.prompts import Prompt, prepare_prompts
 from rankup.grpo.data.sources import load_rows
 from rankup.grpo.experience.collect import make_scorer
 from rankup.rewards.contract import Inputs
@@ -44,7 +44,7 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def evaluation_prompts(config: GRPOConfig, model_path: str) -> list[PromptRow]:
+def evaluation_prompts(config: GRPOConfig, model_path: str) -> list[Prompt]:
     """The run's evaluation rows, tokenised as the run did."""
     from transformers import AutoTokenizer
 
@@ -62,7 +62,7 @@ def evaluation_prompts(config: GRPOConfig, model_path: str) -> list[PromptRow]:
     ).rows
 
 
-def score(config: GRPOConfig, rows: Sequence[PromptRow], texts: Sequence[str]) -> float:
+def score(config: GRPOConfig, rows: Sequence[Prompt], texts: Sequence[str]) -> float:
     """Mean reward of one completion a row."""
     scorer = make_scorer(config)
     scores = scorer.score(
@@ -77,7 +77,7 @@ def score(config: GRPOConfig, rows: Sequence[PromptRow], texts: Sequence[str]) -
     return sum(rewards) / len(rewards)
 
 
-def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[PromptRow]) -> list[str]:
+def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[Prompt]) -> list[str]:
     """Greedy completions by transformers' `generate` with the adapter loaded by PEFT."""
     import torch
     from peft import PeftModel
@@ -96,7 +96,7 @@ def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequenc
     return texts
 
 
-def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[PromptRow]) -> list[str]:
+def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[Prompt]) -> list[str]:
     """Greedy completions by vLLM's own `LLM` with the adapter given as a `LoRARequest`."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest

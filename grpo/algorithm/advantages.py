@@ -1,9 +1,9 @@
-"""From rewards to advantages: how much better a completion was than what it is compared with.
+"""From rewards to advantages: how much better a completion was than its baseline.
 
     advantages = group_advantages(rewards, estimator="group", scale_rewards="batch")
 
 A reward of None means that no reward function applied to the completion: it is left out of the statistics and its advantage is
-zero. Plain Python numbers in and out; groups are small.
+zero. Plain Python numbers: groups are small.
 """
 
 from __future__ import annotations
@@ -20,43 +20,42 @@ Rewards = Sequence[float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupAdvantages:
-    """Of one group: the advantages, its mean and standard deviation of reward, and whether its rewards differ."""
+    """One group's advantages, the standard deviation of its rewards, and whether its rewards differ."""
 
     advantages: tuple[float, ...]
-    mean: float
     std: float
     has_variance: bool
 
 
-def above_the_group(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
+def group_baseline(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
     """`r - mean of the group` (GRPO, arXiv 2402.03300)."""
     mean = _mean(group)
     return [r - mean for r in group]
 
 
-def above_the_others(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
-    """`r - mean of the group's others` (RLOO, arXiv 2402.14740); alone in its group a completion teaches nothing."""
+def leave_one_out_baseline(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
+    """`r - mean of the group's other completions` (RLOO, arXiv 2402.14740); zero in a group of one."""
     if len(group) < 2:
         return [0.0] * len(group)
     total = math.fsum(group)
     return [r - (total - r) / (len(group) - 1) for r in group]
 
 
-def above_the_batch(group: Sequence[float], batch: Sequence[float]) -> list[float]:
+def batch_baseline(group: Sequence[float], batch: Sequence[float]) -> list[float]:
     """`r - mean of the batch` (REINFORCE++, arXiv 2501.03262; its paper divides by the batch's standard deviation)."""
     mean = _mean(batch)
     return [r - mean for r in group]
 
 
-def relative_to_the_mean(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
-    """`(r - mean) / (mean + 1e-4)` of the group (MaxRL, arXiv 2602.02710): rare successes weigh most.
+def relative_to_mean(group: Sequence[float], _batch: Sequence[float]) -> list[float]:
+    """`(r - mean) / (mean + 1e-4)` of the group (MaxRL, arXiv 2602.02710): rare successes get the largest weight.
 
     Raises:
-        ValueError: a reward is negative; the mean then means nothing as a rate of success.
+        ValueError: a reward is negative, so that the mean is no success rate.
     """
     if group and min(group) < 0:
         raise ValueError(
-            f"algorithm.advantage_estimator maxrl takes rewards as rates of success, at least 0 (got {min(group):g}): "
+            f"algorithm.advantage_estimator maxrl reads rewards as success rates, at least 0 (got {min(group):g}): "
             "shift the rewards, or take another estimator"
         )
     mean = _mean(group)
@@ -64,10 +63,10 @@ def relative_to_the_mean(group: Sequence[float], _batch: Sequence[float]) -> lis
 
 
 ESTIMATORS: dict[str, Callable[[Sequence[float], Sequence[float]], list[float]]] = {
-    "group": above_the_group,
-    "rloo": above_the_others,
-    "reinforce_pp": above_the_batch,
-    "maxrl": relative_to_the_mean,
+    "group": group_baseline,
+    "rloo": leave_one_out_baseline,
+    "reinforce_pp": batch_baseline,
+    "maxrl": relative_to_mean,
 }
 
 
@@ -77,13 +76,13 @@ def group_advantages(
     """Advantages of every group of a step.
 
     Args:
-        rewards: of each completion, by group.
+        rewards: one for each completion, by group.
         estimator: a key of `ESTIMATORS`.
         scale_rewards: whose standard deviation (plus 1e-4) divides: the group's (GRPO), the batch's (arXiv 2508.08221), or
             none (Dr. GRPO, arXiv 2503.20783). Standard deviations are of a sample (n - 1), as in TRL.
 
     Raises:
-        ValueError: the estimator cannot take these rewards.
+        ValueError: the estimator does not accept these rewards.
     """
     batch = [r for group in rewards for r in group if r is not None]
     batch_std = _std(batch)
@@ -95,11 +94,10 @@ def group_advantages(
         if has_variance or estimator == "reinforce_pp":
             values = iter(ESTIMATORS[estimator](known, batch))
         else:
-            values = iter([0.0] * len(known))  # exactly: rounding must not make a group of equals teach
+            values = iter([0.0] * len(known))  # exact: rounding must not give equal rewards an advantage
         results.append(
             GroupAdvantages(
                 advantages=tuple(0.0 if r is None else next(values) / divisor for r in group),
-                mean=_mean(known),
                 std=std,
                 has_variance=has_variance,
             )
@@ -108,15 +106,15 @@ def group_advantages(
 
 
 def normalized_sums(rewards: Sequence[Sequence[Rewards]], weights: Sequence[float]) -> list[Rewards]:
-    """Sums of rewards that were normalised one function at a time (GDPO, arXiv 2601.05242), so that none drowns another.
+    """Sums of rewards normalised for each function separately (GDPO, arXiv 2601.05242), so that none dominates.
 
     Of each group and function: `(r - mean of the group) / (standard deviation of the group + 1e-4)`, times the function's
     weight. Their sum over the functions is still to be divided by the batch's standard deviation: `group_advantages` with
     `scale_rewards="batch"`. Its mean is 0 in each group already, and so in the batch.
 
     Args:
-        rewards: of each completion, by group and then by function.
-        weights: one a function.
+        rewards: one for each completion, by group and then by function.
+        weights: one for each function.
     """
     return [_normalized_sum(group, weights) for group in rewards]
 
@@ -126,14 +124,14 @@ def _normalized_sum(group: Sequence[Rewards], weights: Sequence[float]) -> Rewar
     for rewards, weight in zip(group, weights, strict=True):
         known = [r for r in rewards if r is not None]
         mean, divisor = _mean(known), _std(known) + EPSILON
-        is_flat = not known or max(known) == min(known)  # exactly: rounding must not make a group of equals teach
+        is_flat = not known or max(known) == min(known)  # exact: rounding must not give equal rewards an advantage
         columns.append([None if r is None else 0.0 if is_flat else weight * (r - mean) / divisor for r in rewards])
     rows = [[r for r in row if r is not None] for row in zip(*columns, strict=True)]
     return [math.fsum(row) if row else None for row in rows]
 
 
 def soft_overlong_penalty(length: int, *, max_completion_length: int, soft_tokens: int) -> float:
-    """What a completion of `length` tokens loses: 0 up to `max_completion_length - soft_tokens`, then linearly up to 1.
+    """The penalty of a completion of `length` tokens: 0 up to `max_completion_length - soft_tokens`, then linearly up to 1.
 
     DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), as a number to subtract from the reward.
     """

@@ -1,10 +1,10 @@
-"""The objectives' mathematics, as pure functions of per-token tensors. All losses are minimised.
+"""The mathematics of the objectives, as pure functions of per-token tensors. All losses are minimised.
 
-`objective.py` puts them together as the configuration says. An objective of your own (`algorithm.loss_type: file.py:name`) is a
-function of the same kind: it takes a `Tokens` and returns each token's loss [n], to be weighed and summed.
+`update/objective.py` combines them as configured. A user-supplied objective (`algorithm.loss_type: file.py:name`) is a function
+of the same kind: it takes `LossInputs` and returns the loss of each token [n], which is then weighted and summed.
 
-    def reinforce(tokens):
-        return -tokens.advantages * tokens.logprobs
+    def reinforce(inputs):
+        return -inputs.advantages * inputs.logprobs
 
 Legend: n completion tokens, S completions they belong to. `logprobs` are the trained policy's, `old_logprobs` those of the
 policy at the start of the step, both at the sampling temperature. rho = exp(logprob - old logprob); sg = stop gradient.
@@ -17,15 +17,18 @@ from dataclasses import dataclass
 
 import torch
 
-OwnLoss = Callable[["Tokens"], torch.Tensor]
+UserLoss = Callable[["LossInputs"], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """What an objective sees: whole completions, their tokens one after the other.
+class LossInputs:
+    """What an objective gets: complete completions, their tokens one after the other.
 
-    logprobs, entropies: [n], with gradient. old_logprobs, sampler_logprobs, advantages: [n], constant.
-    sequence: [n], which completion each token belongs to, 0 to S - 1. lengths: [S], in tokens.
+    Attributes:
+        logprobs, entropies: [n], with gradient.
+        old_logprobs, sampler_logprobs, advantages: [n], constant.
+        sequence: [n], the completion that each token belongs to, 0 to S - 1.
+        lengths: [S], in tokens.
     """
 
     logprobs: torch.Tensor
@@ -126,18 +129,27 @@ def entropy_bound(entropies: torch.Tensor, *, quantile: float) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What the step's loss is a mean over: completions and their tokens, of the whole step and of this device's share."""
+    """What the step's loss is a mean over.
+
+    Attributes:
+        sequences, tokens: completions and their tokens, of all workers.
+        local_tokens: tokens of this worker.
+        workers: how many workers share the step.
+        max_completion_length: in tokens.
+    """
 
     sequences: int
     tokens: int
     local_tokens: int
+    workers: int = 1
     max_completion_length: int
 
 
 def token_weights(aggregation: str, lengths_S: torch.Tensor, counts: Counts) -> torch.Tensor:
-    """Each token's share of the step's loss, one number [S] for all tokens of a completion, in fp32.
+    """The weight of each token in the step's loss, one number [S] for all tokens of a completion, in fp32.
 
-    token_mean: the mean over all tokens (DAPO, arXiv 2503.14476); local_token_mean: over this device's (bnpo).
+    token_mean: the mean over all tokens (DAPO, arXiv 2503.14476).
+    local_token_mean: the mean over the workers of each worker's mean over its tokens (bnpo, as in TRL).
     sequence_mean: the mean over completions of their means (GRPO, arXiv 2402.03300).
     constant: the sum over completions times the longest length allowed (Dr. GRPO, arXiv 2503.20783).
     """
@@ -145,7 +157,7 @@ def token_weights(aggregation: str, lengths_S: torch.Tensor, counts: Counts) -> 
         return 1.0 / (lengths_S.float() * counts.sequences)
     divisors = {
         "token_mean": counts.tokens,
-        "local_token_mean": counts.local_tokens,
+        "local_token_mean": counts.local_tokens * counts.workers,
         "constant": counts.sequences * counts.max_completion_length,
     }
     return torch.full_like(lengths_S, 1.0 / divisors[aggregation], dtype=torch.float32)

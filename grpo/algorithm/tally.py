@@ -1,8 +1,8 @@
-"""Sums and extremes of a step's tokens: what means are made of, over the packs of one worker and over all workers.
+"""Sums and extremes over a step's tokens, first over the packs of one worker, then over all workers.
 
     tally = Tally.of(sums={"entropy": entropy_N}, extremes={"ratio": ratio_N})
-    whole = Tally.together([tally, others])
-    whole.mean("entropy"), whole.highest["ratio"]
+    total = Tally.merge([tally, *others])
+    total.mean("entropy"), total.highest["ratio"]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """`count` tokens: sums, lowest and highest values by name. Python floats, the same for whoever adds the same parts."""
+    """Sums, lowest and highest values over `count` tokens, by name, as Python floats."""
 
     count: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Tally:
 
     @staticmethod
     def of(*, sums: Mapping[str, torch.Tensor], extremes: Mapping[str, torch.Tensor]) -> Tally:
-        """Of values [N] by name; N is the same for all, at least 1. Sums are made in fp64."""
+        """The tally of values [N] by name; N is the same for all, at least 1. Sums are accumulated in fp64."""
         count = len(next(iter(sums.values())))
         # One transfer for all of them.
         values = torch.stack(
@@ -45,8 +45,8 @@ class Tally:
         )
 
     @staticmethod
-    def together(tallies: Iterable[Tally]) -> Tally:
-        """All of them as one; those without tokens add nothing."""
+    def merge(tallies: Iterable[Tally]) -> Tally:
+        """One tally of all tokens. Exact sums: every worker that merges the same parts gets the same floats."""
         parts = [tally for tally in tallies if tally.count]
         names = parts[0] if parts else Tally()
         return Tally(
@@ -56,8 +56,8 @@ class Tally:
             {name: max(part.highest[name] for part in parts) for name in names.highest},
         )
 
-    def beside(self, other: Tally) -> Tally:
-        """Further values of the same tokens."""
+    def join(self, other: Tally) -> Tally:
+        """Add further values of the same tokens."""
         assert self.count == other.count
         return Tally(self.count, self.sums | other.sums, self.lowest | other.lowest, self.highest | other.highest)
 

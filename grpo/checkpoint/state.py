@@ -90,9 +90,9 @@ def write_state(
     policy, learner = session.policy, session.learner
     policy.save_adapter(folder / ADAPTER)
     save_file(optimizer_tensors(learner.optimizer, policy.masters), folder / OPTIMIZER)
-    for witness, snapshot in learner.snapshots.items():
+    for kind, snapshot in learner.snapshots.by_kind.items():
         if tensors := snapshot.state_dict():
-            save_file(tensors, folder / snapshot_file(witness))
+            save_file(tensors, folder / snapshot_file(kind))
     state = RunState(
         position=position,
         policy_version=session.engine.policy_version,
@@ -125,8 +125,8 @@ def load_state(folder: Path, state: RunState, session: Session) -> bool:
     moments = load_file(folder / OPTIMIZER)
     goes_on = is_state_of(learner.optimizer, moments)
     set_optimizer_tensors(learner.optimizer, policy.masters, moments if goes_on else {})
-    for witness, snapshot in learner.snapshots.items():
-        file = folder / snapshot_file(witness)
+    for kind, snapshot in learner.snapshots.by_kind.items():
+        file = folder / snapshot_file(kind)
         snapshot.load_state_dict(load_file(file) if file.is_file() else {})
     learner.guards.load_state_dict(state.guards)
     session.publish()
@@ -134,9 +134,9 @@ def load_state(folder: Path, state: RunState, session: Session) -> bool:
     return goes_on
 
 
-def snapshot_file(witness: str) -> str:
+def snapshot_file(kind: str) -> str:
     """Name of the file with the guards' snapshot of that kind."""
-    return f"snapshot_{witness}.safetensors"
+    return f"snapshot_{kind}.safetensors"
 
 
 def made_with(device: str) -> dict[str, str]:

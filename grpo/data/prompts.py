@@ -8,7 +8,7 @@ renders. A system prompt turns a text into a conversation. All other columns go 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -24,22 +24,22 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class PromptRow:
-    """One prompt, ready to be sampled from."""
+class Prompt:
+    """One tokenized prompt."""
 
-    prompt: str | list[Message]
-    """What reward functions get as their `prompts` entry: the text, or the conversation with its system prompt."""
+    content: str | list[Message]
+    """The text, or the conversation with its system prompt: what reward functions get as `prompts`."""
     token_ids: tuple[int, ...]
-    """The prompt as the model gets it, special tokens included."""
-    columns: dict[str, Any]
-    """All other columns of the row; every row has the same ones, None where its source left one out."""
+    """What the model gets, special tokens included."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """All other columns of the row. Every row has the same ones, None where its source left one out."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptData:
     """The rows of a data set that fit, in their order, and how many were longer than the limit."""
 
-    rows: list[PromptRow]
+    rows: list[Prompt]
     dropped: int
 
 
@@ -78,7 +78,7 @@ def prepare_prompts(
         if not ids:
             raise ValueError(f"the prompt of row {index} is empty: remove the row")
     kept = [
-        PromptRow(prompt, tuple(ids), {name: row.get(name) for name in column_names})
+        Prompt(prompt, tuple(ids), {name: row.get(name) for name in column_names})
         for prompt, ids, row in zip(prompts, token_ids, rows, strict=True)
         if len(ids) <= max_prompt_length
     ]

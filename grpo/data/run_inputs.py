@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
-from .prompts import PromptData, PromptRow, prepare_prompts
+from .prompts import PromptData, Prompt, prepare_prompts
 from .sources import load_rows
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load_run_inputs(
     )
 
 
-def _fingerprint(prompts: Sequence[PromptRow]) -> dict[str, Any]:
+def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Tokens and columns of the rows in their order; of values that JSON has not, only the type."""
     digest = hashlib.blake2b(digest_size=16)
     for row in prompts:

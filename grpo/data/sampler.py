@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .prompts import PromptRow
+from .prompts import Prompt
 
 
 class PromptSampler:
@@ -19,7 +19,7 @@ class PromptSampler:
     several epochs, so a row can occur twice in it. Steps count from 0.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], *, prompts_per_step: int, seed: int, shuffle: bool = True):
+    def __init__(self, rows: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool = True):
         if not rows:
             raise ValueError("no prompts to sample from")
         if prompts_per_step < 1:
@@ -29,19 +29,19 @@ class PromptSampler:
         self.seed = seed
         self.shuffle = shuffle
 
-    def batch(self, step: int) -> list[PromptRow]:
+    def batch(self, step: int) -> list[Prompt]:
         """The `prompts_per_step` rows of a step."""
         size = len(self.rows)
         start = step * self.prompts_per_step
         stop = start + self.prompts_per_step
-        chosen: list[PromptRow] = []
+        chosen: list[Prompt] = []
         for epoch in range(start // size, (stop - 1) // size + 1):
             first = max(start - epoch * size, 0)
             last = min(stop - epoch * size, size)
             chosen.extend(self.rows[index] for index in self._order(epoch)[first:last])
         return chosen
 
-    def further_batch(self, step: int, number: int) -> list[PromptRow]:
+    def further_batch(self, step: int, number: int) -> list[Prompt]:
         """As many further rows for the step, drawn at random beside the epochs; `number` counts such draws from 1."""
         draw = np.random.default_rng(np.random.SeedSequence([self.seed, step, number]))
         size = len(self.rows)

@@ -1,10 +1,10 @@
-"""A step's batch: groups sampled and scored, their advantages, and which of them are trained on.
+"""A step's batch: groups sampled and scored, with their advantages, and which of them are trained on.
 
     batch = collect_batch(engine, scorer, sampler, config, step=3)
-    learner.update(batch.weighted, step=3, observed=batch.metrics)
+    learner.backward(batch.trained)
 
-With dynamic sampling (`algorithm.max_resampling_rounds`, DAPO) further prompts are drawn while groups without variance leave
-too few to learn from. Every group that was sampled counts in the rewards that are reported.
+Dynamic sampling (`algorithm.max_resampling_rounds`, DAPO) draws further prompts while too few groups have variance. Every
+sampled group counts in the reported rewards.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from dataclasses import dataclass
 
 from ...rewards.runner import Scorer
 from ...rollout.engine import RolloutEngine
-from ..algorithm.advantages import GroupAdvantages, group_advantages, normalized_sums, soft_overlong_penalty
+from ..algorithm.advantages import group_advantages, normalized_sums, soft_overlong_penalty
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
+from ..data.groups import Group
 from ..data.sampler import PromptSampler
-from ..model.packing import WeightedGroup
-from .collect import Collected, ScoredGroup, collect, sampling_settings, together
+from .collect import Collected, collect, gather_groups
 from .step_metrics import completion_metrics, reward_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What a step's rollouts gave.
+    """The rollouts of a step.
 
     Attributes:
-        collected: all groups that were sampled, with the seconds that it took.
-        advantages: one entry a group of `collected`.
-        weighted: the groups to train on.
-        metrics: of all groups, under TRL's names.
+        groups: all groups that were sampled, with advantages; remote ones as metadata.
+        trained: the groups to train on.
+        metrics: of all groups, by TRL's names.
+        rollout_seconds, reward_seconds: time that sampling and scoring took.
     """
 
-    collected: Collected
-    advantages: list[GroupAdvantages]
-    weighted: list[WeightedGroup]
+    groups: list[Group]
+    trained: list[Group]
     metrics: dict[str, float]
+    rollout_seconds: float
+    reward_seconds: float
 
 
 def collect_batch(
@@ -50,65 +51,64 @@ def collect_batch(
     step: int,
     world: World = SINGLE_PROCESS,
 ) -> Batch:
-    """Sample, score and weigh the groups of a step (from 0); the same for the same step, seed and policy.
+    """Sample and score the groups of a step and compute their advantages; the same for the same step, seed and policy.
 
-    Each of several workers samples its share of every round; all groups are weighed together, those of others in outline.
+    Each worker samples its shard of every round. Advantages are computed from the groups of all workers.
     """
-    wanted, rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
-    collected = _round(engine, scorer, sampler, config, step=step, number=0, world=world)
-    advantages = weigh(collected.groups, config)
-    number = 0
-    while number < rounds and sum(a.has_variance for a in advantages) < wanted:
-        number += 1
-        more = _round(engine, scorer, sampler, config, step=step, number=number, world=world)
-        collected = Collected(
-            groups=[*collected.groups, *more.groups],
-            rollout_seconds=collected.rollout_seconds + more.rollout_seconds,
-            reward_seconds=collected.reward_seconds + more.reward_seconds,
-        )
-        advantages = weigh(collected.groups, config)
-    metrics = {**reward_metrics(collected.groups, advantages, scorer), **completion_metrics(collected.groups)}
+    wanted, max_rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
+    rounds = [_collect_round(engine, scorer, sampler, config, step=step, number=0, world=world)]
+    groups = with_advantages(rounds[0].groups, config)
+    while len(rounds) <= max_rounds and sum(group.has_variance for group in groups) < wanted:
+        rounds.append(_collect_round(engine, scorer, sampler, config, step=step, number=len(rounds), world=world))
+        groups = with_advantages([group for one in rounds for group in one.groups], config)
+    metrics = {**reward_metrics(groups, scorer.names), **completion_metrics(groups)}
     if config.algorithm.soft_overlong_tokens:
-        penalties = [p for g in collected.groups for p in _penalties(g, config)]
+        penalties = [penalty for group in groups for penalty in _overlong_penalties(group, config)]
         metrics["overlong_penalty"] = sum(penalties) / len(penalties)
-    if rounds:
-        metrics["resampling_rounds"] = float(number)
+    if max_rounds:
+        metrics["resampling_rounds"] = float(len(rounds) - 1)
     return Batch(
-        collected=collected,
-        advantages=advantages,
-        weighted=_to_train_on(collected.groups, advantages, wanted=wanted, choose=number > 0),
+        groups=groups,
+        # Without resampling all of them: the learner leaves out what has no gradient.
+        trained=groups if len(rounds) == 1 else [group for group in groups if group.has_variance][:wanted],
         metrics=metrics,
+        rollout_seconds=sum(one.rollout_seconds for one in rounds),
+        reward_seconds=sum(one.reward_seconds for one in rounds),
     )
 
 
-def weigh(groups: Sequence[ScoredGroup], config: GRPOConfig) -> list[GroupAdvantages]:
-    """The groups' advantages, soft overlong penalties taken off their rewards."""
+def with_advantages(groups: Sequence[Group], config: GRPOConfig) -> list[Group]:
+    """The groups with their advantages. Soft overlong penalties are subtracted from the rewards first."""
     rewards = [
-        [None if r is None else r - penalty for r, penalty in zip(g.scores.total, _penalties(g, config), strict=True)]
+        [None if r is None else r - penalty for r, penalty in zip(g.scores.total, _overlong_penalties(g, config), strict=True)]
         for g in groups
     ]
     algorithm = config.algorithm
-    weighed = group_advantages(rewards, estimator=algorithm.advantage_estimator, scale_rewards=algorithm.scale_rewards)
-    if config.rewards.multi_objective_aggregation == "sum_then_normalize":
-        return weighed
-    sums = normalized_sums([list(g.scores.by_function.values()) for g in groups], groups[0].scores.weights)
-    normalised = group_advantages(sums, estimator="group", scale_rewards="batch")
-    # What is reported of the rewards is of the rewards themselves.
-    return [dataclasses.replace(n, mean=w.mean, std=w.std) for n, w in zip(normalised, weighed, strict=True)]
-
-
-def _penalties(group: ScoredGroup, config: GRPOConfig) -> list[float]:
+    of_rewards = group_advantages(rewards, estimator=algorithm.advantage_estimator, scale_rewards=algorithm.scale_rewards)
+    computed = of_rewards
+    if config.rewards.multi_objective_aggregation == "normalize_then_sum":
+        sums = normalized_sums([list(g.scores.by_function.values()) for g in groups], groups[0].scores.weights)
+        computed = group_advantages(sums, estimator="group", scale_rewards="batch")
     return [
-        soft_overlong_penalty(
-            len(completion.token_ids),
-            max_completion_length=config.rollout.max_completion_length,
-            soft_tokens=config.algorithm.soft_overlong_tokens,
+        dataclasses.replace(
+            group, advantages=one.advantages, has_variance=one.has_variance, reward_std=of_reward.std
         )
-        for completion in group.group.completions
+        for group, one, of_reward in zip(groups, computed, of_rewards, strict=True)
     ]
 
 
-def _round(
+def _overlong_penalties(group: Group, config: GRPOConfig) -> list[float]:
+    return [
+        soft_overlong_penalty(
+            completion.num_tokens,
+            max_completion_length=config.rollout.max_completion_length,
+            soft_tokens=config.algorithm.soft_overlong_tokens,
+        )
+        for completion in group.completions
+    ]
+
+
+def _collect_round(
     engine: RolloutEngine,
     scorer: Scorer,
     sampler: PromptSampler,
@@ -118,28 +118,16 @@ def _round(
     number: int,
     world: World,
 ) -> Collected:
-    """The step's own prompts (number 0), or those of a further round: this worker's share in full, the others' in outline."""
-    rows = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
-    share = world.shard(len(rows))
-    own = collect(
+    """The step's own prompts (number 0), or those of a resampling round: this worker's shard, and metadata of the others."""
+    prompts = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
+    shard = world.shard(len(prompts))
+    local = collect(
         engine,
         scorer,
-        rows[share],
-        sampling_settings(config),
+        prompts[shard],
+        config.rollout,
         seed=(config.seed, step),
-        first_index=number * config.optim.prompts_per_step + share.start,
+        first_index=number * config.optim.prompts_per_step + shard.start,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
     )
-    return together(own, rows, world)
-
-
-def _to_train_on(
-    groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages], *, wanted: int, choose: bool
-) -> list[WeightedGroup]:
-    """All groups (the learner leaves out what has no gradient); after resampling the first `wanted` with variance."""
-    weighted = [
-        WeightedGroup(group=dataclasses.replace(g.group, index=place), advantages=a.advantages, is_own=g.is_own)
-        for place, (g, a) in enumerate(zip(groups, advantages, strict=True))
-        if a.has_variance or not choose
-    ]
-    return weighted[:wanted] if choose else weighted
+    return gather_groups(local, prompts, world)

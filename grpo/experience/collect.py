@@ -1,9 +1,9 @@
-"""Groups from the engine, scored as they finish: what training and evaluation both begin with.
+"""Groups sampled by the engine and scored as they finish.
 
-    collected = collect(engine, make_scorer(config), rows, sampling_settings(config), seed=(42, step), trainer_state=state)
+    collected = collect(engine, scorer, prompts, config.rollout, seed=(42, step), trainer_state=state)
 
-A group goes to the reward functions as soon as its last completion ends. What runs in processes or on the event loop is
-waited for when all groups are sampled; what runs inline is done between two steps of the engine.
+A group goes to the reward functions as soon as its last completion ends. Functions in processes or on the event loop are
+awaited after all groups are sampled; functions in this process run between two steps of the engine.
 """
 
 from __future__ import annotations
@@ -16,177 +16,102 @@ from typing import Any
 
 from ...rewards.combining import Pending, Scores
 from ...rewards.contract import Inputs
-from ...rewards.loading import RewardSpec
 from ...rewards.runner import Scorer
-from ...rollout.engine import EngineSettings, RolloutEngine, request_seed
-from ...rollout.types import PromptGroup, SamplingSettings
+from ...rollout.config import SamplingConfig
+from ...rollout.engine import RolloutEngine, request_seed
+from ...rollout.types import Completion
 from ..common.world import World
-from ..config import GRPOConfig
-from ..data.prompts import PromptRow
-from ..model.adapters import target_module_names
-from ..model.base_model import nf4_names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredGroup:
-    """One prompt's row of the data set, its completions, and their scores.
-
-    `is_own`: whether this worker has sampled it; another's is here in outline (`PromptGroup.outline`).
-    """
-
-    row: PromptRow
-    group: PromptGroup
-    scores: Scores
-    is_own: bool = True
+from ..data.groups import Group
+from ..data.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """Groups in the order of their prompts, and the seconds that sampling and scoring took."""
+    """Scored groups in the order of their prompts, and the seconds that sampling and scoring took."""
 
-    groups: list[ScoredGroup]
+    groups: list[Group]
     rollout_seconds: float
     reward_seconds: float
-
-
-def make_scorer(config: GRPOConfig, functions: RewardSpec | Sequence[RewardSpec] | None = None) -> Scorer:
-    """The configured reward functions, or those given, run as the configuration says. Raises what `Scorer` raises."""
-    rewards = config.rewards
-    return Scorer(
-        rewards.entries() if functions is None else functions,  # type: ignore[arg-type]
-        weights=rewards.weights,
-        base_dir=config.base_dir,
-        isolation=rewards.isolation,
-        num_workers=rewards.num_workers,
-        timeout=rewards.timeout,
-        retries=rewards.retries,
-        memory_gib=rewards.memory_gib,
-        on_error=rewards.on_error,
-        rows_per_call=rewards.rows_per_call,
-    )
-
-
-def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
-    """What the configuration asks of vLLM.
-
-    Raises:
-        ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
-    """
-    return EngineSettings(
-        model=model_path,
-        target_modules=target_module_names(model_path, config.lora),
-        max_rank=config.lora.max_rank,
-        dtype=config.model.dtype,
-        seed=config.seed,
-        max_model_len=config.rollout.max_model_length,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        enforce_eager=config.rollout.enforce_eager,
-        lora_path=config.rollout.lora_path,
-        keep_base_weights=config.model.share_base_weights is True,
-        nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
-    )
-
-
-def sampling_settings(config: GRPOConfig) -> SamplingSettings:
-    """How training samples."""
-    rollout = config.rollout
-    return SamplingSettings(
-        num_generations=rollout.num_generations,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        stop=tuple(rollout.stop),
-    )
-
-
-def greedy_settings(config: GRPOConfig) -> SamplingSettings:
-    """How evaluation samples: one completion, the likeliest token each time."""
-    rollout = config.rollout
-    return SamplingSettings(
-        num_generations=1,
-        max_completion_length=rollout.max_completion_length,
-        temperature=0.0,
-        stop=tuple(rollout.stop),
-    )
 
 
 def collect(
     engine: RolloutEngine,
     scorer: Scorer,
-    rows: Sequence[PromptRow],
-    sampling: SamplingSettings,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
     *,
     seed: tuple[int, int] | None,
     first_index: int = 0,
     trainer_state: Mapping[str, Any],
     use_adapter: bool = True,
 ) -> Collected:
-    """Sample and score completions for `rows`.
+    """Sample and score completions of the prompts.
 
-    `seed` is (run seed, step): each request's seed is derived from it and from its place in the step, which `first_index`
-    begins.
+    seed: (run seed, step). Each request's seed is derived from it and from the prompt's place in the step; `first_index` is the
+    place of the first prompt.
     """
-    seeds = None if seed is None else [request_seed(*seed, first_index + index) for index in range(len(rows))]
+    seeds = None if seed is None else [request_seed(*seed, first_index + index) for index in range(len(prompts))]
     started = time.perf_counter()
     reward_seconds = 0.0
     waiting: dict[int, Pending] = {}
-    groups: dict[int, PromptGroup] = {}
+    completions: dict[int, tuple[Completion, ...]] = {}
     scores: dict[int, Scores] = {}
-    prompts = [row.token_ids for row in rows]
+    token_ids = [prompt.token_ids for prompt in prompts]
     try:
-        for group in engine.rollout(prompts, sampling, seeds=seeds, use_adapter=use_adapter):
+        for index, sampled in engine.rollout(token_ids, sampling, seeds=seeds, use_adapter=use_adapter):
             scoring_started = time.perf_counter()
-            groups[group.index] = group
-            waiting[group.index] = scorer.submit(_inputs(rows[group.index], group, trainer_state))
+            completions[index] = sampled
+            waiting[index] = scorer.submit(_inputs(prompts[index], sampled, trainer_state))
             scores |= _take_finished(waiting)  # a failure that stops the run should do so now
             reward_seconds += time.perf_counter() - scoring_started
-        sampled = time.perf_counter()
+        sampled_all = time.perf_counter()
         scores |= {index: pending.result() for index, pending in waiting.items()}
-        reward_seconds += time.perf_counter() - sampled
-    except BaseException:  # whatever ends the rollout: nobody waits for these any more
+        reward_seconds += time.perf_counter() - sampled_all
+    except BaseException:  # the rollout failed or was interrupted: nobody awaits these any more
         for pending in waiting.values():
             pending.cancel()
         raise
     seconds = time.perf_counter() - started
     return Collected(
-        groups=[ScoredGroup(row=rows[i], group=groups[i], scores=scores[i]) for i in sorted(groups)],
+        groups=[Group(prompt=prompts[i], completions=completions[i], scores=scores[i]) for i in sorted(completions)],
         rollout_seconds=seconds - reward_seconds,
         reward_seconds=reward_seconds,
     )
 
 
-def together(own: Collected, rows: Sequence[PromptRow], world: World) -> Collected:
-    """The groups of all workers for `rows`, of which each has collected its share: the own ones, and outlines of the others."""
+def gather_groups(local: Collected, prompts: Sequence[Prompt], world: World) -> Collected:
+    """The groups of all workers for `prompts`, of which each worker has collected its shard; remote ones as metadata."""
     if world.size == 1:
-        return own
-    outlines = world.gather([(g.group.outline(), dataclasses.replace(g.scores, extras={})) for g in own.groups])
-    others = [
-        ScoredGroup(row=row, group=group, scores=scores, is_own=False)
-        for row, (group, scores) in zip(rows, outlines, strict=True)
+        return local
+    metadata = world.gather(
+        [
+            (tuple(c.metadata() for c in group.completions), dataclasses.replace(group.scores, extras={}))
+            for group in local.groups
+        ]
+    )
+    remote = [
+        Group(prompt=prompt, completions=completions, scores=scores, is_local=False)
+        for prompt, (completions, scores) in zip(prompts, metadata, strict=True)
     ]
-    share = world.shard(len(rows))
-    groups = [*others[: share.start], *own.groups, *others[share.stop :]]
-    return dataclasses.replace(own, groups=groups)
+    shard = world.shard(len(prompts))
+    groups = [*remote[: shard.start], *local.groups, *remote[shard.stop :]]
+    return dataclasses.replace(local, groups=groups)
 
 
 def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:
-    """Remove from `waiting` what is finished; returns its scores."""
+    """Remove what is finished from `waiting`; returns its scores."""
     finished = [index for index, pending in waiting.items() if pending.is_finished()]
     return {index: waiting.pop(index).result() for index in finished}
 
 
-def _inputs(row: PromptRow, group: PromptGroup, trainer_state: Mapping[str, Any]) -> Inputs:
-    count = len(group.completions)
-    texts = [completion.text for completion in group.completions]
-    conversational = not isinstance(row.prompt, str)
+def _inputs(prompt: Prompt, completions: Sequence[Completion], trainer_state: Mapping[str, Any]) -> Inputs:
+    count = len(completions)
+    texts = [completion.text for completion in completions]
+    is_conversation = not isinstance(prompt.content, str)
     return Inputs(
-        prompts=[row.prompt] * count,
-        completions=[[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-        completion_ids=[list(completion.token_ids) for completion in group.completions],
-        columns={name: [value] * count for name, value in row.columns.items()},
+        prompts=[prompt.content] * count,
+        completions=[[{"role": "assistant", "content": text}] for text in texts] if is_conversation else texts,
+        completion_ids=[list(completion.token_ids) for completion in completions],
+        columns={name: [value] * count for name, value in prompt.columns.items()},
         trainer_state=trainer_state,
     )

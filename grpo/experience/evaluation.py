@@ -1,7 +1,7 @@
-"""Greedy completions of the evaluation data, and what the reward functions say of them.
+"""Greedy completions of the evaluation data, and their rewards.
 
-    evaluation = evaluate(session.engine, scorer, eval_prompts.rows, config, step=20)
-    mean_reward(evaluation.rewards), evaluation.failures
+    evaluation = evaluate(session.engine, scorer, eval_prompts, config, step=20)
+    evaluation.mean_reward, evaluation.failures
 """
 
 from __future__ import annotations
@@ -13,43 +13,47 @@ from ...rewards.runner import Scorer
 from ...rollout.engine import RolloutEngine
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
-from ..data.prompts import PromptRow
-from ..guards.evaluations import Rewards
-from .collect import collect, greedy_settings, together
+from ..data.prompts import Prompt
+from ..guards.evaluations import Rewards, mean_reward
+from .collect import collect, gather_groups
 from .step_metrics import failures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Rewards of the evaluation data in its order, and why functions that failed gave none of their own."""
+    """Rewards in the order of the evaluation data, and by function why it failed on completions."""
 
     rewards: Rewards
     failures: dict[str, list[str]]
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean over the prompts that have a reward; NaN if none has."""
+        return mean_reward(self.rewards)
 
 
 def evaluate(
     engine: RolloutEngine,
     scorer: Scorer,
-    rows: Sequence[PromptRow],
+    prompts: Sequence[Prompt],
     config: GRPOConfig,
     *,
     step: int,
     use_adapter: bool = True,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Sample one greedy completion of each row, with or without the adapter, and score it. `step`: steps done so far.
+    """Sample one greedy completion of each prompt, with or without the adapter, and score it. `step`: updates done.
 
-    Each of several workers takes its share of the rows; all get the whole evaluation.
+    Each worker takes its shard of the prompts; all get the complete evaluation.
     """
-    own = collect(
+    local = collect(
         engine,
         scorer,
-        rows[world.shard(len(rows))],
-        greedy_settings(config),
+        prompts[world.shard(len(prompts))],
+        config.rollout.greedy(),
         seed=None,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
     )
-    collected = together(own, rows, world)
-    rewards = [reward for group in collected.groups for reward in group.scores.total]
-    return Evaluation(rewards=rewards, failures=failures(collected.groups))
+    groups = gather_groups(local, prompts, world).groups
+    return Evaluation(rewards=[reward for group in groups for reward in group.scores.total], failures=failures(groups))

@@ -1,10 +1,10 @@
-"""Evaluations of one run: how they began, the best of them, and how much of what was gained is lost again.
+"""Evaluations of one run: the first, the best, and how much of the gain is lost again.
 
     evaluations = Evaluations()
     for rewards in (before, at_step_20, now):
         if evaluations.accepts(rewards):
             evaluations.add(rewards)
-    evaluations.lost(now, standard_errors=evaluations.luck)     # 0.4: of what was gained, 40 % are lost again beyond noise
+    evaluations.lost(now, standard_errors=evaluations.noise_margin)     # 0.4: 40 % of the gain is lost again beyond noise
 
 An evaluation is greedy and on the same prompts each time, so two of them are compared prompt by prompt: most prompts have the
 same reward in both, and the difference of the means is known far better than either mean.
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Rewards = Sequence[float | None]
-"""One evaluation, a number for each prompt in the data's order; None: no reward function applied."""
+"""One evaluation, a number for each prompt in the data's order; None: no reward."""
 
 AT_BEST = 0.05
 """A reward is at its best while no more than this share of its gain is lost."""
@@ -33,17 +33,17 @@ class Evaluations:
     count: int = 0
 
     @property
-    def luck(self) -> float:
-        """Standard errors that noise explains: two, and more after many evaluations, whose best is a lucky one."""
+    def noise_margin(self) -> float:
+        """Standard errors that noise explains: two, and more after many evaluations, whose best is a noise_marginy one."""
         return max(2.0, 1.0 + math.sqrt(2.0 * math.log(max(1, self.count))))
 
     def accepts(self, rewards: Rewards) -> bool:
-        """Whether it says anything: the same prompts have a reward as at the start. A reward that failed makes no fall."""
+        """Whether the evaluation is comparable: the same prompts have a reward as in the first. A failed reward is no fall."""
         has_reward = [reward is not None for reward in rewards]
         return any(has_reward) and (self.start is None or has_reward == [reward is not None for reward in self.start])
 
     def add(self, rewards: Rewards) -> None:
-        """Take in an evaluation that is accepted; of two equal ones the later counts as the best."""
+        """Record an accepted evaluation; of two equal ones the later counts as the best."""
         assert self.accepts(rewards)
         self.count += 1
         if self.start is None:
@@ -54,8 +54,8 @@ class Evaluations:
     def lost(self, rewards: Rewards, *, standard_errors: float) -> float:
         """Share of the gain that is lost, `(best - now) / (best - start)`, less so many standard errors of `best - now`.
 
-        Where nothing has been gained beyond luck, it is the share of what there was at the start, or of how far rewards scatter
-        if that is more: rewards around 0 have no share to lose.
+        If nothing was gained beyond noise, it is a share of the start value, or of the rewards' scatter if that is larger:
+        rewards around 0 have nothing to lose a share of.
         """
         if self.start is None or self.best is None:
             return 0.0
@@ -63,17 +63,17 @@ class Evaluations:
         return max(0.0, fall - standard_errors * error) / (self._gain() or self._at_stake(scatter))
 
     def is_at_best(self, rewards: Rewards) -> bool:
-        """Whether a policy with these rewards may stand for the best: it is the best, or hardly to be told from it."""
+        """Whether a policy with these rewards is the best, or indistinguishable from it."""
         if self.start is None or self.best is None:
             return False
         fall, error, _ = _difference(self.best, rewards)
         return fall <= 0 or fall <= max(error, AT_BEST * self._gain()) * (self._gain() > 0)
 
     def _gain(self) -> float:
-        """Best less start; 0 where luck explains it."""
+        """Best minus start; 0 if noise explains it."""
         assert self.start is not None and self.best is not None
         gain, error, _ = _difference(self.best, self.start)
-        return gain if gain > self.luck * error else 0.0
+        return gain if gain > self.noise_margin * error else 0.0
 
     def _at_stake(self, scatter: float) -> float:
         assert self.start is not None
@@ -82,7 +82,7 @@ class Evaluations:
 
 
 def mean_reward(rewards: Rewards) -> float:
-    """Mean over the prompts that have a reward; NaN where none has."""
+    """Mean over the prompts that have a reward; NaN if none has."""
     known = [reward for reward in rewards if reward is not None]
     return statistics.fmean(known) if known else math.nan
 
@@ -91,7 +91,7 @@ def _difference(a: Rewards, b: Rewards) -> tuple[float, float, float]:
     """Mean of `a - b` over the prompts, its standard error (more for few prompts: Student's t), and one prompt's deviation."""
     differences = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     count = len(differences)
-    if count < 2:  # of one prompt nothing is known but its own reward
+    if count < 2:  # one prompt has no known noise
         return statistics.fmean(differences or [0.0]), math.inf, 0.0
     deviation = statistics.stdev(differences)
     return statistics.fmean(differences), deviation / math.sqrt(count) * (1 + 4 / (count - 1)), deviation

@@ -1,9 +1,9 @@
-"""What the guards of a run remember of its metrics: running means, noise, the best so far, and which alarms have rung.
+"""What the guards of a run remember of its metrics: running means, noise, the best so far, and which alarms have triggered.
 
     series = Series()
     for reward in rewards:
         series.add(reward, baseline_steps=5)
-    series.lost(standard_errors=3)          # 0.4: of what was gained, 40 % are lost again beyond doubt
+    series.lost(standard_errors=3)          # 0.4: 40 % of the gain is lost again beyond noise
 
 Plain Python numbers; `dataclasses.asdict` of a `Trackers` is what a checkpoint keeps, and `Trackers.from_dict` reads it back.
 """
@@ -24,7 +24,7 @@ SHORT_VARIANCE, LONG_VARIANCE = 1 / 5, 1 / 20
 
 
 class Level(IntEnum):
-    """Where a value is."""
+    """Where a value lies: inside its limits, above the soft limit (`watch`), or above the hard limit (`stop`)."""
 
     INSIDE = 0
     WATCH = 1
@@ -33,7 +33,7 @@ class Level(IntEnum):
 
 @dataclass(slots=True)
 class Series:
-    """One quantity's past: running means, each a plain mean at first and exponential from then on."""
+    """The history of one quantity: running means, each a plain mean at first, then exponential."""
 
     count: int = 0
     last: float = 0.0
@@ -48,7 +48,7 @@ class Series:
     """Highest long mean that lay above the start by more than noise, and one value's standard deviation then."""
     best_deviation: float = 0.0
     best_short: float | None = None
-    """Highest short mean, which may be a lucky one."""
+    """Highest short mean, biased upwards by noise."""
     last_is_low: bool = False
     """Whether the last value lies below the best short mean by more than two standard deviations, both from before it."""
 
@@ -71,7 +71,7 @@ class Series:
             self.best, self.best_deviation = self.long, deviation
 
     def deviation(self) -> float:
-        """Standard deviation of one step's value; more than it was, while there are few values to tell (Student's t)."""
+        """Standard deviation of one step's value; more than measured while there are few values (Student's t)."""
         if self.count < 2:
             return 0.0
         return math.sqrt(self.variance) * (1 + 4 / (min(self.count, LONG_SPAN) - 1))
@@ -79,8 +79,8 @@ class Series:
     def lost(self, *, standard_errors: float) -> float:
         """Share of the gain that is lost again, `(best - now) / (best - start)`, less what noise explains.
 
-        `now` is the short mean and `best` the best long mean: the best of many short means would be a lucky one. Where
-        nothing has been gained, it is the share of what there was at the start.
+        `now` is the short mean and `best` the best long mean; the best of many short means would be biased upwards. If nothing
+        was gained, it is a share of the start value.
         """
         deviation = self.deviation()
         if self.best is None:
@@ -89,18 +89,18 @@ class Series:
         else:
             past, past_deviation, past_variance = self.best, self.best_deviation, LONG_VARIANCE
             at_stake = self.best - self.start
-        # A rare reward looks free of noise between two successes: what was seen when the past was measured counts as well.
+        # A rare reward looks noiseless between two successes: the noise when the past was measured counts as well.
         noise = standard_errors * max(deviation, past_deviation) * math.sqrt(SHORT_VARIANCE + past_variance)
         return max(0.0, past - self.short - noise) / at_stake
 
     def is_near_its_best(self) -> bool:
-        """Whether the short mean is within one standard error of the highest that it has been, and the last value not low."""
+        """Whether the short mean is within one standard error of its highest value, and the last value is not low."""
         if self.last_is_low:
             return False
         return self.best_short is None or self.short >= self.best_short - self.deviation() * math.sqrt(SHORT_VARIANCE)
 
     def over_start(self, *, low_is_bad: bool) -> float | None:
-        """The short mean over the start; for what is bad when high, the least ratio that noise leaves (3 standard errors)."""
+        """The short mean over the start. If high is bad: the lowest ratio within 3 standard errors."""
         if self.start <= 0:
             return None
         if low_is_bad:
@@ -116,20 +116,20 @@ def _weight(count: int, span: int) -> float:
 
 @dataclass(slots=True)
 class Excursion:
-    """How far an alarm's value has been beyond its limits since it was last inside."""
+    """The worst level of an alarm's value since it was last inside its limits."""
 
     worst: int = Level.INSIDE
     steps_inside: int = 0
 
     def beyond(self, level: Level) -> bool:
-        """The value is at `level`; returns whether that is worse than it was."""
+        """Record a value outside; returns whether its level is worse than before."""
         self.steps_inside = 0
         is_worse = level > self.worst
         self.worst = max(self.worst, int(level))
         return is_worse
 
     def inside(self, *, needed: int) -> None:
-        """The value is inside; after `needed` such steps in a row the alarm is ready again."""
+        """Record a value inside; after `needed` in a row the alarm can trigger again."""
         self.steps_inside += 1
         if self.steps_inside >= needed:
             self.worst = Level.INSIDE
@@ -137,7 +137,7 @@ class Excursion:
 
 @dataclass(slots=True)
 class Trackers:
-    """What belongs to the policy of a moment, and goes back with it."""
+    """What depends on the current policy, and is rolled back with it."""
 
     series: dict[str, Series] = field(default_factory=dict)
     """By metric."""
@@ -154,12 +154,12 @@ class Trackers:
 
 @dataclass(slots=True)
 class Counters:
-    """What belongs to the run, whatever becomes of its policy."""
+    """What belongs to the run and is never rolled back."""
 
     learning_rate_factor: float = 1.0
-    rings: list[int] = field(default_factory=list)
-    """Steps of the rings that still count."""
-    last_ring: int | None = None
+    triggers: list[int] = field(default_factory=list)
+    """Steps of the alarms that still count."""
+    last_trigger: int | None = None
     alarms: int = 0
     skipped_steps: int = 0
     consecutive_skips: int = 0
@@ -169,14 +169,14 @@ class Counters:
 
 @dataclass(slots=True)
 class Kept:
-    """What the guards remember along with a snapshot."""
+    """What the guards keep along with a snapshot: its step (updates done) and the trackers of then."""
 
     step: int
     trackers: Trackers
     restores: int = 0
-    """How often it was put back."""
+    """How often it was restored."""
     is_evaluated: bool = False
-    """The evaluations' snapshot is of the same policy."""
+    """Whether the evaluation snapshot holds the same policy."""
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Kept:

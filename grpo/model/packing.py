@@ -1,10 +1,10 @@
 """From groups to packs: each prompt once, followed by its completions, under a token budget.
 
-    packs = pack(groups, tokens_per_pack=4096)                 # one row of tokens each, see kernels/shared_prompt_attention
-    packs = pad(groups, tokens_per_pack=4096, pad_token_id=0)  # the plain layout, for models whose layers forbid the other
+    packs = pack(groups, tokens_per_pack=4096)                 # shared prompts, see kernels/shared_prompt_attention.py
+    packs = pad(groups, tokens_per_pack=4096, pad_token_id=0)  # one row a completion, for models that cannot share prompts
 
-Both layouts hold the same targets, so everything after the forward is the same. A completion's last token is a target but never
-an input: nothing is predicted from it.
+Both layouts hold the same targets, so everything after the forward pass is the same. A completion's last token is a target but
+never an input: nothing is predicted from it.
 
 Legend: L tokens of a pack, N targets (all completion tokens of the pack), S completions (sequences) of the pack.
 """
@@ -13,34 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...kernels.shared_prompt_attention import SharedPromptLayout
-from ...rollout.types import Completion, PromptGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightedGroup:
-    """A group with one advantage a completion. `is_own`: whether its tokens are here, or with another worker."""
-
-    group: PromptGroup
-    advantages: tuple[float, ...]
-    is_own: bool = True
+from ...rollout.types import Completion
+from ..data.groups import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """What one forward and backward see.
+    """The input of one forward and backward pass, and its targets.
 
-    `model_inputs` are the keyword arguments of the model; the hidden states they give, flattened to [L, D], are read at
-    `source_N` to predict `targets_N`. Per target: `advantages_N`, the sampler's `sampler_logprobs_N`, and `sequence_N`, which
-    completion of the pack it belongs to; `lengths_S` are the completions' lengths in tokens. `origins` tells where each of the
-    S completions stood in what was packed: (place of the group, place in the group).
+    Attributes:
+        input_ids: [1, L] with shared prompts, [rows, width] padded.
+        position_ids, layout: of shared prompts; None in a padded pack.
+        attention_mask: of a padded pack, [rows, width]; None with shared prompts.
+        source_N: index of the hidden state (flattened to [L, D]) that predicts each target.
+        targets_N: token ids to predict.
+        advantages_N, sampler_logprobs_N: float32, for each target.
+        sequence_N: which completion of the pack each target belongs to.
+        lengths_S: the completions' lengths in tokens.
+        origins: where each of the S completions stood in what was packed: (place of the group, place in the group).
     """
 
-    model_inputs: dict[str, Any]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    layout: SharedPromptLayout | None = None
+    attention_mask: torch.Tensor | None = None
     source_N: torch.Tensor
     targets_N: torch.Tensor
     advantages_N: torch.Tensor
@@ -52,32 +52,32 @@ class Pack:
     num_padding_tokens: int
 
 
-def pack(groups: Iterable[WeightedGroup], *, tokens_per_pack: int, device: str = "cpu") -> list[Pack]:
-    """Packs in the shared-prompt layout, as few as first-fit decreasing makes (within 11/9 of the fewest possible, plus one).
+def pack(groups: Iterable[Group], *, tokens_per_pack: int, device: str = "cpu") -> list[Pack]:
+    """Packs with shared prompts, by first-fit decreasing (at most 11/9 of the fewest possible packs, plus one).
 
     A group beyond the budget is split; only then is its prompt repeated. Only a single completion that alone with its prompt
     exceeds the budget makes a pack larger than `tokens_per_pack`.
     """
-    parts = [part for whole in _wholes(groups) for part in _split(whole, tokens_per_pack)]
+    parts = [part for whole in _parts(groups) for part in _split(whole, tokens_per_pack)]
     return [_shared_pack(batch, device) for batch in _first_fit_decreasing(parts, tokens_per_pack)]
 
 
 def pad(
-    groups: Iterable[WeightedGroup], *, tokens_per_pack: int, pad_token_id: int, device: str = "cpu"
+    groups: Iterable[Group], *, tokens_per_pack: int, pad_token_id: int, device: str = "cpu"
 ) -> list[Pack]:
-    """Packs in the plain layout: one row a completion, prompt repeated, padded on the right to the pack's longest row.
+    """Padded packs: one row for each completion, prompt repeated, padded on the right to the pack's longest row.
 
-    Rows of like length stand together, so little is padding. It counts towards the budget: only a single row that alone
-    exceeds it makes a pack larger than `tokens_per_pack`.
+    Rows of similar length are packed together, so there is little padding. Padding counts towards the budget: only a single
+    row that alone exceeds it makes a pack larger than `tokens_per_pack`.
     """
-    rows = [_Part(whole.place, whole.weighted, (pick,)) for whole in _wholes(groups) for pick in whole.picks]
+    rows = [_Part(part.place, part.group, (pick,)) for part in _parts(groups) for pick in part.picks]
     return [_padded_pack(batch, pad_token_id, device) for batch in _of_like_length(rows, tokens_per_pack)]
 
 
 def by_completion(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Per-target values of each pack [N] as one tensor a completion, in the order in which the completions were given.
+    """Split per-target values of each pack [N] into one tensor for each completion, in the order of the groups.
 
-    Completions without tokens are left out, as they are by `pack` and `pad`.
+    Completions without tokens are left out, as in `pack` and `pad`.
     """
     pieces = {
         origin: piece
@@ -89,19 +89,19 @@ def by_completion(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some completions of the group at `place`, by their numbers, behind its prompt."""
+    """Some completions (`picks`, by their places) of the group at `place`, behind its prompt."""
 
     place: int
-    weighted: WeightedGroup
+    group: Group
     picks: tuple[int, ...]
 
     @property
     def prompt(self) -> Sequence[int]:
-        return self.weighted.group.prompt_token_ids
+        return self.group.prompt.token_ids
 
     @property
     def completions(self) -> list[Completion]:
-        return [self.weighted.group.completions[i] for i in self.picks]
+        return [self.group.completions[i] for i in self.picks]
 
     @property
     def size(self) -> int:
@@ -113,29 +113,29 @@ def _inputs(completion: Completion) -> Sequence[int]:
     return completion.token_ids[:-1]
 
 
-def _wholes(groups: Iterable[WeightedGroup]) -> Iterator[_Part]:
-    """The groups without empty completions (aborted at once), and without those that have no other."""
-    for place, weighted in enumerate(groups):
-        picks = tuple(i for i, completion in enumerate(weighted.group.completions) if completion.token_ids)
+def _parts(groups: Iterable[Group]) -> Iterator[_Part]:
+    """One part for each group. Completions without tokens (aborted at once) are left out."""
+    for place, group in enumerate(groups):
+        picks = tuple(i for i, completion in enumerate(group.completions) if completion.token_ids)
         if picks:
-            yield _Part(place, weighted, picks)
+            yield _Part(place, group, picks)
 
 
-def _split(whole: _Part, budget: int) -> Iterator[_Part]:
-    """The part as it is, or in as many parts as the budget asks for."""
+def _split(part: _Part, budget: int) -> Iterator[_Part]:
+    """The part, or several smaller ones that fit the budget."""
     picks: tuple[int, ...] = ()
-    size = len(whole.prompt)
-    for pick in whole.picks:
-        added = len(_inputs(whole.weighted.group.completions[pick]))
+    size = len(part.prompt)
+    for pick in part.picks:
+        added = len(_inputs(part.group.completions[pick]))
         if picks and size + added > budget:
-            yield _Part(whole.place, whole.weighted, picks)
-            picks, size = (), len(whole.prompt)
+            yield _Part(part.place, part.group, picks)
+            picks, size = (), len(part.prompt)
         picks, size = (*picks, pick), size + added
-    yield _Part(whole.place, whole.weighted, picks)
+    yield _Part(part.place, part.group, picks)
 
 
 def _first_fit_decreasing(parts: Sequence[_Part], budget: int) -> list[list[_Part]]:
-    """Each part, the largest first, into the first pack that has room; within a pack in the order given."""
+    """Put each part, largest first, into the first pack with room; a pack keeps the order of the groups."""
     packs: list[list[_Part]] = []
     room: list[int] = []
     for part in sorted(parts, key=lambda one: -one.size):
@@ -149,7 +149,7 @@ def _first_fit_decreasing(parts: Sequence[_Part], budget: int) -> list[list[_Par
 
 
 def _of_like_length(rows: Sequence[_Part], budget: int) -> Iterator[list[_Part]]:
-    """Rows by falling length, as many a pack as the budget holds at its longest."""
+    """Rows by descending length, as many in a pack as the budget holds at the longest row."""
     pending: list[_Part] = []
     for row in sorted(rows, key=lambda one: -one.size):
         if pending and (len(pending) + 1) * pending[0].size > budget:
@@ -177,49 +177,67 @@ def _shared_pack(parts: list[_Part], device: str) -> Pack:
             source += [last_of_prompt, *range(len(ids), len(ids) + len(inputs))]
             ids += inputs
             positions += range(len(prompt), len(prompt) + len(inputs))
-    inputs_1L = {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([positions], device=device),
-        "shared_prompt_layout": SharedPromptLayout.build(shapes, device),
-    }
-    return Pack(
-        model_inputs=inputs_1L, num_input_tokens=len(ids), num_padding_tokens=0, **_targets(parts, source, device)
+    return _make_pack(
+        parts,
+        source,
+        device,
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        layout=SharedPromptLayout.build(shapes, device),
+        num_input_tokens=len(ids),
     )
 
 
 def _padded_pack(parts: list[_Part], pad_token_id: int, device: str) -> Pack:
     rows = [[*part.prompt, *_inputs(completion)] for part in parts for completion in part.completions]
-    assert len(rows) == len(parts), "one completion a part"
+    assert len(rows) == len(parts), "one completion in each part"
     width = max(map(len, rows))
     source: list[int] = []
     for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
         source += range(index * width + len(part.prompt) - 1, index * width + len(row))
     padding = [width - len(row) for row in rows]
-    model_inputs = {
-        "input_ids": torch.tensor([row + [pad_token_id] * n for row, n in zip(rows, padding, strict=True)], device=device),
-        "attention_mask": torch.tensor([[1] * len(r) + [0] * n for r, n in zip(rows, padding, strict=True)], device=device),
-    }
-    return Pack(
-        model_inputs=model_inputs,
+    return _make_pack(
+        parts,
+        source,
+        device,
+        input_ids=torch.tensor([row + [pad_token_id] * n for row, n in zip(rows, padding, strict=True)], device=device),
+        attention_mask=torch.tensor([[1] * len(r) + [0] * n for r, n in zip(rows, padding, strict=True)], device=device),
         num_input_tokens=sum(map(len, rows)),
         num_padding_tokens=sum(padding),
-        **_targets(parts, source, device),
     )
 
 
-def _targets(parts: list[_Part], source: list[int], device: str) -> dict[str, Any]:
+def _make_pack(
+    parts: list[_Part],
+    source: list[int],
+    device: str,
+    *,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    layout: SharedPromptLayout | None = None,
+    attention_mask: torch.Tensor | None = None,
+    num_input_tokens: int,
+    num_padding_tokens: int = 0,
+) -> Pack:
+    """The pack with its targets, the same for both layouts."""
     completions = [completion for part in parts for completion in part.completions]
-    advantages_S = [part.weighted.advantages[i] for part in parts for i in part.picks]
+    advantages_S = torch.tensor([part.group.advantages[i] for part in parts for i in part.picks], dtype=torch.float32)
     lengths_S = torch.tensor([len(c.token_ids) for c in completions])
     sequence_N = torch.arange(len(completions)).repeat_interleave(lengths_S)
-    tensors = {
-        "source_N": torch.tensor(source),
-        "targets_N": torch.tensor([token for c in completions for token in c.token_ids]),
-        "advantages_N": torch.tensor(advantages_S, dtype=torch.float32)[sequence_N],
-        "sampler_logprobs_N": torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float32),
-        "sequence_N": sequence_N,
-        "lengths_S": lengths_S,
-    }
-    assert len(source) == len(tensors["targets_N"]), "one hidden state a target"
-    origins = tuple((part.place, i) for part in parts for i in part.picks)
-    return {"origins": origins, **{name: tensor.to(device) for name, tensor in tensors.items()}}
+    targets_N = torch.tensor([token for c in completions for token in c.token_ids])
+    assert len(source) == len(targets_N), "one hidden state for each target"
+    return Pack(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        layout=layout,
+        attention_mask=attention_mask,
+        source_N=torch.tensor(source, device=device),
+        targets_N=targets_N.to(device),
+        advantages_N=advantages_S[sequence_N].to(device),
+        sampler_logprobs_N=torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float32, device=device),
+        sequence_N=sequence_N.to(device),
+        lengths_S=lengths_S.to(device),
+        origins=tuple((part.place, i) for part in parts for i in part.picks),
+        num_input_tokens=num_input_tokens,
+        num_padding_tokens=num_padding_tokens,
+    )

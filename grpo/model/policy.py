@@ -203,7 +203,17 @@ class Policy:
         self.model.base_model(**inputs, use_cache=False)
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
-        output = self.model.base_model(**pack.model_inputs, use_cache=False)
+        if pack.layout is not None:
+            output = self.model.base_model(
+                input_ids=pack.input_ids,
+                position_ids=pack.position_ids,
+                shared_prompt_layout=pack.layout,
+                use_cache=False,
+            )
+        else:
+            output = self.model.base_model(
+                input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
+            )
         # index_select: indexing would sum its gradient one element at a time.
         return output.last_hidden_state.flatten(0, 1).index_select(0, pack.source_N)
 

@@ -1,4 +1,4 @@
-"""What a person is told about a run beside its numbers: before the first step, and when a step was not as it should be."""
+"""Notes for the user beside a run's numbers: before the first step, and after a step that had problems."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from ..algorithm.corrections import sampling_warnings
 from ..config import GRPOConfig
+from ..data.groups import Group
 from ..data.run_inputs import RunInputs
-from ..experience.collect import ScoredGroup
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import failures
-from ..update.learner import Update
 from ..update.ranks import describe
 
 
@@ -27,21 +26,20 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
             yield f"{prompts.dropped} of {total} {name} prompts are longer than {limit} tokens and were dropped"
 
 
-def step_notes(step: int, groups: Sequence[ScoredGroup], update: Update) -> Iterator[str]:
-    """What the guards did, which reward functions failed, and completions without a reward. Steps count from 1."""
-    yield from update.notes
+def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
+    """Which reward functions failed, and how many completions have no reward. `step`: updates done before it."""
     for name, reasons in failures(groups).items():
-        yield f"step {step}: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"
+        yield f"step {step + 1}: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"
     unscored = sum(
-        reward is None and not any(errors[row] for errors in g.scores.errors.values())
-        for g in groups
-        for row, reward in enumerate(g.scores.total)
+        reward is None and not any(errors[row] for errors in group.scores.errors.values())
+        for group in groups
+        for row, reward in enumerate(group.scores.total)
     )
     if unscored:
-        yield f"step {step}: no reward function applied to {unscored} completions; they teach nothing"
+        yield f"step {step + 1}: no reward function applied to {unscored} completions: nothing is learned from them"
 
 
 def evaluation_notes(evaluation: Evaluation) -> Iterator[str]:
-    """Which reward functions failed on evaluation data."""
+    """Which reward functions failed on the evaluation data."""
     for name, reasons in evaluation.failures.items():
         yield f"evaluation: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"

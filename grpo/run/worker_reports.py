@@ -1,8 +1,5 @@
-"""What each worker says of a step, to the others and so to the metrics: its times, its tokens, and which policy it holds.
+"""What each worker reports about a step: its times, its tokens, and which policy it holds.
 
-    clock = Clock()
-    with clock.phase("train"):
-        ...
     reports = exchange_reports(world, session, clock.seconds, groups)
     metrics |= time_metrics(reports, trained_tokens=4096)
 """
@@ -15,17 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from ..common.world import World
-from ..experience.collect import ScoredGroup
+from ..data.groups import Group
 from ..update.session import Session
 
 
 class DivergedError(RuntimeError):
-    """Two workers hold different policies: whatever they would do next is wrong."""
+    """Two workers hold different policies, so nothing they would compute next is right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """One worker's step. `checksum` is of its masters after the update."""
+    """One worker's step. `checksum`: of its fp32 master weights after the update."""
 
     seconds: Mapping[str, float]
     sampled_tokens: int
@@ -34,38 +31,38 @@ class WorkerReport:
 
 
 def checksum(masters: Sequence[torch.Tensor]) -> int:
-    """A number that changes with any bit of the masters (fp32): their words summed, each tensor's sum times its place."""
+    """A 64-bit checksum of the fp32 master weights: the sum of their words, each tensor's sum weighted by its place."""
     sums = torch.stack([master.detach().view(torch.int32).sum(dtype=torch.int64) for master in masters]).tolist()
     return sum((2 * place + 1) * value for place, value in enumerate(sums)) % 2**64
 
 
 def check_same_policy(reports: Sequence[WorkerReport]) -> None:
-    """See that all workers hold the policy of the first.
+    """Check that all workers hold the main process's policy.
 
     Raises:
-        DivergedError: one does not, with both versions and checksums.
+        DivergedError: one does not; with both versions and checksums.
     """
     first = reports[0]
     for rank, report in enumerate(reports):
         if (report.policy_version, report.checksum) != (first.policy_version, first.checksum):
             raise DivergedError(
                 f"worker {rank} holds another policy than worker 0: version {report.policy_version}, adapter "
-                f"{report.checksum:016x}, instead of version {first.policy_version}, adapter {first.checksum:016x}. Go on from "
-                "the last checkpoint, and see whether all nodes have the same software and hardware"
+                f"{report.checksum:016x}, instead of version {first.policy_version}, adapter {first.checksum:016x}. Resume from "
+                "the last checkpoint, and check that all nodes have the same software and hardware"
             )
 
 
 def exchange_reports(
-    world: World, session: Session, seconds: Mapping[str, float], groups: Sequence[ScoredGroup]
+    world: World, session: Session, seconds: Mapping[str, float], groups: Sequence[Group]
 ) -> list[WorkerReport]:
-    """Every worker's report of a step, by rank, once all are seen to hold the same policy.
+    """The reports of all workers about a step, by rank.
 
     Raises:
-        DivergedError: they do not.
+        DivergedError: the workers hold different policies.
     """
     report = WorkerReport(
         seconds=dict(seconds),
-        sampled_tokens=sum(len(c.token_ids) for g in groups if g.is_own for c in g.group.completions),
+        sampled_tokens=sum(c.num_tokens for g in groups if g.is_local for c in g.completions),
         policy_version=session.engine.policy_version,
         checksum=checksum(session.policy.masters) if world.size > 1 else 0,
     )
@@ -75,12 +72,12 @@ def exchange_reports(
 
 
 def slowest(reports: Sequence[WorkerReport]) -> dict[str, float]:
-    """Seconds by phase of the worker that took longest for it: the others waited."""
+    """Seconds by phase, each of the slowest worker: the others waited for it."""
     return {phase: max(report.seconds[phase] for report in reports) for phase in reports[0].seconds}
 
 
 def time_metrics(reports: Sequence[WorkerReport], *, trained_tokens: float) -> dict[str, float]:
-    """Seconds and tokens per second of a step, of all workers together and, where there are several, of each."""
+    """Seconds and tokens per second of a step, of all workers together and, with several workers, of each."""
     seconds = slowest(reports)
     of_each = {
         f"workers/{rank}/tokens_per_second": report.sampled_tokens / report.seconds["rollout"]
@@ -94,6 +91,6 @@ def time_metrics(reports: Sequence[WorkerReport], *, trained_tokens: float) -> d
     }
 
 
-def num_tokens(groups: Sequence[ScoredGroup]) -> int:
-    """Tokens of all groups, each prompt counted once a completion (TRL's `num_tokens`)."""
-    return sum(len(g.row.token_ids) + len(c.token_ids) for g in groups for c in g.group.completions)
+def num_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of all groups, the prompt counted once for each completion (TRL's `num_tokens`)."""
+    return sum(len(group.prompt.token_ids) + one.num_tokens for group in groups for one in group.completions)

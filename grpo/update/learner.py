@@ -1,18 +1,19 @@
 """The update: groups with advantages in, one (or `num_iterations`) optimizer steps out.
 
     learner = Learner(policy, config)
-    update = learner.update(groups, step=0, observed={"reward": 0.3})
-    update.metrics["grad_norm"], update.notes
+    gradients = learner.backward(groups)                                # summed over workers and clipped
+    decision = learner.guards.inspect(step, {**rollout_metrics, **gradients.metrics()})
+    update = learner.apply(decision, gradients, step=step)              # step, skip, or roll back
+    update.metrics["learning_rate"], update.notes
 
-Guards look at every update between its backward and the optimizer: they can skip it, or put back the last healthy adapter.
+Guards inspect every update between its backward pass and the optimizer step: they can skip it or restore a snapshot.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,135 +22,164 @@ from ..algorithm.losses import Counts, entropy_bound, kl_k3
 from ..algorithm.tally import Tally
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
-from ..guards.evaluations import Rewards
-from ..guards.guards import Guards, Verdict, Witness
-from ..model.packing import Pack, WeightedGroup, pack, pad
+from ..data.groups import Group
+from ..guards.decision import Decision
+from ..guards.guards import Guards
+from ..model.packing import Pack, pack, pad
 from ..model.policy import Policy
 from .objective import Objective, StepConstants
 from .optimizer import learning_rate, make_optimizer, set_learning_rate
-from .snapshots import Snapshot
+from .snapshots import Snapshots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientStats:
+    """Numbers of one forward and backward pass over the step, of all workers. `grad_norm` is before clipping.
+
+    `gap`: between sampler and trainer, see `gap_metrics`. `left_out_ratio`: the share of tokens in completions that a veto or
+    mask switches off. `kl`, `clip_low`, `clip_high`: None if the objective has none.
+    """
+
+    loss: float
+    grad_norm: float
+    entropy: float
+    gap: Mapping[str, float]
+    left_out_ratio: float
+    kl: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """By TRL's names."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "entropy": self.entropy,
+            **self.gap,
+            "sampling/left_out_ratio": self.left_out_ratio,
+            **({} if self.kl is None else {"kl": self.kl}),
+            **self._clip_metrics(),
+        }
+
+    def off_policy_metrics(self) -> dict[str, float]:
+        """The metrics that a further iteration replaces. All others compare with the sampler: the first one's stay."""
+        return {"loss": self.loss, "grad_norm": self.grad_norm, **self._clip_metrics()}
+
+    def _clip_metrics(self) -> dict[str, float]:
+        if self.clip_low is None or self.clip_high is None:
+            return {}
+        return {
+            "clip_ratio/low_mean": self.clip_low,
+            "clip_ratio/high_mean": self.clip_high,
+            "clip_ratio/region_mean": self.clip_low + self.clip_high,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepGradients:
+    """A step's first backward pass: its clipped gradients stand in the fp32 master weights' `grad`.
+
+    `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs, the
+    constants of the loss, and per pack the log-probabilities under the policy of the start of the step and the base model.
+    """
+
+    stats: GradientStats | None = None
+    packing: Mapping[str, float] = field(default_factory=dict)
+    packs: Sequence[Pack] = ()
+    constants: StepConstants | None = None
+    old_logprobs: Sequence[torch.Tensor] = ()
+    base_logprobs: Sequence[torch.Tensor | None] = ()
+
+    def metrics(self) -> dict[str, float]:
+        """Of gradients and packing, by TRL's names; empty if there was nothing to train on."""
+        return {} if self.stats is None else {**self.stats.metrics(), **self.packing}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What came of one update: metrics (TRL's names), and what the guards have to say to a person.
-
-    `give_up`: why the run should stop, None to go on.
-    """
+    """The result of a step's updates: metrics by TRL's names, and notes for the user."""
 
     metrics: dict[str, float]
     notes: tuple[str, ...] = ()
-    give_up: str | None = None
 
 
 class Learner:
-    """AdamW on the policy's masters, with gradient clipping and guards. See the module's docstring.
+    """AdamW on the policy's fp32 master weights, with gradient clipping and guards. See the module's docstring."""
 
-    Attributes:
-        is_between_steps: whether masters, optimizer and guards are still those of the last whole step. An update clears it as
-            soon as it changes one of them; whoever has finished the step sets it.
-    """
-
-    def __init__(self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0, world: World = SINGLE_PROCESS) -> None:
+    def __init__(
+        self, policy: Policy, config: GRPOConfig, *, pad_token_id: int = 0, world: World = SINGLE_PROCESS
+    ) -> None:
         self.policy = policy
         self.world = world
         self.config = config
         self.pad_token_id = pad_token_id
-        self.is_between_steps = True
         self.objective = Objective(config)
         self.optimizer = make_optimizer(policy.master_roles, config.optim)
-        self.guards = Guards(config.guards)
-        self.snapshots: dict[Witness, Snapshot] = {
-            "step": Snapshot(policy.masters, self.optimizer),
-            "evaluation": Snapshot(policy.masters, self.optimizer),
-        }
+        self.snapshots = Snapshots(policy.masters, self.optimizer)
+        self.guards = Guards(config.guards, self.snapshots)
 
-    def update(
-        self, groups: Sequence[WeightedGroup], *, step: int, observed: Mapping[str, float] | None = None
-    ) -> Update:
-        """Train on the groups. `observed`: what the rollouts have shown (reward, lengths), for the guards.
-
-        Where there is nothing to train on nothing changes, and the metrics say only what the guards know.
-        """
-        kept = self._kept(groups)
-        if not any(c.token_ids for w in kept for c in w.group.completions):
-            return self._judged(step, observed or {}, {}, can_update=False)
-        own = [w for w in kept if w.is_own]
-        packs = self._packs(own)
-        constants = self._constants(groups, kept, packs)
+    def backward(self, groups: Sequence[Group]) -> StepGradients:
+        """Forward and backward over the groups: the step's clipped gradients. Changes neither weights nor optimizer state."""
+        trained = self._trained(groups)
+        if not any(completion.num_tokens for group in trained for completion in group.completions):
+            return StepGradients()
+        local = [group for group in trained if group.is_local]
+        packs = self._packs(local)
+        constants = self._constants(groups, trained, packs)
         base = self._base_logprobs(packs)
-        # The first iteration's policy is the one that the step began with: its log-probabilities are the old ones.
-        metrics, old = self._gradients(packs, constants, [None] * len(packs), base)
-        metrics |= _packing_metrics(self.world.all_gather(_packing_counts(packs, own)))
-        update = self._judged(step, observed or {}, metrics, can_update=True)
-        for _ in range(1, self.config.algorithm.num_iterations):
-            if update.metrics["update_skipped"]:
-                break
-            self.policy.write_slots()  # the forward reads the slots: they must follow the masters
-            measured, _ = self._gradients(packs, constants, old, base)
-            # All else stays that of the first, which is on-policy: it compares with the sampler.
-            update.metrics.update({name: measured[name] for name in measured if name in OFF_POLICY_METRICS})
-            objection = self.guards.allows(step + 1, measured["grad_norm"])
-            if objection:
-                update = replace(
-                    update, metrics={**update.metrics, **self.guards.metrics()}, notes=(*update.notes, objection)
-                )
-                break
-            update.metrics["updates"] += self._step_if_possible(measured["grad_norm"])
-        self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
-        return update
-
-    def evaluated(self, step: int, rewards: Rewards) -> Verdict:
-        """The guards' verdict on an evaluation after `step` updates, carried out. After a restore, publish the adapter."""
-        self.is_between_steps = False
-        verdict = self.guards.judge_evaluation(step, rewards)
-        if verdict.restore:
-            self.restore(verdict.restore)
-        elif verdict.healthy:
-            self.snapshots["evaluation"].take(step)
-        return verdict
-
-    def restore(self, witness: Witness) -> int:
-        """Put back a snapshot of adapter and optimizer state, as the guards have said; returns the step it is of."""
-        self.is_between_steps = False
-        step = self.snapshots[witness].restore()
-        if witness == "evaluation":  # steps since then found something healthy that the evaluation did not
-            self.snapshots["step"].take(step + 1)
-        self.guards.restored(witness)
-        return step
-
-    def _judged(
-        self, step: int, observed: Mapping[str, float], metrics: dict[str, float], *, can_update: bool
-    ) -> Update:
-        """The guards' verdict on the gradients that stand in the masters, carried out."""
-        self.is_between_steps = False
-        verdict = self.guards.judge(step + 1, {**observed, **metrics})  # people count from 1
-        rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
-        set_learning_rate(self.optimizer, rate)
-        stepped = False
-        if verdict.restore:  # these gradients are of the policy that is just left
-            self.restore(verdict.restore)
-        else:
-            if verdict.healthy:  # also where there is nothing to train on: the guards go by it
-                self.snapshots["step"].take(step + 1)
-            stepped = can_update and not verdict.skip and self._step_if_possible(metrics["grad_norm"])
-        self.optimizer.zero_grad(set_to_none=True)
-        updates = {"updates": float(stepped), "update_skipped": float(not stepped)} if can_update else {}
-        texts = (*(alarm.text for alarm in verdict.alarms), "" if verdict.give_up else verdict.text)
-        return Update(
-            metrics={**metrics, "learning_rate": rate, **updates, **self.guards.metrics()},
-            notes=tuple(text for text in texts if text),
-            give_up=verdict.text if verdict.give_up else None,
+        # The policy of the first iteration is that of the start of the step: its log-probabilities are the old ones.
+        stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), base)
+        return StepGradients(
+            stats=stats,
+            packing=_packing_metrics(self.world.all_gather(_packing_counts(packs, local))),
+            packs=packs,
+            constants=constants,
+            old_logprobs=logprobs,
+            base_logprobs=base,
         )
 
-    def _gradients(
+    def apply(self, decision: Decision, gradients: StepGradients, *, step: int) -> Update:
+        """Carry out the guards' decision: an update with these gradients, or none, or a restored snapshot.
+
+        With `num_iterations` above 1, further backward passes and updates on the same groups follow the first.
+        """
+        rate = learning_rate(self.config.optim, step) * self.guards.learning_rate_factor
+        set_learning_rate(self.optimizer, rate)
+        self.guards.apply(decision)
+        metrics, notes = {"learning_rate": rate}, list(decision.notes)
+        if gradients.stats is not None:
+            is_updated = decision.allows_update and self._optimizer_step(gradients.stats)
+            metrics |= {"updates": float(is_updated), "update_skipped": float(not is_updated)}
+            if is_updated:
+                self._iterate_further(gradients, step, metrics, notes)
+        self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
+        return Update(metrics={**metrics, **self.guards.metrics()}, notes=tuple(notes))
+
+    def _iterate_further(
+        self, gradients: StepGradients, step: int, metrics: dict[str, float], notes: list[str]
+    ) -> None:
+        """The second to last iteration; adds to `metrics` and `notes`. Ends early if the guards object to an update."""
+        assert gradients.constants is not None
+        for _ in range(1, self.config.algorithm.num_iterations):
+            self.policy.write_slots()  # the forward reads the slots: they must follow the master weights
+            stats, _ = self._forward_backward(
+                gradients.packs, gradients.constants, gradients.old_logprobs, gradients.base_logprobs
+            )
+            metrics |= stats.off_policy_metrics()
+            objection = self.guards.allows(step, stats.grad_norm)
+            if objection:
+                notes.append(objection)
+                return
+            metrics["updates"] += self._optimizer_step(stats)
+
+    def _forward_backward(
         self,
-        packs: list[Pack],
+        packs: Sequence[Pack],
         constants: StepConstants,
         old: Sequence[torch.Tensor | None],
         base: Sequence[torch.Tensor | None],
-    ) -> tuple[dict[str, float], tuple[torch.Tensor, ...]]:
-        """One forward and backward over all packs: clipped gradients in the masters. Returns metrics, each pack's logprobs."""
+    ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
+        """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities."""
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for one, old_N, base_N in zip(packs, old, base, strict=True):
@@ -165,27 +195,24 @@ class Learner:
             )
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
-        tally = Tally()
-        if packs:
-            tally = self._tally(packs, losses, logprobs, entropies, old=old, base=base)
-        tally = Tally.together(self.world.all_gather(tally))
-        metrics = {
-            "loss": tally.sums["loss"],
-            "grad_norm": self._clip_gradients(),
-            "entropy": tally.mean("entropy"),
-            **gap_metrics(tally),
-            "sampling/left_out_ratio": 1.0 - tally.mean("kept"),
-        }
-        if "kl_to_base" in tally.sums:
-            metrics["kl"] = tally.mean("kl_to_base")
-        if "clip_low" in tally.sums:
-            low, high = tally.mean("clip_low"), tally.mean("clip_high")
-            metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-        return metrics, logprobs
+        local = self._tally(packs, losses, logprobs, entropies, old=old, base=base) if packs else Tally()
+        tally = Tally.merge(self.world.all_gather(local))
+        grad_norm = self._clip_gradients()
+        stats = GradientStats(
+            loss=tally.sums["loss"],
+            grad_norm=grad_norm,
+            entropy=tally.mean("entropy"),
+            gap=gap_metrics(tally),
+            left_out_ratio=1.0 - tally.mean("kept"),
+            kl=tally.mean("kl_to_base") if "kl_to_base" in tally.sums else None,
+            clip_low=tally.mean("clip_low") if "clip_low" in tally.sums else None,
+            clip_high=tally.mean("clip_high") if "clip_high" in tally.sums else None,
+        )
+        return stats, logprobs
 
     def _tally(
         self,
-        packs: list[Pack],
+        packs: Sequence[Pack],
         losses: Sequence[torch.Tensor],
         logprobs: Sequence[torch.Tensor],
         entropies: Sequence[torch.Tensor],
@@ -193,7 +220,7 @@ class Learner:
         old: Sequence[torch.Tensor | None],
         base: Sequence[torch.Tensor | None],
     ) -> Tally:
-        """What the metrics of these packs are made of."""
+        """Sums and extremes over this worker's tokens, for the stats."""
         pairs = list(zip(packs, logprobs, strict=True))
         logprobs_all = torch.cat(list(logprobs))
         sums = {
@@ -204,17 +231,21 @@ class Learner:
         if self.config.algorithm.beta > 0:
             sums["kl_to_base"] = kl_k3(logprobs_all, torch.cat([b for b in base if b is not None]))
         if old[0] is not None:
-            counts = [self.objective.clip_counts(*one) for one in zip(packs, logprobs, old, strict=True)]  # type: ignore[arg-type]
+            counts = [
+                self.objective.clip_counts(one, logprobs_N, old_N)
+                for (one, logprobs_N), old_N in zip(pairs, old, strict=True)
+                if old_N is not None
+            ]
             sums["clip_low"], sums["clip_high"] = torch.stack(counts).unbind(1)
         gap = gap_tally(
             logprobs_all,
             torch.cat([one.sampler_logprobs_N for one in packs]),
             torch.cat([self.objective.weights(one, logprobs_N) for one, logprobs_N in pairs]),
         )
-        return Tally.of(sums=sums, extremes={}).beside(gap)
+        return Tally.of(sums=sums, extremes={}).join(gap)
 
     def _sum_gradients(self) -> None:
-        """Every worker has a part of the step's gradient; each gets the whole."""
+        """Sum the workers' gradients; every worker gets the sum."""
         if self.world.size == 1:
             return
         for master in self.policy.masters:
@@ -222,83 +253,78 @@ class Learner:
                 master.grad = torch.zeros_like(master)
         self.world.all_reduce_([master.grad for master in self.policy.masters if master.grad is not None])
 
-    def _step_if_possible(self, grad_norm: float) -> bool:
-        """An optimizer step. A gradient that is not finite would destroy the adapter; of none only old momentum would move."""
-        possible = math.isfinite(grad_norm) and grad_norm > 0
-        if possible:
-            self.optimizer.step()
-        return possible
-
     def _clip_gradients(self) -> float:
-        """Scale the gradients down to `max_grad_norm` where they exceed it; returns their norm before."""
+        """Scale the gradients down to `max_grad_norm` if they exceed it; returns their norm before that."""
         masters, largest = self.policy.masters, self.config.optim.max_grad_norm
         norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
         if norm > largest:  # torch's clip_grad_norm_ multiplies all gradients by 1 otherwise
             torch.nn.utils.clip_grads_with_norm_(masters, largest, norm)
         return norm.item()
 
-    def _kept(self, groups: Sequence[WeightedGroup]) -> list[WeightedGroup]:
-        """What has a gradient: groups with an advantage (all, where a penalty or bonus acts), completions that count."""
-        algorithm = self.config.algorithm
-        kept = [w for w in groups if algorithm.needs_every_group or any(w.advantages)]
-        return [without_truncated(w) for w in kept] if algorithm.mask_truncated_completions else kept
+    def _optimizer_step(self, stats: GradientStats) -> bool:
+        """Step unless the gradient is not finite, which would destroy the adapter, or zero: momentum alone must not move it."""
+        is_possible = math.isfinite(stats.grad_norm) and stats.grad_norm > 0
+        if is_possible:
+            self.optimizer.step()
+        return is_possible
 
-    def _packs(self, groups: Sequence[WeightedGroup]) -> list[Pack]:
+    def _trained(self, groups: Sequence[Group]) -> list[Group]:
+        """What has a gradient: groups with an advantage (all, if a penalty or bonus acts), without masked completions."""
+        algorithm = self.config.algorithm
+        trained = [group for group in groups if algorithm.needs_every_group or any(group.advantages)]
+        return [without_truncated(group) for group in trained] if algorithm.mask_truncated_completions else trained
+
+    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
         budget, device = self.config.optim.tokens_per_pack, self.policy.device
         if self.policy.shares_prompts:
             return pack(groups, tokens_per_pack=budget, device=device)
         return pad(groups, tokens_per_pack=budget, pad_token_id=self.pad_token_id, device=device)
 
-    def _constants(
-        self, groups: Sequence[WeightedGroup], kept: Sequence[WeightedGroup], packs: list[Pack]
-    ) -> StepConstants:
+    def _constants(self, groups: Sequence[Group], trained: Sequence[Group], packs: list[Pack]) -> StepConstants:
         """The denominators of the step's means, and the entropy that a token must reach."""
         algorithm = self.config.algorithm
-        lengths = [len(c.token_ids) for w in kept for c in w.group.completions]
-        tokens, sequences = sum(lengths), len([length for length in lengths if length])
+        sequences = sum(completion.num_tokens > 0 for group in trained for completion in group.completions)
         if not algorithm.filter_zero_variance or algorithm.loss_aggregation == "constant":
-            sequences = sum(len(w.group.completions) for w in groups)
+            sequences = sum(len(group.completions) for group in groups)
+        counted = trained
         if not algorithm.filter_zero_variance:
-            counted = [without_truncated(w) for w in groups] if algorithm.mask_truncated_completions else groups
-            tokens = sum(len(c.token_ids) for w in counted for c in w.group.completions)
+            counted = [without_truncated(group) for group in groups] if algorithm.mask_truncated_completions else groups
+        tokens = _num_tokens(counted)
         counts = Counts(
             sequences=sequences,
             tokens=tokens,
-            local_tokens=tokens,
+            local_tokens=_num_tokens([group for group in counted if group.is_local]),
+            workers=self.world.size,
             max_completion_length=self.config.rollout.max_completion_length,
         )
         if algorithm.top_entropy_quantile == 1.0:
             return StepConstants(counts=counts, entropy_tokens=tokens)
         temperature = self.config.rollout.temperature
-        own = [self.policy.logprobs(one, temperature=temperature)[1].cpu() for one in packs]
-        entropies = torch.cat(self.world.gather(own)).to(self.policy.device)
+        local = [self.policy.logprobs(one, temperature=temperature)[1].cpu() for one in packs]
+        entropies = torch.cat(self.world.gather(local)).to(self.policy.device)
         bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
         return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 
     def _base_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
-        """Log-probabilities of the model without its adapter, where a KL penalty asks for them."""
+        """Log-probabilities of the model without its adapter, if there is a KL penalty."""
         if self.config.algorithm.beta == 0:
             return [None] * len(packs)
         temperature = self.config.rollout.temperature
         return [self.policy.logprobs(one, temperature=temperature, use_adapter=False)[0] for one in packs]
 
 
-OFF_POLICY_METRICS = ("loss", "grad_norm", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+def without_truncated(group: Group) -> Group:
+    """The group without its truncated completions."""
+    return group.select([i for i, one in enumerate(group.completions) if one.finish_reason != "length"])
 
 
-def without_truncated(weighted: WeightedGroup) -> WeightedGroup:
-    """The group without the completions that were cut off."""
-    whole = [i for i, completion in enumerate(weighted.group.completions) if completion.finish_reason != "length"]
-    return dataclasses.replace(
-        weighted,
-        group=dataclasses.replace(weighted.group, completions=tuple(weighted.group.completions[i] for i in whole)),
-        advantages=tuple(weighted.advantages[i] for i in whole),
-    )
+def _num_tokens(groups: Sequence[Group]) -> int:
+    return sum(completion.num_tokens for group in groups for completion in group.completions)
 
 
-def _packing_counts(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[str, int]:
-    """Packs and tokens of this worker, and the tokens that one prompt a completion would have been."""
-    lengths = [(len(w.group.prompt_token_ids), len(c.token_ids)) for w in groups for c in w.group.completions if c.token_ids]
+def _packing_counts(packs: Sequence[Pack], groups: Sequence[Group]) -> dict[str, int]:
+    """Packs and tokens of this worker, and the tokens of one prompt for each completion."""
+    lengths = [(len(g.prompt.token_ids), len(c.token_ids)) for g in groups for c in g.completions if c.token_ids]
     return {
         "packs": len(packs),
         "computed": sum(one.num_input_tokens for one in packs),
@@ -309,7 +335,7 @@ def _packing_counts(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[
 
 
 def _packing_metrics(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """Packs and tokens that went through the model, the share that was padding, and their ratio to one prompt a completion."""
+    """Packs and tokens of all workers, the share of padding, and the ratio to one prompt for each completion."""
     total = {name: sum(one[name] for one in counts) for name in counts[0]}
     return {
         "packing/packs": float(total["packs"]),

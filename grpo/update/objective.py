@@ -2,11 +2,11 @@
 
     objective = Objective(config)
     loss = objective.of(pack, constants, old_logprobs_N=None, base_logprobs_N=None)
-    policy.backward(pack, loss.token_loss, visits=loss.visits, factor=loss.factor)
+    policy.backward(pack, loss.token_loss, passes=loss.passes, factor=loss.factor)
 
-Where a token's loss depends on that token alone, logits are visited once. A ratio of whole completions needs their
-log-probabilities first, so these are visited twice. In between stands what only switches a completion off (a veto, the
-off-policy mask): it is a factor of each token's gradient, applied when all log-probabilities are known.
+If a token's loss depends on that token alone, one pass over the logits computes it. A ratio of complete sequences needs their
+log-probabilities first, which takes two passes. A veto or an off-policy mask only switches a completion off: it is a factor of
+each token's gradient, applied once all log-probabilities are known, and needs no second pass.
 
 Legend: N tokens of a pack, n those of a chunk, S completions of the pack.
 """
@@ -22,8 +22,8 @@ from ...rewards.loading import load_object
 from ..algorithm.corrections import correction_weights, veto_keep
 from ..algorithm.losses import (
     Counts,
-    OwnLoss,
-    Tokens,
+    LossInputs,
+    UserLoss,
     cispo,
     clipped_surrogate,
     kl_k3,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackLoss:
-    """The loss of one pack as `linear_logprob_loss` takes it: see there for the three."""
+    """The loss of one pack: the arguments of `linear_logprob_loss`."""
 
     token_loss: TokenLoss
     factor: TokenFactor | None
@@ -50,9 +50,9 @@ class PackLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepConstants:
-    """What the loss of every pack of a step shares: the means' denominators, and the entropy that a token must reach.
+    """What the losses of a step's packs share: the denominators of means, and the entropy that a token must reach.
 
-    `entropy_tokens`: how many tokens do, which is what the entropy bonus is a mean over.
+    `entropy_tokens`: how many tokens reach it; the entropy bonus is a mean over them.
     """
 
     counts: Counts
@@ -70,21 +70,21 @@ class Objective:
     def __init__(self, config: GRPOConfig) -> None:
         self.algorithm = config.algorithm
         self.correction = config.correction
-        self._own_loss: OwnLoss | None = None
+        self._user_loss: UserLoss | None = None
         if self.algorithm.own_loss is not None:
-            own_loss = load_object(self.algorithm.own_loss, base_dir=config.base_dir)
-            if not callable(own_loss):
+            user_loss = load_object(self.algorithm.own_loss, base_dir=config.base_dir)
+            if not callable(user_loss):
                 raise ValueError(f"algorithm.loss_type: {self.algorithm.own_loss} is not a function")
-            self._own_loss = cast(OwnLoss, own_loss)
+            self._user_loss = cast(UserLoss, user_loss)
         self._sequence_level = (
             self.algorithm.importance_sampling_level == "sequence"
             or self.correction.mode.startswith("sequence")
-            or self._own_loss is not None
+            or self._user_loss is not None
         )
         self._switches_off = self.correction.veto > 0 or self.algorithm.off_policy_mask_threshold is not None
-        # A penalty or bonus goes on where the policy's part is switched off: then there is no one factor for both.
-        goes_on = self._switches_off and self.algorithm.needs_every_group
-        self._visits: Literal[1, 2] = 2 if self._sequence_level or goes_on else 1
+        # A KL penalty or entropy bonus also applies to completions that are switched off, so one factor cannot serve both.
+        needs_both_terms = self._switches_off and self.algorithm.needs_every_group
+        self._visits: Literal[1, 2] = 2 if self._sequence_level or needs_both_terms else 1
 
     def of(
         self,
@@ -97,8 +97,8 @@ class Objective:
         """The loss of one pack.
 
         Args:
-            old_logprobs_N: None where the policy is still the one that the step began with: the ratio is then exactly 1.
-            base_logprobs_N: needed where `algorithm.beta` is above 0.
+            old_logprobs_N: None if the policy is still that of the start of the step; the ratio is then exactly 1.
+            base_logprobs_N: required if `algorithm.beta` is above 0.
         """
         algorithm = self.algorithm
         assert (base_logprobs_N is None) == (algorithm.beta == 0.0)
@@ -138,38 +138,39 @@ class Objective:
         return weights_N
 
     def keeps(self, pack: Pack, logprobs_N: torch.Tensor) -> torch.Tensor:
-        """[N], False for tokens of completions that are vetoed or masked, of the policy that the step began with."""
+        """[N], False for tokens of completions that are vetoed or masked under the policy at the start of the step."""
         return self._keep(_tokens(pack, slice(None), logprobs_N, logprobs_N, logprobs_N))
 
     def clip_counts(self, pack: Pack, logprobs_N: torch.Tensor, old_logprobs_N: torch.Tensor) -> torch.Tensor:
-        """Of the pack's tokens: how many the clip holds below, and how many above, [2]. An own objective has no clip."""
+        """How many of the pack's tokens are clipped below and above, [2]. A user-supplied objective has no clip."""
         ratio_N, algorithm = self._ratio(logprobs_N - old_logprobs_N, pack.lengths_S), self.algorithm
-        if algorithm.loss_type == "sapo" or self._own_loss is not None:
-            return logprobs_N.new_zeros(2)  # on its device: counts stand beside sums of such tensors
+        if algorithm.loss_type == "sapo" or self._user_loss is not None:
+            return logprobs_N.new_zeros(2)  # same device as the sums
         high = algorithm.epsilon_high if algorithm.loss_type == "cispo" else 1.0 + algorithm.epsilon_high
         low = 0.0 if algorithm.loss_type == "cispo" else 1.0 - algorithm.epsilon
         below_N = (ratio_N < low) & (pack.advantages_N < 0)
         above_N = (ratio_N > high) & (pack.advantages_N > 0)
         return torch.stack([below_N.sum(), above_N.sum()]).float()
 
-    def _policy_loss(self, tokens: Tokens) -> torch.Tensor:
+    def _policy_loss(self, tokens: LossInputs) -> torch.Tensor:
         """The surrogate of each token times the correction's weight, [n]."""
-        if self._own_loss is not None:
-            loss_n = self._own_loss(tokens)
+        if self._user_loss is not None:
+            loss_n = self._user_loss(tokens)
             if not isinstance(loss_n, torch.Tensor) or loss_n.shape != tokens.logprobs.shape:
                 raise ValueError(
-                    f"{self.algorithm.own_loss} must return one loss a token, a tensor of shape {list(tokens.logprobs.shape)}"
+                    f"{self.algorithm.own_loss} must return one loss for each token: a tensor of shape "
+                    f"{list(tokens.logprobs.shape)}"
                 )
         else:
             loss_n = self._surrogate(tokens)
         if self.correction.mode != "none":
-            # By the policy that the step began with: what has changed since is the ratio's part.
+            # The weight corrects the policy of the start of the step; what changed since is in the ratio.
             log_w_n = tokens.old_logprobs - tokens.sampler_logprobs
             lengths_S = tokens.lengths if self._sequence_level else None
             loss_n = loss_n * correction_weights(log_w_n, lengths_S, self.correction)
         return loss_n
 
-    def _surrogate(self, tokens: Tokens) -> torch.Tensor:
+    def _surrogate(self, tokens: LossInputs) -> torch.Tensor:
         algorithm = self.algorithm
         ratio_n = self._ratio(tokens.logprobs - tokens.old_logprobs, tokens.lengths)
         if algorithm.loss_type == "cispo":
@@ -194,8 +195,8 @@ class Objective:
             return sequence_ratio(log_ratio_n, lengths_S)
         return torch.exp(log_ratio_n)
 
-    def _keep(self, tokens: Tokens) -> torch.Tensor:
-        """[n], False where a completion is switched off."""
+    def _keep(self, tokens: LossInputs) -> torch.Tensor:
+        """[n], False for tokens of completions that are switched off."""
         keep_n = torch.ones_like(tokens.logprobs, dtype=torch.bool)
         if self.correction.veto > 0:
             log_w_n = tokens.old_logprobs - tokens.sampler_logprobs
@@ -213,8 +214,8 @@ class Objective:
 
 def _tokens(
     pack: Pack, chunk: slice, logprobs_n: torch.Tensor, entropy_n: torch.Tensor, old_n: torch.Tensor
-) -> Tokens:
-    return Tokens(
+) -> LossInputs:
+    return LossInputs(
         logprobs=logprobs_n,
         entropies=entropy_n,
         old_logprobs=old_n,

@@ -1,12 +1,11 @@
-"""A copy of the adapter's masters and of the optimizer's state on the host, to go back to.
+"""Copies of the fp32 master weights and the optimizer's state on the host, to roll back to.
 
-    snapshot = Snapshot(policy.masters, optimizer)
-    snapshot.take(step)              # between the backward pass and the update
-    step = snapshot.restore()        # the same tensors with the values of then; publish them to the sampler afterwards
+    snapshots = Snapshots(policy.masters, optimizer)
+    snapshots.take("step", step)            # between the backward pass and the update
+    step = snapshots.restore("step")        # writes into the same tensors; publish them to the sampler afterwards
 
-A copy is exact to the bit: after a restore, the same gradients give the same parameters. Memory is allocated at the first
-`take` (12 bytes a parameter with AdamW, 6 with its 8-bit kinds), page-locked if the parameters are on a GPU, and used again
-by the next.
+A copy is bit-exact: after a restore, the same gradients give the same parameters. Memory is allocated by the first `take` of a
+kind (12 bytes a parameter with AdamW, 6 with its 8-bit variants), page-locked if the parameters are on a GPU, and reused.
 """
 
 from __future__ import annotations
@@ -15,31 +14,51 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..guards.decision import SnapshotKind
 from .optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 
 STEP = "step"
 MASTER = ".master"
-"""Name of the step in `state_dict`, and how a parameter's name ends; it and its state's begin with the parameter's index."""
+"""In `state_dict`: the name of the step, and the suffix of a parameter's name. Names begin with the parameter's index."""
+
+
+class Snapshots:
+    """One snapshot of each kind. The guards decide when to take and restore them (`guards.decision.SnapshotStore`)."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        parameters = list(parameters)
+        self.by_kind: dict[SnapshotKind, Snapshot] = {
+            "step": Snapshot(parameters, optimizer),
+            "evaluation": Snapshot(parameters, optimizer),
+        }
+
+    def take(self, kind: SnapshotKind, step: int) -> None:
+        """Replace the snapshot of that kind by the current state, after `step` updates."""
+        self.by_kind[kind].take(step)
+
+    def restore(self, kind: SnapshotKind) -> int:
+        """Write the snapshot back into parameters and optimizer; returns its step."""
+        return self.by_kind[kind].restore()
 
 
 class Snapshot:
     """One snapshot of parameters and optimizer, replaced by each `take`. See the module's docstring.
 
     Args:
-        parameters: the masters, of any shape and dtype; always the same tensors.
-        optimizer: theirs, of `make_optimizer`.
+        parameters: the fp32 master weights; always the same tensors.
+        optimizer: of these parameters, from `make_optimizer`.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
         self.step: int | None = None
-        """Step of the snapshot; None before the first."""
+        """Updates done when it was taken; None before the first `take`."""
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._host: dict[str, torch.Tensor] = {}
-        self._names: list[str] = []  # of the snapshot; buffers of state that it lacks stay in `_host`
+        self._names: list[str] = []  # of the snapshot; `_host` may hold further buffers
 
     def take(self, step: int) -> None:
-        """Copy everything to the host, in place of the snapshot before."""
+        """Copy parameters and optimizer state to the host, replacing the previous snapshot."""
         self._copy_to_host(self._live())
         self.step = step
 
@@ -47,7 +66,7 @@ class Snapshot:
     def restore(self) -> int:
         """Write the snapshot back into the same tensors and return its step.
 
-        State that the optimizer did not have then (before its first update AdamW has none) becomes zero, as it begins.
+        Optimizer state that did not exist then (AdamW has none before its first update) becomes zero, its initial value.
         """
         assert self.step is not None, "restore needs a snapshot"
         saved = {name: self._host[name] for name in self._names}
@@ -63,23 +82,23 @@ class Snapshot:
         return {STEP: torch.tensor(self.step), **{name: self._host[name] for name in self._names}}
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` returned, by copy; parameters and optimizer stay as they are.
+        """Copy what `state_dict` returned into the snapshot; parameters and optimizer do not change.
 
-        The state of another kind of optimizer is left out: a restore then begins it anew.
+        The state of another kind of optimizer is dropped: a restore then resets the optimizer's state.
 
         Raises:
-            ValueError: the snapshot is of other parameters.
+            ValueError: the snapshot belongs to other parameters.
         """
         masters = {name: tensor for name, tensor in tensors.items() if name.endswith(MASTER)}
         state = {name: tensor for name, tensor in tensors.items() if name not in masters and name != STEP}
         own = {f"{index}{MASTER}": parameter.shape for index, parameter in enumerate(self._parameters)}
         if tensors and own != {name: tensor.shape for name, tensor in masters.items()}:
-            raise ValueError("the snapshot is of another adapter; resume with the configuration that it was made with")
+            raise ValueError("the snapshot belongs to another adapter: resume with the configuration that it was made with")
         self.step = int(tensors[STEP]) if tensors else None
         self._copy_to_host(masters | (state if is_state_of(self._optimizer, state) else {}))
 
     def _live(self) -> dict[str, torch.Tensor]:
-        """Parameters and state as they are now, by name."""
+        """The current parameters and optimizer state, by name."""
         masters = {f"{index}{MASTER}": parameter.detach() for index, parameter in enumerate(self._parameters)}
         return masters | optimizer_tensors(self._optimizer, self._parameters)
 

@@ -1,4 +1,4 @@
-"""Guards that are fed made-up runs: calm steps, with some values changed."""
+"""Guards over made-up runs: calm steps, with some values changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rankup.grpo.config.guards import GuardsConfig
-from rankup.grpo.guards.guards import Guards, Verdict
+from rankup.grpo.guards.decision import Decision, SnapshotKind
+from rankup.grpo.guards.guards import Guards
 from rankup.grpo.guards.rules import RULES
 from rankup.grpo.guards.trackers import Level
 
@@ -24,31 +25,43 @@ CALM = {
 METRICS = {rule.name: rule.metric for rule in RULES}
 
 
+class StepsOnly:
+    """A snapshot store that keeps no tensors, only the step of each snapshot."""
+
+    def __init__(self) -> None:
+        self.steps: dict[SnapshotKind, int] = {}
+
+    def take(self, kind: SnapshotKind, step: int) -> None:
+        self.steps[kind] = step
+
+    def restore(self, kind: SnapshotKind) -> int:
+        return self.steps[kind]
+
+
 class Played:
-    """Guards that are fed step after step, with calm values where nothing else is said; a restore is carried out."""
+    """Guards that inspect one made-up step after another, with calm values unless others are given, and apply the decisions."""
 
     def __init__(self, **config: Any) -> None:
-        self.guards = Guards(GuardsConfig(**config))
+        self.snapshots = StepsOnly()
+        self.guards = Guards(GuardsConfig(**config), self.snapshots)
         self.step = 0
-        self.verdicts: list[Verdict] = []
+        self.decisions: list[Decision] = []
 
-    def steps(self, count: int = 1, /, **values: float | None) -> list[Verdict]:
-        """Judge so many steps alike; returns their verdicts."""
+    def steps(self, count: int = 1, /, **values: float | None) -> list[Decision]:
+        """Inspect `count` equal steps; returns their decisions."""
         for _ in range(count):
             quantities = {METRICS[name]: value for name, value in (CALM | values).items()}
-            self.verdicts.append(self.guards.judge(self.step, quantities))
-            if self.verdicts[-1].restore:
-                self.guards.restored(self.verdicts[-1].restore)
+            self.decisions.append(self.guards.inspect(self.step, quantities))
+            self.guards.apply(self.decisions[-1])
             self.step += 1
-        return self.verdicts[-count:]
+        return self.decisions[-count:]
 
-    def evaluate(self, rewards: Sequence[float | None]) -> Verdict:
-        """Judge an evaluation after the steps so far; a restore is carried out."""
-        verdict = self.guards.judge_evaluation(self.step, rewards)
-        if verdict.restore:
-            self.guards.restored(verdict.restore)
-        self.verdicts.append(verdict)
-        return verdict
+    def evaluate(self, rewards: Sequence[float | None]) -> Decision:
+        """Inspect an evaluation after the steps so far."""
+        decision = self.guards.inspect_evaluation(self.step, rewards)
+        self.guards.apply(decision)
+        self.decisions.append(decision)
+        return decision
 
     def metric(self, name: str) -> float:
         return self.guards.metrics()[f"guards/{name}"]
@@ -60,15 +73,15 @@ def after_calm(**config: Any) -> Played:
     return played
 
 
-def rise(played: Played, *, steps: int = 30, **values: float) -> list[Verdict]:
+def rise(played: Played, *, steps: int = 30, **values: float) -> list[Decision]:
     """The reward goes from 0.1 to 0.8, the entropy down to a twentieth and the advantages' scale up to ten times its start."""
-    verdicts = played.steps(6, reward=0.1)
+    decisions = played.steps(6, reward=0.1)
     for step in range(1, steps + 1):
         share = step / steps
         moving = {"reward": 0.1 + 0.7 * share, "entropy": 1 - 0.95 * share, "advantage_scale": 0.2 + 1.8 * share}
-        verdicts += played.steps(**(moving | values))
-    return verdicts
+        decisions += played.steps(**(moving | values))
+    return decisions
 
 
-def rung(verdicts: list[Verdict]) -> list[tuple[str, Level]]:
-    return [(alarm.name, alarm.level) for verdict in verdicts for alarm in verdict.alarms]
+def triggered(decisions: list[Decision]) -> list[tuple[str, Level]]:
+    return [(alarm.name, alarm.level) for decision in decisions for alarm in decision.alarms]

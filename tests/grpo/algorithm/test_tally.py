@@ -18,7 +18,7 @@ def tally_of(x: list[float]) -> Tally:
 
 @given(st.lists(values, min_size=1, max_size=4))
 def test_parts_together_are_the_whole(parts: list[list[float]]):
-    together = Tally.together([Tally(), *(tally_of(part) for part in parts)])
+    together = Tally.merge([Tally(), *(tally_of(part) for part in parts)])
     x = [value for part in parts for value in part]
     assert together.count == len(x)
     assert math.isclose(together.mean("x"), sum(x) / len(x), rel_tol=1e-9, abs_tol=1e-9)
@@ -27,4 +27,4 @@ def test_parts_together_are_the_whole(parts: list[list[float]]):
 
 
 def test_of_nothing_there_is_nothing():
-    assert Tally.together([Tally(), Tally()]) == Tally()
+    assert Tally.merge([Tally(), Tally()]) == Tally()

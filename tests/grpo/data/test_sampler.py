@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.data.sampler import PromptSampler
 
 
 def numbered(count):
-    return [PromptRow(prompt=str(i), token_ids=(i,), columns={"i": i}) for i in range(count)]
+    return [Prompt(prompt=str(i), token_ids=(i,), columns={"i": i}) for i in range(count)]
 
 
 def indices(batch):

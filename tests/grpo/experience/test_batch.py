@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_runs import ROWS, many_low_ids, steps_of
 
-from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.data.sampler import PromptSampler
 from rankup.grpo.experience.batch import collect_batch
 
@@ -96,7 +96,7 @@ def test_a_run_with_dynamic_sampling_trains_and_reports_it(run_engine, make_trai
 
 
 def test_further_prompts_are_distinct_within_a_draw_where_there_are_enough():
-    rows = [PromptRow(prompt=str(i), token_ids=(i,), columns={}) for i in range(10)]
+    rows = [Prompt(prompt=str(i), token_ids=(i,), columns={}) for i in range(10)]
     sampler = PromptSampler(rows, prompts_per_step=6, seed=3, shuffle=False)
     draws = [[row.prompt for row in sampler.further_batch(step, number)] for step in range(4) for number in range(1, 4)]
     assert all(len(set(draw)) == 6 for draw in draws)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rankup.grpo.algorithm.advantages import GroupAdvantages, group_advantages
-from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.experience.collect import ScoredGroup
 from rankup.grpo.experience.step_metrics import completion_metrics, completions_table, reward_metrics
 from rankup.rewards.contract import Inputs
@@ -56,7 +56,7 @@ def groups(scorer: Scorer) -> list[ScoredGroup]:
                 completion_ids=[list(c.token_ids) for c in completions],
             )
         )
-        row = PromptRow(prompt=f"prompt {index}", token_ids=(5, 6), columns={})
+        row = Prompt(prompt=f"prompt {index}", token_ids=(5, 6), columns={})
         scored.append(ScoredGroup(row=row, group=group, scores=scores))
     return scored
 

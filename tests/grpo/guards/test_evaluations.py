@@ -10,10 +10,10 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from played_guards import Played, after_calm, rung
+from played_guards import Played, after_calm, triggered
 
 from rankup.grpo.guards.evaluations import Evaluations, mean_reward
-from rankup.grpo.guards.guards import Verdict
+from rankup.grpo.guards.guards import Decision
 from rankup.grpo.guards.trackers import Level
 
 
@@ -73,9 +73,9 @@ def test_an_evaluation_with_other_prompts_scored_is_not_accepted():
     assert mean_reward([None, 1.0, 0.0]) == 0.5 and math.isnan(mean_reward([None]))
 
 
-def test_the_more_evaluations_the_more_their_best_is_luck():
-    assert Evaluations().luck == 2.0 == evaluated(*range(1)).luck
-    assert evaluated(*range(10)).luck == pytest.approx(1 + math.sqrt(2 * math.log(10)))
+def test_the_noise_margin_grows_with_the_number_of_evaluations():
+    assert Evaluations().noise_margin == 2.0 == evaluated(*range(1)).noise_margin
+    assert evaluated(*range(10)).noise_margin == pytest.approx(1 + math.sqrt(2 * math.log(10)))
 
 
 def test_of_one_prompt_nothing_is_known():
@@ -105,13 +105,13 @@ def test_the_newest_policy_at_its_best_has_the_snapshot():
     healthy = []
     for count in (16, 50, 80, 79, 70, 82):
         played.steps(10)
-        healthy.append(played.evaluate(right(count)).healthy)
-    assert healthy == [True, True, True, True, False, True]
+        healthy.append(played.evaluate(right(count)).snapshot)
+    assert healthy == ["evaluation"] * 4 + [None, "evaluation"]
 
 
 def test_before_anything_is_gained_the_snapshot_does_not_slide_down():
     played = Played()
-    assert [bool(played.evaluate(right(count)).healthy) for count in (64, 66, 62, 66, 59)] == [True, True, False, True, False]
+    assert [bool(played.evaluate(right(count)).snapshot) for count in (64, 66, 62, 66, 59)] == [True, True, False, True, False]
 
 
 def test_an_outage_of_the_rewards_says_nothing():
@@ -121,9 +121,9 @@ def test_an_outage_of_the_rewards_says_nothing():
         played.evaluate(right(count))
     nothing: list[float | None] = [None] * 128
     partly: list[float | None] = [0.0, 0.0, *[None] * 126]
-    assert played.evaluate(nothing) == played.evaluate(partly) == Verdict()
+    assert played.evaluate(nothing) == played.evaluate(partly) == Decision(step=20)
     assert played.guards.ends_with(nothing) is None
-    assert rung([played.evaluate(right(20))]) == [("evaluation", Level.STOP)]
+    assert triggered([played.evaluate(right(20))]) == [("evaluation", Level.STOP)]
 
 
 def test_after_a_fallen_evaluation_a_step_s_restore_goes_back_to_the_best_one():
@@ -132,8 +132,8 @@ def test_after_a_fallen_evaluation_a_step_s_restore_goes_back_to_the_best_one():
         played.evaluate(right(count))
         played.steps(6)
     assert played.evaluate(right(55)).restore is None
-    verdicts = [v for _ in range(2) for v in [*played.steps(sampler_kl=0.02), *played.steps()]]
-    (restored,) = [v for v in verdicts if v.restore]
+    decisions = [v for _ in range(2) for v in [*played.steps(sampler_kl=0.02), *played.steps()]]
+    (restored,) = [v for v in decisions if v.restore]
     assert restored.restore == "evaluation"
     assert "of the evaluation at step 26" in restored.text
 
@@ -146,15 +146,15 @@ def test_one_policy_is_put_back_so_many_times_whoever_vouches_for_it():
     restores = []
     for _ in range(8):
         restores += [v for v in [played.evaluate(right(0)), *played.steps(8, reward=0.0)] if v.restore]
-    assert [v.give_up for v in restores][:4] == [False, False, False, True]
+    assert [v.stop for v in restores][:4] == [False, False, False, True]
 
 
-def test_a_restored_step_is_the_one_that_the_evaluated_policy_samples():
+def test_restoring_an_evaluation_replaces_the_step_snapshot_by_the_same_policy():
     played = after_calm()
     for count in (16, 80, 0):
         played.evaluate(right(count))
     state = played.guards.state_dict()["kept"]
-    assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 21)
+    assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 20)
 
 
 def test_a_fall_beyond_stop_restores_the_best_and_halves():
@@ -163,16 +163,16 @@ def test_a_fall_beyond_stop_restores_the_best_and_halves():
         played.steps(10)
         played.evaluate(right(count))
     played.steps(10)
-    verdict = played.evaluate(right(30))
-    assert rung([verdict]) == [("evaluation", Level.STOP)]
-    assert verdict.restore == "evaluation" and not verdict.healthy and not verdict.skip
-    assert verdict.text == "step 30: restored the adapter and optimizer of the evaluation at step 20, learning rate x 0.5"
-    assert verdict.alarms[0].text.startswith("step 30: evaluation 0.234: ")
+    decision = played.evaluate(right(30))
+    assert triggered([decision]) == [("evaluation", Level.STOP)]
+    assert decision.restore == "evaluation" and not decision.snapshot and not decision.skip
+    assert decision.text == "step 30: restored the adapter and optimizer of the evaluation at step 20, learning rate x 0.5"
+    assert decision.alarms[0].text.startswith("step 30: evaluation 0.234: ")
     state = played.guards.state_dict()
     assert state["now"] == state["kept"]["evaluation"]["trackers"] == state["kept"]["step"]["trackers"]
     assert (played.metric("alarms"), played.metric("restores"), played.metric("halvings")) == (1, 1, 1)
     played.steps(10)
-    assert rung([played.evaluate(right(80))]) == []
+    assert triggered([played.evaluate(right(80))]) == []
 
 
 def test_a_fall_that_is_watched_adds_up_with_other_alarms_and_bars_snapshots():
@@ -181,13 +181,13 @@ def test_a_fall_that_is_watched_adds_up_with_other_alarms_and_bars_snapshots():
         played.evaluate(right(count))
         played.steps(2)
     played.evaluate(right(55))
-    assert rung(played.verdicts[-1:]) == [("evaluation", Level.WATCH)]
+    assert triggered(played.decisions[-1:]) == [("evaluation", Level.WATCH)]
     assert played.guards.learning_rate_factor == 1.0
-    assert not any(verdict.healthy for verdict in played.steps(15))
+    assert not any(decision.snapshot for decision in played.steps(15))
     played.steps(1, sampler_kl=0.02)
     assert played.guards.learning_rate_factor == 0.5
     played.evaluate(right(80))
-    assert any(verdict.healthy for verdict in played.steps(8))
+    assert any(decision.snapshot for decision in played.steps(8))
 
 
 @pytest.mark.parametrize(("prompts", "count"), [(16, 50), (64, 50), (200, 50)])
@@ -199,8 +199,8 @@ def test_noise_is_seldom_a_fall(prompts: int, count: int):
         usual = [float(draw.random() < 0.3) for _ in range(prompts)]
         for _ in range(count):
             played.evaluate([1 - right if draw.random() < 0.2 else right for right in usual])
-        restored += any(verdict.restore for verdict in played.verdicts)
-        ended += any(verdict.give_up for verdict in played.verdicts)
+        restored += any(decision.restore for decision in played.decisions)
+        ended += any(decision.stop for decision in played.decisions)
     assert restored <= 2 and ended == 0
 
 
@@ -212,24 +212,24 @@ def test_an_evaluation_that_nothing_leads_on_from_ends_the_run():
     given_up = []
     for _ in range(5):
         played.steps(5)
-        given_up.append(played.evaluate(right(0)).give_up)
+        given_up.append(played.evaluate(right(0)).stop)
     assert given_up == [False] * 4 + [True]
-    assert "nothing has led on from step 10" in played.verdicts[-1].text
+    assert "rolled back 4 times to step 10 without recovering" in played.decisions[-1].text
 
 
 def test_switches():
     falls = (16, 80, 0)
     never = Played(restore=False)
     assert [never.evaluate(right(count)).restore for count in falls] == [None] * 3
-    assert rung(never.verdicts) == [("evaluation", Level.STOP)]
+    assert triggered(never.decisions) == [("evaluation", Level.STOP)]
     unhalved, off, unlimited = Played(halve=False), Played(enabled=False), Played(evaluation_watch=None, evaluation_stop=None)
     assert [unhalved.evaluate(right(count)).restore for count in falls] == [None, None, "evaluation"]
     assert unhalved.guards.learning_rate_factor == 1.0
     for count in falls:
         off.evaluate(right(count))
         unlimited.evaluate(right(count))
-    assert not any(verdict.alarms or verdict.healthy or verdict.text for verdict in off.verdicts)
-    assert rung(unlimited.verdicts) == []
+    assert not any(decision.alarms or decision.snapshot or decision.text for decision in off.decisions)
+    assert triggered(unlimited.decisions) == []
     assert off.guards.ends_with(right(0)) is None
 
 
@@ -265,9 +265,9 @@ def test_evaluations_go_on_after_a_checkpoint():
         whole.evaluate(right(count))
     resumed = Played()
     resumed.guards.load_state_dict(json.loads(json.dumps(whole.guards.state_dict(), allow_nan=False)))
-    resumed.step = whole.step
+    resumed.step, resumed.snapshots.steps = whole.step, dict(whole.snapshots.steps)
     for played in (whole, resumed):
         played.steps(7)
         played.evaluate(right(20))
-    assert resumed.verdicts[-1] == whole.verdicts[-1]
+    assert resumed.decisions[-1] == whole.decisions[-1]
     assert resumed.guards.state_dict() == whole.guards.state_dict()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from played_guards import Played, after_calm, rise, rung
+from played_guards import Played, StepsOnly, after_calm, rise, triggered
 
 from rankup.grpo.config.guards import GuardsConfig
-from rankup.grpo.guards.guards import Guards, Verdict
+from rankup.grpo.guards.decision import Decision
+from rankup.grpo.guards.guards import Guards
 from rankup.grpo.guards.rules import EVALUATION, RULES
 from rankup.grpo.guards.trackers import Level
 
@@ -41,8 +42,8 @@ def test_each_alarm_rings_on_its_fault_and_on_no_other(name: str, harmless: floa
         levels[stop] = Level.STOP
     for value, level in levels.items():
         played = Played(restore=False)
-        assert rung(played.steps(20)) == []
-        alarms = rung(played.steps(25, **{name: value}))
+        assert triggered(played.steps(20)) == []
+        alarms = triggered(played.steps(25, **{name: value}))
         assert {alarm for alarm, _ in alarms} == ({name} if level > Level.INSIDE else set())
         assert max((reached for _, reached in alarms), default=Level.INSIDE) == level
 
@@ -52,39 +53,41 @@ def test_a_limit_can_be_switched_off(name: str, watch: float, stop: float | None
     limits = {f"{name}_watch": None} | ({} if stop is None else {f"{name}_stop": None})
     played = Played(**limits)
     played.steps(20)
-    assert rung(played.steps(25, **{name: watch if stop is None else stop})) == []
+    assert triggered(played.steps(25, **{name: watch if stop is None else stop})) == []
 
 
 @pytest.mark.parametrize("name", ["sampler_kl", "sampler_ratio", "effective_sample_size", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_batch_that_is_not_finite_is_beyond_stop(calm: Played, name: str, value: float):
-    (verdict,) = calm.steps(**{name: value})
-    assert rung([verdict]) == [(name, Level.STOP)]
-    assert verdict.skip
-    assert "not finite" in verdict.alarms[0].text
-    assert rung(calm.steps(3)) == []  # no running mean took it in
+    (decision,) = calm.steps(**{name: value})
+    assert triggered([decision]) == [(name, Level.STOP)]
+    assert decision.skip
+    assert "not finite" in decision.alarms[0].text
+    assert triggered(calm.steps(3)) == []  # no running mean took it in
 
 
 @pytest.mark.parametrize("name", ["reward", "entropy", "advantage_scale", "length", "zero_variance"])
 @pytest.mark.parametrize("value", [math.nan, None])
 def test_what_says_nothing_of_the_policy_is_not_judged(calm: Played, name: str, value: float | None):
-    assert rung(calm.steps(10, **{name: value}) + calm.steps(10)) == []
+    assert triggered(calm.steps(10, **{name: value}) + calm.steps(10)) == []
 
 
 def test_absent_quantities_are_not_judged():
-    guards = Guards(GuardsConfig())
-    assert all(guards.judge(step, {}).alarms == () for step in range(30))
+    guards = Guards(GuardsConfig(), StepsOnly())
+    assert all(guards.inspect(step, {}).alarms == () for step in range(30))
 
 
 def test_what_needs_a_start_is_silent_until_there_is_one():
     played = Played()
-    assert rung(played.steps(4) + played.steps(1, sampler_kl=0.02, entropy=0.01, length=900.0, grad_norm=5.0, reward=0.0)) == []
+    first = played.steps(4)
+    fifth = played.steps(1, sampler_kl=0.02, entropy=0.01, length=900.0, grad_norm=5.0, reward=0.0)
+    assert triggered(first + fifth) == []
 
 
 def test_a_sampler_that_is_always_far_off_rings_only_beyond_its_own_start():
     played = Played()
-    assert rung(played.steps(30, sampler_kl=0.03, sampler_ratio=1.1)) == []
-    assert rung(played.steps(sampler_kl=0.07, sampler_ratio=1.16)) == [
+    assert triggered(played.steps(30, sampler_kl=0.03, sampler_ratio=1.1)) == []
+    assert triggered(played.steps(sampler_kl=0.07, sampler_ratio=1.16)) == [
         ("sampler_kl", Level.WATCH),
         ("sampler_ratio", Level.WATCH),
     ]
@@ -94,39 +97,40 @@ def test_a_norm_that_always_scatters_rings_later():
     played = Played()
     for step in range(40):
         played.steps(grad_norm=0.2 * 2 ** (0.5 * (-1) ** step))
-    assert rung(played.verdicts) == []
-    assert rung(played.steps(grad_norm=1.2)) == []  # six times the mean
-    assert rung(played.steps(grad_norm=20.0)) == [("grad_norm", Level.STOP)]
+    assert triggered(played.decisions) == []
+    assert triggered(played.steps(grad_norm=1.2)) == []  # six times the mean
+    assert triggered(played.steps(grad_norm=20.0)) == [("grad_norm", Level.STOP)]
 
 
 def test_a_spike_of_the_norm_hides_neither_itself_nor_the_next(calm: Played):
     assert calm.steps(grad_norm=50.0)[0].skip
-    assert not any(verdict.skip for verdict in calm.steps(3))
+    assert not any(decision.skip for decision in calm.steps(3))
     assert calm.steps(grad_norm=50.0)[0].skip
 
 
 def test_a_new_level_of_the_norm_is_accepted_before_the_run_gives_up(calm: Played):
-    verdicts = calm.steps(20, grad_norm=1.6)
-    assert verdicts[0].skip and not verdicts[9].skip and not verdicts[19].skip
-    assert not any(verdict.give_up for verdict in verdicts)
+    decisions = calm.steps(20, grad_norm=1.6)
+    assert decisions[0].skip and not decisions[9].skip and not decisions[19].skip
+    assert not any(decision.stop for decision in decisions)
 
 
 def test_an_alarm_rings_once_an_excursion():
     calm = after_calm(restore=False)  # a restore would begin anew
-    assert rung(calm.steps(3, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
-    assert rung(calm.steps(2, sampler_kl=0.2)) == [("sampler_kl", Level.STOP)]
-    assert rung(calm.steps(2, sampler_kl=0.02)) == []
+    assert triggered(calm.steps(3, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
+    assert triggered(calm.steps(2, sampler_kl=0.2)) == [("sampler_kl", Level.STOP)]
+    assert triggered(calm.steps(2, sampler_kl=0.02)) == []
     calm.steps()
-    assert rung(calm.steps(2, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
+    assert triggered(calm.steps(2, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
 
 
 def test_a_mean_has_to_be_inside_for_some_steps_before_it_rings_again():
     played = after_calm(restore=False)
-    assert rung(played.steps(20, entropy=0.3)) == [("entropy", Level.WATCH)]
+    assert triggered(played.steps(20, entropy=0.3)) == [("entropy", Level.WATCH)]
     # The mean swings around the limit.
-    assert rung([verdict for _ in range(6) for verdict in played.steps(3, entropy=0.8) + played.steps(3, entropy=0.3)]) == []
+    swings = [played.steps(3, entropy=0.8) + played.steps(3, entropy=0.3) for _ in range(6)]
+    assert triggered([decision for swing in swings for decision in swing]) == []
     played.steps(10)
-    assert rung(played.steps(20, entropy=0.3)) == [("entropy", Level.WATCH)]
+    assert triggered(played.steps(20, entropy=0.3)) == [("entropy", Level.WATCH)]
 
 
 # What a reward excuses, and what noise does
@@ -134,21 +138,21 @@ def test_a_mean_has_to_be_inside_for_some_steps_before_it_rings_again():
 
 def test_entropy_and_advantage_scale_are_held_back_while_the_reward_is_at_its_best():
     played = Played()
-    assert rung(rise(played) + played.steps(40, reward=0.8, entropy=0.05, advantage_scale=2.0)) == []
+    assert triggered(rise(played) + played.steps(40, reward=0.8, entropy=0.05, advantage_scale=2.0)) == []
 
 
 def test_length_is_not_held_back():
-    assert ("length", Level.WATCH) in rung(rise(Played(), length=400.0))
+    assert ("length", Level.WATCH) in triggered(rise(Played(), length=400.0))
 
 
 def test_entropy_rings_where_nothing_was_gained(calm: Played):
-    assert ("entropy", Level.STOP) in rung(calm.steps(20, entropy=0.01))
+    assert ("entropy", Level.STOP) in triggered(calm.steps(20, entropy=0.01))
 
 
 def test_entropy_is_no_longer_held_back_once_the_reward_falls():
     played = Played()
     rise(played)
-    alarms = rung(played.steps(10, reward=0.2, entropy=0.05))
+    alarms = triggered(played.steps(10, reward=0.2, entropy=0.05))
     assert {"reward", "entropy"} <= {name for name, _ in alarms}
 
 
@@ -156,16 +160,16 @@ def test_the_reward_is_judged_by_what_it_lost_of_its_gain():
     played = Played(restore=False, halve=False)
     rise(played)
     played.steps(40, reward=0.8)
-    assert rung(played.steps(30, reward=0.72)) == []  # 0.11 of the gain
-    assert rung(played.steps(30, reward=0.64)) == [("reward", Level.WATCH)]  # 0.23
-    assert rung(played.steps(40, reward=0.5)) == [("reward", Level.STOP)]
+    assert triggered(played.steps(30, reward=0.72)) == []  # 0.11 of the gain
+    assert triggered(played.steps(30, reward=0.64)) == [("reward", Level.WATCH)]  # 0.23
+    assert triggered(played.steps(40, reward=0.5)) == [("reward", Level.STOP)]
 
 
 def test_a_rare_reward_that_comes_and_goes_is_no_loss():
     played = Played()
     for step in range(400):
         played.steps(reward=0.125 if step % 57 == 20 else 0.0, advantage_scale=None, entropy=None)
-    assert rung(played.verdicts) == []
+    assert triggered(played.decisions) == []
 
 
 # Actions
@@ -177,16 +181,16 @@ def test_one_alarm_does_nothing_and_two_halve_the_learning_rate(calm: Played):
     calm.steps()
     (second,) = calm.steps(sampler_kl=0.02)
     assert (second.skip, second.restore, calm.guards.learning_rate_factor) == (False, None, 0.5)
-    assert second.text == "step 22: learning rate x 0.5"
+    assert second.text == "step 23: learning rate x 0.5"
 
 
 def test_a_third_alarm_restores_and_halves_again_and_empties_the_window(calm: Played):
     for _ in range(3):
         calm.steps()
         calm.steps(sampler_kl=0.02)
-    verdict = calm.verdicts[-1]
-    assert verdict.restore and not verdict.skip and not verdict.healthy
-    assert verdict.text == "step 25: restored the adapter and optimizer that sampled step 20, learning rate x 0.25"
+    decision = calm.decisions[-1]
+    assert decision.restore and not decision.skip and not decision.snapshot
+    assert decision.text == "step 26: restored the adapter and optimizer that sampled step 21, learning rate x 0.25"
     assert (calm.metric("restores"), calm.metric("halvings"), calm.metric("alarms")) == (1, 2, 3)
     calm.steps()
     calm.steps(sampler_kl=0.02)
@@ -202,42 +206,42 @@ def test_alarms_add_up_within_the_window_only(calm: Played, apart: int, factor: 
 
 
 def test_the_sampler_s_alarms_of_one_step_count_as_one(calm: Played):
-    (verdict,) = calm.steps(sampler_kl=0.02, sampler_ratio=1.1, effective_sample_size=0.4)
-    assert len(verdict.alarms) == 3
+    (decision,) = calm.steps(sampler_kl=0.02, sampler_ratio=1.1, effective_sample_size=0.4)
+    assert len(decision.alarms) == 3
     assert calm.guards.learning_rate_factor == 1.0
-    (verdict,) = calm.steps(grad_norm=0.8)
+    (decision,) = calm.steps(grad_norm=0.8)
     assert calm.guards.learning_rate_factor == 0.5
 
 
 def test_advice_is_shown_and_nothing_follows(calm: Played):
-    verdicts = calm.steps(60, zero_variance=1.0)
-    assert rung(verdicts) == [("zero_variance", Level.WATCH)]
-    assert calm.metric("alarms") == 0 and all(verdict.text == "" for verdict in verdicts)
-    assert sum(verdict.healthy for verdict in verdicts) == 12
+    decisions = calm.steps(60, zero_variance=1.0)
+    assert triggered(decisions) == [("zero_variance", Level.WATCH)]
+    assert calm.metric("alarms") == 0 and all(decision.text == "" for decision in decisions)
+    assert sum(decision.snapshot is not None for decision in decisions) == 12
 
 
 def test_a_batch_beyond_stop_is_skipped_for_as_long_as_it_is(calm: Played):
-    verdicts = calm.steps(4, sampler_kl=0.2)
-    assert all(verdict.skip and not verdict.healthy for verdict in verdicts)
-    assert rung(verdicts) == [("sampler_kl", Level.STOP)]
-    assert verdicts[3].text == "step 23: skipped the update (sampler_kl is beyond its limit)"
+    decisions = calm.steps(4, sampler_kl=0.2)
+    assert all(decision.skip and not decision.snapshot for decision in decisions)
+    assert triggered(decisions) == [("sampler_kl", Level.STOP)]
+    assert decisions[3].text == "step 24: skipped the update (sampler_kl is above its hard limit)"
     assert not calm.steps()[0].skip
     assert calm.metric("skipped_steps") == 4
 
 
 def test_a_policy_beyond_stop_is_restored_at_once(calm: Played):
-    verdicts = calm.steps(12, reward=0.0)
-    (restored,) = [verdict for verdict in verdicts if verdict.restore][:1]
-    assert rung([restored]) == [("reward", Level.STOP)]
-    assert restored.text.endswith("restored the adapter and optimizer that sampled step 15, learning rate x 0.5")
+    decisions = calm.steps(12, reward=0.0)
+    (restored,) = [decision for decision in decisions if decision.restore][:1]
+    assert triggered([restored]) == [("reward", Level.STOP)]
+    assert restored.text.endswith("restored the adapter and optimizer that sampled step 16, learning rate x 0.5")
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_gradient_that_is_not_finite_is_always_skipped(enabled: bool):
     played = Played(enabled=enabled, skip=False)
     played.steps(10)
-    (verdict,) = played.steps(grad_norm=math.nan)
-    assert verdict.skip and verdict.text == "step 10: skipped the update (the gradient is not finite)"
+    (decision,) = played.steps(grad_norm=math.nan)
+    assert decision.skip and decision.text == "step 11: skipped the update (the gradient is not finite)"
 
 
 def test_switches():
@@ -247,23 +251,23 @@ def test_switches():
     assert any(v.restore for v in unhalved.steps(20, reward=0.0))
     assert unhalved.guards.learning_rate_factor == 1.0
     off = after_calm(enabled=False)
-    assert all(v == Verdict() for v in off.steps(20, reward=0.0, sampler_kl=0.2, grad_norm=90.0, entropy=0.0))
+    assert all(v == Decision(step=v.step) for v in off.steps(20, reward=0.0, sampler_kl=0.2, grad_norm=90.0, entropy=0.0))
 
 
 def test_without_a_snapshot_a_bad_policy_only_halves():
     played = Played()
     played.steps(20, sampler_kl=0.2)  # all skipped: never healthy
-    verdicts = played.steps(20, sampler_kl=0.2, reward=0.0)
-    assert not any(verdict.restore for verdict in verdicts)
+    decisions = played.steps(20, sampler_kl=0.2, reward=0.0)
+    assert not any(decision.restore for decision in decisions)
     assert played.guards.learning_rate_factor < 1
 
 
 def test_the_run_gives_up_after_too_many_skips_in_a_row():
     calm = after_calm(restore=False)
-    verdicts = calm.steps(9, sampler_kl=0.2) + calm.steps() + calm.steps(9, grad_norm=math.inf)
-    assert not any(verdict.give_up for verdict in verdicts)
+    decisions = calm.steps(9, sampler_kl=0.2) + calm.steps() + calm.steps(9, grad_norm=math.inf)
+    assert not any(decision.stop for decision in decisions)
     (last,) = calm.steps(sampler_kl=0.2)
-    assert last.give_up and "after 10 skipped updates in a row" in last.text
+    assert last.stop and "after 10 skipped updates in a row" in last.text
 
 
 def test_the_learning_rate_has_a_floor():
@@ -273,15 +277,15 @@ def test_the_learning_rate_has_a_floor():
         played.steps(sampler_kl=0.02)
     assert played.guards.learning_rate_factor == 0.2
     assert played.metric("halvings") == 3
-    assert played.verdicts[-1].text == ""
+    assert played.decisions[-1].text == ""
 
 
 def test_every_text_is_one_line_that_names_step_value_and_limit(calm: Played):
     (alarm,) = calm.steps(effective_sample_size=0.2)[0].alarms
-    assert alarm.text == "step 20: effective_sample_size 0.20 (stop below 0.3)"
-    assert (alarm.step, alarm.value, alarm.limit) == (20, 0.2, 0.3)
+    assert alarm.text == "step 21: effective_sample_size 0.20 (stop below 0.3)"
+    assert (alarm.step, alarm.value, alarm.limit) == (21, 0.2, 0.3)
     calm.steps(3, sampler_kl=math.nan, grad_norm=9.0, entropy=0.001, reward=-1.0, length=900.0, advantage_scale=9.0)
-    texts = [alarm.text for verdict in calm.verdicts for alarm in verdict.alarms] + [v.text for v in calm.verdicts]
+    texts = [alarm.text for decision in calm.decisions for alarm in decision.alarms] + [v.text for v in calm.decisions]
     assert len(texts) > 5 and all("\n" not in text and "{" not in text for text in texts)
 
 
@@ -305,15 +309,15 @@ def test_every_rule_has_its_limits():
 def test_a_snapshot_that_nothing_leads_on_from_ends_the_run() -> None:
     """Every restore is followed by the same fall; four are carried out, the fifth stops the run, restored as well."""
     played = after_calm()
-    verdicts = [v for _ in range(5) for v in played.steps(12, reward=0.0)]
-    restores = [v for v in verdicts if v.restore]
-    assert [v.give_up for v in restores[:5]] == [False] * 4 + [True]
-    assert "nothing has led on from step" in restores[4].text and "max_restores" in restores[4].text
+    decisions = [v for _ in range(5) for v in played.steps(12, reward=0.0)]
+    restores = [v for v in decisions if v.restore]
+    assert [v.stop for v in restores[:5]] == [False] * 4 + [True]
+    assert "without recovering" in restores[4].text and "max_restores" in restores[4].text
 
 
 def test_a_new_snapshot_forgives_restores_of_the_one_before() -> None:
     played = after_calm()
     for _ in range(8):
-        assert not any(verdict.give_up for verdict in played.steps(12, reward=0.0)[:6])
+        assert not any(decision.stop for decision in played.steps(12, reward=0.0)[:6])
         played.steps(20)
     assert played.metric("restores") >= 5

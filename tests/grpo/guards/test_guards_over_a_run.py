@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from played_guards import CALM, Played, after_calm, rise, rung
+from played_guards import CALM, Played, StepsOnly, after_calm, rise, triggered
 
 from rankup.grpo.config.guards import GuardsConfig
 from rankup.grpo.guards.guards import Guards
@@ -25,7 +25,7 @@ def calm() -> Played:
 
 
 def healthy_steps(played: Played) -> list[int]:
-    return [step for step, verdict in enumerate(played.verdicts) if verdict.healthy]
+    return [step for step, decision in enumerate(played.decisions) if decision.snapshot]
 
 
 def test_a_healthy_run_has_a_snapshot_every_few_steps(calm: Played):
@@ -41,16 +41,16 @@ def test_no_snapshot_at_an_alarm_nor_shortly_after(calm: Played):
 
 
 def test_no_snapshot_while_a_value_is_beyond_its_limit(calm: Played):
-    assert not any(verdict.healthy for verdict in calm.steps(30, sampler_kl=0.02))
+    assert not any(decision.snapshot for decision in calm.steps(30, sampler_kl=0.02))
 
 
 def test_no_snapshot_while_the_reward_is_below_its_best():
     played = Played(reward_watch=None, reward_stop=None)
     rise(played)
     played.steps(30, reward=0.8)
-    fallen = [verdict.healthy for verdict in played.steps(30, reward=0.6)]
+    fallen = [decision.snapshot for decision in played.steps(30, reward=0.6)]
     assert not any(fallen)
-    assert any(verdict.healthy for verdict in played.steps(30, reward=0.8))
+    assert any(decision.snapshot for decision in played.steps(30, reward=0.8))
 
 
 def test_a_fall_that_is_too_fast_to_be_told_from_noise_is_not_taken_for_healthy():
@@ -67,12 +67,12 @@ def test_a_restore_puts_the_running_means_back():
     rise(played)
     played.steps(5, reward=0.8, entropy=0.05)
     saved = json.loads(json.dumps(played.guards.state_dict()))["kept"]["step"]["trackers"]
-    assert any(verdict.restore for verdict in played.steps(10, reward=0.1, entropy=0.05)[:5])
-    played.guards.restored()
+    assert any(decision.restore for decision in played.steps(10, reward=0.1, entropy=0.05)[:5])
+    played.guards.restore("step")
     state = played.guards.state_dict()
     assert state["now"] == saved == state["kept"]["step"]["trackers"]
     assert played.guards.learning_rate_factor < 1
-    assert rung(played.steps(20, reward=0.8, entropy=0.05)) == []
+    assert triggered(played.steps(20, reward=0.8, entropy=0.05)) == []
 
 
 def test_a_run_ends_with_the_snapshot_if_its_reward_has_fallen():
@@ -84,7 +84,7 @@ def test_a_run_ends_with_the_snapshot_if_its_reward_has_fallen():
     assert played.guards.ends_with() == "step"
     played.steps(20, reward=0.8)
     assert played.guards.ends_with() is None
-    assert Guards(GuardsConfig()).ends_with() is None
+    assert Guards(GuardsConfig(), StepsOnly()).ends_with() is None
 
 
 # Resuming, and a run that was healthy
@@ -107,7 +107,7 @@ def test_judging_goes_on_after_a_checkpoint_as_if_there_had_been_none(
         whole.steps(**values)
     resumed = Played(baseline_steps=2, snapshot_steps=2)
     resumed.guards.load_state_dict(json.loads(json.dumps(whole.guards.state_dict(), allow_nan=False)))
-    resumed.step = whole.step
+    resumed.step, resumed.snapshots.steps = whole.step, dict(whole.snapshots.steps)
     for values in trace[cut:]:
         assert repr(resumed.steps(**values)) == repr(whole.steps(**values))  # repr: NaN is not equal to itself
     assert resumed.guards.state_dict() == whole.guards.state_dict()
@@ -118,8 +118,11 @@ def test_a_recorded_healthy_run_is_silent():
     # The first 40 steps of the quick start (seed 42): the reward goes from 0.03 to 0.75 and the entropy to a twentieth. The
     # advantages' scale is the standard deviation of rewards in a group there, which becomes five times its start.
     columns: dict[str, list[float]] = json.loads(HEALTHY_RUN.read_text())
-    guards = Guards(GuardsConfig())
-    verdicts = [guards.judge(step, {name: values[step] for name, values in columns.items()}) for step in range(40)]
+    guards = Guards(GuardsConfig(), StepsOnly())
+    decisions = []
+    for step in range(40):
+        decisions.append(guards.inspect(step, {name: values[step] for name, values in columns.items()}))
+        guards.apply(decisions[-1])
     assert {rule.metric for rule in RULES} - columns.keys() == {"sampling/effective_sample_size"}
-    assert [(verdict.alarms, verdict.text) for verdict in verdicts if verdict.alarms or verdict.text] == []
-    assert [step for step, verdict in enumerate(verdicts) if verdict.healthy] == list(range(0, 40, 5))
+    assert [(decision.alarms, decision.text) for decision in decisions if decision.alarms or decision.text] == []
+    assert [step for step, decision in enumerate(decisions) if decision.snapshot] == list(range(0, 40, 5))

@@ -1,0 +1,45 @@
+"""A prompt's completions and what becomes of them in a step: scores, then advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...rewards.combining import Scores
+from ...rollout.types import Completion
+from .prompts import Prompt
+
+
+def _no_scores() -> Scores:
+    return Scores(total=[], by_function={}, extras={}, metrics={}, weights=[])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One prompt and its G completions.
+
+    Attributes:
+        scores: rewards of the completions; empty before they are scored.
+        advantages: one for each completion; empty before they are computed.
+        reward_std: standard deviation of the rewards, penalties taken off.
+        has_variance: whether the rewards differ. Without variance, there is nothing to learn from the group.
+        is_local: whether this worker sampled it. Of a remote group, it knows metadata only: rewards and lengths without tokens.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scores: Scores = field(default_factory=_no_scores)
+    advantages: tuple[float, ...] = ()
+    reward_std: float = 0.0
+    has_variance: bool = False
+    is_local: bool = True
+
+    def select(self, places: Sequence[int]) -> Group:
+        """The group with some of its completions only, their advantages and scores."""
+        return dataclasses.replace(
+            self,
+            completions=tuple(self.completions[place] for place in places),
+            advantages=tuple(self.advantages[place] for place in places),
+            scores=self.scores.select(places) if self.scores.total else self.scores,
+        )

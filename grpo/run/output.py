@@ -1,0 +1,85 @@
+"""What the main process of a run shows and writes: terminal view, run folder, trackers, notes. The other processes have none.
+
+    output = RunOutput(config, view, recorder)
+    output.step(step, metrics, seconds_by_phase)
+    output.evaluation(step, evaluation, "during")
+    output.finish(summary)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..common.log import logger
+from ..config import GRPOConfig
+from ..data.groups import Group
+from ..display.terminal import View
+from ..display.view_text import When
+from ..experience.evaluation import Evaluation
+from ..experience.step_metrics import completions_table
+from .notes import evaluation_notes
+from .records import RunRecorder
+from .reporting import make_reports
+
+
+class RunOutput:
+    """See the module's docstring."""
+
+    def __init__(self, config: GRPOConfig, view: View, recorder: RunRecorder) -> None:
+        self.config = config
+        self.view = view
+        self.recorder = recorder
+
+    def open_trackers(self, resume: Mapping[str, Any] | None) -> None:
+        """Start the trackers of `logging.report_to`; `resume`: the recorder's state in the checkpoint that the run resumes."""
+        logging = self.config.logging
+        self.recorder.report_to(
+            make_reports(
+                logging.report_to,
+                output_dir=logging.output_dir,
+                run_name=logging.run_name,
+                project=logging.project,
+                config=self.config.model_dump(mode="json"),
+                resume=None if resume is None else resume["reports"],
+                resume_step=0 if resume is None else resume["steps"],
+            )
+        )
+
+    def completions(self, step: int, groups: Sequence[Group]) -> None:
+        """Write the completions of this worker's groups, and show a few. `step`: updates done before it."""
+        local = [group for group in groups if group.is_local]
+        table = completions_table(local)
+        self.recorder.completions(step + 1, table.table, rewards=table.rewards, extras=table.extras, data=table.data)
+        shown = [
+            (group.prompt.content, group.completions[0].text, group.scores.total[0])
+            for group in local[: self.config.logging.num_completions_to_print]
+        ]
+        self.view.completions(step + 1, shown)
+
+    def evaluation(self, step: int, evaluation: Evaluation, when: When) -> None:
+        """Record and show an evaluation after `step` updates."""
+        self.recorder.evaluation(step, evaluation.mean_reward, when=when)
+        for note in evaluation_notes(evaluation):
+            logger.warning(note)
+        self.view.evaluation(step, evaluation.mean_reward, when)
+
+    def draw(self) -> None:
+        """`learning_curve.png`."""
+        from .plots import plot_learning_curve
+
+        run_dir = self.recorder.output_dir
+        plot_learning_curve([run_dir], run_dir / "learning_curve.png")
+
+    def summarize(self, *, guards: Mapping[str, float], inputs: Mapping[str, Any], interrupted: bool) -> dict[str, Any]:
+        """Write `summary.json`, the last file of a run: it says whether the run is complete."""
+        return self.recorder.summary(
+            {
+                "run_name": self.config.logging.run_name,
+                "model": self.config.model.name,
+                "seed": self.config.seed,
+                "interrupted": interrupted,
+                "guards": guards,
+                "inputs": inputs,
+            }
+        )
