@@ -20,7 +20,7 @@ from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.sampler import PromptSampler
 from ..model.packing import WeightedGroup
-from .collect import Collected, ScoredGroup, collect, sampling_settings, together
+from .collect import Collected, ScoredGroup, collect, together
 from .step_metrics import completion_metrics, reward_metrics
 
 
@@ -125,7 +125,7 @@ def _round(
         engine,
         scorer,
         rows[share],
-        sampling_settings(config),
+        config.rollout,
         seed=(config.seed, step),
         first_index=number * config.optim.prompts_per_step + share.start,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},

@@ -1,6 +1,6 @@
 """Groups from the engine, scored as they finish: what training and evaluation both begin with.
 
-    collected = collect(engine, make_scorer(config), rows, sampling_settings(config), seed=(42, step), trainer_state=state)
+    collected = collect(engine, make_scorer(config), rows, config.rollout, seed=(42, step), trainer_state=state)
 
 A group goes to the reward functions as soon as its last completion ends. What runs in processes or on the event loop is
 waited for when all groups are sampled; what runs inline is done between two steps of the engine.
@@ -18,8 +18,9 @@ from ...rewards.combining import Pending, Scores
 from ...rewards.contract import Inputs
 from ...rewards.loading import RewardSpec
 from ...rewards.runner import Scorer
+from ...rollout.config import SamplingConfig
 from ...rollout.engine import EngineSettings, RolloutEngine, request_seed
-from ...rollout.types import PromptGroup, SamplingSettings
+from ...rollout.types import PromptGroup
 from ..common.world import World
 from ..config import GRPOConfig
 from ..data.prompts import PromptRow
@@ -74,43 +75,14 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     """
     return EngineSettings(
         model=model_path,
+        rollout=config.rollout,
         target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,
         dtype=config.model.dtype,
         seed=config.seed,
-        max_model_len=config.rollout.max_model_length,
         max_num_seqs=config.max_num_seqs,
-        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        enforce_eager=config.rollout.enforce_eager,
-        lora_path=config.rollout.lora_path,
         keep_base_weights=config.model.share_base_weights is True,
         nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
-    )
-
-
-def sampling_settings(config: GRPOConfig) -> SamplingSettings:
-    """How training samples."""
-    rollout = config.rollout
-    return SamplingSettings(
-        num_generations=rollout.num_generations,
-        max_completion_length=rollout.max_completion_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        stop=tuple(rollout.stop),
-    )
-
-
-def greedy_settings(config: GRPOConfig) -> SamplingSettings:
-    """How evaluation samples: one completion, the likeliest token each time."""
-    rollout = config.rollout
-    return SamplingSettings(
-        num_generations=1,
-        max_completion_length=rollout.max_completion_length,
-        temperature=0.0,
-        stop=tuple(rollout.stop),
     )
 
 
@@ -118,7 +90,7 @@ def collect(
     engine: RolloutEngine,
     scorer: Scorer,
     rows: Sequence[PromptRow],
-    sampling: SamplingSettings,
+    sampling: SamplingConfig,
     *,
     seed: tuple[int, int] | None,
     first_index: int = 0,

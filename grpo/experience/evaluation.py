@@ -15,7 +15,7 @@ from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.prompts import PromptRow
 from ..guards.evaluations import Rewards
-from .collect import collect, greedy_settings, together
+from .collect import collect, together
 from .step_metrics import failures
 
 
@@ -45,7 +45,7 @@ def evaluate(
         engine,
         scorer,
         rows[world.shard(len(rows))],
-        greedy_settings(config),
+        config.rollout.greedy(),
         seed=None,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
