@@ -7,11 +7,14 @@ from pydantic import Field, field_validator
 from ..section import Section
 
 
-class RolloutConfig(Section):
-    """Sampling with vLLM, in this process."""
+class SamplingConfig(Section):
+    """How the completions of a prompt are sampled. Names and meanings are those of vLLM and TRL; `temperature` 0 is greedy.
 
-    num_generations: int = Field(default=8, ge=2)
-    """Completions for each prompt (the group size G), at least 2."""
+    The engine does not read `max_prompt_length`: longer prompts are dropped when the data is prepared.
+    """
+
+    num_generations: int = Field(default=8, ge=1)
+    """Completions for each prompt (the group size G)."""
 
     max_prompt_length: int = Field(default=512, ge=1)
     """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted."""
@@ -19,8 +22,8 @@ class RolloutConfig(Section):
     max_completion_length: int = Field(default=256, ge=1)
     """Longest completion, in tokens."""
 
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature in training, above 0. Evaluation is greedy."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature. 0: the likeliest token each time."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Probability mass to sample from, (0, 1]. Below 1 the policy that samples is not the one that is trained."""
@@ -33,6 +36,31 @@ class RolloutConfig(Section):
 
     stop: list[str] = Field(default=[])
     """Strings that end a completion. A single string will do."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_string_will_do(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("top_k")
+    @classmethod
+    def _zero_is_off(cls, top_k: int) -> int:
+        return top_k or -1
+
+    @property
+    def max_model_length(self) -> int:
+        """Tokens of the longest sequence: prompt and completion."""
+        return self.max_prompt_length + self.max_completion_length
+
+
+class RolloutConfig(SamplingConfig):
+    """Sampling with vLLM, in this process: how training samples, and what the engine is started with."""
+
+    num_generations: int = Field(default=8, ge=2)
+    """Completions for each prompt (the group size G), at least 2."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature in training, above 0. Evaluation is greedy."""
 
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Sequences that are sampled at once. None: all completions of a step, at most 256."""
@@ -50,17 +78,12 @@ class RolloutConfig(Section):
     """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's own kernels), `auto`
     (dense on CPU, punica on CUDA)."""
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_string_will_do(cls, stop: object) -> object:
-        return [stop] if isinstance(stop, str) else stop
-
-    @field_validator("top_k")
-    @classmethod
-    def _zero_is_off(cls, top_k: int) -> int:
-        return top_k or -1
-
-    @property
-    def max_model_length(self) -> int:
-        """Tokens of the longest sequence: prompt and completion."""
-        return self.max_prompt_length + self.max_completion_length
+    def greedy(self) -> SamplingConfig:
+        """How evaluation samples: one completion of each prompt, the likeliest token each time."""
+        return SamplingConfig(
+            num_generations=1,
+            max_prompt_length=self.max_prompt_length,
+            max_completion_length=self.max_completion_length,
+            temperature=0.0,
+            stop=self.stop,
+        )

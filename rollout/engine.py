@@ -16,14 +16,15 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .base_weights import find_base_weights, loading
+from .config import RolloutConfig, SamplingConfig
 from .dense_lora import wrapper_name
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
-from .types import Completion, EngineError, PromptGroup, SamplingSettings
+from .types import Completion, EngineError, PromptGroup
 from .vllm_compat import (
     cpu_norms,
     import_vllm,
@@ -53,27 +54,37 @@ PACKED_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What an engine is built with.
+    """What an engine is built with: the options of `rollout`, and what a run derives from its other options.
 
-    `lora_path`: `dense` (two products for the one adapter), `punica` (vLLM's kernels) or `auto` (dense on CPU, punica
-    on CUDA). `kv_cache_bytes` sizes the cache on CPU, `gpu_memory_utilization` (a share of the device) on CUDA.
-    `keep_base_weights`: linear layers keep their weights as they are loaded, for others to read; on CPU this costs speed.
-    `nf4_weights`: names of weights that are rounded to NF4 as they are loaded.
+    `max_num_seqs`: sequences that are sampled at once (it may be None in `rollout`). `keep_base_weights`: linear layers keep
+    their weights as they are loaded, for others to read; on CPU this costs speed. `nf4_weights`: names of weights that are
+    rounded to NF4 as they are loaded.
     """
 
     model: str
+    rollout: RolloutConfig
     target_modules: tuple[str, ...]
     max_rank: int = 64
     dtype: str = "bfloat16"
     seed: int = 0
-    max_model_len: int = 1024
     max_num_seqs: int = 128
-    kv_cache_bytes: int = 1 << 30
-    gpu_memory_utilization: float = 0.45
-    enforce_eager: bool | None = None
-    lora_path: Literal["auto", "dense", "punica"] = "auto"
     keep_base_weights: bool = False
     nf4_weights: tuple[str, ...] = field(default=(), repr=False)
+
+    def differences(self, needed: EngineSettings) -> list[str]:
+        """Why an engine with these settings cannot serve a run that needs others: `name value instead of needed value` each.
+
+        The seed may differ, since every request has its own, and so may everything that is chosen for each rollout.
+        """
+        of_engine = [f.name for f in fields(self) if f.name not in ("rollout", "seed")]
+        values = {name: (getattr(self, name), getattr(needed, name)) for name in of_engine}
+        of_rollout = ("max_model_length", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "lora_path")
+        values |= {name: (getattr(self.rollout, name), getattr(needed.rollout, name)) for name in of_rollout}
+        return [f"{name} {_short(a)} instead of {_short(b)}" for name, (a, b) in values.items() if a != b]
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) < 80 else f"{str(value)[:80]} ..."
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
@@ -105,7 +116,8 @@ class RolloutEngine:
 
         self.settings = settings
         on_cpu = current_platform.device_type == "cpu"
-        dense = settings.lora_path == "dense" or (settings.lora_path == "auto" and on_cpu)
+        lora_path = settings.rollout.lora_path
+        dense = lora_path == "dense" or (lora_path == "auto" and on_cpu)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         with lora_wrapper_replaced(wrapper):
@@ -165,7 +177,7 @@ class RolloutEngine:
     def rollout(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: SamplingSettings,
+        sampling: SamplingConfig,
         *,
         seeds: Sequence[int] | None = None,
         use_adapter: bool = True,
@@ -244,7 +256,7 @@ class RolloutEngine:
         return name
 
     @staticmethod
-    def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
+    def _sampling_params(sampling: SamplingConfig, seed: int | None) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -255,7 +267,7 @@ class RolloutEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            stop=list(sampling.stop) or None,
+            stop=sampling.stop or None,
             seed=seed,
             logprobs=0,
             flat_logprobs=True,
@@ -305,21 +317,22 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
     import_vllm()
     from vllm.engine.arg_utils import EngineArgs
 
+    rollout = settings.rollout
     return EngineArgs(
         model=settings.model,
         dtype=settings.dtype,  # type: ignore[arg-type]
         seed=settings.seed,
-        max_model_len=settings.max_model_len,
+        max_model_len=rollout.max_model_length,
         max_num_seqs=settings.max_num_seqs,
         # A prompt's last, partial block of keys is computed once per completion: small blocks share more of it.
         block_size=32 if on_cpu else None,
         enable_prefix_caching=True,
         # vLLM 0.32 rewinds a request's generator after a part of its prompt, which a CPU generator cannot: no parts.
         enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, settings.max_model_len) if on_cpu else None,
-        kv_cache_memory_bytes=settings.kv_cache_bytes if on_cpu else None,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length) if on_cpu else None,
+        kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
         enable_lora=True,
         max_loras=1,
         max_lora_rank=settings.max_rank,  # type: ignore[arg-type]

@@ -11,19 +11,6 @@ class EngineError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSettings:
-    """How completions are drawn. Names and meanings are vLLM's and TRL's; `temperature` 0 is greedy."""
-
-    num_generations: int
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One sampled answer.
 

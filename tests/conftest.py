@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 from tiny_models import make_tiny_model
+
+if TYPE_CHECKING:
+    from rankup.rollout.engine import EngineSettings, RolloutEngine
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -27,26 +31,24 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory):
 
 @dataclass
 class EngineShelf:
-    """Holds at most one engine, so that tests with the same wishes share it."""
+    """Holds at most one engine, so that tests with the same settings share it."""
 
-    wishes: object = None
-    engine: object = None
+    engine: RolloutEngine | None = None
 
-    def get(self, **wishes):
+    def get(self, settings: EngineSettings) -> RolloutEngine:
         from rankup.grpo.common.quiet import quiet_stderr
-        from rankup.rollout.engine import EngineSettings, RolloutEngine
+        from rankup.rollout.engine import RolloutEngine
 
-        if self.wishes != wishes:
+        if self.engine is None or self.engine.settings.differences(settings):
             self.close()
             with quiet_stderr():
-                self.engine = RolloutEngine(EngineSettings(**wishes))
-            self.wishes = wishes
+                self.engine = RolloutEngine(settings)
         return self.engine
 
     def close(self) -> None:
         if self.engine is not None:
-            self.engine.close()  # type: ignore[attr-defined]
-        self.wishes = self.engine = None
+            self.engine.close()
+        self.engine = None
 
 
 @pytest.fixture(scope="session")
@@ -59,17 +61,19 @@ def engine_shelf() -> Iterator[EngineShelf]:
 @pytest.fixture
 def make_engine(engine_shelf: EngineShelf, tiny_model_path):
     """A function that gives the engine for a kind of tiny model, in fp32 unless told otherwise."""
+    from rankup.rollout.config import RolloutConfig
+    from rankup.rollout.engine import EngineSettings
 
-    def make(kind: str = "llama", **wishes):
+    def make(kind: str = "llama", *, lora_path: Literal["auto", "dense", "punica"] = "auto", **changes):
+        rollout = RolloutConfig(max_prompt_length=128, max_completion_length=128, kv_cache_gib=1 / 16, lora_path=lora_path)
         defaults = {
             "model": str(tiny_model_path(kind)),
             "target_modules": ALL_LINEAR,
+            "rollout": rollout,
             "dtype": "float32",
-            "max_model_len": 256,
             "max_num_seqs": 32,
-            "kv_cache_bytes": 64 * 2**20,
         }
-        return engine_shelf.get(**{**defaults, **wishes})
+        return engine_shelf.get(EngineSettings(**{**defaults, **changes}))
 
     return make
 

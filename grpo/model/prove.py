@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ...rollout.config import SamplingConfig
 from ...rollout.engine import RolloutEngine
-from ...rollout.types import Completion, PromptGroup, SamplingSettings
+from ...rollout.types import Completion, PromptGroup
 from .lora_layers import ADAPTER, FusedLoRALayer
 from .packing import Pack, WeightedGroup, by_completion, pack, pad
 from .policy import Policy
@@ -139,7 +140,7 @@ def _sequences(policy: Policy, engine: RolloutEngine) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = policy.model.config.get_text_config().vocab_size
     prompts = torch.randint(0, vocabulary, (4, 2), generator=generator).tolist()
-    sampling = SamplingSettings(num_generations=1, max_completion_length=PROOF_LENGTH)
+    sampling = SamplingConfig(num_generations=1, max_completion_length=PROOF_LENGTH)
     groups = engine.rollout(prompts, sampling, seeds=range(len(prompts)), use_adapter=False)
     return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in sorted(groups, key=lambda g: g.index)]
 

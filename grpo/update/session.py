@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.cpu_memory import keep_freed_memory
-from ...rollout.engine import EngineSettings, RolloutEngine
+from ...rollout.engine import RolloutEngine
 from ..common.quiet import quiet_stderr
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
@@ -65,7 +64,9 @@ def open_session(
     keep_freed_memory()
     settings = engine_settings(config, model_path)
     if engine is not None:
-        _check_engine(engine.settings, settings)
+        differences = engine.settings.differences(settings)
+        if differences:
+            raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
     with quiet_stderr():
         own = engine or RolloutEngine(settings)
     try:
@@ -81,17 +82,6 @@ def open_session(
     finally:
         if engine is None:
             own.close()
-
-
-def _check_engine(has: EngineSettings, needs: EngineSettings) -> None:
-    values = ((name.name, getattr(has, name.name), getattr(needs, name.name)) for name in dataclasses.fields(needs))
-    differences = [f"{name} {_short(a)} instead of {_short(b)}" for name, a, b in values if a != b and name != "seed"]
-    if differences:
-        raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
-
-
-def _short(value: object) -> str:
-    return str(value) if len(str(value)) < 80 else f"{str(value)[:80]} ..."
 
 
 def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine) -> Policy:

@@ -61,9 +61,9 @@ class BaseSide:
 
     def sample(self) -> float:
         """Seconds of a rollout."""
-        from rankup.rollout.types import SamplingSettings
+        from rankup.rollout.config import SamplingConfig
 
-        sampling = SamplingSettings(num_generations=COMPLETIONS, max_completion_length=LENGTH)
+        sampling = SamplingConfig(num_generations=COMPLETIONS, max_completion_length=LENGTH)
         prompts = [[1, 504 + 7 * number, 3575, 282, 4649, 314] for number in range(PROMPTS)]
         started = time.perf_counter()
         self._groups = list(self._engine.rollout(prompts, sampling))

@@ -12,7 +12,7 @@ from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import load_config
 from rankup.grpo.data.prompts import prepare_prompts
 from rankup.grpo.data.sources import load_rows
-from rankup.grpo.experience.collect import engine_settings, greedy_settings
+from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.run.records import CONFIG_FILE
 from rankup.rollout.engine import RolloutEngine
@@ -34,7 +34,7 @@ class GreedySide:
             max_prompt_length=config.rollout.max_prompt_length,
             chat_template_kwargs=config.data.chat_template_kwargs,
         ).rows
-        self._sampling = greedy_settings(config)
+        self._sampling = config.rollout.greedy()
         self._use_adapter = merged is None
         settings = engine_settings(config, model_path)
         with quiet_stderr():

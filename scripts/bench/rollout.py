@@ -126,9 +126,9 @@ class RolloutBench:
 
     def _sample(self, name: str, prompts: list[list[int]], tokens: int, *, seeded: bool = True) -> float:
         """Tokens per second of one run, while the other engines must sleep."""
-        from rankup.rollout.types import SamplingSettings
+        from rankup.rollout.config import SamplingConfig
 
-        sampling = SamplingSettings(num_generations=COMPLETIONS, max_completion_length=tokens, temperature=1.0)
+        sampling = SamplingConfig(num_generations=COMPLETIONS, max_completion_length=tokens, temperature=1.0)
         sleepers = [worker for other, worker in self.workers.items() if other != name]
         before = sum(worker.cpu_seconds() for worker in sleepers)
         self.samples += 1

@@ -24,8 +24,8 @@ from rankup.grpo.data.sources import load_rows
 from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.policy import Policy
 from rankup.kernels.cpu_memory import keep_freed_memory
+from rankup.rollout.config import SamplingConfig
 from rankup.rollout.engine import RolloutEngine
-from rankup.rollout.types import SamplingSettings
 from rankup.rollout.vllm_compat import import_vllm
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class EqualLengthEngine(RolloutEngine):
     """rankup's engine, except that no completion ends early: all sides sample the same number of tokens."""
 
     @staticmethod
-    def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
+    def _sampling_params(sampling: SamplingConfig, seed: int | None) -> SamplingParams:
         params = RolloutEngine._sampling_params(sampling, seed)
         params.ignore_eos = True
         return params
@@ -96,8 +96,8 @@ class RankupSide:
             "targets": list(config.lora.target_modules),
             "adapter_parameters": sum(p.numel() for p in self._policy.masters),
             "max_num_seqs": self._settings.max_num_seqs,
-            "max_model_len": self._settings.max_model_len,
-            "kv_cache_bytes": self._settings.kv_cache_bytes,
+            "max_model_len": self._settings.rollout.max_model_length,
+            "kv_cache_bytes": int(self._settings.rollout.kv_cache_gib * 2**30),
             "completion_length": config.rollout.max_completion_length,
         }
 
@@ -109,7 +109,7 @@ class RankupSide:
         prompts = prepare_prompts(rows, tokenizer, max_prompt_length=self._config.rollout.max_prompt_length)
         return [list(row.token_ids) for row in prompts.rows]
 
-    def sample(self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int] | None) -> tuple[int, float]:
+    def sample(self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int] | None) -> tuple[int, float]:
         """Tokens sampled and seconds taken."""
         started = time.perf_counter()
         groups = list(self._engine.rollout(prompts, sampling, seeds=seeds))
@@ -170,7 +170,7 @@ class StockSide:
             "compilation": config.compilation_config.mode.name,
         }
 
-    def sample(self, prompts: list[list[int]], sampling: SamplingSettings, seeds: list[int] | None) -> tuple[int, float]:
+    def sample(self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int] | None) -> tuple[int, float]:
         """Tokens sampled and seconds taken."""
         params = [EqualLengthEngine._sampling_params(sampling, seed) for seed in seeds or [None] * len(prompts)]
         started = time.perf_counter()

@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,7 +219,7 @@ def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[
     overrides = {"seed": run.seed, "logging.output_dir": str(folder / run.key.replace(" ", "_")), **run.settings}
     config: GRPOConfig = load_config(QUICKSTART, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
     settings = engine_settings(config, resolve_model(config.model.name))
-    if engine is not None and replace(engine.settings, seed=settings.seed) != settings:
+    if engine is not None and engine.settings.differences(settings):
         engine.close()
         engine = None
     if engine is None:

@@ -1,6 +1,5 @@
 """A run that was interrupted and taken up again is, to the bit, the run that was not: real vLLM on a tiny model."""
 
-import dataclasses
 import json
 import os
 import random
@@ -200,7 +199,7 @@ WIDE = {"rank": 64, "alpha": 128}
 def train_wide(make_trainer, engine_shelf, tiny_model_path, tmp_path: Path):
     """`train` with `WIDE`, and an engine for it."""
     settings = engine_settings(tiny_config(tmp_path, **WIDE), str(tiny_model_path("llama")))
-    engine = engine_shelf.get(**dataclasses.asdict(settings))
+    engine = engine_shelf.get(settings)
 
     def run(name: str, *, reward: Any = low_ids_with_luck, allow_changes: bool = False, resume: bool = False, **changes: Any):
         random.seed(99 if resume else 7)

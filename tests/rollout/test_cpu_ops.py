@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from rankup.rollout.config import SamplingConfig
 from rankup.rollout.cpu_ops import BLOCK, draw_tokens, sample
-from rankup.rollout.types import SamplingSettings
 
 LAST = 1.0 - 2.0**-53  # the largest number that a generator gives
 
@@ -157,13 +157,13 @@ def test_text_is_that_of_the_tokens_and_ends_before_a_stop_string(make_engine, t
 
     engine = make_engine()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("llama"))
-    (group,) = engine.rollout([[5, 9, 14]], SamplingSettings(num_generations=8, max_completion_length=20), seeds=[1])
+    (group,) = engine.rollout([[5, 9, 14]], SamplingConfig(num_generations=8, max_completion_length=20), seeds=[1])
     assert [c.text for c in group.completions] == [
         tokenizer.decode(c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids, skip_special_tokens=True)
         for c in group.completions
     ]
     stop = next(c.text for c in group.completions if len(c.text) > 4)[2:4]
-    stopping = SamplingSettings(num_generations=8, max_completion_length=20, stop=(stop,))
+    stopping = SamplingConfig(num_generations=8, max_completion_length=20, stop=[stop])
     (group,) = engine.rollout([[5, 9, 14]], stopping, seeds=[1])
     assert any(c.finish_reason == "stop" for c in group.completions)
     assert all(stop not in c.text for c in group.completions)

@@ -10,7 +10,7 @@ import torch
 from merged_slots import MergedModel, flat, publish_random
 
 from rankup.grpo.model.prove import prove_slots
-from rankup.rollout.types import SamplingSettings
+from rankup.rollout.config import SamplingConfig
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +46,7 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_merged_embedding(make_engin
     engine = make_engine(kind, target_modules=EVERYTHING)
     publish_random(engine, [EMBEDDING, "model.layers.1.mlp.up_proj"])
     oracle = MergedModel(tiny_model_path(kind), engine.slots if use_adapter else {})
-    sampling = SamplingSettings(num_generations=3, max_completion_length=8)
+    sampling = SamplingConfig(num_generations=3, max_completion_length=8)
     for group in engine.rollout(SEQUENCES, sampling, seeds=range(3), use_adapter=use_adapter):
         prompt = list(group.prompt_token_ids)
         for completion in group.completions:

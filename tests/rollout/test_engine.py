@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from rankup.grpo.model.prove import trainer_logprobs
-from rankup.rollout.engine import request_seed
-from rankup.rollout.types import SamplingSettings
+from rankup.rollout.config import RolloutConfig, SamplingConfig
+from rankup.rollout.engine import EngineSettings, RolloutEngine, request_seed
 
 pytestmark = pytest.mark.engine
 
 PROMPTS = [[5, 9, 14, 3], [7, 21, 40], [11, 12, 13, 14, 15]]
 
 
-def settings(**changes) -> SamplingSettings:
-    return SamplingSettings(**{"num_generations": 4, "max_completion_length": 12, **changes})
+def settings(**changes) -> SamplingConfig:
+    return SamplingConfig(**{"num_generations": 4, "max_completion_length": 12, **changes})
 
 
 def by_index(groups):
@@ -145,10 +145,7 @@ def test_vllms_own_lora_kernels_are_an_option(make_engine, make_policy):
 
 
 def test_targets_that_vllm_cannot_adapt_are_named(tiny_model_path, engine_shelf):
-    from rankup.rollout.engine import EngineSettings, RolloutEngine
-
     engine_shelf.close()
+    model, rollout = str(tiny_model_path("llama")), RolloutConfig()
     with pytest.raises(ValueError, match=r"lora\.targets"):
-        RolloutEngine(
-            EngineSettings(model=str(tiny_model_path("llama")), target_modules=("q_proj", "w_proj"), max_model_len=64)
-        )
+        RolloutEngine(EngineSettings(model=model, rollout=rollout, target_modules=("q_proj", "w_proj")))

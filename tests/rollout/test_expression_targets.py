@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -40,7 +38,7 @@ def test_an_expression_adapts_its_layers_and_no_others(engine_shelf, config: GRP
     settings = engine_settings(config, config.model.name)
     assert settings.target_modules == ("q_proj", "gate_proj", "up_proj", "down_proj")
     assert settings.max_rank == 128
-    engine = engine_shelf.get(**dataclasses.asdict(settings))
+    engine = engine_shelf.get(settings)
     policy = Policy(config.model.name, lora=config.lora, dtype="float32", seed=0)
     assert {name: layer.r["default"] for name, layer in policy.layers.items()} == RANKS
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from rankup.grpo.model.prove import Proof, prove_slots, trainer_logprobs
+from rankup.rollout.config import SamplingConfig
 from rankup.rollout.slots import AdapterSlot
-from rankup.rollout.types import SamplingSettings
 
 pytestmark = pytest.mark.engine
 
 KINDS = ["llama", "qwen2", "qwen3"]
 SEQUENCES = [[5, 9, 14, 3, 77, 60, 31, 8], [7, 21, 40, 2, 90, 55]]
-GREEDY = SamplingSettings(num_generations=1, max_completion_length=12, temperature=0.0)
+GREEDY = SamplingConfig(num_generations=1, max_completion_length=12, temperature=0.0)
 EXACT = 3e-4  # fp32 on both sides, other kernels
 
 

@@ -71,9 +71,9 @@ def _tried_everywhere(device: str) -> dict[str, Callable[[], object]]:
 
     from ....rollout import dense_lora
     from ....rollout.base_weights import find_base_weights
+    from ....rollout.config import SamplingConfig
     from ....rollout.engine import EngineSettings, RolloutEngine, engine_args
     from ....rollout.slots import find_slots
-    from ....rollout.types import SamplingSettings
     from ....rollout.vllm_compat import keep_linear_weights, lora_wrapper_replaced
 
     def wrappers() -> None:
@@ -86,8 +86,10 @@ def _tried_everywhere(device: str) -> dict[str, Callable[[], object]]:
     empty = nn.Module()
     empty.packed_modules_mapping = {}  # type: ignore[assignment]
     # A folder that is there: vLLM looks at the name, and at nothing in it.
-    engine = EngineSettings(model=os.getcwd(), target_modules=("q_proj",), nf4_weights=("q_proj.weight",))
-    sampling = SamplingSettings(num_generations=2, max_completion_length=1, stop=("a",))
+    engine = EngineSettings(
+        model=os.getcwd(), rollout=RolloutConfig(), target_modules=("q_proj",), nf4_weights=("q_proj.weight",)
+    )
+    sampling = SamplingConfig(num_generations=2, max_completion_length=1, stop=["a"])
     return {
         "engine's arguments": lambda: engine_args(engine, on_cpu=device == "cpu"),
         "sampling parameters": lambda: RolloutEngine._sampling_params(sampling, 0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import subprocess
@@ -101,7 +100,7 @@ def test_a_run_on_shared_weights_leaves_them_as_they_were(
 ) -> None:
     changes = {"share_base_weights": True, "load_in": "nf4", "max_steps": 3}
     settings = engine_settings(tiny_config(tmp_path, **changes), str(tiny_model_path("llama")))
-    engine = engine_shelf.get(**dataclasses.asdict(settings))
+    engine = engine_shelf.get(settings)
     before = fingerprint(engine.base_weights())
     make_trainer(**changes).train(engine=engine)
     assert fingerprint(engine.base_weights()) == before
