@@ -51,19 +51,7 @@ class Collected:
 
 def make_scorer(config: GRPOConfig, functions: RewardSpec | Sequence[RewardSpec] | None = None) -> Scorer:
     """The configured reward functions, or those given, run as the configuration says. Raises what `Scorer` raises."""
-    rewards = config.rewards
-    return Scorer(
-        rewards.entries() if functions is None else functions,  # type: ignore[arg-type]
-        weights=rewards.weights,
-        base_dir=config.base_dir,
-        isolation=rewards.isolation,
-        num_workers=rewards.num_workers,
-        timeout=rewards.timeout,
-        retries=rewards.retries,
-        memory_gib=rewards.memory_gib,
-        on_error=rewards.on_error,
-        rows_per_call=rewards.rows_per_call,
-    )
+    return Scorer(config.rewards, functions, base_dir=config.base_dir)
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
