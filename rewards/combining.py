@@ -10,12 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from .config import OnError
 from .contract import CallResult, Failure, Inputs, Returned, RewardError
-
-OnError = Literal["stop", "none"] | float
-"""What a call that failed does: raise, give its rows None, or give them this reward."""
 
 
 @dataclass(frozen=True)

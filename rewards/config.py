@@ -13,6 +13,9 @@ from ..section import Section
 
 Isolation = Literal["inline", "process", "ray"]
 
+OnError = Literal["stop", "none"] | float
+"""What a call that failed does: raise, give its rows None, or give them this reward."""
+
 
 class RewardFunction(Section):
     """One reward function with more to say than its name."""
@@ -75,7 +78,7 @@ class RewardsConfig(Section):
     memory_gib: float | None = Field(default=None, gt=0)
     """Bound on the data of each process, in GiB. None: no bound."""
 
-    on_error: Literal["stop", "none"] | float = "stop"
+    on_error: OnError = "stop"
     """What a call that failed does: stop the run with the function's name, the rows and its traceback; give its rows no reward
     (`none`); or this number as their reward. The rows are marked in the completions table."""
 
@@ -107,6 +110,6 @@ class RewardsConfig(Section):
             raise ValueError("are given twice: here and with the functions")
         return weights
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The functions as mappings, as `Scorer` takes them."""
-        return [{"function": f} if isinstance(f, str) else f.model_dump(exclude_none=True) for f in self.functions]
+    def entries(self) -> list[RewardFunction]:
+        """The functions, those that are given by their name alone as a `RewardFunction` too."""
+        return [RewardFunction(function=f) if isinstance(f, str) else f for f in self.functions]

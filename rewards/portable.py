@@ -1,6 +1,6 @@
 """A reward function in a form that another process, or another machine, can load.
 
-    portable = portable_of("style", {"function": "my.py:style"}, style, for_machines=True)
+    portable = portable_of("style", "my.py:style", for_machines=True)
     pickle.loads(pickle.dumps(portable)).load()     # the function, where there is no my.py
 
 A process of this machine finds a function by the name that the user gave, and gets one without a name by cloudpickle. Another
@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from .contract import Function
-from .loading import find_file, load_object, load_reward
+from .loading import RewardSpec, find_file, load_object, load_reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +55,19 @@ class Portable:
 
 
 def portable_of(
-    name: str, entry: Mapping[str, Any], function: Function, *, base_dir: Path | None = None, for_machines: bool = False
+    name: str,
+    spec: RewardSpec,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    base_dir: Path | None = None,
+    for_machines: bool = False,
 ) -> Portable:
-    """What another process needs for one of the `Scorer`'s entries, whose function has been loaded as `function`.
+    """What another process needs for the function that `load_reward(spec, kwargs=kwargs)` gives.
 
     `for_machines`: other machines need it too. Raises ValueError where it cannot be sent.
     """
-    spec, kwargs = entry["function"], entry.get("kwargs")
     if not isinstance(spec, str):
-        return Portable(name=name, pickled=_pickled(name, function, for_machines=for_machines))
+        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, spec, for_machines=for_machines))
     place = spec.rpartition(":")[0]
     if for_machines and place:
         found = load_object(spec, base_dir=base_dir)  # of a factory itself: what it makes may hold what cannot be sent

@@ -1,6 +1,7 @@
 """Call reward functions by TRL's contract (`contract.py`) and combine what they return.
 
-    scorer = Scorer(["last_integer", style], weights=[1.0, 0.1], isolation="process", timeout=10.0)
+    config = RewardsConfig(weights=[1.0, 0.1], isolation="process", timeout=10)
+    scorer = Scorer(config, functions=["last_integer", style])
     pending = scorer.submit(Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
     scores = pending.result()
     scores.total        # [1.1, 0.0, None, ...], one per completion
@@ -17,16 +18,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import pickle
 import threading
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from .combining import OnError, Pending, Scores
+from .combining import Pending, Scores
+from .config import Isolation, RewardFunction, RewardsConfig
 from .contract import (
     RESERVED_ARGUMENTS,
     CallResult,
@@ -45,8 +46,6 @@ from .pool import Pool
 from .portable import Portable, portable_of
 from .processes import WorkerPool
 from .ray_pool import RayPool
-
-Isolation = Literal["inline", "process", "ray"]
 
 POOLS = {"process": WorkerPool, "ray": RayPool}
 """What calls the functions that are not inline."""
@@ -67,19 +66,11 @@ class Scorer:
     """Loads reward functions once, and scores completions with them.
 
     Args:
-        functions: callables, specs as `load_reward` takes them, or mappings with `function` and any of `kwargs` (for a
-            factory), `name`, `weight` and `isolation`.
-        weights: one finite number a function; None: those of the mappings, else 1.
-        base_dir: folder that relative paths in `functions` are also looked up in.
-        isolation: where functions that are not async run. A callable may bring its own as an attribute `isolation`.
-        num_workers: calls at once of each pool; None: as the pool says.
-        timeout: seconds that one call may take, None for ever; in processes and for async functions but those with an
-            attribute `bounds_itself` that is true.
-        retries: how often a call that failed is tried again; in processes and for async functions.
-        memory_gib: bound on the data of each process.
-        on_error: what a call that failed does: "stop" raises, "none" gives its rows None, a number is their reward.
-        rows_per_call: completions a call; None: all that are submitted together, which are a prompt's. With 1 a failure costs
-            one row, but a function sees no group.
+        config: which functions, their weights, where they run and what a failure does.
+        functions: one or several instead of `config.functions`: callables, specs as `load_reward` takes them, or
+            `RewardFunction`s. A callable may have an attribute `isolation`, which replaces `config.isolation`; an async one
+            whose attribute `bounds_itself` is true has no limit of time here.
+        base_dir: folder that relative paths of functions are also looked up in.
 
     `names` holds one distinct name per function. Raises ValueError for no functions or a wrong number of weights, and what
     `load_reward` raises.
@@ -87,29 +78,23 @@ class Scorer:
 
     def __init__(
         self,
-        functions: RewardSpec | Mapping[str, Any] | Sequence[RewardSpec | Mapping[str, Any]],
+        config: RewardsConfig,
+        functions: RewardSpec | RewardFunction | Sequence[RewardSpec | RewardFunction] | None = None,
         *,
-        weights: Sequence[float] | None = None,
         base_dir: Path | None = None,
-        isolation: Isolation = "inline",
-        num_workers: int | None = None,
-        timeout: float | None = None,
-        retries: int = 0,
-        memory_gib: float | None = None,
-        on_error: OnError = "stop",
-        rows_per_call: int | None = None,
     ):
-        single = isinstance(functions, (str, Mapping)) or callable(functions)
-        given = [functions] if single else list(functions)  # type: ignore[arg-type]
+        if functions is None:
+            functions = config.entries()
+        given = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
         if not given:
             raise ValueError("no reward functions: give at least one")
-        entries: list[dict[str, Any]] = [dict(f) if isinstance(f, Mapping) else {"function": f} for f in given]
-        self.weights = _weights(entries, weights)
-        self._rewards = _load(entries, base_dir=base_dir, isolation=isolation)
+        if config.weights is not None and len(config.weights) != len(given):
+            raise ValueError(f"{len(config.weights)} reward weights for {len(given)} reward functions: give one weight each")
+        entries = [_with_options(function) for function in given]
+        self.config = config
+        self.weights = config.weights or [1.0 if options.weight is None else options.weight for _, options in entries]
+        self._rewards = _load(entries, base_dir=base_dir, isolation=config.isolation)
         self.names = [reward.name for reward in self._rewards]
-        self._num_workers, self._timeout, self._retries = num_workers, timeout, retries
-        self._memory_gib, self._rows_per_call = memory_gib, rows_per_call
-        self._on_error: OnError = on_error
         self._loop: _BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
 
@@ -135,10 +120,10 @@ class Scorer:
             if functions and isolation not in self._pools:
                 self._pools[isolation] = pool(
                     functions,
-                    num_workers=self._num_workers,
-                    timeout=self._timeout,
-                    retries=self._retries,
-                    memory_bytes=None if self._memory_gib is None else int(self._memory_gib * 2**30),
+                    num_workers=self.config.num_workers,
+                    timeout=self.config.timeout,
+                    retries=self.config.retries,
+                    memory_bytes=None if self.config.memory_gib is None else int(self.config.memory_gib * 2**30),
                 )
 
     def submit(self, inputs: Inputs) -> Pending:
@@ -149,7 +134,7 @@ class Scorer:
         """
         self.check_columns(inputs.columns)
         self.start()
-        pieces = [inputs] if self._rows_per_call is None else inputs.split(self._rows_per_call)
+        pieces = [inputs] if self.config.rows_per_call is None else inputs.split(self.config.rows_per_call)
         pickled = [pickle.dumps(piece) for piece in pieces] if self._pools else [b""] * len(pieces)
         # First what runs elsewhere, then what runs here meanwhile.
         order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline" and not is_async(reward.function))
@@ -159,7 +144,7 @@ class Scorer:
         return Pending(
             calls={name: list(zip(pieces, futures[name], strict=True)) for name in self.names},
             weights=dict(zip(self.names, self.weights, strict=True)),
-            on_error=self._on_error,
+            on_error=self.config.on_error,
         )
 
     def score(self, inputs: Inputs) -> Scores:
@@ -174,8 +159,8 @@ class Scorer:
     def _begin(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
         if is_async(reward.function):
             self._loop = self._loop or _BackgroundLoop()
-            timeout = None if getattr(reward.function, "bounds_itself", False) else self._timeout
-            return self._loop.begin(_attempts(reward, inputs, timeout, self._retries))
+            timeout = None if getattr(reward.function, "bounds_itself", False) else self.config.timeout
+            return self._loop.begin(_attempts(reward, inputs, timeout, self.config.retries))
         if reward.portable is not None:
             return self._pools[reward.isolation].submit_pickled(reward.number, pickled)
         done: Future[CallResult] = Future()
@@ -189,39 +174,27 @@ class Scorer:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def _weights(entries: Sequence[Mapping[str, Any]], weights: Sequence[float] | None) -> list[float]:
-    own = [entry.get("weight") for entry in entries]
-    if weights is None:
-        weights = [1.0 if weight is None else weight for weight in own]
-    elif any(weight is not None for weight in own):
-        raise ValueError("reward weights are given twice: with the functions, or as a list of their own")
-    weights = [float(weight) for weight in weights]
-    if len(weights) != len(entries):
-        raise ValueError(f"{len(weights)} reward weights for {len(entries)} reward functions: give one weight each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"reward weights must be finite numbers, not {weights}")
-    return weights
+def _with_options(given: RewardSpec | RewardFunction) -> tuple[RewardSpec, RewardFunction]:
+    """What to load, and how."""
+    if isinstance(given, RewardFunction):
+        return given.function, given
+    return given, RewardFunction(function=given if isinstance(given, str) else reward_name(given))
 
 
-def _load(entries: Sequence[Mapping[str, Any]], *, base_dir: Path | None, isolation: Isolation) -> list[_Reward]:
-    functions = [load_reward(e["function"], base_dir=base_dir, kwargs=e.get("kwargs")) for e in entries]
-    names = _distinct([e.get("name") or reward_name(f) for e, f in zip(entries, functions, strict=True)])
+def _load(
+    entries: Sequence[tuple[RewardSpec, RewardFunction]], *, base_dir: Path | None, isolation: Isolation
+) -> list[_Reward]:
+    functions = [load_reward(spec, base_dir=base_dir, kwargs=options.kwargs) for spec, options in entries]
+    names = _distinct([e.name or reward_name(f) for (_, e), f in zip(entries, functions, strict=True)])
     rewards: list[_Reward] = []
-    for entry, name, function in zip(entries, names, functions, strict=True):
-        where: Isolation = entry.get("isolation") or getattr(function, "isolation", None) or isolation
+    for (spec, options), name, function in zip(entries, names, functions, strict=True):
+        where: Isolation = options.isolation or getattr(function, "isolation", None) or isolation
         where = "inline" if is_async(function) else where
         portable = None
         if where != "inline":
-            portable = portable_of(name, entry, function, base_dir=base_dir, for_machines=where == "ray")
-        rewards.append(
-            _Reward(
-                name=name,
-                function=function,
-                isolation=where,
-                portable=portable,
-                number=sum(reward.isolation == where for reward in rewards),
-            )
-        )
+            portable = portable_of(name, spec, kwargs=options.kwargs, base_dir=base_dir, for_machines=where == "ray")
+        number = sum(reward.isolation == where for reward in rewards)
+        rewards.append(_Reward(name=name, function=function, isolation=where, portable=portable, number=number))
     return rewards
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
@@ -163,9 +164,15 @@ def try_reward(options: argparse.Namespace) -> int:
         raise ValueError(f"--kwargs must be a mapping, such as '{{tokens: 100}}' (got {options.kwargs})")
     if options.rows < 1:
         raise ValueError(f"--rows must be at least 1 (got {options.rows})")
-    entry = {"function": options.function} | ({} if kwargs is None else {"kwargs": kwargs})
-    scorer = Scorer(entry, isolation=options.isolation, timeout=options.timeout, on_error="none")
-    with closing(scorer):
+    if not 0 < options.timeout < math.inf:
+        raise ValueError(f"--timeout must be a positive number of seconds (got {options.timeout:g})")
+    config = RewardsConfig(
+        functions=[RewardFunction(function=options.function, kwargs=kwargs)],
+        isolation=options.isolation,
+        timeout=options.timeout,
+        on_error="none",
+    )
+    with closing(Scorer(config)) as scorer:
         trial = _score_saved(scorer, _read_rows(options.data)[-options.rows :])
     if options.json:
         rows = [

@@ -58,10 +58,10 @@ def collect(
     scores: dict[int, Scores] = {}
     token_ids = [prompt.token_ids for prompt in prompts]
     try:
-        for index, sampled in engine.rollout(token_ids, sampling, seeds=seeds, use_adapter=use_adapter):
+        for sampled in engine.rollout(token_ids, sampling, seeds=seeds, use_adapter=use_adapter):
             scoring_started = time.perf_counter()
-            completions[index] = sampled
-            waiting[index] = scorer.submit(_inputs(prompts[index], sampled, trainer_state))
+            completions[sampled.index] = sampled.completions
+            waiting[sampled.index] = scorer.submit(_inputs(prompts[sampled.index], sampled.completions, trainer_state))
             scores |= _take_finished(waiting)  # a failure that stops the run should do so now
             reward_seconds += time.perf_counter() - scoring_started
         sampled_all = time.perf_counter()

@@ -48,7 +48,7 @@ def main() -> None:
 
 def overhead(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds from the first submit to the last result, repeats interleaved."""
-    from rankup.rewards import Inputs, Scorer
+    from rankup.rewards import Inputs, RewardsConfig, Scorer
 
     text = "The answer is forty-two, as anyone can see. " * 6
     groups = [
@@ -62,8 +62,9 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         for index in range(GROUPS)
     ]
     milliseconds: dict[str, list[float]] = {"inline": [], "process": []}
-    with closing(Scorer(nothing)) as inline, closing(Scorer(nothing, isolation="process")) as process:
-        scorers = {"inline": inline, "process": process}
+    inline, process = RewardsConfig(), RewardsConfig(isolation="process")
+    with closing(Scorer(inline, nothing)) as here, closing(Scorer(process, nothing)) as elsewhere:
+        scorers = {"inline": here, "process": elsewhere}
         for repeat in range(options.repeats + 2):
             for name, scorer in scorers.items():
                 started = time.perf_counter()

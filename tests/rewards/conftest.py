@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from scored import scorer_of
 
 from rankup.rewards.runner import Scorer
 
@@ -14,7 +15,7 @@ def make_scorer(monkeypatch):
     made: list[Scorer] = []
 
     def make(functions, **options) -> Scorer:
-        made.append(Scorer(functions, **{"isolation": "process", "num_workers": 2, "timeout": 30.0, **options}))
+        made.append(scorer_of(functions, **{"isolation": "process", "num_workers": 2, "timeout": 30.0, **options}))
         return made[-1]
 
     yield make

@@ -4,9 +4,10 @@ from typing import Any
 
 import cloudpickle
 import pytest
+from scored import scorer_of
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
-from rankup.rewards import Inputs, Scorer
+from rankup.rewards import Inputs
 from rankup.rewards.classifier import SequenceClassifier
 
 PROMPTS = ["What is 2 + 3?", "Say hello.", "2 + 3 =", "Why?", "p"]
@@ -102,7 +103,7 @@ def test_conversations_get_what_trl_gives_them(classifiers, rewards_of_trl):
 
 def test_in_a_scorer(classifiers):
     classifier = SequenceClassifier(str(classifiers["bert"]), device="cpu")
-    scores = Scorer(classifier).score(
+    scores = scorer_of(classifier).score(
         Inputs(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[1]] * 5, columns={"answer": [1] * 5})
     )
     assert scores.by_function == {"bert": classifier(prompts=PROMPTS, completions=COMPLETIONS)}

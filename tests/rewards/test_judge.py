@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import JudgeServer, completion, judge_server
+from scored import scorer_of
 
-from rankup.rewards import Inputs, RewardError, Scorer
+from rankup.rewards import Inputs, RewardError
 from rankup.rewards.judge import DEFAULT_TEMPLATE, JudgeError, judge
 
 
@@ -137,7 +138,7 @@ def test_the_request(server):
 
 def test_two_judges_in_one_run(echo):
     rewards = [make(echo, name="helpful"), make(echo, name="polite", prompt="{completion} 1")]
-    scores = Scorer(rewards).score(Inputs(prompts=["p"], completions=["7"], completion_ids=[[1]]))
+    scores = scorer_of(rewards).score(Inputs(prompts=["p"], completions=["7"], completion_ids=[[1]]))
     assert scores.by_function == {"helpful": [0.7], "polite": [0.1]}
     assert scores.extras == {"helpful_reply": ["7"], "polite_reply": ["7 1"]}
     assert scores.metrics == {"helpful/failed_ratio": 0.0, "polite/failed_ratio": 0.0}
@@ -193,8 +194,8 @@ def test_a_column_that_is_missing_is_named():
     with pytest.raises(ValueError, match=r"has \{solution\}, .* \(there are prompt, completion, low, high, answer\)"):
         ask(reward, ["c"], answer=[1])
     with pytest.raises(ValueError, match=r"'judge' asks for 'solution'.* \(columns: answer\)"):
-        Scorer(reward).check_columns(["answer"])
-    Scorer(reward).check_columns(["solution", "answer"])
+        scorer_of(reward).check_columns(["answer"])
+    scorer_of(reward).check_columns(["solution", "answer"])
 
 
 def test_a_row_whose_column_is_none_is_not_asked_for(server):
@@ -283,7 +284,7 @@ def test_the_bound_on_requests_is_reached_and_kept_over_calls(server):
 
 
 def test_connections_are_kept_from_call_to_call(server):
-    scorer = Scorer(make(server, concurrency=1))
+    scorer = scorer_of(make(server, concurrency=1))
     for _ in range(3):
         scores = scorer.score(Inputs(prompts=["p"] * 2, completions=["4", "5"], completion_ids=[[1]] * 2))
         assert scores.total == [0.4, 0.5]
@@ -359,6 +360,6 @@ def test_a_wrong_path_and_a_closed_port():
 
 def test_the_failure_reaches_the_caller_of_a_scorer(server):
     server.answer = lambda question: (401, "bad key")
-    scorer = Scorer(make(server))
+    scorer = scorer_of(make(server))
     with pytest.raises(RewardError, match=r"(?s)'judge' failed .*refused the key in OPENAI_API_KEY"):
         scorer.score(Inputs(prompts=["p"], completions=["4"], completion_ids=[[1]]))

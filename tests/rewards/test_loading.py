@@ -5,10 +5,10 @@ from importlib.metadata import entry_points
 from traceback import walk_tb
 
 import pytest
+from scored import scorer_of
 
 from rankup.rewards.contract import Inputs
 from rankup.rewards.loading import ENTRY_POINTS, load_object, load_reward, reward_name
-from rankup.rewards.runner import Scorer
 
 
 def test_a_function_is_loaded_from_a_file(tmp_path):
@@ -221,4 +221,4 @@ def test_kwargs_make_the_reward_function(tmp_path):
 def test_a_factory_that_was_given_no_kwargs_says_so(tmp_path):
     (tmp_path / "made.py").write_text("def anything():\n    return lambda completions, **kwargs: [0.0] * len(completions)\n")
     with pytest.raises(ValueError, match="returned a function: it makes reward functions, so give it `kwargs`"):
-        Scorer(f"{tmp_path}/made.py:anything").score(Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]]))
+        scorer_of(f"{tmp_path}/made.py:anything").score(Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]]))

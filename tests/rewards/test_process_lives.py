@@ -175,12 +175,12 @@ def test_processes_end_with_the_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\n"
-        "from rankup.rewards.runner import Scorer\n"
+        "from rankup.rewards import RewardsConfig, Scorer\n"
         "from rankup.rewards.contract import Inputs\n"
         "def hangs(completions, **kwargs):\n"
         "    print('pid', os.getpid(), flush=True)\n"
         "    time.sleep(600)\n"
-        "scorer = Scorer(hangs, isolation='process', num_workers=1)\n"
+        "scorer = Scorer(RewardsConfig(isolation='process', num_workers=1), hangs)\n"
         "scorer.submit(Inputs(prompts=['p'], completions=['c'], completion_ids=[[1]]))\n"
         "time.sleep(600)\n"
     )

@@ -10,11 +10,11 @@ import threading
 import time
 
 import pytest
-from scored import inputs, length, obeys
+from scored import inputs, length, obeys, scorer_of
 
+from rankup.rewards.config import RewardFunction
 from rankup.rewards.contract import RewardError
 from rankup.rewards.loading import load_object
-from rankup.rewards.runner import Scorer
 
 # As inline
 
@@ -26,8 +26,8 @@ def test_the_same_scores_as_inline(make_scorer):
         return [None if a is None else float(a) for a in (a if a != 2 else None for a in answer)]
 
     data = inputs("x", "yy", "zzz", answer=[1, 2, 3])
-    functions = [logs, length, {"function": "rankup.rewards.answers:last_integer", "weight": 3.0}]
-    inline = Scorer(functions).score(data)
+    functions = [logs, length, RewardFunction(function="rankup.rewards.answers:last_integer", weight=3.0)]
+    inline = scorer_of(functions).score(data)
     assert make_scorer(functions).score(data) == inline
     assert inline.extras == {"parsed": [2, 4, 6]} and inline.metrics == {"step": 3.0}
     assert inline.by_function["logs"] == [1.0, None, 3.0]
@@ -58,7 +58,7 @@ def test_a_file_s_neighbours_and_a_factory_s_arguments_reach_the_process(make_sc
         "import helper_of_a_reward\ndef plus(amount):\n    def reward(completions, **kwargs):\n"
         "        return [helper_of_a_reward.value + amount] * len(completions)\n    return reward\n"
     )
-    entry = {"function": "reward.py:plus", "kwargs": {"amount": 2}, "name": "mine"}
+    entry = RewardFunction(function="reward.py:plus", kwargs={"amount": 2}, name="mine")
     scores = make_scorer(entry, base_dir=tmp_path).score(inputs("a"))
     assert scores.by_function == {"mine": [9.0]}
     del sys.modules["helper_of_a_reward"]
@@ -189,5 +189,6 @@ def test_what_cannot_be_pickled_is_refused_by_name():
         return [float(lock.locked())]
 
     with pytest.raises(ValueError, match=r"'holds' cannot be sent to a process.*inline"):
-        Scorer(holds, isolation="process")
-    assert Scorer({"function": holds, "isolation": "inline"}, isolation="process").score(inputs("a")).total == [0.0]
+        scorer_of(holds, isolation="process")
+    holds.isolation = "inline"
+    assert scorer_of(holds, isolation="process").score(inputs("a")).total == [0.0]

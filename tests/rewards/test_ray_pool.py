@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scored import inputs, length, obeys
+from scored import inputs, length, obeys, scorer_of
 
+from rankup.rewards.config import RewardFunction
 from rankup.rewards.contract import RewardError
 from rankup.rewards.runner import Scorer
 
@@ -38,7 +39,7 @@ def cluster() -> Iterator:
         for _ in range(2):
             nodes.add_node(**NODE)
         nodes.wait_for_nodes()
-        keeper = Scorer(length, isolation="ray")
+        keeper = scorer_of(length, isolation="ray")
         keeper.start()
         yield nodes
         keeper.close()
@@ -96,8 +97,8 @@ def test_the_same_scores_as_inline(make_ray_scorer):
         return [None if a == 2 else float(a) for a in answer]
 
     data = inputs("x", "yy", "zzz", answer=["1", "2", "3"])
-    functions = [logs, length, {"function": "last_integer", "weight": 3.0}, {"function": "rankup.rewards.answers:exact_match"}]
-    assert make_ray_scorer(functions).score(data) == Scorer(functions).score(data)
+    functions = [logs, length, RewardFunction(function="last_integer", weight=3.0), "rankup.rewards.answers:exact_match"]
+    assert make_ray_scorer(functions).score(data) == scorer_of(functions).score(data)
 
 
 def test_results_come_in_the_order_of_the_calls(make_ray_scorer):
@@ -113,7 +114,9 @@ def test_ray_and_processes_and_inline_together(make_ray_scorer):
     def process(completions, **kwargs):
         return [float(os.getpid())]
 
-    functions = [{"function": process, "isolation": isolation} for isolation in ("ray", "process", "inline")]
+    functions = [partial(process) for _ in range(3)]
+    for function, isolation in zip(functions, ("ray", "process", "inline"), strict=True):
+        function.isolation = isolation  # type: ignore[attr-defined]
     by_function = make_ray_scorer(functions).score(inputs("a")).by_function
     assert len({rewards[0] for rewards in by_function.values()}) == 3
     assert by_function["process_3"] == [float(os.getpid())]
@@ -129,7 +132,7 @@ def test_a_function_from_a_file_and_its_neighbour_need_no_file_on_the_node(make_
         "        return [length(c) + neighbour_of_a_reward.value + self.amount for c in completions]\n"
         "def plain(completions): return [float(length(c)) for c in completions]\n"
     )
-    entries = [{"function": "reward.py:Plus", "kwargs": {"amount": 20}, "name": "plus"}, "reward.py:plain"]
+    entries = [RewardFunction(function="reward.py:Plus", kwargs={"amount": 20}, name="plus"), "reward.py:plain"]
     scorer = make_ray_scorer(entries, base_dir=tmp_path)
     for file in tmp_path.glob("*.py"):
         file.unlink()
@@ -142,7 +145,7 @@ def test_what_cannot_be_sent_is_refused_by_name(tmp_path):
         "import threading\nlock = threading.Lock()\ndef locked(completions): return [float(lock.locked())]\n"
     )
     with pytest.raises(ValueError, match=r"'locked' cannot be sent to other machines.*lock.*install its module.*inline"):
-        Scorer("reward.py:locked", base_dir=tmp_path, isolation="ray")
+        scorer_of("reward.py:locked", base_dir=tmp_path, isolation="ray")
 
 
 def test_processes_persist_and_no_more_calls_than_allowed_are_under_way(make_ray_scorer, tmp_path):
@@ -345,10 +348,10 @@ def start_script(folder: Path, lines: str) -> subprocess.Popen[str]:
     text = f"""
         import contextlib, os, sys, time
         from pathlib import Path
-        from rankup.rewards.contract import Inputs
-        from rankup.rewards.runner import Scorer
+        from rankup.rewards import Inputs, RewardsConfig, Scorer
         data = Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]], columns={{"folder": [{str(folder)!r}]}})
-        scorer = Scorer("reward.py:waits_for_go", base_dir=Path({str(folder)!r}), isolation="ray", num_workers=2)
+        config = RewardsConfig(functions="reward.py:waits_for_go", isolation="ray", num_workers=2)
+        scorer = Scorer(config, base_dir=Path({str(folder)!r}))
     """
     (folder / "reward.py").write_text("import os, time\nfrom pathlib import Path\n\n" + inspect.getsource(waits_for_go))
     (folder / "script.py").write_text(textwrap.dedent(text) + textwrap.dedent(lines))

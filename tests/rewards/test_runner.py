@@ -6,13 +6,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from scored import scorer_of
 
 from rankup.rewards.contract import Inputs
-from rankup.rewards.runner import Scorer
 
 
 def score(functions, completions=("a", "bb", "ccc"), *, weights=None, trainer_state=None, **columns):
-    return Scorer(functions, weights=weights).score(inputs(completions, trainer_state=trainer_state, **columns))
+    return scorer_of(functions, weights=weights).score(inputs(completions, trainer_state=trainer_state, **columns))
 
 
 def inputs(completions=("a", "bb", "ccc"), *, trainer_state=None, **columns):
@@ -80,13 +80,13 @@ def test_a_column_that_is_missing_is_named():
     with pytest.raises(ValueError, match=r"'reward' asks for 'solution', which is no column .*\(columns: answer\)"):
         score(reward, ["x"], answer=[1])
     with pytest.raises(ValueError, match="'solution'"):
-        Scorer(reward).check_columns(["answer"])
-    Scorer(reward).check_columns(["solution"])
+        scorer_of(reward).check_columns(["answer"])
+    scorer_of(reward).check_columns(["solution"])
 
 
 def test_a_column_cannot_replace_an_argument():
     with pytest.raises(ValueError, match="data column 'completions' has the name of"):
-        Scorer(length).check_columns(["answer", "completions"])
+        scorer_of(length).check_columns(["answer", "completions"])
 
 
 def test_columns_of_another_length_are_refused():
@@ -120,7 +120,7 @@ def test_functions_of_one_name_stay_apart():
 
     functions = [named("f", 1.0), named("f", 2.0), named("f_2", 4.0), named("f", 8.0)]
     scores = score(functions, ["x"])
-    assert list(scores.by_function) == Scorer(functions).names
+    assert list(scores.by_function) == scorer_of(functions).names
     assert scores.by_function == {"f": [1.0], "f_3": [2.0], "f_2": [4.0], "f_4": [8.0]}
     assert scores.total == [15.0]
 
@@ -191,13 +191,13 @@ def test_an_exception_names_function_rows_and_prompt_and_keeps_its_cause():
 
 def test_functions_and_weights_are_checked_at_once():
     with pytest.raises(ValueError, match="no reward functions"):
-        Scorer([])
+        scorer_of([])
     with pytest.raises(ValueError, match="1 reward weights for 2 reward functions"):
-        Scorer([length, length], weights=[1.0])
-    with pytest.raises(ValueError, match="must be finite"):
-        Scorer([length], weights=[math.nan])
+        scorer_of([length, length], weights=[1.0])
+    with pytest.raises(ValueError, match="finite number"):
+        scorer_of([length], weights=[math.nan])
     with pytest.raises(FileNotFoundError):
-        Scorer(["no_such_file.py:f"])
+        scorer_of(["no_such_file.py:f"])
 
 
 # ------------------------------------------------------------------------------------------ async
@@ -232,7 +232,7 @@ def test_async_functions_keep_one_event_loop_from_call_to_call():
         loops.append(asyncio.get_running_loop())
         return [0.0]
 
-    scorer = Scorer(reward)
+    scorer = scorer_of(reward)
     for _ in range(2):
         scorer.score(inputs(["c"]))
     assert loops[0] is loops[1]
@@ -339,7 +339,7 @@ def test_an_async_function_s_own_faults_are_told_as_such():
     async def slow(completions, **kwargs):
         await asyncio.sleep(60)
 
-    scores = Scorer([inner_limit, cancels, slow], timeout=1.0, on_error="none").score(inputs(["a"]))
+    scores = scorer_of([inner_limit, cancels, slow], timeout=1.0, on_error="none").score(inputs(["a"]))
     assert scores.total == [None]
     assert scores.errors["inner_limit"] == ["TimeoutError: "]
     assert "CancelledError" in str(scores.errors["cancels"])

@@ -6,8 +6,9 @@ import importlib
 from typing import Any
 
 import pytest
+from scored import scorer_of
 
-from rankup.rewards import Inputs, Scorer, load_object
+from rankup.rewards import Inputs, RewardFunction, load_object
 
 # ------------------------------------------------------------------------------------------ TRL's own
 
@@ -77,7 +78,7 @@ def test_a_function_of_trl_gives_what_it_gives_when_called_directly(name):
     spec = MADE.get(name, f"trl.rewards:{name}")
     expected, extras = called_directly(MADE.get(name) or load_object(f"trl.rewards:{name}"))
     assert len(set(expected)) > 1
-    scores = Scorer(spec).score(inputs_of())
+    scores = scorer_of(spec).score(inputs_of())
     assert list(scores.by_function.values()) == [expected]
     assert scores.extras == extras
 
@@ -89,12 +90,12 @@ def test_a_factory_of_trl_can_be_given_its_arguments(name):
         "get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5},
         "get_soft_overlong_punishment": {"max_completion_len": 10, "soft_punish_cache": 4},
     }
-    scores = Scorer({"function": f"trl.rewards:{name}", "kwargs": kwargs[name]}).score(inputs_of())
+    scores = scorer_of(RewardFunction(function=f"trl.rewards:{name}", kwargs=kwargs[name])).score(inputs_of())
     assert scores.by_function == {MADE[name].__name__: called_directly(MADE[name])[0]}
 
 
 def test_all_of_them_together():
-    scores = Scorer([MADE.get(name, f"trl.rewards:{name}") for name in NAMES]).score(inputs_of())
+    scores = scorer_of([MADE.get(name, f"trl.rewards:{name}") for name in NAMES]).score(inputs_of())
     assert len(scores.by_function) == len(NAMES)
     columns = list(scores.by_function.values())
     for row, total in enumerate(scores.total):
@@ -187,7 +188,7 @@ def numpy_numbers(completions, **kwargs):
 )
 def test_styles(function, rewards):
     columns = {"answer": ["a", "b", "ccc"], "level": ["easy", "hard", "easy"]}
-    scores = Scorer(function).score(inputs_of(["a", "bb", "ccc"], **columns))
+    scores = scorer_of(function).score(inputs_of(["a", "bb", "ccc"], **columns))
     assert list(scores.by_function.values()) == [rewards]
     assert scores.total == rewards
     if function is logging:
@@ -198,6 +199,6 @@ def test_styles(function, rewards):
 def test_styles_side_by_side():
     functions = [by_column, awaited, not_for_all, AwaitedThreshold(3)]
     columns = {"answer": ["a", "x"], "level": ["hard", "hard"]}
-    scores = Scorer(functions, weights=[1.0, 0.5, 4.0, 2.0]).score(inputs_of(["a", "bbb"], **columns))
+    scores = scorer_of(functions, weights=[1.0, 0.5, 4.0, 2.0]).score(inputs_of(["a", "bbb"], **columns))
     assert list(scores.by_function) == ["by_column", "awaited", "not_for_all", "AwaitedThreshold"]
     assert scores.total == [1.5, 2.0]

@@ -5,8 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from rankup.rewards.config import RewardFunction, RewardsConfig
 from rankup.rewards.contract import Inputs
+from rankup.rewards.loading import RewardSpec
+from rankup.rewards.runner import Scorer
+
+Given = RewardSpec | RewardFunction
+
+
+def scorer_of(functions: Given | Sequence[Given], *, base_dir: Path | None = None, **options: Any) -> Scorer:
+    """A scorer of these functions; `options` are those of `RewardsConfig`."""
+    return Scorer(RewardsConfig(**options), functions, base_dir=base_dir)
 
 
 def inputs(*completions: str, **columns: list) -> Inputs:

@@ -185,8 +185,8 @@ def _rewards(trained: TrainedAdapter) -> str:
     if not entries:  # functions that were handed to `GRPOTrainer` in Python are known by their names in the metrics
         columns = dict.fromkeys(name for row in trained.metrics for name in row)
         return ", ".join(f"`{match[1]}`" for name in columns if (match := re.fullmatch(r"rewards/(.*)/mean", name)))
-    weights = trained.config.rewards.weights or [entry.get("weight", 1.0) for entry in entries]
-    shown = [f"`{without_folders(entry['function'])}`" for entry in entries]
+    weights = trained.config.rewards.weights or [1.0 if entry.weight is None else entry.weight for entry in entries]
+    shown = [f"`{without_folders(entry.function)}`" for entry in entries]
     if len(entries) == 1 and weights[0] == 1:
         return shown[0]
     return ", ".join(f"{name} (weight {weight:g})" for name, weight in zip(shown, weights, strict=True))

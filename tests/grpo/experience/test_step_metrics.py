@@ -11,6 +11,7 @@ from rankup.grpo.algorithm.advantages import GroupAdvantages, group_advantages
 from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.experience.collect import ScoredGroup
 from rankup.grpo.experience.step_metrics import completion_metrics, completions_table, reward_metrics
+from rankup.rewards.config import RewardsConfig
 from rankup.rewards.contract import Inputs
 from rankup.rewards.runner import Scorer
 from rankup.rollout.types import Completion, PromptGroup
@@ -38,7 +39,7 @@ def completion(text: str, finish_reason: Any) -> Completion:
 
 @pytest.fixture
 def scorer() -> Scorer:
-    return Scorer([length, shouts], weights=[1.0, 10.0])
+    return Scorer(RewardsConfig(weights=[1.0, 10.0]), [length, shouts])
 
 
 @pytest.fixture

@@ -14,17 +14,13 @@ def test_functions_are_names_or_mappings(load):
         "a.py:f",
         RewardFunction(function="b.py:g", kwargs={"n": 3}, weight=0.5, isolation="process"),
     ]
-    assert config.rewards.entries() == [
-        {"function": "a.py:f"},
-        {"function": "b.py:g", "kwargs": {"n": 3}, "weight": 0.5, "isolation": "process"},
-    ]
-    assert load("rewards: {functions: {function: b.py:g}}").rewards.entries() == [{"function": "b.py:g"}]
+    assert config.rewards.entries() == [RewardFunction(function="a.py:f"), config.rewards.functions[1]]
+    assert load("rewards: {functions: {function: b.py:g}}").rewards.entries() == [RewardFunction(function="b.py:g")]
 
 
 def test_a_factory_without_arguments_keeps_its_empty_mapping(load):
-    assert load("rewards: {functions: {function: b.py:g, kwargs: {}}}").rewards.entries() == [
-        {"function": "b.py:g", "kwargs": {}}
-    ]
+    (entry,) = load("rewards: {functions: {function: b.py:g, kwargs: {}}}").rewards.entries()
+    assert entry.kwargs == {}
 
 
 def test_a_dump_reads_back(load, tmp_path):
