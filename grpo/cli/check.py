@@ -6,9 +6,8 @@ from ...rollout.engine import RolloutEngine
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
-from ..experience.collect import engine_settings
 from ..model.prove import Proof, prove_slots
-from ..update.session import base_note, make_policy
+from ..update.session import base_note, engine_settings, make_policy
 
 
 def check_slots(config: GRPOConfig) -> int:

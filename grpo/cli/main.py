@@ -149,7 +149,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"no adapter in {adapter}: {run_or_file} is not the folder of a run, or the run saved none")
     trainer = _trainer(load_config(config_file, options.overrides))
     reward = trainer.evaluate(adapter=adapter)
-    count = len(trainer.eval_prompts.rows) if trainer.eval_prompts else 0
+    count = len(trainer.setup.eval_prompts or ())
     print(f"{adapter or trainer.config.model.name}: reward {reward:.4f} on {count} prompts, greedy")
     return 0
 

@@ -1,12 +1,12 @@
-"""One run on many devices, through Ray Train, seen from where it was started.
+"""One run on several devices, through Ray Train, seen from the process that starts it.
 
     summary = train_on_cluster(
         config, inputs, storage=None, view=view, interrupts=interrupts, resume=True, allow_changes=False
     )
 
-Every worker (`cluster_worker.py`) is the whole single-device trainer: vLLM, policy and optimizer on a device of its own, and a
-share of each step's prompts. They exchange what `world.py` says. The first one records and saves; what it shows comes here over
-a desk (`desk.py`). When a worker is lost, Ray starts all of them again, and they go on from the newest checkpoint.
+Every worker (`worker.py`) runs the single-device loop, with vLLM, policy and optimizer on a device of its own and a shard of
+each step's prompts; `common/world.py` has the collectives. The main worker records and saves, and what it shows arrives here
+through a mailbox. When a worker is lost, Ray restarts all of them, and they resume from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from ..checkpoint.resume import Resume
 from ..checkpoint.storage import Storage
 from ..common.errors import ClusterError
 from ..common.interrupts import Interrupts, RunInterrupted
+from ..common.log import logger
 from ..config import GRPOConfig
 from ..config.cluster import ClusterConfig
 from ..display.terminal import View
 from ..run.records import read_summary
-from .mailbox import Outcome, Reader, open_desk, this_node
+from .mailbox import Outcome, Reader, open_mailbox, this_node
 from .ray_train import fit
-from .worker import Task
+from .worker import Task, UserInputs
 
 POLL_SECONDS = 0.2
 
 
 def train_on_cluster(
     config: GRPOConfig,
-    inputs: dict[str, Any],
+    inputs: UserInputs,
     *,
     storage: Storage | None,
     view: View,
@@ -49,65 +50,65 @@ def train_on_cluster(
     resume: Resume,
     allow_changes: bool,
 ) -> dict[str, Any]:
-    """Start the workers, show what they say, and wait for the end; returns what `summary.json` says.
+    """Start the workers, show their events, and wait for the end; returns the content of `summary.json`.
 
-    Joins the cluster of Ray's own `RAY_ADDRESS`; without one, starts a cluster on this machine alone, which ends with the run.
+    Joins the cluster of Ray's own variable `RAY_ADDRESS`; if that is not set, starts a cluster of this machine for the run.
 
     Args:
         config: with `cluster.workers` above 1.
-        inputs: arguments of `GRPOTrainer` besides the configuration: reward functions, data sets. They are sent to the workers.
-        storage: of `checkpoint.storage`; the run is fetched from there if its folder is not seen here.
+        inputs: reward functions and data sets passed to `GRPOTrainer`; they are sent to the workers.
+        storage: of `checkpoint.storage`; the run is fetched from there if this machine does not see its folder.
         view: where progress is shown.
-        interrupts: answers signals, and defers them.
+        interrupts: handles and defers signals.
 
     Raises:
-        ValueError: this machine alone is too small for the workers.
+        ValueError: a cluster of this machine is too small for the workers.
         ClusterError: the run has failed.
-        RunInterrupted: a signal came; the workers have finished their step and saved.
+        RunInterrupted: a signal came, and the workers have finished their step and saved.
     """
     with ExitStack() as stack:
         stack.enter_context(_connected(view, config.cluster))
         _check_inputs(inputs)
-        desk = open_desk()
-        reader = Reader(desk, view)
+        mailbox = open_mailbox()
+        reader = Reader(mailbox, view)
         view.stage(f"starting {config.cluster.workers} workers")
-        task = _task(config, inputs, desk, resume=resume, allow_changes=allow_changes)
+        task = _task(config, inputs, mailbox, resume=resume, allow_changes=allow_changes)
         fitting = ray.remote(fit).options(num_cpus=0, max_retries=0, label_selector=this_node())
         stack.enter_context(_ended(fitted := fitting.remote(task, _resources(config.cluster))))
         while True:
-            # Asked before the desk is read: what was written until then is shown.
-            is_over = bool(ray.wait([fitted], timeout=0)[0]) or ray.get(desk.has_failed.remote())
+            # Checked before the mailbox is read, so that everything posted until then is shown.
+            is_over = bool(ray.wait([fitted], timeout=0)[0]) or ray.get(mailbox.has_failed.remote())
             reader.show()
             if is_over:
                 break
-            if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()):
-                # No worker has come to a step, or all wait to start again: there is nothing to save, and they end with us.
-                interruption = RunInterrupted(interrupts.asked)
-                raise interruption.saved(None) if ray.get(desk.has_begun.remote()) else interruption
+            if interrupts.requested is not None and not ray.get(mailbox.request_stop.remote()):
+                # No worker has reached a step, or all are restarting: there is nothing to save, and they end with this process.
+                interruption = RunInterrupted(interrupts.requested)
+                raise interruption.saved(None) if ray.get(mailbox.has_begun.remote()) else interruption
             time.sleep(POLL_SECONDS)
         reader.finish()
         outcome: Outcome | None
-        outcome, has_begun = ray.get([desk.outcome.remote(), desk.has_begun.remote()])
+        outcome, has_begun = ray.get([mailbox.outcome.remote(), mailbox.has_begun.remote()])
         error = ray.get(fitted) if outcome is None else outcome.error
     if error is not None:
         checkpoints = config.logging.output_dir / "checkpoints"
         raise ClusterError(error, can_resume=has_begun and any(checkpoints.glob("step_*")))
-    assert outcome is not None, "Ray Train has come to an end, and the first worker has not"
+    assert outcome is not None, "Ray Train has ended, but the main worker has not"
     if storage is not None and read_summary(config.logging.output_dir) != outcome.summary:
-        storage.pull(view.note, always=True)  # the workers' disk is another one
-    if outcome.summary is not None and outcome.has_finished and interrupts.asked is None:
+        storage.pull(always=True)  # the workers wrote to another disk
+    if outcome.summary is not None and outcome.is_complete:
         return outcome.summary
-    interruption = RunInterrupted(interrupts.asked or signal.SIGTERM)  # too late to change anything, or in a step
+    interruption = RunInterrupted(interrupts.requested or signal.SIGTERM)
     raise interruption.saved(outcome.checkpoint) if outcome.is_saved else interruption
 
 
 @contextmanager
 def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
-    """Inside the block Ray is connected, and the user knows to what.
+    """Connect to Ray inside the block, and tell the user to what.
 
     Raises:
         ConnectionError: no cluster answers where `RAY_ADDRESS` says.
-        ValueError: this machine alone is too small for the workers.
+        ValueError: a cluster of this machine is too small for the workers.
     """
     view.stage("connecting to Ray")
     has_connection = CONNECTION.hold(dashboard=True, logs=False)
@@ -115,16 +116,16 @@ def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
     try:
         total, alive = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
         has = f"{len(alive)} node{'s' * (len(alive) > 1)}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        view.note(f"Ray: {has}" + (f"; dashboard {url}" if (url := CONNECTION.dashboard_url) else ""))
+        logger.info(f"Ray: {has}" + (f"; dashboard {url}" if (url := CONNECTION.dashboard_url) else ""))
         each = _resources(cluster)
         places = sum(min(int(node.get(name, 0) / amount + 1e-6) for name, amount in each.items()) for node in alive)
         if places < cluster.workers and is_alone:
             raise ValueError(
-                f"cluster.workers={cluster.workers}: this machine has {has}, which is room for {places} of them: take fewer, "
+                f"cluster.workers={cluster.workers}: this machine has {has}, room for {places} of them: use fewer, "
                 "or a smaller cluster.cpus_per_worker, or join a larger cluster with RAY_ADDRESS"
             )
         if places < cluster.workers:
-            view.note(f"there is room for {places} of {cluster.workers} workers: the run begins when enough nodes have joined")
+            logger.info(f"room for {places} of {cluster.workers} workers: the run starts when enough nodes have joined")
         yield
     finally:
         if has_connection:
@@ -133,7 +134,7 @@ def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def _ended(reference: Any) -> Iterator[None]:
-    """A task that does not outlive the block, and with it whatever it has started."""
+    """Cancel the task, and everything that it started, at the end of the block."""
     try:
         yield
     finally:
@@ -141,28 +142,28 @@ def _ended(reference: Any) -> Iterator[None]:
             ray.cancel(reference, force=True)
 
 
-def _check_inputs(inputs: dict[str, Any]) -> None:
-    """See that reward functions and data can be sent."""
+def _check_inputs(inputs: UserInputs) -> None:
+    """Check that reward functions and data can be pickled."""
     try:
         with open(os.devnull, "wb") as nowhere:
             cloudpickle.dump(inputs, nowhere)  # type: ignore[attr-defined]
     except (TypeError, pickle.PicklingError, AttributeError) as error:
         raise ValueError(
-            f"reward functions and data are sent to the workers, which cannot be done with these ({error}): give them by name, "
+            f"reward functions and data are sent to the workers, but these cannot be pickled ({error}): pass them by name, "
             "such as reward.py:score and rows.jsonl"
         ) from error
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for each worker, by Ray's names."""
+    """The resources that Ray reserves for each worker, by Ray's names."""
     gpus = cluster.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
-def _task(config: GRPOConfig, inputs: dict[str, Any], desk: Any, *, resume: Resume, allow_changes: bool) -> Task:
-    """What the workers are to do. Their current folder may be another, so what is written gets absolute paths."""
+def _task(config: GRPOConfig, inputs: UserInputs, mailbox: Any, *, resume: Resume, allow_changes: bool) -> Task:
+    """The workers' task. Their working directory may differ, so the paths that they write to are absolute."""
     folder, base_dir, storage = Path.cwd(), config.base_dir, config.checkpoint.storage
     if base_dir is not None and base_dir.is_relative_to(folder):
         base_dir = base_dir.relative_to(folder)
@@ -180,7 +181,7 @@ def _task(config: GRPOConfig, inputs: dict[str, Any], desk: Any, *, resume: Resu
         inputs=inputs,
         folder=folder,
         base_dir=base_dir,
-        desk=desk,
+        mailbox=mailbox,
         resume=resume,
         allow_changes=allow_changes,
     )

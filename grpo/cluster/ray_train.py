@@ -1,7 +1,7 @@
-"""Ray Train at work on a run, in a process of Ray's: what can be ended at once, whatever it waits for.
+"""Ray Train's controller of a run, as a Ray task: it can be cancelled at any time, whatever it waits for.
 
     ref = ray.remote(fit).remote(task, {"CPU": 1.0})
-    ray.get(ref)                # None, or why Ray Train has given up
+    ray.get(ref)                # None, or why Ray Train gave up
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ GRACE_SECONDS = 60.0
 
 
 def fit(task: Task, resources: Mapping[str, float]) -> str | None:
-    """Start the workers, and again when one is lost, until the run has ended; returns why there is no end.
+    """Start the workers, restart them when one is lost, until the run has ended; returns why it failed, or None.
 
     Args:
-        resources: what Ray reserves for each worker, by Ray's names.
+        resources: reserved for each worker, by Ray's names.
     """
     with tempfile.TemporaryDirectory(prefix="ray_train_") as folder:
         trainer = _trainer(task, dict(resources), folder)
@@ -33,20 +33,20 @@ def fit(task: Task, resources: Mapping[str, float]) -> str | None:
             trainer.fit()
         except ray.train.WorkerGroupError as error:
             failures = task.config.cluster.max_failures
-            worst = "; ".join(f"worker {rank}: {end_of(one)}" for rank, one in sorted(error.worker_failures.items()))
-            return f"workers were lost more than cluster.max_failures={failures} times, the last time so: {worst}\n{error}"
+            worst = "; ".join(f"worker {rank}: {summarize(one)}" for rank, one in sorted(error.worker_failures.items()))
+            return f"workers failed more than cluster.max_failures={failures} times, last: {worst}\n{error}"
         except ray.train.TrainingFailedError as error:
-            return f"Ray Train could not run the workers: {end_of(error)}\n{error}"
+            return f"Ray Train could not run the workers: {summarize(error)}\n{error}"
     return None
 
 
 def _trainer(task: Task, resources: dict[str, float], folder: str) -> TorchTrainer:
-    """`folder` is for Ray Train's own notes: our checkpoints do not go through it."""
+    """`folder`: for Ray Train's own state. Our checkpoints do not go through it."""
     cluster = task.config.cluster
-    # A little later than the deadline on a step, which says where it hung.
+    # Later than the deadline of a step, which reports where it hung.
     timeout = int(cluster.step_timeout + GRACE_SECONDS)
     return TorchTrainer(
-        run_worker,  # type: ignore[arg-type]  # Ray's types know a plain dict only
+        run_worker,  # type: ignore[arg-type]  # Ray's types allow a plain dict only
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu="GPU" in resources, resources_per_worker=resources
@@ -56,7 +56,7 @@ def _trainer(task: Task, resources: dict[str, float], folder: str) -> TorchTrain
             name=task.config.logging.run_name,
             storage_path=folder,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[TellsLosses(task.desk, cluster.max_failures)],
+            callbacks=[ReportsFailures(task.mailbox, cluster.max_failures)],
         ),
     )
 
@@ -65,35 +65,35 @@ class _OneDeviceBackend(_TorchBackend):
     share_cuda_visible_devices = False
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """The workers' processes end with them. Ray's own would take the process group from one that is still saving."""
+        """Do nothing: the process group ends with the worker. Ray's own would take it from a worker that is still saving."""
 
 
 @dataclass
 class OneDeviceEach(TorchConfig):
-    """Ray Train's own, but a worker sees its own GPU only, as the first: vLLM and the policy take that one."""
+    """Ray Train's own, but a worker sees only its own GPU, as device 0: vLLM and the policy use that one."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _OneDeviceBackend
 
 
-class TellsLosses(ray.train.UserCallback):
-    """Tells the desk which workers were lost. Ray Train calls it in a process of its own."""
+class ReportsFailures(ray.train.UserCallback):
+    """Reports lost workers to the mailbox. Ray Train calls it in a process of its own."""
 
-    def __init__(self, desk: Any, max_failures: int) -> None:
-        self._desk = desk
+    def __init__(self, mailbox: Any, max_failures: int) -> None:
+        self._mailbox = mailbox
         self._max_failures = max_failures
         self._num_failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self._num_failures += 1
-        what = "; ".join(f"worker {rank}: {end_of(error)}" for rank, error in sorted(worker_exceptions.items()))
-        then = "all start again" if self._num_failures <= self._max_failures else "that was once too often"
-        self._desk.lost.remote(f"{what}. Failure {self._num_failures} of cluster.max_failures={self._max_failures}: {then}")
+        what = "; ".join(f"worker {rank}: {summarize(error)}" for rank, error in sorted(worker_exceptions.items()))
+        then = "restarting all workers" if self._num_failures <= self._max_failures else "giving up"
+        self._mailbox.report_failure.remote(f"{what}. Failure {self._num_failures} of cluster.max_failures={self._max_failures}: {then}")
 
 
-def end_of(error: Exception) -> str:
-    """What has become of a worker, in a line: `its node has died`, or the last line of a traceback."""
+def summarize(error: Exception) -> str:
+    """Why a worker failed, in one line: `its node has died`, or the last line of the traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reasons = [reason for line in lines for reason in re.findall("because (its .+? has died)", line)]
     return reasons[0] if reasons else lines[-1].strip()

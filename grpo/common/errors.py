@@ -31,6 +31,10 @@ class TrainingStoppedError(ValueError):
     """The guards gave up on the run. What it had learned is saved."""
 
 
+class BaseWeightsModifiedError(RuntimeError):
+    """Something wrote into the frozen base weights, which vLLM may share: neither sampler nor adapter can be trusted."""
+
+
 class ClusterError(RuntimeError):
     """A run on a cluster has failed; the message is for the user.
 
@@ -68,7 +72,7 @@ def explain(error: BaseException) -> str | None:
         return OUT_OF_MEMORY.format(reason=first_line(error)) if memory else str(error)
     if _is_full_disk(error):
         return f"no space left on the disk: {first_line(error)}. Free some, or give another logging.output_dir"
-    if isinstance(error, ValueError | OSError | RewardError | ClusterError):
+    if isinstance(error, ValueError | OSError | RewardError | ClusterError | BaseWeightsModifiedError):
         return str(error)
     return None
 

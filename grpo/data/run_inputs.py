@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
-from .prompts import PromptData, Prompt, prepare_prompts
+from .prompts import Prompt, PromptData, prepare_prompts
 from .sources import load_rows
 
 if TYPE_CHECKING:

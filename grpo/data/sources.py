@@ -23,6 +23,8 @@ from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
 
 Row = Mapping[str, Any]
+DataSource = str | datasets.Dataset | Iterable[Row]
+"""A source of rows by name, a data set, or rows in memory; see `load_rows`."""
 
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _REASONING_GYM = "reasoning_gym:"

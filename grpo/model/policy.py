@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ...kernels import shared_prompt_attention
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ...rollout.slots import AdapterSlot
+from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
 from ..config import LoraConfig
 from .adapters import check_saved_config, check_targets, inject, load_weights
@@ -133,7 +134,7 @@ class Policy:
     @torch.no_grad()
     def write_slots(self) -> None:
         """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
-        assert not self.base.written(), f"something has written into base weights: {self.base.written()[:3]}"
+        self._check_base_weights(thoroughly=False)
         layers = self.layers.values()
         torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])  # type: ignore[attr-defined]
         scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)  # type: ignore[attr-defined]
@@ -141,7 +142,7 @@ class Policy:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
-        assert not self.base.written(thoroughly=True), "the base weights are not those that the adapter was trained on"
+        self._check_base_weights(thoroughly=True)
         with atomic_folder(folder) as partial:
             # PEFT would add the embedding's weights to an adapter on the head, but the adapter does not change them.
             self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -194,6 +195,15 @@ class Policy:
         )
         loss.backward()
         return loss.detach(), logprobs_N, entropy_N
+
+    def _check_base_weights(self, *, thoroughly: bool) -> None:
+        written = self.base.written(thoroughly=thoroughly)
+        if written:
+            raise BaseWeightsModifiedError(
+                f"{len(written)} base weights were modified during the run, {written[0]} among them: the adapter does not fit "
+                "them any more, and vLLM may share them. Do not merge or train the base model in the process of a run; resume from the "
+                "newest checkpoint"
+            )
 
     def _any_forward(self) -> None:
         """The model once, on two tokens."""

@@ -18,9 +18,11 @@ import torch
 
 from ...rollout.config import SamplingConfig
 from ...rollout.engine import RolloutEngine
-from ...rollout.types import Completion, PromptGroup
+from ...rollout.types import Completion
 from .lora_layers import ADAPTER, FusedLoRALayer
-from .packing import Pack, WeightedGroup, by_completion, pack, pad
+from ..data.groups import Group
+from ..data.prompts import Prompt
+from .packing import Pack, by_completion, pack, pad
 from .policy import Policy
 
 # Strength of a proving adapter: the norm of its update relative to the base weight's. The fewer layers are adapted at once,
@@ -112,23 +114,20 @@ def trainer_logprobs(
 def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
     """Each sequence as a group: its first token is the prompt, the rest one completion."""
     groups = [
-        WeightedGroup(
-            group=PromptGroup(
-                index=i,
-                prompt_token_ids=tuple(s[:1]),
-                completions=(
-                    Completion(
-                        token_ids=tuple(s[1:]),
-                        logprobs=(0.0,) * (len(s) - 1),
-                        text="",
-                        finish_reason="stop",
-                        policy_version=0,
-                    ),
+        Group(
+            prompt=Prompt(content="", token_ids=tuple(sequence[:1])),
+            completions=(
+                Completion(
+                    token_ids=tuple(sequence[1:]),
+                    logprobs=(0.0,) * (len(sequence) - 1),
+                    text="",
+                    finish_reason="stop",
+                    policy_version=0,
                 ),
             ),
             advantages=(0.0,),
         )
-        for i, s in enumerate(sequences)
+        for sequence in sequences
     ]
     if policy.shares_prompts:
         return pack(groups, tokens_per_pack=4096, device=policy.device)

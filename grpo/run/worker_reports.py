@@ -47,8 +47,8 @@ def check_same_policy(reports: Sequence[WorkerReport]) -> None:
         if (report.policy_version, report.checksum) != (first.policy_version, first.checksum):
             raise DivergedError(
                 f"worker {rank} holds another policy than worker 0: version {report.policy_version}, adapter "
-                f"{report.checksum:016x}, instead of version {first.policy_version}, adapter {first.checksum:016x}. Resume from "
-                "the last checkpoint, and check that all nodes have the same software and hardware"
+                f"{report.checksum:016x}, instead of version {first.policy_version}, adapter {first.checksum:016x}. Resume "
+                "from the last checkpoint, and check that all nodes have the same software and hardware"
             )
 
 

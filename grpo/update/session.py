@@ -1,25 +1,26 @@
-"""vLLM, the policy on its adapter slots, and what trains it: what a run holds in memory while it goes on.
+"""vLLM, the policy on its adapter slots, and the learner: what a run holds in memory.
 
-    with open_session(config, model_path, say=view.stage, note=view.note) as session:
-        session.engine.rollout(...)
-        session.learner.update(...)
+    with open_session(config, model_path) as session:
+        groups = list(session.engine.rollout(prompts, config.rollout))
         session.publish()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ...kernels.cpu_memory import keep_freed_memory
-from ...rollout.engine import RolloutEngine
+from ...rollout.engine import EngineSettings, RolloutEngine
+from ..common.log import logger
 from ..common.quiet import quiet_stderr
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
-from ..experience.collect import engine_settings
+from ..model.adapters import target_module_names
+from ..model.base_model import nf4_names
 from ..model.policy import Policy
 from ..model.prove import prove_slots
 from .learner import Learner
@@ -28,14 +29,14 @@ from .optimizer import check_device
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The parts of a running trainer that share one copy of the adapter."""
+    """The parts of a run that share one copy of the adapter."""
 
     engine: RolloutEngine
     policy: Policy
     learner: Learner
 
     def publish(self) -> int:
-        """Make the policy as it is the one that the engine samples with; returns its version."""
+        """Make the current policy the one that the engine samples with; returns its version."""
         return self.engine.publish(self.policy.write_slots)
 
 
@@ -46,14 +47,12 @@ def open_session(
     *,
     pad_token_id: int = 0,
     engine: RolloutEngine | None = None,
-    note: Callable[[str], None],
     world: World = SINGLE_PROCESS,
 ) -> Iterator[Session]:
-    """Start vLLM and the policy on one copy of the adapter, prove the map, and stop the engine in the end.
+    """Start vLLM and the policy on one copy of the adapter, prove the slot map, and stop the engine at the end.
 
     Args:
-        engine: one to sample with, which stays open. None: one of its own.
-        note: told what the user should know about how this model is computed.
+        engine: a user-supplied one, which stays open; None: one for this session.
 
     Raises:
         ValueError: the optimizer does not run on this device; the engine was made with other settings than this run needs;
@@ -68,20 +67,39 @@ def open_session(
         if differences:
             raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
     with quiet_stderr():
-        own = engine or RolloutEngine(settings)
+        sampler = engine or RolloutEngine(settings)
     try:
         with quiet_stderr():
-            policy = make_policy(config, model_path, own)
+            policy = make_policy(config, model_path, sampler)
         if policy.plain_reason is not None:
-            note(f"each prompt is computed once per completion: {policy.plain_reason}")
-        note(base_note(policy))
-        note(policy.fusion.summary)
-        prove_slots(policy, own)
-        own.policy_version = 0  # a run counts its own policies: 0 is the adapter that it begins with
-        yield Session(own, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
+            logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
+        logger.info(base_note(policy))
+        logger.info(policy.fusion.summary)
+        prove_slots(policy, sampler)
+        sampler.policy_version = 0  # a run counts its policies from the initial adapter
+        yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
     finally:
         if engine is None:
-            own.close()
+            sampler.close()
+
+
+def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
+    """What the configuration asks of vLLM.
+
+    Raises:
+        ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
+    """
+    return EngineSettings(
+        model=model_path,
+        rollout=config.rollout,
+        target_modules=target_module_names(model_path, config.lora),
+        max_rank=config.lora.max_rank,
+        dtype=config.model.dtype,
+        seed=config.seed,
+        max_num_seqs=config.max_num_seqs,
+        keep_base_weights=config.model.share_base_weights is True,
+        nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
+    )
 
 
 def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine) -> Policy:

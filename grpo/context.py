@@ -1,0 +1,192 @@
+"""A running run: engine, policy, records and checkpoints, opened from its setup and closed again.
+
+    with open_run(setup, resumption) as ctx:
+        loop.run(ctx)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ..rollout.engine import RolloutEngine
+from .checkpoint.manager import CheckpointManager
+from .checkpoint.resume import Resumption
+from .common.errors import Attempts
+from .common.interrupts import RunInterrupted
+from .common.log import logger
+from .config import dump_config
+from .run.output import RunOutput
+from .run.records import RunRecorder
+from .run.run_folder import locked_folder
+from .setup import RunSetup
+from .update.session import Session, open_session
+
+LOCK_TIMEOUT_S = 60.0
+"""How long a restarted worker waits for the lost one to die and release the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What the loop works with. `output` is None on all workers but the main process."""
+
+    setup: RunSetup
+    session: Session
+    checkpoints: CheckpointManager
+    output: RunOutput | None
+
+    def stop_if_requested(self) -> None:
+        """Raise RunInterrupted on all workers if a signal or `stop_requested` asked any of them to stop."""
+        interrupts = self.setup.interrupts
+        if any(self.setup.world.all_gather(self.setup.stop_requested() or interrupts.requested is not None)):
+            interrupts.request()
+        interrupts.stop_if_requested()
+
+    def save_adapter(self) -> None:
+        """Write the policy into the run folder."""
+        if self.output is not None:
+            self.session.policy.save_adapter(self.output.recorder.adapter_dir)
+
+    def draw(self) -> None:
+        """Draw the learning curve, if there was a step."""
+        if self.output is not None and self.checkpoints.position.steps_done:
+            self.output.draw()
+
+    def summarize(self, *, interrupted: bool) -> dict[str, Any]:
+        """Write and return the summary; empty on all workers but the main process."""
+        if self.output is None:
+            return {}
+        guards = self.session.learner.guards.metrics()
+        return self.output.summarize(guards=guards, inputs=self.setup.fingerprint, interrupted=interrupted)
+
+
+@contextmanager
+def open_run(
+    setup: RunSetup, resumption: Resumption | None, *, is_evaluated: bool, engine: RolloutEngine | None
+) -> Iterator[RunContext]:
+    """Start reward processes, vLLM and the policy; then start the run from scratch or resume it.
+
+    Args:
+        is_evaluated: of a new run: whether no evaluation is due before its first step.
+        engine: a user-supplied one, which stays open; None: one for this run.
+    """
+    with ExitStack() as stack:
+        with setup.interrupts.interruptible():
+            session = stack.enter_context(open_engine(setup, engine))
+        output = None
+        if setup.world.is_main and setup.view is not None:
+            recorder = stack.enter_context(_open_recorder(setup, resumption))
+            output = RunOutput(setup.config, setup.view, recorder)
+        checkpoints = CheckpointManager(
+            setup.config,
+            session,
+            setup.store,
+            output=output,
+            inputs=setup.fingerprint,
+            world=setup.world,
+            storage=setup.storage,
+        )
+        ctx = RunContext(setup=setup, session=session, checkpoints=checkpoints, output=output)
+        if resumption is None:
+            checkpoints.start(is_evaluated=is_evaluated)
+        else:
+            checkpoints.resume(resumption)
+            if output is not None:
+                output.view.resumed(resumption.checkpoint.step, output.recorder.rows())
+        setup.on_ready()
+        try:
+            yield ctx
+        finally:
+            setup.last_checkpoint = checkpoints.last
+
+
+@contextmanager
+def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterator[Session]:
+    """Reward processes, vLLM and the policy."""
+    with closing(setup.scorer):
+        setup.scorer.start()  # reward processes load their functions while vLLM starts
+        setup.stage("starting vLLM and loading the model")
+        with open_session(
+            setup.config,
+            setup.inputs.model_path,
+            pad_token_id=cast(int, setup.inputs.tokenizer.pad_token_id or 0),
+            engine=engine,
+            world=setup.world,
+        ) as session:
+            yield session
+
+
+@contextmanager
+def run_folder_owned(setup: RunSetup, *, resumes: bool) -> Iterator[None]:
+    """Lock the run folder; a run that resumes first fetches what is missing from its storage. Only the main process does it.
+
+    Raises:
+        ValueError: another process writes to the folder.
+        StorageError: the storage could not be read.
+    """
+    if not setup.world.is_main:
+        yield
+        return
+    folder, storage = setup.config.logging.output_dir, setup.storage if resumes else None
+    if storage is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder, timeout=LOCK_TIMEOUT_S if setup.world.size > 1 else 0.0):
+        if storage is not None:
+            storage.pull()
+            if setup.world.size > 1:
+                storage.push()  # workers on other machines read the copy: it must have the newest checkpoint too
+        yield
+
+
+@contextmanager
+def _open_recorder(setup: RunSetup, resumption: Resumption | None) -> Iterator[RunRecorder]:
+    """The recorder of a new run, or of one that resumes."""
+    config, storage = setup.config, setup.storage
+    output_dir = config.logging.output_dir
+    if storage is not None and resumption is None and (moved := storage.move_aside()) is not None:
+        logger.info(f"the run that was in {storage.url} is now in {moved}")
+    resume = None if resumption is None else resumption.state.recorder
+    with RunRecorder(output_dir, config_yaml=dump_config(config), resume=resume) as recorder:
+        if recorder.moved_aside is not None:
+            logger.info(f"the run that was in {output_dir} is now in {recorder.moved_aside}")
+        yield recorder
+
+
+@contextmanager
+def save_on_error(ctx: RunContext) -> Iterator[None]:
+    """Whatever ends the block (a signal, an error of a reward function, a full disk): save what can be saved."""
+    try:
+        yield
+    except BaseException as error:  # raised again
+        attempts, checkpoints = Attempts(), ctx.checkpoints
+        # If one of several workers fails, the others are elsewhere: there is no step that all of them could save.
+        can_save = ctx.setup.world.size == 1 or isinstance(error, RunInterrupted)
+        is_saved = can_save and attempts.to("save a checkpoint", checkpoints.write)
+        has_adapter = attempts.to("save the adapter", ctx.save_adapter)
+        attempts.to("draw the learning curve", ctx.draw)
+        attempts.to("write the summary", lambda: _show_end(ctx, ctx.summarize(interrupted=True)))
+        attempts.to("upload the run", checkpoints.upload)
+        if isinstance(error, RunInterrupted) and is_saved:
+            error.saved(checkpoints.last)
+        notes = [f"the newest checkpoint is {checkpoints.last}"] if checkpoints.last is not None else []
+        if has_adapter and ctx.output is not None:
+            notes.append(f"interrupted: the adapter so far is in {ctx.output.recorder.adapter_dir}")
+        attempts.to("report it", lambda: [logger.info(note) for note in [*notes, *attempts.failures]])
+        raise
+
+
+def complete(ctx: RunContext) -> dict[str, Any]:
+    """Write what a complete run leaves behind; returns its summary."""
+    ctx.save_adapter()
+    ctx.draw()
+    summary = ctx.summarize(interrupted=False)
+    ctx.checkpoints.upload()
+    _show_end(ctx, summary)
+    return summary
+
+
+def _show_end(ctx: RunContext, summary: dict[str, Any]) -> None:
+    if ctx.output is not None:
+        ctx.output.view.finish(summary)

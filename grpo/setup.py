@@ -1,0 +1,108 @@
+"""Everything that a run needs before anything is started or written: checked configuration, data, reward functions.
+
+    setup = prepare_run(config, reward_funcs, train_dataset, eval_dataset, view=view)
+
+`GRPOTrainer` and the workers of a cluster both begin with this; `loop.train(setup)` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..rewards.loading import RewardSpec
+from ..rewards.runner import Scorer
+from .checkpoint.storage import Storage
+from .checkpoint.store import CheckpointStore
+from .common.interrupts import Interrupts
+from .common.log import log_to
+from .common.world import SINGLE_PROCESS, World
+from .config import GRPOConfig
+from .data.prompts import Prompt
+from .data.run_inputs import RunInputs, load_run_inputs
+from .data.sampler import PromptSampler
+from .data.sources import DataSource
+from .display.terminal import View
+from .update.objective import Objective
+
+
+@dataclass(kw_only=True)
+class RunSetup:
+    """See the module's docstring.
+
+    Attributes:
+        view: what shows the run; None on all workers but the main process.
+        stop_requested: asked between steps, for requests that do not arrive as signals; one worker's answer stops all.
+        on_ready: called once, when this worker's engine has started.
+        last_checkpoint: the newest one that the run wrote or resumed from, once it has ended in whatever way.
+    """
+
+    config: GRPOConfig
+    scorer: Scorer
+    inputs: RunInputs
+    sampler: PromptSampler
+    store: CheckpointStore
+    storage: Storage | None
+    view: View | None
+    world: World = SINGLE_PROCESS
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    stop_requested: Callable[[], bool] = lambda: False
+    on_ready: Callable[[], None] = lambda: None
+    last_checkpoint: Path | None = None
+
+    @property
+    def eval_prompts(self) -> Sequence[Prompt] | None:
+        """The evaluation data; None if the run has none."""
+        return None if self.inputs.eval_prompts is None else self.inputs.eval_prompts.rows
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the run is made from besides its configuration, to compare when it resumes."""
+        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names)}
+
+    def stage(self, text: str) -> None:
+        """Show what the run is doing now, outside of its steps."""
+        if self.view is not None:
+            self.view.stage(text)
+
+
+def prepare_run(
+    config: GRPOConfig,
+    reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+    train_dataset: DataSource | None = None,
+    eval_dataset: DataSource | None = None,
+    *,
+    view: View | None,
+    world: World = SINGLE_PROCESS,
+    stop_requested: Callable[[], bool] = lambda: False,
+    on_ready: Callable[[], None] = lambda: None,
+) -> RunSetup:
+    """Check and load what a run is made from; arguments that are None come from the configuration. Writes nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
+    """
+    scorer = Scorer(config.rewards, reward_funcs, base_dir=config.base_dir)
+    Objective(config)  # reports a user-supplied one that cannot be loaded before anything is started
+    with log_to(lambda text: None if view is None else view.stage(text)):
+        inputs = load_run_inputs(config, train_dataset, eval_dataset)
+    prompts = inputs.train_prompts.rows
+    scorer.check_columns(prompts[0].columns)
+    run_dir, checkpoint = config.logging.output_dir, config.checkpoint
+    return RunSetup(
+        config=config,
+        scorer=scorer,
+        inputs=inputs,
+        sampler=PromptSampler(
+            prompts, prompts_per_step=config.optim.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+        ),
+        store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
+        storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),
+        view=view,
+        world=world,
+        stop_requested=stop_requested,
+        on_ready=on_ready,
+    )
