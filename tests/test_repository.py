@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import rankup
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What the modules of each folder may import of ours, besides the folder itself.
@@ -119,6 +121,10 @@ def test_public_names_are_found_at_first_use(tmp_path: Path):
     result = run_python("import rankup; print(rankup.GRPOConfig.__module__); rankup.no_such_name", tmp_path)
     assert result.stdout.strip() == "rankup.grpo.config"
     assert result.stderr.strip().endswith("AttributeError: module 'rankup' has no attribute 'no_such_name'")
+
+
+def test_every_public_name_can_be_imported():
+    assert [name for name in rankup.__all__ if not hasattr(rankup, name)] == []
 
 
 def test_folder_kernels_does_not_break_packages_that_import_kernels():
