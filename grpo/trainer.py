@@ -96,7 +96,7 @@ class GRPOTrainer:
         self.scorer = make_scorer(config, reward_funcs)
         Objective(config)  # one of the user's own that cannot be loaded is told now
         self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
-        self.inputs = load_run_inputs(config, train_dataset, eval_dataset, say=self.view.stage)
+        self.inputs = load_run_inputs(config, train_dataset, eval_dataset)
         self.eval_prompts = self.inputs.eval_prompts
         self.scorer.check_columns(self.inputs.train_prompts.rows[0].columns)
         self.sampler = PromptSampler(
@@ -113,7 +113,7 @@ class GRPOTrainer:
         storage = config.checkpoint.storage
         self._storage = None if storage is None else Storage(storage, config.logging.output_dir)
         self._surroundings: dict[str, Any] = {"note": self.view.note, "world": world, "storage": self._storage}
-        self._interrupts = Interrupts(self.view.note)
+        self._interrupts = Interrupts()
         self.can_resume = False
         """Whether the last `train` has left a checkpoint of its run."""
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps, where no signal arrives
@@ -162,7 +162,7 @@ class GRPOTrainer:
             resumption = self.world.broadcast_from_main(lambda: self._find_resumption(resume_from_checkpoint, allow_changes))
             for note in start_notes(self.config, self.inputs):
                 self.view.note(note)
-            with self._interrupts.at_once():
+            with self._interrupts.interruptible():
                 stack.enter_context(self._open_session(engine))
             stack.enter_context(self._recording(resumption))
             with self.keeper.nothing_lost(self.view):
@@ -172,7 +172,7 @@ class GRPOTrainer:
             summary = self.keeper.summarise(interrupted=False)
             self.keeper.copy()
             self.view.finish(summary)
-            if (asked := self._interrupts.asked) is not None:  # too late to change anything, but a script is to end
+            if (asked := self._interrupts.requested) is not None:  # too late to change anything, but a script is to end
                 raise RunInterrupted(asked).saved(self.keeper.last)
             return summary
 
@@ -216,9 +216,9 @@ class GRPOTrainer:
 
     def _stop_if_asked(self) -> None:
         """Raise RunInterrupted if the run is to stop here: on all workers, if on one."""
-        if any(self.world.all_gather(self.should_stop() or self._interrupts.asked is not None)):
-            self._interrupts.ask()
-        self._interrupts.stop_if_asked()
+        if any(self.world.all_gather(self.should_stop() or self._interrupts.requested is not None)):
+            self._interrupts.request()
+        self._interrupts.stop_if_requested()
 
     def _step(self, step: int) -> None:
         """One step, `step` counting from 0: rollout, reward and advantages; train; publish; record."""
@@ -322,7 +322,7 @@ class GRPOTrainer:
         assert self.eval_prompts is not None
         rows = self.eval_prompts.rows
         self.view.stage(f"evaluating {len(rows)} prompts")
-        with self._interrupts.at_once():  # it can be made again
+        with self._interrupts.interruptible():  # it can be made again
             return evaluate(
                 self.session.engine, self.scorer, rows, self.config, step=step, use_adapter=use_adapter, world=self.world
             )

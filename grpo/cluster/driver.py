@@ -80,9 +80,9 @@ def train_on_cluster(
             reader.show()
             if is_over:
                 break
-            if interrupts.asked is not None and not ray.get(desk.ask_to_stop.remote()):
+            if interrupts.requested is not None and not ray.get(desk.ask_to_stop.remote()):
                 # No worker has come to a step, or all wait to start again: there is nothing to save, and they end with us.
-                interruption = RunInterrupted(interrupts.asked)
+                interruption = RunInterrupted(interrupts.requested)
                 raise interruption.saved(None) if ray.get(desk.has_begun.remote()) else interruption
             time.sleep(POLL_SECONDS)
         reader.finish()
@@ -95,9 +95,9 @@ def train_on_cluster(
     assert outcome is not None, "Ray Train has come to an end, and the first worker has not"
     if storage is not None and read_summary(config.logging.output_dir) != outcome.summary:
         storage.pull(view.note, always=True)  # the workers' disk is another one
-    if outcome.summary is not None and outcome.has_finished and interrupts.asked is None:
+    if outcome.summary is not None and outcome.has_finished and interrupts.requested is None:
         return outcome.summary
-    interruption = RunInterrupted(interrupts.asked or signal.SIGTERM)  # too late to change anything, or in a step
+    interruption = RunInterrupted(interrupts.requested or signal.SIGTERM)  # too late to change anything, or in a step
     raise interruption.saved(outcome.checkpoint) if outcome.is_saved else interruption
 
 

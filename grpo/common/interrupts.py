@@ -1,11 +1,11 @@
-"""SIGINT (Ctrl-C) and SIGTERM while a run goes on: the first asks it to stop, the second ends the process at once.
+"""SIGINT (Ctrl-C) and SIGTERM during a run: the first requests a stop, the second ends the process immediately.
 
-    interrupts = Interrupts(view.note)
+    interrupts = Interrupts()
     with interrupts.handled(), interrupts.deferred():
-        step()                              # a signal here is remembered
-        interrupts.stop_if_asked()          # and raises RunInterrupted here
-        with interrupts.at_once():
-            evaluate()                      # here it raises at once: what can be repeated need not be waited for
+        step()                              # a signal here is only recorded
+        interrupts.stop_if_requested()      # and raises RunInterrupted here
+        with interrupts.interruptible():
+            evaluate()                      # a signal here raises immediately: an evaluation can be repeated
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from .log import logger
+
 SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class RunInterrupted(SystemExit):
-    """A signal has ended the run. As a SystemExit it ends a script too, with status 0 once everything is saved.
+    """A signal ended the run. As a SystemExit it also ends a script, with status 0 once everything is saved.
 
     Attributes:
-        signal: the signal's name.
-        checkpoint: where the run was saved; None before its first step.
-        code: 0 where everything is saved, else 128 and the signal's number, as of a process that the signal has killed.
+        signal: name of the signal, such as SIGINT.
+        checkpoint: folder of the last checkpoint; None before the first step.
+        code: exit status: 0 if everything is saved, else 128 plus the signal's number, as for a process killed by it.
     """
 
     def __init__(self, number: signal.Signals) -> None:
@@ -38,46 +40,45 @@ class RunInterrupted(SystemExit):
         self.checkpoint: Path | None = None
 
     def saved(self, checkpoint: Path | None) -> Self:
-        """The run is in `checkpoint` and can go on from there; None: before the first step, where nothing is lost."""
+        """The run can be resumed from `checkpoint`; None: before the first step, when there is nothing to save."""
         self.checkpoint = checkpoint
         self.code = 0
         return self
 
 
 class Interrupts:
-    """Answers signals. See the module's docstring. `say` shows a line to the user; it may be called from another thread."""
+    """Handles signals, see the module's docstring. A deferred signal is logged, from another thread."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._asked: signal.Signals | None = None
+    def __init__(self) -> None:
+        self._requested: signal.Signals | None = None
         self._is_deferred = False
         self._process = os.getpid()
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Answer both signals inside the block. Elsewhere than in the main thread Python cannot, and nothing changes.
+        """Handle both signals inside the block. Python allows that in the main thread only; in others nothing changes.
 
-        A signal that is ignored stays so: a shell wants that for SIGINT of what it runs in the background.
+        An ignored signal stays ignored: shells ignore SIGINT for commands in the background.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         self._process = os.getpid()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # None: a handler of C, which Python could not put back.
-        answered = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-        for number in answered:
-            signal.signal(number, self._answer)
+        # None: a handler installed by C code, which Python cannot restore.
+        handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        for number in handled:
+            signal.signal(number, self._handle)
         try:
             yield
         finally:
-            self._asked = None  # what was not answered by now came too late to be
-            for number in answered:
+            self._requested = None  # a request that nobody has checked by now came too late
+            for number in handled:
                 signal.signal(number, before[number])
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Remember a signal inside the block, until `stop_if_asked` or `at_once`."""
+        """Only record a signal inside the block, until `stop_if_requested` or `interruptible`."""
         self._is_deferred = True
         try:
             yield
@@ -85,9 +86,9 @@ class Interrupts:
             self._is_deferred = False
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside a `deferred` block: raise RunInterrupted wherever the signal finds us, and now if one was remembered."""
-        self.stop_if_asked()
+    def interruptible(self) -> Iterator[None]:
+        """Inside a `deferred` block: raise RunInterrupted as soon as a signal arrives, or now if one was recorded."""
+        self.stop_if_requested()
         was_deferred, self._is_deferred = self._is_deferred, False
         try:
             yield
@@ -95,35 +96,36 @@ class Interrupts:
             self._is_deferred = was_deferred
 
     @property
-    def asked(self) -> signal.Signals | None:
-        """The signal that was remembered."""
-        return self._asked
+    def requested(self) -> signal.Signals | None:
+        """The signal that was recorded; None if no stop was requested."""
+        return self._requested
 
-    def ask(self) -> None:
-        """Remember a wish to stop that came in another way than by a signal to this process."""
-        self._asked = self._asked or signal.SIGTERM
+    def request(self) -> None:
+        """Request a stop without a signal to this process, for example because another worker received one."""
+        self._requested = self._requested or signal.SIGTERM
 
-    def stop_if_asked(self) -> None:
-        """Raise RunInterrupted if a signal was remembered."""
-        if self._asked is not None:
-            raise RunInterrupted(self._asked)
+    def stop_if_requested(self) -> None:
+        """Raise RunInterrupted if a stop was requested."""
+        if self._requested is not None:
+            raise RunInterrupted(self._requested)
 
-    def _answer(self, number: int, frame: FrameType | None) -> None:
-        # A process that a reward function has forked inherits this; `multiprocessing` ends its processes by SIGTERM.
-        if self._asked is not None or os.getpid() != self._process:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A process forked by a reward function inherits this handler, and `multiprocessing` ends its processes by SIGTERM.
+        if self._requested is not None or os.getpid() != self._process:
             _end_process(number, show_cursor=os.getpid() == self._process)
-        self._asked = signal.Signals(number)
+        self._requested = signal.Signals(number)
         if not self._is_deferred:
-            raise RunInterrupted(self._asked)
-        # The signal may have come in the middle of a write to the same stream, which no write may interrupt: hence a thread.
-        text = f"{self._asked.name}: this step is finished and saved; a second signal ends the run at once"
-        threading.Thread(target=self._say, args=(text,)).start()
+            raise RunInterrupted(self._requested)
+        again = "Ctrl-C again" if self._requested is signal.SIGINT else "a second signal"
+        text = f"{self._requested.name}: finishing this step, then saving; {again} quits now"
+        # In a thread: the signal may have interrupted a write to the same stream, and a nested write would fail.
+        threading.Thread(target=logger.info, args=(text,)).start()
 
 
 def _end_process(number: int, *, show_cursor: bool) -> None:
-    """Die of the signal, as shells and schedulers expect. No lock can be waited for here, so the cursor is shown by hand."""
+    """End by the signal itself, as shells and schedulers expect. Rich cannot show the cursor: no lock can be waited for here."""
     if show_cursor and sys.stdout.isatty():
         os.write(sys.stdout.fileno(), SHOW_CURSOR)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    os._exit(128 + number)  # the first process of a container does not die of it
+    os._exit(128 + number)  # the first process of a container (pid 1) is not killed by the signal

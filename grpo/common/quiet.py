@@ -1,4 +1,4 @@
-"""Keeping other libraries' progress bars and remarks off the terminal while models are loaded and the engine starts."""
+"""Keep progress bars and warnings of other libraries off the terminal while models load and the engine starts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from contextlib import contextmanager, redirect_stderr
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Hold back everything that is written to standard error, by C++ code too; show it only if the block fails.
+    """Hold back everything written to standard error, by C++ code too; print it only if the block fails.
 
-    Libraries draw progress bars and print remarks there (NUMA, missing optional packages) that no argument turns off.
+    Libraries write progress bars and warnings there (NUMA, missing optional packages) that no argument turns off.
     """
-    stream = sys.stderr  # not always file descriptor 2: a live terminal view puts its own in place
+    stream = sys.stderr  # not always file descriptor 2: a live terminal view replaces it
     stream.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as held, warnings.catch_warnings():
@@ -38,6 +38,6 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def quiet_loggers() -> None:
-    """Raise the level of chatty loggers to ERROR, for a command's whole life."""
+    """Set the level of verbose loggers to ERROR until the process ends."""
     for name in ("transformers", "bitsandbytes", "vllm", "torch", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -192,7 +192,7 @@ class CorrectionConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _trl_has_a_switch_and_a_mode(cls, values: Any) -> Any:
-        """TRL's `vllm_importance_sampling_correction` turns the correction off whatever the mode; turned on, the mode decides."""
+        """TRL's `vllm_importance_sampling_correction` turns the correction off whatever the mode; if on, the mode decides."""
         if not (isinstance(values, dict) and TRL_SWITCH in values):
             return values
         rest = {key: value for key, value in values.items() if key != TRL_SWITCH}

@@ -1,4 +1,4 @@
-"""Signals: each test runs a small program of its own and sends it real ones."""
+"""Signals: each test runs a small program and sends it real signals."""
 
 import os
 import pty
@@ -13,6 +13,7 @@ HEAD = """
 import sys, time, threading
 from pathlib import Path
 from rankup.grpo.common.interrupts import Interrupts, RunInterrupted
+from rankup.grpo.common.log import log_to
 
 def say(text):
     print("said", text, flush=True)
@@ -23,13 +24,15 @@ def work(name, seconds=30):
     while time.monotonic() < end:
         time.sleep(0.01)
 
-interrupts = Interrupts(say)
+shown = log_to(say)  # kept: it ends when it is collected
+shown.__enter__()
+interrupts = Interrupts()
 """
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a program; ended with the test if it has not ended by itself."""
+    """Start a program; it is killed at the end of the test."""
     started: list[subprocess.Popen[str]] = []
 
     def run(body: str) -> subprocess.Popen[str]:
@@ -58,7 +61,7 @@ DEFERRED = """
 with interrupts.handled(), interrupts.deferred():
     try:
         for step in range(3):
-            interrupts.stop_if_asked()
+            interrupts.stop_if_requested()
             work(f"step {step}", seconds=2)
             print(f"finished {step}", flush=True)
     except RunInterrupted as interruption:
@@ -69,18 +72,19 @@ with interrupts.handled(), interrupts.deferred():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_lets_the_step_end_and_the_status_is_0(start, number: signal.Signals):
+def test_the_first_signal_lets_the_step_finish_and_the_status_is_0(start, number: signal.Signals):
     process = start(DEFERRED)
     lines_until(process, "step 0")
     process.send_signal(number)
     lines = lines_until(process, "stopped")
-    assert lines[0] == f"said {number.name}: this step is finished and saved; a second signal ends the run at once"
+    again = "Ctrl-C again" if number is signal.SIGINT else "a second signal"
+    assert lines[0] == f"said {number.name}: finishing this step, then saving; {again} quits now"
     assert lines[1:] == ["finished 0", f"stopped by {number.name} {128 + number}"]
     assert process.wait(timeout=10) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_the_process_at_once(start, number: signal.Signals):
+def test_the_second_signal_ends_the_process_immediately(start, number: signal.Signals):
     process = start(DEFERRED.replace("seconds=2", "seconds=30"))
     lines_until(process, "step 0")
     process.send_signal(signal.SIGTERM)
@@ -89,19 +93,19 @@ def test_the_second_signal_ends_the_process_at_once(start, number: signal.Signal
     assert process.wait(timeout=5) == -number
 
 
-def test_before_the_run_has_begun_a_signal_is_answered_at_once(start):
+def test_a_signal_before_the_run_raises_immediately(start):
     process = start("with interrupts.handled():\n    work('start')\n")
     lines_until(process, "start")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
-def test_what_can_be_repeated_is_left_at_once(start):
+def test_an_interruptible_block_is_left_immediately(start):
     process = start(
         """
 with interrupts.handled(), interrupts.deferred():
     try:
-        with interrupts.at_once():
+        with interrupts.interruptible():
             work("evaluation")
     except RunInterrupted as interruption:
         print("stopped by", interruption.signal, flush=True)
@@ -112,13 +116,13 @@ with interrupts.handled(), interrupts.deferred():
     assert lines_until(process, "stopped") == ["stopped by SIGINT"]
 
 
-def test_what_can_be_repeated_is_not_begun_after_a_signal(start):
+def test_an_interruptible_block_does_not_start_after_a_signal(start):
     process = start(
         """
 with interrupts.handled(), interrupts.deferred():
     try:
         work("step", seconds=2)
-        with interrupts.at_once():
+        with interrupts.interruptible():
             print("evaluation", flush=True)
     except RunInterrupted:
         print("stopped", flush=True)
@@ -130,14 +134,14 @@ with interrupts.handled(), interrupts.deferred():
     assert [line for line in lines if not line.startswith("said")] == ["stopped"]
 
 
-def test_an_ignored_signal_stays_ignored_and_handlers_are_put_back(start):
+def test_an_ignored_signal_stays_ignored_and_handlers_are_restored(start):
     process = start(
         """
 import os, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 with interrupts.handled(), interrupts.deferred():
     os.kill(os.getpid(), signal.SIGINT)
-    interrupts.stop_if_asked()
+    interrupts.stop_if_requested()
 print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
 print("end", flush=True)
 """
@@ -145,12 +149,12 @@ print("end", flush=True)
     assert lines_until(process, "end") == ["True True", "end"]
 
 
-def test_another_thread_leaves_signals_alone(start):
+def test_in_another_thread_signals_are_not_handled(start):
     process = start(
         """
 def run():
     with interrupts.handled(), interrupts.deferred():
-        interrupts.stop_if_asked()
+        interrupts.stop_if_requested()
         print("ran", flush=True)
 thread = threading.Thread(target=run)
 thread.start(); thread.join()
@@ -185,7 +189,7 @@ def test_the_cursor_is_shown_again_on_a_terminal():
         os.close(terminal)
 
 
-def test_what_a_reward_function_forks_is_ended_by_signals_as_ever(start):
+def test_a_process_forked_by_a_reward_function_ends_by_a_signal_as_usual(start):
     process = start(
         """
 import multiprocessing
@@ -195,14 +199,14 @@ with interrupts.handled(), interrupts.deferred():
     time.sleep(0.2)
     child.terminate()
     child.join(timeout=10)
-    print("ended", child.exitcode, interrupts.asked, flush=True)
+    print("ended", child.exitcode, interrupts.requested, flush=True)
     child.kill()
 """
     )
     assert lines_until(process, "ended") == ["ended -15 None"]
 
 
-def test_a_reader_that_has_gone_ends_nothing():
+def test_a_closed_pipe_does_not_end_the_run():
     code = (
         "import sys, time; from rankup.grpo.display.terminal import make_view\n"
         "view = make_view(max_steps=3, run_name='x')\n"

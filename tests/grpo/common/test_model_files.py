@@ -1,4 +1,4 @@
-"""From a model's name to a folder: embedded, local, from the hub's cache, and what a wrong name is answered with."""
+"""From a model's name to a folder: embedded, local, from the Hub's cache, and the errors for wrong names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "smollm2-135m-instruct"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of ours, an empty one of the hub's, and no network."""
+    """An empty cache of ours, an empty one of the Hub, and no network."""
     from huggingface_hub import constants
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_package(folder: Path, file: str | None) -> None:
-    """A package of the embedded model's name, found before the real one, with this as its model file."""
+    """A package with the embedded model's name that is found before the real one; `file` is the text of its model file."""
     package = folder / EMBEDDED[NAME].package
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -46,10 +46,10 @@ def error_of(name: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_converted_once(cache: Path) -> None:
-    said: list[str] = []
-    folder = resolve_model(NAME, say=said.append)
-    assert said == [f"converting {NAME} to safetensors (once)"]
+def test_the_embedded_model_is_converted_once(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rankup")
+    folder = resolve_model(NAME)
+    assert caplog.messages == [f"converting {NAME} to safetensors (once)"]
     assert Path(folder).parent == cache
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [Path(folder).name]
     config = json.loads((Path(folder) / "config.json").read_text())
@@ -65,8 +65,8 @@ def test_the_embedded_model_is_converted_once(cache: Path) -> None:
     prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     assert prompt.endswith("<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n")
 
-    assert resolve_model(NAME.upper(), say=said.append) == folder
-    assert len(said) == 1, "the second time it is there"
+    assert resolve_model(NAME.upper()) == folder
+    assert len(caplog.messages) == 1, "the second time it is cached"
 
 
 def test_a_converted_model_needs_no_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_a_package_without_the_file(tmp_path: Path, cache: Path, monkeypatch: py
     assert not cache.exists()
 
 
-def test_a_conversion_that_fails_leaves_no_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_conversion_leaves_no_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_package(tmp_path / "site", "not a model")
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert "GGUF" in error_of(NAME)
@@ -126,7 +126,8 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> N
 # Hub
 
 
-def test_a_cached_hub_id_works_offline(tmp_path: Path) -> None:
+def test_a_cached_hub_id_works_offline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rankup")
     repository = tmp_path / "hub" / "models--someone--tiny"
     commit = "0" * 40
     (repository / "refs").mkdir(parents=True)
@@ -134,17 +135,16 @@ def test_a_cached_hub_id_works_offline(tmp_path: Path) -> None:
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    said: list[str] = []
-    assert resolve_model("someone/tiny", say=said.append) == str(snapshot)
-    assert said == ["looking for someone/tiny on the hub"]
+    assert resolve_model("someone/tiny") == str(snapshot)
+    assert caplog.messages == ["looking for someone/tiny on the Hub"]
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "smollm2"])
-def test_an_unknown_name_says_what_there_is(name: str) -> None:
+def test_the_error_for_an_unknown_name_lists_the_embedded_models(name: str) -> None:
     error = error_of(name)
     assert error.startswith(f"model {name}: no folder of this name, not embedded ({NAME}), and not available on the Hub")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "two words"])
-def test_a_name_that_is_nothing_at_all(name: str) -> None:
-    assert error_of(name) == f"model {name}: neither a folder, nor an embedded model ({NAME}), nor a hub id"
+def test_an_invalid_name(name: str) -> None:
+    assert error_of(name) == f"model {name}: neither a folder, nor an embedded model ({NAME}), nor an id on the Hub"
