@@ -20,7 +20,7 @@ __all__ = ["GRPOConfig", "GRPOTrainer", "RunInterrupted", "__version__"]
 
 __version__ = version("rankup")
 
-_HOMES = {"GRPOConfig": ".grpo.config", "GRPOTrainer": ".grpo.trainer", "RunInterrupted": ".grpo.interrupts"}
+_HOMES = {"GRPOConfig": ".grpo.config", "GRPOTrainer": ".grpo.trainer", "RunInterrupted": ".grpo.common.interrupts"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...rollout.engine import RolloutEngine
+from ..common.log import log_to
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
@@ -13,7 +14,8 @@ from ..update.session import base_note, engine_settings, make_policy
 def check_slots(config: GRPOConfig) -> int:
     """Prove the slot map for all projections of `config.model`; prints the outcome and returns the exit status."""
     with quiet_stderr():
-        model_path = resolve_model(config.model.name, revision=config.model.revision, say=print)
+        with log_to(print):
+            model_path = resolve_model(config.model.name, revision=config.model.revision)
         print(f"starting vLLM with {config.model.name}", flush=True)
         engine = RolloutEngine(engine_settings(config, model_path))
     try:

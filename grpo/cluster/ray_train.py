@@ -89,7 +89,8 @@ class ReportsFailures(ray.train.UserCallback):
         self._num_failures += 1
         what = "; ".join(f"worker {rank}: {summarize(error)}" for rank, error in sorted(worker_exceptions.items()))
         then = "restarting all workers" if self._num_failures <= self._max_failures else "giving up"
-        self._mailbox.report_failure.remote(f"{what}. Failure {self._num_failures} of cluster.max_failures={self._max_failures}: {then}")
+        failures = f"failure {self._num_failures} of cluster.max_failures={self._max_failures}"
+        self._mailbox.report_failure.remote(f"{what}; {failures}: {then}")
 
 
 def summarize(error: Exception) -> str:

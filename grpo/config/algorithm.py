@@ -10,7 +10,7 @@ is given wins, so that every part can be combined with every other.
 import re
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ...section import Section
 
@@ -165,6 +165,8 @@ class AlgorithmConfig(Section):
         return self.beta > 0 or self.entropy_coef != 0
 
 
+TRL_SWITCH = "vllm_importance_sampling_correction"
+
 CORRECTION_MODES = ("none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask")
 
 
@@ -187,9 +189,24 @@ class CorrectionConfig(Section):
     """A completion with a token of smaller weight is left out: the sampler drew what the trainer finds impossible. 0: off.
     None: 1e-4, and 0 where `mode` is none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _trl_has_a_switch_and_a_mode(cls, values: Any) -> Any:
+        """TRL's `vllm_importance_sampling_correction` turns the correction off whatever the mode; if on, the mode decides."""
+        if not (isinstance(values, dict) and TRL_SWITCH in values):
+            return values
+        rest = {key: value for key, value in values.items() if key != TRL_SWITCH}
+        switch = values[TRL_SWITCH]
+        if not isinstance(switch, bool):
+            if "mode" in rest:
+                raise ValueError(f"{TRL_SWITCH} must be true or false when a mode is given too (got {switch!r})")
+            return {**rest, "mode": switch}
+        is_valid = rest.get("mode", "none") in CORRECTION_MODES  # a mistyped mode is reported even if the switch is off
+        return {**rest, "mode": "none"} if is_valid and not switch else rest
+
     @field_validator("mode", mode="before")
     @classmethod
-    def _trl_switches_it_by_a_bool(cls, mode: object) -> object:
+    def _accepts_a_bool(cls, mode: object) -> object:
         return {True: "token_truncate", False: "none"}[mode] if isinstance(mode, bool) else mode
 
     @field_validator("cap", "veto", mode="before")

@@ -29,7 +29,7 @@ TRL_NAMES = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.targets",
-    "vllm_importance_sampling_correction": "correction.mode",
+    "vllm_importance_sampling_correction": "correction.vllm_importance_sampling_correction",  # a switch beside the mode
     "vllm_importance_sampling_mode": "correction.mode",
     "vllm_importance_sampling_clip_max": "correction.cap",
     "save_total_limit": "checkpoint.keep_last",
@@ -44,6 +44,11 @@ HINTS = {
     "per_device_train_batch_size": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
     "gradient_accumulation_steps": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
     "num_train_epochs": "the length of a run is optim.max_steps",
+    "logging_steps": "metrics.jsonl records every step; leave it out",
+    "use_vllm": "vLLM always samples, in this process; leave it out",
+    "vllm_mode": "vLLM always runs in this process; leave it out",
+    "vllm_importance_sampling_clip_min": "correction.mode=icepop masks weights outside [correction.floor, correction.cap]",
+    "adapter": "a run always starts with a new adapter; to start from an existing one is not supported yet",
 }
 """Names that people bring along and that no spelling rule would find."""
 

@@ -1,6 +1,6 @@
 """What a run is made from besides its configuration: the model's folder, the tokenizer, the prompts.
 
-    inputs = load_run_inputs(config, say=view.stage)
+    inputs = load_run_inputs(config)
     inputs.train_prompts.rows, inputs.eval_prompts, inputs.tokenizer
     inputs.fingerprint()                        # tells whether a resumed run still has the same data
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,6 @@ def load_run_inputs(
     config: GRPOConfig,
     train_dataset: Source | None = None,
     eval_dataset: Source | None = None,
-    *,
-    say: Callable[[str], None],
 ) -> RunInputs:
     """Read and tokenise the data (those given, else the configured) and find the model. Nothing is written.
 
@@ -61,7 +59,7 @@ def load_run_inputs(
     if train_rows is None:
         raise ValueError("no training data: set data.train, or hand train_dataset to GRPOTrainer")
     with quiet_stderr():
-        model_path = resolve_model(config.model.name, revision=config.model.revision, say=say)
+        model_path = resolve_model(config.model.name, revision=config.model.revision)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     return RunInputs(
         model_path=model_path,
@@ -95,9 +93,7 @@ def _rows(config: GRPOConfig, given: Any, configured: str | None, *, split: str)
     )
 
 
-def _prompts(
-    config: GRPOConfig, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> PromptData:
+def _prompts(config: GRPOConfig, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> PromptData:
     return prepare_prompts(
         rows,
         tokenizer,

@@ -41,6 +41,7 @@ M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print the comparison and one line of JSON."""
     options = _parse(arguments)
+    from rankup.grpo.common.log import log_to
     from rankup.grpo.common.model_files import resolve_model
     from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
     from rankup.kernels.cpu_memory import keep_freed_memory
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
     else:
         keep_freed_memory()
-    model_path = resolve_model(options.model, say=print)
+    with log_to(print):
+        model_path = resolve_model(options.model)
     config = _config(options)
     with quiet_stderr():
         _train_tiny_model(config)

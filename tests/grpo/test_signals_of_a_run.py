@@ -76,7 +76,7 @@ def test_a_signal_ends_the_command_with_status_0_and_it_goes_on_to_the_same_end(
     out, error = stopped.communicate(timeout=60)
     assert (stopped.returncode, error) == (0, "")
     lines = out.splitlines()
-    assert any("SIGINT: this step is finished and saved" in line for line in lines)
+    assert any("SIGINT: finishing this step, then saving" in line for line in lines)
     (to_go_on,) = [line.removeprefix("to go on: ") for line in lines if line.startswith("to go on: ")]
     assert to_go_on == "rankup train run.yaml logging.output_dir=stopped --resume"
     assert json.loads((project / "stopped" / "summary.json").read_text())["interrupted"]

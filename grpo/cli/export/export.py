@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ...common.files import atomic_folder
+from ...common.log import log_to
 from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
 from .model_card import TrainedAdapter, model_card, read_run
@@ -238,7 +239,8 @@ def _untie(model: PreTrainedModel) -> None:
 
 def _base_folder(trained: TrainedAdapter, say: Say) -> str:
     model = trained.config.model
-    return resolve_model(model.name, revision=model.revision, say=say)
+    with log_to(say):
+        return resolve_model(model.name, revision=model.revision)
 
 
 def _own_dtype(model_path: str) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...common.log import log_to
 from ...common.model_files import EMBEDDED, resolve_model
 from ...config.lora import TARGET_PRESETS
 
@@ -129,7 +130,8 @@ def _config_folder(model: str, revision: str | None, say: Callable[[str], None])
     path = Path(model).expanduser()
     is_local = path.is_dir() or path.is_absolute() or model.startswith((".", "~"))
     if is_local or model.lower() in EMBEDDED:
-        return Path(resolve_model(model, revision=revision, say=say))
+        with log_to(say):
+            return Path(resolve_model(model, revision=revision))
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -90,7 +90,7 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
 
     run.until_stopped_at(1)
     run.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "SIGTERM: this step is finished and saved" in run.output)
+    wait_until(lambda: "SIGTERM: finishing this step, then saving" in run.output)
     time.sleep(2)  # until the workers have heard of it
     run.let_go_on(1)
     assert run.wait() == 0

@@ -1,4 +1,4 @@
-"""Errors in words: what a user can mend is explained, what only a traceback explains is not."""
+"""Errors that a user can fix get a message; unexpected ones keep their traceback."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from rankup.rollout.types import EngineError
 
 
 def cpu_out_of_memory() -> RuntimeError:
-    """Torch's own error for more memory than there is."""
+    """Torch's error for more memory than the machine has."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
     return caught.value
@@ -41,18 +41,18 @@ def caused(error: Exception, cause: Exception) -> Exception:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_a_user_can_mend_is_one_paragraph(error: Exception, parts: list[str]):
+def test_an_error_that_a_user_can_fix_is_one_paragraph(error: Exception, parts: list[str]):
     text = explain(error)
     assert text is not None
     assert [part for part in parts if part not in text] == []
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shapes differ"), AssertionError(), ZeroDivisionError()])
-def test_a_mistake_of_ours_keeps_its_traceback(error: Exception):
+def test_an_unexpected_error_keeps_its_traceback(error: Exception):
     assert explain(error) is None
 
 
-def test_what_may_pass_is_tried_again():
+def test_errors_after_which_a_restart_may_help():
     for error in (ConnectionResetError(), TimeoutError(), WorkerLostError("gone"), EngineError("vLLM failed: illegal address")):
         assert is_transient(error)
     for error in (ValueError("bad"), FileNotFoundError("none"), caused(EngineError("no room"), MemoryError())):

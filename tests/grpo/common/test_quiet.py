@@ -1,4 +1,4 @@
-"""Other libraries' remarks are held back, and shown if what they led up to fails."""
+"""Warnings of other libraries are held back, and printed if the block fails."""
 
 import io
 import logging
@@ -15,14 +15,14 @@ from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
 
 @contextmanager
 def real_stderr() -> Iterator[None]:
-    """Python's standard error on file descriptor 2, as outside of pytest; buffered, so that what is not flushed shows."""
+    """Python's standard error on file descriptor 2, as outside of pytest; buffered, so that unflushed text is noticed."""
     with open(2, "w", closefd=False) as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         yield
 
 
 def remark() -> None:
-    """By Python, by C code, and as a warning."""
+    """Write to standard error by Python, by C code, and as a warning."""
     print("by python", file=sys.stderr)
     os.write(2, b"by C\n")
     warnings.warn("a warning", stacklevel=1)
@@ -38,8 +38,8 @@ def test_remarks_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("result\n", "afterwards\nby C afterwards\n")
 
 
-def test_a_stream_that_something_else_put_in_place_is_held_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A live terminal view shows what is written to `sys.stderr` above itself."""
+def test_a_replaced_stream_is_held_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live terminal view replaces `sys.stderr`, to print above itself."""
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     with quiet_stderr():
@@ -51,7 +51,7 @@ def test_a_stream_that_something_else_put_in_place_is_held_back_too(monkeypatch:
     assert "by python" in shown.getvalue()
 
 
-def test_what_was_said_before_is_not_held_back(capfd: pytest.CaptureFixture[str]) -> None:
+def test_earlier_output_is_not_held_back(capfd: pytest.CaptureFixture[str]) -> None:
     with real_stderr():
         print("before", end="", file=sys.stderr)
         with quiet_stderr():
@@ -81,14 +81,14 @@ def test_no_file_descriptor_is_left_open() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_warnings_are_as_before_afterwards() -> None:
+def test_warnings_are_shown_again_afterwards() -> None:
     before = list(warnings.filters)
     with quiet_stderr():
         pass
     assert list(warnings.filters) == before
 
 
-def test_chatty_loggers_say_errors_only() -> None:
+def test_verbose_loggers_show_errors_only() -> None:
     names = ["transformers", "vllm", "peft"]
     levels = {name: logging.getLogger(name).level for name in names}
     try:

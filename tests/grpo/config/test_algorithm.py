@@ -195,6 +195,28 @@ def test_trl_s_names_of_the_correction() -> None:
     assert (config.correction.mode, config.correction.cap) == ("sequence_mask", 3.0)
 
 
+@pytest.mark.parametrize(("switch", "mode"), [(True, "token_mask"), (False, "none")])
+def test_trl_s_switch_and_mode_together_mean_what_they_mean_in_trl(load: Load, switch: bool, mode: str) -> None:
+    """TRL: "If set to `False`, no IS is applied regardless of `vllm_importance_sampling_mode`"."""
+    config = GRPOConfig(vllm_importance_sampling_correction=switch, vllm_importance_sampling_mode="token_mask")
+    assert config.correction.mode == mode
+    assert config.correction.veto == (1e-4 if switch else 0.0)
+    lines = [f"vllm_importance_sampling_correction: {str(switch).lower()}", "vllm_importance_sampling_mode: token_mask"]
+    for in_file, override in (lines, lines[::-1]):
+        assert load(in_file, override.replace(": ", "=")).correction.mode == mode
+    assert load("\n".join(lines), "correction.mode=icepop").correction.mode == ("icepop" if switch else "none")
+
+
+def test_trl_s_switch_leaves_a_mistyped_mode_to_be_reported(error_of: ErrorOf) -> None:
+    for switch in ("true", "false"):
+        error = error_of("", f"vllm_importance_sampling_correction={switch}", "vllm_importance_sampling_mode=token")
+        assert error.startswith("correction.mode: must be 'none', ")
+    error = error_of("", "vllm_importance_sampling_correction=icepop", "vllm_importance_sampling_mode=token_mask")
+    assert error == (
+        "correction: vllm_importance_sampling_correction must be true or false when a mode is given too (got 'icepop')"
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
