@@ -28,6 +28,7 @@ from .checkpoint.storage import Storage
 from .checkpoint.store import CheckpointStore
 from .common.errors import ClusterError, TrainingStoppedError
 from .common.interrupts import Interrupts, RunInterrupted
+from .common.log import log_to
 from .common.memory import resident_mib
 from .common.timing import Clock
 from .common.world import SINGLE_PROCESS, World
@@ -147,6 +148,7 @@ class GRPOTrainer:
         output_dir, self.can_resume = self.config.logging.output_dir, False
         with ExitStack() as stack:
             stack.enter_context(self.view)
+            stack.enter_context(log_to(self.view.note))
             stack.enter_context(self._interrupts.handled())
             stack.enter_context(self._interrupts.deferred())
             check_reports(self.config.logging.report_to)
@@ -388,7 +390,6 @@ class GRPOTrainer:
             self._checkpoints,
             inputs=self._fingerprint,
             allow_changes=allow_changes,
-            say=self.view.note,
         )
 
     @cached_property

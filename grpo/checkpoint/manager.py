@@ -58,7 +58,7 @@ def owned_folder(
         folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(folder, timeout=LOCK_TIMEOUT_S if world.size > 1 else 0.0):
         if resumes and storage is not None:
-            storage.pull(note)
+            storage.pull()
             if world.size > 1:
                 storage.push()  # others may see the copy only, and go on from what is newest here
         yield

@@ -94,7 +94,7 @@ def train_on_cluster(
         raise ClusterError(error, can_resume=has_begun and any(checkpoints.glob("step_*")))
     assert outcome is not None, "Ray Train has come to an end, and the first worker has not"
     if storage is not None and read_summary(config.logging.output_dir) != outcome.summary:
-        storage.pull(view.note, always=True)  # the workers' disk is another one
+        storage.pull(always=True)  # the workers' disk is another one
     if outcome.summary is not None and outcome.has_finished and interrupts.asked is None:
         return outcome.summary
     interruption = RunInterrupted(interrupts.asked or signal.SIGTERM)  # too late to change anything, or in a step
