@@ -129,7 +129,7 @@ class RemoteFiles:
 
 
 def _walk(fs: AbstractFileSystem, folder: str) -> Iterator[tuple[str, int]]:
-    """Path and size of every file below a folder. By `ls`, since fsspec's `find` and `walk` read some errors as an empty folder."""
+    """Path and size of every file below a folder. fsspec's `find` and `walk` read some errors as an empty folder."""
     try:
         entries = fs.ls(folder, detail=True)
     except FileNotFoundError:
