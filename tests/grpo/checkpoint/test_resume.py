@@ -1,4 +1,4 @@
-"""What a resumption must not trust or spoil, and what an end of any kind leaves: real vLLM on a tiny model."""
+"""Edge cases of interrupted and resumed runs: real vLLM on a tiny model."""
 
 import json
 import os
@@ -21,12 +21,12 @@ def files_of(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_summary_of_an_earlier_course_does_not_end_a_run(train, tmp_path: Path):
-    """A finished run is made longer and killed in its last evaluation: the checkpoint of the last step is there already."""
+def test_an_outdated_summary_does_not_finish_a_run(train, tmp_path: Path):
+    """A finished run is extended and killed in its last evaluation, when the checkpoint of the last step exists already."""
 
     def is_killed_in_the_last_evaluation(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 6 and not (tmp_path / "killed").exists():
-            shutil.copytree(tmp_path / "run", tmp_path / "killed")  # what a SIGKILL would leave in this moment
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")  # as a SIGKILL would leave it now
         return low_ids_with_luck(completion_ids)
 
     is_killed_in_the_last_evaluation.__name__ = low_ids_with_luck.__name__
@@ -39,7 +39,7 @@ def test_a_summary_of_an_earlier_course_does_not_end_a_run(train, tmp_path: Path
     assert left_behind(tmp_path / "killed")["adapter"] == left_behind(tmp_path / "run")["adapter"]
 
 
-def test_going_on_removes_the_summary_of_the_course_before(train, tmp_path: Path):
+def test_resuming_removes_the_outdated_summary(train, tmp_path: Path):
     train("run", max_steps=4, eval_steps=0)
 
     def looks(completion_ids: list, **kwargs: Any) -> list[float]:
@@ -52,16 +52,16 @@ def test_going_on_removes_the_summary_of_the_course_before(train, tmp_path: Path
     assert seen and not any(seen)
 
 
-def test_fewer_steps_than_were_done_are_refused(train):
+def test_max_steps_below_the_checkpoint_is_refused(train):
     train("run", max_steps=6)
     with pytest.raises(ValueError, match=r"has done 6 steps already, more than optim.max_steps=4"):
         train("run", max_steps=4, resume=True, allow_changes=True)
 
 
-def test_a_resumption_that_fails_leaves_the_folder_as_it_was(train, tmp_path: Path):
+def test_a_failed_resumption_leaves_the_folder_unchanged(train, tmp_path: Path):
     train("run", save_steps=2)
     before = files_of(tmp_path / "run")
-    with pytest.raises(ValueError, match="lora_alpha"):
+    with pytest.raises(ValueError, match=r"lora\.alpha: 32.0 in the checkpoint, 64.0 now"):
         train("run", save_steps=2, resume=True, allow_changes=True, alpha=64, max_steps=8, report_to="tensorboard")
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     with pytest.raises(OSError):
@@ -94,7 +94,7 @@ def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(trai
     assert kept["undisturbed"] == kept["stopped"] == ["step_000002", "step_000008"]
 
 
-def test_one_trainer_can_be_interrupted_and_go_on(make_trainer, run_engine, tmp_path: Path):
+def test_one_trainer_can_be_interrupted_and_resume(make_trainer, run_engine, tmp_path: Path):
     def asks_to_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and not asked:
             asked.append(True)
@@ -117,7 +117,7 @@ def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Pat
     assert files_of(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
 
 
-def test_what_cannot_be_saved_does_not_replace_the_error(make_trainer, run_engine, tmp_path: Path, capsys):
+def test_a_failed_save_does_not_replace_the_original_error(make_trainer, run_engine, tmp_path: Path, capsys):
     def fails(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 2:
             (tmp_path / "run" / "adapter.partial").mkdir()
@@ -133,7 +133,7 @@ def test_what_cannot_be_saved_does_not_replace_the_error(make_trainer, run_engin
     assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_view_that_fails_costs_no_step(make_trainer, run_engine, tmp_path: Path):
+def test_a_failing_view_loses_no_step(make_trainer, run_engine, tmp_path: Path):
     class DeadView(SilentView):
         def step(self, step: int, metrics: Any, seconds_by_phase: Any) -> None:
             if step == 2:
@@ -146,7 +146,7 @@ def test_a_view_that_fails_costs_no_step(make_trainer, run_engine, tmp_path: Pat
     assert trainer.can_resume and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
 
 
-def test_after_an_interruption_a_trainer_evaluates(make_trainer, engine_shelf, run_engine, tmp_path: Path):
+def test_a_trainer_evaluates_after_an_interruption(make_trainer, engine_shelf, run_engine, tmp_path: Path):
     def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and len(asked) == 0:
             asked.append(os.kill(os.getpid(), signal.SIGTERM))
@@ -178,12 +178,12 @@ def test_a_signal_at_the_very_end_ends_a_script_too(make_trainer, run_engine, tm
 def test_a_finished_run_with_other_data_is_refused(make_trainer, run_engine):
     make_trainer(save_steps=1).train(engine=run_engine)
     changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
-    with pytest.raises(ValueError, match=r"training data\.hash: \w+ there, \w+ here"):
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now"):
         changed.train(engine=run_engine, resume_from_checkpoint=True)
 
 
-def test_a_run_folder_of_another_make_is_moved_aside(train, tmp_path: Path):
-    """A summary that lacks what this one writes must not disturb a new run, nor count as this run's end."""
+def test_a_run_folder_of_another_version_is_moved_aside(train, tmp_path: Path):
+    """A summary with other fields must not disturb a new run, nor make it look finished."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "run" / "summary.json").write_text('{"interrupted": false, "steps": 6}')

@@ -1,4 +1,4 @@
-"""Copies of run folders on a line that is cut at every place."""
+"""Copies of run folders over a connection that is lost at every call."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from cut_storage import CutFileSystem
-from stored_runs import StoredRun, copied, forget_memory, pulled, quiet, two_checkpoints
+from stored_runs import StoredRun, copied, forget_memory, pulled, two_checkpoints
 
 from rankup.grpo.checkpoint.storage import Storage, StorageError
 
@@ -21,12 +21,17 @@ def cut() -> Iterator[str]:
     forget_memory()
 
 
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rankup")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> StoredRun:
     return two_checkpoints(tmp_path / "run")
 
 
-def test_only_what_has_changed_is_written(run: StoredRun, cut: str):
+def test_only_new_and_changed_files_are_uploaded(run: StoredRun, cut: str):
     run.end()
     storage = Storage(cut, run.folder)
     storage.push()
@@ -46,8 +51,9 @@ def test_only_what_has_changed_is_written(run: StoredRun, cut: str):
     assert {kind for kind, _ in rest[4:]} == {"remove"}
 
 
-def test_the_reason_is_told(run: StoredRun, cut: str):
-    with CutFileSystem.failing_after(0), pytest.raises(StorageError, match=f"in {cut} could not be written: the line was cut$"):
+def test_a_failed_push_names_the_url_and_the_reason(run: StoredRun, cut: str):
+    reason = f"in {cut} could not be written: the connection was lost$"
+    with CutFileSystem.failing_after(0), pytest.raises(StorageError, match=reason):
         Storage(cut, run.folder).push()
 
 
@@ -62,19 +68,19 @@ def after_the_end(run: StoredRun) -> None:
     run.end()
 
 
-def after_another_way(run: StoredRun) -> None:
+def after_resuming_earlier(run: StoredRun) -> None:
     run.go_back(10, branch="another")
     run.save(20)
 
 
-def after_another_way_further(run: StoredRun) -> None:
+def after_resuming_earlier_and_more_steps(run: StoredRun) -> None:
     run.go_back(10, branch="another")
     run.save(15)
     run.save(25)
     run.save(30)
 
 
-CHANGES = [after_a_step, after_the_end, after_another_way, after_another_way_further]
+CHANGES = [after_a_step, after_the_end, after_resuming_earlier, after_resuming_earlier_and_more_steps]
 
 
 def cut_after(num_calls: int, call: Callable[[], object]) -> bool:
@@ -87,14 +93,20 @@ def cut_after(num_calls: int, call: Callable[[], object]) -> bool:
     return False
 
 
-def is_told_of_half_a_manifest_at_most(said: list[str]) -> bool:
-    return all("manifest.json cannot be read" in line for line in said if line.startswith("skipped"))
+def only_half_written_manifests(messages: list[str]) -> bool:
+    """Whether no other damage was logged."""
+    return all("manifest.json cannot be read" in line for line in messages if line.startswith("skipped"))
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
 @pytest.mark.parametrize("is_same_process", [True, False], ids=["same process", "later one"])
 def test_a_push_that_is_cut_anywhere(
-    change: Callable[[StoredRun], None], is_same_process: bool, run: StoredRun, cut: str, tmp_path: Path
+    change: Callable[[StoredRun], None],
+    is_same_process: bool,
+    run: StoredRun,
+    cut: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ):
     run.end()
     before, num_cuts, is_cut = run.files(), 0, True
@@ -107,10 +119,10 @@ def test_a_push_that_is_cut_anywhere(
         if not is_same_process:
             storage = Storage(cut, here.folder)
         is_cut = cut_after(num_cuts, storage.push)
-        said: list[str] = []
-        other = pulled(cut, tmp_path / f"other{num_cuts}", said.append)
-        assert other.newest() is not None and is_told_of_half_a_manifest_at_most(said)
-        if (other.folder / "summary.json").exists():  # of an end, with all that belongs to it
+        caplog.clear()
+        other = pulled(cut, tmp_path / f"other{num_cuts}")
+        assert only_half_written_manifests(caplog.messages) and other.newest() is not None
+        if (other.folder / "summary.json").exists():  # of a finished run, with all files of it
             assert any(other.files().items() >= files.items() for files in (before, here.files()))
         storage.push()
         assert copied(cut).items() >= here.files().items()
@@ -119,7 +131,7 @@ def test_a_push_that_is_cut_anywhere(
 
 
 def test_a_pull_that_is_cut_anywhere(run: StoredRun, cut: str, tmp_path: Path):
-    """The run had ended here, and has gone on elsewhere."""
+    """The run was finished locally, and then resumed on another machine."""
     old = tmp_path / "old"
     run.end()
     shutil.copytree(run.folder, old)
@@ -131,12 +143,12 @@ def test_a_pull_that_is_cut_anywhere(run: StoredRun, cut: str, tmp_path: Path):
     num_cuts, is_cut = 0, True
     while is_cut:
         here = StoredRun(shutil.copytree(old, tmp_path / f"here{num_cuts}"))
-        is_cut = cut_after(num_cuts, lambda here=here: Storage(cut, here.folder).pull(quiet))
+        is_cut = cut_after(num_cuts, lambda here=here: Storage(cut, here.folder).pull())
         newest = here.newest()
         assert newest is not None and newest.step in (20, 40)
         if (here.folder / "summary.json").exists():
             assert any(here.files().items() >= files.items() for files in (StoredRun(old).files(), run.files()))
-        Storage(cut, here.folder).pull(quiet)
+        Storage(cut, here.folder).pull()
         newest = here.newest()
         assert newest is not None and newest.step == 40
         assert here.files().keys() | {"summary.json"} >= run.files().keys()
@@ -144,19 +156,19 @@ def test_a_pull_that_is_cut_anywhere(run: StoredRun, cut: str, tmp_path: Path):
     assert num_cuts == len(run.files()) + 1
 
 
-def test_a_move_that_is_cut_anywhere(run: StoredRun, cut: str, tmp_path: Path):
-    num_cuts, is_cut, whole = 0, True, run.files()
+def test_a_move_that_is_cut_anywhere(run: StoredRun, cut: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    num_cuts, is_cut, files = 0, True, run.files()
     while is_cut:
         forget_memory()
         storage = Storage(cut, run.folder)
         storage.push()
         is_cut = cut_after(num_cuts, lambda storage=storage: storage.move_aside())
-        assert copied(cut) == whole or copied(f"{cut}.1") == whole
-        said: list[str] = []
+        assert copied(cut) == files or copied(f"{cut}.1") == files
+        caplog.clear()
         for number, url in enumerate((cut, f"{cut}.1")):
-            pulled(url, tmp_path / f"other{num_cuts}.{number}", said.append)
-        assert is_told_of_half_a_manifest_at_most(said)
+            pulled(url, tmp_path / f"other{num_cuts}.{number}")
+        assert only_half_written_manifests(caplog.messages)
         storage.move_aside()
         assert copied(cut) == {}
         num_cuts += 1
-    assert num_cuts == 2 * len(whole) + 1
+    assert num_cuts == 2 * len(files) + 1
