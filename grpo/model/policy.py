@@ -201,8 +201,8 @@ class Policy:
         if written:
             raise BaseWeightsModifiedError(
                 f"{len(written)} base weights were modified during the run, {written[0]} among them: the adapter does not fit "
-                "them any more, and vLLM may share them. Do not merge or train the base model in the process of a run; resume from the "
-                "newest checkpoint"
+                "them any more, and vLLM may share them. Do not merge or train the base model in the process of a run; resume "
+                "from the newest checkpoint"
             )
 
     def _any_forward(self) -> None:

@@ -58,7 +58,7 @@ def make_trainer(tiny_model_path, tmp_path: Path):
 @pytest.fixture
 def run_engine(engine_shelf, tiny_model_path):
     """The session's engine for runs of `make_trainer` that leave the engine's settings alone: `train(engine=run_engine)`."""
-    from rankup.grpo.experience.collect import engine_settings
+    from rankup.grpo.update.session import engine_settings
 
     settings = engine_settings(tiny_config(Path("unused")), str(tiny_model_path("llama")))
     return engine_shelf.get(settings)

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from rankup.grpo.algorithm.losses import Counts
 from rankup.grpo.config import AlgorithmConfig, GRPOConfig
+from rankup.grpo.data.groups import Group
 from rankup.grpo.model.lora_layers import FusedLoRALinear
-from rankup.grpo.model.packing import Pack, WeightedGroup, by_completion, pack, pad
+from rankup.grpo.model.packing import Pack, by_completion, pack, pad
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.objective import Objective, StepConstants
 
@@ -39,9 +40,9 @@ def plain_peft(policy: Policy, base_folder: Path, adapter_folder: Path) -> PeftM
     return PeftModel.from_pretrained(base, adapter_folder, is_trainable=True)
 
 
-def plain_logprobs(model: PeftModel, groups: Sequence[WeightedGroup]) -> list[torch.Tensor]:
+def plain_logprobs(model: PeftModel, groups: Sequence[Group]) -> list[torch.Tensor]:
     """Log-probabilities of every completion that is not empty: one row each, padded on the right, full logits."""
-    completions = [(w.group.prompt_token_ids, c.token_ids) for w in groups for c in w.group.completions if c.token_ids]
+    completions = [(w.prompt.token_ids, c.token_ids) for w in groups for c in w.completions if c.token_ids]
     rows = [torch.tensor(prompt + ids) for prompt, ids in completions]
     ids_SL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask_SL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -75,7 +76,7 @@ def plain_loss(
     return total / sum(len(logprobs_T) for logprobs_T in logprobs)
 
 
-def groups_near_the_policy(model: PeftModel) -> list[WeightedGroup]:
+def groups_near_the_policy(model: PeftModel) -> list[Group]:
     """Groups whose sampler's log-probabilities are the policy's but for noise that some tokens' clipping notices.
 
     Most advantages are negative, so that the loss is a sum without cancellation and its relative error means something.
@@ -87,13 +88,13 @@ def groups_near_the_policy(model: PeftModel) -> list[WeightedGroup]:
     noisy = []
     for weighted in groups:
         logprobs: list[list[float]] = []
-        for completion in weighted.group.completions:
+        for completion in weighted.completions:
             exact = next(remaining) if completion.token_ids else torch.zeros(0)
             logprobs.append((exact + 0.8 * (torch.rand(exact.shape, generator=generator) - 0.5)).tolist())
         noisy.append(
             make_group(
-                weighted.group.prompt_token_ids,
-                [c.token_ids for c in weighted.group.completions],
+                weighted.prompt.token_ids,
+                [c.token_ids for c in weighted.completions],
                 advantages=[advantage - 1.5 for advantage in weighted.advantages],
                 logprobs=logprobs,
             )
@@ -122,7 +123,7 @@ def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
     return ((measured - expected).norm() / expected.norm()).item()
 
 
-def layouts(policy: Policy, groups: list[WeightedGroup], layout: str, budget: int) -> list[Pack]:
+def layouts(policy: Policy, groups: list[Group], layout: str, budget: int) -> list[Pack]:
     if layout == "shared":
         assert policy.shares_prompts, policy.plain_reason
         return pack(groups, tokens_per_pack=budget)
@@ -139,7 +140,7 @@ def compare(
     logprobs = plain_logprobs(model, groups)
     with torch.no_grad(), model.disable_adapter():
         base = plain_logprobs(model, groups)
-    completions = [(c, a) for w in groups for c, a in zip(w.group.completions, w.advantages, strict=True) if c.token_ids]
+    completions = [(c, a) for w in groups for c, a in zip(w.completions, w.advantages, strict=True) if c.token_ids]
     old = [torch.tensor(c.logprobs) if off_policy else lp.detach() for (c, _), lp in zip(completions, logprobs, strict=True)]
     expected = plain_loss(config.algorithm, logprobs, old=old, base=base, advantages=[a for _, a in completions])
     expected.backward()

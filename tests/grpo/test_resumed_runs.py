@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import ROWS, metrics_of, tiny_config
 
 from rankup.grpo.common.interrupts import RunInterrupted
-from rankup.grpo.experience.collect import engine_settings
+from rankup.grpo.update.session import engine_settings
 
 pytestmark = pytest.mark.engine
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
+from rankup.grpo.update.session import engine_settings
 
 pytestmark = pytest.mark.engine
 

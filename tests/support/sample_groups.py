@@ -1,4 +1,4 @@
-"""Weighted groups of made-up tokens, for tests that need no sampler, and an objective's loss on made-up log-probabilities.
+"""Groups of made-up tokens, for tests that need no sampler, and an objective's loss on made-up log-probabilities.
 
     (one,) = pack(random_groups([(4, [3, 5])]), tokens_per_pack=1000)
     loss = loss_on_leaves(objective.of(one, constants, ...), logprobs_N, entropies_N)
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tiny_models import SPECIAL_TOKENS, VOCABULARY
 
-from rankup.grpo.model.packing import WeightedGroup
-from rankup.rollout.types import Completion, PromptGroup
+from rankup.grpo.data.groups import Group
+from rankup.grpo.data.prompts import Prompt
+from rankup.rollout.types import Completion
 
 if TYPE_CHECKING:
     import torch
@@ -31,25 +32,23 @@ def make_group(
     advantages: Sequence[float] | None = None,
     logprobs: Sequence[Sequence[float]] | None = None,
     truncated: Sequence[int] = (),
-    index: int = 0,
-) -> WeightedGroup:
+) -> Group:
     """A group of these tokens; advantages 0 and log-probabilities -1 unless given. `truncated`: which ones were cut off."""
     drawn = [[-1.0] * len(ids) for ids in completions] if logprobs is None else logprobs
     reasons: list[Literal["stop", "length"]] = ["length" if i in truncated else "stop" for i in range(len(completions))]
-    group = PromptGroup(
-        index=index,
-        prompt_token_ids=tuple(prompt),
+    return Group(
+        prompt=Prompt(content="", token_ids=tuple(prompt)),
         completions=tuple(
             Completion(token_ids=tuple(ids), logprobs=tuple(lps), text="", finish_reason=reason, policy_version=0)
             for ids, lps, reason in zip(completions, drawn, reasons, strict=True)
         ),
+        advantages=tuple(advantages or [0.0] * len(completions)),
     )
-    return WeightedGroup(group=group, advantages=tuple(advantages or [0.0] * len(completions)))
 
 
 def random_groups(
     shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0, truncated: Sequence[int] = ()
-) -> list[WeightedGroup]:
+) -> list[Group]:
     """One group a shape (prompt length, completion lengths): random tokens, advantages and sampler's log-probabilities.
 
     `truncated`: which completions of each group were cut off.
@@ -66,13 +65,12 @@ def random_groups(
             advantages=[draw.gauss(0, 1) for _ in lengths],
             logprobs=[[draw.uniform(-6, -2) for _ in range(length)] for length in lengths],
             truncated=truncated,
-            index=index,
         )
-        for index, (prompt_length, lengths) in enumerate(shapes)
+        for prompt_length, lengths in shapes
     ]
 
 
-def with_logprobs(groups: Sequence[WeightedGroup], logprobs: Sequence[torch.Tensor]) -> list[WeightedGroup]:
+def with_logprobs(groups: Sequence[Group], logprobs: Sequence[torch.Tensor]) -> list[Group]:
     """The groups with other sampler's log-probabilities: one tensor a completion that is not empty, in order."""
     remaining = iter(logprobs)
 
@@ -82,11 +80,7 @@ def with_logprobs(groups: Sequence[WeightedGroup], logprobs: Sequence[torch.Tens
         return dataclasses.replace(completion, logprobs=others)
 
     return [
-        WeightedGroup(
-            group=dataclasses.replace(w.group, completions=tuple(map(with_others, w.group.completions))),
-            advantages=w.advantages,
-        )
-        for w in groups
+        dataclasses.replace(group, completions=tuple(map(with_others, group.completions))) for group in groups
     ]
 
 

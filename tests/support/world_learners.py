@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sample_groups import random_groups
+from updates import update
 
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.common.world import World
 from rankup.grpo.config import GRPOConfig, LoraConfig
+from rankup.grpo.data.groups import Group
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 
@@ -22,6 +24,11 @@ OPTIONS: dict[str, Any] = {"mode": "none", "veto": 0.0, "learning_rate": 1e-3, "
 
 Outcome = tuple[torch.Tensor, list[dict[str, float]]]
 """All masters in one vector, and the metrics of each step."""
+
+
+def as_remote(group: Group) -> Group:
+    """The group as other workers know it: lengths and advantages, no tokens."""
+    return dataclasses.replace(group, completions=tuple(c.metadata() for c in group.completions), is_local=False)
 
 
 def learn(model_path: str, variants: dict[str, dict[str, Any]], world: World) -> dict[str, Outcome]:
@@ -40,12 +47,11 @@ def learn(model_path: str, variants: dict[str, dict[str, Any]], world: World) ->
         for step in range(STEPS):
             groups = random_groups(SHAPES, seed=step, truncated=[0])
             groups[1] = dataclasses.replace(groups[1], advantages=(0.0, 0.0))
-            own = range(len(groups))[world.shard(len(groups))]
+            local = range(len(groups))[world.shard(len(groups))]
             shared = [
-                group if place in own else dataclasses.replace(group, group=group.group.outline(), is_own=False)
-                for place, group in enumerate(groups)
+                group if place in local else as_remote(group) for place, group in enumerate(groups)
             ]
-            metrics.append(learner.update(shared, step=step).metrics)
+            metrics.append(update(learner, shared, step=step).metrics)
             policy.write_slots()
         outcomes[name] = (torch.cat([master.detach().flatten() for master in policy.masters]), metrics)
     return outcomes

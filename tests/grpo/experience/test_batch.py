@@ -58,7 +58,7 @@ def test_resampling_is_bounded(make_batch):
 
 def test_a_batch_is_the_same_for_the_same_step_and_other_for_another(make_batch):
     def ids(batch):
-        return [c.token_ids for g in batch.collected.groups for c in g.group.completions]
+        return [c.token_ids for g in batch.collected.groups for c in g.completions]
 
     first, again = (make_batch(some_prompts_only, max_resampling_rounds=3) for _ in range(2))
     assert ids(first) == ids(again) and len(ids(first)) > 12
@@ -70,7 +70,7 @@ def test_the_same_prompt_drawn_again_gets_other_completions(make_batch):
     batch = make_batch(some_prompts_only, rows=ROWS[1:4], max_resampling_rounds=3)
     by_prompt: dict[str, set] = {}
     for group in batch.collected.groups:
-        drawn = tuple(c.token_ids for c in group.group.completions)
+        drawn = tuple(c.token_ids for c in group.completions)
         assert drawn not in by_prompt.setdefault(str(group.row.prompt), set())
         by_prompt[str(group.row.prompt)].add(drawn)
     assert len(by_prompt) == 3
@@ -82,7 +82,7 @@ def test_long_completions_lose_reward(make_batch):
 
     batch = make_batch(constant, soft_overlong_tokens=4)
     for group, advantages in zip(batch.collected.groups, batch.advantages, strict=True):
-        lengths = [len(c.token_ids) for c in group.group.completions]
+        lengths = [len(c.token_ids) for c in group.completions]
         shaped = [1.0 - max(0, length - 4) / 4 for length in lengths]
         assert advantages.mean == pytest.approx(sum(shaped) / len(shaped))
     assert batch.metrics["overlong_penalty"] > 0

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_groups import make_group, random_groups
 
-from rankup.grpo.model.packing import Pack, WeightedGroup, by_completion, pack, pad
+from rankup.grpo.data.groups import Group
+from rankup.grpo.model.packing import Pack, by_completion, pack, pad
 
 PAD_TOKEN_ID = 0
 
@@ -23,34 +24,34 @@ SHAPES = st.lists(
 Target = tuple[tuple[int, ...], int, float, float]  # what it follows, the token, advantage, sampler's log-probability
 
 
-def expected_targets(groups: list[WeightedGroup], origins: Iterable[tuple[int, int]]) -> list[Target]:
+def expected_targets(groups: list[Group], origins: Iterable[tuple[int, int]]) -> list[Target]:
     """The targets of these completions, from the groups alone."""
     targets = []
     for place, number in origins:
         weighted = groups[place]
-        completion, advantage = weighted.group.completions[number], weighted.advantages[number]
+        completion, advantage = weighted.completions[number], weighted.advantages[number]
         for i, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
-            targets.append((weighted.group.prompt_token_ids + completion.token_ids[:i], token, advantage, logprob))
+            targets.append((weighted.prompt.token_ids + completion.token_ids[:i], token, advantage, logprob))
     return targets
 
 
 def shared_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
     """Of every place of the pack, the tokens that attention lets it see, by the layout and in the order of positions."""
-    ids = one.model_inputs["input_ids"][0].tolist()
+    ids = one.input_ids[0].tolist()
     contexts = {}
-    for group in one.model_inputs["shared_prompt_layout"].groups:
+    for group in one.layout.groups:
         prompt = ids[group.prompt]
         contexts |= {group.prompt.start + i: tuple(prompt[: i + 1]) for i in range(len(prompt))}
         for part in group.completions:
             contexts |= {place: (*prompt, *ids[part.start : place + 1]) for place in range(part.start, part.stop)}
-    positions = one.model_inputs["position_ids"][0].tolist()
+    positions = one.position_ids[0].tolist()
     assert {place: len(context) - 1 for place, context in contexts.items()} == dict(enumerate(positions))
     return contexts
 
 
 def padded_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
     """The same for the plain layout."""
-    ids, mask = one.model_inputs["input_ids"], one.model_inputs["attention_mask"]
+    ids, mask = one.input_ids, one.attention_mask
     width = ids.shape[1]
     assert torch.equal(mask, mask.sort(dim=1, descending=True).values), "padding stands on the right"
     assert (ids[mask == 0] == PAD_TOKEN_ID).all()
@@ -72,14 +73,14 @@ def in_fp32(targets: list[Target]) -> list[Target]:
     return [(c, t, *torch.tensor([a, lp], dtype=torch.float32).tolist()) for c, t, a, lp in targets]  # type: ignore[misc]
 
 
-def check_sequences(packs: list[Pack], groups: list[WeightedGroup]) -> None:
+def check_sequences(packs: list[Pack], groups: list[Group]) -> None:
     """Completions are numbered within their pack; each that is not empty is in one pack, once."""
     for one in packs:
         assert torch.equal(one.sequence_N.bincount(), one.lengths_S)
         assert torch.equal(one.sequence_N, one.sequence_N.sort().values)
-        lengths = [len(groups[place].group.completions[number].token_ids) for place, number in one.origins]
+        lengths = [len(groups[place].completions[number].token_ids) for place, number in one.origins]
         assert one.lengths_S.tolist() == lengths
-    wanted = [(i, j) for i, w in enumerate(groups) for j, c in enumerate(w.group.completions) if c.token_ids]
+    wanted = [(i, j) for i, w in enumerate(groups) for j, c in enumerate(w.completions) if c.token_ids]
     assert sorted(origin for one in packs for origin in one.origins) == wanted
 
 
@@ -91,8 +92,8 @@ def test_shared_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: i
     check_sequences(packs, groups)
     for one in packs:
         assert found_targets(one, shared_contexts(one)) == in_fp32(expected_targets(groups, one.origins))
-        layout = one.model_inputs["shared_prompt_layout"]
-        assert one.num_input_tokens == layout.length == one.model_inputs["input_ids"].numel()
+        layout = one.layout
+        assert one.num_input_tokens == layout.length == one.input_ids.numel()
         assert one.num_input_tokens <= budget or len(one.lengths_S) == 1
         assert one.num_padding_tokens == 0
 
@@ -105,7 +106,7 @@ def test_plain_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: in
     check_sequences(packs, groups)
     for one in packs:
         assert found_targets(one, padded_contexts(one)) == in_fp32(expected_targets(groups, one.origins))
-        ids, mask = one.model_inputs["input_ids"], one.model_inputs["attention_mask"]
+        ids, mask = one.input_ids, one.attention_mask
         assert ids.numel() <= budget or len(one.lengths_S) == 1
         assert (one.num_input_tokens, one.num_padding_tokens) == (mask.sum(), (1 - mask).sum())
         assert mask.any(0).all(), "no column is padding alone"
@@ -127,7 +128,7 @@ def test_both_layouts_hold_the_same_targets(shapes: list[tuple[int, list[int]]])
 @given(shapes=SHAPES, budget=st.integers(1, 60))
 def test_by_completion_restores_the_order(shapes: list[tuple[int, list[int]]], budget: int) -> None:
     groups = random_groups(shapes)
-    expected = [list(c.token_ids) for weighted in groups for c in weighted.group.completions if c.token_ids]
+    expected = [list(c.token_ids) for weighted in groups for c in weighted.completions if c.token_ids]
     packs = pack(groups, tokens_per_pack=budget)
     assert [t.tolist() for t in by_completion(packs, [one.targets_N for one in packs])] == expected
 
@@ -140,7 +141,7 @@ def test_little_is_wasted(shapes: list[tuple[int, list[int]]], budget: int) -> N
     sizes = [one.num_input_tokens for one in pack(groups, tokens_per_pack=budget)]
     assert all(a + b > budget for a, b in itertools.combinations(sizes, 2))
     padded = pad(groups, tokens_per_pack=budget, pad_token_id=PAD_TOKEN_ID)
-    rows = [one.model_inputs["attention_mask"].sum(1) for one in padded]
+    rows = [one.attention_mask.sum(1) for one in padded]
     assert torch.equal(torch.cat(rows), torch.cat(rows).sort(descending=True).values) if rows else True
 
 
@@ -152,7 +153,7 @@ def test_sorting_by_length_saves_padding() -> None:
 
 def prompts_and_rows(one: Pack) -> list[tuple[int, int]]:
     """(prompt length, completions) of every group of the pack."""
-    groups = one.model_inputs["shared_prompt_layout"].groups
+    groups = one.layout.groups
     return [(group.prompt.stop - group.prompt.start, len(group.completions)) for group in groups]
 
 
@@ -167,15 +168,15 @@ def test_a_prompt_stands_once_unless_its_group_exceeds_the_budget() -> None:
 def test_one_token_completions_are_predicted_from_the_prompt_alone() -> None:
     group = make_group([5, 6, 7], [[8], [9]])
     (one,) = pack([group], tokens_per_pack=100)
-    assert one.model_inputs["input_ids"].tolist() == [[5, 6, 7]]
+    assert one.input_ids.tolist() == [[5, 6, 7]]
     assert (one.source_N.tolist(), one.targets_N.tolist()) == ([2, 2], [8, 9])
     (one,) = pad([group], tokens_per_pack=100, pad_token_id=PAD_TOKEN_ID)
-    assert one.model_inputs["input_ids"].tolist() == [[5, 6, 7], [5, 6, 7]]
+    assert one.input_ids.tolist() == [[5, 6, 7], [5, 6, 7]]
     assert (one.source_N.tolist(), one.targets_N.tolist()) == ([2, 5], [8, 9])
 
 
 @pytest.mark.parametrize("groups", [[], [make_group([5, 6], [[], []])]])
-def test_nothing_to_learn_from_is_no_pack(groups: list[WeightedGroup]) -> None:
+def test_nothing_to_learn_from_is_no_pack(groups: list[Group]) -> None:
     assert pack(groups, tokens_per_pack=10) == []
     assert pad(groups, tokens_per_pack=10, pad_token_id=PAD_TOKEN_ID) == []
 
@@ -183,8 +184,8 @@ def test_nothing_to_learn_from_is_no_pack(groups: list[WeightedGroup]) -> None:
 def test_dtypes_and_device() -> None:
     groups = random_groups([(3, [2, 4])])
     for one in [*pack(groups, tokens_per_pack=99), *pad(groups, tokens_per_pack=99, pad_token_id=PAD_TOKEN_ID)]:
-        integers: list[Any] = [one.source_N, one.targets_N, one.sequence_N, one.lengths_S, one.model_inputs["input_ids"]]
+        integers: list[Any] = [one.source_N, one.targets_N, one.sequence_N, one.lengths_S, one.input_ids]
         assert {t.dtype for t in integers} == {torch.int64}
         assert {t.dtype for t in (one.advantages_N, one.sampler_logprobs_N)} == {torch.float32}
     (one,) = pack(groups, tokens_per_pack=99, device="meta")
-    assert {t.device.type for t in (one.source_N, one.advantages_N, one.lengths_S, one.model_inputs["input_ids"])} == {"meta"}
+    assert {t.device.type for t in (one.source_N, one.advantages_N, one.lengths_S, one.input_ids)} == {"meta"}

@@ -15,18 +15,19 @@ from peft import PeftModel
 from sample_groups import random_groups
 from transformers import AutoModelForCausalLM
 
-from rankup.grpo.model.packing import WeightedGroup, pack, pad
+from rankup.grpo.data.groups import Group
+from rankup.grpo.model.packing import pack, pad
 from rankup.grpo.model.policy import Policy
 
 SHAPES = [(24, [17, 9, 30, 21]), (5, [12, 40])]
 
 
-def plain_loss(model: PeftModel, groups: list[WeightedGroup]) -> torch.Tensor:
+def plain_loss(model: PeftModel, groups: list[Group]) -> torch.Tensor:
     """-sum of advantage x log-probability over all completion tokens."""
     total = torch.zeros((), dtype=torch.float64)
     for weighted in groups:
-        for completion, advantage in zip(weighted.group.completions, weighted.advantages, strict=True):
-            prompt, ids = weighted.group.prompt_token_ids, completion.token_ids
+        for completion, advantage in zip(weighted.completions, weighted.advantages, strict=True):
+            prompt, ids = weighted.prompt.token_ids, completion.token_ids
             logits_LV = model(input_ids=torch.tensor([prompt + ids])).logits[0]
             logprobs_LV = logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32)).log_softmax(-1)
             of_completion = logprobs_LV[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None])
@@ -34,7 +35,7 @@ def plain_loss(model: PeftModel, groups: list[WeightedGroup]) -> torch.Tensor:
     return total
 
 
-def plain_gradients(model: PeftModel, groups: list[WeightedGroup]) -> dict[str, torch.Tensor]:
+def plain_gradients(model: PeftModel, groups: list[Group]) -> dict[str, torch.Tensor]:
     plain_loss(model, groups).backward()
     marked = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: grad.double() for name, grad in marked.items() if grad is not None}

@@ -16,11 +16,11 @@ from sample_groups import random_groups
 from tiny_runs import steps_of, tiny_config
 
 from rankup.grpo.config import LoraConfig
-from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.base_model import nf4_names
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
+from rankup.grpo.update.session import engine_settings
 
 pytestmark = pytest.mark.engine
 
@@ -115,7 +115,7 @@ import ctypes, gc, json, sys
 from pathlib import Path
 import torch
 from rankup import GRPOConfig
-from rankup.grpo.experience.collect import engine_settings
+from rankup.grpo.update.session import engine_settings
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
 from rankup.grpo.update.session import make_policy

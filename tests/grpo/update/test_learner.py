@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from sample_groups import make_group, random_groups, with_logprobs
+from updates import update
 
 from rankup.grpo.algorithm.corrections import gap_metrics, gap_tally
 from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.model.packing import WeightedGroup, by_completion
+from rankup.grpo.data.groups import Group
+from rankup.grpo.model.packing import by_completion
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 
@@ -41,7 +43,7 @@ def make_learner(make_policy) -> Callable[..., Learner]:
 
 
 @pytest.fixture
-def groups() -> list[WeightedGroup]:
+def groups() -> list[Group]:
     return random_groups(SHAPES)
 
 
@@ -70,25 +72,25 @@ def moved(policy: Policy, before: list[torch.Tensor]) -> torch.Tensor:
 def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(make_learner, kind: str) -> None:
     good, bad = random_groups([(5, [6, 4]), (5, [6, 4])])
     groups = [
-        WeightedGroup(group=good.group, advantages=(1.0, 1.0)),
-        WeightedGroup(group=bad.group, advantages=(-1.0, -1.0)),
+        Group(group=good.group, advantages=(1.0, 1.0)),
+        Group(group=bad.group, advantages=(-1.0, -1.0)),
     ]
     learner: Learner = make_learner(kind, learning_rate=1e-3)
     policy = learner.policy
     (one,) = learner._packs(groups)
     before, _ = policy.logprobs(one)
     assert len(before) == 20
-    learner.update(groups, step=0)
+    update(learner, groups, step=0)
     policy.write_slots()
     change = policy.logprobs(one)[0] - before
     assert change[:10].sum() > 0.1 and change[10:].sum() < -0.1
 
 
-def test_updates_move_every_master_and_nothing_of_the_base(make_learner, groups: list[WeightedGroup]) -> None:
+def test_updates_move_every_master_and_nothing_of_the_base(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(learning_rate=1e-3)
     before, base_before = copies(learner.policy), base_hash(learner.policy)
     for step in range(3):
-        learner.update(groups, step=step)
+        update(learner, groups, step=step)
         learner.policy.write_slots()
     after = copies(learner.policy)
     assert not any(map(torch.equal, before, after))
@@ -97,12 +99,12 @@ def test_updates_move_every_master_and_nothing_of_the_base(make_learner, groups:
     assert all(parameter.grad is None for parameter in learner.policy.masters), "gradients do not wait in memory"
 
 
-def test_the_schedule_sets_the_rate_of_the_step(make_learner, groups: list[WeightedGroup]) -> None:
+def test_the_schedule_sets_the_rate_of_the_step(make_learner, groups: list[Group]) -> None:
     moves = []
     for step in (0, 5):
         learner: Learner = make_learner(**PROPORTIONAL, lr_scheduler_type="linear", max_steps=10)
         before = copies(learner.policy)
-        metrics = learner.update(groups, step=step).metrics
+        metrics = update(learner, groups, step=step).metrics
         assert metrics["learning_rate"] == 1e3 * (1 - step / 10)
         moves.append(moved(learner.policy, before))
     torch.testing.assert_close(moves[1], 0.5 * moves[0], rtol=0.01, atol=1e-6)
@@ -119,13 +121,13 @@ PACKED = {
 @pytest.mark.parametrize("objective", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_the_update_of_many_packs_equals_that_of_one(
-    make_learner, groups: list[WeightedGroup], kind: str, objective: dict[str, Any]
+    make_learner, groups: list[Group], kind: str, objective: dict[str, Any]
 ) -> None:
     results = []
     for budget in (10_000, 40, 1):
         learner: Learner = make_learner(kind, **PROPORTIONAL, tokens_per_pack=budget, beta=0.1, **objective)
         before = copies(learner.policy)
-        metrics = learner.update(groups, step=0).metrics
+        metrics = update(learner, groups, step=0).metrics
         results.append((moved(learner.policy, before), metrics))
     (expected, expected_metrics), *others = results
     assert expected.norm() > 1e-3
@@ -135,12 +137,12 @@ def test_the_update_of_many_packs_equals_that_of_one(
             assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
 
 
-def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[WeightedGroup]) -> None:
+def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[Group]) -> None:
     norms = []
     for max_grad_norm in (1e6, 0.01):
         learner: Learner = make_learner(**PROPORTIONAL, max_grad_norm=max_grad_norm)
         before = copies(learner.policy)
-        metrics = learner.update(groups, step=0).metrics
+        metrics = update(learner, groups, step=0).metrics
         assert metrics["grad_norm"] > 0.1, "it is the norm before clipping"
         norms.append((moved(learner.policy, before).norm().item(), metrics["grad_norm"]))
     (free, grad_norm), (clipped, _) = norms
@@ -157,29 +159,29 @@ def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[WeightedGr
     ],
     ids=["no groups", "no tokens", "no advantages", "nothing whole"],
 )
-def test_nothing_to_train_on_is_no_update(make_learner, groups: list[WeightedGroup]) -> None:
+def test_nothing_to_train_on_is_no_update(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(mask_truncated_completions=True)
     before = copies(learner.policy)
-    metrics = learner.update(groups, step=0).metrics
+    metrics = update(learner, groups, step=0).metrics
     assert {name for name in metrics if not name.startswith("guards/")} == {"learning_rate"}
     assert all(map(torch.equal, before, learner.policy.masters))
 
 
 @pytest.mark.parametrize("advantage", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list[WeightedGroup], advantage: float) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list[Group], advantage: float) -> None:
     learner: Learner = make_learner(learning_rate=1e-3)
-    learner.update(groups, step=0)
+    update(learner, groups, step=0)
     learner.policy.write_slots()
     before = copies(learner.policy)
     state = [{k: v.clone() for k, v in learner.optimizer.state[p].items()} for p in learner.policy.masters]
-    broken = WeightedGroup(group=groups[0].group, advantages=(advantage, 1.0, 1.0, 1.0))
-    metrics = learner.update([broken, *groups[1:]], step=1).metrics
+    broken = Group(group=groups[0].group, advantages=(advantage, 1.0, 1.0, 1.0))
+    metrics = update(learner, [broken, *groups[1:]], step=1).metrics
     assert metrics["update_skipped"] == 1.0 and not math.isfinite(metrics["grad_norm"])
     assert all(map(torch.equal, before, learner.policy.masters))
     for parameter, entries in zip(learner.policy.masters, state, strict=True):
         assert all(torch.equal(learner.optimizer.state[parameter][key], value) for key, value in entries.items())
     # And the next step is as if it had not been.
-    assert learner.update(groups, step=2).metrics["update_skipped"] == 0.0
+    assert update(learner, groups, step=2).metrics["update_skipped"] == 0.0
     assert not any(map(torch.equal, before, learner.policy.masters))
 
 
@@ -187,12 +189,12 @@ def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list
 
 
 @pytest.fixture
-def mixed() -> list[WeightedGroup]:
+def mixed() -> list[Group]:
     """A group of 10 tokens in 3 completions, one of them empty and one of 4 cut off, and one of 7 in 2 without variance."""
     taught, equal = random_groups([(5, [6, 4, 0]), (3, [5, 2])], truncated=(1,))
     return [
-        WeightedGroup(group=taught.group, advantages=(2.0, -1.0, 0.5)),
-        WeightedGroup(group=equal.group, advantages=(0.0, 0.0)),
+        Group(group=taught.group, advantages=(2.0, -1.0, 0.5)),
+        Group(group=equal.group, advantages=(0.0, 0.0)),
     ]
 
 
@@ -216,74 +218,74 @@ def mixed() -> list[WeightedGroup]:
         ({"loss_type": "dr_grpo", "mask_truncated_completions": True}, -12 / (5 * 20)),
     ],
 )
-def test_denominators(make_learner, mixed: list[WeightedGroup], options: dict[str, Any], loss: float) -> None:
+def test_denominators(make_learner, mixed: list[Group], options: dict[str, Any], loss: float) -> None:
     learner: Learner = make_learner(max_completion_length=20, **options)
-    metrics = learner.update(mixed, step=0).metrics
+    metrics = update(learner, mixed, step=0).metrics
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     whole = options.get("mask_truncated_completions", False)
     assert metrics["packing/completion_tokens"] == (6 if whole else 10), "groups without variance cost nothing"
 
 
 @pytest.mark.parametrize("filtered", [True, False])
-def test_a_bonus_acts_on_groups_without_variance(make_learner, mixed: list[WeightedGroup], filtered: bool) -> None:
+def test_a_bonus_acts_on_groups_without_variance(make_learner, mixed: list[Group], filtered: bool) -> None:
     """Their entropy counts, so they are in all means."""
     learner: Learner = make_learner(entropy_coef=0.1, filter_zero_variance=filtered)
-    metrics = learner.update(mixed, step=0).metrics
+    metrics = update(learner, mixed, step=0).metrics
     assert metrics["packing/completion_tokens"] == 17
     assert metrics["loss"] == pytest.approx(-8 / 17 - 0.1 * metrics["entropy"], rel=1e-5)
 
 
-def test_an_own_objective(make_policy, mixed: list[WeightedGroup], tmp_path: Path) -> None:
+def test_an_own_objective(make_policy, mixed: list[Group], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def loss(tokens):\n    return 3 * tokens.advantages + 0 * tokens.logprobs\n")
     (tmp_path / "run.yaml").write_text("algorithm: {loss_type: 'mine.py:loss'}\nguards: {enabled: false}\n")
     learner = Learner(make_policy(), load_config(tmp_path / "run.yaml", ["mode=none", "veto=0"]))
-    assert learner.update(mixed, step=0).metrics["loss"] == pytest.approx(3 * 8 / 10)
+    assert update(learner, mixed, step=0).metrics["loss"] == pytest.approx(3 * 8 / 10)
 
 
 # Guards
 
 
-def groups_of_the_policy(learner: Learner, groups: list[WeightedGroup]) -> list[WeightedGroup]:
+def groups_of_the_policy(learner: Learner, groups: list[Group]) -> list[Group]:
     """The groups as if this policy had sampled them."""
     packs = learner._packs(groups)
     return with_logprobs(groups, by_completion(packs, [learner.policy.logprobs(one)[0] for one in packs]))
 
 
-def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: list[WeightedGroup]) -> None:
+def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True})
     before = copies(learner.policy)
-    update = learner.update(groups, step=0)
-    assert update.metrics["update_skipped"] == 1.0 and update.metrics["sampling/kl"] > 0.1
+    stepped = update(learner, groups, step=0)
+    assert stepped.metrics["update_skipped"] == 1.0 and stepped.metrics["sampling/kl"] > 0.1
     assert all(map(torch.equal, before, learner.policy.masters))
-    assert any("skipped the update" in note for note in update.notes) and update.give_up is None
+    assert any("skipped the update" in note for note in stepped.notes) and not stepped.decision.stop
 
 
-def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[WeightedGroup]) -> None:
+def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True}, learning_rate=1e-3)
-    assert learner.snapshots["step"].step is None
+    assert learner.snapshots.by_kind["step"].step is None
     sampled = groups_of_the_policy(learner, groups)
     before = copies(learner.policy)
-    update = learner.update(sampled, step=0, observed={"reward": 0.5})
-    assert update.metrics["update_skipped"] == 0.0 and update.notes == ()
+    stepped = update(learner, sampled, step=0, observed={"reward": 0.5})
+    assert stepped.metrics["update_skipped"] == 0.0 and stepped.notes == ()
     once = copies(learner.policy)
-    learner.update(sampled, step=1)
-    assert learner.restore("step") == 1, "the policy of the first step, before its update"
+    update(learner, sampled, step=1)
+    assert learner.guards.restore("step") == 1, "the policy of the first step, before its update"
     assert all(map(torch.equal, before, learner.policy.masters))
     learner.policy.write_slots()
-    learner.update(sampled, step=2)
+    update(learner, sampled, step=2)
     assert all(map(torch.equal, once, learner.policy.masters)), "Adam's moments went back too"
 
 
-def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: list[WeightedGroup]) -> None:
+def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: list[Group]) -> None:
     guards = {"enabled": True, "snapshot_steps": 3}
     learner: Learner = make_learner(rank=64, guards=guards, learning_rate=1e-4, optimizer="adamw_8bit")
     outcomes: dict[int, list[torch.Tensor]] = {}
     for step in (0, 1, 2, 3, 4, 3, 4):
         if step == 3 and step in outcomes:
-            assert learner.restore("step") == 4, "the policy of the fourth step, before its update"
+            assert learner.guards.restore("step") == 4, "the policy of the fourth step, before its update"
             learner.policy.write_slots()
-        update = learner.update(groups_of_the_policy(learner, groups), step=step, observed={"reward": 0.5})
-        assert update.metrics["update_skipped"] == 0.0
+        stepped = update(learner, groups_of_the_policy(learner, groups), step=step, observed={"reward": 0.5})
+        assert stepped.metrics["update_skipped"] == 0.0
         learner.policy.write_slots()
         assert step not in outcomes or all(map(torch.equal, outcomes[step], learner.policy.masters))
         outcomes[step] = copies(learner.policy)
@@ -294,13 +296,13 @@ def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: lis
 # Iterations
 
 
-def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, groups: list[WeightedGroup]) -> None:
+def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, groups: list[Group]) -> None:
     """Two iterations: the second one's forward has the masters that the first one's step made."""
     learner: Learner = make_learner(**PROPORTIONAL, num_iterations=2)
     policy = learner.policy
     first: Learner = make_learner(**PROPORTIONAL)
-    first.update(groups, step=0)
-    metrics = learner.update(groups, step=0).metrics
+    update(first, groups, step=0)
+    metrics = update(learner, groups, step=0).metrics
     for layer, other in zip(policy.layers.values(), first.policy.layers.values(), strict=True):
         torch.testing.assert_close(layer.slot.a[:16], other.master_a.detach(), rtol=1e-4, atol=1e-6)
         b = layer.scaling["default"] * other.master_b.detach()
@@ -309,25 +311,25 @@ def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, group
     assert metrics["update_skipped"] == 0.0
 
 
-def test_the_ratio_is_to_the_policy_that_the_step_began_with(make_learner, groups: list[WeightedGroup]) -> None:
+def test_the_ratio_is_to_the_policy_that_the_step_began_with(make_learner, groups: list[Group]) -> None:
     """A large first step pushes ratios beyond the clip; the second iteration's gradient is then held back."""
     norms = []
     for epsilon, epsilon_high in [(0.01, 0.01), (1.0, 100.0)]:
         learner: Learner = make_learner(
             learning_rate=3e-3, num_iterations=2, epsilon=epsilon, epsilon_high=epsilon_high
         )
-        norms.append(learner.update(groups, step=0).metrics["grad_norm"])
+        norms.append(update(learner, groups, step=0).metrics["grad_norm"])
     assert norms[0] < 0.7 * norms[1]
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo", "cispo"])
-def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[WeightedGroup], loss_type: str) -> None:
+def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[Group], loss_type: str) -> None:
     """They are measured where the second iteration begins: after one step."""
     options = {"loss_type": loss_type, "epsilon": 0.05, "epsilon_high": 1.05 if loss_type == "cispo" else 0.05}
     first: Learner = make_learner(learning_rate=3e-3, **options)
     (one,) = first._packs(groups)
     old_N, _ = first.policy.logprobs(one)
-    assert not [name for name in first.update(groups, step=0).metrics if name.startswith("clip_ratio")], "the ratio is 1"
+    assert not [name for name in update(first, groups, step=0).metrics if name.startswith("clip_ratio")], "the ratio is 1"
     first.policy.write_slots()
     log_ratio_N = first.policy.logprobs(one)[0] - old_N
     if loss_type == "gspo":
@@ -335,7 +337,7 @@ def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[WeightedGro
     low = ((log_ratio_N.exp() < 0.95) & (one.advantages_N < 0)).float().mean().item() if loss_type != "cispo" else 0.0
     high = ((log_ratio_N.exp() > 1.05) & (one.advantages_N > 0)).float().mean().item()
     learner: Learner = make_learner(learning_rate=3e-3, num_iterations=2, **options)
-    metrics = learner.update(groups, step=0).metrics
+    metrics = update(learner, groups, step=0).metrics
     assert high > 0 and metrics["clip_ratio/high_mean"] == pytest.approx(high)
     assert metrics["clip_ratio/low_mean"] == pytest.approx(low)
     assert metrics["clip_ratio/region_mean"] == pytest.approx(low + high)
@@ -348,21 +350,21 @@ def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[WeightedGro
 @pytest.mark.parametrize(("num_iterations", "beta", "forwards"), [(1, 0.0, 1), (1, 0.1, 2), (3, 0.1, 4)])
 @pytest.mark.parametrize("quantile", [1.0, 0.2])
 def test_no_forward_that_is_not_needed(
-    make_learner, groups: list[WeightedGroup], num_iterations: int, beta: float, forwards: int, quantile: float
+    make_learner, groups: list[Group], num_iterations: int, beta: float, forwards: int, quantile: float
 ) -> None:
     """One a pack and iteration, one for the base model where a KL penalty asks for it, one to find the entropy bound."""
     learner: Learner = make_learner(num_iterations=num_iterations, beta=beta, top_entropy_quantile=quantile)
     calls: list[object] = []
     learner.policy.model.base_model.register_forward_hook(lambda *call: calls.append(call))
-    learner.update(groups, step=0)
+    update(learner, groups, step=0)
     assert len(calls) == forwards + (quantile < 1)
 
 
-def test_metrics(make_learner, groups: list[WeightedGroup]) -> None:
+def test_metrics(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(temperature=0.7)
     (one,) = learner._packs(groups)
     logprobs_N, entropy_N = learner.policy.logprobs(one, temperature=0.7)
-    metrics = learner.update(groups, step=0).metrics
+    metrics = update(learner, groups, step=0).metrics
     tokens, plain = one.num_input_tokens, sum(p * len(c) + sum(c) for p, c in SHAPES)
     expected = {
         "loss": -(one.advantages_N.mean().item()),
@@ -384,17 +386,17 @@ def test_metrics(make_learner, groups: list[WeightedGroup]) -> None:
     assert metrics["grad_norm"] > 0
 
 
-def test_kl_is_told_where_it_is_paid_for(make_learner, groups: list[WeightedGroup]) -> None:
+def test_kl_is_told_where_it_is_paid_for(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(beta=0.1)
     (one,) = learner._packs(groups)
     difference_N = learner.policy.logprobs(one, use_adapter=False)[0] - learner.policy.logprobs(one)[0]
     kl = (difference_N.exp() - 1 - difference_N).mean().item()
-    metrics = learner.update(groups, step=0).metrics
+    metrics = update(learner, groups, step=0).metrics
     assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
     assert metrics["loss"] == pytest.approx(0.1 * kl - one.advantages_N.mean().item(), rel=1e-4)
 
 
 def test_padding_is_counted(make_learner) -> None:
     learner: Learner = make_learner("mistral")
-    metrics = learner.update(random_groups([(5, [4, 2])]), step=0).metrics  # rows of 8 and 6 input tokens
+    metrics = update(learner, random_groups([(5, [4, 2])]), step=0).metrics  # rows of 8 and 6 input tokens
     assert (metrics["packing/tokens"], metrics["packing/padding_ratio"]) == (14.0, 2 / 16)

@@ -15,7 +15,8 @@ from sample_groups import loss_on_leaves, random_groups, with_logprobs
 from rankup.grpo.algorithm.losses import Counts, entropy_bound, token_weights
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.config.algorithm import OBJECTIVES
-from rankup.grpo.model.packing import Pack, WeightedGroup, by_completion, pack
+from rankup.grpo.data.groups import Group
+from rankup.grpo.model.packing import Pack, by_completion, pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.objective import Objective, StepConstants
 
@@ -209,7 +210,7 @@ CASES = {
 }
 
 
-def near_the_policy(policy: Policy) -> list[WeightedGroup]:
+def near_the_policy(policy: Policy) -> list[Group]:
     """Groups whose sampler's log-probabilities are the policy's but for noise."""
     groups = random_groups(STEP_SHAPES)
     packs = pack(groups, tokens_per_pack=1000)

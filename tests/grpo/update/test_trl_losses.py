@@ -101,7 +101,7 @@ def make_case(loss_type: str, options: dict[str, Any], *, off_policy: bool) -> C
     groups = random_groups(SHAPES, truncated=TRUNCATED)
     masks = config.algorithm.mask_truncated_completions
     (one,) = pack([without_truncated(w) for w in groups] if masks else groups, tokens_per_pack=1000)
-    completions = [c for w in groups for c in w.group.completions]
+    completions = [c for w in groups for c in w.completions]
     sampler_M = torch.tensor([logprob for c in completions for logprob in c.logprobs])
     generator = torch.Generator().manual_seed(1)
 
