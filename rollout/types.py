@@ -1,23 +1,26 @@
-"""What sampling takes and what it returns. Everything downstream speaks of groups: one prompt and its G completions."""
+"""What sampling returns: groups, each one prompt and its G completions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal
 
 
 class EngineError(RuntimeError):
-    """vLLM failed while it sampled; what it raised is the cause. The engine is not to be used any more."""
+    """vLLM failed while sampling; its exception is the cause. The engine cannot be used any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled answer.
+    """One sampled answer, or on a worker that did not sample it its metadata, without tokens, log-probabilities and text.
 
-    `token_ids` end with the end-of-sequence token where the model stopped by itself. `text` is what the tokenizer decodes from
-    them, without that token and special ones; with stop strings it ends before the first of these. `logprobs` are the
-    sampler's, one a token, after temperature and the other sampling settings. `policy_version` counts publishes: it names the
-    policy that drew every token.
+    Attributes:
+        token_ids: what was sampled, including the end-of-sequence token if the model ended the completion.
+        logprobs: the sampler's log-probability of each token, after temperature and the other sampling options.
+        text: `token_ids` decoded without special tokens and the token that ended the completion; if stop strings are
+            configured, it ends before the first of them.
+        policy_version: number of publishes before sampling: it identifies the policy.
+        omitted_tokens: tokens that this object does not hold: all of them in metadata, otherwise none.
     """
 
     token_ids: tuple[int, ...]
@@ -25,29 +28,26 @@ class Completion:
     text: str
     finish_reason: Literal["stop", "length", "abort"]
     policy_version: int
+    omitted_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the completion, held here or not."""
+        return len(self.token_ids) + self.omitted_tokens
+
+    def metadata(self) -> Completion:
+        """The length, finish reason and policy version alone."""
+        return replace(self, token_ids=(), logprobs=(), text="", omitted_tokens=self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptGroup:
-    """One prompt and its completions. `index` is its place among the prompts that were handed to the engine."""
+    """One prompt and its completions. `index` is the prompt's position in the list passed to the engine."""
 
     index: int
     prompt_token_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
 
-    def outline(self) -> PromptGroup:
-        """The same group without its tokens and text: lengths, finish reasons and versions alone, for other workers."""
-        return PromptGroup(
-            index=self.index,
-            prompt_token_ids=(),
-            completions=tuple(
-                Completion(
-                    token_ids=cast(tuple[int, ...], range(len(c.token_ids))),  # has the length and takes no room
-                    logprobs=(),
-                    text="",
-                    finish_reason=c.finish_reason,
-                    policy_version=c.policy_version,
-                )
-                for c in self.completions
-            ),
-        )
+    def metadata(self) -> PromptGroup:
+        """The group without tokens and text, as other workers need it."""
+        return replace(self, prompt_token_ids=(), completions=tuple(c.metadata() for c in self.completions))

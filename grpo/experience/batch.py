@@ -52,7 +52,7 @@ def collect_batch(
 ) -> Batch:
     """Sample, score and weigh the groups of a step (from 0); the same for the same step, seed and policy.
 
-    Each of several workers samples its share of every round; all groups are weighed together, those of others in outline.
+    Each worker samples its share of every round; advantages are computed over all groups, other workers' as metadata.
     """
     wanted, rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
     collected = _round(engine, scorer, sampler, config, step=step, number=0, world=world)
@@ -100,7 +100,7 @@ def weigh(groups: Sequence[ScoredGroup], config: GRPOConfig) -> list[GroupAdvant
 def _penalties(group: ScoredGroup, config: GRPOConfig) -> list[float]:
     return [
         soft_overlong_penalty(
-            len(completion.token_ids),
+            completion.num_tokens,
             max_completion_length=config.rollout.max_completion_length,
             soft_tokens=config.algorithm.soft_overlong_tokens,
         )
@@ -118,7 +118,7 @@ def _round(
     number: int,
     world: World,
 ) -> Collected:
-    """The step's own prompts (number 0), or those of a further round: this worker's share in full, the others' in outline."""
+    """The step's own prompts (number 0), or those of a further round: this worker's share in full, the others' as metadata."""
     rows = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
     share = world.shard(len(rows))
     own = collect(

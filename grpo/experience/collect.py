@@ -32,7 +32,7 @@ from ..model.base_model import nf4_names
 class ScoredGroup:
     """One prompt's row of the data set, its completions, and their scores.
 
-    `is_own`: whether this worker has sampled it; another's is here in outline (`PromptGroup.outline`).
+    `is_own`: whether this worker has sampled it; of other groups there is metadata only (`PromptGroup.metadata`).
     """
 
     row: PromptRow
@@ -132,13 +132,13 @@ def collect(
 
 
 def together(own: Collected, rows: Sequence[PromptRow], world: World) -> Collected:
-    """The groups of all workers for `rows`, of which each has collected its share: the own ones, and outlines of the others."""
+    """The groups of all workers for `rows`, of which each has collected its share: its own in full, the others' as metadata."""
     if world.size == 1:
         return own
-    outlines = world.gather([(g.group.outline(), dataclasses.replace(g.scores, extras={})) for g in own.groups])
+    metadata = world.gather([(g.group.metadata(), dataclasses.replace(g.scores, extras={})) for g in own.groups])
     others = [
         ScoredGroup(row=row, group=group, scores=scores, is_own=False)
-        for row, (group, scores) in zip(rows, outlines, strict=True)
+        for row, (group, scores) in zip(rows, metadata, strict=True)
     ]
     share = world.shard(len(rows))
     groups = [*others[: share.start], *own.groups, *others[share.stop :]]

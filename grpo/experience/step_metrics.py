@@ -42,8 +42,8 @@ def failures(groups: Sequence[ScoredGroup]) -> dict[str, list[str]]:
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Lengths in tokens and the share of completions that were cut off."""
     completions = [c for g in groups for c in g.group.completions]
-    lengths = [len(c.token_ids) for c in completions]
-    finished = [len(c.token_ids) for c in completions if c.finish_reason == "stop"]
+    lengths = [c.num_tokens for c in completions]
+    finished = [c.num_tokens for c in completions if c.finish_reason == "stop"]
     return {
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
@@ -68,7 +68,7 @@ def completions_table(
         "advantage": [a for group in advantages for a in group.advantages],
         "reward": [r for g in groups for r in g.scores.total],
         "finish_reason": [c.finish_reason for _, c in pairs],
-        "num_tokens": [len(c.token_ids) for _, c in pairs],
+        "num_tokens": [c.num_tokens for _, c in pairs],
         "policy_version": [c.policy_version for _, c in pairs],
     }
     rewards = {name: [r for g in groups for r in g.scores.by_function[name]] for name in scorer.names}

@@ -65,7 +65,7 @@ def exchange_reports(
     """
     report = WorkerReport(
         seconds=dict(seconds),
-        sampled_tokens=sum(len(c.token_ids) for g in groups if g.is_own for c in g.group.completions),
+        sampled_tokens=sum(c.num_tokens for g in groups if g.is_own for c in g.group.completions),
         policy_version=session.engine.policy_version,
         checksum=checksum(session.policy.masters) if world.size > 1 else 0,
     )
@@ -96,4 +96,4 @@ def time_metrics(reports: Sequence[WorkerReport], *, trained_tokens: float) -> d
 
 def num_tokens(groups: Sequence[ScoredGroup]) -> int:
     """Tokens of all groups, each prompt counted once a completion (TRL's `num_tokens`)."""
-    return sum(len(g.row.token_ids) + len(c.token_ids) for g in groups for c in g.group.completions)
+    return sum(len(g.row.token_ids) + c.num_tokens for g in groups for c in g.group.completions)

@@ -72,7 +72,7 @@ class Learner:
         Where there is nothing to train on nothing changes, and the metrics say only what the guards know.
         """
         kept = self._kept(groups)
-        if not any(c.token_ids for w in kept for c in w.group.completions):
+        if not any(c.num_tokens for w in kept for c in w.group.completions):
             return self._judged(step, observed or {}, {}, can_update=False)
         own = [w for w in kept if w.is_own]
         packs = self._packs(own)
@@ -254,13 +254,13 @@ class Learner:
     ) -> StepConstants:
         """The denominators of the step's means, and the entropy that a token must reach."""
         algorithm = self.config.algorithm
-        lengths = [len(c.token_ids) for w in kept for c in w.group.completions]
+        lengths = [c.num_tokens for w in kept for c in w.group.completions]
         tokens, sequences = sum(lengths), len([length for length in lengths if length])
         if not algorithm.filter_zero_variance or algorithm.loss_aggregation == "constant":
             sequences = sum(len(w.group.completions) for w in groups)
         if not algorithm.filter_zero_variance:
             counted = [without_truncated(w) for w in groups] if algorithm.mask_truncated_completions else groups
-            tokens = sum(len(c.token_ids) for w in counted for c in w.group.completions)
+            tokens = sum(c.num_tokens for w in counted for c in w.group.completions)
         counts = Counts(
             sequences=sequences,
             tokens=tokens,
@@ -298,7 +298,7 @@ def without_truncated(weighted: WeightedGroup) -> WeightedGroup:
 
 def _packing_counts(packs: list[Pack], groups: Sequence[WeightedGroup]) -> dict[str, int]:
     """Packs and tokens of this worker, and the tokens that one prompt a completion would have been."""
-    lengths = [(len(w.group.prompt_token_ids), len(c.token_ids)) for w in groups for c in w.group.completions if c.token_ids]
+    lengths = [(len(w.group.prompt_token_ids), c.num_tokens) for w in groups for c in w.group.completions if c.token_ids]
     return {
         "packs": len(packs),
         "computed": sum(one.num_input_tokens for one in packs),

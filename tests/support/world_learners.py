@@ -42,7 +42,7 @@ def learn(model_path: str, variants: dict[str, dict[str, Any]], world: World) ->
             groups[1] = dataclasses.replace(groups[1], advantages=(0.0, 0.0))
             own = range(len(groups))[world.shard(len(groups))]
             shared = [
-                group if place in own else dataclasses.replace(group, group=group.group.outline(), is_own=False)
+                group if place in own else dataclasses.replace(group, group=group.group.metadata(), is_own=False)
                 for place, group in enumerate(groups)
             ]
             metrics.append(learner.update(shared, step=step).metrics)

@@ -10,7 +10,6 @@ from torch.multiprocessing.spawn import spawn
 from world_learners import learn, learn_in_a_group
 
 from rankup.grpo.common.world import SINGLE_PROCESS, World
-from rankup.rollout.types import Completion, PromptGroup
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dapo": {},
@@ -38,13 +37,6 @@ def test_one_worker_exchanges_nothing():
     assert SINGLE_PROCESS.is_main
     assert SINGLE_PROCESS.gather([1, 2]) == [1, 2]
     assert SINGLE_PROCESS.all_gather([1, 2]) == [[1, 2]]
-
-
-def test_an_outline_has_lengths_and_no_tokens():
-    completion = Completion(token_ids=(5, 6, 7), logprobs=(-1.0,) * 3, text="abc", finish_reason="length", policy_version=4)
-    (outline,) = PromptGroup(index=2, prompt_token_ids=(1, 2), completions=(completion,)).outline().completions
-    assert (len(outline.token_ids), outline.finish_reason, outline.policy_version) == (3, "length", 4)
-    assert (outline.text, outline.logprobs) == ("", ())
 
 
 @pytest.fixture(scope="module")
