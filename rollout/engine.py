@@ -1,9 +1,10 @@
 """vLLM in this process: sampling groups of completions with the one adapter that is being trained.
 
-    engine = RolloutEngine(EngineSettings(model="path", rank=64, max_rank=64, target_modules=("q_proj", ...)))
-    engine.publish(policy.write_slots)                       # the policy's adapter is now what the engine samples with
-    for group in engine.rollout(prompts, sampling, seeds):   # each group as soon as its last completion ends
-        ...
+    settings = EngineSettings(model="path/to/model", rollout=config.rollout, target_modules=("q_proj", "v_proj"), max_rank=64)
+    engine = RolloutEngine(settings)
+    engine.publish(policy.write_slots)  # from now on the engine samples with the policy's adapter
+    for group in engine.rollout(prompts, config.rollout, seeds=seeds):  # yields a group when its last completion ends
+        print(group.completions[0].text)
     engine.close()
 
 `engine.slots` are views of vLLM's own LoRA buffers (see `slots.py`): whoever trains multiplies with the same tensors.

@@ -1,6 +1,6 @@
 """vLLM, the policy on its adapter slots, and what trains it: what a run holds in memory while it goes on.
 
-    with open_session(config, model_path, say=view.stage, note=view.note) as session:
+    with open_session(config, model_path, note=print) as session:
         session.engine.rollout(...)
         session.learner.update(...)
         session.publish()
