@@ -1,12 +1,12 @@
-"""vLLM's base weights: as they are loaded, and where they lie.
+"""vLLM's base weights: how they are loaded, and views of them.
 
     EngineArgs(**loading(nf4_weights=("model.layers.0.self_attn.q_proj.weight", ...), keep_linear_weights=False), ...)
     find_base_weights(vllm_model)["model.layers.0.self_attn.q_proj.weight"]   # a view of vLLM's own memory, [d_out, d_in]
 
-`find_base_weights` names each weight as transformers does: rows of a packed layer (q, k, v; gate, up) by their parts. The
-loader is vLLM's own with two additions. It rounds the weights that it is told to NF4 and back, since vLLM (0.32) cannot serve
-weights that bitsandbytes has packed: so the sampler computes with what the trainer computes with. And it can keep linear layers
-as they were loaded on CPU, where vLLM otherwise repacks them for its own products and drops the originals.
+`find_base_weights` uses the names of transformers: q, k, v (or gate, up) for the rows of a packed layer. The loader is vLLM's
+default loader with two additions. It can round weights to NF4 and back, because vLLM (0.32) cannot serve weights packed by
+bitsandbytes while the trainer computes with them. And it can keep linear weights in their original layout on CPU, where vLLM
+would repack them and drop the originals.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LOAD_FORMAT = "rankup"
 
 
 def loading(*, nf4_weights: Sequence[str], keep_linear_weights: bool) -> dict[str, Any]:
-    """The engine's arguments for its loader; vLLM's own where nothing is asked for.
+    """The engine's arguments for its loader; none if vLLM's default loader will do.
 
     Args:
-        nf4_weights: names, in the files of the model, of the weights to round.
-        keep_linear_weights: keep linear layers as they are loaded, also on CPU.
+        nf4_weights: names of the weights to round, as in the model's files.
+        keep_linear_weights: keep linear weights in their original layout, also on CPU.
     """
     if not nf4_weights and not keep_linear_weights:
         return {}
@@ -40,10 +40,10 @@ def loading(*, nf4_weights: Sequence[str], keep_linear_weights: bool) -> dict[st
 
 
 def find_base_weights(vllm_model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight that vLLM holds as it was loaded, by its name in transformers, without vLLM's padding; views, none a copy.
+    """Views of all weights that vLLM holds in their original layout, without its padding, by their names in transformers.
 
     Raises:
-        ValueError: this vLLM names its packed layers otherwise.
+        ValueError: the installed vLLM does not say which layers it packs.
     """
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -52,14 +52,14 @@ def find_base_weights(vllm_model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for wrapped_name, module in vllm_model.named_modules():
         name = wrapped_name.removesuffix(".base_layer")
-        parent, _, own_name = name.rpartition(".")
+        parent, _, layer = name.rpartition(".")
         prefix = f"{parent}." if parent else ""
         for kind, parameter in module.named_parameters(recurse=False):
             tensor = parameter.detach()
             if isinstance(module, LinearBase):
-                parts, rows = packed.get(own_name, [own_name]), getattr(module, "output_sizes", [])
-                if parts == [own_name]:  # packed in transformers too, or not at all
-                    found[f"{prefix}{own_name}.{kind}"] = tensor
+                parts, rows = packed.get(layer, [layer]), getattr(module, "output_sizes", [])
+                if parts == [layer]:  # packed in transformers too, or not at all
+                    found[f"{prefix}{layer}.{kind}"] = tensor
                 elif len(parts) == len(rows) and tensor.shape[:1] == (sum(rows),):
                     views = tensor.split(list(rows))
                     found |= {f"{prefix}{part}.{kind}": view for part, view in zip(parts, views, strict=True)}
@@ -72,8 +72,7 @@ def find_base_weights(vllm_model: nn.Module) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _register_loader() -> None:
-    """Make the loader known to vLLM."""
-
+    """Register the loader with vLLM."""
     from vllm.config import ModelConfig
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import register_model_loader
@@ -91,15 +90,15 @@ def _register_loader() -> None:
         def get_all_weights(
             self, model_config: ModelConfig, model: nn.Module
         ) -> Generator[tuple[str, torch.Tensor], None, None]:
-            device, waiting = next(model.parameters()).device, set(self.nf4_weights)
+            device, missing = next(model.parameters()).device, set(self.nf4_weights)
             for name, tensor in super().get_all_weights(model_config, model):
                 if name in self.nf4_weights:
-                    waiting.remove(name)
+                    missing.remove(name)
                     yield name, Nf4Weight.quantise(tensor.to(device, model_config.dtype)).dense()
                 else:
                     yield name, tensor
-            if waiting:
-                raise ValueError(f"model.load_in: the model has no weight {min(waiting)} in its files: leave this option out")
+            if missing:
+                raise ValueError(f"model.load_in: the model's files have no weight {min(missing)}: remove this option")
 
         def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
             super().load_weights(model, model_config)

@@ -1,10 +1,10 @@
-"""What vLLM does slowly on CPU, done faster. `vllm_compat` puts it in its place.
+"""Faster replacements for parts of vLLM on CPU. `vllm_compat.py` installs them.
 
-With LoRA vLLM compiles nothing on CPU, so its norms run as eight small torch operations each, though it has a kernel for them;
-and every adapted layer goes through a dozen Python calls, with a product for each part of q/k/v although they read the same
+With LoRA vLLM compiles nothing on CPU. Its norms then run as eight small torch operations each although it has kernels for
+them, and every adapted layer takes a dozen Python calls, with a product for each part of q/k/v although they read the same
 input. Its sampler draws a random number for every token of the vocabulary; one for every row is enough.
 
-Legend: T tokens of the step, I = d_in, O = d_out, R the buffers' rank, S = R times the number of parts; N rows of logits,
+Shapes: T tokens of the step, I = d_in, O = d_out, R rank of the buffers, S = R times the number of parts; N rows of logits,
 V vocabulary, B tokens of a block, K blocks.
 """
 
@@ -20,14 +20,14 @@ BLOCK = 256
 
 
 def draw_tokens(logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
-    """One token of each row by inverting its distribution function, [N].
+    """Sample one token of each row by inverse transform sampling, [N].
 
-    The row's probabilities are summed up to `uniform` of their total: over blocks first, then within the block that is hit.
-    A token of probability zero is never drawn.
+    Returns the first token at which the cumulative probability exceeds `uniform`. The block of tokens is found first, then the
+    token within the block. A token of probability zero is never sampled.
 
     Args:
-        logprobs_NV: log-probabilities in fp32; minus infinity for tokens that are excluded.
-        uniform_N: numbers in [0, 1), fp64.
+        logprobs_NV: log-probabilities in fp32; minus infinity excludes a token.
+        uniform_N: random numbers in [0, 1), fp64.
     """
     rows, vocabulary = logprobs_NV.shape
     blocks = -(-vocabulary // BLOCK)
@@ -41,10 +41,10 @@ def draw_tokens(logprobs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Ten
 
 
 def _invert(weights_NC: torch.Tensor, uniform_N1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column [N, 1] in which `uniform` of a row's weight is reached, and where within it, from 0 to 1."""
+    """The first column [N, 1] at which the cumulative weight exceeds `uniform` of the total, and the position in it, 0 to 1."""
     cumulated_NC = weights_NC.cumsum(-1, dtype=torch.float64)
     total_N1 = cumulated_NC[:, -1:]
-    # Rounding must not reach the total: what follows it is not in the row.
+    # Strictly below the total, whatever is rounded: at the total the search would return a column behind the row.
     target_N1 = torch.minimum(uniform_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
     column_N1 = torch.searchsorted(cumulated_NC, target_N1, right=True)
     weight_N1 = weights_NC.gather(1, column_N1).double()
@@ -55,19 +55,19 @@ def _invert(weights_NC: torch.Tensor, uniform_N1: torch.Tensor) -> tuple[torch.T
 def sample(
     logits_NV: torch.Tensor, generators: Mapping[int, torch.Generator], k: torch.Tensor | None, p: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands in for the forward of vLLM's `TopKTopPSampler`: tokens [N] and the log-probabilities [N, V] they come from.
+    """Replacement for the forward of vLLM's `TopKTopPSampler`: tokens [N] and the log-probabilities [N, V] they come from.
 
     A row whose request has a seed takes one number from the request's generator at each step.
 
     Raises:
-        RuntimeError: a row has logits that are not numbers, or none above minus infinity.
+        RuntimeError: a row has NaN or plus infinity among its logits, or only minus infinity.
     """
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
     logprobs_NV = apply_top_k_top_p(logits_NV, k, p).log_softmax(-1, dtype=torch.float32)
-    if logprobs_NV[:, 0].isnan().any():  # one logit that is no number spoils its whole row
+    if logprobs_NV[:, 0].isnan().any():  # log_softmax makes a row with such a logit all NaN
         raise RuntimeError(
-            "the policy's logits are not finite, so nothing can be sampled: go back to an earlier adapter and lower "
+            "the policy's logits are not finite, so nothing can be sampled: resume from an earlier checkpoint with a lower "
             "optim.learning_rate"
         )
     uniform_N = torch.rand(logits_NV.shape[0], dtype=torch.float64)
@@ -80,10 +80,9 @@ def sample(
 
 
 def dense_apply(layer: Any) -> Callable[..., torch.Tensor]:
-    """A stand-in for the `apply` of one of vLLM's adapted linear layers, whose wrapper is a `DenseLoRA`.
+    """Replacement for `apply` of a vLLM linear layer whose LoRA wrapper is a `DenseLoRA`: the same arithmetic in fewer calls.
 
-    The same arithmetic in fewer calls: the parts' A are laid side by side in new buffers (so slots must be looked up
-    afterwards), and one product with them serves all parts.
+    Moves the A of all parts into one new buffer, so that one product computes all of them. Find slots afterwards.
     """
     original, wrapper, base = layer.apply, layer.punica_wrapper, layer.base_layer
     base_apply = base.quant_method.apply
@@ -106,14 +105,14 @@ def dense_apply(layer: Any) -> Callable[..., torch.Tensor]:
             h_TS *= wrapper.row_mask(len(h_TS)).to(h_TS.dtype)
         if len(columns) == 1:
             return y_TO.addmm_(h_TS, all_b_RO[0])
-        for own_columns, b_RO, own_outputs in zip(columns, all_b_RO, outputs, strict=True):
-            y_TO[:, own_outputs].addmm_(h_TS[:, own_columns], b_RO)
+        for columns_of_part, b_RO, outputs_of_part in zip(columns, all_b_RO, outputs, strict=True):
+            y_TO[:, outputs_of_part].addmm_(h_TS[:, columns_of_part], b_RO)
         return y_TO
 
     return apply
 
 
-# ------------------------------------------------------- norms, with the signatures that vLLM's registry compares
+# ------------------------------------------------------- norms (vLLM's registry compares signatures, names included)
 
 
 def rms_norm(
@@ -128,14 +127,14 @@ def rms_norm(
 def takes_rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    """Whether vLLM's kernel can: a weight for the whole width, one dtype, contiguous."""
+    """Whether vLLM's kernel supports the arguments: a weight of the full width, one dtype, contiguous."""
     return variance_size is None and weight is not None and weight.dtype == x.dtype and x.is_contiguous()
 
 
 def fused_add_rms_norm(
     x: torch.Tensor, x_residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of `x + x_residual`, which takes x's place, and that sum, which takes x_residual's."""
+    """In place: x becomes the norm of `x + x_residual`, and x_residual that sum."""
     torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
     return x, x_residual
 
@@ -143,6 +142,6 @@ def fused_add_rms_norm(
 def takes_fused_add_rms_norm(
     x: torch.Tensor, x_residual: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    """As `takes_rms_norm`, of both tensors."""
+    """`takes_rms_norm`, and the same dtype and layout for `x_residual`."""
     same = x_residual.dtype == x.dtype and x_residual.is_contiguous()
     return same and takes_rms_norm(x, weight, epsilon, variance_size)

@@ -1,12 +1,12 @@
 """One adapter for the whole batch: two dense products instead of a gather per token.
 
-vLLM's LoRA kernels serve many adapters at once. A policy has one, so `y += (x a^T) b^T` for all rows is the same
-mathematics; on CPU, where vLLM's fall-back copies A and B once per token, it runs at the speed of the base model.
+vLLM's LoRA kernels serve many adapters at once. A policy has one, so `y += (x a^T) b^T` for all rows gives the same result. On
+CPU, where vLLM copies A and B once per token, this is as fast as the base model.
 
-On the LM head vLLM's own kernels (0.32) are also wrong for a prompt's log-probabilities: they give its rows the adapters of
-the requests that are sampled in the same step. So the head is dense on every path.
+On the LM head vLLM's kernels (0.32) are also wrong for the log-probabilities of prompts: they apply the adapters of the
+requests that are sampled in the same step. So the head is always dense.
 
-`wrapper_name(device_type, ...)` gives the class that `vllm_compat.lora_wrapper_replaced` hands to vLLM.
+`wrapper_name(device_type, ...)` is the class that `vllm_compat.lora_wrapper_replaced` installs.
 
 Shapes: T tokens of the engine's step, N rows of logits, D the hidden size, V the vocabulary, P the vocabulary as padded by
 vLLM, R the buffers' rank (`max_lora_rank`). `lora_a_stacked[i]` is [1, 1, R, d_in], `lora_b_stacked[i]` is
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 
 def wrapper_name(device_type: str, *, dense: bool, head: bool) -> str | None:
-    """The import path of the wrapper class for `cpu` or `cuda`, None for vLLM's own.
+    """The import path of the wrapper class for `cpu` or `cuda`; None for vLLM's class.
 
-    `dense`: every layer by plain products; without it only the LM head, if `head` says that it has an adapter.
+    Args:
+        dense: use dense products for every layer; otherwise for the LM head only.
+        head: whether the LM head has an adapter.
 
     Raises:
         ValueError: any other device.
@@ -38,18 +40,18 @@ def wrapper_name(device_type: str, *, dense: bool, head: bool) -> str | None:
     classes = {("cpu", True): "DensePunicaWrapperCPU", ("cuda", True): "DensePunicaWrapperGPU"}
     classes |= {("cpu", False): "DenseHeadPunicaWrapperCPU", ("cuda", False): "DenseHeadPunicaWrapperGPU"}
     if (device_type, dense) not in classes:
-        remedy = "set rollout.lora_path: punica" if dense else f"take {HEAD} out of lora.targets"
+        remedy = "set rollout.lora_path: punica" if dense else f"remove {HEAD} from lora.targets"
         raise ValueError(f"there is no dense LoRA path for device '{device_type}': {remedy}")
     return f"{__name__}.{classes[device_type, dense]}"
 
 
 class DenseHead:
-    """The dense `add_lora_logits`, to be mixed in ahead of one of vLLM's Punica wrappers.
+    """A dense `add_lora_logits`. A mix-in, to be listed before one of vLLM's Punica wrappers.
 
-    Rows that carry no adapter (a request without LoRA) keep the base model's output: their part is masked to zero.
+    Rows of requests without the adapter keep the base model's output: the adapter's contribution is masked to zero.
     """
 
-    # What the step's rows carry, told by `update_metadata`: every row the adapter, no row, or some rows ("mixed").
+    # Which rows of the step use the adapter: all, none, or some ("mixed"). Set by `update_metadata`.
     coverage: Literal["all", "none", "mixed"] = "mixed"
 
     if TYPE_CHECKING:
@@ -59,14 +61,11 @@ class DenseHead:
     def update_metadata(
         self, mapping: LoRAMapping, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
     ) -> None:
-        """Note which rows carry the adapter; max_loras counts the empty slot too, as vLLM passes it."""
+        """Record which rows use the adapter. `max_loras` includes the empty slot, as vLLM passes it."""
         assert max_loras == 2, "the dense path serves exactly one adapter (max_loras=1)"
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)  # type: ignore[misc]
-        carriers = set(mapping.index_mapping)
-        if 0 in carriers:
-            self.coverage = "none" if len(carriers) == 1 else "mixed"
-        else:
-            self.coverage = "all"
+        adapters = set(mapping.index_mapping)  # 0: no adapter
+        self.coverage = "all" if 0 not in adapters else "none" if len(adapters) == 1 else "mixed"
 
     def add_lora_logits(
         self,
@@ -77,9 +76,9 @@ class DenseHead:
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the adapter's part to the logits `y` [N, P] in place, from hidden states `x` [N, D]; the padding stays."""
+        """Add the adapter's contribution to the logits `y` [N, P] in place, from hidden states `x` [N, D]; padding stays."""
         assert scale == 1.0, "the scale is folded into B"
-        # Logits are made outside of captured CUDA graphs, so a branch in Python holds for this step alone.
+        # Logits are computed outside captured CUDA graphs, so branching in Python is safe.
         if self.coverage == "none":
             return
         x_ND, b_VR = x.view(-1, x.shape[-1]), lora_b_stacked[0, 0]
@@ -92,8 +91,8 @@ class DenseHead:
     def _adapter_of_rows(self, x_ND: torch.Tensor) -> torch.Tensor:
         """[N] on a mixed step: 0 where a row of hidden states belongs to a request with the adapter, else -1.
 
-        vLLM asks for logits of rows that it gathered for sampling, one a request, and for a prompt's log-probabilities of a
-        slice of all the step's rows. Their number alone does not tell them apart.
+        vLLM computes logits of gathered rows for sampling (one a request), and of a slice of all the step's rows for a prompt's
+        log-probabilities. The number of rows alone cannot distinguish the two.
         """
         gathered = x_ND.untyped_storage().nbytes() == x_ND.nbytes
         if gathered and len(x_ND) == len(self.sampler_indices):
@@ -103,13 +102,13 @@ class DenseHead:
 
 
 class DenseLoRA(DenseHead):
-    """The dense `add_lora_linear` and `add_lora_embedding` besides, masked likewise."""
+    """Adds dense versions of `add_lora_linear` and `add_lora_embedding`, masked in the same way."""
 
-    # The branch on coverage is taken in Python, so it would be frozen into a captured CUDA graph.
+    # False on CUDA: a branch in Python would be frozen into a captured CUDA graph.
     _branch_on_coverage: bool = True
 
     def row_mask(self, rows: int) -> torch.Tensor:
-        """[rows, 1]: which of the step's rows carry the adapter."""
+        """[rows, 1]: which of the step's first rows use the adapter."""
         return self.token_lora_indices[:rows, None] >= 0
 
     def add_lora_linear(
@@ -124,7 +123,7 @@ class DenseLoRA(DenseHead):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Add the adapter's part to `y` [T, sum(d_out)] in place, from `x` [T, d_in]."""
+        """Add the adapter's contribution to `y` [T, sum(d_out)] in place, from `x` [T, d_in]."""
         assert scale == 1.0, "the scale is folded into B"
         if self._branch_on_coverage and self.coverage == "none":
             return
@@ -141,10 +140,10 @@ class DenseLoRA(DenseHead):
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """Add the adapter's part to the embeddings `y` [T, D] in place, from `x` [T, R], the row of A of each token.
+        """Add the adapter's contribution to the embeddings `y` [T, D] in place, from `x` [T, R], each token's row of A.
 
-        vLLM gathers these rows for all tokens, those of requests without the adapter too (there is one adapter, so the
-        offset that it adds to the token ids is 0).
+        vLLM gathers these rows for all tokens, also those of requests without the adapter. With one adapter the offset that it
+        adds to token ids is 0.
         """
         if self._branch_on_coverage and self.coverage == "none":
             return
@@ -154,7 +153,7 @@ class DenseLoRA(DenseHead):
 
 
 def __getattr__(name: str) -> type:
-    """Make the wrapper classes on first use: their bases come from vLLM, and importing this module must not need it."""
+    """Create the wrapper classes on first use: their bases are vLLM's, and this module must be importable without vLLM."""
     if name in ("DensePunicaWrapperCPU", "DenseHeadPunicaWrapperCPU"):
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as VllmWrapper
     elif name in ("DensePunicaWrapperGPU", "DenseHeadPunicaWrapperGPU"):

@@ -1,12 +1,13 @@
-"""vLLM in this process: sampling groups of completions with the one adapter that is being trained.
+"""vLLM in this process: it samples groups of completions with the adapter that is being trained.
 
-    engine = RolloutEngine(EngineSettings(model="path", rank=64, max_rank=64, target_modules=("q_proj", ...)))
-    engine.publish(policy.write_slots)                       # the policy's adapter is now what the engine samples with
-    for group in engine.rollout(prompts, sampling, seeds):   # each group as soon as its last completion ends
-        ...
+    settings = EngineSettings(model="path/to/model", rollout=config.rollout, target_modules=("q_proj", "v_proj"), max_rank=64)
+    engine = RolloutEngine(settings)
+    engine.publish(policy.write_slots)  # from now on the engine samples with the policy's adapter
+    for group in engine.rollout(prompts, config.rollout, seeds=seeds):  # yields a group when its last completion ends
+        print(group.completions[0].text)
     engine.close()
 
-`engine.slots` are views of vLLM's own LoRA buffers (see `slots.py`): whoever trains multiplies with the same tensors.
+`engine.slots` are views of vLLM's LoRA buffers (`slots.py`). The trainer multiplies with the same tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import gc
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +39,13 @@ from .vllm_compat import (
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from vllm import SamplingParams
+    from vllm import RequestOutput, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
 
 ADAPTER_ID = 1
-CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, prompts whole
-# vLLM wraps the packed layers. Naming targets keeps LoRA off what has none: embeddings and LM head took half of a step on CPU.
+CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
+# vLLM packs these projections into one layer, which is what has to be named as a LoRA target. Without names vLLM would wrap
+# every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
 PACKED_NAMES = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -54,11 +57,14 @@ PACKED_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What an engine is built with: the options of `rollout`, and what a run derives from its other options.
+    """How an engine is built: the section `rollout` of a configuration, and what other sections determine.
 
-    `max_num_seqs`: sequences that are sampled at once (it may be None in `rollout`). `keep_base_weights`: linear layers keep
-    their weights as they are loaded, for others to read; on CPU this costs speed. `nf4_weights`: names of weights that are
-    rounded to NF4 as they are loaded.
+    Attributes:
+        model: path of the model.
+        max_rank: largest LoRA rank that the slots can hold.
+        max_num_seqs: sequences that are sampled at once; used instead of `rollout.max_num_seqs`, which may be None.
+        keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
+        nf4_weights: names of the weights to round to NF4 while loading.
     """
 
     model: str
@@ -72,9 +78,9 @@ class EngineSettings:
     nf4_weights: tuple[str, ...] = field(default=(), repr=False)
 
     def differences(self, needed: EngineSettings) -> list[str]:
-        """Why an engine with these settings cannot serve a run that needs others: `name value instead of needed value` each.
+        """Settings that keep this engine from serving a run with other ones, each as "NAME VALUE instead of NEEDED VALUE".
 
-        The seed may differ, since every request has its own, and so may everything that is chosen for each rollout.
+        The seed may differ because every request has one. So may the sampling options, which are arguments of `rollout()`.
         """
         of_engine = [f.name for f in fields(self) if f.name not in ("rollout", "seed")]
         values = {name: (getattr(self, name), getattr(needed, name)) for name in of_engine}
@@ -88,7 +94,7 @@ def _short(value: object) -> str:
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
-    """The seed of one request: the same for the same (run seed, step, place in the batch), unrelated for any other."""
+    """The seed of one request. It is determined by its arguments; seeds of different arguments are unrelated."""
     text = f"{run_seed}/{step}/{prompt_index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
 
@@ -99,10 +105,10 @@ class RolloutEngine:
     Attributes:
         slots: vLLM's LoRA buffers by PEFT module name.
         device: `cpu` or `cuda`.
-        policy_version: how often a policy was published; 0 is the base model (all slots zero).
+        policy_version: number of publishes; 0 is the base model (all slots zero).
 
     Raises:
-        ValueError: this vLLM lacks a piece that is relied on, or cannot adapt what `target_modules` names.
+        ValueError: the installed vLLM lacks something that rankup needs, or cannot adapt some of `target_modules`.
     """
 
     slots: dict[str, AdapterSlot]
@@ -142,24 +148,24 @@ class RolloutEngine:
     # ------------------------------------------------------------------------------------------------ policy
 
     def publish(self, write_slots: Callable[[], None]) -> int:
-        """Make the policy that `write_slots` writes into the slots the one to sample with; returns its version.
+        """Sample from now on with the adapter that `write_slots` writes into the slots; returns the new policy version.
 
-        Keys and values of the older policy are dropped with the prefix cache. Nothing is read from or written to disk.
+        Resets the prefix cache, which holds keys and values of the previous policy. Nothing is read from or written to disk.
         """
-        assert not self._engine.has_unfinished_requests(), "publish between rollouts, not within one"
+        assert not self._engine.has_unfinished_requests(), "publish between rollouts, not during one"
         self._write_slots = write_slots
         self._ensure_active()
         write_slots()
         if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM could not drop its prefix cache: it would answer with keys of the old policy")
+            raise RuntimeError("vLLM could not reset its prefix cache, which holds keys and values of the previous policy")
         self.policy_version += 1
         return self.policy_version
 
     def _ensure_active(self) -> None:
-        """Take the buffers back if something evicted the adapter: vLLM would sample with the empty one it knows."""
+        """Activate and rewrite the adapter if it was evicted. vLLM itself would reload the zero adapter that it was given."""
 
         def activate(model: nn.Module) -> bool:
-            manager = require(model, "lora_manager", purpose="see whether the adapter is active")
+            manager = require(model, "lora_manager", purpose="check whether the adapter is active")
             if ADAPTER_ID not in manager.list_adapters():
                 raise RuntimeError("the adapter was removed from vLLM: only rankup may add or remove adapters")
             return manager.activate_adapter(ADAPTER_ID)
@@ -169,7 +175,7 @@ class RolloutEngine:
             self._engine.reset_prefix_cache()
 
     def base_weights(self) -> dict[str, torch.Tensor]:
-        """Every base weight that vLLM keeps as it was loaded, by its name in transformers: views of vLLM's own memory."""
+        """Views of the base weights that vLLM holds in their original layout, by their names in transformers."""
         return self._apply_model(find_base_weights)
 
     # ---------------------------------------------------------------------------------------------- sampling
@@ -182,50 +188,38 @@ class RolloutEngine:
         seeds: Sequence[int] | None = None,
         use_adapter: bool = True,
     ) -> Iterator[PromptGroup]:
-        """Sample `sampling.num_generations` completions of each prompt (token ids); yield groups as they finish.
+        """Sample `sampling.num_generations` completions of each prompt (token ids); yield each group when it is finished.
 
-        `seeds`, one a prompt, make sampling repeatable. `use_adapter=False` asks the base model. Closing the iterator
-        early aborts what is still running.
+        Closing the iterator aborts the remaining requests.
+
+        Args:
+            seeds: one for each prompt; with them sampling is reproducible.
+            use_adapter: False samples from the base model.
 
         Raises:
             EngineError: vLLM failed.
         """
         assert seeds is None or len(seeds) == len(prompts)
-        self._ensure_active()
-        running: dict[str, int] = {}
-        has_text = bool(sampling.stop)
-        try:
-            for index, prompt in enumerate(prompts):
-                params = self._sampling_params(sampling, None if seeds is None else seeds[index])
-                running[self._submit(prompt, params, use_adapter=use_adapter)] = index
-            while running:
-                for output in self._step():
-                    if output.finished:
-                        index = running.pop(output.request_id)
-                        yield self._group(output, index=index, has_text=has_text)
-        finally:
-            if running:
-                self._engine.abort_request(list(running))
+        all_params = [self._sampling_params(sampling, seed) for seed in seeds or [None] * len(prompts)]
+        requests = zip(prompts, all_params, strict=True)
+        with closing(self._run(requests, use_adapter=use_adapter)) as outputs:
+            for index, output in outputs:
+                yield self._group(output, index=index, has_text=bool(sampling.stop))
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
-        """Log-probability of every token but the first of each sequence under the engine's policy, at temperature 1."""
+        """Log-probability of every token but the first of each sequence, under the engine's policy at temperature 1."""
         from vllm import SamplingParams
 
-        self._ensure_active()
-        # The prompt's log-probabilities are asked for, so vLLM computes them afresh, prefix cache or not.
+        # With `prompt_logprobs` vLLM computes the whole prompt, even if its prefix is cached.
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        running = {self._submit(ids, params, use_adapter=use_adapter): i for i, ids in enumerate(sequences)}
         results: list[list[float]] = [[] for _ in sequences]
-        while running:
-            for output in self._step():
-                if output.finished:
-                    index = running.pop(output.request_id)
-                    pairs = zip(output.prompt_logprobs[1:], sequences[index][1:], strict=True)
-                    results[index] = [at_position[token].logprob for at_position, token in pairs]
+        for index, output in self._run(((ids, params) for ids in sequences), use_adapter=use_adapter):
+            pairs = zip(output.prompt_logprobs[1:], sequences[index][1:], strict=True)
+            results[index] = [at_position[token].logprob for at_position, token in pairs]
         return results
 
     def close(self) -> None:
-        """Give the engine's memory back, but for what others hold views of. The slots must not be used afterwards."""
+        """Shut vLLM down and free its memory, except for base weights that the trainer shares. Slots become invalid."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._engine.engine_core.shutdown()
@@ -237,14 +231,30 @@ class RolloutEngine:
     # ---------------------------------------------------------------------------------------------- internals
 
     def _apply_model(self, function: Callable[[nn.Module], Any]) -> Any:
-        results = require(self._engine, "apply_model", purpose="reach the model in this process")(function)
-        assert len(results) == 1, "one worker expected"
-        return results[0]
+        (result,) = require(self._engine, "apply_model", purpose="reach the model in this process")(function)  # one worker
+        return result
+
+    def _run(
+        self, requests: Iterable[tuple[Sequence[int], SamplingParams]], *, use_adapter: bool
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Submit all requests and yield each one's index and output when it is finished. Aborts the others if closed early."""
+        self._ensure_active()
+        running: dict[str, int] = {}
+        try:
+            for index, (prompt, params) in enumerate(requests):
+                running[self._submit(prompt, params, use_adapter=use_adapter)] = index
+            while running:
+                for output in self._step():
+                    if output.finished:
+                        yield running.pop(output.request_id), output
+        finally:
+            if running:
+                self._engine.abort_request(list(running))
 
     def _step(self) -> list[Any]:
         try:
             return self._engine.step()
-        except Exception as error:  # vLLM may raise anything; it goes on as the cause
+        except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(f"vLLM failed while sampling: {reason}") from error
 
@@ -272,7 +282,7 @@ class RolloutEngine:
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            # Only to look for stop strings: token by token it takes a twentieth of a rollout.
+            # Needed for stop strings only. Detokenizing token by token takes 5 % of a rollout.
             detokenize=bool(sampling.stop),
         )
 
@@ -282,8 +292,8 @@ class RolloutEngine:
 
     def _completion(self, output: Any, *, has_text: bool) -> Completion:
         flat = output.logprobs
-        assert tuple(flat.token_ids) == tuple(output.token_ids), "one log-probability a sampled token"
-        # The token that ended it is no part of the text, whether the tokenizer calls it special or not.
+        assert tuple(flat.token_ids) == tuple(output.token_ids), "one log-probability for each sampled token"
+        # The token that ended the completion is not part of the text, even if the tokenizer does not treat it as special.
         of_text = output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
         return Completion(
             token_ids=tuple(output.token_ids),
@@ -300,19 +310,19 @@ class RolloutEngine:
             raise ValueError(
                 f"vLLM has no LoRA layer for {missing} in this model (it has {sorted(found)}): change lora.targets"
             )
-        manager = self._apply_model(lambda model: require(model, "lora_manager", purpose="see what it can adapt"))
-        loadable = require(manager, "supported_lora_modules", purpose="see what adapters it can load")
-        if found == {HEAD} and HEAD not in loadable:  # Qwen2: vLLM adapts the head, but refuses files that name it
-            raise ValueError(f"vLLM loads no adapter on {HEAD} alone for this model: add another layer to lora.targets")
-        if EMBEDDING in found and EMBEDDING not in loadable:  # Qwen2, Mistral: no stock vLLM could serve what is trained
-            raise ValueError(f"vLLM loads no adapter on {EMBEDDING} for this model: take it out of lora.targets")
+        manager = self._apply_model(lambda model: require(model, "lora_manager", purpose="check which layers it can adapt"))
+        loadable = require(manager, "supported_lora_modules", purpose="check which adapters it can load")
+        if found == {HEAD} and HEAD not in loadable:  # Qwen2: vLLM has a LoRA layer for the head but rejects files that name it
+            raise ValueError(f"vLLM cannot load an adapter on {HEAD} alone for this model: add another layer to lora.targets")
+        if EMBEDDING in found and EMBEDDING not in loadable:  # Qwen2, Mistral: stock vLLM could not serve the trained adapter
+            raise ValueError(f"vLLM cannot load an adapter on {EMBEDDING} for this model: remove it from lora.targets")
 
 
 def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
-    """What vLLM is asked for; nothing is started.
+    """vLLM's arguments for an engine with these settings. Starts nothing.
 
     Raises:
-        ValueError: this vLLM lacks a piece that is relied on.
+        ValueError: the installed vLLM lacks something that rankup needs.
     """
     import_vllm()
     from vllm.engine.arg_utils import EngineArgs
@@ -324,10 +334,10 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         seed=settings.seed,
         max_model_len=rollout.max_model_length,
         max_num_seqs=settings.max_num_seqs,
-        # A prompt's last, partial block of keys is computed once per completion: small blocks share more of it.
+        # Only full blocks of a prompt's keys are shared by its completions: smaller blocks share more.
         block_size=32 if on_cpu else None,
         enable_prefix_caching=True,
-        # vLLM 0.32 rewinds a request's generator after a part of its prompt, which a CPU generator cannot: no parts.
+        # After a chunk of a prompt, vLLM 0.32 rewinds the request's random generator, which CPU generators do not support.
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length) if on_cpu else None,
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
@@ -351,14 +361,14 @@ def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
 
 
 def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: EngineSettings) -> None:
-    """The adapter that vLLM registers: one layer, all zero. Its buffers belong to the policy from then on."""
+    """Write the adapter that is registered with vLLM: zeros for one layer. The policy then writes to its buffers directly."""
     import torch
     from safetensors.torch import save_file
 
-    own_names = {name: name.rpartition(".")[2] for name in slots if name.rpartition(".")[2] in settings.target_modules}
-    # A small one if there is one; the head last: of some models vLLM adapts the head but refuses files that name it.
-    name = min(own_names, key=lambda name: (own_names[name] == HEAD, own_names[name] == EMBEDDING))
-    key = "lora_embedding_{}" if own_names[name] == EMBEDDING else "lora_{}.weight"
+    kinds = {name: name.rpartition(".")[2] for name in slots if name.rpartition(".")[2] in settings.target_modules}
+    # Prefer a small layer. The head comes last because vLLM rejects files that name it for some models.
+    name = min(kinds, key=lambda name: (kinds[name] == HEAD, kinds[name] == EMBEDDING))
+    key = "lora_embedding_{}" if kinds[name] == EMBEDDING else "lora_{}.weight"
     tensors = {
         f"base_model.model.{name}.{key.format('A')}": torch.zeros(settings.max_rank, slots[name].a.shape[1]),
         f"base_model.model.{name}.{key.format('B')}": torch.zeros(slots[name].b.shape[0], settings.max_rank),

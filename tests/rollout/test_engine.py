@@ -146,6 +146,6 @@ def test_vllms_own_lora_kernels_are_an_option(make_engine, make_policy):
 
 def test_targets_that_vllm_cannot_adapt_are_named(tiny_model_path, engine_shelf):
     engine_shelf.close()
-    model, rollout = str(tiny_model_path("llama")), RolloutConfig()
+    model, rollout = str(tiny_model_path("llama")), RolloutConfig(max_prompt_length=56, max_completion_length=8)
     with pytest.raises(ValueError, match=r"lora\.targets"):
         RolloutEngine(EngineSettings(model=model, rollout=rollout, target_modules=("q_proj", "w_proj")))

@@ -100,7 +100,7 @@ def test_the_head_may_be_the_only_target(make_engine, tiny_model_path):
 
 
 def test_a_model_of_which_vllm_loads_no_head_alone_is_refused(make_engine):
-    with pytest.raises(ValueError, match=r"^vLLM loads no adapter on lm_head alone .* lora\.targets$"):
+    with pytest.raises(ValueError, match=r"^vLLM cannot load an adapter on lm_head alone .* lora\.targets$"):
         make_engine("qwen2", target_modules=("lm_head",))
 
 

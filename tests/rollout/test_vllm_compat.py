@@ -1,4 +1,4 @@
-"""What we need of vLLM is there, and where it is not, the message says so."""
+"""What rankup needs of vLLM exists in the installed version, and errors name what is missing."""
 
 import types
 
@@ -16,11 +16,19 @@ def test_a_missing_piece_is_named_with_its_purpose_and_the_versions_that_work():
         vllm_compat.require(owner, "lora_manager", purpose="find the adapter")
 
 
+def test_a_function_with_other_parameters_is_not_replaced():
+    owner = types.SimpleNamespace(forward=lambda logits, generators: None)
+    assert vllm_compat.replaceable(owner, "forward", ("logits", "generators"), purpose="test") is owner.forward
+    message = r"SimpleNamespace\.forward of vLLM 0\.32\.\d+ has the parameters .* to sample; versions that work"
+    with pytest.raises(ValueError, match=message):
+        vllm_compat.replaceable(owner, "forward", ("logits", "generators", "k", "p"), purpose="sample")
+
+
 def test_the_installed_version_is_one_that_was_tested():
     assert vllm_compat.vllm_version().startswith(vllm_compat.TESTED_VERSIONS)
 
 
-def test_an_engine_in_another_process_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_in_another_process_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ValueError, match="unset VLLM_ENABLE_V1_MULTIPROCESSING"):
         vllm_compat.import_vllm()
