@@ -67,7 +67,7 @@ def score(config: GRPOConfig, rows: Sequence[Prompt], texts: Sequence[str]) -> f
     scorer = make_scorer(config)
     scores = scorer.score(
         Inputs(
-            prompts=[row.prompt for row in rows],
+            prompts=[row.content for row in rows],
             completions=[[{"role": "assistant", "content": text}] for text in texts],
             completion_ids=[[] for _ in texts],
             columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},

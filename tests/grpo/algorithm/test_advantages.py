@@ -140,7 +140,7 @@ def test_maxrl_weighs_rare_successes_most() -> None:
 
 
 def test_maxrl_refuses_negative_rewards_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"maxrl takes rewards .* at least 0 \(got -0.5\): shift the rewards, or take another"):
+    with pytest.raises(ValueError, match=r"maxrl reads rewards .* at least 0 \(got -0.5\): shift the rewards, or take another"):
         group_advantages([[1.0, -0.5]], estimator="maxrl", scale_rewards="none")
 
 

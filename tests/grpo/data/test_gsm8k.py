@@ -10,8 +10,8 @@ from tiny_models import tiny_tokenizer
 from rankup.grpo.config import load_config
 from rankup.grpo.data.prompts import prepare_prompts
 from rankup.grpo.data.sources import load_rows
-from rankup.grpo.experience.collect import make_scorer
 from rankup.rewards.contract import Inputs
+from rankup.rewards.runner import Scorer
 
 RUN_FILE = Path(__file__).resolve().parents[3] / "configs" / "gsm8k_qwen2.5_1.5b.yaml"
 ROWS = [
@@ -33,14 +33,14 @@ def test_local_files_train_by_the_same_run_file(tmp_path):
         system_prompt=config.data.system_prompt,
         max_prompt_length=config.rollout.max_prompt_length,
     ).rows
-    messages = prompts[0].prompt
+    messages = prompts[0].content
     assert isinstance(messages, list)
     assert [message["role"] for message in messages] == ["system", "user"]
     assert "pens" in messages[1]["content"]
     completions = [[{"role": "assistant", "content": text}] for text in ("They cost $1,234.", "He has 3.")]
-    scores = make_scorer(config).score(
+    scores = Scorer(config.rewards, base_dir=config.base_dir).score(
         Inputs(
-            prompts=[row.prompt for row in prompts],
+            prompts=[row.content for row in prompts],
             completions=completions,
             completion_ids=[[1], [1]],
             columns={"answer": [row.columns["answer"] for row in prompts]},

@@ -97,7 +97,7 @@ def test_conversations_survive_a_file(tmp_path, tokenizer):
     write(path, rows)
     data = prepared(load_rows(str(path), split="train"), tokenizer)
     # Reading through Arrow gives the first message a name of None, which the template would see.
-    assert data.rows[0].prompt == user("one")
+    assert data.rows[0].content == user("one")
     assert "named" not in tokenizer.decode(data.rows[0].token_ids)
     assert "named" in tokenizer.decode(data.rows[1].token_ids)
 
@@ -240,7 +240,7 @@ def test_mistakes_with_reasoning_gym_are_explained():
 def test_a_text_is_tokenised_as_it_stands(tokenizer):
     (row,) = prepared([{"prompt": "what is one ?", "answer": 1, "level": "easy"}], tokenizer).rows
     assert tokenizer.decode(row.token_ids) == "<s>what is one ?"
-    assert row.prompt == "what is one ?"
+    assert row.content == "what is one ?"
     assert row.columns == {"answer": 1, "level": "easy"}
 
 
@@ -269,7 +269,7 @@ def test_a_system_prompt_is_put_before_texts_and_conversations(tokenizer):
         [{"prompt": "one"}, {"prompt": user("two")}, {"prompt": own}], tokenizer, system_prompt="be brief"
     ).rows
     system = [{"role": "system", "content": "be brief"}]
-    assert [row.prompt for row in rows] == [[*system, *user("one")], [*system, *user("two")], own]
+    assert [row.content for row in rows] == [[*system, *user("one")], [*system, *user("two")], own]
     assert tokenizer.decode(rows[0].token_ids) == "<s>system : be brief</s>user : one</s>assistant : "
 
 

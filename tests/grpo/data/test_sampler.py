@@ -9,7 +9,7 @@ from rankup.grpo.data.sampler import PromptSampler
 
 
 def numbered(count):
-    return [Prompt(prompt=str(i), token_ids=(i,), columns={"i": i}) for i in range(count)]
+    return [Prompt(content=str(i), token_ids=(i,), columns={"i": i}) for i in range(count)]
 
 
 def indices(batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 from tiny_runs import ROWS, many_low_ids, steps_of
 
@@ -22,15 +24,15 @@ def make_batch(run_engine, make_trainer, tmp_path):
     """The batch of step 0 of a run whose policy is the base model."""
 
     def make(reward=many_low_ids, step=0, **changes):
-        trainer = make_trainer(reward=reward, **changes)
-        return collect_batch(run_engine, trainer.scorer, trainer.sampler, trainer.config, step=step)
+        setup = make_trainer(reward=reward, **changes).setup
+        return collect_batch(run_engine, setup.scorer, setup.sampler, setup.config, step=step)
 
     return make
 
 
 def test_without_resampling_all_groups_are_handed_on(make_batch):
     batch = make_batch(some_prompts_only)
-    assert len(batch.weighted) == len(batch.collected.groups) == 3
+    assert len(batch.trained) == len(batch.groups) == 3
     assert "resampling_rounds" not in batch.metrics and "overlong_penalty" not in batch.metrics
 
 
@@ -38,13 +40,14 @@ def test_resampling_goes_on_until_enough_groups_teach(make_batch):
     batch = make_batch(some_prompts_only, max_resampling_rounds=50)
     rounds = int(batch.metrics["resampling_rounds"])
     assert 1 <= rounds < 50
-    assert len(batch.collected.groups) == len(batch.advantages) == 3 * (rounds + 1)
-    assert len(batch.weighted) == 3
-    assert all(any(w.advantages) for w in batch.weighted)
-    taught = sum(a.has_variance for a in batch.advantages)
-    assert taught >= 3 and sum(a.has_variance for a in batch.advantages[:-3]) < 3, "it stops at the first round that suffices"
+    assert len(batch.groups) == 3 * (rounds + 1)
+    assert len(batch.trained) == 3
+    assert all(any(group.advantages) for group in batch.trained)
+    taught = sum(group.has_variance for group in batch.groups)
+    before = sum(group.has_variance for group in batch.groups[:-3])
+    assert taught >= 3 and before < 3, "it stops at the first round that suffices"
     # What was sampled counts in what is reported, whether it is trained on or not.
-    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - taught / len(batch.advantages))
+    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - taught / len(batch.groups))
 
 
 def test_resampling_is_bounded(make_batch):
@@ -53,12 +56,12 @@ def test_resampling_is_bounded(make_batch):
 
     batch = make_batch(hopeless, max_resampling_rounds=2)
     assert batch.metrics["resampling_rounds"] == 2.0
-    assert len(batch.collected.groups) == 9 and not batch.weighted
+    assert len(batch.groups) == 9 and not batch.trained
 
 
 def test_a_batch_is_the_same_for_the_same_step_and_other_for_another(make_batch):
     def ids(batch):
-        return [c.token_ids for g in batch.collected.groups for c in g.completions]
+        return [c.token_ids for g in batch.groups for c in g.completions]
 
     first, again = (make_batch(some_prompts_only, max_resampling_rounds=3) for _ in range(2))
     assert ids(first) == ids(again) and len(ids(first)) > 12
@@ -69,10 +72,10 @@ def test_the_same_prompt_drawn_again_gets_other_completions(make_batch):
     """Seeds go by the place in the step, all rounds counted, not by the prompt."""
     batch = make_batch(some_prompts_only, rows=ROWS[1:4], max_resampling_rounds=3)
     by_prompt: dict[str, set] = {}
-    for group in batch.collected.groups:
+    for group in batch.groups:
         drawn = tuple(c.token_ids for c in group.completions)
-        assert drawn not in by_prompt.setdefault(str(group.row.prompt), set())
-        by_prompt[str(group.row.prompt)].add(drawn)
+        assert drawn not in by_prompt.setdefault(str(group.prompt.content), set())
+        by_prompt[str(group.prompt.content)].add(drawn)
     assert len(by_prompt) == 3
 
 
@@ -81,10 +84,10 @@ def test_long_completions_lose_reward(make_batch):
         return [1.0] * len(completions)
 
     batch = make_batch(constant, soft_overlong_tokens=4)
-    for group, advantages in zip(batch.collected.groups, batch.advantages, strict=True):
+    for group in batch.groups:
         lengths = [len(c.token_ids) for c in group.completions]
         shaped = [1.0 - max(0, length - 4) / 4 for length in lengths]
-        assert advantages.mean == pytest.approx(sum(shaped) / len(shaped))
+        assert group.reward_std == pytest.approx(statistics.stdev(shaped))
     assert batch.metrics["overlong_penalty"] > 0
     assert batch.metrics["reward"] == 1.0, "what the functions gave is what is reported"
 
@@ -96,9 +99,9 @@ def test_a_run_with_dynamic_sampling_trains_and_reports_it(run_engine, make_trai
 
 
 def test_further_prompts_are_distinct_within_a_draw_where_there_are_enough():
-    rows = [Prompt(prompt=str(i), token_ids=(i,), columns={}) for i in range(10)]
+    rows = [Prompt(content=str(i), token_ids=(i,), columns={}) for i in range(10)]
     sampler = PromptSampler(rows, prompts_per_step=6, seed=3, shuffle=False)
-    draws = [[row.prompt for row in sampler.further_batch(step, number)] for step in range(4) for number in range(1, 4)]
+    draws = [[prompt.content for prompt in sampler.further_batch(step, number)] for step in range(4) for number in range(1, 4)]
     assert all(len(set(draw)) == 6 for draw in draws)
     assert len({tuple(draw) for draw in draws}) == len(draws)
     few = PromptSampler(rows[:2], prompts_per_step=6, seed=3)

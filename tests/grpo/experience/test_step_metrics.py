@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rankup.grpo.algorithm.advantages import GroupAdvantages, group_advantages
+from rankup.grpo.config import GRPOConfig
+from rankup.grpo.data.groups import Group
 from rankup.grpo.data.prompts import Prompt
-from rankup.grpo.experience.collect import ScoredGroup
+from rankup.grpo.experience.batch import with_advantages
 from rankup.grpo.experience.step_metrics import completion_metrics, completions_table, reward_metrics
 from rankup.rewards.config import RewardsConfig
 from rankup.rewards.contract import Inputs
 from rankup.rewards.runner import Scorer
-from rankup.rollout.types import Completion, PromptGroup
+from rankup.rollout.types import Completion
 
 
 def length(completions: list[str], **kwargs: Any) -> list[float]:
@@ -43,13 +45,12 @@ def scorer() -> Scorer:
 
 
 @pytest.fixture
-def groups(scorer: Scorer) -> list[ScoredGroup]:
+def groups(scorer: Scorer) -> list[Group]:
     """Two groups of two: rewards 2 + 0, 3 + 10 and 1, 4 + 0; the first and the third completion were cut off."""
     texts = [[("aa", "length"), ("bbB", "stop")], [("c", "abort"), ("dddd", "stop")]]
     scored = []
     for index, pairs in enumerate(texts):
         completions = tuple(completion(text, reason) for text, reason in pairs)
-        group = PromptGroup(index=index, prompt_token_ids=(5, 6), completions=completions)
         scores = scorer.score(
             Inputs(
                 prompts=["p"] * 2,
@@ -57,18 +58,13 @@ def groups(scorer: Scorer) -> list[ScoredGroup]:
                 completion_ids=[list(c.token_ids) for c in completions],
             )
         )
-        row = Prompt(prompt=f"prompt {index}", token_ids=(5, 6), columns={})
-        scored.append(ScoredGroup(row=row, group=group, scores=scores))
-    return scored
+        prompt = Prompt(content=f"prompt {index}", token_ids=(5, 6))
+        scored.append(Group(prompt=prompt, completions=completions, scores=scores))
+    return with_advantages(scored, GRPOConfig(scale_rewards="group"))
 
 
-@pytest.fixture
-def advantages(groups: list[ScoredGroup]) -> list[GroupAdvantages]:
-    return group_advantages([g.scores.total for g in groups], scale_rewards="group")
-
-
-def test_reward_metrics(groups: list[ScoredGroup], advantages: list[GroupAdvantages], scorer: Scorer) -> None:
-    assert reward_metrics(groups, advantages, scorer) == pytest.approx(
+def test_reward_metrics(groups: list[Group], scorer: Scorer) -> None:
+    assert reward_metrics(groups, scorer.names) == pytest.approx(
         {
             "reward": (2 + 13 + 1 + 4) / 4,
             "reward_std": (statistics.stdev([2, 13]) + statistics.stdev([1, 4])) / 2,
@@ -83,16 +79,16 @@ def test_reward_metrics(groups: list[ScoredGroup], advantages: list[GroupAdvanta
     )
 
 
-def test_groups_of_equal_rewards_are_counted(groups: list[ScoredGroup], scorer: Scorer) -> None:
-    advantages = group_advantages([[1.0, 1.0], [0.0, 1.0]], scale_rewards="group")
-    scale = reward_metrics(groups, advantages, scorer)["advantage_scale"]
-    assert scale == pytest.approx(statistics.stdev([0, 1])), "groups without variance do not count in it"
-    metrics = reward_metrics(groups, advantages, scorer)
+def test_groups_of_equal_rewards_are_counted(groups: list[Group], scorer: Scorer) -> None:
+    rewards = [[1.0, 1.0], [0.0, 1.0]]
+    rescored = [replace(g, scores=replace(g.scores, total=total)) for g, total in zip(groups, rewards, strict=True)]
+    metrics = reward_metrics(with_advantages(rescored, GRPOConfig(scale_rewards="group")), scorer.names)
+    assert metrics["advantage_scale"] == pytest.approx(statistics.stdev([0, 1])), "groups without variance do not count in it"
     assert metrics["frac_reward_zero_std"] == 0.5
     assert metrics["reward_std"] == pytest.approx(statistics.stdev([0, 1]) / 2)
 
 
-def test_completion_metrics(groups: list[ScoredGroup]) -> None:
+def test_completion_metrics(groups: list[Group]) -> None:
     assert completion_metrics(groups) == {
         "completions/mean_length": 2.5,
         "completions/min_length": 1.0,
@@ -102,24 +98,23 @@ def test_completion_metrics(groups: list[ScoredGroup]) -> None:
     }
 
 
-def test_no_completion_ended_by_itself(groups: list[ScoredGroup]) -> None:
-    cut = PromptGroup(index=0, prompt_token_ids=(5,), completions=(completion("abc", "length"),))
-    metrics = completion_metrics([ScoredGroup(row=groups[0].row, group=cut, scores=groups[0].scores)])
+def test_no_completion_ended_by_itself(groups: list[Group]) -> None:
+    metrics = completion_metrics([Group(prompt=groups[0].prompt, completions=(completion("abc", "length"),))])
     assert (metrics["completions/mean_terminated_length"], metrics["completions/clipped_ratio"]) == (0.0, 1.0)
 
 
-def test_completions_table(groups: list[ScoredGroup], advantages: list[GroupAdvantages], scorer: Scorer) -> None:
-    table, columns = completions_table(groups, advantages, scorer)
-    assert table == {
+def test_completions_table(groups: list[Group]) -> None:
+    table = completions_table(groups)
+    assert table.table == {
         "prompt": ["prompt 0", "prompt 0", "prompt 1", "prompt 1"],
         "completion": ["aa", "bbB", "c", "dddd"],
         "completion_ids": [[0, 1], [0, 1, 2], [0], [0, 1, 2, 3]],
-        "advantage": [*advantages[0].advantages, *advantages[1].advantages],
+        "advantage": [*groups[0].advantages, *groups[1].advantages],
         "reward": [2.0, 13.0, 1.0, 4.0],
         "finish_reason": ["length", "stop", "abort", "stop"],
         "num_tokens": [2, 3, 1, 4],
         "policy_version": [3] * 4,
     }
-    assert columns["rewards"] == {"length": [2.0, 3.0, 1.0, 4.0], "shouts": [0.0, 1.0, None, 0.0]}
-    assert columns["data"] == {}
-    assert columns["extras"] == {"letters": [0, 1, None, None]}, "a group whose function logged nothing has empty cells"
+    assert table.rewards == {"length": [2.0, 3.0, 1.0, 4.0], "shouts": [0.0, 1.0, None, 0.0]}
+    assert table.data == {}
+    assert table.extras == {"letters": [0, 1, None, None]}, "a group whose function logged nothing has empty cells"

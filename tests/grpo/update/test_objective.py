@@ -167,7 +167,7 @@ def test_an_own_objective_sees_whole_completions(own: Callable[..., Objective], 
     "result", ["(tokens.logprobs * tokens.advantages).mean()", "tokens.logprobs[:-1]", "0.0", "tokens.logprobs[:, None]"]
 )
 def test_a_wrong_result_of_an_own_objective_is_told(own: Callable[..., Objective], one: Pack, result: str) -> None:
-    with pytest.raises(ValueError, match=r"losses.py:mine must return one loss a token, a tensor of shape \[23\]"):
+    with pytest.raises(ValueError, match=r"losses.py:mine must return one loss for each token: a tensor of shape \[23\]"):
         gradient_of(own(f"def mine(tokens):\n    return {result}"), one)
 
 
