@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import metrics_of, steps_of
 
-from rankup.grpo.trainer import TrainingStoppedError
+from rankup.grpo.common.errors import TrainingStoppedError
 
 pytestmark = pytest.mark.engine
 

@@ -31,8 +31,13 @@ def as_remote(group: Group) -> Group:
     return dataclasses.replace(group, completions=tuple(c.metadata() for c in group.completions), is_local=False)
 
 
-def learn(model_path: str, variants: dict[str, dict[str, Any]], world: World) -> dict[str, Outcome]:
-    """A few updates for each variant, on this worker's share of the same groups."""
+def learn(
+    model_path: str, variants: dict[str, dict[str, Any]], world: World, *, shard_of: World | None = None
+) -> dict[str, Outcome]:
+    """A few updates for each variant, on this worker's shard of the same groups.
+
+    shard_of: learn alone from the shard of a worker of that world.
+    """
     outcomes = {}
     for name, options in variants.items():
         with quiet_stderr():
@@ -48,9 +53,9 @@ def learn(model_path: str, variants: dict[str, dict[str, Any]], world: World) ->
             groups = random_groups(SHAPES, seed=step, truncated=[0])
             groups[1] = dataclasses.replace(groups[1], advantages=(0.0, 0.0))
             local = range(len(groups))[world.shard(len(groups))]
-            shared = [
-                group if place in local else as_remote(group) for place, group in enumerate(groups)
-            ]
+            shared = [group if place in local else as_remote(group) for place, group in enumerate(groups)]
+            if shard_of is not None:
+                shared = groups[shard_of.shard(len(groups))]
             metrics.append(update(learner, shared, step=step).metrics)
             policy.write_slots()
         outcomes[name] = (torch.cat([master.detach().flatten() for master in policy.masters]), metrics)

@@ -1,55 +1,97 @@
-"""The desk between workers and the process that shows what they do; in a cluster, `test_cluster.py`."""
+"""The mailbox between workers and the process that shows them, and its events; in a cluster, `test_cluster_runs.py`."""
 
 from __future__ import annotations
 
-import pytest
+import io
 
-from rankup.grpo.cluster.mailbox import Desk, Outcome
+import pytest
+from rich.console import Console
+
+from rankup.grpo.cluster.events import EvaluationEvent, Event, EventView, NoteEvent, ResumedEvent, StageEvent, StepEvent
+from rankup.grpo.cluster.mailbox import Mailbox, Outcome
+from rankup.grpo.display.terminal import PlainView, View
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def mailbox() -> Mailbox:
+    return Mailbox()
 
 
-def test_calls_are_taken_once_and_in_order(desk: Desk):
-    desk.write(("note", ("a",)))
-    desk.write(("stage", ("b",)))
-    assert desk.take() == [("note", ("a",)), ("stage", ("b",))]
-    assert desk.take() == []
+def shown(act_on) -> str:
+    """What a plain view prints when `act_on` is called with it."""
+    output = io.StringIO()
+    with PlainView(max_steps=5, run_name="sums", console=Console(file=output, width=120)) as view:
+        act_on(view)
+    return output.getvalue()
 
 
-@pytest.mark.parametrize(("name", "has_begun"), [("note", False), ("evaluation", False), ("resumed", True), ("step", True)])
-def test_a_run_has_begun_with_its_first_step_or_where_it_goes_on(desk: Desk, name: str, has_begun: bool):
-    desk.write((name, ()))
-    assert desk.has_begun() == has_begun
+def every_call(view: View) -> None:
+    view.stage("loading")
+    view.note("careful")
+    view.resumed(1, [{"step": 1, "reward": 0.1}])
+    view.step(2, {"reward": 0.25, "completions/mean_length": 8.0}, {"rollout": 1.0, "train": 0.5})
+    view.completions(2, [("what is 1 + 1?", "2", 1.0)])
+    view.evaluation(2, 0.5, "during")
+    view.finish({"steps": 2, "evaluation": {"before": {"reward": 0.1}, "after": {"reward": 0.5}}, "seconds": {"total": 3.0}})
 
 
-def test_a_wish_to_stop_is_heard_once_somebody_listens(desk: Desk):
-    assert not desk.ask_to_stop()
-    assert desk.is_asked_to_stop()
-    assert desk.ask_to_stop()
+def test_a_view_that_sends_events_shows_what_the_real_view_shows():
+    events: list[Event] = []
+    every_call(EventView(events.append))
+
+    def show_all(view: View) -> None:
+        for event in events:
+            event.show(view)
+
+    assert shown(show_all) == shown(every_call) != ""
 
 
-def test_the_first_outcome_counts_and_losses_after_it_are_none(desk: Desk):
-    desk.lost("worker 1: its node has died")
-    desk.end(Outcome(error="a mistake"))
-    desk.end(Outcome(error="another worker is gone"))
-    desk.lost("worker 0: collateral")
-    assert desk.outcome() == Outcome(error="a mistake")
-    assert desk.take() == [("note", ("worker 1: its node has died",))]
+def test_events_are_taken_once_and_in_order(mailbox: Mailbox):
+    mailbox.post(NoteEvent("a"))
+    mailbox.post(StageEvent("b"))
+    assert mailbox.take() == [NoteEvent("a"), StageEvent("b")]
+    assert mailbox.take() == []
 
 
-def test_a_wish_is_not_heard_while_workers_are_lost(desk: Desk):
-    assert not desk.is_asked_to_stop()
-    desk.lost("worker 1: its node has died")
-    assert not desk.ask_to_stop()
+@pytest.mark.parametrize(
+    ("event", "has_begun"),
+    [
+        (NoteEvent("a"), False),
+        (EvaluationEvent(0, 0.5, "before"), False),
+        (ResumedEvent(4, []), True),
+        (StepEvent(1, {}, {}), True),
+    ],
+)
+def test_a_run_has_begun_once_it_resumes_or_makes_its_first_step(mailbox: Mailbox, event: Event, has_begun: bool):
+    mailbox.post(event)
+    assert mailbox.has_begun() == has_begun
 
 
-def test_a_run_has_failed_once_its_first_worker_has_saved(desk: Desk):
-    desk.set_first_at_work(True)
-    assert not desk.has_failed()
-    desk.end(Outcome(error="a mistake"))
-    assert not desk.has_failed()
-    desk.set_first_at_work(False)
-    assert desk.has_failed()
+def test_a_stop_request_is_received_once_a_worker_polls(mailbox: Mailbox):
+    assert not mailbox.request_stop()
+    assert mailbox.poll_stop()
+    assert mailbox.request_stop()
+
+
+def test_the_first_outcome_counts_and_later_failures_are_not_shown(mailbox: Mailbox):
+    mailbox.report_failure("worker 1: its node has died")
+    mailbox.end(Outcome(error="a mistake"))
+    mailbox.end(Outcome(error="another worker is gone"))
+    mailbox.report_failure("worker 0: collateral")
+    assert mailbox.outcome() == Outcome(error="a mistake")
+    assert mailbox.take() == [NoteEvent("worker 1: its node has died")]
+
+
+def test_a_stop_request_is_not_received_while_workers_restart(mailbox: Mailbox):
+    assert not mailbox.poll_stop()
+    mailbox.report_failure("worker 1: its node has died")
+    assert not mailbox.request_stop()
+
+
+def test_a_run_has_failed_once_its_main_worker_has_saved(mailbox: Mailbox):
+    mailbox.set_main_is_working(True)
+    assert not mailbox.has_failed()
+    mailbox.end(Outcome(error="a mistake"))
+    assert not mailbox.has_failed()
+    mailbox.set_main_is_working(False)
+    assert mailbox.has_failed()

@@ -20,6 +20,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groups without variance count": {"filter_zero_variance": False},
     "8-bit state": {"optimizer": "adamw_8bit"},
 }
+LOCAL_MEANS = {"loss_type": "bnpo"}
+"""An objective that depends on how the groups are divided among the workers."""
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
@@ -43,7 +45,7 @@ def test_one_worker_exchanges_nothing():
 def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What one worker comes to, and each of three."""
     model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("world")
-    arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS, str(out))
+    arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS | {"local means": LOCAL_MEANS}, str(out))
     spawn(learn_in_a_group, arguments, nprocs=3)
     return [learn(model, VARIANTS, SINGLE_PROCESS), *(torch.load(out / f"{rank}.pt") for rank in range(3))]
 
@@ -64,3 +66,15 @@ def test_three_workers_come_to_what_one_comes_to(outcomes: list[dict[str, Any]],
         assert {metric: shared[metric] for metric in names} == pytest.approx(
             {metric: alone[metric] for metric in names}, rel=1e-4, abs=1e-6
         )
+
+
+@pytest.mark.slow
+def test_the_loss_of_bnpo_is_the_mean_over_workers_of_their_local_means(outcomes: list[dict[str, Any]], tiny_model_path):
+    """As in TRL, where DDP averages the gradients of losses that each device divides by its own tokens."""
+    model = str(tiny_model_path("llama"))
+    local = [learn(model, {"bnpo": LOCAL_MEANS}, SINGLE_PROCESS, shard_of=World(rank, 3))["bnpo"] for rank in range(3)]
+    expected = sum(metrics[0]["loss"] for _, metrics in local) / 3
+    _, (first, *_) = outcomes[1]["local means"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-4)
+    _, (token_mean, *_) = outcomes[1]["dapo"]
+    assert first["loss"] != pytest.approx(token_mean["loss"], rel=1e-2), "it is not the mean over all tokens"

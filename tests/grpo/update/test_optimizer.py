@@ -358,7 +358,7 @@ def test_paged_state_is_refused_on_a_cpu_before_anything_is_loaded(tmp_path: Pat
     config = tiny_config(tmp_path / "run", optimizer="paged_adamw_8bit")
     with pytest.raises(ValueError, match=r"needs CUDA.*optim\.optimizer=adamw_8bit on cpu"):
         make_optimizer(make_masters({"a": A}), config.optim)
-    with pytest.raises(ValueError, match=r"needs CUDA"), open_session(config, str(tmp_path / "no model"), note=print):
+    with pytest.raises(ValueError, match=r"needs CUDA"), open_session(config, str(tmp_path / "no model")):
         pass
 
 
