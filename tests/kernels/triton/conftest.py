@@ -1,7 +1,7 @@
 """Kernels run on the CPU in Triton's interpreter, and are compiled for GPUs that are not installed, in different processes.
 
-The interpreter is chosen by an environment variable, before Triton is imported, and nothing can be compiled beside it. So a
-test marked `interpreted` runs in a pytest of its own, which one test of its file starts.
+An environment variable selects the interpreter before Triton is imported, and nothing can be compiled in that process. So tests
+marked `interpreted` run in a separate pytest process, which one test of each file starts.
 """
 
 from __future__ import annotations
