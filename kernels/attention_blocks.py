@@ -1,13 +1,13 @@
-"""Attention over shared prompts in plain torch, for any dtype and device: a few batched products a unit of sequences.
+"""Attention over shared prompts in plain torch, for any dtype and device: a few batched products for each unit of sequences.
 
-One gather lays out the queries of all units, one the keys (each completion's with its prompt's in front), and one brings the
-results back; a unit that is computed at once copies nothing in between. With weights W = softmax(scaling * q k^T + mask) and
-the gradient g of the result,
+One gather collects the queries of all units, one their keys (each completion's behind its prompt's), and one restores the
+pack's order of the results; a unit that is computed at once copies nothing in between. With weights
+W = softmax(scaling * q k^T + mask) and the gradient g of the result,
 
     out = W v        dv = W^T g        ds = W (g v^T - rowsum(W g v^T))        dq = scaling * ds k        dk = scaling * ds^T q
 
-q, k and v are kept, and W where it is small (`KEPT_LIMIT`); else the backward forms it again, block by block as the forward
-did. See attention_plan for units, blocks and the legend of shapes.
+q, k and v are saved for the backward, and so is W if it is small (`KEPT_LIMIT`). Otherwise the backward recomputes W block by
+block. `attention_plan.py` defines units, blocks and the shapes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .attention_plan import Block, BlockPlan
 def block_attention(
     query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, plan: BlockPlan, scaling: float
 ) -> torch.Tensor:
-    """Attention of the plan's layout, [L, H, D] in the inputs' dtype.
+    """Attention in the plan's layout, [L, H, D] in the inputs' dtype.
 
-    Scores and weights are rounded to the inputs' dtype, as in transformers' eager attention; sums are fp32 or wider.
+    Scores and weights are rounded to the inputs' dtype, as in transformers' eager attention; sums are at least fp32.
     """
     return _BlockAttention.apply(query_HLD, key_KLD, value_KLD, plan, scaling)  # type: ignore[return-value]
 
@@ -62,7 +62,7 @@ class _BlockAttention(torch.autograd.Function):
         query_QE, grad_QE = (
             _rows(t, plan.key_heads).index_select(0, plan.query_rows) for t in (query_HLD, grads[0].transpose(0, 1))
         )
-        grad_QE.index_fill_(0, plan.padding, 0.0)  # tokens that stand for padding have their own row elsewhere
+        grad_QE.index_fill_(0, plan.padding, 0.0)  # padding rows repeat tokens that have a row elsewhere
         key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
         grad_query_QE = torch.empty_like(query_QE)
         grad_key_ND, grad_value_ND = (_new_total(key_ND, plan) for _ in range(2))
@@ -81,7 +81,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _rows(heads_first: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """[heads, L, D] as the pack's rows [L * K, heads / K * D]; a view where projections left the heads of a token together."""
+    """[heads, L, D] as the pack's rows [L * K, heads / K * D]; a view if the heads of a token are contiguous."""
     heads, length, dim = heads_first.shape
     return heads_first.transpose(0, 1).reshape(length * key_heads, heads // key_heads * dim)
 
@@ -90,14 +90,14 @@ def _weights(block: Block, query: torch.Tensor, key: torch.Tensor, scaling: floa
     """Softmax of the block's scores, [U * K, T * h, S]."""
     future_TS = block.future(query)
     scores = query.new_empty(*query.shape[:2], block.columns)
-    # The product is added to the mask, which costs half as much as masking the product.
+    # Adding the product to the mask costs half as much as masking the product.
     scores.view(-1, len(future_TS), block.heads_per_key, block.columns).copy_(future_TS[:, None])
     scores.baddbmm_(query, key.transpose(1, 2), alpha=scaling)
-    return torch.softmax(scores, -1, out=scores)  # in place: a row is read whole before it is written
+    return torch.softmax(scores, -1, out=scores)  # safe in place: a row is read completely before it is written
 
 
 def _new_total(like: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
-    """Where products that sum over queries go: the sum over blocks, at least fp32, or what the only block of a unit gives."""
+    """A buffer for products that sum over queries: zeros in at least fp32 if units have several blocks, else uninitialized."""
     if plan.is_cut:
         return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
     return torch.empty_like(like)
@@ -106,7 +106,7 @@ def _new_total(like: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
 def _add_product(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, plan: BlockPlan, scaling: float = 1.0
 ) -> None:
-    """`total += scaling * left @ right`, or `=` where there is one block a unit."""
+    """`total += scaling * left @ right`, or `=` if every unit has one block."""
     if plan.is_cut:
         total.add_(torch.bmm(left, right), alpha=scaling)
     else:
@@ -114,7 +114,7 @@ def _add_product(
 
 
 def _sum_of_keys(grad_ND: torch.Tensor, plan: BlockPlan, dtype: torch.dtype) -> torch.Tensor:
-    """From the gradients of all units' keys to those of the pack, [L, K, D]: a prompt's are summed over its completions."""
+    """Gradients of the pack's keys, [L, K, D], from those of all units' keys: a prompt's are summed over its completions."""
     dim = grad_ND.shape[1]
     grad_LKD = grad_ND.index_select(0, plan.own_rows).view(-1, plan.key_heads, dim)
     if plan.has_prompts_of_several_units:

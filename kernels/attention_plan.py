@@ -1,13 +1,12 @@
-"""Which tokens of a pack of shared prompts are computed together, and where their rows lie meanwhile.
+"""Which tokens of a pack of shared prompts are computed together, and the order of their rows.
 
     plan = plan_blocks([(7, [5, 3]), (2, [4])], heads=9, key_heads=3)     # prompt length, completion lengths of each group
 
-The pack is cut into sequences: every prompt by itself, and every completion behind its prompt. Sequences of about the same
-length behind prompts of the same length form a unit, in which those heads that share a key head are rows of one product. A unit
-whose scores would exceed `SCORES_LIMIT` is computed block by block, some tokens at a time, without the keys that none of these
-sees.
+The pack is split into sequences: every prompt by itself, and every completion behind its prompt. Sequences of similar length
+behind prompts of equal length form a unit, in which the query heads of a key head are rows of one product. A unit whose scores
+would exceed `SCORES_LIMIT` is computed in blocks of tokens, each without the keys that none of its tokens sees.
 
-Legend: L tokens of the pack, H query heads, K key heads, h = H / K query heads of a key head, D head dimension, E = h * D;
+Shapes: L tokens of the pack, H query heads, K key heads, h = H / K query heads of a key head, D head dimension, E = h * D;
 U sequences of a unit, P tokens of their prompt, C tokens of each (padded), S keys of each (P + C, padded), T tokens of a block;
 Q and N are the rows of all units' queries and keys together.
 """
@@ -21,14 +20,14 @@ from typing import NamedTuple
 
 import torch
 
-SCORES_LIMIT = 2**22  # elements formed at a time; with fewer, summing the gradients of keys block by block takes over
-KEPT_LIMIT = 2**22  # elements of weights that a layer keeps for the backward instead of forming them again: 8 MiB in bf16
+SCORES_LIMIT = 2**22  # elements formed at a time; if smaller, summing the gradients of keys over blocks dominates
+KEPT_LIMIT = 2**22  # elements of weights that a layer saves for the backward instead of recomputing them: 8 MiB in bf16
 PADDING_LIMIT = 2**16  # elements of padding that cost no more than another unit
-COLUMNS = 32  # a row of scores is padded to a multiple: torch's softmax in bf16 takes 2 to 4 times as long otherwise
+COLUMNS = 32  # rows of scores are padded to a multiple: torch's softmax in bf16 takes 2 to 4 times as long otherwise
 
 
 class Tokens(NamedTuple):
-    """A sequence of the pack: its first token, how many there are, and the first token of the prompt that it sees."""
+    """A sequence of the pack: its first token, its length, and the first token of the prompt that it sees."""
 
     start: int
     length: int
@@ -39,9 +38,12 @@ class Tokens(NamedTuple):
 class Unit:
     """Sequences that are computed together, all behind prompts of the same length.
 
-    `prompts` are the first token of each prompt and the number of sequences behind it, in the sequences' order; the length is 0
-    where these are prompts themselves. Their rows, [U, K, C] of queries and [U, K, S] of keys, begin at `query_start` and
-    `key_start`. A block takes at most `tokens` of the C.
+    Attributes:
+        prompts: first token of each prompt and the number of sequences behind it, in the sequences' order.
+        prompt_length: 0 if the sequences are prompts themselves.
+        count, width, columns: U, C and S.
+        tokens: largest number of the C tokens in a block.
+        query_start, key_start: first of the unit's rows, [U, K, C] of queries and [U, K, S] of keys.
     """
 
     prompts: tuple[tuple[int, int], ...]
@@ -56,7 +58,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens `start` to `stop` of each of a unit's sequences, and the keys that the last of these sees."""
+    """Tokens `start` to `stop` of each of a unit's sequences, and the keys that the last of them sees."""
 
     unit: Unit
     start: int
@@ -85,20 +87,20 @@ class Block:
         return rows.view(batch, self.unit.columns, -1).narrow(1, 0, self.columns)
 
     def future(self, like: torch.Tensor) -> torch.Tensor:
-        """[T, S]: minus infinity where a token does not see a key, else 0. Padding is later than every token."""
+        """[T, S]: minus infinity where a token does not see a key, else 0. Padding comes after every token."""
         first_hidden = self.unit.prompt_length + self.start + 1
         return like.new_full((self.stop - self.start, self.columns), float("-inf")).triu_(first_hidden)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """Where every row of the units comes from and goes to. A pack has a row for each token and key head, token * K + head.
+    """Maps the pack's rows to the units' rows and back. The pack has a row for each token and key head, token * K + head.
 
     Attributes:
-        query_rows, key_rows: the pack's row of each of the units' rows, [Q] and [N].
-        padding: which of the Q stand for no token.
-        result_rows, own_rows: which of the Q, and which of the N, each of the pack's rows is, [L * K].
-        keeps_weights: whether the weights of all units together are few enough to be kept for the backward.
+        query_rows, key_rows: for each of the units' rows the pack's row, [Q] and [N].
+        padding: which of the Q are padding.
+        result_rows, own_rows: for each of the pack's rows its index among the Q and among the N, [L * K].
+        keeps_weights: whether the weights of all units are small enough to be saved for the backward.
     """
 
     heads: int
@@ -118,7 +120,7 @@ class BlockPlan:
 
     @property
     def is_cut(self) -> bool:
-        """Whether some unit takes more than one block, so that gradients of its keys are sums."""
+        """Whether some unit has more than one block, so that gradients of its keys are sums."""
         return any(unit.tokens < unit.width for unit in self.units)
 
     @property
@@ -131,9 +133,9 @@ class BlockPlan:
 def plan_blocks(
     groups: Sequence[tuple[int, Sequence[int]]], heads: int, key_heads: int, device: torch.device | str = "cpu"
 ) -> BlockPlan:
-    """From (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty."""
+    """The plan for (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty."""
     prompts: list[Tokens] = []
-    behind: dict[int, list[Tokens]] = {0: prompts}  # by the prompt's length; prompts have nothing before them
+    behind: dict[int, list[Tokens]] = {0: prompts}  # by the prompt's length; 0 for prompts themselves
     length = 0
     for prompt_length, completion_lengths in groups:
         prompt_start = length
@@ -152,7 +154,7 @@ def plan_blocks(
 
 
 def _of_similar_length(sequences: list[Tokens], prompt_length: int, heads: int) -> Iterator[list[Tokens]]:
-    """The sequences in parts of which little is padding and whose scores stay within the limit, each in the pack's order."""
+    """The sequences in parts with little padding whose scores are within the limit, each in the pack's order."""
     part: list[Tokens] = []
     padding = 0
     for sequence in sorted(sequences, key=lambda s: -s.length):
@@ -172,7 +174,7 @@ def _padded(columns: int) -> int:
 
 
 class _PlanBuilder:
-    """Adds one unit after the other, and keeps account of the rows."""
+    """Adds one unit after another and assigns rows to them."""
 
     def __init__(self, length: int, heads: int, key_heads: int) -> None:
         self.heads = heads
@@ -195,7 +197,7 @@ class _PlanBuilder:
 
         first_U, length_U, prompt_U = torch.tensor(sequences).unbind(1)
         column_C = torch.arange(width)
-        # A sequence's last token stands for its padding: its numbers are finite, and no token of the sequence sees later ones.
+        # Padding repeats the sequence's last token: its values are finite, and no token of the sequence sees it.
         tokens_UC = first_U[:, None] + torch.minimum(column_C, length_U[:, None] - 1)
         prompt_UP = prompt_U[:, None] + torch.arange(prompt_length)
         padding_US = tokens_UC[:, -1:].expand(-1, columns - prompt_length - width)

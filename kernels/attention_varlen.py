@@ -1,11 +1,11 @@
-"""Attention over shared prompts by the flash kernels of `torch.nn.attention.varlen`: one call for a whole pack.
+"""Attention over shared prompts with the flash kernels of `torch.nn.attention.varlen`: one call for a pack.
 
-Every prompt and every completion is a sequence of queries, in the pack's order, so queries stay where they are. A prompt's
-keys are its own; a completion's are those of its prompt, then its own, so keys and values are gathered (their heads are few).
-The kernel's causal mask is aligned at the end: the last query of a sequence sees all its keys, the one before it one fewer.
+Every prompt and every completion is a sequence of queries, in the pack's order, so queries are not moved. A prompt's keys are
+its tokens. A completion's keys are its prompt's tokens followed by its own, so keys and values are gathered (they have few
+heads). The kernel's causal mask is aligned at the end: a sequence's last query sees all its keys, the one before it one less.
 
-Legend: L tokens of the pack, N gathered keys, M sequences, H query heads, K key heads, D head dimension, P tokens of a prompt,
-U places at which it is a key.
+Shapes: L tokens of the pack, N gathered keys, M sequences, H query heads, K key heads, D head dimension, P tokens of a prompt,
+U occurrences of a prompt among the gathered keys.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.nn.attention.varlen import varlen_attn
 
 @dataclass(frozen=True, slots=True)
 class SequencePlan:
-    """The sequences as the kernel reads them, and which keys they have.
+    """The kernel's sequences and their keys.
 
     Attributes:
         query_starts, key_starts: first query and first key of each sequence, and the end, [M + 1] int32.
         longest_query, longest_key: of all sequences.
-        key_tokens: the token that each gathered key is, [N].
-        own_keys: which of the N is each token's own, as a query sees it last, [L].
-        prompts: of each group the slice of its prompt, and which of the N are the prompt before its completions, [U, P].
+        key_tokens: the pack's token of each gathered key, [N].
+        own_keys: index among the N of each token as a key of its own sequence, [L].
+        prompts: for each group the slice of its prompt, and the indices among the N at which completions repeat it, [U, P].
     """
 
     query_starts: torch.Tensor
@@ -59,7 +59,7 @@ def plan_sequences(groups: Sequence[tuple[int, Sequence[int]]], device: torch.de
         add(range(0), prompt_length)
         starts = []
         for length in completion_lengths:
-            if length > 0:  # a sequence without queries has no use for keys
+            if length > 0:  # a sequence without queries needs no keys
                 starts.append(key_starts[-1])
                 add(prompt, length)
         places_UP = torch.tensor(starts, dtype=torch.long)[:, None] + torch.arange(prompt_length)
@@ -77,17 +77,17 @@ def plan_sequences(groups: Sequence[tuple[int, Sequence[int]]], device: torch.de
 
 
 def is_available_for(query_HLD: torch.Tensor) -> bool:
-    """Whether the kernels take such a query: fp16 or bf16, on CUDA since Ampere, heads of a size they know."""
+    """Whether the kernels support this query: fp16 or bf16, on Ampere or later, with a supported head dimension."""
     if not query_HLD.is_cuda or query_HLD.dtype not in (torch.float16, torch.bfloat16):
         return False
-    dim = query_HLD.shape[2]  # beyond 192 not every device has the backward
+    dim = query_HLD.shape[2]  # above 192 some devices lack the backward
     return dim % 8 == 0 and dim <= 192 and torch.cuda.get_device_capability(query_HLD.device) >= (8, 0)
 
 
 def varlen_attention(
     query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, plan: SequencePlan, scaling: float
 ) -> torch.Tensor:
-    """Attention of the plan's layout, [L, H, D] in the inputs' dtype."""
+    """Attention in the plan's layout, [L, H, D] in the inputs' dtype."""
     key_NKD, value_NKD = (_Gather.apply(t.transpose(0, 1), plan) for t in (key_KLD, value_KLD))
     return varlen_attn(  # type: ignore[return-value]
         query_HLD.transpose(0, 1),
@@ -104,7 +104,7 @@ def varlen_attention(
 
 
 class _Gather(torch.autograd.Function):
-    """[L, K, D] to [N, K, D]. Indexing by autograd would add up a prompt's gradients in bf16, in an order of chance."""
+    """[L, K, D] to [N, K, D]. Plain indexing would sum a prompt's gradients in bf16 and in no fixed order."""
 
     @staticmethod
     def forward(ctx: Any, rows_LKD: torch.Tensor, plan: SequencePlan) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Which tensors Triton's kernels take: on other devices and in other dtypes torch computes.
+"""Which tensors the Triton kernels support. Torch computes on other devices and in other dtypes.
 
     if runs_triton(x, weight):
-        from .triton.rms_norm import ...    # only here: a machine without such a device needs no Triton
+        from .triton.rms_norm import ...    # imported here: a machine without such a device needs no Triton
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:
-    """Whether a kernel can take these tensors: all on a CUDA device, in fp32, bf16 or fp16."""
+    """Whether Triton kernels support these tensors: all are on a CUDA device, in fp32, bf16 or fp16."""
     return all(t.is_cuda and t.dtype in DTYPES for t in tensors)

@@ -1,4 +1,4 @@
-"""Log-probabilities straight from hidden states: no `[tokens, vocabulary]` tensor outlives a chunk.
+"""Log-probabilities from hidden states, chunk by chunk: no `[tokens, vocabulary]` tensor is ever formed.
 
     logprobs_N, entropy_N = linear_logprobs(hidden_ND, head, targets_N)                          # no gradient
     loss, logprobs_N, entropy_N = linear_logprob_loss(hidden_ND, head, targets_N, token_loss)    # gradients
@@ -8,11 +8,11 @@ log-probability and entropy. Then
 
     d loss / dz = c (onehot(target) - p) - e p (log p + H)
 
-so a chunk of logits is one buffer whose content changes in place: logits, then p, then the gradient. Where the loss leaves the
-entropy alone, c is a factor of the whole row: the buffer holds p - onehot and the factor is applied to products with it.
+so a chunk of logits is one buffer that is overwritten in place: logits, then p, then the gradient. If the loss does not depend
+on the entropy, c is a factor of the row: the buffer holds p - onehot, and the factor is applied to products with it.
 
-The buffer has the hidden's dtype, as the sampler's logits have. What happens to it is done in fp32 by `logprob_rows.py`, or on
-a CUDA device by `triton/logprob_rows.py`, which needs no p in between. The head is frozen: no weight gradient is formed. An
+The buffer has the dtype of the hidden states, like the sampler's logits. Its rows are processed in fp32 by `logprob_rows.py`,
+or on a CUDA device by `triton/logprob_rows.py`, which does not store p. The head is frozen: no weight gradient is formed. An
 adapter on it gets the gradients of `lora.py`,
 
     dh = dy W + u a        dA = u^T h        dB = scaling * dy^T (h a^T)        u = dy b
@@ -46,13 +46,13 @@ LOGITS_CHUNK_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The frozen linear head and what the model does to its logits y:
+    """The frozen linear head, and how the model transforms its logits y:
 
         y = h W^T + (h a^T) b^T        z = scale * softcap * tanh(y / softcap) / temperature
 
     weight_VD: [V, D] in the hidden's dtype.
     softcap: Gemma's final_logit_softcapping; None for no cap.
-    scale: Cohere's logit_scale, 1 / Granite's logits_scaling; after the cap, as in vLLM.
+    scale: Cohere's logit_scale, 1 / Granite's logits_scaling; applied after the cap, as in vLLM.
     adapter: LoRA on the head.
     """
 
@@ -63,7 +63,7 @@ class Head:
 
 
 def chunk_rows(vocabulary: int, itemsize: int, chunk_bytes: int = LOGITS_CHUNK_BYTES) -> int:
-    """How many tokens a chunk holds so that its logits, of `itemsize` bytes each, stay within the budget (at least 16)."""
+    """Tokens in a chunk, such that its logits of `itemsize` bytes each fit in `chunk_bytes`; at least 16."""
     return max(16, chunk_bytes // (itemsize * vocabulary))
 
 
@@ -88,34 +88,34 @@ def linear_logprob_loss(
     *,
     temperature: float = 1.0,
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
-    visits: Literal[1, 2] = 1,
+    passes: Literal[1, 2] = 1,
     factor: TokenFactor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of `loss` over the tokens, with its gradients for `hidden_ND` and for the masters of the head's adapter.
+    """Sum of `loss` over the tokens, differentiable in `hidden_ND` and in the master weights of the head's adapter.
 
     Args:
         hidden_ND: hidden states from which each target is predicted.
-        head: the frozen head, with its adapter if it has one.
+        head: the frozen head and its adapter, if any.
         targets_N: token ids.
         loss: pure function of (log-probabilities [n], entropies [n], the slice of these tokens), differentiated with respect
-            to both; what it returns is summed. It is not called where there are no tokens.
-        temperature: the logits are divided by it, as the sampler did.
-        chunk_bytes: size of the logits that are formed at a time.
-        visits: 1 where a token's loss depends on that token alone: `loss` is called for each chunk, logits are formed once.
-            2 where it depends on others, as the ratio of a sequence does: `loss` is called once with all N tokens, and the
-            logits are formed again for the gradients (unless one chunk holds them all).
-        factor: constant factors of the tokens' losses that are known only once all log-probabilities are, such as whether a
-            completion counts at all. With one visit they multiply the gradients that are there by then; an adapter on the
-            head has its gradients summed over tokens, and takes two visits.
+            to both; its results are summed. It is not called if there are no tokens.
+        temperature: the logits are divided by it, as in the sampler.
+        chunk_bytes: size of the logits of a chunk.
+        passes: over the logits. 1 if a token's loss depends on that token alone: `loss` is called for each chunk, and logits
+            are formed once. 2 if it depends on other tokens (for example through a sequence's ratio): `loss` is called once
+            with all N tokens, and the logits are formed again for the gradients, unless they fit in one chunk.
+        factor: constant factors of the tokens' losses that depend on all log-probabilities (does a completion count?). In one
+            pass they multiply the gradients of the hidden states at the end. The gradients of an adapter on the head are sums
+            over tokens, so with such an adapter there are always two passes.
 
     Returns:
         loss (scalar), log-probabilities [N] and entropies [N], in fp32 (fp64 for fp64), the latter two without gradient.
     """
     masters = (None, None) if head.adapter is None else (head.adapter.master_a, head.adapter.master_b)
     logits = _Logits(hidden_ND.detach(), head, targets_N, temperature, chunk_bytes)
-    if factor is not None and (visits == 2 or head.adapter is not None):
-        loss, factor, visits = _weighted(loss, factor), None, 2
-    return _LinearLogprobLoss.apply(hidden_ND, *masters, logits, loss, visits, factor)  # type: ignore[return-value]
+    if factor is not None and (passes == 2 or head.adapter is not None):
+        loss, factor, passes = _weighted(loss, factor), None, 2
+    return _LinearLogprobLoss.apply(hidden_ND, *masters, logits, loss, passes, factor)  # type: ignore[return-value]
 
 
 def _weighted(loss: TokenLoss, factor: TokenFactor) -> TokenLoss:
@@ -128,7 +128,7 @@ def _weighted(loss: TokenLoss, factor: TokenFactor) -> TokenLoss:
 
 
 class _LinearLogprobLoss(torch.autograd.Function):
-    """The gradients are formed in the forward, where the logits are; the backward scales them."""
+    """Forms the gradients in the forward, while it has the logits; the backward only scales them."""
 
     @staticmethod
     def forward(
@@ -138,11 +138,11 @@ class _LinearLogprobLoss(torch.autograd.Function):
         _master_b_VR: torch.Tensor | None,
         logits: _Logits,
         loss: TokenLoss,
-        visits: Literal[1, 2],
+        passes: Literal[1, 2],
         factor: TokenFactor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gradients = _Gradients(logits.hidden_ND, logits.head)
-        if visits == 2 and len(logits.chunks) > 1:
+        if passes == 2 and len(logits.chunks) > 1:
             logprobs_N, entropy_N = logits.measure()
             loss_N, slopes = _differentiate(loss, logprobs_N, entropy_N, slice(0, len(logprobs_N)))
             for chunk in logits.chunks if slopes.any else ():
@@ -177,7 +177,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
 def _differentiate(
     loss: TokenLoss, logprobs_n: torch.Tensor, entropy_n: torch.Tensor, tokens: slice
 ) -> tuple[torch.Tensor, Slopes]:
-    """The tokens' losses (with two visits of any shape, they are summed) and their derivatives."""
+    """The tokens' losses (in two passes of any shape, since they are only summed) and their derivatives."""
     with torch.enable_grad():
         leaves = (logprobs_n.detach().requires_grad_(), entropy_n.detach().requires_grad_())
         loss_n = loss(*leaves, tokens)
@@ -186,14 +186,14 @@ def _differentiate(
 
 
 class _Logits:
-    """Forms the logits a chunk at a time in one buffer, where their gradient replaces them."""
+    """Forms the logits a chunk at a time in one buffer, in which their gradient replaces them."""
 
     def __init__(
         self, hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float, chunk_bytes: int
     ) -> None:
         self.hidden_ND, self.head, self.targets_N = hidden_ND, head, targets_N
         tokens, vocabulary = hidden_ND.shape[0], head.weight_VD.shape[0]
-        # Chunks of about one size: a product of few rows costs nearly as much as one of many.
+        # Chunks of about the same size: a product of few rows takes nearly as long as one of many.
         count = max(1, -(-tokens // chunk_rows(vocabulary, hidden_ND.itemsize, chunk_bytes)))
         rows = max(1, -(-tokens // count))
         self.chunks = [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
@@ -201,13 +201,13 @@ class _Logits:
         self.arithmetic = _row_arithmetic(self.buffer_nV, head.scale / temperature, head.softcap)
 
     def empty_results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for log-probabilities [N] and entropies [N]."""
+        """Uninitialized log-probabilities [N] and entropies [N]."""
         dtype = torch.promote_types(self.hidden_ND.dtype, torch.float32)
         logprobs_N = self.hidden_ND.new_empty(self.hidden_ND.shape[0], dtype=dtype)
         return logprobs_N, torch.empty_like(logprobs_N)
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities [N] and entropies [N], and nothing else."""
+        """Log-probabilities [N] and entropies [N], without preparing gradients."""
         logprobs_N, entropy_N = self.empty_results()
         for chunk in self.chunks:
             _, rows = self.form(chunk, keep=False)
@@ -215,7 +215,7 @@ class _Logits:
         return logprobs_N, entropy_N
 
     def form(self, chunk: slice, *, keep: bool = True) -> tuple[torch.Tensor, Rows]:
-        """The chunk's rows, and the buffer [n, V] with what their gradient is formed from (if asked to keep that)."""
+        """The buffer [n, V] with what the chunk's gradient is formed from (if `keep`), and the chunk's rows."""
         hidden_nD, adapter = self.hidden_ND[chunk], self.head.adapter
         buffer_nV = self.buffer_nV[: hidden_nD.shape[0]]
         torch.mm(hidden_nD, self.head.weight_VD.t(), out=buffer_nV)
@@ -224,20 +224,20 @@ class _Logits:
         return buffer_nV, self.arithmetic.measure(buffer_nV, self.targets_N[chunk], keep=keep)
 
     def gradient_in_place(self, buffer_nV: torch.Tensor, chunk: slice, rows: Rows, slopes: Slopes) -> torch.Tensor:
-        """Let the buffer hold the gradient of the chunk's logits y, except for a factor of each row, [n, 1], returned."""
+        """Replace the buffer by the gradient of the chunk's logits y, up to factors of its rows, returned as [n, 1]."""
         return self.arithmetic.gradient_in_place(buffer_nV, self.targets_N[chunk], rows, slopes)
 
 
 def _row_arithmetic(buffer_nV: torch.Tensor, factor: float, softcap: float | None) -> TorchRows | TritonRows:
     if runs_triton(buffer_nV):
-        from .triton.logprob_rows import TritonRows  # only here: a machine without such a device needs no Triton
+        from .triton.logprob_rows import TritonRows  # a machine without such a device needs no Triton
 
         return TritonRows(factor, softcap)
     return TorchRows(buffer_nV, factor, softcap)
 
 
 class _Gradients:
-    """Of the hidden states [N, D] and of the masters of the head's adapter, these in fp32 (fp64), summed over chunks."""
+    """Gradients of the hidden states [N, D] and, summed over chunks, of the head adapter's fp32 (fp64) master weights."""
 
     def __init__(self, hidden_ND: torch.Tensor, head: Head) -> None:
         self._hidden_ND, self._head = hidden_ND, head
@@ -246,7 +246,7 @@ class _Gradients:
         self.b_VR = None if head.adapter is None else torch.zeros_like(head.adapter.master_b)
 
     def add(self, chunk: slice, gradient_nV: torch.Tensor, factor_n1: torch.Tensor) -> None:
-        """Add what comes from a chunk, whose logits y have the gradient `factor * gradient`."""
+        """Add the contribution of a chunk whose logits y have the gradient `factor * gradient`."""
         hidden_nD, adapter = self._hidden_ND[chunk], self._head.adapter
         self.hidden_ND[chunk] = (gradient_nV @ self._head.weight_VD) * factor_n1
         if adapter is None:

@@ -1,24 +1,24 @@
-"""Linear layers and their LoRA adapters as single autograd functions: one layer, q/k/v together, a whole MLP; the embedding.
+"""Linear layers and their LoRA adapters as single autograd functions: one layer, q/k/v together, a complete MLP; the embedding.
 
     y = lora_linear(x, projection)                          # one layer
     q, k, v = lora_projections(x, (q_proj, k_proj, v_proj)) # layers that read the same x
     y = lora_mlp(x, (gate, up, down), "silu")               # down(act(gate(x)) * up(x))
     y = lora_embedding(ids, base(ids), adapter)             # the input embedding, whose A has a column for each token
 
-The forward multiplies with the operands that the sampler multiplies with (`a`, and `b = scaling * B`, in the sampler's dtype);
-the gradients go to the fp32 masters A and B. With h = x a^T, g = dL/dy and u = g b
+The forward multiplies with the sampler's operands (`a`, and `b = scaling * B`, in the sampler's dtype); the gradients go to the
+fp32 master weights A and B. With h = x a^T, g = dL/dy and u = g b
 
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
-On CUDA y and dx are one kernel each (`triton/lora.py`), every other product is torch's; elsewhere all are. A weight in NF4
-(`nf4.py`) is formed ahead of each product with it, one at a time, and forgotten after it.
+On CUDA y and dx take one kernel each (`triton/lora.py`); torch computes every other product, and on other devices all of them.
+A weight in NF4 (`nf4.py`) is dequantised before each product with it and freed afterwards.
 
-Neither `x @ A` in fp32 nor the merged weight is ever formed. h is kept: it is small beside x (R of I columns), and to form it
-again costs 2 T R I operations. Layers that read the same x have their `a` stacked, so x is read once for all their adapters.
-The MLP keeps x, gate and up besides, recomputes the product act(gate) * up, and writes gradients into buffers that it no
-longer needs.
+Neither `x @ A` in fp32 nor the merged weight is ever formed. h is saved for the backward: it is small compared to x (R of I
+columns), and recomputing it would take 2 T R I operations. The `a` of layers that read the same x are stacked, so x is read
+once for all their adapters. The MLP also saves x, gate and up, recomputes act(gate) * up, and writes gradients into buffers
+that are no longer needed.
 
-Each layer may have a bias, a rank of its own, or no adapter at all.
+Layers may differ in rank, and may have a bias, or no adapter.
 
 Shapes: T tokens, I = d_in, O = d_out, R rank, S sum of the ranks of layers that read the same x, M width of the MLP,
 V vocabulary, D width of the embedding.
@@ -43,11 +43,11 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One LoRA adapter (arXiv 2106.09685). Of an embedding I is V and O is D.
+    """One LoRA adapter (arXiv 2106.09685). For an embedding I is V and O is D.
 
-    master_a, master_b: [R, I] and [O, R], the fp32 parameters that receive dA and dB. Their values are not read.
+    master_a, master_b: [R, I] and [O, R], the fp32 master weights. They receive the gradients; their values are not read.
     a, b: [R, I] and [O, R] in the compute dtype, a = A and b = scaling * B, as published to the sampler.
-    scaling: alpha / r (or alpha / sqrt(r)), needed for dB only.
+    scaling: alpha / r (or alpha / sqrt(r)), used for dB only.
     """
 
     master_a: torch.Tensor
@@ -59,7 +59,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A frozen linear layer, weight [O, I] and bias [O] or None, with its adapter or without one."""
+    """A frozen linear layer: weight [O, I], bias [O] or None, and its adapter or None."""
 
     weight: torch.Tensor | Nf4Weight
     bias: torch.Tensor | None
@@ -67,19 +67,19 @@ class Projection:
 
 
 def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
-    """`x W^T + bias + (x a^T) b^T`: [..., I] to [..., O] in x's dtype, with gradients for x and for the masters."""
+    """`x W^T + bias + (x a^T) b^T`: [..., I] to [..., O] in x's dtype, differentiable in x and the master weights."""
     return lora_projections(x, (projection,))[0]
 
 
 def lora_projections(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
-    """`lora_linear` of several layers that read the same x [..., I]; returns one [..., O_i] for each, in order."""
+    """`lora_linear` for several layers that read the same x [..., I]; returns one [..., O_i] for each, in order."""
     x_TI = x.reshape(-1, x.shape[-1])
     outputs = _Projections.apply(x_TI, _constants(projections), *_tensors(projections))
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in outputs)
 
 
 def lora_mlp(x: torch.Tensor, gate_up_down: Sequence[Projection], activation: Activation = "silu") -> torch.Tensor:
-    """`down(act(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202), [..., I] to [..., O]; gradients as `lora_linear`'s."""
+    """`down(act(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202), [..., I] to [..., O]; gradients as in `lora_linear`."""
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO = _MLP.apply(x_TI, activation, _constants(gate_up_down), *_tensors(gate_up_down))
     return y_TO.view(*x.shape[:-1], y_TO.shape[1])
@@ -93,15 +93,15 @@ def lora_embedding(
     multiplier: float = 1.0,
     padding_idx: int | None = None,
 ) -> torch.Tensor:
-    """`embedded + multiplier * a^T[ids] b^T`: [..., D] in the dtype of `embedded`, with gradients for it and for the masters.
+    """`embedded + multiplier * a^T[ids] b^T`: [..., D] in the dtype of `embedded`, differentiable in it and the master weights.
 
-    A token that occurs several times gets the sum of its gradients, formed in the masters' dtype and always in one order.
+    The gradients of a repeated token are summed in the dtype of the master weights, in a fixed order.
 
     Args:
         ids: token ids, [...].
-        embedded: what the frozen embedding gives for them, [..., D].
-        multiplier: what the model multiplies its embeddings with inside the layer (Gemma: sqrt(D)).
-        padding_idx: a token whose column of A gets no gradient, as `torch.nn.Embedding` has it.
+        embedded: output of the frozen embedding for these ids, [..., D].
+        multiplier: factor that the model's embedding layer applies to its output (Gemma: sqrt(D)).
+        padding_idx: a token whose column of A gets no gradient, as in `torch.nn.Embedding`.
     """
     assert embedded.shape[:-1] == ids.shape
     embedded_TD = embedded.reshape(-1, embedded.shape[-1])
@@ -167,7 +167,7 @@ class _MLP(torch.autograd.Function):
             act_TM = _activate(gate_TM, ctx.activation)
             d_product_TM, of_down = _backward(act_TM * up_TM, h_of_down_TR, [grad_TO], [down], needs_dx=True)
             assert d_product_TM is not None
-            # From here on `act` and `d_product` are needed for nothing else, so their memory takes the gradients.
+            # `act` and `d_product` are not needed any more, so the gradients overwrite them.
             d_up_TM = act_TM.mul_(d_product_TM)
             d_gate_TM = _activation_backward(d_product_TM.mul_(up_TM), gate_TM, ctx.activation)
         dx_TI, of_inputs = _backward(x_TI, h_TS, [d_gate_TM, d_up_TM], [gate, up], needs_dx=ctx.needs_input_grad[0])
@@ -208,7 +208,7 @@ MasterGradients = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _forward(x_TI: torch.Tensor, layers: Sequence[Projection]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """The outputs [T, O] of layers that read the same x, and h [T, S] of those with an adapter, side by side."""
+    """The outputs [T, O] of layers that read the same x, and the h of those with an adapter, concatenated to [T, S]."""
     adapters = [layer.adapter for layer in layers if layer.adapter is not None]
     h_TS = x_TI @ _stacked(adapters).t() if adapters else None
     outputs = []
@@ -229,7 +229,7 @@ def _backward(
     *,
     needs_dx: bool,
 ) -> tuple[torch.Tensor | None, list[MasterGradients]]:
-    """dx [T, I], summed over the layers, and (dA, dB) of each layer; None where an output has no gradient."""
+    """dx [T, I], summed over the layers, and (dA, dB) of each layer; None if a layer's output has no gradient."""
     gradients: list[MasterGradients] = [(None, None)] * len(layers)
     columns = _columns(layers)
     used = [(i, grad_TO, layers[i]) for i, grad_TO in enumerate(grads_TO) if grad_TO is not None]
@@ -241,13 +241,13 @@ def _backward(
     u_TS = _side_by_side([grad_TO @ adapter.b for _, grad_TO, adapter in adapted])
     dx_TI: torch.Tensor | None = None
     if needs_dx:
-        # All adapters with the first layer's product: dx is written once for both.
+        # All adapters are added together with the first layer's product, so dx is written once for both.
         grad_TO, weight_OI = bare[0]
         dx_TI = _product_with_adapter(grad_TO, _dense(weight_OI), u_TS, _stacked(adapters))
         dx_TI = _sum_of_products(dx_TI, bare[1:])
     da = (u_TS.t() @ x_TI).to(adapters[0].master_a.dtype).split([adapter.a.shape[0] for adapter in adapters])
     for (i, grad_TO, adapter), da_RI in zip(adapted, da, strict=True):
-        # Transposed: the product with the larger matrix on the right takes three quarters of the time on CPU.
+        # Transposed because a product with the larger matrix on the right takes three quarters of the time on CPU.
         db_RO = h_TS[:, columns[i]].t() @ grad_TO
         db_OR = torch.empty_like(adapter.master_b).copy_(db_RO.t()).mul_(adapter.scaling)
         gradients[i] = (da_RI, db_OR)
@@ -259,21 +259,21 @@ def _product_with_adapter(
 ) -> torch.Tensor:
     """`x w + h b + bias`, [T, N]: y of a forward, dx of a backward."""
     if _has_kernel(x_TK):
-        from .triton import lora  # only here: a machine without such a device needs no Triton
+        from .triton import lora  # a machine without such a device needs no Triton
 
         return lora.product_with_adapter(x_TK, w_KN, h_TR, b_RN, bias_N)
     return linear(x_TK, w_KN.t(), bias_N).addmm_(h_TR, b_RN)
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
-    """Whether `kernels/triton/lora.py` serves it: its tiles are those of 16-bit operands."""
+    """Whether `kernels/triton/lora.py` supports x. Its tiles are for 16-bit operands."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _sum_of_products(
     total: torch.Tensor | None, factors: Sequence[tuple[torch.Tensor, torch.Tensor | Nf4Weight]]
 ) -> torch.Tensor | None:
-    """`total` plus the product of each pair, in place; None for nothing at all."""
+    """`total` plus the product of each pair, in place; None if there is neither."""
     for left, right in factors:
         total = left @ _dense(right) if total is None else total.addmm_(left, _dense(right))
     return total
@@ -284,13 +284,13 @@ def _dense(weight: torch.Tensor | Nf4Weight) -> torch.Tensor:
 
 
 def _columns(layers: Sequence[Projection]) -> list[slice]:
-    """Which columns of h [T, S] are each layer's; none for a layer without an adapter."""
+    """Each layer's columns of h [T, S]; empty for a layer without an adapter."""
     ends = list(itertools.accumulate(0 if layer.adapter is None else layer.adapter.a.shape[0] for layer in layers))
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _stacked(adapters: Sequence[Adapter]) -> torch.Tensor:
-    """Their `a` as one [S, I]."""
+    """Their `a`, concatenated to [S, I]."""
     return adapters[0].a if len(adapters) == 1 else torch.cat([adapter.a for adapter in adapters])
 
 
@@ -299,7 +299,7 @@ def _side_by_side(parts_TR: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _has_swiglu(gate_TM: torch.Tensor, up_TM: torch.Tensor, activation: Activation) -> bool:
-    """Whether `kernels/triton/swiglu.py` serves it."""
+    """Whether `kernels/triton/swiglu.py` supports these tensors and this activation."""
     return activation == "silu" and runs_triton(gate_TM, up_TM)
 
 

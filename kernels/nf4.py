@@ -1,11 +1,11 @@
 """Frozen weights in 4 bits: NF4 (arXiv 2305.14314) by bitsandbytes, 0.5625 bytes a value.
 
     weight = Nf4Weight.quantise(linear.weight)      # packed, with one scale for each block of 64 values
-    y = x @ weight.dense().t()                      # formed again ahead of each product, in the dtype that it came in
+    y = x @ weight.dense().t()                      # dequantised before each product, to the original dtype
 
-The scales are not quantised once more. So rounding is idempotent in bf16 and fp32: `dense()` quantised again gives the same
-bits, and a model whose weights were rounded so on their way in (the sampler's) computes with the numbers that `dense()` gives.
-It is also what transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` makes of a weight.
+The scales are not quantised (no double quantisation), so rounding is idempotent in bf16 and fp32: quantising `dense()` again
+gives the same bits. A model whose weights were rounded in this way while loading (the sampler's) therefore has exactly the
+values of `dense()`. transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` gives the same.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PIECE = 2**16  # values; a multiple of the block's
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Nf4Weight:
-    """A weight [O, I] in 4 bits, and what a tensor of its size would say of itself.
+    """A weight [O, I] in 4 bits.
 
     packed: two values a byte, uint8.
     absmax: the scale of each block, fp32.
-    shape, dtype: of the weight that it stands for.
+    shape, dtype: of the dequantised weight.
     """
 
     packed: torch.Tensor
@@ -40,9 +40,9 @@ class Nf4Weight:
     @staticmethod
     def quantise(weight: torch.Tensor) -> Nf4Weight:
         """Round `weight`, of any shape in fp32, bf16 or fp16, on its own device."""
-        from bitsandbytes.functional import quantize_4bit  # only here: its import takes a second
+        from bitsandbytes.functional import quantize_4bit  # this import takes a second
 
-        # On CPU in pieces: there bitsandbytes compares each value with all 16 at once, in fp32, some 200 bytes a value.
+        # In pieces on CPU, where bitsandbytes compares each value with all 16 codes at once, taking some 200 bytes a value.
         flat = weight.reshape(-1)
         pieces = flat.split(PIECE) if flat.device.type == "cpu" else (flat,)
         packed, states = zip(*(quantize_4bit(p, blocksize=BLOCKSIZE, quant_type=QUANT_TYPE) for p in pieces), strict=True)
@@ -50,7 +50,7 @@ class Nf4Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the packed weight."""
         return self.packed.device
 
     def dense(self) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Nf4Weight:
             return dequantise(self.packed, self.absmax, code, self.shape, self.dtype, blocksize=BLOCKSIZE)
         import bitsandbytes  # noqa: F401  # registers the operator
 
-        # As one row: of a matrix bitsandbytes' CPU kernel takes scales by row, which is wrong where rows are no whole blocks.
+        # As one row: for a matrix, bitsandbytes' CPU kernel assumes that rows consist of complete blocks.
         flat = (self.shape.numel(),)
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, flat, self.dtype
@@ -70,13 +70,13 @@ class Nf4Weight:
 
 
 def nf4_bytes(values: int) -> int:
-    """Bytes that a weight of so many values takes."""
+    """Bytes of a weight with this number of values, scales included."""
     return math.ceil(values / 2) + 4 * math.ceil(values / BLOCKSIZE)
 
 
 @functools.cache
 def _code(device: torch.device) -> torch.Tensor:
-    """The 16 values that 4 bits stand for."""
+    """The values of the 16 codes."""
     from bitsandbytes.functional import get_4bit_type
 
     return get_4bit_type(QUANT_TYPE, device=device)

@@ -3,14 +3,13 @@
     y = rms_norm(x, weight, eps)                        # weight * round(x / rms)           Llama, Qwen, Mistral
     y = rms_norm(x, weight, eps, unit_offset=True)      # round((1 + weight) * x / rms)     Gemma
 
-The forward is transformers' own, operation by operation, so its output is the same to the last bit. The backward keeps x and
-one number a row, where autograd keeps x in fp32 and a product of its size. On a CUDA device the kernels of
-`triton/rms_norm.py` do the same; their sums run in another order, so there the last bit may differ. With n = x / rms and
-d = dL/dn
+The forward does the same operations as transformers, so its output is bit-exact. It saves x and one number a row for the
+backward, where autograd would save x in fp32 and a product of its size. On a CUDA device the kernels of `triton/rms_norm.py`
+compute the same, but sum in another order, so the last bit may differ. With n = x / rms and d = dL/dn
 
     dx = (d - n mean(d n)) / rms
 
-Shapes: D the width that is normalised; x may have any number of leading dimensions.
+Shapes: D the normalised width; x may have any number of leading dimensions.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .device import runs_triton
 
 WIDEST = 16_384
-"""D up to which there is a kernel: it holds a row in registers."""
+"""Largest D that the kernels support: they hold a row in registers."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool = False) -> torch.Tensor:
@@ -36,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
         ctx.unit_offset = unit_offset
         if _has_kernel(x, weight_D):
-            from .triton import rms_norm as kernel  # only here: a machine without such a device needs no Triton
+            from .triton import rms_norm as kernel  # a machine without such a device needs no Triton
 
             y, inverse_rms = kernel.normalise(x, weight_D, eps, unit_offset=unit_offset)
             ctx.save_for_backward(x, weight_D, inverse_rms)
@@ -60,7 +59,7 @@ class _RMSNorm(torch.autograd.Function):
         weight_D = 1.0 + _wide(weight_D) if ctx.unit_offset else weight_D
         d_normed = grads[0] * weight_D
         x32, d32 = _wide(x), _wide(d_normed)
-        # n mean(d n) / rms = x sum(d x) / (D rms^3): no tensor of n's is formed.
+        # n mean(d n) / rms = x sum(d x) / (D rms^3), which does not form n.
         factor = torch.linalg.vecdot(d32, x32).unsqueeze(-1).mul_(inverse_rms**3 / -x.shape[-1])
         dx = torch.addcmul(d32 * inverse_rms, x32, factor)
         return dx.to(x.dtype), None, None, None

@@ -1,11 +1,11 @@
-"""Attention over packs in which each prompt stands once, followed by its completions.
+"""Attention over packs that contain each prompt once, followed by its completions.
 
 A pack is one row of tokens: `[prompt | completion 1 | ... | completion G] [prompt | ...] ...`, without padding. The prompt
 attends causally to itself; a completion attends to its prompt and, causally, to itself; position ids of every completion
-start at the prompt's length. Attention is the only layer that has to know, so the function is registered with transformers'
-`AttentionInterface` as `NAME`, and the layout goes through the model's forward as the keyword `shared_prompt_layout`.
+start at the prompt's length. No other layer depends on the layout, so the function is registered with transformers'
+`AttentionInterface` as `NAME`, and the layout is passed to the model's forward as the keyword `shared_prompt_layout`.
 
-Legend: L tokens of the pack, H query heads, K key/value heads, D head dimension.
+Shapes: L tokens of the pack, H query heads, K key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .attention_plan import BlockPlan, plan_blocks
 from .attention_varlen import SequencePlan, plan_sequences, varlen_attention
 
 NAME = "rankup_shared_prompt"
-# Keywords with which models of transformers ask for more than causal attention: a cap on the scores, sinks, a window, a bias.
+# Keywords that models of transformers use for more than causal attention: a cap on the scores, sinks, a window, a bias.
 OTHER_KINDS = ("softcap", "s_aux", "sliding_window", "position_bias")
 
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
-    """Where one group lies in the pack: the slices of its prompt and of each completion, empty ones included."""
+    """One group's position in the pack: the slices of its prompt and of each completion, including empty ones."""
 
     prompt: slice
     completions: tuple[slice, ...]
@@ -37,9 +37,9 @@ class GroupLayout:
 
 @dataclass(frozen=True, eq=False)
 class SharedPromptLayout:
-    """The layout of a whole pack: its groups in order, `length` tokens in all.
+    """The layout of a pack: its groups in order, `length` tokens in total.
 
-    What attention needs to know about it is worked out once, on first use, and serves all layers.
+    The plans for attention are computed on first use and shared by all layers.
     """
 
     groups: tuple[GroupLayout, ...]
@@ -84,8 +84,8 @@ def shared_prompt_attention(
 ) -> torch.Tensor:
     """Exact attention for the layout. Query [H, L, D], key and value [K, L, D] with K dividing H; returns [L, H, D].
 
-    What flash kernels are not made for (fp32, other devices) goes to `block_attention`, which is plain torch and keeps nothing
-    quadratic either. On CPU it is also the faster one: torch's flash kernel takes 2 to 6 times as long there.
+    If the flash kernels do not support the query (fp32, other devices), `block_attention` computes in plain torch, also without
+    quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
     """
     scale: float = query_HLD.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_varlen.is_available_for(query_HLD):
@@ -106,21 +106,21 @@ def transformers_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`shared_prompt_attention` in the form that transformers calls: [1, heads, L, D] in, [1, L, H, D] out.
+    """`shared_prompt_attention` with transformers' calling convention: [1, heads, L, D] in, [1, L, H, D] out.
 
     Raises:
-        ValueError: the model asks for another kind of attention.
+        ValueError: the model needs another kind of attention.
     """
-    asked_for = [name for name in OTHER_KINDS if kwargs.get(name) is not None]
-    if asked_for:
-        raise ValueError(f"{type(module).__name__} asks for attention with {asked_for[0]}: its prompts cannot be shared")
+    unsupported = [name for name in OTHER_KINDS if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"{type(module).__name__} uses attention with {unsupported[0]}: its prompts cannot be shared")
     assert query.shape[0] == 1 and query.shape[2] == shared_prompt_layout.length, "one pack at a time"
-    assert dropout == 0.0, "dropout would make trainer and sampler two policies"
+    assert dropout == 0.0, "with dropout the trained policy would not be the sampled one"
     return shared_prompt_attention(query[0], key[0], value[0], shared_prompt_layout, scaling)[None], None
 
 
 def register() -> None:
-    """Make `attn_implementation=NAME` known to transformers. The layout says all, so no mask is built for it."""
+    """Register `attn_implementation=NAME` with transformers. The layout replaces the mask, so none is built."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, transformers_attention)

@@ -16,7 +16,7 @@ import gc
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -210,12 +210,14 @@ class RolloutEngine:
         """Log-probability of every token but the first of each sequence, under the engine's policy at temperature 1."""
         from vllm import SamplingParams
 
-        # With `prompt_logprobs` vLLM computes the whole prompt, even if its prefix is cached.
+        # With `prompt_logprobs` vLLM computes the complete prompt, even if a prefix is cached.
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         results: list[list[float]] = [[] for _ in sequences]
         for index, output in self._run(((ids, params) for ids in sequences), use_adapter=use_adapter):
-            pairs = zip(output.prompt_logprobs[1:], sequences[index][1:], strict=True)
-            results[index] = [at_position[token].logprob for at_position, token in pairs]
+            assert output.prompt_logprobs is not None
+            candidates = [of_token for of_token in output.prompt_logprobs if of_token is not None]  # None for the first token
+            pairs = zip(candidates, sequences[index][1:], strict=True)
+            results[index] = [of_token[token].logprob for of_token, token in pairs]
         return results
 
     def close(self) -> None:
@@ -236,7 +238,7 @@ class RolloutEngine:
 
     def _run(
         self, requests: Iterable[tuple[Sequence[int], SamplingParams]], *, use_adapter: bool
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    ) -> Generator[tuple[int, RequestOutput]]:
         """Submit all requests and yield each one's index and output when it is finished. Aborts the others if closed early."""
         self._ensure_active()
         running: dict[str, int] = {}

@@ -190,7 +190,7 @@ class Policy:
             token_loss,
             temperature=temperature,
             chunk_bytes=self._logits_bytes,
-            visits=visits,
+            passes=visits,
             factor=factor,
         )
         loss.backward()

@@ -1,10 +1,10 @@
-"""Compile a Triton kernel for a GPU that need not be present, and see what it takes.
+"""Compile a Triton kernel for a GPU that need not be installed, and read off the resources that it uses.
 
     build = compile_for(80, kernel, x_ptr=torch.empty(4096, device="meta"), n=4096, BLOCK=1024, num_warps=4)
     assert build.fits and build.stack == 0 and build.count("mma.sync")
 
-Arguments are given as to a launch and specialised as by one: a stride of 1 is a constant, a multiple of 16 is known as such,
-and a tensor on the meta device counts as aligned. So the build is the one that a launch with these arguments would run.
+Arguments are those of a launch and are specialised in the same way: a stride of 1 is a constant, divisibility by 16 is known,
+and a tensor on the meta device counts as aligned. So the build is the one that such a launch would run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ WARP = 32
 class Build:
     """One kernel for one target.
 
-    registers: of a thread. stack, local: bytes of a thread outside its registers (what is spilled, and arrays).
-    shared: bytes of a block. tensor_columns: tensor memory of a block. instructions: the PTX's, by name with all suffixes.
+    registers: per thread. stack, local: bytes of a thread outside its registers (spills and arrays).
+    shared: bytes per block. tensor_columns: tensor memory per block. instructions: counts in the PTX by name with all suffixes.
     """
 
     capability: int
@@ -46,18 +46,18 @@ class Build:
 
     @property
     def fits(self) -> bool:
-        """Whether the chip could launch it: otherwise Triton raises `OutOfResources` there."""
+        """Whether the chip can launch it. If not, Triton raises `OutOfResources` there."""
         return self.shared <= SHARED_MEMORY[self.capability] and self.tensor_columns <= TENSOR_MEMORY
 
     def count(self, name: str) -> int:
-        """How many instructions there are of this name, such as "wgmma.mma_async" or "atom": suffixes do not matter."""
+        """The number of instructions with this name, such as "wgmma.mma_async" or "atom", and any suffixes."""
         return sum(n for full, n in self.instructions.items() if f"{full}.".startswith(f"{name}."))
 
 
 def compile_for(capability: int, kernel: JITFunction[Any], **arguments: Any) -> Build:
     """The build of `kernel` that a launch with these arguments would run; `num_warps` and `num_stages` may be among them.
 
-    The capability is one of `SHARED_MEMORY`. Under Triton's interpreter nothing can be compiled.
+    The capability is one of `SHARED_MEMORY`. Does not work under Triton's interpreter.
     """
     target = GPUTarget("cuda", capability, WARP)
     backend = make_backend(target)

@@ -2,10 +2,10 @@
 
     arithmetic = TritonRows(factor=1 / temperature, softcap=None)
     rows = arithmetic.measure(logits_nV, targets_n)
-    factor_n1 = arithmetic.gradient_in_place(logits_nV, targets_n, rows, slopes)      # logits_nV holds the gradient now
+    factor_n1 = arithmetic.gradient_in_place(logits_nV, targets_n, rows, slopes)      # logits_nV now holds the gradient
 
-The same as `kernels/logprob_rows.py`, except that the logits stay what they are until the gradient takes their place. Both
-kernels compute in fp32 and form each number in one program, so their results are the same in every run.
+The same as `kernels/logprob_rows.py`, except that `measure` leaves the logits unchanged. Both kernels compute in fp32, and each
+number is computed by one program in a fixed order, so results are the same in every run.
 
 Shapes: n rows of logits, V vocabulary.
 """
@@ -25,20 +25,20 @@ MEASURE_BLOCK = 4096
 GRADIENT_BLOCK = 2048
 WARPS = 8
 
-# exp is 0 from about -104 on: clamped here, neither a logit of -inf nor a difference that overflows gives NaN (0 * inf).
+# exp is 0 below about -104. Clamping here keeps logits of -inf and overflowing differences from giving NaN (0 * inf).
 NOTHING = tl.constexpr(-1000.0)
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @dataclass(frozen=True, slots=True)
 class TritonRows:
-    """What `TorchRows` does, with logits in fp32, bf16 or fp16 and everything else in fp32."""
+    """`TorchRows` as Triton kernels, for logits in fp32, bf16 or fp16; everything else is fp32."""
 
     factor: float
     softcap: float | None
 
     def measure(self, logits_nV: torch.Tensor, targets_n: torch.Tensor, *, keep: bool = True) -> Rows:
-        """Log-probabilities of the targets (int64) and entropies; a target outside the vocabulary has the former NaN."""
+        """Statistics of the rows. The log-probability of a target (int64) outside the vocabulary is NaN."""
         rows = Rows(*logits_nV.new_empty(4, logits_nV.shape[0], dtype=torch.float32))
         if len(logits_nV):
             with torch.cuda.device_of(logits_nV):  # Triton launches on the current device, whatever the tensors' is
@@ -46,11 +46,7 @@ class TritonRows:
         return rows
 
     def gradient_in_place(self, logits_nV: torch.Tensor, targets_n: torch.Tensor, rows: Rows, slopes: Slopes) -> torch.Tensor:
-        """Replace the logits that were measured by the loss's gradient, except for a factor of each row.
-
-        Returns:
-            these factors, [n, 1].
-        """
+        """Replace the logits by their gradient, up to a factor of each row; returns the factors [n, 1]."""
         assert slopes.any
         arguments = self.gradient_arguments(logits_nV, targets_n, rows, slopes)
         if len(logits_nV):
@@ -62,13 +58,13 @@ class TritonRows:
         return torch.full_like(rows.log_sum_n, -self.factor)[:, None]
 
     def measure_arguments(self, logits_nV: torch.Tensor, targets_n: torch.Tensor, rows: Rows) -> dict[str, Any]:
-        """What `measure_kernel` is launched with, by name."""
+        """The arguments of `measure_kernel`, by name."""
         return {"logprobs": rows.logprobs_n, **self._arguments(logits_nV, targets_n, rows, MEASURE_BLOCK)}
 
     def gradient_arguments(
         self, logits_nV: torch.Tensor, targets_n: torch.Tensor, rows: Rows, slopes: Slopes
     ) -> dict[str, Any]:
-        """What `gradient_kernel` is launched with, by name; for a slope that is not there it has None."""
+        """The arguments of `gradient_kernel`, by name; None for missing slopes."""
         logprob_slopes, entropy_slopes = (None if slope_n is None else slope_n.contiguous() for slope_n in slopes)
         arguments = self._arguments(logits_nV, targets_n, rows, GRADIENT_BLOCK)
         return {**arguments, "logprob_slopes": logprob_slopes, "entropy_slopes": entropy_slopes}
@@ -114,7 +110,7 @@ def measure_kernel(
     softcap,
     BLOCK: tl.constexpr,
 ):
-    """A row, a block of its logits at a time; when a larger one appears, the sums so far are rescaled to it."""
+    """One row, a block of logits at a time. When a larger logit appears, the sums so far are rescaled to it."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     columns = tl.arange(0, BLOCK)

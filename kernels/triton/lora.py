@@ -1,4 +1,4 @@
-"""The product of a layer and that of its adapter in one kernel: `x w + h b`, with the rank as further steps of the same sum.
+"""A layer's product and its adapter's in one kernel: `x w + h b`, the rank being further steps of the same sum.
 
     h = x @ a.t()
     y = product_with_adapter(x, weight.t(), h, b.t(), bias)    # x W^T + h b^T + bias, of a forward
@@ -6,11 +6,11 @@
     dx = product_with_adapter(grad, weight, u, a)              # g W + u a, of a backward
 
 A block of the output is summed in fp32 over blocks of W, then over blocks of the rank, and is rounded and written once. Both
-loops move blocks through the same shared memory, so the rank takes none of its own: a kernel that holds all of it beside W's
-blocks needs more than A100, H100 or B200 have at r = 128. Sums have one order and no atomics: the same input, the same bits.
+loops use the same shared memory, so the rank needs no additional memory: a kernel that holds all of it next to W's blocks needs
+more than an A100, H100 or B200 has at r = 128. Sums have a fixed order and no atomics, so results are deterministic.
 
-The other products of LoRA (h, u, dA, dB) are left to cuBLAS. Their output has r rows or columns, and those over tokens, dA and
-dB, are short of blocks unless the tokens are split: cuBLAS does that with a workspace, in a fixed order on one stream.
+cuBLAS computes the other products of LoRA (h, u, dA, dB). Their output has r rows or columns, and dA and dB, which sum over
+tokens, have too few blocks unless the tokens are split: cuBLAS does that with a workspace, in a fixed order on one stream.
 
 Shapes: T tokens, K and N input and output width of the product (I and O forward, O and I backward), R rank.
 """
@@ -27,7 +27,7 @@ import triton.language as tl
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the product is cut: blocks of the output [tokens, columns], `depth` of K in a step, `stages` steps in flight."""
+    """How the product is tiled: blocks of the output [tokens, columns], `depth` of K in a step, `stages` steps in flight."""
 
     tokens: int
     columns: int
@@ -44,7 +44,7 @@ TILES = {
     (10, 0): Tile(tokens=128, columns=256, depth=64, warps=8, stages=4),
 }
 OTHER_TILE = Tile(tokens=128, columns=128, depth=64, warps=8, stages=3)
-"""For every other chip from 8.0 on, the smallest of which have 99 KiB, and for Triton's interpreter."""
+"""For all other chips from 8.0 on, of which the smallest have 99 KiB, and for Triton's interpreter."""
 
 RANK_BLOCKS = (64, 32, 16)
 TILES_IN_A_GROUP = 8
@@ -81,7 +81,7 @@ def launch_arguments(
     *,
     tile: Tile,
 ) -> dict[str, Any]:
-    """What `product_with_adapter_kernel` is launched with, by name."""
+    """The arguments of `product_with_adapter_kernel`, by name."""
     (tokens, depth), (rank, columns) = x_TK.shape, b_RN.shape
     assert w_KN.shape == (depth, columns) and h_TR.shape == (tokens, rank) and out_TN.shape == (tokens, columns)
     assert out_TN.is_contiguous() and (bias_N is None or bias_N.is_contiguous())
@@ -116,7 +116,7 @@ def launch_arguments(
 
 
 def _rank_block(rank: int, depth: int) -> int:
-    """The largest block that divides the rank, so that of 96 three steps of 32 are full; else the smallest that holds it."""
+    """The largest block that divides the rank (96 takes three steps of 32), otherwise the smallest block that holds it."""
     blocks = [block for block in RANK_BLOCKS if block <= depth]
     return next((block for block in blocks if rank % block == 0), min((b for b in blocks if b >= rank), default=blocks[0]))
 
@@ -150,12 +150,12 @@ def product_with_adapter_kernel(
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One block of the output. GROUP rows of blocks down, then one column on: what runs together finds its input in the L2."""
+    """One block of the output. Programs go down GROUP rows of blocks, then one column on, to share input in the L2."""
     blocks_in_group = GROUP * tl.cdiv(N, BLOCK_N)
     group, within = tl.program_id(0) // blocks_in_group, tl.program_id(0) % blocks_in_group
     rows_of_blocks = min(tl.cdiv(T, BLOCK_T) - group * GROUP, GROUP)
     block_t, block_n = group * GROUP + within % rows_of_blocks, within // rows_of_blocks
-    # In 64 bits: tokens times width passes 2^31 in long batches of wide layers.
+    # 64 bits, because tokens times width exceeds 2^31 in long batches of wide layers.
     rows = (block_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     columns = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
     is_row, is_column = rows < T, columns < N
@@ -173,7 +173,7 @@ def product_with_adapter_kernel(
 
 @triton.jit
 def _add_product(total, left_ptrs, right_ptrs, left_stride, right_stride, is_row, is_column, depth, BLOCK: tl.constexpr):
-    """`total + left @ right` over `depth`, BLOCK of it in a step. Pointers are to the rows [T, 1] and columns [1, N]."""
+    """`total + left @ right`, summed over `depth` in steps of BLOCK. Pointers are to the rows [T, 1] and columns [1, N]."""
     steps = tl.arange(0, BLOCK)
     left_ptrs += steps[None, :] * left_stride
     right_ptrs += steps[:, None] * right_stride

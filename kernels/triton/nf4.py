@@ -1,11 +1,11 @@
-"""Weights that bitsandbytes packed into 4 bits (NF4, arXiv 2305.14314), formed again ahead of the product with them.
+"""Dequantisation of weights that bitsandbytes packed into 4 bits (NF4, arXiv 2305.14314).
 
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
     weight = dequantise(packed, state.absmax, state.code, state.shape, torch.bfloat16, blocksize=state.blocksize)
 
-Where the scales are packed too (`state.nested`), bitsandbytes forms them first:
+If the scales are quantised too (`state.nested`), dequantise them first with bitsandbytes:
 `dequantize_blockwise(state.absmax, state.state2) + state.offset`. A value is `code[4 bits] * scale of its block`, multiplied in
-fp32 and rounded once, as bitsandbytes does it.
+fp32 and rounded once, as in bitsandbytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def dequantise(
     Args:
         packed: two values a byte, the first in the upper half, uint8 of any shape.
         absmax: scale of each block of `blocksize` values, in fp32.
-        code: the 16 values that 4 bits stand for, in fp32.
+        code: the values of the 16 codes, in fp32.
         shape, dtype: of the result, dtype one of fp32, bf16 and fp16.
     """
     weight = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
@@ -50,7 +50,7 @@ def dequantise(
 def arguments(
     weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, *, blocksize: int
 ) -> dict[str, Any]:
-    """What the kernel is launched with, by name."""
+    """The kernel's arguments, by name."""
     count = weight.numel()
     assert packed.dtype == torch.uint8 and packed.numel() == math.ceil(count / 2) and weight.is_contiguous()
     assert absmax.dtype == code.dtype == torch.float32 and code.shape == (16,) and blocksize % 2 == 0

@@ -1,10 +1,10 @@
-"""RMSNorm with a frozen weight: a row is read once by the forward, and once with its gradient by the backward.
+"""RMSNorm with a frozen weight. The forward reads each row once, the backward once with its gradient.
 
     y, inverse_rms = normalise(x, weight, eps, unit_offset=False)
     dx = gradient(grad, x, weight, inverse_rms, unit_offset=False)
 
-The same as `kernels/rms_norm.py` in torch, in fp32 between what is read and what is written; a row's sums are formed in one
-program, so that results are the same in every run. A program holds whole rows in registers: one, or several narrow ones.
+The same as `kernels/rms_norm.py` in torch, with fp32 arithmetic between loads and stores. A row's sums are computed by one
+program, so results are the same in every run. A program holds complete rows in registers: one, or several narrow ones.
 
 Shapes: R rows, D their width; x may have any number of leading dimensions.
 """
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = 4096  # of a program, where a row is not wider
+ELEMENTS = 4096  # of a program, unless a row is wider
 ELEMENTS_OF_A_WARP = 512
 
 
@@ -31,7 +31,7 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset:
 def gradient(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, *, unit_offset: bool
 ) -> torch.Tensor:
-    """dx [..., D] in x's dtype, contiguous, of what `normalise` was given."""
+    """dx [..., D] in x's dtype, contiguous, for the arguments of `normalise` and its `inverse_rms`."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(backward_kernel, backward_arguments(dx, grad, x, weight, inverse_rms, unit_offset=unit_offset))
     return dx
@@ -40,7 +40,7 @@ def gradient(
 def forward_arguments(
     y: torch.Tensor, inverse_rms: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool
 ) -> dict[str, Any]:
-    """What `forward_kernel` is launched with, by name."""
+    """The arguments of `forward_kernel`, by name."""
     x_RD = _rows(x)
     tensors = {"y": y, "inverse_rms": inverse_rms, "x": x_RD, "weight": weight.contiguous()}
     return {**tensors, "eps": eps, "UNIT_OFFSET": unit_offset, **_sizes(x_RD, weight)}
@@ -49,14 +49,14 @@ def forward_arguments(
 def backward_arguments(
     dx: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, *, unit_offset: bool
 ) -> dict[str, Any]:
-    """What `backward_kernel` is launched with, by name."""
+    """The arguments of `backward_kernel`, by name."""
     x_RD, grad_RD = _rows(x), _rows(grad)
     tensors = {"dx": dx, "grad": grad_RD, "x": x_RD, "weight": weight.contiguous(), "inverse_rms": inverse_rms}
     return {**tensors, "grad_stride": grad_RD.stride(0), "UNIT_OFFSET": unit_offset, **_sizes(x_RD, weight)}
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[R, D] with neighbours beside each other; a copy only where a view cannot be that."""
+    """[R, D] with contiguous rows; a copy only if no view has them."""
     x_RD = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
 
@@ -106,7 +106,7 @@ def forward_kernel(
     if UNIT_OFFSET:
         normed *= 1.0 + factor
     else:
-        normed = normed.to(y.dtype.element_ty).to(tl.float32) * factor  # rounded in between, as transformers has it
+        normed = normed.to(y.dtype.element_ty).to(tl.float32) * factor  # rounded in between, as in transformers
     tl.store(y + row[:, None] * width + column, normed.to(y.dtype.element_ty), inside)
     tl.store(inverse_rms + row, inverse, row < rows)
 

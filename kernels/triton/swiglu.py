@@ -1,7 +1,7 @@
 """SiLU(gate) * up and its gradients, each number read once and written once.
 
     product = swiglu(gate, up)
-    swiglu_backward_in_place(d_product, product, gate, up)      # they hold the gradients of gate and of up now
+    swiglu_backward_in_place(d_product, product, gate, up)      # the first two now hold the gradients of gate and up
 
 Computed in fp32 and rounded once. All tensors have one shape and dtype (fp32, bf16 or fp16).
 """
@@ -26,16 +26,16 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward_in_place(d_product: torch.Tensor, product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
-    """From the gradient of the product, the gradient of gate into the memory of `d_product` and that of up into `product`'s.
+    """Given the gradient of the product, overwrite `d_product` with the gradient of gate, and `product` with that of up.
 
-    Gate and up stay as they are: a graph that is kept asks for them again. What `product` holds is not read.
+    Gate and up are unchanged, because a retained graph needs them again. The content of `product` is not read.
     """
     tensors = {"d_product": d_product, "product": product, "gate": gate.contiguous(), "up": up.contiguous()}
     _launch(backward_kernel, arguments(**tensors))
 
 
 def arguments(**tensors: torch.Tensor) -> dict[str, Any]:
-    """What a kernel is launched with, by name."""
+    """A kernel's arguments, by name."""
     gate = tensors["gate"]
     assert all(t.is_contiguous() and t.shape == gate.shape and t.dtype == gate.dtype for t in tensors.values())
     return {**tensors, "count": gate.numel(), "BLOCK": BLOCK, "num_warps": WARPS}

@@ -1,4 +1,4 @@
-"""The plan of units and blocks, and the arithmetic over them: the same whatever the blocks, and nothing quadratic kept."""
+"""The plan of units and blocks, and the arithmetic: independent of the blocks, and without quadratic memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rankup.kernels import attention_plan
 from rankup.kernels.attention_blocks import block_attention
 from rankup.kernels.attention_plan import BlockPlan, plan_blocks
 
-LIMITS = st.sampled_from([1, 200, 1000, 3000])  # one row of 32 scores at a time, some, and whole units
+LIMITS = st.sampled_from([1, 200, 1000, 3000])  # one row of 32 scores at a time, several, and complete units
 
 
 def plan_with(
@@ -28,7 +28,7 @@ def plan_with(
 
 @settings(deadline=None, max_examples=60)
 @given(groups=GROUPS, heads=HEADS, scores_limit=LIMITS, padding_limit=st.sampled_from([0, 300, 2**16]))
-def test_every_row_of_the_pack_has_its_place(
+def test_every_row_of_the_pack_is_assigned_once(
     groups: Groups, heads: tuple[int, int], scores_limit: int, padding_limit: int
 ) -> None:
     plan = plan_with(groups, heads, scores_limit=scores_limit, padding_limit=padding_limit)
@@ -71,22 +71,22 @@ def test_blocks_do_not_change_the_result(
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
-def test_a_tiny_limit_takes_sequences_apart() -> None:
-    """A test of blocks that took everything at once would prove nothing."""
+def test_a_tiny_limit_splits_sequences() -> None:
+    """Makes sure that the other tests run with more than one block."""
     groups = [(3, [2, 4, 4])]
     assert len(list(plan_with(groups, (4, 2), scores_limit=2**22).blocks())) == 2
     apart = plan_with(groups, (4, 2), scores_limit=2 * 4 * 32)
     assert apart.is_cut and [(b.start, b.stop) for b in apart.blocks()] == [(0, 2), (2, 3), *[(0, 2), (2, 4)] * 2, (0, 2)]
 
 
-def test_sequences_of_unlike_length_are_kept_apart() -> None:
+def test_sequences_of_different_lengths_are_in_different_units() -> None:
     groups = [(1, [2, 30, 29, 0, 3])]
     plan = plan_with(groups, (1, 1), scores_limit=2**22, padding_limit=100)  # 32 scores a token: room for three of padding
     assert [(unit.prompt_length, unit.count, unit.width) for unit in plan.units] == [(0, 1, 1), (1, 2, 30), (1, 2, 3)]
 
 
 def test_completions_behind_prompts_of_one_length_are_computed_together() -> None:
-    """In the pack's order, whatever their own lengths: those behind one prompt stay next to each other."""
+    """In the pack's order, so that those behind one prompt are next to each other."""
     plan = plan_with([(3, [4, 2]), (2, [4]), (3, [0]), (3, [3, 4])], (1, 1), scores_limit=2**22)
     assert [(unit.prompt_length, unit.count, unit.width) for unit in plan.units] == [(0, 4, 3), (3, 4, 4), (2, 1, 4)]
     assert [unit.prompts for unit in plan.units[1:]] == [((0, 2), (18, 2)), ((9, 1),)]
@@ -101,7 +101,7 @@ def test_gradcheck(groups: Groups, scores_limit: int) -> None:
 
 
 @pytest.mark.parametrize("scores_limit", [2**22, 200])
-def test_only_query_key_and_value_are_kept_for_the_backward(scores_limit: int) -> None:
+def test_only_query_key_and_value_are_saved_for_the_backward(scores_limit: int) -> None:
     groups = [(5, [9, 9, 2])]
     plan = plan_with(groups, (4, 2), scores_limit=scores_limit)
     qkv = random_qkv(groups, 4, 2)
@@ -112,7 +112,7 @@ def test_only_query_key_and_value_are_kept_for_the_backward(scores_limit: int) -
 
 
 @pytest.mark.parametrize("scores_limit", [2**22, 200])
-def test_few_weights_are_kept_and_change_no_gradient(scores_limit: int) -> None:
+def test_small_weights_are_saved_without_changing_gradients(scores_limit: int) -> None:
     groups = [(5, [9, 9, 2])]
     qkv = random_qkv(groups, 4, 2)
     count = 4 * 32 * (5 + 9 + 9 + 2)  # heads, a row of up to 32 keys, padded, and tokens
@@ -127,7 +127,7 @@ def test_few_weights_are_kept_and_change_no_gradient(scores_limit: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_recomputed_under_gradient_checkpointing() -> None:
+def test_gradients_under_gradient_checkpointing() -> None:
     groups = [(3, [2, 4]), (2, [5])]
     plan = plan_with(groups, (4, 2), scores_limit=2**22)
     qkv = random_qkv(groups, 4, 2)
@@ -149,8 +149,8 @@ def test_heads_first_in_memory_gives_the_same() -> None:
     torch.testing.assert_close(torch.autograd.grad(output, qkv, grad), expected)
 
 
-def test_scores_of_any_size_give_finite_weights() -> None:
-    """Padding and the mask must not meet in a row without a finite score, and large scores must not overflow."""
+def test_weights_are_finite_for_scores_of_any_size() -> None:
+    """No row may have only padding and masked scores, and large scores must not overflow."""
     groups = [(4, [3, 1, 5])]
     query, key, value = random_qkv(groups, 4, 2, dtype=torch.float32)
     qkv = (query.detach() * 1e4, key.detach(), value.detach())

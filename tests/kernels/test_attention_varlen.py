@@ -1,4 +1,4 @@
-"""One call of torch's kernels for a whole pack. On CPU their definition stands in for them; the test for `gpu` runs them."""
+"""One call of torch's kernels for a pack. On CPU a reference replaces them; the test marked `gpu` runs the real ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rankup.kernels.shared_prompt_attention import SharedPromptLayout, shared_pr
 
 
 def varlen_by_definition(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """What the documentation of `varlen_attn` says, sequence by sequence; accepts exactly the calls that it accepts."""
+    """`varlen_attn` as documented, sequence by sequence. Accepts exactly the same calls."""
     call = inspect.signature(varlen_attn).bind(*args, **kwargs)
     call.apply_defaults()
     a = call.arguments
@@ -68,8 +68,8 @@ def test_plan_of_a_pack() -> None:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
-def test_torch_takes_the_call(heads: tuple[int, int]) -> None:
-    """Through the real function, forward and backward, on tensors without data: its arguments, shapes and dtypes."""
+def test_torch_accepts_the_call(heads: tuple[int, int]) -> None:
+    """Calls the real function, forward and backward, on meta tensors: arguments, shapes and dtypes."""
     groups = [(3, [2, 4]), (1, [0])]
     qkv = [t.detach().to("meta", torch.bfloat16).requires_grad_() for t in random_qkv(groups, *heads, dim=8)]
     query, key, value = qkv
@@ -80,7 +80,7 @@ def test_torch_takes_the_call(heads: tuple[int, int]) -> None:
 
 
 def test_gradients_of_a_prompt_are_summed_in_fp32() -> None:
-    """Its own place gives 1, 102 completions give 256 and 101 times 1: 358. With a sum in bf16 on the way it would be 356."""
+    """1 from the prompt itself, 256 and 101 times 1 from its 102 completions: 358. A sum in bf16 would give 356."""
     plan = plan_sequences([(1, [1] * 102)])
     rows_LKD = torch.zeros(103, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     gathered = attention_varlen._Gather.apply(rows_LKD, plan)
@@ -101,7 +101,7 @@ def test_the_kernels_are_called_where_they_are_available(monkeypatch: pytest.Mon
         attention_varlen, "varlen_attn", lambda *args, **kwargs: calls.append(1) or varlen_by_definition(*args, **kwargs)
     )
     output = shared_prompt_attention(*qkv, SharedPromptLayout.build(groups), None)
-    assert len(calls) == 1, "one call for the whole pack"
+    assert len(calls) == 1, "one call for the pack"
     torch.testing.assert_close(output, row_by_row_attention(qkv, groups, 0.5))
 
 
@@ -110,7 +110,7 @@ def test_the_kernels_are_called_where_they_are_available(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("groups", [[(30, [20, 7, 33]), (11, [40, 0])], [(130, [63] * 8)], [(1, [1]), (5, [0])]])
 @pytest.mark.parametrize(("heads", "dim"), [((9, 3), 64), ((4, 4), 128)])
 def test_on_a_device(groups: Groups, heads: tuple[int, int], dim: int) -> None:
-    """bf16 through the kernels: at most 1.5 times the error of the blocks on CPU. fp32 through the blocks on the device."""
+    """bf16 uses the kernels: at most 1.5 times the error of the blocks on CPU. fp32 uses the blocks on the device."""
     qkv = random_qkv(groups, *heads, dim=dim, dtype=torch.bfloat16)
     grad = torch.randn(pack_length(groups), heads[0], dim).bfloat16()
 

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, and is not paged in anew."""
+"""Freed memory stays in the process and is not paged in again."""
 
 import ctypes
 import subprocess
@@ -26,7 +26,7 @@ print(before, int(kept), page_faults())
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
 def test_freed_memory_is_not_paged_in_again() -> None:
-    # In a process of its own: the setting is for good.
+    # In a separate process, because the setting cannot be undone.
     result = subprocess.run([sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     before, kept, after = map(int, result.stdout.split())
@@ -34,6 +34,6 @@ def test_freed_memory_is_not_paged_in_again() -> None:
     assert after < before / 5
 
 
-def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_set_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False

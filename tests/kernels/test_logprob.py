@@ -18,7 +18,7 @@ from rankup.kernels import logprob_rows
 from rankup.kernels.logprob import Head, TokenFactor, TokenLoss, chunk_rows, linear_logprob_loss, linear_logprobs
 from rankup.kernels.lora import Adapter
 
-ONE_CHUNK_IS_16_ROWS = 1  # byte: the least that a chunk holds is 16 rows
+ONE_CHUNK_IS_16_ROWS = 1  # byte: chunks have at least 16 rows
 
 
 def minus_logprob(logprobs_n: torch.Tensor, _entropy_n: torch.Tensor, _chunk: slice) -> torch.Tensor:
@@ -26,7 +26,7 @@ def minus_logprob(logprobs_n: torch.Tensor, _entropy_n: torch.Tensor, _chunk: sl
 
 
 def curved_loss(tokens: int, *, entropy: bool) -> TokenLoss:
-    """Another function for every token, none of them linear."""
+    """A different nonlinear function for every token."""
     weights_N = torch.linspace(-1, 2, tokens, dtype=torch.float64)
 
     def loss(logprobs_n: torch.Tensor, entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -37,7 +37,7 @@ def curved_loss(tokens: int, *, entropy: bool) -> TokenLoss:
 
 
 def sequence_loss(tokens: int, sequences: int) -> TokenLoss:
-    """Products of probabilities over interleaved sequences, clipped: nothing that a chunk could know, and not one per token."""
+    """Products of probabilities over interleaved sequences, clipped: no chunk suffices, and it is not one value per token."""
 
     def loss(logprobs_N: torch.Tensor, entropy_N: torch.Tensor, everything: slice) -> torch.Tensor:
         assert everything == slice(0, tokens)
@@ -49,7 +49,7 @@ def sequence_loss(tokens: int, sequences: int) -> TokenLoss:
 
 
 def uneven(logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> torch.Tensor:
-    """A factor of each token that depends on all of them, zero for every third."""
+    """A factor for each token that depends on all tokens, zero for every third."""
     assert not logprobs_N.requires_grad and not entropy_N.requires_grad
     return (torch.arange(len(logprobs_N)) % 3) * (entropy_N.mean() - 0.1 * logprobs_N.mean())
 
@@ -72,7 +72,7 @@ def assert_equals_full_logits(
 
 @contextmanager
 def blocks_of(rows: int, case: Case) -> Iterator[None]:
-    """Vocabularies of tests are small: one block would hold all rows."""
+    """With the small vocabularies of tests one block would hold all rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprob_rows, "CPU_BLOCK_BYTES", rows * 8 * case[1].weight_VD.shape[0])
         yield
@@ -92,7 +92,7 @@ def blocks_of(rows: int, case: Case) -> Iterator[None]:
     entropy=st.booleans(),
     chunk_bytes=st.sampled_from([ONE_CHUNK_IS_16_ROWS, 4000, 2**20]),
     block_rows=st.sampled_from([1, 3, 100]),
-    visits=st.sampled_from([1, 2]),
+    passes=st.sampled_from([1, 2]),
     factor=st.sampled_from([None, uneven]),
 )
 def test_any_shape_equals_full_logits(
@@ -105,13 +105,13 @@ def test_any_shape_equals_full_logits(
     entropy: bool,
     chunk_bytes: int,
     block_rows: int,
-    visits: Literal[1, 2],
+    passes: Literal[1, 2],
     factor: TokenFactor | None,
 ) -> None:
     case = make_case(tokens, vocabulary=vocabulary, rank=rank, softcap=softcap, scale=scale)
     loss = curved_loss(tokens, entropy=entropy)
     with blocks_of(block_rows, case):
-        assert_equals_full_logits(case, loss, temperature, factor, chunk_bytes=chunk_bytes, visits=visits)
+        assert_equals_full_logits(case, loss, temperature, factor, chunk_bytes=chunk_bytes, passes=passes)
         measured = linear_logprobs(*case, temperature=temperature, chunk_bytes=chunk_bytes)
     torch.testing.assert_close(measured, from_full_logits(*case, temperature))
     assert not measured[0].requires_grad and not measured[1].requires_grad
@@ -121,26 +121,26 @@ def test_any_shape_equals_full_logits(
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_loss_over_sequences_that_span_chunks(tokens: int, softcap: float | None) -> None:
     case = make_case(tokens, rank=2, softcap=softcap)
-    assert_equals_full_logits(case, sequence_loss(tokens, 3), chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=2)
+    assert_equals_full_logits(case, sequence_loss(tokens, 3), chunk_bytes=ONE_CHUNK_IS_16_ROWS, passes=2)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("factor", [None, uneven])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_two_visits_give_what_one_gives(entropy: bool, factor: TokenFactor | None, rank: int) -> None:
+def test_two_passes_equal_one(entropy: bool, factor: TokenFactor | None, rank: int) -> None:
     case = make_case(40, rank=rank)
     results = []
-    for visits in (1, 2):
-        options: dict[str, Any] = {"chunk_bytes": ONE_CHUNK_IS_16_ROWS, "visits": visits, "factor": factor}
+    for passes in (1, 2):
+        options: dict[str, Any] = {"chunk_bytes": ONE_CHUNK_IS_16_ROWS, "passes": passes, "factor": factor}
         loss, *measured = linear_logprob_loss(*case, curved_loss(40, entropy=entropy), **options)
         results.append((loss, *measured, *torch.autograd.grad(loss, leaves(*case[:2]))))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("visits", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "scale": 0.6}])
-def test_gradcheck(visits: Literal[1, 2], entropy: bool, head: dict[str, Any]) -> None:
+def test_gradcheck(passes: Literal[1, 2], entropy: bool, head: dict[str, Any]) -> None:
     hidden_ND, frozen, targets_N = make_case(20, hidden=3, vocabulary=7, rank=2, **head)
     adapter = frozen.adapter
     assert adapter is not None
@@ -154,9 +154,9 @@ def test_gradcheck(visits: Literal[1, 2], entropy: bool, head: dict[str, Any]) -
             curved_loss(20, entropy=entropy),
             temperature=0.8,
             chunk_bytes=ONE_CHUNK_IS_16_ROWS,
-            visits=visits,
+            passes=passes,
         )
-        return 3.0 * loss  # the incoming gradient counts
+        return 3.0 * loss  # so that the incoming gradient is not 1
 
     assert torch.autograd.gradcheck(function, (hidden_ND, adapter.master_a, adapter.master_b))
 
@@ -167,7 +167,7 @@ def relative_errors(exact: list[torch.Tensor], results: list[torch.Tensor]) -> t
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 20.0, "scale": 0.5}])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_bf16_errs_no_more_than_plain_bf16(head: dict[str, Any], entropy: bool) -> None:
+def test_bf16_is_as_accurate_as_plain_bf16(head: dict[str, Any], entropy: bool) -> None:
     """Against fp64 on the same bf16 numbers: log-probabilities, entropies and every gradient."""
     case = make_case(200, hidden=64, vocabulary=500, rank=8, dtype=torch.bfloat16, **head)
     hidden_ND, bf16_head, targets_N = case
@@ -192,8 +192,8 @@ def test_bf16_errs_no_more_than_plain_bf16(head: dict[str, Any], entropy: bool) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [0, 8])
-def test_a_token_that_is_switched_off_leaves_nothing(dtype: torch.dtype, rank: int) -> None:
-    """A factor of 0 or 1, given afterwards or known from the start: the same to the last bit."""
+def test_a_token_with_factor_zero_has_no_gradient(dtype: torch.dtype, rank: int) -> None:
+    """A factor of 0 or 1 gives bit-exact results whether it is applied afterwards or in the loss."""
     case, keep_N = make_case(200, hidden=64, vocabulary=500, rank=rank, dtype=dtype), torch.arange(200) % 3 > 0
     results = []
     for loss, factor in (
@@ -208,8 +208,8 @@ def test_a_token_that_is_switched_off_leaves_nothing(dtype: torch.dtype, rank: i
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-@pytest.mark.parametrize(("visits", "slices"), [(1, [(0, 14), (14, 28), (28, 40)]), (2, [(0, 40)])])
-def test_the_loss_sees_logprobs_and_entropies(visits: Literal[1, 2], slices: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("passes", "slices"), [(1, [(0, 14), (14, 28), (28, 40)]), (2, [(0, 40)])])
+def test_the_loss_sees_logprobs_and_entropies(passes: Literal[1, 2], slices: list[tuple[int, int]]) -> None:
     case = make_case(40)
     expected = from_full_logits(*case)
     seen = []
@@ -220,22 +220,22 @@ def test_the_loss_sees_logprobs_and_entropies(visits: Literal[1, 2], slices: lis
         assert logprobs_n.requires_grad and entropy_n.requires_grad
         return -logprobs_n
 
-    linear_logprob_loss(*case, loss, chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits)
+    linear_logprob_loss(*case, loss, chunk_bytes=ONE_CHUNK_IS_16_ROWS, passes=passes)
     assert seen == slices
 
 
-@pytest.mark.parametrize("visits", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_a_loss_of_the_entropy_alone(visits: Literal[1, 2], softcap: float | None) -> None:
+def test_a_loss_of_the_entropy_alone(passes: Literal[1, 2], softcap: float | None) -> None:
     case = make_case(20, rank=2, softcap=softcap)
-    assert_equals_full_logits(case, lambda _, entropy_n, __: entropy_n**2, chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits)
+    assert_equals_full_logits(case, lambda _, entropy_n, __: entropy_n**2, chunk_bytes=ONE_CHUNK_IS_16_ROWS, passes=passes)
 
 
-@pytest.mark.parametrize("visits", [1, 2])
-def test_a_constant_loss_has_no_gradient(visits: Literal[1, 2]) -> None:
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_constant_loss_has_no_gradient(passes: Literal[1, 2]) -> None:
     hidden_ND, head, targets_N = make_case(20, rank=2)
     loss, *_ = linear_logprob_loss(
-        hidden_ND, head, targets_N, lambda lp, _, __: torch.ones_like(lp), chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits
+        hidden_ND, head, targets_N, lambda lp, _, __: torch.ones_like(lp), chunk_bytes=ONE_CHUNK_IS_16_ROWS, passes=passes
     )
     assert loss.item() == 20
     assert [g.count_nonzero().item() for g in torch.autograd.grad(loss, leaves(hidden_ND, head))] == [0, 0, 0]
@@ -244,7 +244,7 @@ def test_a_constant_loss_has_no_gradient(visits: Literal[1, 2]) -> None:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def test_chunks_fit_their_budget() -> None:
+def test_chunks_fit_in_their_budget() -> None:
     assert chunk_rows(50_000, 2, 100 * 2 * 50_000) == 100
     assert chunk_rows(50_000, 2, 100 * 2 * 50_000 - 1) == 99
     assert chunk_rows(50_000, 4, 100 * 4 * 50_000) == 100
@@ -260,7 +260,7 @@ def test_frozen_head_gets_no_gradient() -> None:
 
 
 class MostRows(TorchDispatchMode):
-    """Records the most rows that any tensor of width `vocabulary` had."""
+    """Records the largest number of rows of any tensor with width `vocabulary`."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -273,9 +273,9 @@ class MostRows(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("visits", [1, 2])
-def test_no_tensor_of_tokens_by_vocabulary(visits: Literal[1, 2]) -> None:
-    """Only chunks are formed, and only gradients of hidden states and masters wait for the backward."""
+@pytest.mark.parametrize("passes", [1, 2])
+def test_no_tensor_of_tokens_by_vocabulary(passes: Literal[1, 2]) -> None:
+    """Only chunks are formed; only gradients of hidden states and master weights are saved for the backward."""
     case = make_case(200, vocabulary=97, rank=2, softcap=3.0)
     kept: list[torch.Tensor] = []
     with (
@@ -283,7 +283,7 @@ def test_no_tensor_of_tokens_by_vocabulary(visits: Literal[1, 2]) -> None:
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
         loss, *_ = linear_logprob_loss(
-            *case, lambda lp, entropy, _: lp * entropy.detach(), chunk_bytes=ONE_CHUNK_IS_16_ROWS, visits=visits
+            *case, lambda lp, entropy, _: lp * entropy.detach(), chunk_bytes=ONE_CHUNK_IS_16_ROWS, passes=passes
         )
         loss.backward()
         linear_logprobs(*case, chunk_bytes=ONE_CHUNK_IS_16_ROWS)
@@ -292,8 +292,8 @@ def test_no_tensor_of_tokens_by_vocabulary(visits: Literal[1, 2]) -> None:
     assert beside_the_loss == [t.shape for t in leaves(*case[:2])] and all(t.numel() <= 200 for t in kept if t.dim() < 2)
 
 
-def test_a_chunk_in_bf16_has_no_copy_in_fp32() -> None:
-    """What torch does inside an operation counts too: scatter_ into bf16 copies its whole target to fp32 and back."""
+def test_a_bf16_chunk_is_not_copied_to_fp32() -> None:
+    """Not even inside a torch operation: scatter_ into bf16 copies its target to fp32 and back."""
     tokens, vocabulary = 256, 40_000
     hidden_ND = torch.randn(tokens, 8).bfloat16().requires_grad_()
     head = Head(weight_VD=torch.randn(vocabulary, 8).bfloat16())
@@ -309,8 +309,8 @@ def test_a_chunk_in_bf16_has_no_copy_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("offset", [-1e4, -1e6, 1e6])
-def test_rows_of_very_negative_or_large_logits_keep_their_digits(offset: float) -> None:
-    """Whole numbers, so that fp32 logits are exact and only what follows can lose digits."""
+def test_rows_of_very_negative_or_large_logits_are_precise(offset: float) -> None:
+    """Integers, so that fp32 logits are exact and only the later steps can lose digits."""
     generator = torch.Generator().manual_seed(0)
     small_ND = torch.randint(-2, 3, (20, 4), generator=generator).double()
     weight_VD = torch.randint(-2, 3, (30, 4), generator=generator).double()
@@ -333,7 +333,7 @@ def test_an_unlikely_target_is_finite() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_a_logit_of_minus_infinity_is_a_token_that_does_not_exist(softcap: float | None, entropy: bool) -> None:
+def test_a_logit_of_minus_infinity_is_the_same_as_no_token(softcap: float | None, entropy: bool) -> None:
     hidden_ND = torch.tensor([[10.0], [20.0]], requires_grad=True)
     weight_VD = torch.tensor([[0.03], [-3e38], [0.01]])
     head, targets_N = Head(weight_VD=weight_VD, softcap=softcap), torch.tensor([0, 2])
@@ -355,7 +355,7 @@ def test_a_logit_of_minus_infinity_is_a_token_that_does_not_exist(softcap: float
 def test_almost_certain_and_impossible_targets_have_exact_gradients(
     dtype: torch.dtype, softcap: float | None, likely: float, unlikely: float
 ) -> None:
-    """Where p is 1 - 1e-3, which bf16 rounds to 1, or where p is 0 in fp32."""
+    """For p = 1 - 1e-3, which bf16 rounds to 1, and for p that is 0 in fp32."""
     weight_VD, targets_N = torch.tensor([[likely], [unlikely]], dtype=dtype), torch.tensor([0, 1])
     hidden_ND = torch.ones(2, 1, dtype=dtype, requires_grad=True)
     loss, *_ = linear_logprob_loss(hidden_ND, Head(weight_VD=weight_VD, softcap=softcap), targets_N, minus_logprob)

@@ -1,4 +1,4 @@
-"""The embedding's LoRA function against plain autograd: repeated and padding tokens, dtypes, and what it keeps."""
+"""The embedding's LoRA function against plain autograd: repeated and padding tokens, dtypes, saved tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ V, D = 11, 5
 
 
 def make_adapter(rank: int = 3, *, scaling: float = 0.7, dtype: torch.dtype = torch.float64, vocabulary: int = V) -> Adapter:
-    """Random values; masters in fp64 for fp64 operands, else in fp32."""
+    """Random values; master weights in fp64 for fp64 operands, otherwise in fp32."""
     master_dtype = torch.promote_types(dtype, torch.float32)
     a, b = torch.randn(rank, vocabulary).to(dtype), torch.randn(D, rank).to(dtype)
     master_a = a.to(master_dtype, copy=True).requires_grad_()
@@ -23,14 +23,14 @@ def make_adapter(rank: int = 3, *, scaling: float = 0.7, dtype: torch.dtype = to
 
 
 def published(a: torch.Tensor, b: torch.Tensor, scaling: float) -> Adapter:
-    """These masters with operands that follow them."""
+    """These master weights and the operands that publishing them would give."""
     return Adapter(a, b, a.detach(), scaling * b.detach(), scaling)
 
 
 def plain(
     ids: torch.Tensor, embedded: torch.Tensor, adapter: Adapter, multiplier: float, padding_idx: int | None
 ) -> torch.Tensor:
-    """What PEFT computes, from the masters."""
+    """PEFT's computation, from the master weights."""
     after_a = embedding(ids, adapter.master_a.t(), padding_idx=padding_idx)
     return embedded + multiplier * adapter.scaling * after_a @ adapter.master_b.t()
 
@@ -81,8 +81,8 @@ def test_any_shape_equals_plain_autograd(
     )
 
 
-def test_a_token_that_repeats_sums_its_gradients_in_fp32_and_alike_each_time() -> None:
-    """In bf16 a sum of 4,096 like terms would stop at 256 of them."""
+def test_gradients_of_a_repeated_token_are_summed_in_fp32_and_deterministic() -> None:
+    """In bf16 a sum of 4,096 equal terms would stop growing at 256 of them."""
     adapter = make_adapter(dtype=torch.bfloat16)
     ids, embedded = torch.full((4096,), 7), torch.zeros(4096, D).bfloat16()
     gradients = []
@@ -93,11 +93,11 @@ def test_a_token_that_repeats_sums_its_gradients_in_fp32_and_alike_each_time() -
     assert all(map(torch.equal, gradients[0], gradients[1]))
     expected = 4096 * (torch.ones(1, D).bfloat16() @ adapter.b).float()[0]
     torch.testing.assert_close(gradients[0][0][:, 7], expected)
-    assert gradients[0][0].count_nonzero() == 3, "of the other tokens there is nothing"
+    assert gradients[0][0].count_nonzero() == 3, "other tokens have no gradient"
 
 
-def test_what_the_backward_reads_may_not_change_before_it() -> None:
-    """Publishing between forward and backward would give gradients of neither policy: torch refuses it."""
+def test_operands_that_change_before_the_backward_are_an_error() -> None:
+    """Publishing between forward and backward would give gradients of neither policy: torch raises."""
     adapter = make_adapter()
     y = lora_embedding(torch.tensor([1, 2]), torch.randn(2, D, dtype=torch.float64), adapter)
     adapter.a.mul_(2.0)
@@ -105,8 +105,8 @@ def test_what_the_backward_reads_may_not_change_before_it() -> None:
         y.sum().backward()
 
 
-def test_nothing_is_kept_for_the_backward() -> None:
-    """But what was there before: the ids and the adapter."""
+def test_nothing_new_is_saved_for_the_backward() -> None:
+    """Only tensors that existed before: the ids and the adapter."""
     adapter, ids = make_adapter(), torch.tensor([1, 2, 1])
     embedded = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
     kept: list[torch.Tensor] = []
@@ -116,7 +116,7 @@ def test_nothing_is_kept_for_the_backward() -> None:
     assert {t.data_ptr() for t in kept} == known
 
 
-def test_bf16_is_as_exact_as_the_plain_formulation() -> None:
+def test_bf16_is_as_accurate_as_the_plain_formulation() -> None:
     """Output and gradients against fp64 on the same bf16 numbers: at most 1.5 times the error of plain bf16 torch."""
     ids, adapter = torch.randint(0, 50, (200,)), make_adapter(8, scaling=1.0, dtype=torch.bfloat16, vocabulary=50)
     embedded, grad = torch.randn(200, D).bfloat16(), torch.randn(200, D).bfloat16()

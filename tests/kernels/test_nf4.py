@@ -1,4 +1,4 @@
-"""Weights in 4 bits: bitsandbytes' own numbers, rounding that can be repeated, and LoRA on top of them."""
+"""Weights in 4 bits: the values of bitsandbytes, idempotent rounding, and LoRA on top."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def seeded() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_it_is_what_bitsandbytes_makes_of_the_whole_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_quantising_in_pieces_equals_bitsandbytes_on_the_complete_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, dtype=dtype)
     packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     ours = Nf4Weight.quantise(weight)
     assert torch.equal(ours.packed, packed) and torch.equal(ours.absmax, state.absmax)
-    # By the definition: bitsandbytes' own CPU kernel takes wrong scales where rows are no whole blocks.
+    # By the definition: bitsandbytes' CPU kernel uses wrong scales if rows do not consist of complete blocks.
     nibbles = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=1).view(-1)[: weight.numel()]
     scales = state.absmax.repeat_interleave(64)[: weight.numel()]
     assert state.code is not None
@@ -65,7 +65,7 @@ def test_its_size(shape: tuple[int, int]) -> None:
 
 
 def pair(width: int, out: int, *, rank: int | None, bias: bool) -> tuple[Projection, Projection]:
-    """A layer in 4 bits, and the same with what its weight stands for."""
+    """A layer in 4 bits, and the same layer with the dequantised weight."""
     layer = make_layer(width, out, rank=rank, bias=bias, dtype=torch.float32)
     assert isinstance(layer.weight, torch.Tensor)
     nf4 = Nf4Weight.quantise(layer.weight)
@@ -73,7 +73,7 @@ def pair(width: int, out: int, *, rank: int | None, bias: bool) -> tuple[Project
 
 
 def results(function, x: torch.Tensor, layers: list[Projection]) -> list[torch.Tensor]:
-    """What comes out, and every gradient."""
+    """The outputs, and every gradient."""
     x = x.clone().requires_grad_(True)
     masters = [m for one in layers if one.adapter is not None for m in (one.adapter.master_a, one.adapter.master_b)]
     for master in masters:
@@ -95,7 +95,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("bias", [False, True])
-def test_lora_on_top_is_lora_on_what_it_stands_for_to_the_bit(name: str, rank: int | None, bias: bool) -> None:
+def test_lora_on_4_bits_is_bit_exact_with_lora_on_the_dequantised_weight(name: str, rank: int | None, bias: bool) -> None:
     function, sizes = FUNCTIONS[name]
     pairs = [pair(*size, rank=rank, bias=bias) for size in sizes]
     x = torch.randn(5, 3, 24)

@@ -1,4 +1,4 @@
-"""RMSNorm with a frozen weight: transformers' forward to the last bit, and the gradient of plain autograd."""
+"""RMSNorm with a frozen weight: bit-exact with transformers' forward, and with the gradient of plain autograd."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_any_shape_equals_plain_autograd(shape: tuple[int, ...], width: int, uni
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("unit_offset", [False, True])
-def test_the_forward_is_transformers_own(dtype: torch.dtype, unit_offset: bool) -> None:
+def test_the_forward_is_bit_exact_with_transformers(dtype: torch.dtype, unit_offset: bool) -> None:
     theirs = (Gemma3RMSNorm if unit_offset else LlamaRMSNorm)(48, eps=EPS)
     torch.nn.init.normal_(theirs.weight)
     theirs.to(dtype)
@@ -45,7 +45,7 @@ def test_the_forward_is_transformers_own(dtype: torch.dtype, unit_offset: bool) 
 
 
 @pytest.mark.parametrize("unit_offset", [False, True])
-def test_bf16_gradient_is_as_exact_as_that_of_autograd(unit_offset: bool) -> None:
+def test_the_bf16_gradient_is_as_accurate_as_that_of_autograd(unit_offset: bool) -> None:
     theirs = (Gemma3RMSNorm if unit_offset else LlamaRMSNorm)(96, eps=EPS).requires_grad_(False)
     torch.nn.init.normal_(theirs.weight)
     theirs.bfloat16()
@@ -57,7 +57,7 @@ def test_bf16_gradient_is_as_exact_as_that_of_autograd(unit_offset: bool) -> Non
     assert (ours.double() - exact).norm() <= 1.5 * (plain_bf16.double() - exact).norm()
 
 
-def test_little_is_kept_for_the_backward() -> None:
+def test_little_is_saved_for_the_backward() -> None:
     x, weight = torch.randn(10, 64).bfloat16().requires_grad_(), torch.randn(64).bfloat16()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""Attention over packs of shared prompts, as the trainer and transformers call it, against plain attention row by row."""
+"""Attention over packs of shared prompts, called by trainer and transformers, against plain attention row by row."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_equals_attention_row_by_row(
 @pytest.mark.parametrize("scores_limit", [attention_plan.SCORES_LIMIT, 4000])
 @pytest.mark.parametrize("groups", [[(30, [20, 7, 33]), (11, [40])], [(24, [31] * 8)]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_exact_as_the_plain_formulation(
+def test_half_precision_is_as_accurate_as_the_plain_formulation(
     groups: Groups, dtype: torch.dtype, scores_limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output and gradients against fp64 on the same numbers: at most 1.5 times the error of transformers' eager attention."""
+    """Output and gradients against fp64 on the same values: at most 1.5 times the error of transformers' eager attention."""
     monkeypatch.setattr(attention_plan, "SCORES_LIMIT", scores_limit)
     qkv = random_qkv(groups, 6, 2, dim=16, dtype=dtype)
     exact_qkv = (qkv[0].double(), qkv[1].double(), qkv[2].double())
@@ -61,12 +61,12 @@ def test_half_precision_is_as_exact_as_the_plain_formulation(
         assert error <= allowed, (name, (error / allowed).item())
 
 
-def test_the_kernels_for_cuda_are_not_for_cpu() -> None:
+def test_the_flash_kernels_are_not_used_on_cpu() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert not attention_varlen.is_available_for(torch.zeros(4, 3, 64, dtype=dtype))
 
 
-def test_layout_says_where_every_token_is() -> None:
+def test_the_layout_of_a_pack() -> None:
     layout = SharedPromptLayout.build([(2, [3, 0, 1]), (1, [])])
     first, second = layout.groups
     assert layout.length == 7
@@ -83,7 +83,7 @@ def test_a_layout_is_planned_once_for_all_layers() -> None:
     assert layout.sequence_plan is layout.sequence_plan
 
 
-def test_as_transformers_calls_it() -> None:
+def test_calls_by_transformers() -> None:
     groups = [(3, [2, 4])]
     layout = SharedPromptLayout.build(groups)
     qkv = random_qkv(groups, 4, 2)
@@ -101,10 +101,10 @@ def test_as_transformers_calls_it() -> None:
 
 
 @pytest.mark.parametrize("keyword", ["softcap", "s_aux", "sliding_window", "position_bias"])
-def test_another_kind_of_attention_is_refused(keyword: str) -> None:
+def test_another_kind_of_attention_is_an_error(keyword: str) -> None:
     t = torch.zeros(1, 2, 3, 4)
     layout = SharedPromptLayout.build([(3, [])])
-    with pytest.raises(ValueError, match=f"^Linear asks for attention with {keyword}: "):
+    with pytest.raises(ValueError, match=f"^Linear uses attention with {keyword}: "):
         transformers_attention(
             torch.nn.Linear(1, 1), t, t, t, None, shared_prompt_layout=layout, **{keyword: 1.0}
         )

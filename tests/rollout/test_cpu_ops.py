@@ -1,4 +1,4 @@
-"""The pieces that stand in for vLLM's on CPU: drawing tokens, norms, adapted layers."""
+"""The replacements for parts of vLLM on CPU: sampling of tokens, norms, adapted layers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from rankup.rollout.config import SamplingConfig
 from rankup.rollout.cpu_ops import BLOCK, draw_tokens, sample
 
-LAST = 1.0 - 2.0**-53  # the largest number that a generator gives
+LAST = 1.0 - 2.0**-53  # the largest number that a generator returns
 
 
 def logprobs_of(weights):
@@ -14,7 +14,7 @@ def logprobs_of(weights):
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, BLOCK, BLOCK + 1, 3 * BLOCK, 1000])
-def test_a_draw_inverts_the_distribution_function(vocabulary):
+def test_sampling_inverts_the_cumulative_distribution(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     weights = torch.rand(200, vocabulary, generator=generator, dtype=torch.float64) ** 4
     logprobs = logprobs_of(weights)
@@ -29,13 +29,13 @@ def test_a_draw_inverts_the_distribution_function(vocabulary):
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, LAST])
 @pytest.mark.parametrize("allowed", [[0], [999], [255, 256], [7, 300, 998]])
-def test_an_excluded_token_is_never_drawn(uniform, allowed):
+def test_an_excluded_token_is_never_sampled(uniform, allowed):
     logprobs = torch.full((1, 1000), float("-inf"))
     logprobs[0, allowed] = torch.tensor([1.0 / len(allowed)]).log()
     assert int(draw_tokens(logprobs, torch.tensor([uniform], dtype=torch.float64))) in allowed
 
 
-def test_a_token_behind_all_others_is_reached_and_a_vanishing_one_is_not_preferred():
+def test_the_last_token_can_be_sampled_and_an_unlikely_one_is_not_favored():
     logprobs = logprobs_of(torch.tensor([[1.0, *[0.0] * 998, 1e-9]], dtype=torch.float64))
     assert int(draw_tokens(logprobs, torch.tensor([LAST], dtype=torch.float64))) == 999
     assert int(draw_tokens(logprobs, torch.tensor([0.999], dtype=torch.float64))) == 0
@@ -61,7 +61,7 @@ def test_norms_are_those_of_the_formula(dtype):
     from rankup.rollout import cpu_ops
     from rankup.rollout.vllm_compat import cpu_norms
 
-    assert cpu_norms() == cpu_norms(), "registering twice does no harm"
+    assert cpu_norms() == cpu_norms(), "registering twice has no effect"
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(7, 96, generator=generator).to(dtype) for _ in range(2))
     weight = torch.randn(96, generator=generator).to(dtype)
@@ -77,7 +77,7 @@ def test_norms_are_those_of_the_formula(dtype):
     assert torch.allclose(normed.double(), formula(total), rtol=2 * tolerance, atol=2 * tolerance)
 
 
-def test_norms_that_the_kernel_cannot_do_are_left_to_vllm():
+def test_vllm_computes_norms_that_the_kernel_does_not_support():
     from rankup.rollout.cpu_ops import takes_fused_add_rms_norm, takes_rms_norm
 
     x, weight = torch.ones(4, 8), torch.ones(8)
@@ -91,7 +91,7 @@ def test_norms_that_the_kernel_cannot_do_are_left_to_vllm():
 
 
 @pytest.mark.engine
-def test_the_engine_samples_by_them(make_engine):
+def test_the_engine_uses_the_replacements(make_engine):
     engine = make_engine()
     from vllm import ir
 
@@ -106,7 +106,7 @@ def test_the_engine_samples_by_them(make_engine):
 
 
 def sampled(logits, *, k=None, p=None, generators=None):
-    """Tokens and log-probabilities, asked for as vLLM asks."""
+    """Tokens and log-probabilities, called as vLLM calls the sampler."""
     from rankup.rollout.vllm_compat import import_vllm
 
     import_vllm()
@@ -117,7 +117,7 @@ def sampled(logits, *, k=None, p=None, generators=None):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("limits", [{}, {"k": 3}, {"p": 0.5}, {"k": 20, "p": 0.9}])
-def test_what_is_drawn_has_the_logprob_that_is_returned(limits):
+def test_tokens_are_sampled_with_the_returned_log_probabilities(limits):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).expand(5000, 50)
     tokens, logprobs = sampled(logits.clone(), **limits)
     likeliest_first = logits[0].sort(descending=True)
@@ -132,7 +132,7 @@ def test_what_is_drawn_has_the_logprob_that_is_returned(limits):
 
 
 @pytest.mark.engine
-def test_a_seed_decides_its_own_row_alone():
+def test_a_seed_determines_only_its_row():
     logits = torch.zeros(3, 1000)
     draws = [sampled(logits, generators={1: torch.Generator().manual_seed(7)})[0].tolist() for _ in range(6)]
     assert len({draw[1] for draw in draws}) == 1
@@ -144,7 +144,7 @@ def test_a_seed_decides_its_own_row_alone():
 
 @pytest.mark.engine
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_stop_the_run(value):
+def test_logits_that_are_not_finite_stop_the_run(value):
     logits = torch.zeros(2, 10)
     logits[1, 4] = value
     with pytest.raises(RuntimeError, match="logits are not finite"):
@@ -152,7 +152,7 @@ def test_logits_that_are_no_numbers_stop_the_run(value):
 
 
 @pytest.mark.engine
-def test_text_is_that_of_the_tokens_and_ends_before_a_stop_string(make_engine, tiny_model_path):
+def test_text_is_decoded_from_the_tokens_and_ends_before_a_stop_string(make_engine, tiny_model_path):
     from transformers import AutoTokenizer
 
     engine = make_engine()

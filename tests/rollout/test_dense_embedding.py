@@ -1,4 +1,4 @@
-"""The dense product on the input embedding without vLLM: which tokens get the adapter."""
+"""The dense product on the input embedding, without vLLM: tokens that use the adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ D, R, T = 8, 4, 6
 
 
 class FakePunica:
-    """What `DenseLoRA` uses of vLLM's wrappers: the adapter (0, or -1 for none) of every token."""
+    """The part of vLLM's wrappers that `DenseLoRA` uses: the adapter (0, or -1 for none) of every token."""
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         self.token_lora_indices = torch.tensor(mapping.index_mapping) - 1
@@ -24,7 +24,7 @@ class Wrapper(DenseLoRA, FakePunica): ...
 
 
 class CapturedWrapper(Wrapper):
-    """As on GPUs, where a branch would be frozen into a captured graph."""
+    """As on CUDA, where a branch would be frozen into a captured graph."""
 
     _branch_on_coverage = False
 
@@ -35,7 +35,7 @@ class CapturedWrapper(Wrapper):
     [([1] * T, "all"), ([0] * T, "none"), ([1, 0, 0, 1, 1, 0], "mixed")],
     ids=["all", "none", "mixed"],
 )
-def test_tokens_of_requests_with_the_adapter_and_no_others(cls: type[Wrapper], adapters: list[int], coverage: str) -> None:
+def test_only_tokens_of_requests_with_the_adapter_change(cls: type[Wrapper], adapters: list[int], coverage: str) -> None:
     torch.manual_seed(0)
     wrapper = cls()
     mapping: Any = SimpleNamespace(index_mapping=adapters)

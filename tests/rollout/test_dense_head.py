@@ -1,4 +1,4 @@
-"""The dense product on the LM head without vLLM: which rows get the adapter, and the padding of the vocabulary."""
+"""The dense product on the LM head, without vLLM: rows that use the adapter, and the padding of the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ D, V, PADDED, R = 8, 11, 16, 4
 
 
 class FakePunica:
-    """What `DenseHead` uses of vLLM's wrappers: the adapter (0, or -1 for none) of every token and of every request."""
+    """The part of vLLM's wrappers that `DenseHead` uses: the adapter (0, or -1 for none) of every token and request."""
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         self.token_lora_indices = torch.tensor(mapping.index_mapping) - 1
@@ -28,8 +28,8 @@ class Wrapper(DenseHead, FakePunica): ...
 
 @settings(deadline=None)
 @given(requests=st.lists(st.tuples(st.integers(1, 7), st.sampled_from([0, 1])), min_size=1, max_size=8), seed=st.integers(0, 9))
-def test_rows_of_requests_with_the_adapter_and_no_others(requests: list[tuple[int, int]], seed: int) -> None:
-    """A step as vLLM makes it: logits of each request's last token, then those of each prompt but its last token."""
+def test_only_rows_of_requests_with_the_adapter_change(requests: list[tuple[int, int]], seed: int) -> None:
+    """A step as in vLLM: logits of each request's last token, then those of all but the last token of each prompt."""
     torch.manual_seed(seed)
     lengths, adapters = [length for length, _ in requests], [adapter for _, adapter in requests]
     index_mapping = [adapter for length, adapter in requests for _ in range(length)]
@@ -53,7 +53,7 @@ def test_rows_of_requests_with_the_adapter_and_no_others(requests: list[tuple[in
 
 
 def test_logits_may_be_wider_than_the_hidden_state() -> None:
-    """vLLM can make logits in fp32 from a bf16 model (its `head_dtype`)."""
+    """vLLM can compute logits in fp32 from a bf16 model (`head_dtype`)."""
     wrapper = Wrapper()
     mapping: Any = SimpleNamespace(index_mapping=[1, 1], prompt_mapping=[1])
     wrapper.update_metadata(mapping, [1], 2, V)
@@ -75,12 +75,12 @@ def test_logits_may_be_wider_than_the_hidden_state() -> None:
         ("tpu", False, False, None),
     ],
 )
-def test_which_wrapper_vllm_gets(device: str, dense: bool, head: bool, expected: str | None) -> None:
+def test_the_wrapper_for_each_device_and_path(device: str, dense: bool, head: bool, expected: str | None) -> None:
     name = wrapper_name(device, dense=dense, head=head)
     assert name == (expected and f"rankup.rollout.dense_lora.{expected}")
 
 
 @pytest.mark.parametrize(("dense", "remedy"), [(True, "set rollout.lora_path: punica"), (False, "remove lm_head from lora")])
-def test_a_device_without_a_dense_path_is_refused(dense: bool, remedy: str) -> None:
+def test_a_device_without_a_dense_path_is_an_error(dense: bool, remedy: str) -> None:
     with pytest.raises(ValueError, match=f"^there is no dense LoRA path for device 'tpu': {remedy}"):
         wrapper_name("tpu", dense=dense, head=True)

@@ -1,13 +1,13 @@
 """An adapter on the input embedding in real vLLM, against transformers with the adapter merged into its weights in fp64.
 
-The adapter is written into the slots alone. Llama's head is tied to the embedding and must keep the bare weight.
+The adapter exists only in the slots. Llama's head is tied to the embedding and must use the base weight without the adapter.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from merged_slots import MergedModel, flat, publish_random
+from merged_slots import MergedModel, assert_a_mixed_batch_agrees, flat, publish_random
 
 from rankup.grpo.model.prove import prove_slots
 from rankup.rollout.config import SamplingConfig
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.engine
 
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens")
 EMBEDDING = "model.embed_tokens"
-KINDS = ["qwen3", "llama"]  # with a head of its own, with a tied one
+KINDS = ["qwen3", "llama"]  # an untied head, a tied head
 SEQUENCES = [[5, 9, 14, 3, 77, 60, 31, 8], [7, 21, 40, 2, 90, 55], [11, 200, 13, 200, 200]]
 EXACT = 3e-4  # fp32 against fp64
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Of module scope, so that the tests of a kind run one after another, with one engine."""
+    """Module scope: all tests of a kind run one after another and share an engine."""
     return request.param
 
 
@@ -63,11 +63,11 @@ def test_trainer_and_engine_agree_on_each_layer_alone(make_engine, make_policy, 
     assert all(proof.gap <= 0.01 * proof.effect for proof in proofs.values()), proofs
 
 
-def test_a_trainer_that_leaves_the_embedding_out_is_found(make_engine, make_policy, kind):
+def test_a_trainer_that_does_not_adapt_the_embedding_is_detected(make_engine, make_policy, kind):
     engine = make_engine(kind, target_modules=EVERYTHING)
     policy = make_policy(kind, targets=["embed_tokens", "k_proj"])
     slots = dict(engine.slots)
-    slots[EMBEDDING] = policy.layers[EMBEDDING].slot  # its own memory, which the engine does not read
+    slots[EMBEDDING] = policy.layers[EMBEDDING].slot  # memory that the engine does not read
     policy.attach(slots)
     engine.slots[EMBEDDING].b.zero_()
     with pytest.raises(RuntimeError, match=f"with an adapter on {EMBEDDING}, trainer and engine differ"):
@@ -75,25 +75,9 @@ def test_a_trainer_that_leaves_the_embedding_out_is_found(make_engine, make_poli
 
 
 def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, tiny_model_path):
-    """Of each request, the prompt's log-probabilities and those of three sampled tokens."""
-    from vllm import SamplingParams
-
     engine = make_engine("llama", target_modules=EVERYTHING)
     publish_random(engine, [EMBEDDING])
-    oracles = {True: MergedModel(tiny_model_path("llama"), engine.slots), False: MergedModel(tiny_model_path("llama"), {})}
-    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, logprobs=0)
-    prompts, outputs = {}, {}
-    for i, length in enumerate([3, 9, 4, 2]):
-        ids = [5 + (31 * i + 7 * j) % 250 for j in range(length)]
-        prompts[engine._submit(ids, params, use_adapter=i % 2 == 0)] = ids, i % 2 == 0
-    while len(outputs) < len(prompts):
-        outputs |= {o.request_id: o for o in engine._engine.step() if o.finished}
-    for name, (ids, use_adapter) in prompts.items():
-        sampled = outputs[name].outputs[0]
-        everything = [*outputs[name].prompt_logprobs[1:], *sampled.logprobs]
-        tokens = [*ids, *sampled.token_ids]
-        got = [at[token].logprob for at, token in zip(everything, tokens[1:], strict=True)]
-        assert got == pytest.approx(oracles[use_adapter].logprobs(tokens), abs=EXACT)
+    assert_a_mixed_batch_agrees(engine, tiny_model_path("llama"), [3, 9, 4, 2], tolerance=EXACT)
 
 
 def test_the_embedding_may_be_the_only_target(make_engine, tiny_model_path):
@@ -105,6 +89,6 @@ def test_the_embedding_may_be_the_only_target(make_engine, tiny_model_path):
     assert flat(engine.prompt_logprobs(SEQUENCES)) == pytest.approx(expected, abs=EXACT)
 
 
-def test_a_model_of_which_vllm_loads_no_embedding_is_refused(make_engine):
+def test_an_adapter_on_the_embedding_that_vllm_cannot_load_is_an_error(make_engine):
     with pytest.raises(ValueError, match=r"^vLLM cannot load an adapter on embed_tokens for this model: remove it"):
         make_engine("qwen2", target_modules=("q_proj", "embed_tokens"))

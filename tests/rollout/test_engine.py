@@ -22,7 +22,7 @@ def by_index(groups):
     return sorted(groups, key=lambda group: group.index)
 
 
-def test_every_prompt_comes_back_as_a_group_of_its_completions(make_engine):
+def test_every_prompt_yields_a_group_of_completions(make_engine):
     engine = make_engine()
     groups = by_index(engine.rollout(PROMPTS, settings()))
     assert [list(g.prompt_token_ids) for g in groups] == PROMPTS
@@ -33,18 +33,18 @@ def test_every_prompt_comes_back_as_a_group_of_its_completions(make_engine):
     assert all(len(g.completions) == 4 for g in groups)
 
 
-def test_the_same_seeds_give_the_same_bits_and_others_do_not(make_engine):
+def test_equal_seeds_are_bit_exact_and_other_seeds_differ(make_engine):
     engine = make_engine()
     seeds = [request_seed(0, 3, i) for i in range(3)]
     first, again = (by_index(engine.rollout(PROMPTS, settings(), seeds=seeds)) for _ in range(2))
     assert first == again
     other = by_index(engine.rollout(PROMPTS, settings(), seeds=[request_seed(1, 3, i) for i in range(3)]))
     assert [g.completions for g in first] != [g.completions for g in other]
-    assert len({c.token_ids for c in first[0].completions}) > 1, "the completions of a group have seeds of their own"
+    assert len({c.token_ids for c in first[0].completions}) > 1, "the completions of a group have different seeds"
 
 
-def test_seeds_hold_for_more_prompt_tokens_than_an_engine_step_takes(make_engine):
-    """On CPU vLLM crashes on a seeded request whose prompt is split over two steps."""
+def test_seeds_work_with_more_prompt_tokens_than_fit_in_an_engine_step(make_engine):
+    """On CPU vLLM crashes if the prompt of a seeded request is split over two steps."""
     engine = make_engine()
     prompts = [[5 + (7 * i + j) % 200 for j in range(200 + i)] for i in range(32)]
     assert sum(map(len, prompts)) > 4096
@@ -52,7 +52,7 @@ def test_seeds_hold_for_more_prompt_tokens_than_an_engine_step_takes(make_engine
     assert len(groups) == 32
 
 
-def test_request_seeds_differ_for_every_run_step_and_place():
+def test_request_seeds_differ_for_every_run_step_and_prompt():
     seeds = {request_seed(run, step, i) for run in range(5) for step in range(20) for i in range(20)}
     assert len(seeds) == 2000
 
@@ -73,7 +73,7 @@ def test_logprobs_are_the_processed_ones(make_engine, make_policy):
     assert torch.tensor(group.completions[0].logprobs) == pytest.approx(expected.tolist(), abs=2e-4)
 
 
-def test_versions_count_publishes_and_stand_on_every_completion(make_engine, make_policy):
+def test_completions_have_a_version_that_counts_publishes(make_engine, make_policy):
     engine, policy = make_engine(), make_policy()
     policy.attach(engine.slots)
     version = engine.publish(policy.write_slots)
@@ -82,13 +82,11 @@ def test_versions_count_publishes_and_stand_on_every_completion(make_engine, mak
     assert {c.policy_version for g in groups for c in g.completions} == {version + 1}
 
 
-def test_groups_are_handed_on_while_others_are_still_sampled(make_engine):
+def test_groups_are_yielded_while_others_are_still_sampled(make_engine):
     engine = make_engine()
     seen = []
     one_each = settings(num_generations=1, max_completion_length=40)
-    for group in engine.rollout(
-        [[5]] * 33, one_each, seeds=range(33)
-    ):  # 32 at a time: one starts after another has ended
+    for group in engine.rollout([[5]] * 33, one_each, seeds=range(33)):  # 32 at a time: the last waits for another to end
         if not seen:
             assert engine._engine.has_unfinished_requests()
         seen.append(group.index)
@@ -104,7 +102,7 @@ def test_closing_the_iterator_aborts_the_rest(make_engine):
     assert len(list(engine.rollout(PROMPTS, settings()))) == 3
 
 
-def test_greedy_sampling_takes_the_likeliest_token(make_engine, make_policy):
+def test_greedy_sampling_selects_the_likeliest_token(make_engine, make_policy):
     engine, policy = make_engine(), make_policy()
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)
@@ -115,7 +113,7 @@ def test_greedy_sampling_takes_the_likeliest_token(make_engine, make_policy):
 
 
 def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, make_policy):
-    """The dense path masks the rows that carry no adapter (vLLM's own path on CPU gets such batches wrong)."""
+    """The dense path masks rows without the adapter (vLLM's path on CPU is wrong for such batches)."""
     engine, policy = make_engine(lora_path="dense"), make_policy()
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)
@@ -135,7 +133,7 @@ def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, make_p
         assert got == pytest.approx(logprobs, abs=3e-4)
 
 
-def test_vllms_own_lora_kernels_are_an_option(make_engine, make_policy):
+def test_vllms_lora_kernels_are_an_option(make_engine, make_policy):
     engine, policy = make_engine(lora_path="punica"), make_policy()
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)

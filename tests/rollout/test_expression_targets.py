@@ -1,4 +1,4 @@
-"""Targets by expression, end to end: vLLM wraps every layer of a targeted kind, and those without an adapter stay empty."""
+"""Targets as a regular expression, end to end: vLLM wraps all layers of a targeted name; those without an adapter stay zero."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(tiny_model_path) -> GRPOConfig:
     )
 
 
-def test_an_expression_adapts_its_layers_and_no_others(engine_shelf, config: GRPOConfig):
+def test_an_expression_adapts_only_the_layers_that_it_matches(engine_shelf, config: GRPOConfig):
     settings = engine_settings(config, config.model.name)
     assert settings.target_modules == ("q_proj", "gate_proj", "up_proj", "down_proj")
     assert settings.max_rank == 128
@@ -44,7 +44,7 @@ def test_an_expression_adapts_its_layers_and_no_others(engine_shelf, config: GRP
 
     idle = [slot for name, slot in engine.slots.items() if name not in RANKS]
     wrapped = {name.rpartition(".")[2] for name in engine.slots}
-    assert wrapped == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}, "whole packed layers"
+    assert wrapped == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}, "packed layers are wrapped as one"
     policy.attach(engine.slots)
     proofs = prove_slots(policy, engine, each=True)
     assert len(proofs) == 1 + len(RANKS)

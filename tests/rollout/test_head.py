@@ -1,14 +1,13 @@
 """An adapter on the LM head in real vLLM, against transformers with the adapter merged into its weights in fp64.
 
-The adapter is written into the slots alone. Tiny vocabularies are padded by vLLM (260 to 320), so logits are wider than the
-adapter.
+The adapter exists only in the slots. vLLM pads the tiny vocabularies (260 to 320), so logits are wider than the adapter.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from merged_slots import MergedModel, flat, publish_random
+from merged_slots import MergedModel, assert_a_mixed_batch_agrees, flat, publish_random
 from transformers import AutoModelForCausalLM
 
 from rankup.rollout.config import SamplingConfig
@@ -16,14 +15,14 @@ from rankup.rollout.config import SamplingConfig
 pytestmark = pytest.mark.engine
 
 HEAD_TOO = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-KINDS = ["qwen3", "qwen2", "llama"]  # the last two have heads that are tied to the embedding
+KINDS = ["qwen3", "qwen2", "llama"]  # the last two have tied heads
 SEQUENCES = [[5, 9, 14, 3, 77, 60, 31, 8], [7, 21, 40, 2, 90, 55], [11, 200, 13]]
 EXACT = 3e-4  # fp32 against fp64
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Of module scope, so that the tests of a kind run one after another, with one engine."""
+    """Module scope: all tests of a kind run one after another and share an engine."""
     return request.param
 
 
@@ -61,28 +60,12 @@ def test_logprobs_of_sampled_tokens_are_those_of_the_merged_head(
 
 @pytest.mark.parametrize("lengths", [[7] * 6, [3, 9, 4, 2]], ids=["as many rows as requests", "ragged"])
 def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, tiny_model_path, lengths):
-    """Of each request, the prompt's log-probabilities and those of three sampled tokens."""
-    from vllm import SamplingParams
-
     engine = make_engine("llama", target_modules=HEAD_TOO)
     publish_random(engine, ["lm_head"])
-    oracles = {True: MergedModel(tiny_model_path("llama"), engine.slots), False: MergedModel(tiny_model_path("llama"), {})}
-    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, logprobs=0)
-    prompts, outputs = {}, {}
-    for i, length in enumerate(lengths):
-        ids = [5 + (31 * i + 7 * j) % 250 for j in range(length)]
-        prompts[engine._submit(ids, params, use_adapter=i % 2 == 0)] = ids, i % 2 == 0
-    while len(outputs) < len(prompts):
-        outputs |= {o.request_id: o for o in engine._engine.step() if o.finished}
-    for name, (ids, use_adapter) in prompts.items():
-        sampled = outputs[name].outputs[0]
-        everything = [*outputs[name].prompt_logprobs[1:], *sampled.logprobs]
-        tokens = [*ids, *sampled.token_ids]
-        got = [at[token].logprob for at, token in zip(everything, tokens[1:], strict=True)]
-        assert got == pytest.approx(oracles[use_adapter].logprobs(tokens), abs=EXACT)
+    assert_a_mixed_batch_agrees(engine, tiny_model_path("llama"), lengths, tolerance=EXACT)
 
 
-def test_the_head_is_dense_beside_vllms_own_kernels(make_engine, tiny_model_path):
+def test_the_head_is_dense_even_with_vllms_kernels(make_engine, tiny_model_path):
     engine = make_engine("llama", target_modules=HEAD_TOO, lora_path="punica")
     publish_random(engine, engine.slots)
     adapted = MergedModel(tiny_model_path("llama"), engine.slots)
@@ -99,10 +82,10 @@ def test_the_head_may_be_the_only_target(make_engine, tiny_model_path):
     assert flat(engine.prompt_logprobs(SEQUENCES)) == pytest.approx(expected, abs=EXACT)
 
 
-def test_a_model_of_which_vllm_loads_no_head_alone_is_refused(make_engine):
+def test_an_adapter_on_the_head_alone_that_vllm_cannot_load_is_an_error(make_engine):
     with pytest.raises(ValueError, match=r"^vLLM cannot load an adapter on lm_head alone .* lora\.targets$"):
         make_engine("qwen2", target_modules=("lm_head",))
 
 
-def test_the_heads_slot_is_there_only_if_it_was_targeted(make_engine):
+def test_the_head_has_a_slot_only_if_it_is_a_target(make_engine):
     assert "lm_head" not in make_engine("llama").slots

@@ -1,6 +1,6 @@
-"""Every way in which adapter swapping goes wrong elsewhere, tried on real vLLM with tiny random models.
+"""Known failures of adapter swapping in other projects, tested on real vLLM with tiny random models.
 
-All in fp32, so that rounding is far below what any mistake would change.
+In fp32, so that rounding errors are far smaller than the effect of any mistake.
 """
 
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 KINDS = ["llama", "qwen2", "qwen3"]
 SEQUENCES = [[5, 9, 14, 3, 77, 60, 31, 8], [7, 21, 40, 2, 90, 55]]
 GREEDY = SamplingConfig(num_generations=1, max_completion_length=12, temperature=0.0)
-EXACT = 3e-4  # fp32 on both sides, other kernels
+EXACT = 3e-4  # fp32 on both sides, different kernels
 
 
 def flat(logprobs: list[list[float]]) -> torch.Tensor:
@@ -27,7 +27,7 @@ def flat(logprobs: list[list[float]]) -> torch.Tensor:
 
 
 def assert_engine_holds(engine, policy):
-    """The engine answers with the policy's adapter, and the adapter matters."""
+    """The engine samples with the policy's adapter, and the adapter has an effect."""
     engine_lp = flat(engine.prompt_logprobs(SEQUENCES))
     assert engine_lp == pytest.approx(flat(trainer_logprobs(policy, SEQUENCES)), abs=EXACT)
     base_lp = flat(engine.prompt_logprobs(SEQUENCES, use_adapter=False))
@@ -39,8 +39,8 @@ def masters(policy) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_projection_alone_reaches_its_own_slot(make_engine, make_policy, kind):
-    """Gate and up, q, k and v, biased and grouped: 7 projections a layer, each with its own adapter in turn."""
+def test_the_adapter_of_each_projection_reaches_its_slot(make_engine, make_policy, kind):
+    """Gate and up, q, k and v, biased and grouped: 7 projections a layer, one after another."""
     engine, policy = make_engine(kind), make_policy(kind)
     policy.attach(engine.slots)
     proofs = prove_slots(policy, engine, each=True)
@@ -48,25 +48,25 @@ def test_each_projection_alone_reaches_its_own_slot(make_engine, make_policy, ki
     assert all(proof.gap <= 0.01 * proof.effect for proof in proofs), max(proofs, key=lambda p: p.gap / p.effect)
 
 
-class SpoiltEngine:
-    """The engine, except that something happens to its slots after each publish."""
+class CorruptedEngine:
+    """The engine with slots that are corrupted after each publish."""
 
-    def __init__(self, engine, spoil) -> None:
-        self._engine, self._spoil = engine, spoil
+    def __init__(self, engine, corrupt) -> None:
+        self._engine, self._corrupt = engine, corrupt
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
     def publish(self, write_slots):
-        return self._engine.publish(lambda: (write_slots(), self._spoil(self._engine.slots)))
+        return self._engine.publish(lambda: (write_slots(), self._corrupt(self._engine.slots)))
 
 
 def scaled(factor):
-    def spoil(slots):
+    def corrupt(slots):
         for slot in slots.values():
             slot.b.mul_(factor)
 
-    return spoil
+    return corrupt
 
 
 def gate_for_up(slots):
@@ -82,19 +82,19 @@ def gate_for_up(slots):
 def one_publish_late():
     late: list[torch.Tensor] = []
 
-    def spoil(slots):
+    def corrupt(slots):
         now = [t for slot in slots.values() for t in (slot.a, slot.b)]
         fresh = [t.clone() for t in now]
         for tensor, before in zip(now, late or [torch.zeros_like(t) for t in now], strict=True):
             tensor.copy_(before)
         late[:] = fresh
 
-    return spoil
+    return corrupt
 
 
-@pytest.mark.parametrize("spoil", [scaled(2.0), scaled(0.5), gate_for_up, one_publish_late()])
-def test_what_the_engine_holds_wrongly_is_found_before_a_run(make_engine, make_policy, spoil):
-    """Trainer and engine have slots of their own here, so that only the engine's are wrong."""
+@pytest.mark.parametrize("corrupt", [scaled(2.0), scaled(0.5), gate_for_up, one_publish_late()])
+def test_corrupted_slots_are_detected_before_a_run(make_engine, make_policy, corrupt):
+    """Trainer and engine have separate slots here, so that only the engine's are wrong."""
     engine, policy = make_engine(), make_policy()
 
     def write_both():
@@ -104,7 +104,7 @@ def test_what_the_engine_holds_wrongly_is_found_before_a_run(make_engine, make_p
             engine.slots[name].b.copy_(layer.slot.b)
 
     policy.attach({name: AdapterSlot(slot.a.clone(), slot.b.clone()) for name, slot in engine.slots.items()})
-    wrong = SpoiltEngine(engine, spoil)
+    wrong = CorruptedEngine(engine, corrupt)
     publish = wrong.publish
     wrong.publish = lambda write_slots: publish(write_both)
     with pytest.raises(RuntimeError, match="does not sample from the policy"):
@@ -113,29 +113,29 @@ def test_what_the_engine_holds_wrongly_is_found_before_a_run(make_engine, make_p
     prove_slots(policy, wrong)  # type: ignore[arg-type]
 
 
-def test_a_projection_that_hardly_moves_a_model_is_judged_by_the_rounding():
-    assert Proof(what="k_proj", gap=0.069, effect=0.127, noise=0.060).holds, "measured, of a map that is right"
+def test_the_tolerance_for_a_projection_with_little_effect_is_its_rounding_error():
+    assert Proof(what="k_proj", gap=0.069, effect=0.127, noise=0.060).holds, "measured with correct slots"
     assert not Proof(what="all", gap=0.069, effect=0.127).holds
-    assert not Proof(what="k_proj", gap=0.180, effect=0.127, noise=0.060).holds, "an adapter elsewhere"
-    assert not Proof(what="k_proj", gap=0.069, effect=0.070, noise=0.060).holds, "nothing to see"
+    assert not Proof(what="k_proj", gap=0.180, effect=0.127, noise=0.060).holds, "the adapter of another projection"
+    assert not Proof(what="k_proj", gap=0.069, effect=0.070, noise=0.060).holds, "no effect beyond rounding"
     assert not Proof(what="k_proj", gap=0.0, effect=0.0, noise=0.0).holds
 
 
 @pytest.mark.parametrize("first, second", [("gate_proj", "up_proj"), ("k_proj", "v_proj")])
-def test_two_swapped_slots_of_equal_shape_are_found(make_engine, make_policy, first, second):
+def test_two_swapped_slots_of_equal_shape_are_detected(make_engine, make_policy, first, second):
     engine, policy = make_engine(), make_policy()
     slots = dict(engine.slots)
     for name in [n for n in slots if n.endswith(first)]:
         other = name.replace(first, second)
-        assert slots[name].b.shape == slots[other].b.shape, "equal shapes: nothing else would notice"
+        assert slots[name].b.shape == slots[other].b.shape, "equal shapes: no other check detects this"
         slots[name], slots[other] = slots[other], slots[name]
     policy.attach(slots)
     with pytest.raises(RuntimeError, match="does not sample from the policy"):
         prove_slots(policy, engine)
 
 
-def test_a_trainer_without_the_engines_slots_is_found(make_engine, make_policy):
-    """Every rollout from the base model while all metrics stay finite: the engine's slots are never written."""
+def test_a_trainer_without_the_engines_slots_is_detected(make_engine, make_policy):
+    """Otherwise the engine would sample from the base model while all metrics look normal."""
     engine, policy = make_engine(), make_policy()
     for slot in engine.slots.values():
         slot.b.zero_()
@@ -143,7 +143,7 @@ def test_a_trainer_without_the_engines_slots_is_found(make_engine, make_policy):
         prove_slots(policy, engine)
 
 
-def test_proving_leaves_the_policy_as_it_was(make_engine, make_policy):
+def test_proving_does_not_change_the_policy(make_engine, make_policy):
     engine, policy = make_engine(), make_policy()
     policy.attach(engine.slots)
     before = masters(policy)
@@ -152,8 +152,8 @@ def test_proving_leaves_the_policy_as_it_was(make_engine, make_policy):
     assert_engine_holds(engine, policy)
 
 
-def test_publishing_many_times_changes_neither_masters_nor_policy(make_engine, make_policy):
-    """A scale that is folded in place compounds with every step."""
+def test_publishing_repeatedly_changes_neither_master_weights_nor_policy(make_engine, make_policy):
+    """A scaling that was multiplied in place would compound with every publish."""
     engine, policy = make_engine(), make_policy(rank=16, alpha=64)
     policy.attach(engine.slots)
     owned = {p.untyped_storage().data_ptr() for p in policy.masters}
@@ -168,7 +168,7 @@ def test_publishing_many_times_changes_neither_masters_nor_policy(make_engine, m
     assert all(torch.equal(a, b) for a, b in zip(before, masters(policy), strict=True))
 
 
-def test_the_scale_is_folded_exactly_once(make_engine, make_policy):
+def test_the_scaling_is_applied_exactly_once(make_engine, make_policy):
     engine = make_engine()
     at_four, at_one = make_policy(rank=16, alpha=64), make_policy(rank=16, alpha=16)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_the_scale_is_folded_exactly_once(make_engine, make_policy):
     assert answers[0] == pytest.approx(answers[1], abs=EXACT)
 
 
-def test_the_engine_follows_the_policy_step_after_step(make_engine, make_policy):
+def test_the_engine_follows_the_policy_over_several_steps(make_engine, make_policy):
     engine, policy = make_engine(), make_policy()
     policy.attach(engine.slots)
     answers = []
@@ -199,7 +199,7 @@ def test_the_engine_follows_the_policy_step_after_step(make_engine, make_policy)
 
 
 @pytest.mark.parametrize("max_rank, ranks", [(64, (64, 16, 40)), (128, (128, 96, 16))])
-def test_a_smaller_rank_leaves_nothing_of_a_larger_one(make_engine, make_policy, max_rank, ranks):
+def test_publishing_a_smaller_rank_clears_the_larger_one(make_engine, make_policy, max_rank, ranks):
     engine = make_engine(max_rank=max_rank)
     for rank in ranks:
         policy = make_policy(rank=rank, max_rank=max_rank)
@@ -209,7 +209,7 @@ def test_a_smaller_rank_leaves_nothing_of_a_larger_one(make_engine, make_policy,
         assert all(not s.a[rank:].any() and not s.b[:, rank:].any() for s in engine.slots.values())
 
 
-def test_keys_and_values_of_the_old_policy_are_not_reused(make_engine, make_policy):
+def test_cached_keys_and_values_of_the_previous_policy_are_not_reused(make_engine, make_policy):
     engine, first, second = make_engine(), make_policy(seed=1), make_policy(seed=2)
     long_prompt = [(7 * i) % 90 + 5 for i in range(130)]  # several cache blocks
     first.attach(engine.slots)
@@ -226,7 +226,7 @@ def test_keys_and_values_of_the_old_policy_are_not_reused(make_engine, make_poli
     assert stale.completions[0].logprobs[0] != pytest.approx(fresh.completions[0].logprobs[0], abs=10 * EXACT)
 
 
-def test_an_adapter_lying_about_is_not_picked_up(make_engine, make_policy, engine_shelf, tmp_path, monkeypatch):
+def test_adapter_files_in_the_working_directory_are_not_loaded(make_engine, make_policy, engine_shelf, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 999}))
     monkeypatch.chdir(tmp_path)
     engine_shelf.close()
@@ -251,7 +251,7 @@ def test_nothing_is_read_or_written_while_publishing_and_sampling(make_engine, m
         if listening and event == "open":
             opened.append(str(arguments[0]))
 
-    sys.addaudithook(hook)  # cannot be taken out again, only told to stop
+    sys.addaudithook(hook)  # cannot be removed, only disabled
     for _ in range(3):
         engine.publish(policy.write_slots)
         list(engine.rollout(SEQUENCES, GREEDY))
@@ -259,8 +259,8 @@ def test_nothing_is_read_or_written_while_publishing_and_sampling(make_engine, m
     assert [path for path in opened if not path.startswith(("/proc", "/sys"))] == []
 
 
-def test_an_evicted_adapter_is_put_back(make_engine, make_policy):
-    """vLLM would refill the buffers from the empty adapter that it registered."""
+def test_an_evicted_adapter_is_restored(make_engine, make_policy):
+    """vLLM would refill the buffers with the zero adapter that was registered."""
     engine, policy = make_engine(), make_policy()
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)
@@ -272,7 +272,7 @@ def test_an_evicted_adapter_is_put_back(make_engine, make_policy):
     assert_engine_holds(engine, policy)
 
 
-def test_another_adapter_cannot_push_the_pinned_one_out(make_engine, make_policy, tmp_path):
+def test_another_adapter_cannot_evict_the_pinned_one(make_engine, make_policy, tmp_path):
     from vllm.lora.request import LoRARequest
 
     engine, policy = make_engine(), make_policy()
@@ -291,7 +291,7 @@ def test_a_removed_adapter_is_an_error_and_not_the_base_model(make_engine, make_
     engine._engine.remove_lora(1)
     with pytest.raises(RuntimeError, match="removed from vLLM"):
         list(engine.rollout(SEQUENCES, GREEDY))
-    engine_shelf.close()  # nobody else wants this engine
+    engine_shelf.close()  # other tests must not use this engine
 
 
 def test_base_weights_do_not_drift(make_engine, make_policy):
@@ -310,7 +310,7 @@ def test_base_weights_do_not_drift(make_engine, make_policy):
     assert all(torch.equal(base[name], after[name]) for name in base)
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # nothing is merged
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # irrelevant: nothing is merged
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
@@ -318,12 +318,12 @@ def test_base_weights_do_not_drift(make_engine, make_policy):
         *((kind, ["embed_tokens", "v_proj", "lm_head"]) for kind in ("llama", "qwen3")),
     ],
 )
-def test_the_saved_adapter_answers_alike_in_stock_peft_and_stock_vllm(
+def test_stock_peft_and_stock_vllm_compute_the_same_with_the_saved_adapter(
     make_engine, make_policy, engine_shelf, tiny_model_path, tmp_path: Path, kind, targets
 ):
     policy = make_policy(kind, alpha=64, targets=targets)
     engine = make_engine(kind) if targets == "all-linear" else make_engine(kind, target_modules=tuple(targets))
-    if "embed_tokens" in targets:  # its A begins at zero
+    if "embed_tokens" in targets:  # its A is initialized to zero
         torch.nn.init.normal_(policy.layers["model.embed_tokens"].master_a, generator=torch.Generator().manual_seed(0))
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)
@@ -376,7 +376,7 @@ def _stock_vllm(model: Path, adapter: Path) -> list[list[int]]:
     return answers
 
 
-def test_an_empty_slot_has_the_shapes_of_vllms(make_engine):
+def test_an_empty_slot_has_the_shapes_of_a_vllm_slot(make_engine):
     slot = next(iter(make_engine().slots.values()))
     empty = AdapterSlot.empty(
         max_rank=slot.max_rank,

@@ -7,7 +7,7 @@ import pytest
 from rankup.rollout import vllm_compat
 
 
-def test_a_missing_piece_is_named_with_its_purpose_and_the_versions_that_work():
+def test_an_error_names_the_missing_attribute_its_purpose_and_working_versions():
     owner = types.SimpleNamespace(present=1)
     assert vllm_compat.require(owner, "present", purpose="test") == 1
     with pytest.raises(

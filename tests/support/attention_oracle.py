@@ -1,4 +1,4 @@
-"""Attention over shared prompts by its definition: what every token sees, in words, and plain attention over it."""
+"""Reference for attention over shared prompts: which tokens each token sees, and plain attention over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pack_length(groups: Groups) -> int:
 
 
 def random_qkv(groups: Groups, heads: int, key_heads: int, *, dim: int = 4, dtype: torch.dtype = torch.float64) -> QKV:
-    """Query [H, L, D], key and value [K, L, D], leaves that lie in memory as projections leave them: [L, heads, D]."""
+    """Query [H, L, D], key and value [K, L, D]: leaves whose memory layout is that of projections, [L, heads, D]."""
     length = pack_length(groups)
     generator = torch.Generator().manual_seed(length)
     query, key, value = (
@@ -29,7 +29,7 @@ def random_qkv(groups: Groups, heads: int, key_heads: int, *, dim: int = 4, dtyp
 
 
 def row_by_row_attention(qkv: QKV, groups: Groups, scaling: float) -> torch.Tensor:
-    """Every prompt, and every completion behind its prompt, as a row of its own under the causal mask. Returns [L, H, D]."""
+    """Every prompt, and every completion behind its prompt, as a separate row with a causal mask. Returns [L, H, D]."""
     outputs = []
     end = 0
     for prompt_length, completion_lengths in groups:
@@ -49,7 +49,7 @@ def _causal_attention(qkv: QKV, tokens: list[int], scaling: float) -> torch.Tens
 
 
 def masked_attention(qkv: QKV, mask_LL: torch.Tensor, scaling: float) -> torch.Tensor:
-    """transformers' eager attention where a row of the mask is True at the tokens that it sees. Returns [L, H, D]."""
+    """transformers' eager attention. A row of the mask is True at the tokens that it sees. Returns [L, H, D]."""
     query_HLD, *keys_and_values = qkv
     key_HLD, value_HLD = (t.repeat_interleave(len(query_HLD) // len(t), dim=0) for t in keys_and_values)
     scores = (query_HLD @ key_HLD.transpose(1, 2) * scaling).masked_fill(~mask_LL, float("-inf"))
@@ -58,8 +58,8 @@ def masked_attention(qkv: QKV, mask_LL: torch.Tensor, scaling: float) -> torch.T
 
 
 def visible(groups: Groups) -> torch.Tensor:
-    """Mask [L, L] over the whole pack, True where the row's token sees the column's."""
-    kinds = []  # of each token: (group, completion or None for the prompt)
+    """Mask [L, L] over the pack, True if the row's token sees the column's."""
+    kinds = []  # for each token (group, completion), None for the prompt
     for index, (prompt_length, completion_lengths) in enumerate(groups):
         kinds += [(index, None)] * prompt_length
         kinds += [(index, number) for number, length in enumerate(completion_lengths) for _ in range(length)]

@@ -1,4 +1,4 @@
-"""Log-probabilities by their definition, plain autograd over full logits, and random hidden states and heads to compare on."""
+"""Reference for log-probabilities: plain autograd over full logits, on random hidden states and heads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_case(
     seed: int = 0,
     **head: Any,
 ) -> Case:
-    """Hidden states (requiring grad), a head (with an adapter whose masters require it, if of any rank) and targets."""
+    """Hidden states (requiring grad), a head (for rank > 0 with an adapter whose master weights require grad) and targets."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -37,21 +37,21 @@ def make_case(
 
 
 def make_adapter(a_RD: torch.Tensor, b_VR: torch.Tensor, scaling: float) -> Adapter:
-    """Operands in the given dtype, b scaled; masters in fp32 or fp64."""
+    """Operands in the given dtype, b scaled; master weights in fp32 or fp64."""
     accumulator = torch.promote_types(a_RD.dtype, torch.float32)
     masters = (a_RD.to(accumulator).requires_grad_(), b_VR.to(accumulator).requires_grad_())
     return Adapter(*masters, a_RD.detach(), b_VR.detach() * scaling, scaling)
 
 
 def leaves(hidden_ND: torch.Tensor, head: Head) -> list[torch.Tensor]:
-    """Everything that gets a gradient."""
+    """All tensors that get a gradient."""
     return [hidden_ND] if head.adapter is None else [hidden_ND, head.adapter.master_a, head.adapter.master_b]
 
 
 def from_full_logits(
     hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle: log-probability of each target and entropy of each row, with gradients for the masters' values too."""
+    """Log-probability of each target and entropy of each row, differentiable in the master weights too."""
     logits_NV = hidden_ND @ head.weight_VD.t()
     if head.adapter is not None:
         a_RD, b_VR = (master.to(hidden_ND.dtype) for master in (head.adapter.master_a, head.adapter.master_b))

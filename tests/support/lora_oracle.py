@@ -1,4 +1,4 @@
-"""Layers with adapters of random values, and what they compute by plain autograd."""
+"""Layers with random adapters, and their computation by plain autograd."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_layer(
     scaling: float = 0.7,
     dtype: torch.dtype = torch.float64,
 ) -> Projection:
-    """Random values; masters in fp64 for fp64 operands, else in fp32. No adapter for rank None."""
+    """Random values; master weights in fp64 for fp64 operands, otherwise in fp32. No adapter for rank None."""
     weight, offset = torch.randn(out, width).to(dtype), torch.randn(out).to(dtype) if bias else None
     if rank is None:
         return Projection(weight, offset, None)
@@ -37,17 +37,17 @@ def make_layer(
 
 
 def dense(layer: Projection) -> torch.Tensor:
-    """Its weight, of a layer that is not in 4 bits."""
+    """The weight of a layer that is not in 4 bits."""
     assert isinstance(layer.weight, torch.Tensor)
     return layer.weight
 
 
-def masters(layers: Sequence[Projection]) -> list[torch.Tensor]:
+def master_weights(layers: Sequence[Projection]) -> list[torch.Tensor]:
     return [m for layer in layers if layer.adapter is not None for m in (layer.adapter.master_a, layer.adapter.master_b)]
 
 
 def plain(x: torch.Tensor, layer: Projection) -> torch.Tensor:
-    """What PEFT computes, from the masters."""
+    """PEFT's computation, from the master weights."""
     y = linear(x, dense(layer), layer.bias)
     if layer.adapter is None:
         return y

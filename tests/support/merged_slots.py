@@ -1,12 +1,12 @@
-"""Random adapters in an engine's slots, and the model that they make: transformers with the slots merged into its weights.
+"""Random adapters in an engine's slots, and the reference: the transformers model with the slots merged into its weights.
 
-    publish_random(engine, ["lm_head"])                  # an adapter there, none anywhere else
+    publish_random(engine, ["lm_head"])                  # an adapter on lm_head only
     MergedModel(folder, engine.slots).logprobs([5, 9])   # fp64
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ RANK = 16
 
 
 def publish_random(engine: Any, names: Container[str], seed: int = 0) -> None:
-    """Publish random adapters to the slots whose names are given, none to all others."""
+    """Publish random adapters in the slots with these names, and zeros in all others."""
     import torch
 
     def write_slots() -> None:
@@ -30,7 +30,7 @@ def publish_random(engine: Any, names: Container[str], seed: int = 0) -> None:
 
 
 class MergedModel:
-    """The model in fp64 with slots merged into its weights; those of none of them for an empty mapping."""
+    """The model in fp64 with the slots merged into its weights."""
 
     def __init__(self, folder: Path, slots: Any) -> None:
         import torch
@@ -41,11 +41,11 @@ class MergedModel:
         for name, slot in slots.items():
             layer = self.model.get_submodule(name)
             update = slot.b.double() @ slot.a.double()
-            # A parameter of its own: what it is tied to stays what it was.
+            # A new parameter, so that a tied weight does not change.
             layer.weight = nn.Parameter(layer.weight.detach() + (update.t() if isinstance(layer, nn.Embedding) else update))
 
     def logprobs(self, ids: list[int]) -> list[float]:
-        """Of every token but the first."""
+        """Log-probability of every token but the first."""
         import torch
 
         with torch.no_grad():
@@ -54,5 +54,26 @@ class MergedModel:
 
 
 def flat(logprobs: list[list[float]]) -> list[float]:
-    """Those of all sequences in one list."""
+    """The log-probabilities of all sequences in one list."""
     return [lp for sequence in logprobs for lp in sequence]
+
+
+def assert_a_mixed_batch_agrees(engine: Any, folder: Path, lengths: Sequence[int], *, tolerance: float) -> None:
+    """Every other prompt of a batch uses the adapter; compare log-probabilities of prompts and sampled tokens."""
+    import pytest
+    from vllm import SamplingParams
+
+    oracles = {True: MergedModel(folder, engine.slots), False: MergedModel(folder, {})}
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, logprobs=0)
+    prompts, outputs = {}, {}
+    for i, length in enumerate(lengths):
+        ids = [5 + (31 * i + 7 * j) % 250 for j in range(length)]
+        prompts[engine._submit(ids, params, use_adapter=i % 2 == 0)] = ids, i % 2 == 0
+    while len(outputs) < len(prompts):
+        outputs |= {output.request_id: output for output in engine._engine.step() if output.finished}
+    for name, (ids, use_adapter) in prompts.items():
+        sampled = outputs[name].outputs[0]
+        tokens = [*ids, *sampled.token_ids]
+        candidates = [*outputs[name].prompt_logprobs[1:], *sampled.logprobs]
+        got = [of_token[token].logprob for of_token, token in zip(candidates, tokens[1:], strict=True)]
+        assert got == pytest.approx(oracles[use_adapter].logprobs(tokens), abs=tolerance)

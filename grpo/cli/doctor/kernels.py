@@ -146,7 +146,7 @@ def _logprobs(numbers: Numbers) -> Case:
         head = Head(weight_VD=weight, adapter=_adapter(a, b, hidden.dtype))
         some = 100 * VOCABULARY * hidden.itemsize  # several chunks, each of which is formed twice
         return linear_logprob_loss(
-            hidden, head, targets, lambda logprobs, entropy, tokens: loss(logprobs, entropy), visits=2, chunk_bytes=some
+            hidden, head, targets, lambda logprobs, entropy, tokens: loss(logprobs, entropy), passes=2, chunk_bytes=some
         )
 
     def plain(

@@ -1,7 +1,7 @@
-"""Kernels run on the CPU in Triton's interpreter, and are compiled for GPUs that are not here: in different processes.
+"""Kernels run on the CPU in Triton's interpreter, and are compiled for GPUs that are not installed, in different processes.
 
-The interpreter is chosen by an environment variable, before Triton is imported, and nothing can be compiled beside it. So a
-test marked `interpreted` runs in a pytest of its own, which one test of its file starts.
+An environment variable selects the interpreter before Triton is imported, and nothing can be compiled in that process. So tests
+marked `interpreted` run in a separate pytest process, which one test of each file starts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the other process runs."""
+    """Skip tests of the other process."""
     others = [
         item
         for item in items
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def run_interpreted(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """A function that runs the tests of a file that are marked `interpreted`, and fails with what failed there."""
+    """A function that runs a file's tests marked `interpreted` in another process, and fails with their output."""
 
     def run(file: str) -> None:
         settings = ["-c", str(pytestconfig.inipath), "--rootdir", str(pytestconfig.rootpath), "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""Builds for chips that are not here: what a launch would run, and what it takes there."""
+"""Builds for chips that are not installed: the instructions and resources of a launch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_product(capability: int, block: int = 128, stride: int = 1, **options:
 
 
 @pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
-def test_a_product_uses_the_chips_matrix_instructions_and_its_blocks_lie_in_shared_memory(capability: int, instruction: str):
+def test_a_product_uses_matrix_instructions_and_shared_memory(capability: int, instruction: str):
     build = build_product(capability)
     assert build.fits and (build.stack, build.local) == (0, 0)
     assert build.count(instruction) and build.count("cp.async")
@@ -46,22 +46,22 @@ def test_a_product_uses_the_chips_matrix_instructions_and_its_blocks_lie_in_shar
     assert (build.tensor_columns > 0) == (capability == 100)
 
 
-def test_more_stages_than_the_chip_has_room_for_do_not_fit():
+def test_too_many_stages_do_not_fit():
     assert build_product(90, num_stages=3).fits
     assert not build_product(90, num_stages=6).fits
 
 
-def test_a_stride_of_one_is_a_constant_as_at_a_launch():
-    """Only neighbours can be copied 16 bytes at once, which is what asynchronous copies take."""
+def test_a_stride_of_one_is_a_constant():
+    """Asynchronous copies take 16 contiguous bytes."""
     assert build_product(80, block=64, stride=1).count("cp.async") > build_product(80, block=64, stride=3).count("cp.async")
 
 
-def test_what_does_not_fit_into_the_registers_is_seen():
+def test_register_spills_are_detected():
     build = build_product(80, block=64, maxnreg=32)
     assert build.registers <= 32
     assert build.stack > 0
 
 
-def test_atomics_are_seen():
+def test_atomics_are_detected():
     x, out = torch.empty(9, 64, device="meta"), torch.empty(64, device="meta")
     assert compile_for(90, sum_of_rows, x_ptr=x, out_ptr=out, BLOCK=64, num_warps=1).count("atom")

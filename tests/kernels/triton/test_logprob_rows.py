@@ -1,4 +1,4 @@
-"""Rows of logits by kernels: against their definition in fp64, against torch's path, and compiled for three chips."""
+"""Rows of logits by kernels: against the definition in fp64, against torch, and compiled for three chips."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_rows_of_a_wider_tensor_and_every_second_target() -> None:
 @interpreted
 @pytest.mark.parametrize("offset", [-1e4, -1e6, 1e6, -1e30])
 @pytest.mark.parametrize("which", SLOPES)
-def test_rows_of_very_negative_or_large_logits_keep_their_digits(offset: float, which: str) -> None:
-    """Logits that fp32 holds exactly. The largest of the row comes last, so that all sums are rescaled."""
+def test_rows_of_very_negative_or_large_logits_are_precise(offset: float, which: str) -> None:
+    """Logits that are exact in fp32. The largest of a row comes last, so that all sums are rescaled."""
     small_nV = torch.arange(MEASURE_BLOCK + 9.0).remainder(5).expand(3, -1)
     logits_nV = (small_nV.double() + offset).float()
     targets_n, slopes = torch.tensor([0, 7, MEASURE_BLOCK + 3]), make_slopes(3, which)
@@ -100,8 +100,8 @@ def test_rows_of_very_negative_or_large_logits_keep_their_digits(offset: float, 
 @interpreted
 @pytest.mark.parametrize("which", SLOPES)
 @pytest.mark.parametrize("nothing", [float("-inf"), -3e38])
-def test_a_logit_of_minus_infinity_is_a_token_that_does_not_exist(which: str, nothing: float) -> None:
-    logits_nV = torch.full((2, 2 * MEASURE_BLOCK), nothing)  # the first block holds nothing else
+def test_a_logit_of_minus_infinity_is_the_same_as_no_token(which: str, nothing: float) -> None:
+    logits_nV = torch.full((2, 2 * MEASURE_BLOCK), nothing)  # the first block has no other logits
     logits_nV[:, -3:] = torch.tensor([[1.0, 2.0, 0.5], [3e38, 2.9e38, 0.0]])
     targets_n, slopes = torch.full((2,), 2 * MEASURE_BLOCK - 2), make_slopes(2, which)
     expected = [t.float() for t in exact(logits_nV[:, -3:], torch.tensor([1, 1]), slopes, 1.0, None)]
@@ -130,15 +130,15 @@ def test_almost_certain_and_impossible_targets_have_exact_gradients(
 @interpreted
 @pytest.mark.parametrize("which", SLOPES)
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_in_fp16_kernels_err_no_more_than_torch(which: str, softcap: float | None) -> None:
-    """Not in bf16, which the interpreter cuts off where chips round."""
+def test_in_fp16_the_kernels_are_as_accurate_as_torch(which: str, softcap: float | None) -> None:
+    """Not bf16, which the interpreter truncates where chips round."""
     assert_as_exact_as_torch(8, 1000, which, softcap, torch.float16, "cpu")
 
 
 def assert_as_exact_as_torch(
     rows: int, vocabulary: int, which: str, softcap: float | None, dtype: torch.dtype, device: str
 ) -> None:
-    """Against fp64 on the same rounded logits, the kernels' errors are at most twice those of torch's path."""
+    """Compared with fp64 on the same rounded logits, the kernels' errors are at most twice those of torch."""
     logits_nV, targets_n = (t.to(device) for t in make_rows(rows, vocabulary))
     slopes = Slopes(*(None if slope_n is None else slope_n.to(device) for slope_n in make_slopes(rows, which)))
     case = targets_n, slopes, 0.8, softcap
@@ -153,10 +153,10 @@ def assert_as_exact_as_torch(
 
 
 @interpreted
-@pytest.mark.parametrize("options", [{}, {"visits": 2}])
+@pytest.mark.parametrize("options", [{}, {"passes": 2}])
 @pytest.mark.parametrize("head", [{}, {"softcap": 5.0, "scale": 0.6}])
 def test_the_loss_of_a_head_with_an_adapter(monkeypatch: pytest.MonkeyPatch, head: dict[str, Any], options: Any) -> None:
-    """As on a CUDA device, where kernels stand in for torch's rows."""
+    """As on a CUDA device, where kernels replace the rows in torch."""
     hidden_ND, exact_head, targets_N = make_case(40, rank=3, **head)
     expected = from_full_logits(hidden_ND, exact_head, targets_N, 0.9)
     expected_loss = (expected[0].exp() - expected[1] ** 2).sum()
@@ -205,7 +205,7 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype, softcap: 
 @pytest.mark.parametrize("which", SLOPES)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (123, 507), (64, 151_936)])
-def test_on_a_gpu_it_is_as_exact_as_torch(
+def test_on_a_gpu_it_is_as_accurate_as_torch(
     rows: int, vocabulary: int, which: str, softcap: float | None, dtype: torch.dtype
 ) -> None:
     assert_as_exact_as_torch(rows, vocabulary, which, softcap, dtype, "cuda")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lora_oracle import gradients, make_layer, masters, plain, plain_mlp
+from lora_oracle import gradients, make_layer, master_weights, plain, plain_mlp
 
 from rankup.kernels import lora
 from rankup.kernels.triton.ahead_of_time import SHARED_MEMORY, Build, compile_for
@@ -48,12 +48,12 @@ def make_operands(tokens: int, depth: int, columns: int, rank: int) -> list[torc
 
 
 def product(x: torch.Tensor, w: torch.Tensor, h: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """By torch, in the operands' dtype."""
+    """Torch, in the operands' dtype."""
     return torch.addmm(bias, x, w).addmm_(h, b)
 
 
 def assert_as_exact_as_torch(operands: Sequence[torch.Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
-    """Against fp64 on the same rounded numbers, the kernel's error is at most twice torch's."""
+    """Compared with fp64 on the same rounded values, the kernel's error is at most twice torch's."""
     rounded = [operand.to(device, dtype) for operand in operands]
     exact = product(*(operand.double() for operand in rounded))
     ours, theirs = (form(*rounded) for form in (product_with_adapter, product))
@@ -64,19 +64,19 @@ def assert_as_exact_as_torch(operands: Sequence[torch.Tensor], dtype: torch.dtyp
 @interpreted
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("sizes", RAGGED)
-def test_the_kernel_is_as_exact_as_torch(sizes: tuple[int, int, int], rank: int) -> None:
+def test_the_kernel_is_as_accurate_as_torch(sizes: tuple[int, int, int], rank: int) -> None:
     assert_as_exact_as_torch(make_operands(*sizes, rank), torch.float32)
 
 
 @interpreted
 @pytest.mark.parametrize("rank", RANKS)
-def test_with_16_bit_operands_too(rank: int) -> None:
+def test_16_bit_operands(rank: int) -> None:
     assert_as_exact_as_torch(make_operands(*RAGGED[0], rank), torch.float16)
 
 
 @interpreted
 def test_more_blocks_than_a_group_has() -> None:
-    """Every block is computed, by the program whose it is: 11 rows of blocks in groups of 8, and 3 columns."""
+    """Every block is computed by one program: 11 rows of blocks in groups of 8, and 3 columns."""
     assert_as_exact_as_torch(make_operands(1300, 16, 300, 8), torch.float32)
 
 
@@ -96,7 +96,7 @@ def test_only_operands_are_read_and_only_the_output_is_written(tile: Tile) -> No
 
 
 def inside_nan(matrix: torch.Tensor) -> torch.Tensor:
-    """The same numbers, every other column of wider storage and some rows into it."""
+    """The same values as a view: every other column of wider storage, from some row on."""
     rows, columns = matrix.shape
     storage = torch.full((rows + 9, 2 * columns + 9), torch.nan)
     view = storage[4 : rows + 4, 4 : 2 * columns + 4 : 2]
@@ -117,14 +117,14 @@ def test_the_autograd_functions_with_the_kernel_equal_plain_autograd(is_mlp: boo
     expected = [plain_mlp(x, layers, "silu")] if is_mlp else [plain(x, layer) for layer in layers]
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-3)
     grads = [torch.randn_like(expected[0]), *[torch.randn(33).expand(2, 65, 33)] * 2][: len(expected)]
-    inputs = x, *masters(layers)
+    inputs = x, *master_weights(layers)
     of_fused, of_expected = gradients(fused, grads, *inputs), gradients(expected, grads, *inputs)
     for ours, theirs in zip(of_fused, of_expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @interpreted
-def test_forward_and_backward_of_every_adapted_layer_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward_of_every_adapted_layer_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks: list[int] = []
 
     def counted(*operands: torch.Tensor) -> torch.Tensor:
@@ -160,7 +160,7 @@ def build(capability: int, rank: int, what: str, tile: Tile) -> Build:
 @pytest.mark.parametrize("what", ["forward", "backward"])
 @pytest.mark.parametrize("rank", [16, 64, 96, 128])
 @pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
-def test_on_every_chip_it_fits_spills_nothing_and_uses_the_matrix_instructions(
+def test_every_build_fits_spills_nothing_and_uses_matrix_instructions(
     capability: int, instruction: str, rank: int, what: str
 ) -> None:
     found = build(capability, rank, what, TILES[capability // 10, 0])
@@ -191,7 +191,7 @@ def whole_rank_at_once(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The same block of the output, but h and b with all of the rank beside the blocks of W."""
+    """The same block of the output, but holding the complete rank of h and b next to the blocks of W."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     steps, rank = tl.arange(0, BLOCK_K), tl.arange(0, R)
@@ -205,7 +205,7 @@ def whole_rank_at_once(
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_with_the_whole_rank_at_once_it_would_not_launch_at_rank_128(capability: int) -> None:
+def test_holding_the_complete_rank_would_not_launch_at_rank_128(capability: int) -> None:
     tile = TILES[capability // 10, 0]
     tokens, width, out, rank = 4096, 4096, 14336, 128
     tensors = {"x_ptr": bf16(tokens, width), "w_ptr": bf16(out, width), "h_ptr": bf16(tokens, rank), "b_ptr": bf16(out, rank)}
@@ -215,14 +215,14 @@ def test_with_the_whole_rank_at_once_it_would_not_launch_at_rank_128(capability:
     in_steps = build(capability, rank, "forward", tile)
     assert at_once.shared > SHARED_MEMORY[capability] >= in_steps.shared
     assert not at_once.fits and in_steps.fits
-    # The rank takes no shared memory of its own.
+    # The rank needs no additional shared memory.
     assert in_steps.shared == build(capability, 16, "forward", tile).shared
 
 
 # --------------------------------------------------------------------------------------------------- where it is used
 
 
-def test_without_a_device_torch_computes_and_no_kernel_is_loaded() -> None:
+def test_without_a_device_torch_computes_and_no_kernel_is_imported() -> None:
     assert not lora._has_kernel(torch.zeros(1, dtype=torch.bfloat16))
     code = "import sys, rankup.kernels.lora; print('rankup.kernels.triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "False"
@@ -232,7 +232,7 @@ def test_without_a_device_torch_computes_and_no_kernel_is_loaded() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("sizes", [*RAGGED, (4096, 4096, 14336)])
-def test_on_a_gpu_it_is_as_exact_as_torch_and_the_same_every_time(sizes: tuple[int, int, int], rank: int) -> None:
+def test_on_a_gpu_it_is_as_accurate_as_torch_and_deterministic(sizes: tuple[int, int, int], rank: int) -> None:
     operands = make_operands(*sizes, rank)
     assert_as_exact_as_torch(operands, torch.bfloat16, "cuda")
     on_device = [operand.to("cuda", torch.bfloat16) for operand in operands]

@@ -1,4 +1,4 @@
-"""NF4 weights by a kernel: bitsandbytes' own numbers to the last bit, and compiled for three chips."""
+"""Dequantisation of NF4 weights by a kernel: bit-exact with bitsandbytes, and compiled for three chips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ interpreted = pytest.mark.interpreted
 
 
 def quantise(weight: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
-    """By bitsandbytes: packed numbers, and what belongs to them (whose fields its types leave open)."""
+    """Packed values and quantisation state from bitsandbytes (which does not type the state's fields)."""
     return quantize_4bit(weight, quant_type="nf4", **options)
 
 
@@ -28,7 +28,7 @@ def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("shape", [(1, 64), (3, 123), (7, 11), (2, BYTES), (5, BYTES - 64), (4, 3, 50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("nested", [False, True])
-def test_any_shape_is_what_bitsandbytes_gives(shape: tuple[int, ...], dtype: torch.dtype, nested: bool) -> None:
+def test_any_shape_equals_bitsandbytes(shape: tuple[int, ...], dtype: torch.dtype, nested: bool) -> None:
     packed, state = quantise(torch.randn(shape).to(dtype), compress_statistics=nested)
     expected = dequantize_4bit(packed, state)
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
@@ -38,7 +38,7 @@ def test_any_shape_is_what_bitsandbytes_gives(shape: tuple[int, ...], dtype: tor
 
 @interpreted
 @pytest.mark.parametrize("blocksize", [64, 128, 256])
-def test_every_size_of_blocks(blocksize: int) -> None:
+def test_every_block_size(blocksize: int) -> None:
     packed, state = quantise(torch.randn(30, 100), blocksize=blocksize)
     weight = dequantise(packed, state.absmax, state.code, state.shape, torch.float32, blocksize=blocksize)
     assert torch.equal(weight, dequantize_4bit(packed, state))
@@ -56,7 +56,7 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_it_is_what_bitsandbytes_gives() -> None:
+def test_on_a_gpu_it_equals_bitsandbytes() -> None:
     packed, state = quantise(torch.randn(507, 1024, dtype=torch.bfloat16, device="cuda"))
     weight = dequantise(packed, state.absmax, state.code, state.shape, torch.bfloat16, blocksize=state.blocksize)
     assert torch.equal(weight, dequantize_4bit(packed, state))

@@ -1,4 +1,4 @@
-"""RMSNorm by kernels: against plain autograd in fp64, beside transformers' rounding, and compiled for three chips."""
+"""RMSNorm by kernels: against plain autograd in fp64, with transformers' rounding, and compiled for three chips."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_any_shape_equals_plain_autograd(shape: tuple[int, ...], unit_offset: bo
         lambda t: t[:1].expand(3, -1, -1),
     ],
 )
-def test_views_are_read_as_they_are(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_views_are_not_copied(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x, grad = view(torch.randn(4, 5, 32)).requires_grad_(), view(torch.randn(4, 5, 32))
     assert_equals_plain_autograd(x, grad, torch.randn(2 * x.shape[-1])[::2], unit_offset=False)
 
@@ -90,7 +90,7 @@ def test_fp16_is_rounded_where_transformers_rounds(monkeypatch: pytest.MonkeyPat
 def assert_as_exact_as_torch(
     monkeypatch: pytest.MonkeyPatch, rows: int, width: int, dtype: torch.dtype, device: str, *, unit_offset: bool
 ) -> None:
-    """All but a few numbers are torch's to the last bit; the gradient errs no more than torch's."""
+    """All but a few values are bit-exact with torch; the gradient's error is at most torch's."""
     x, grad, weight = (torch.randn(*size).to(device, dtype) for size in ((rows, width), (rows, width), (width,)))
     results = []
     for has_kernel in (False, True):
@@ -131,5 +131,5 @@ def test_without_a_device_torch_computes() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("width", [128, 896, 4096, WIDEST])
 @pytest.mark.parametrize("unit_offset", [False, True])
-def test_on_a_gpu_it_is_as_exact_as_torch(monkeypatch: pytest.MonkeyPatch, width: int, unit_offset: bool) -> None:
+def test_on_a_gpu_it_is_as_accurate_as_torch(monkeypatch: pytest.MonkeyPatch, width: int, unit_offset: bool) -> None:
     assert_as_exact_as_torch(monkeypatch, 507, width, torch.bfloat16, "cuda", unit_offset=unit_offset)

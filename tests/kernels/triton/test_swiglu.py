@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lora_oracle import gradients, make_layer, masters, plain_mlp
+from lora_oracle import gradients, make_layer, master_weights, plain_mlp
 from torch.nn.functional import silu
 
 from rankup.kernels import lora
@@ -37,7 +37,7 @@ def assert_equals_autograd(gate: torch.Tensor, up: torch.Tensor) -> None:
     before = gate.clone(), up.clone()
     product = swiglu(gate, up)
     torch.testing.assert_close(product, expected.detach().float())
-    product.fill_(float("nan"))  # its memory is taken, its content is not read
+    product.fill_(float("nan"))  # its memory is used, its content is not read
     swiglu_backward_in_place(d_product, product, gate, up)
     torch.testing.assert_close((d_product, product), tuple(t.float() for t in expected_gradients))
     assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
@@ -63,7 +63,7 @@ def test_very_negative_and_large_gates_are_finite() -> None:
 
 
 @interpreted
-def test_fp16_errs_no_more_than_torch() -> None:
+def test_fp16_is_as_accurate_as_torch() -> None:
     assert_as_exact_as_torch((64, 100), torch.float16, "cpu")
 
 
@@ -83,13 +83,13 @@ def assert_as_exact_as_torch(shape: tuple[int, int], dtype: torch.dtype, device:
 @interpreted
 @pytest.mark.parametrize(("activation", "launches"), [("silu", 2), ("gelu", 0)])
 def test_the_fused_mlp(monkeypatch: pytest.MonkeyPatch, activation: lora.Activation, launches: int) -> None:
-    """As on a CUDA device: SiLU by kernels, other activations by torch. A graph that is kept gives the same again."""
+    """As on a CUDA device: SiLU by kernels, other activations by torch. A retained graph gives the same gradients again."""
     calls = []
     monkeypatch.setattr(lora, "runs_triton", lambda *_: True)
     monkeypatch.setattr("rankup.kernels.triton.swiglu.swiglu", lambda *gate_up: calls.append(1) or swiglu(*gate_up))
     layers = [make_layer(*sizes, dtype=torch.float32) for sizes in ((7, 12), (7, 12), (12, 5))]
     x, grad = torch.randn(9, 7, requires_grad=True), torch.randn(9, 5)
-    inputs = x, *masters(layers)
+    inputs = x, *master_weights(layers)
     expected = plain_mlp(x, layers, activation)
     fused = lora.lora_mlp(x, layers, activation)
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-3)
@@ -119,5 +119,5 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(123, 507), (4096, 14_336)])
-def test_on_a_gpu_it_errs_no_more_than_torch(shape: tuple[int, int]) -> None:
+def test_on_a_gpu_it_is_as_accurate_as_torch(shape: tuple[int, int]) -> None:
     assert_as_exact_as_torch(shape, torch.bfloat16, "cuda")

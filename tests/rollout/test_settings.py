@@ -1,0 +1,44 @@
+"""How completions are sampled, and which engines can serve which runs. Starts no engine."""
+
+import dataclasses
+
+import pytest
+from pydantic import ValidationError
+
+from rankup.rollout.config import RolloutConfig, SamplingConfig
+from rankup.rollout.engine import EngineSettings
+
+SETTINGS = EngineSettings(model="model", rollout=RolloutConfig(), target_modules=("q_proj",))
+
+
+def test_evaluation_samples_one_greedy_completion():
+    rollout = RolloutConfig(max_completion_length=9, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop="end")  # type: ignore[arg-type]
+    greedy = SamplingConfig(num_generations=1, max_completion_length=9, temperature=0.0, stop=["end"])
+    assert rollout.greedy() == greedy
+
+
+@pytest.mark.parametrize("option", [{"num_generations": 1}, {"temperature": 0.0}])
+def test_training_needs_groups_and_a_temperature(option: dict[str, float]):
+    SamplingConfig(**option)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError):
+        RolloutConfig(**option)  # type: ignore[arg-type]
+
+
+def test_an_engine_serves_runs_that_sample_differently():
+    """Sampling options are arguments of each rollout, and every request has a seed."""
+    rollout = RolloutConfig(num_generations=2, temperature=0.5, max_prompt_length=256, max_completion_length=512)
+    assert SETTINGS.differences(dataclasses.replace(SETTINGS, rollout=rollout, seed=3)) == []
+
+
+@pytest.mark.parametrize(
+    ("needed", "difference"),
+    [
+        ({"max_rank": 128}, "max_rank 64 instead of 128"),
+        ({"rollout": RolloutConfig(max_prompt_length=100)}, "max_model_length 768 instead of 356"),
+        ({"rollout": RolloutConfig(kv_cache_gib=2.0)}, "kv_cache_gib 1.0 instead of 2.0"),
+        ({"rollout": RolloutConfig(lora_path="punica")}, "lora_path auto instead of punica"),
+        ({"nf4_weights": ("w" * 99,)}, f"nf4_weights () instead of ('{'w' * 78} ..."),
+    ],
+)
+def test_an_engine_with_other_settings_says_what_differs(needed: dict, difference: str):
+    assert SETTINGS.differences(dataclasses.replace(SETTINGS, **needed)) == [difference]
