@@ -112,7 +112,7 @@ def test_what_was_done_is_told(make_run: MakeRun) -> None:
         "- steps: 12",
         "- seed: 7",
         "- duration: 6m10s",
-        "- guards: 3 alarms, 1 skipped steps, 2 returns to an earlier adapter",
+        "- guards: 3 alarms, 1 skipped steps, 2 rollbacks to an earlier adapter",
     ]
 
 
@@ -150,7 +150,7 @@ def test_what_is_not_known_is_left_out(make_run: MakeRun) -> None:
     assert results(card) == {}
     names = re.findall(r"^- ([a-z ]+): ", card, re.MULTILINE)
     assert {"training data", "evaluation data", "duration", "guards"}.isdisjoint(names)
-    assert "- steps: not known: the run of 12 did not end" in card
+    assert "- steps: not known: the run of 12 steps did not finish" in card
     assert "- reward: `brief`" in card  # a function of the Python caller's, known by its metric
     assert "None" not in card and "null" not in card.partition("## Configuration")[0]
 
