@@ -114,10 +114,10 @@ def test_what_the_engine_holds_wrongly_is_found_before_a_run(make_engine, make_p
 
 
 def test_a_projection_that_hardly_moves_a_model_is_judged_by_the_rounding():
-    assert Proof(what="k_proj", gap=0.069, effect=0.127, noise=0.060).holds, "measured, of a map that is right"
+    assert Proof(what="k_proj", gap=0.069, effect=0.127, noise=0.060).holds, "measured with a correct map"
     assert not Proof(what="all", gap=0.069, effect=0.127).holds
-    assert not Proof(what="k_proj", gap=0.180, effect=0.127, noise=0.060).holds, "an adapter elsewhere"
-    assert not Proof(what="k_proj", gap=0.069, effect=0.070, noise=0.060).holds, "nothing to see"
+    assert not Proof(what="k_proj", gap=0.180, effect=0.127, noise=0.060).holds, "a misplaced adapter"
+    assert not Proof(what="k_proj", gap=0.069, effect=0.070, noise=0.060).holds, "no evidence"
     assert not Proof(what="k_proj", gap=0.0, effect=0.0, noise=0.0).holds
 
 
