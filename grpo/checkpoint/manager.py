@@ -156,7 +156,7 @@ class RunKeeper:
         self._open_reports(state.recorder)
         for path in self._store.set_aside_after(checkpoint.step) if self._peers.is_main else ():
             self._note(f"a checkpoint that the run does not go on from is now {path}")
-        if not self._recorder.go_on():
+        if not self._recorder.resume():
             self._note(f"{METRICS_FILE} is shorter than it was at step {checkpoint.step}: some rows are lost")
         for change in software_changes(state, self._session.policy.device):
             self._note(f"the last bits may differ from those of an undisturbed run: {change}")
@@ -218,7 +218,7 @@ class RunKeeper:
         self._recorder.sync()
         self.last = self._store.write(position.steps_done, fill, reward=reward, run=self._run)
         self.copy()
-        self._recorder.spent("checkpoint", time.perf_counter() - started)
+        self._recorder.add_seconds("checkpoint", time.perf_counter() - started)
 
     def copy(self) -> None:
         """Bring the copy in the storage up to date. One that fails is told, and the run goes on: the next makes up for it."""

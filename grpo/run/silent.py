@@ -38,7 +38,7 @@ class SilentRecorder(RunRecorder):
 
     def report_to(self, reports: Sequence[Report]) -> None: ...
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def spent(self, phase: str, seconds: float) -> None: ...
+    def add_seconds(self, phase: str, seconds: float) -> None: ...
     def evaluation(
         self, step: int, reward: float, *, when: When, metrics: Mapping[str, float] | None = None
     ) -> None: ...
@@ -50,7 +50,7 @@ class SilentRecorder(RunRecorder):
     def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
-    def go_on(self) -> bool:
+    def resume(self) -> bool:
         return True
 
     def completions(self, step: int, table: Mapping[str, Sequence], **columns: Any) -> Path:
