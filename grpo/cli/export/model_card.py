@@ -72,10 +72,10 @@ def read_run(run: Path) -> TrainedAdapter:
     folder = run / "adapter"
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"no adapter in {folder}: the run did not save one, or it was removed")
-    place = run.resolve()
-    match = re.fullmatch(r"step_(\d+)", place.name) if place.parent.name == "checkpoints" else None
+    resolved = run.resolve()
+    match = re.fullmatch(r"step_(\d+)", resolved.name) if resolved.parent.name == "checkpoints" else None
     step = None if match is None else int(match[1])
-    run_folder = run if match is None else place.parents[1]
+    run_folder = run if match is None else resolved.parents[1]
     summary_file = run_folder / SUMMARY_FILE
     metrics = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else []
     return TrainedAdapter(
