@@ -125,17 +125,16 @@ class CheckpointStore:
             ValueError: the newest that can be read has another format; the message names it.
         """
         self._recover_interrupted_rename()
-        skipped = [f"{path}: the write was interrupted" for path in self._leftovers() if path.suffix == ".partial"]
-        newest = None
+        log = logger.info if log_skipped else logger.debug
+        for leftover in self._leftovers():
+            if leftover.suffix == ".partial":
+                log("skipped %s: the write was interrupted", leftover)
         for path in self._paths():
             try:
-                newest = read_checkpoint(path)
-                break
+                return read_checkpoint(path)
             except DamagedCheckpointError as error:
-                skipped.append(str(error))
-        for reason in skipped if log_skipped else ():
-            logger.info("skipped %s", reason)
-        return newest
+                log("skipped %s", error)
+        return None
 
     def validate_belongs(self, path: Path) -> Path:
         """The same path, if it is a checkpoint of this store.
