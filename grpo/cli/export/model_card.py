@@ -68,7 +68,7 @@ def read_run(run: Path) -> TrainedAdapter:
         ValueError: `run` is neither, or has no adapter.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise ValueError(f"{run} is not the folder of a run, nor of a checkpoint: it has no {CONFIG_FILE}")
+        raise ValueError(f"{run} is neither a run folder nor a checkpoint: it has no {CONFIG_FILE}")
     folder = run / "adapter"
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"no adapter in {folder}: the run did not save one, or it was removed")
