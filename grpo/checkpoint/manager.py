@@ -175,12 +175,12 @@ class CheckpointManager:
         recorder.sync()
         self.last = self._store.write(position.steps_done, fill, reward=reward, run=self._run_id)
         self.upload()
-        recorder.spent("checkpoint", time.perf_counter() - started)
+        recorder.add_seconds("checkpoint", time.perf_counter() - started)
 
     def _resume_records(self, recorder: RunRecorder, step: int) -> None:
         for path in self._store.set_aside_after(step):
             logger.info(f"a checkpoint that the run does not resume from is now {path}")
-        if not recorder.go_on():
+        if not recorder.resume():
             logger.warning(f"{METRICS_FILE} is shorter than it was at step {step}: some rows are lost")
 
     @contextmanager

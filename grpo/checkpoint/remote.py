@@ -85,8 +85,8 @@ class RemoteFiles:
                 fs.put_file(str(source), str(temporary))
 
     def move(self, names: list[str], url: str) -> None:
-        """Move all files to `url`: by one rename, or where there is none, by copying `names` in order and removing them in
-        the reverse order.
+        """Move the folder, whose files are `names`, to `url`: by one rename if the file system has that, else by copying the
+        files in this order and removing them in the reverse order.
         """
         fs, root = self._root
         target = url_to_fs(url)[1]

@@ -34,7 +34,6 @@ from .store import (
     CheckpointStore,
     DamagedCheckpointError,
     read_checkpoint,
-    read_manifest,
     step_of,
     sync_all,
 )
@@ -124,13 +123,13 @@ class Storage:
         return before is None or (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns) or size != now.st_size
 
     def _is_new_checkpoint(self, name: str, remote: dict[str, int]) -> bool:
-        """Whether the copy does not have this very checkpoint: manifests have the checksums of all files.
+        """Whether the copy lacks this checkpoint, by its manifest, which has the checksums of all files.
 
-        One that is damaged here is not new: the copy's may be complete.
+        One that is damaged here is not new, since the copy may have it undamaged.
         """
         path, manifest = self._run_dir / CHECKPOINTS / name, _manifest_of(name)
         try:
-            read_manifest(path)
+            read_checkpoint(path, checksums=False)
         except ValueError:
             return False
         return manifest not in remote or self._remote.read(manifest) != (path / MANIFEST).read_bytes()
@@ -151,7 +150,7 @@ class Storage:
 
     def _upload(self, files: list[str], local: dict[str, os.stat_result]) -> None:
         for file in files:
-            if (self._run_dir / file).is_file():
+            if (self._run_dir / file).is_file():  # trackers delete files
                 self._remote.write(self._run_dir / file, file)
                 self._uploaded[file] = local[file]
 

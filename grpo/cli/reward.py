@@ -25,7 +25,7 @@ from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
-from ..run.records import read_completions
+from ..run.completions import read_completions
 
 EXAMPLES = """examples:
   rankup new reward short_answers                                        short_answers.py, and test_short_answers.py beside it

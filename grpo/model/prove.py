@@ -1,9 +1,9 @@
 """Proof that trainer and sampler compute the same function of the same adapter.
 
-A wrong map between PEFT's projections and vLLM's buffers trains well-looking rubbish: shapes often fit, losses stay
-finite. So strong random adapters are published and the engine's log-probabilities of some token sequences are compared
-with the trainer's. Rounding makes them differ a little; a misplaced, unscaled or stale adapter makes them differ about
-as much as the adapter itself moves them, which is the measure.
+A wrong map between PEFT's projections and vLLM's buffers is hard to see in training: shapes often fit, and losses stay finite.
+So strong random adapters are published, and the engine's log-probabilities of some token sequences are compared with the
+trainer's. Rounding causes small differences. A misplaced, unscaled or stale adapter causes differences about as large as the
+effect of the adapter, so that effect is the unit.
 
     prove_slots(policy, engine)                    # all projections at once, distinct adapters; about a second
     prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
@@ -11,7 +11,7 @@ as much as the adapter itself moves them, which is the measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,28 +21,32 @@ from ...rollout.engine import RolloutEngine
 from ...rollout.types import Completion
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from ..common.log import logger
 from .lora_layers import ADAPTER, FusedLoRALayer
 from .packing import Pack, by_completion, pack, pad
 from .policy import Policy
 
-# Strength of a proving adapter: the norm of its update relative to the base weight's. The fewer layers are adapted at once,
-# the stronger each has to be: at 0.05, thirty q_proj move SmolLM2-135M by no more than rounding does.
-WEAKEST, STRONGEST = 0.05, 4.0
-STRENGTH_OF_ALL = 10.5  # shared between the layers
+# Strength of a random adapter: the norm of its update relative to that of the base weight. The fewer layers are adapted at
+# once, the stronger each has to be: at 0.05, thirty q_proj change SmolLM2-135M by no more than rounding does.
+MIN_STRENGTH, MAX_STRENGTH = 0.05, 4.0
+TOTAL_STRENGTH = 10.5  # divided among the layers
 PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
-# The largest difference that counts as rounding, as a share of what the adapter changes. In bf16 rounding gives up to 0.35
-# (keys of SmolLM2-135M); a scale that is wrong by two gives 0.5, a misplaced adapter about 1.4.
+# The largest gap that counts as rounding, relative to the effect of the adapter. In bf16 rounding causes up to 0.35 (k_proj of
+# SmolLM2-135M); a scale that is wrong by a factor of 2 causes 0.5, a misplaced adapter about 1.4.
 TOLERANCE = 0.42
-# Of a projection alone, as shares of the gap without adapters: the largest gap that is noise, and the least effect beside it.
-LIKE_NOISE, ABOVE_NOISE = 1.25, 1.5
+# For a projection alone, relative to the gap without adapters: the largest gap, and the smallest effect that is evidence then.
+NOISE_TOLERANCE, MIN_EFFECT = 1.25, 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """One comparison: mean absolute difference of log-probabilities, trainer against engine (`gap`) and engine with the
-    adapter against engine without (`effect`).
+    """One comparison, as mean absolute differences of log-probabilities.
 
-    `noise`: for a projection alone, the gap without any adapter, which is rounding; else 0.
+    Attributes:
+        what: the projections with an adapter.
+        gap: between trainer and engine.
+        effect: between the engine with and without the adapter.
+        noise: for a projection alone, the gap without any adapter, which is rounding; else 0.
     """
 
     what: str
@@ -51,24 +55,31 @@ class Proof:
     noise: float = 0.0
 
     @property
-    def holds(self) -> bool:
-        """Whether the adapter moved the engine, and by what the trainer says.
+    def bound(self) -> float:
+        """The largest gap that passes.
 
-        A projection that moves a model little more than rounding does is judged by the rounding: an adapter elsewhere would
-        add its own effect to it, more than once.
+        If a projection changes the log-probabilities little more than rounding does, the rounding decides: a misplaced adapter
+        would add its effect to that more than once.
         """
-        if self.effect > 0 and self.gap <= TOLERANCE * self.effect:
-            return True
-        return self.gap <= LIKE_NOISE * self.noise and self.effect >= ABOVE_NOISE * self.noise > 0
+        relative = TOLERANCE * self.effect
+        return max(relative, NOISE_TOLERANCE * self.noise) if self.effect >= MIN_EFFECT * self.noise else relative
+
+    @property
+    def holds(self) -> bool:
+        """Whether the adapter changed the engine's log-probabilities, and as much as the trainer's."""
+        return self.effect > 0 and self.gap <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.what}: difference {self.gap:.4f}, bound {self.bound:.4f}, effect of the adapter {self.effect:.4f}"
 
 
-def prove_slots(
-    policy: Policy, engine: RolloutEngine, *, each: bool = False, report: Callable[[Proof], None] = lambda proof: None
-) -> list[Proof]:
-    """Compare trainer and engine under random adapters, then publish the policy's own again.
+def prove_slots(policy: Policy, engine: RolloutEngine, *, each: bool = False) -> list[Proof]:
+    """Compare trainer and engine under random adapters, then publish the policy's adapter again.
+
+    `each`: also compare under an adapter on each projection alone, and log every comparison that fails.
 
     Raises:
-        RuntimeError: a comparison failed: the engine does not sample from what the trainer trains.
+        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains.
     """
     sequences = _sequences(policy, engine)
     base = engine.prompt_logprobs(sequences, use_adapter=False)
@@ -80,12 +91,13 @@ def prove_slots(
         if each:
             targets += [(name, [name]) for name in policy.layers]
         for seed, (what, names) in enumerate(targets):
-            strength = min(STRONGEST, max(WEAKEST, STRENGTH_OF_ALL / len(names)))
+            strength = min(MAX_STRENGTH, max(MIN_STRENGTH, TOTAL_STRENGTH / len(names)))
             _write_random_adapters(policy, names, seed, strength)
             engine.publish(policy.write_slots)
             gap, effect = _compare(policy, engine, sequences, base)
             proofs.append(Proof(what=what, gap=gap, effect=effect, noise=noise if len(names) == 1 else 0.0))
-            report(proofs[-1])
+            if each and not proofs[-1].holds:
+                logger.warning("FAILED %s", proofs[-1])
     finally:
         with torch.no_grad():
             for master, before in zip(policy.masters, saved, strict=True):
@@ -96,16 +108,14 @@ def prove_slots(
         worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
         raise RuntimeError(
             f"vLLM does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine "
-            f"differ by {worst.gap:.4f} in mean log-probability where the adapter changes it by {worst.effect:.4f} "
-            f"({len(failed)} of {len(proofs)} comparisons failed). This model must not be trained here"
+            f"differ by {worst.gap:.4f} in mean log-probability (bound {worst.bound:.4f}), while the adapter changes it by "
+            f"{worst.effect:.4f} ({len(failed)} of {len(proofs)} comparisons failed). This model cannot be trained here"
         )
     return proofs
 
 
-def trainer_logprobs(
-    policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True
-) -> list[list[float]]:
-    """Log-probability of every token but the first of each sequence, by the trainer's forward at temperature 1."""
+def trainer_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
+    """Log-probability of every token after the first of each sequence, by the trainer's forward at temperature 1."""
     packs = _packs(policy, sequences)
     logprobs = [policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs]
     return [values.tolist() for values in by_completion(packs, logprobs)]
@@ -135,7 +145,7 @@ def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
 
 
 def _sequences(policy: Policy, engine: RolloutEngine) -> list[list[int]]:
-    """What the base model says after random tokens: likely text, on which rounding shows little. Needs no tokenizer."""
+    """Completions of random tokens by the base model: likely text, on which rounding errors are small. Needs no tokenizer."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = policy.model.config.get_text_config().vocab_size
     prompts = torch.randint(0, vocabulary, (4, 2), generator=generator).tolist()
@@ -162,14 +172,14 @@ def _base_norm(layer: FusedLoRALayer) -> float:
 
 
 def _update_norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frobenius norm of `b @ a`, by tr(a^T b^T b a): of a head or an embedding the product itself is as large as the layer."""
+    """Frobenius norm of `b @ a`, by tr(a^T b^T b a): for a head or an embedding the product would be as large as the layer."""
     return ((b.t() @ b) * (a @ a.t())).sum().sqrt().item()
 
 
 def _compare(
     policy: Policy, engine: RolloutEngine, sequences: list[list[int]], base: list[list[float]]
 ) -> tuple[float, float]:
-    """Gap and effect of the adapter that is published."""
+    """Gap and effect of the published adapter."""
     of_engine = engine.prompt_logprobs(sequences)
     return _difference(of_engine, trainer_logprobs(policy, sequences)), _difference(of_engine, base)
 

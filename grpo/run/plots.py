@@ -1,6 +1,6 @@
-"""The learning curve of one or several runs as a picture.
+"""The learning curve of one or several runs as a PNG.
 
-plot_learning_curve([Path("runs/quickstart")], Path("runs/quickstart/learning_curve.png"))
+    plot_learning_curve([Path("runs/quickstart")], Path("runs/quickstart/learning_curve.png"))
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import yaml
 
 from .records import CONFIG_FILE, read_metrics
 
-# Okabe and Ito's colours: told apart with every common kind of colour blindness, and in print.
+# Okabe and Ito's colours, which can be distinguished in print and with all common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 INK = "#24292f"
@@ -38,7 +38,7 @@ POINT: dict[str, Any] = {"markersize": 8, "markeredgewidth": 1.9}
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of one run. Points are (step, reward)."""
+    """The data of one run. Points are (step, reward)."""
 
     name: str
     seed: int | None
@@ -48,13 +48,13 @@ class Curve:
 
 
 def plot_learning_curve(run_dirs: Sequence[Path], out: Path, *, title: str | None = None) -> None:
-    """Draws the runs' rewards into one PNG of 1,600 x 900 pixels.
+    """Draw the rewards of the runs into one PNG of 1,600 x 900 pixels.
 
-    Thin line: each step's mean reward. Strong line: its running mean over a tenth of the run. Markers: evaluations.
+    Thin line: mean reward of each step. Strong line: its running mean over a tenth of the run. Markers: evaluations. The
+    default title is the name of the run.
 
-    title: the run's name unless given.
-
-    Raises ValueError where a folder is not a run folder, or where no step of it has a reward.
+    Raises:
+        ValueError: a folder is not a run folder, or no step of it has a reward.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def plot_learning_curve(run_dirs: Sequence[Path], out: Path, *, title: str | Non
         figure = Figure(figsize=(8, 4.5), dpi=200, layout=layout)  # no pyplot: no global state, no display
         axes = figure.add_subplot()
         for curve, colour, marker in zip(curves, cycle(COLOURS), cycle(MARKERS)):
-            face = "white" if len(curves) == 1 else "none"  # markers of several runs may lie on one another
+            face = "white" if len(curves) == 1 else "none"  # markers of several runs may overlap
             _draw(axes, curve, colour=colour, marker=marker, face=face)
         if len(curves) == 1:
             _write_values(axes, curves[0])
@@ -108,7 +108,7 @@ def _read_curve(run_dir: Path) -> Curve:
     rewards = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
     evaluations = [(row["step"], row["eval_reward"]) for row in rows if row.get("eval_reward") is not None]
     if not rewards:
-        raise ValueError(f"{run_dir} holds no step with a reward yet, so there is no curve to draw")
+        raise ValueError(f"{run_dir} has no step with a reward yet, so there is no curve to draw")
     config = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8")) or {}
     return Curve(
         name=_get(config, "logging", "run_name") or run_dir.name,
@@ -120,13 +120,13 @@ def _read_curve(run_dir: Path) -> Curve:
 
 
 def _subtitle(curves: Sequence[Curve]) -> str:
-    """What the runs have in common."""
+    """The settings that all runs share."""
     shared = [part for part in curves[0].setting if all(part in curve.setting for curve in curves)]
     return ", ".join(shared)
 
 
 def _setting(config: Any) -> list[str]:
-    """Model, rank and batch, as far as the configuration tells."""
+    """Model, rank and batch, without those that the configuration lacks."""
     parts = []
     if model := _get(config, "model", "name"):
         parts.append(Path(str(model)).name)
@@ -134,12 +134,12 @@ def _setting(config: Any) -> list[str]:
         parts.append(f"LoRA rank {rank}")
     prompts, completions = _get(config, "optim", "prompts_per_step"), _get(config, "rollout", "num_generations")
     if prompts and completions:
-        parts.append(f"{prompts} prompts x {completions} completions a step")
+        parts.append(f"{prompts} prompts x {completions} completions per step")
     return parts
 
 
 def _get(config: Any, *keys: str) -> Any:
-    """The value under a path of keys; None where a part of the path is missing."""
+    """The value under a path of keys; None if a part of the path is missing."""
     for key in keys:
         config = config.get(key) if isinstance(config, dict) else None
     return config
@@ -156,7 +156,7 @@ def _draw(axes: Any, curve: Curve, *, colour: str, marker: str, face: str) -> No
 
 
 def _legend(curves: Sequence[Curve]) -> list[Any]:
-    """One run: what each kind of line is. Several: which run each colour is, then the kinds in grey."""
+    """One run: the kinds of lines. Several runs: their colours, then the kinds of lines in grey."""
     from matplotlib.lines import Line2D
 
     handles = []

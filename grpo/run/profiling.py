@@ -1,10 +1,10 @@
-"""Records what a block spends its time on: a trace for a viewer, and a table to read.
+"""Profiles a block: a trace for a viewer, and a table to read.
 
-    with profiled(Path("runs/mine/profile/step_000005.json.gz")):      # with None: nothing is recorded
+    with profiled(Path("runs/mine/profile/step_000005.json.gz")):      # with None: no profile
         train_one_step()
 
-`step_000005.json.gz` opens in https://ui.perfetto.dev and chrome://tracing. `step_000005.txt` beside it lists the operations
-that take most time themselves, without what they call.
+`step_000005.json.gz` opens in https://ui.perfetto.dev and chrome://tracing. `step_000005.txt` lists the operations with the
+most self time (without the operations that they call).
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ ROWS = 30
 
 
 def trace_path(logging: LoggingConfig, step: int, *, rank: int = 0) -> Path | None:
-    """Where a worker's trace of the step (from 1) goes; None where none is asked for."""
+    """The path of a worker's trace of this step, counted from 1; None if `logging.profile_steps` does not have it."""
     if step not in logging.profile_steps:
         return None
     worker = f".worker_{rank}" if rank else ""
@@ -30,11 +30,10 @@ def trace_path(logging: LoggingConfig, step: int, *, rank: int = 0) -> Path | No
 
 @contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """Profile the block on the CPU, and on the GPU where there is one; write the trace to `path` and a table beside it.
+    """Profile the block on the CPU, and on the GPU if there is one; write the trace to `path` and a table beside it.
 
-    path: ends in `.json.gz`; its folder is created. None: the block runs as it is. A block that raises leaves no files.
-
-    Shapes and call stacks are not recorded: they multiply the trace's size and slow down the very step that is looked at.
+    `path` ends in `.json.gz`; its folder is created. None: no profile. If the block raises, no files are written. Shapes and
+    call stacks are not recorded, since they multiply the size of the trace and slow down the profiled step.
     """
     if path is None:
         yield
@@ -46,7 +45,7 @@ def profiled(path: Path | None) -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     profiler = profile(activities=activities, acc_events=True)
-    with quiet_stderr():  # its library reports every start and stop there
+    with quiet_stderr():  # kineto logs every start and stop to stderr
         profiler.start()
     try:
         yield
@@ -54,7 +53,7 @@ def profiled(path: Path | None) -> Iterator[None]:
         with quiet_stderr():
             profiler.stop()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:  # torch compresses by the suffix
+    with atomic_path(path) as temporary:  # torch compresses if the suffix is .gz
         profiler.export_chrome_trace(str(temporary))
     by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=80)

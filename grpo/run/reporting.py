@@ -1,4 +1,4 @@
-"""Sends a run's metrics to TensorBoard, Weights & Biases and trackio, beside the `metrics.jsonl` that every run writes.
+"""Sends the metrics of a run to TensorBoard, Weights & Biases and trackio, in addition to `metrics.jsonl`.
 
     check_reports(["tensorboard", "wandb"])                          # before anything expensive starts
     reports = make_reports(["tensorboard", "wandb"], output_dir=Path("runs/mine"), run_name="mine", project="rankup",
@@ -8,60 +8,86 @@
         states[report.name] = report.state_dict()                    # into the checkpoint; `make_reports(resume=states)`
         report.close()
 
-| name        | where its data goes                                                                                    |
-|-------------|--------------------------------------------------------------------------------------------------------|
-| tensorboard | `<output_dir>/tensorboard`                                                                             |
-| wandb       | the server that the user is logged in to, through `<output_dir>/wandb`; that folder alone when offline |
-| trackio     | trackio's own folder: `$TRACKIO_DIR`, else `$HF_HOME/trackio` (`~/.cache/huggingface/trackio`)         |
+| name        | where its data goes                                                                                |
+|-------------|----------------------------------------------------------------------------------------------------|
+| tensorboard | `<output_dir>/tensorboard`                                                                         |
+| wandb       | the server that the user is logged in to, through `<output_dir>/wandb`; only that folder offline   |
+| trackio     | trackio's folder: `$TRACKIO_DIR`, else `$HF_HOME/trackio` (`~/.cache/huggingface/trackio`)         |
 
-Each library keeps its own settings (`wandb offline`, `TRACKIO_SPACE_ID`, ...). What cannot work is refused at the start. A
-tracker that fails later (its disk is full, its process was killed) says so in one warning and gets no further rows: the run
-goes on, and `metrics.jsonl` has them all.
+The settings of the libraries apply (`wandb offline`, `TRACKIO_SPACE_ID`, ...). A missing library or login is an error at the
+start. A tracker that fails later (its disk is full, its process was killed) logs one warning and gets no further rows: the run
+continues, and `metrics.jsonl` has them all.
 """
 
 import io
 import math
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from ..common.errors import first_line
+from ..common.log import logger
 from ..common.quiet import quiet_stderr
 from ..config.loading import dump_yaml
 
 WANDB_FINISH_SECONDS = 300.0
-"""How long the end of a run waits for Weights & Biases to take what it has not yet taken. `wandb sync` sends the rest."""
+"""How long the end of a run waits for the upload to Weights & Biases. `wandb sync` sends the rest."""
 
 
-class Report(Protocol):
+class Report:
     """One tracker of one run."""
 
     name: str
-    """What `logging.report_to` calls it."""
+    """Its name in `logging.report_to`."""
+    failures: tuple[type[Exception], ...] = (OSError,)
+    """Errors of the library after which the run continues without this tracker."""
+
+    def __init__(self) -> None:
+        self._is_closed = False
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Sends a row of `metrics.jsonl`: `step` and metrics by name. None and what is not finite are left out.
+        """Send a row of `metrics.jsonl`: `step` and metrics by name. None and values that are not finite are left out.
 
-        Several rows may have the same step, and after a resumption steps may come again.
+        Several rows may have the same step, and after a resumption steps may be repeated.
         """
-        ...
+        numbers = {name: float(value) for name, value in row.items() if name != "step" and value is not None}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        if finite:
+            self._attempt(lambda: self._write(int(row["step"]), finite))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on in the same place, in JSON's types."""
-        ...
+        """JSON types that a resumed run needs to continue the same tracker run."""
+        return {}
 
     def close(self, *, failed: bool = False) -> None:
-        """Sends what is left. failed: the run did not come to its end, for trackers that show it."""
-        ...
+        """Send the remaining rows. `failed`: the run did not finish, for trackers that show it. A second call does nothing."""
+        self._attempt(lambda: self._end(failed))
+        self._is_closed = True
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        if self._is_closed:
+            return
+        try:
+            action()
+        except self.failures as error:
+            self._is_closed = True
+            logger.warning("%s gets no further rows; metrics.jsonl has them all: %s", self.name, first_line(error))
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
+
+    def _end(self, failed: bool) -> None:
+        raise NotImplementedError
 
 
 def check_reports(names: Iterable[str]) -> None:
-    """Looks whether these trackers can work here; sends nothing.
+    """Check that these trackers can be used here, without sending data.
 
-    Raises ValueError where a library is missing (with the command that installs it) or nobody is logged in to wandb.
+    Raises:
+        ValueError: a library is missing (with the command that installs it), or wandb is not logged in.
     """
     names = list(names)
     missing = [name for name in names if not _installed(name)]
@@ -81,12 +107,16 @@ def make_reports(
     resume: Mapping[str, Mapping[str, Any]] | None = None,
     resume_step: int = 0,
 ) -> list[Report]:
-    """Opens trackers for a run, whose folder is `output_dir`.
+    """Open the trackers of a run.
 
-    config: the run's configuration in JSON's types, section by section.
-    resume: `state_dict` by name of the run that goes on. None: a new run. resume_step: the last step that stays done.
+    Args:
+        output_dir: the run folder.
+        config: the configuration in JSON types, section by section.
+        resume: `state_dict` of each tracker by its name, if the run is resumed; None for a new run.
+        resume_step: steps done when it resumes.
 
-    Raises ValueError where a tracker cannot be opened, with what to do about it.
+    Raises:
+        ValueError: a tracker cannot be opened, with the fix.
     """
     reports: list[Report] = []
     try:
@@ -100,55 +130,17 @@ def make_reports(
             else:
                 assert name == "trackio", name
                 reports.append(TrackioReport(run_name=run_name, project=project, config=config, state=state or {}))
-    except BaseException:  # whatever it was: what is open already must not stay open
+    except BaseException:  # close the trackers that are open, then raise any error
         for report in reports:
             report.close(failed=True)
         raise
     return reports
 
 
-class _Tracker:
-    """What the trackers share: which values are sent, and an end with a warning where the library fails."""
-
-    name: str
-    failures: tuple[type[Exception], ...] = (OSError,)
-
-    def __init__(self) -> None:
-        self._stopped = False
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """See `Report.log`."""
-        numbers = {name: float(value) for name, value in row.items() if name != "step" and value is not None}
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        if finite:
-            self._attempt(lambda: self._write(int(row["step"]), finite))
-
-    def close(self, *, failed: bool = False) -> None:
-        """See `Report.close`. A second call does nothing."""
-        self._attempt(lambda: self._end(failed))
-        self._stopped = True
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        if self._stopped:
-            return
-        try:
-            action()
-        except self.failures as error:
-            self._stopped = True
-            text = f"{self.name} gets no further rows; metrics.jsonl has them all: {str(error) or type(error).__name__}"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        raise NotImplementedError
-
-    def _end(self, failed: bool) -> None:
-        raise NotImplementedError
-
-
-class TensorBoardReport(_Tracker):
+class TensorBoardReport(Report):
     """Event files in `folder`: a scalar for each metric, the configuration as text.
 
-    purge_step: what an earlier part of the run wrote at this step and later is hidden. None: a new run.
+    `purge_step`: values that an earlier part of the run wrote for this step and later ones are hidden. None: a new run.
     """
 
     name = "tensorboard"
@@ -161,21 +153,17 @@ class TensorBoardReport(_Tracker):
         lines = dump_yaml(dict(config)).splitlines()
         self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), global_step=purge_step or 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the folder says it all."""
-        return {}
-
     def _write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a run that is killed keeps its rows, and a full disk is told at once
+        self._writer.flush()  # so that a killed run keeps its rows, and a full disk is an error at once
 
     def _end(self, failed: bool) -> None:
         self._writer.close()
 
 
-class WandbReport(_Tracker):
-    """A run on Weights & Biases, or in `<output_dir>/wandb` alone where the user's own settings say offline."""
+class WandbReport(Report):
+    """A run on Weights & Biases, or only in `<output_dir>/wandb` if the user's settings say offline."""
 
     name = "wandb"
 
@@ -189,7 +177,7 @@ class WandbReport(_Tracker):
         _check_login()
         settings = wandb.Settings(
             silent=True,
-            console="off",  # its copy of the terminal would be the live view's control characters
+            console="off",  # it would record the control characters of the live view
             finish_timeout=WANDB_FINISH_SECONDS,
             finish_timeout_raises=True,
         )
@@ -205,13 +193,13 @@ class WandbReport(_Tracker):
                     settings=settings,
                 )
         except wandb.Error as error:
-            raise ValueError(f"logging.report_to: wandb cannot start: {error}; `wandb offline` does without it") from None
-        # Its own step may only grow and is not the run's: charts are drawn over the metric `step`.
+            raise ValueError(f"logging.report_to: wandb cannot start: {error}; `wandb offline` needs no server") from None
+        # wandb's step may only increase, so it is not that of a resumed run: charts are drawn over the metric `step`.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's id."""
+        """The id of the run."""
         return {"id": self._run.id}
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -221,11 +209,11 @@ class WandbReport(_Tracker):
         self._run.finish(exit_code=int(failed))
 
 
-class TrackioReport(_Tracker):
+class TrackioReport(Report):
     """A run in trackio's database of `project`.
 
-    A name is all that trackio knows a run by when it resumes one, so each run's has random digits behind `run_name`.
-    It writes from a thread of its own, which turns what goes wrong into warnings.
+    trackio resumes a run by its name, so random digits are added to `run_name`. It writes in a thread, which turns errors into
+    warnings.
     """
 
     name = "trackio"
@@ -235,11 +223,11 @@ class TrackioReport(_Tracker):
 
         super().__init__()
         self._name = state.get("name") or f"{run_name}-{uuid.uuid4().hex[:8]}"
-        with redirect_stdout(io.StringIO()):  # it has no option for silence
+        with redirect_stdout(io.StringIO()):  # trackio has no option to be silent
             self._run = trackio.init(project=project, name=self._name, config=dict(config), resume="allow", embed=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's name in trackio."""
+        """The name of the run in trackio."""
         return {"name": self._name}
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -254,15 +242,15 @@ class TrackioReport(_Tracker):
 
 def _installed(library: str) -> bool:
     spec = find_spec(library)
-    return spec is not None and spec.origin is not None  # without origin it is a mere folder, such as wandb's own `./wandb`
+    return spec is not None and spec.origin is not None  # a plain folder has no origin, such as `./wandb`
 
 
 def _check_login() -> None:
-    """Raises ValueError where wandb would have to ask for a key: a prompt in the live view is one that nobody sees."""
+    """Raise ValueError if wandb would ask for a key: the live view would hide the prompt."""
     import wandb
 
     with quiet_stderr():
         mode = wandb.setup().settings.mode
         logged_in = mode not in ("online", "run") or wandb.login(prompt=False, verify=False)
     if not logged_in:
-        raise ValueError("logging.report_to: nobody is logged in to wandb: run `wandb login`, or `wandb offline` to do without")
+        raise ValueError("logging.report_to: not logged in to wandb: run `wandb login`, or `wandb offline` to use none")

@@ -1,4 +1,4 @@
-"""The folder of a run: moved aside for a new run, locked by one process at a time.
+"""The folder of a run: moved aside for a new run, and locked by one process at a time.
 
     with locked_folder(Path("runs/mine")):
         moved = move_aside(Path("runs/mine"))           # runs/mine.1, if it held a run
@@ -17,24 +17,25 @@ CHECKPOINTS = "checkpoints"
 RUN_FILES = (CONFIG_FILE, METRICS_FILE)
 """A folder with one of these holds a run."""
 
-_OWNED: set[tuple[int, int]] = set()
-"""Folders that this process owns, by device and inode: the system would lock it out of its own."""
+_LOCKED: set[tuple[int, int]] = set()
+"""Folders that this process has locked, by device and inode, since the system would refuse it a second lock."""
 
 
 def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
-    """Renames a folder that holds a run to `<name>.<first free number>`; None where there is no run in it.
+    """Rename a folder that holds a run to `<name>.<first free number>` and return that; None if it holds no run.
 
-    Raises ValueError, which names the option that gave the folder, where it is a file or the process works inside it.
+    Raises:
+        ValueError: it is a file, or the process works inside it; the message names `option`, which gave the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file; give a folder")
     if not any((folder / name).exists() for name in RUN_FILES):
         return None
     if folder.is_symlink():
-        folder = folder.resolve()  # the link goes on pointing to where the new run is written
+        folder = folder.resolve()  # the link then points to the new run
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{option} {folder} holds the current folder, so it cannot be moved aside; name a folder of its own"
+            f"{option} {folder} contains the current folder, so it cannot be moved aside; give another folder"
         )
     number = 1
     while os.path.lexists(f"{folder}.{number}"):
@@ -44,13 +45,14 @@ def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
 
 @contextmanager
 def locked_folder(folder: Path, *, timeout: float = 0.0) -> Iterator[None]:
-    """Own the folder for this process inside the block, or until it ends in whatever way. One that is not there has no owner.
+    """Lock the folder for this process inside the block. The system releases the lock if the process is killed.
 
-    `timeout`: seconds to wait for another owner's end.
+    A missing folder is not locked. `timeout`: seconds to wait for the lock.
 
-    Raises ValueError where another process owns it.
+    Raises:
+        ValueError: another process has locked it.
     """
-    if not folder.is_dir() or (identity := _identity(folder)) in _OWNED:
+    if not folder.is_dir() or (identity := _identity(folder)) in _LOCKED:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -58,14 +60,14 @@ def locked_folder(folder: Path, *, timeout: float = 0.0) -> Iterator[None]:
         _lock(descriptor, timeout)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"another process is writing to {folder}: end it first, or give another output_dir") from None
-    except OSError:  # a file system without locks: there is nothing to see whether anybody else writes
+        raise ValueError(f"another process is writing to {folder}: stop it first, or give another output_dir") from None
+    except OSError:  # a file system without locks
         pass
-    _OWNED.add(identity)
+    _LOCKED.add(identity)
     try:
         yield
     finally:
-        _OWNED.remove(identity)
+        _LOCKED.remove(identity)
         os.close(descriptor)
 
 

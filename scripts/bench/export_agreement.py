@@ -33,7 +33,7 @@ def main() -> None:
     quiet_loggers()
     with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
         merged = Path(folder) / "merged"
-        export_merged(read_run(options.run), merged, dtype="float32", say=print)
+        export_merged(read_run(options.run), merged, dtype="float32")
         completions: dict[str, list[tuple[int, ...]]] = {}
         for name, model in (("adapter", None), ("merged", merged)):
             print(f"sampling from {name}", flush=True)

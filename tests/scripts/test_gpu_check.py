@@ -71,7 +71,7 @@ def test_every_step_on_the_cpu_leaves_its_log_and_its_part_of_the_report(tiny_mo
     names = ["doctor", "kernels", "check", "train", "eval", "train_step"]
     assert steps(folder) == dict.fromkeys(names, "ok") and logs.keys() == set(names)
     assert json.loads((folder / "doctor.json").read_text())["healthy"] is True
-    assert "comparisons hold" in logs["check"] and "passed" in logs["kernels"] and "reward" in logs["eval"]
+    assert "comparisons passed" in logs["check"] and "passed" in logs["kernels"] and "reward" in logs["eval"]
     report = (folder / "report.md").read_text()
     for part in ("## Device", "## Versions", "## Paths", "kernels hold", "## Steps", "## Run", "## Benchmark train_step"):
         assert part in report

@@ -1,11 +1,10 @@
-"""The README.md of an exported adapter or model: what was trained from what, with which result, in the hub's format.
+"""The README.md of an exported adapter or model: base model, training and results, in the Hub's format.
 
     trained = read_run(Path("runs/quickstart"))
     text = model_card(trained)                              # of the adapter
     text = model_card(trained, merged_dtype="bfloat16")     # of the base model with the adapter merged into it
 
-A card says what the run recorded and nothing else: what is unknown is left out. Paths of the machine become the last part of
-their name.
+A card has only what the run recorded; unknown values are left out. Absolute paths are cut to their last part.
 """
 
 from __future__ import annotations
@@ -25,29 +24,30 @@ from ...config.loading import dump_yaml
 from ...display.view_text import duration
 from ...run.records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_metrics
 
-LAST_STEPS = 10  # over which the training reward at the end is averaged: one step's is noisy
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+LAST_STEPS = 10  # over which the final training reward is averaged, since that of one step is noisy
 DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 GUARD_COUNTS = {
     "alarms": "alarms",
     "skipped_steps": "skipped steps",
     "halvings": "halvings of the learning rate",
-    "restores": "returns to an earlier adapter",
+    "restores": "rollbacks to an earlier adapter",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedAdapter:
-    """A saved adapter, and what its run recorded of how it came about."""
+    """A saved adapter, and the records of its run."""
 
     folder: Path
     """The adapter in PEFT's format."""
     config: GRPOConfig
     summary: Mapping[str, Any]
-    """What `summary.json` says; empty where the run did not end."""
+    """Content of `summary.json`; empty if the run did not finish."""
     metrics: Sequence[Mapping[str, Any]]
     """The rows of `metrics.jsonl`; those up to `step` for a checkpoint."""
     step: int | None
-    """Of a checkpoint; None for the adapter of the whole run."""
+    """That of a checkpoint; None for the final adapter of the run."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class TrainedAdapter:
 
     @property
     def base_name(self) -> str:
-        """The base model's hub id or embedded name; of a local folder its name alone."""
+        """The base model's Hub id, embedded name, or name of its local folder."""
         name = self.config.model.name
         return hub_id(name) or Path(name).expanduser().resolve().name
 
@@ -65,19 +65,19 @@ def read_run(run: Path) -> TrainedAdapter:
     """The adapter of a run folder, or of a checkpoint: a folder `checkpoints/step_<N>` of a run.
 
     Raises:
-        ValueError: it is neither, or has no adapter.
+        ValueError: `run` is neither, or has no adapter.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise ValueError(f"{run} is not the folder of a run, nor of a checkpoint of one: it has no {CONFIG_FILE}")
+        raise ValueError(f"{run} is neither a run folder nor a checkpoint: it has no {CONFIG_FILE}")
     folder = run / "adapter"
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"no adapter in {folder}: the run saved none, or it was removed")
-    place = run.resolve()
-    match = re.fullmatch(r"step_(\d+)", place.name) if place.parent.name == "checkpoints" else None
+        raise ValueError(f"no adapter in {folder}: the run did not save one, or it was removed")
+    resolved = run.resolve()
+    match = re.fullmatch(r"step_(\d+)", resolved.name) if resolved.parent.name == "checkpoints" else None
     step = None if match is None else int(match[1])
-    whole_run = run if match is None else place.parents[1]
-    summary_file = whole_run / SUMMARY_FILE
-    metrics = read_metrics(whole_run) if (whole_run / METRICS_FILE).is_file() else []
+    run_folder = run if match is None else resolved.parents[1]
+    summary_file = run_folder / SUMMARY_FILE
+    metrics = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else []
     return TrainedAdapter(
         folder=folder,
         config=load_config(run / CONFIG_FILE),
@@ -88,40 +88,35 @@ def read_run(run: Path) -> TrainedAdapter:
 
 
 def model_card(trained: TrainedAdapter, *, merged_dtype: str | None = None) -> str:
-    """Markdown with the hub's metadata in front. `merged_dtype`: the type that merged weights have; None for an adapter."""
-    kind = (
-        f"A LoRA adapter for {_base(trained)}"
-        if merged_dtype is None
-        else f"{_base(trained)} with a LoRA adapter merged into its weights (computed in float32, stored in {merged_dtype})"
-    )
-    parts = [
-        f"---\n{_metadata(trained, merged=merged_dtype is not None)}\n---",
-        f"# {trained.name}",
-        f"{kind}, trained by reinforcement learning (GRPO and its family) with rankup.",
-        "## Training",
-        "\n".join(f"- {name}: {what}" for name, what in _training(trained).items()),
-        *_results(trained, merged=merged_dtype is not None),
-        "## Use",
-        _use_of_adapter(trained) if merged_dtype is None else USE_OF_MERGED,
-        "## Configuration",
-        _configuration(trained.config),
-    ]
-    return "\n\n".join(parts) + "\n"
+    """Markdown with the Hub's metadata. `merged_dtype`: the type of the merged weights; None for an adapter."""
+    from huggingface_hub import ModelCard, ModelCardData
 
-
-def _metadata(trained: TrainedAdapter, *, merged: bool) -> str:
-    from huggingface_hub import ModelCardData
-
-    model, data = hub_id(trained.config.model.name), trained.config.data.train
-    relation = "finetune" if merged else "adapter"
-    return ModelCardData(
-        base_model=model,  # None: the hub knows its own ids only
-        base_model_relation=None if model is None else relation,
+    model, data, is_merged = trained.config.model, trained.config.data.train, merged_dtype is not None
+    base = hub_id(model.name)
+    metadata = ModelCardData(
+        base_model=base,  # None: the Hub knows only its own ids
+        base_model_relation=None if base is None else "finetune" if is_merged else "adapter",
         datasets=[data] if data is not None and _is_on_hub(data) else None,
-        library_name="transformers" if merged else "peft",
+        library_name="transformers" if is_merged else "peft",
         pipeline_tag="text-generation",
         tags=["rankup", "grpo", "reinforcement-learning", "lora"],
-    ).to_yaml()
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        name=trained.name,
+        base=_base(trained),
+        base_path=base or f"path/to/{trained.base_name}",
+        revision=model.revision if base else None,
+        dtype=model.dtype,
+        is_nf4=model.load_in == "nf4",
+        max_rank=trained.config.lora.max_rank,
+        merged_dtype=merged_dtype,
+        training=_training(trained),
+        results=_results(trained),
+        configuration=_configuration(trained.config),
+    )
+    return str(card)
 
 
 def _base(trained: TrainedAdapter) -> str:
@@ -132,11 +127,8 @@ def _base(trained: TrainedAdapter) -> str:
     return f"`{trained.base_name}`" + (f" (of the PyPI package {embedded.distribution})" if embedded else "")
 
 
-# ---------------------------------------------------------------------------------------------------- what was done
-
-
 def _training(trained: TrainedAdapter) -> dict[str, str]:
-    """Each line's name and text."""
+    """Label and text of each line; without those that are not known."""
     config, rollout, optim = trained.config, trained.config.rollout, trained.config.optim
     revision = f", revision `{config.model.revision}`" if config.model.revision else ""
     adamw = "AdamW" if optim.optimizer == "adamw" else "AdamW with 8-bit state"
@@ -154,14 +146,14 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
         "steps": _steps(trained),
         "seed": str(config.seed),
     }
-    if trained.step is None:  # the run's own figures say nothing of a checkpoint
+    if trained.step is None:  # these numbers are of the complete run
         lines["duration"] = duration(seconds) if (seconds := trained.summary.get("seconds", {}).get("total")) else ""
         lines["guards"] = _guards(trained.summary.get("guards", {}))
     return {name: text for name, text in lines.items() if text}
 
 
 def _rounding(config: GRPOConfig) -> str:
-    return ", its linear layers but for the head rounded to NF4" if config.model.load_in == "nf4" else ""
+    return ", its linear layers (except the head) in NF4" if config.model.load_in == "nf4" else ""
 
 
 def _data(config: GRPOConfig, source: str | None, split: str, *, rows: int | None = None) -> str:
@@ -176,13 +168,13 @@ def _data(config: GRPOConfig, source: str | None, split: str, *, rows: int | Non
 
 
 def _is_on_hub(source: str) -> bool:
-    """Whether a data source is a data set's id: not a file, a function, or a task of reasoning_gym."""
+    """Whether a data source is the Hub id of a dataset: not a file, a function, or a task of reasoning_gym."""
     return ":" not in source and Path(source).suffix not in DATA_FILES
 
 
 def _rewards(trained: TrainedAdapter) -> str:
     entries = trained.config.rewards.entries()
-    if not entries:  # functions that were handed to `GRPOTrainer` in Python are known by their names in the metrics
+    if not entries:  # the metrics have the names of functions that were passed to `GRPOTrainer` in Python
         columns = dict.fromkeys(name for row in trained.metrics for name in row)
         return ", ".join(f"`{match[1]}`" for name in columns if (match := re.fullmatch(r"rewards/(.*)/mean", name)))
     weights = trained.config.rewards.weights or [1.0 if entry.weight is None else entry.weight for entry in entries]
@@ -208,7 +200,7 @@ def _objective(config: GRPOConfig) -> str:
     text = f"`{without_folders(algorithm.loss_type)}`, advantages scaled by {algorithm.scale_rewards}"
     text += f", KL coefficient {algorithm.beta:g}" if algorithm.beta else ""
     text += f", entropy coefficient {algorithm.entropy_coef:g}" if algorithm.entropy_coef else ""
-    return text + (f", {algorithm.num_iterations} updates a rollout" if algorithm.num_iterations > 1 else "")
+    return text + (f", {algorithm.num_iterations} updates per rollout" if algorithm.num_iterations > 1 else "")
 
 
 def _steps(trained: TrainedAdapter) -> str:
@@ -217,7 +209,7 @@ def _steps(trained: TrainedAdapter) -> str:
         return f"{trained.step}, a checkpoint of a run of {max_steps}"
     steps = trained.summary.get("steps")
     if steps is None:
-        return f"not known: the run of {max_steps} did not end"
+        return f"not known: the run of {max_steps} steps did not finish"
     return f"{steps} of {max_steps}, then interrupted" if trained.summary.get("interrupted") else str(steps)
 
 
@@ -226,14 +218,14 @@ def _guards(counts: Mapping[str, float]) -> str:
     return ", ".join(found)
 
 
-def _results(trained: TrainedAdapter, *, merged: bool) -> list[str]:
-    """The section of results, if there are any."""
+def _results(trained: TrainedAdapter) -> dict[str, float]:
+    """Mean rewards."""
     evaluation = trained.summary.get("evaluation", {})
     before, after = (evaluation.get(when, {}).get("reward") for when in ("before", "after"))
     if trained.step is not None:
         evaluated = [row["eval_reward"] for row in trained.metrics if row["step"] == trained.step and "eval_reward" in row]
         after = evaluated[0] if evaluated else None
-    # A run that did not end has an adapter older than its last steps, it is not known by how much.
+    # The adapter of an unfinished run is older than its last steps.
     is_known = trained.step is not None or trained.summary
     rewards = [row["reward"] for row in trained.metrics if row.get("reward") is not None][-LAST_STEPS:] if is_known else []
     rows = {
@@ -241,71 +233,17 @@ def _results(trained: TrainedAdapter, *, merged: bool) -> list[str]:
         f"evaluation data, greedy, after {'training' if trained.step is None else f'step {trained.step}'}": after,
         f"training, sampled, mean of the last {len(rewards)} steps": sum(rewards) / len(rewards) if rewards else None,
     }
-    lines = [f"| {name} | {value:.4f} |" for name, value in rows.items() if value is not None]
-    if not lines:
-        return []
-    # The run knows nothing of the weights that are rounded after merging: small updates may lose a part of what they do.
-    how = f"Measured with the adapter beside the base model in {trained.config.model.dtype}, before it was merged."
-    return ["## Results", "\n".join(["| mean reward | |", "|---|---|", *lines]), *([how] if merged else [])]
-
-
-# ------------------------------------------------------------------------------------------------------ how to use it
-
-USE_OF_MERGED = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-```bash
-vllm serve path/to/this/folder
-```"""
-
-
-def _use_of_adapter(trained: TrainedAdapter) -> str:
-    model = hub_id(trained.config.model.name)
-    base = model or f"path/to/{trained.base_name}"
-    revision = trained.config.model.revision if model else None
-    of_revision = f', revision="{revision}"' if revision else ""
-    dtype = trained.config.model.dtype
-    in_4_bits = ""
-    if trained.config.model.load_in == "nf4":
-        how = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"'
-        in_4_bits = f",\n    quantization_config=BitsAndBytesConfig({how}),"
-    in_python = f"""```python
-{_IMPORTS_FOR_NF4 if trained.config.model.load_in == "nf4" else _IMPORTS}
-
-base = AutoModelForCausalLM.from_pretrained(
-    "{base}"{of_revision}, dtype="{dtype}"{in_4_bits}
-)
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```"""
-    if trained.config.model.load_in == "nf4":
-        return f"{in_python}\n\nOn the base as it is, not rounded to NF4, it is another policy than the one that was trained."
-    return f"""{in_python}
-
-```bash
-vllm serve {base}{f" --revision {revision}" if revision else ""} --enable-lora \\
-  --max-lora-rank {trained.config.lora.max_rank} --lora-modules policy=path/to/this/folder
-```"""
-
-
-_IMPORTS = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer"""
-_IMPORTS_FOR_NF4 = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"""
+    return {name: value for name, value in rows.items() if value is not None}
 
 
 def _configuration(config: GRPOConfig) -> str:
     text = dump_yaml(_without_folders(yaml.safe_load(dump_config(config))))
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"<details><summary>All of it, as rankup reads it</summary>\n\n{fence}yaml\n{text}{fence}\n\n</details>"
+    return f"<details><summary>All options of the run</summary>\n\n{fence}yaml\n{text}{fence}\n\n</details>"
 
 
 def without_folders(text: str) -> str:
-    """The last part of an absolute path, such as `reward.py:score`; any other text as it is."""
+    """The last part of an absolute path, such as `reward.py:score`; any other text unmodified."""
     is_path = re.match(r"~[^/\s]*/|/[^/]+/", text) and "\n" not in text  # not /no_think, which is a system prompt
     return Path(text).name if is_path else text
 

@@ -213,6 +213,14 @@ def test_local_damage_is_repaired_from_the_copy_and_is_not_uploaded(run: StoredR
     assert run.files() == before
 
 
+def test_a_truncated_checkpoint_is_not_uploaded(run: StoredRun, url: str):
+    storage = Storage(url, run.folder)
+    storage.push()
+    os.truncate(run.save(30) / "adapter" / "weights", 100)
+    storage.push()
+    assert not [name for name in copied(url) if name.startswith("checkpoints/step_000030")]
+
+
 def test_a_worker_gets_one_checkpoint(run: StoredRun, url: str, tmp_path: Path):
     Storage(url, run.folder).push()
     storage = Storage(url, tmp_path / "missing")

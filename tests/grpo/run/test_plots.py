@@ -21,7 +21,7 @@ def make_run(folder: Path, *, seed: int, rewards: list[float], evaluations: bool
 
 
 def drawn_texts(monkeypatch, run_dirs: list[Path], out: Path) -> set[str]:
-    """All text in the picture, in the moment when it is saved."""
+    """All text in the figure when it is saved."""
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -37,7 +37,7 @@ def drawn_texts(monkeypatch, run_dirs: list[Path], out: Path) -> set[str]:
     return texts
 
 
-def test_picture_has_the_promised_size(tmp_path):
+def test_the_picture_has_the_documented_size(tmp_path):
     out = tmp_path / "learning_curve.png"
     plot_learning_curve([make_run(tmp_path / "run", seed=1, rewards=[0.1, 0.4, 0.8])], out)
     header = out.read_bytes()[:24]
@@ -52,29 +52,29 @@ def test_one_run_shows_name_setting_and_evaluations(tmp_path, monkeypatch):
     assert expected <= texts
 
 
-def test_several_runs_are_told_apart_by_their_seeds(tmp_path, monkeypatch):
+def test_several_runs_are_labelled_by_their_seeds(tmp_path, monkeypatch):
     runs = [make_run(tmp_path / f"run{seed}", seed=seed, rewards=[0.1, 0.5, 0.9]) for seed in (1, 2, 3)]
     assert {"seed 1", "seed 2", "seed 3"} <= drawn_texts(monkeypatch, runs, tmp_path / "curve.png")
 
 
-def test_steps_without_a_finite_reward_leave_a_curve(tmp_path):
+def test_a_curve_is_drawn_without_steps_that_have_no_finite_reward(tmp_path):
     run = make_run(tmp_path / "run", seed=1, rewards=[float("nan"), -3.5, 12.0], evaluations=False)
     plot_learning_curve([run], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 0
 
 
-def test_run_without_a_step_is_refused(tmp_path):
+def test_a_run_without_a_step_is_refused(tmp_path):
     run = make_run(tmp_path / "run", seed=1, rewards=[])
     with pytest.raises(ValueError, match="no step with a reward"):
         plot_learning_curve([run], tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_drawing_touches_no_display_state(tmp_path):
+def test_drawing_does_not_import_pyplot(tmp_path):
     loaded_before = "matplotlib.pyplot" in sys.modules
     plot_learning_curve([make_run(tmp_path / "run", seed=1, rewards=[0.5])], tmp_path / "curve.png")
     assert ("matplotlib.pyplot" in sys.modules) == loaded_before
 
 
-def test_running_mean_looks_back_only():
+def test_the_running_mean_uses_earlier_values_only():
     assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

@@ -1,4 +1,4 @@
-"""Traces of a block: what they hold, and that nothing else is left behind."""
+"""Traces of a block: their content, and that no other file is written."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ def multiply() -> None:
 
 def test_trace_and_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile" / "step_000005.json.gz"
-    for _ in range(2):  # a second trace takes the place of the first
+    for _ in range(2):  # the second trace replaces the first
         with profiled(path):
             multiply()
     assert capfd.readouterr() == ("", "")
@@ -30,7 +30,7 @@ def test_trace_and_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert "aten::mm" in table and "Self CPU" in table
 
 
-def test_without_a_path_nothing_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_path_no_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with profiled(None):
         multiply()
@@ -43,12 +43,12 @@ def test_a_block_that_raises_leaves_no_files_and_no_profiler_running(tmp_path: P
         multiply()
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
-    with profiled(path):  # while another one runs this would fail
+    with profiled(path):  # fails if another profiler runs
         multiply()
     assert path.is_file()
 
 
-def test_each_worker_has_a_trace_of_its_own():
+def test_each_worker_has_a_separate_trace():
     logging = LoggingConfig(output_dir=Path("run"), profile_steps=[5])
     assert trace_path(logging, 4) is None
     assert trace_path(logging, 5) == Path("run/profile/step_000005.json.gz")

@@ -39,13 +39,13 @@ def strict_json(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_new_folder_holds_the_configuration(recorder):
+def test_a_new_folder_has_the_configuration(recorder):
     assert (recorder.output_dir / "config.yaml").read_text() == "seed: 42\n"
     assert recorder.moved_aside is None
     assert recorder.adapter_dir == recorder.output_dir / "adapter"
 
 
-def test_earlier_runs_are_moved_aside_and_kept_whole(tmp_path):
+def test_earlier_runs_are_moved_aside_unchanged(tmp_path):
     folder = tmp_path / "run"
     moved = []
     for seed in range(3):
@@ -59,14 +59,14 @@ def test_earlier_runs_are_moved_aside_and_kept_whole(tmp_path):
         assert read_metrics(tmp_path / name) == [{"step": 1, "reward": float(seed)}]
 
 
-def test_folder_without_a_run_stays_where_it_is(tmp_path):
+def test_a_folder_without_a_run_is_not_moved(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert RunRecorder(tmp_path / "run", config_yaml="").moved_aside is None
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-def test_linked_folder_keeps_its_link(tmp_path):
+def test_a_linked_folder_keeps_its_link(tmp_path):
     (tmp_path / "big_disk").mkdir()
     link = tmp_path / "run"
     link.symlink_to(tmp_path / "big_disk")
@@ -77,21 +77,21 @@ def test_linked_folder_keeps_its_link(tmp_path):
     assert (tmp_path / "big_disk.1" / "config.yaml").read_text() == "old"
 
 
-def test_current_folder_is_never_moved_aside(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("my own file")
+def test_the_current_folder_is_never_moved_aside(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("another file")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="folder of its own"):
+    with pytest.raises(ValueError, match="give another folder"):
         RunRecorder(Path("."), config_yaml="")
-    assert (tmp_path / "config.yaml").read_text() == "my own file"
+    assert (tmp_path / "config.yaml").read_text() == "another file"
 
 
-def test_file_in_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         RunRecorder(tmp_path / "run", config_yaml="")
 
 
-def test_metrics_are_strict_json_a_line_each(recorder):
+def test_metrics_are_lines_of_strict_json(recorder):
     recorder.step(1, {"reward": math.nan, "kl": math.inf, "num_tokens": np.int64(7), "entropy": np.float32(0.5)})
     recorder.evaluation(1, 0.25, when="during", metrics={"completions/mean_length": 9.5})
     lines = (recorder.output_dir / "metrics.jsonl").read_text().splitlines()
@@ -107,14 +107,14 @@ def test_metrics_can_be_read_after_each_step(recorder):
         assert [row["step"] for row in read_metrics(recorder.output_dir)][-1] == step
 
 
-def test_line_cut_off_by_a_kill_is_left_out(recorder):
+def test_an_incomplete_last_line_is_left_out(recorder):
     recorder.step(1, {"reward": 0.5})
     with (recorder.output_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rew')
     assert read_metrics(recorder.output_dir) == [{"step": 1, "reward": 0.5}]
 
 
-def test_folder_without_metrics_is_no_run(tmp_path):
+def test_a_folder_without_metrics_is_not_a_run(tmp_path):
     with pytest.raises(ValueError, match="not a run folder"):
         read_metrics(tmp_path)
 
@@ -133,7 +133,7 @@ def test_completions_have_one_column_for_each_reward_and_extra(recorder):
     assert rows[1]["parsed"] is None
 
 
-def test_reward_named_like_a_column_hides_nothing(recorder):
+def test_a_reward_with_the_name_of_a_column_gets_another_column(recorder):
     path = recorder.completions(1, TABLE, rewards={"reward": [3.0, 4.0]}, extras={"prompt": ["a", "b"]})
     table = pyarrow.parquet.read_table(path)
     assert table["reward"].to_pylist() == [1.0, 0.0]
@@ -142,7 +142,7 @@ def test_reward_named_like_a_column_hides_nothing(recorder):
 
 
 def test_files_of_all_steps_read_as_one_table(recorder):
-    """A function that applied to no row of a step, or gave whole numbers only, must not change its column's type."""
+    """The type of a column does not change if a function applied to no row of a step, or returned only integers."""
     recorder.completions(1, TABLE, rewards={"exact": [None, None]}, extras={"score": [1, 2]})
     recorder.completions(2, TABLE, rewards={"exact": [1, 0.5]}, extras={"score": [0.5, None]})
     table = pyarrow.parquet.read_table(recorder.output_dir / "completions")
@@ -155,7 +155,7 @@ def test_values_without_a_plain_type_are_kept_as_json(recorder):
     assert pyarrow.parquet.read_table(path)["trace"].to_pylist() == ["{}", '[1, "two"]']
 
 
-def test_summary_has_the_promised_form(recorder):
+def test_the_summary_has_the_documented_fields(recorder):
     recorder.evaluation(0, 0.11, when="before")
     for step in (1, 2):
         recorder.step(step, {"reward": 0.5, "time/rollout": 3.0, "time/train": 2.0})
@@ -175,34 +175,34 @@ def test_summary_has_the_promised_form(recorder):
     assert summary["broken"] is None
 
 
-def test_summary_without_an_evaluation_keeps_its_form(recorder):
+def test_a_summary_without_an_evaluation_has_the_same_fields(recorder):
     assert recorder.summary({})["evaluation"] == {"before": {"reward": None}, "after": {"reward": None}}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk_is_told_as_it_is(recorder):
+def test_a_full_disk_raises_the_error_of_the_system(recorder):
     (recorder.output_dir / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         recorder.step(1, {"reward": 0.5})
 
 
-def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_leftover(tmp_path):
     path = tmp_path / "summary.json"
     atomic_write(path, b"old")
-    (tmp_path / ".summary.json.tmp").symlink_to("/dev/full")
+    (tmp_path / ".summary.tmp.json").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left|Invalid argument"):
         atomic_write(path, b"new" * 100_000)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
 
 
-# ------------------------------------------------------------------------------------------- going on later
+# ------------------------------------------------------------------------------------------- resuming
 
 
 def make_run(folder: Path, steps: range, *, resume: dict | None = None) -> dict:
-    """Record these steps with completions, and an evaluation at the end; returns how far the records are then."""
+    """Record these steps with completions, and an evaluation at the end; returns the recorder's state."""
     with RunRecorder(folder, config_yaml="seed: 1\n", resume=resume) as recorder:
-        assert resume is None or recorder.go_on()
+        assert resume is None or recorder.resume()
         for step in steps:
             recorder.step(step, {"reward": step / 10, "time/rollout": 2.0})
             recorder.completions(step, TABLE)
@@ -210,7 +210,7 @@ def make_run(folder: Path, steps: range, *, resume: dict | None = None) -> dict:
         return json.loads(json.dumps(recorder.state_dict()))
 
 
-def test_a_resumed_run_removes_what_came_after_and_counts_on(tmp_path: Path):
+def test_a_resumed_run_removes_later_records_and_continues_the_sums(tmp_path: Path):
     state = make_run(tmp_path / "run", range(1, 4))
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     make_run(tmp_path / "run", range(4, 6), resume=state)
@@ -218,14 +218,14 @@ def test_a_resumed_run_removes_what_came_after_and_counts_on(tmp_path: Path):
         file.write(b'{"step": 6, "rew')  # killed in the middle of a line
     with RunRecorder(tmp_path / "run", config_yaml="seed: 2\n", resume=state) as recorder:
         assert recorder.moved_aside is None
-        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != metrics, "nothing changes before the run goes on"
-        assert recorder.go_on()
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != metrics, "nothing changes before resume()"
+        assert recorder.resume()
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
         assert sorted(path.name for path in (tmp_path / "run" / "completions").iterdir()) == [
             f"step_{step:06d}.parquet" for step in (1, 2, 3)
         ]
         recorder.step(4, {"reward": 0.4, "time/rollout": 2.0})
-        recorder.spent("checkpoint", 0.25)
+        recorder.add_seconds("checkpoint", 0.25)
         summary = recorder.summary({})
     assert summary["steps"] == 4
     assert summary["seconds"]["rollout"] == 8.0 and summary["seconds"]["checkpoint"] == 0.25
@@ -261,10 +261,10 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path):
                 RunRecorder(tmp_path / "run", config_yaml="", resume=resume)
         other.kill()
     assert not (tmp_path / "run.1").exists()
-    RunRecorder(tmp_path / "run", config_yaml="").close()  # a killed process holds nothing
+    RunRecorder(tmp_path / "run", config_yaml="").close()  # a killed process holds no lock
 
 
-def test_an_owner_that_is_about_to_die_is_waited_for(tmp_path: Path):
+def test_a_lock_is_waited_for_until_the_timeout(tmp_path: Path):
     code = (
         "import sys, time; from pathlib import Path; from rankup.grpo.run.run_folder import locked_folder\n"
         "with locked_folder(Path(sys.argv[1])): print('open', flush=True); time.sleep(1)"
@@ -277,22 +277,22 @@ def test_an_owner_that_is_about_to_die_is_waited_for(tmp_path: Path):
             assert other.wait(10) == 0
 
 
-def test_missing_rows_are_noticed(tmp_path: Path):
+def test_missing_rows_are_reported(tmp_path: Path):
     state = make_run(tmp_path / "run", range(1, 4))
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
     with RunRecorder(tmp_path / "run", config_yaml="", resume=state) as recorder:
-        assert not recorder.go_on()
+        assert not recorder.resume()
         (tmp_path / "run" / "metrics.jsonl").unlink()
-        assert not recorder.go_on()
+        assert not recorder.resume()
         assert recorder.rows() == []
 
 
-def test_the_folder_is_free_again_after_a_recorder_that_could_not_begin(tmp_path: Path):
+def test_a_failed_recorder_unlocks_the_folder(tmp_path: Path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.tmp.yaml").mkdir()  # where the configuration is written first
+    (tmp_path / "run" / ".config.tmp.yaml").mkdir()  # the temporary path of the configuration
     with pytest.raises(OSError):
         RunRecorder(tmp_path / "run", config_yaml="")
-    assert not run_folder._OWNED
-    with locked_folder(tmp_path / "run"), locked_folder(tmp_path / "run"):  # one process may own it twice
-        assert run_folder._OWNED
-    assert not run_folder._OWNED
+    assert not run_folder._LOCKED
+    with locked_folder(tmp_path / "run"), locked_folder(tmp_path / "run"):  # one process may lock it twice
+        assert run_folder._LOCKED
+    assert not run_folder._LOCKED

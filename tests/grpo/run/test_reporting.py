@@ -1,4 +1,4 @@
-"""Trackers, each as in a run: in a process of its own, without network and login, read back from what it left on disk."""
+"""Trackers, each in a separate process without network and login; their files are read back."""
 
 import json
 import os
@@ -40,7 +40,7 @@ FIRST_AND_RESUMED = [(1, 4.1), (2, 4.2), (3, 4.3), (4, 4.4), (3, 5.3), (4, 5.4),
 
 
 def run(folder: Path, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in `folder` as a user would who has set up no tracker."""
+    """Run `code` in `folder` as a user without any tracker settings."""
     others = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TRACKIO_", "HF_", "XDG_", "NETRC"))}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -54,7 +54,7 @@ def run(folder: Path, code: str, *arguments: str, **environment: str) -> subproc
 
 
 def first_and_resumed(folder: Path, name: str, **environment: str) -> None:
-    """A run of 4 steps that failed, and went on from step 2 to step 5; not a word of it on the terminal."""
+    """A run that failed after 4 steps and was resumed from step 2 to step 5, without any output."""
     for arguments in (("4", "failed"), ("5", "ended")):
         done = run(folder, SESSION, name, *arguments, **environment)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -72,13 +72,13 @@ def wandb_records(path: Path) -> Iterator:
         _, length, kind = struct.unpack_from("<IHB", data, at)
         chunks += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last chunk
+        if kind in (1, 4):  # complete, or the last chunk
             yield Record.FromString(chunks)
             chunks = b""
 
 
 def wandb_history(records: list) -> list[dict[str, float]]:
-    """Logged rows, without wandb's own columns."""
+    """Logged rows, without the columns that wandb adds."""
     rows = []
     for record in records:
         items = {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
@@ -86,7 +86,7 @@ def wandb_history(records: list) -> list[dict[str, float]]:
     return [row for row in rows if row]
 
 
-def test_tensorboard_shows_the_resumed_course(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_resumed_run(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first_and_resumed(tmp_path, "tensorboard")
@@ -100,7 +100,7 @@ def test_tensorboard_shows_the_resumed_course(tmp_path: Path) -> None:
     assert b"    optim:\n      max_steps: 4" in events.Tensors(tag)[0].tensor_proto.string_val[0]
 
 
-def test_wandb_goes_on_in_the_same_run_offline(tmp_path: Path) -> None:
+def test_wandb_resumes_the_same_run_offline(tmp_path: Path) -> None:
     first_and_resumed(tmp_path, "wandb", WANDB_MODE="offline")
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
     first, second = [list(wandb_records(file)) for file in files]
@@ -124,7 +124,7 @@ def test_wandb_goes_on_in_the_same_run_offline(tmp_path: Path) -> None:
     assert drawn_over["*"] == "step"
 
 
-def test_trackio_goes_on_in_the_same_run(tmp_path: Path) -> None:
+def test_trackio_resumes_the_same_run(tmp_path: Path) -> None:
     first_and_resumed(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
     with sqlite3.connect(tmp_path / "trackio" / "arithmetic.db") as database:
         rows = database.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id").fetchall()
@@ -149,10 +149,10 @@ def test_a_new_run_of_the_same_name_is_another_run_in_trackio(tmp_path: Path) ->
     assert count == 2
 
 
-def test_a_missing_library_is_told_with_the_command_that_installs_it(
+def test_a_missing_library_is_an_error_with_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "folder_of_that_name").mkdir()  # as wandb leaves one in the current folder
+    (tmp_path / "folder_of_that_name").mkdir()  # like the folder that wandb makes in the current one
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match="and folder_of_that_name not installed: pip install no_such_tracker folder_of"):
         check_reports(["no_such_tracker", "tensorboard", "folder_of_that_name"])
@@ -160,16 +160,16 @@ def test_a_missing_library_is_told_with_the_command_that_installs_it(
     check_reports(["tensorboard", "trackio"])
 
 
-def test_wandb_without_a_login_is_refused_and_not_asked_for(tmp_path: Path) -> None:
+def test_wandb_without_a_login_is_refused_without_a_prompt(tmp_path: Path) -> None:
     done = run(tmp_path, SESSION, "wandb", "1", "ended")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ValueError: logging.report_to: nobody is logged in to wandb: run `wandb login`, or `wandb offline` to do without"
+        "ValueError: logging.report_to: not logged in to wandb: run `wandb login`, or `wandb offline` to use none"
     )
 
 
 @pytest.mark.slow
-def test_wandb_that_cannot_reach_its_server_is_refused(tmp_path: Path) -> None:
+def test_wandb_without_a_reachable_server_is_refused(tmp_path: Path) -> None:
     done = run(
         tmp_path, SESSION, "wandb", "1", "ended",
         WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_INIT_TIMEOUT="1",
@@ -191,8 +191,8 @@ def test_wandb_that_cannot_reach_its_server_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_tracker_that_fails_ends_with_one_warning_and_the_run_goes_on(tmp_path: Path, name: str, what_fails: str) -> None:
-    failing = SESSION.replace("for step in", f"{what_fails}\nfor step in") + "\nprint('the run went on')"
+def test_a_failing_tracker_logs_one_warning_and_the_run_continues(tmp_path: Path, name: str, what_fails: str) -> None:
+    failing = SESSION.replace("for step in", f"{what_fails}\nfor step in") + "\nprint('the run continued')"
     done = run(tmp_path, failing, name, "60", "ended", WANDB_MODE="offline")
-    assert (done.returncode, done.stdout) == (0, "the run went on\n"), done.stderr
-    assert done.stderr.count(f"RuntimeWarning: {name} gets no further rows; metrics.jsonl has them all: ") == 1
+    assert (done.returncode, done.stdout) == (0, "the run continued\n"), done.stderr
+    assert done.stderr.count(f"{name} gets no further rows; metrics.jsonl has them all: ") == 1

@@ -1,4 +1,4 @@
-"""`rankup export`: merged weights are the exact ones up to fp32's rounding, and nothing else is touched or left behind."""
+"""`rankup export`: merged weights are exact up to rounding in fp32, and no other file is changed or left over."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def exact_merge(base: Path, run: Path, scales: dict[str, float]) -> dict[str, to
             weights[HEAD] = load_file(base / "model.safetensors")[EMBEDDING].double()
         weights[f"{name}.weight"] += delta.T if "lora_embedding" in key else delta
     if EMBEDDING.removesuffix(".weight") in {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in adapter}:
-        weights.setdefault(HEAD, load_file(base / "model.safetensors")[EMBEDDING].double())  # keeps what it was
+        weights.setdefault(HEAD, load_file(base / "model.safetensors")[EMBEDDING].double())  # unchanged
     return weights
 
 
@@ -123,7 +123,7 @@ def test_a_base_in_bf16_is_merged_in_fp32(save_run: SaveRun, tiny_model_path: Ca
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     run = save_run(base=base)
-    export_merged(read_run(run), tmp_path / "merged")  # auto: what the base is stored in
+    export_merged(read_run(run), tmp_path / "merged")  # auto: the dtype of the base
     exact = exact_merge(base, run, {"": 0.5})
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     different = sum(int((merged[name] != weight.float().bfloat16()).sum()) for name, weight in exact.items())
@@ -168,7 +168,7 @@ def test_logits_are_those_of_stock_peft(
     assert (of_adapter - logits_of(load_model(base))).abs().max() > 0.1
 
 
-def test_an_exported_adapter_is_that_of_the_run(
+def test_an_exported_adapter_equals_that_of_the_run(
     save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run, base = save_run(), tiny_model_path("llama")
@@ -180,7 +180,7 @@ def test_an_exported_adapter_is_that_of_the_run(
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_the_base_and_the_run_are_only_read_and_no_path_is_given_away(
+def test_the_base_and_the_run_are_unchanged_and_no_path_is_published(
     save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path, merge: bool
 ) -> None:
     base, run = tiny_model_path("llama"), save_run()
@@ -197,7 +197,7 @@ def hashes(folder: Path) -> dict[Path, str]:
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_tokenizer_and_chat_template_come_along(
+def test_the_export_has_the_tokenizer_and_chat_template(
     save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path, merge: bool
 ) -> None:
     (export_merged if merge else export_adapter)(read_run(save_run()), tmp_path / "out")
@@ -208,7 +208,14 @@ def test_tokenizer_and_chat_template_come_along(
     assert ours.get_vocab() == theirs.get_vocab()
 
 
-def test_a_generation_config_comes_along_even_if_transformers_would_not_write_it(
+@pytest.mark.parametrize("merge", [False, True])
+def test_all_files_of_an_export_have_the_same_permissions(save_run: SaveRun, tmp_path: Path, merge: bool) -> None:
+    (export_merged if merge else export_adapter)(read_run(save_run()), tmp_path / "out")
+    (tmp_path / "any").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {(tmp_path / "any").stat().st_mode}
+
+
+def test_a_generation_config_is_copied_even_if_transformers_refuses_to_write_it(
     save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_model_path("llama"), tmp_path / "base")
@@ -217,11 +224,11 @@ def test_a_generation_config_comes_along_even_if_transformers_would_not_write_it
     assert (tmp_path / "merged" / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
 
 
-# What is refused
+# Errors
 
 
 def export_and_fail(run: Path, *arguments: str, capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command ends with."""
+    """The error of the command, which has one line."""
     capfd.readouterr()
     assert main(["export", str(run), *arguments]) == 1
     (line,) = capfd.readouterr().err.splitlines()
@@ -229,21 +236,21 @@ def export_and_fail(run: Path, *arguments: str, capfd: pytest.CaptureFixture[str
     return line
 
 
-def test_what_is_no_run_is_refused_in_one_line(
+def test_a_folder_without_a_run_is_refused_in_one_line(
     save_run: SaveRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert "it has no config.yaml" in export_and_fail(tmp_path / "absent", capfd=capfd)
     assert "it has no config.yaml" in export_and_fail(tmp_path / "empty", capfd=capfd)
     run = save_run()
-    assert "--dtype goes with --merge" in export_and_fail(run, "--dtype", "float32", capfd=capfd)
+    assert "--dtype needs --merge" in export_and_fail(run, "--dtype", "float32", capfd=capfd)
     (run / "adapter" / "adapter_model.safetensors").unlink()
     assert "no adapter in" in export_and_fail(run, capfd=capfd)
     assert not (run / "export").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--merge"]])
-def test_a_base_model_that_is_gone_is_refused_in_one_line(
+def test_a_missing_base_model_is_refused_in_one_line(
     save_run: SaveRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     run = save_run(base=tmp_path / "gone")
@@ -251,7 +258,7 @@ def test_a_base_model_that_is_gone_is_refused_in_one_line(
     assert not (run / "export").exists()
 
 
-def test_an_adapter_of_another_model_is_refused_and_nothing_stays(
+def test_an_adapter_of_another_model_is_refused_and_leaves_no_files(
     save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run("llama", base=tiny_model_path("qwen2"))
@@ -259,12 +266,12 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_stays(
     assert not (run / "export").exists()
 
 
-def test_weights_that_a_dtype_cannot_hold_are_refused(save_run: SaveRun, tmp_path: Path) -> None:
+def test_weights_outside_the_range_of_a_dtype_are_refused(save_run: SaveRun, tmp_path: Path) -> None:
     run = save_run()
     file = run / "adapter" / "adapter_model.safetensors"
     huge = {name: tensor * (1e6 if "lora_B" in name else 1) for name, tensor in load_file(file).items()}
     save_file(huge, file)
-    with pytest.raises(ValueError, match="too large for float16: take --dtype bfloat16 or float32"):
+    with pytest.raises(ValueError, match="too large for float16: use --dtype bfloat16 or float32"):
         export_merged(read_run(run), tmp_path / "out", dtype="float16")
     save_file({name: tensor * torch.nan for name, tensor in huge.items()}, file)
     with pytest.raises(ValueError, match="NaNs detected"):
@@ -272,17 +279,19 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(save_run: SaveRun, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def test_an_export_is_replaced_only_when_asked(save_run: SaveRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_export_is_replaced_only_with_overwrite(
+    save_run: SaveRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run, out = save_run(), tmp_path / "out"
     assert main(["export", str(run), "--output", str(out)]) == 0
     (out / "stale.txt").touch()
     line = export_and_fail(run, "--output", str(out), capfd=capfd)
-    assert "is there already: add --overwrite" in line and "another --output" in line
+    assert "exists already: add --overwrite" in line and "another --output" in line
     assert main(["export", str(run), "--output", str(out), "--merge", "--overwrite"]) == 0
     assert (out / "config.json").is_file() and not (out / "stale.txt").exists()
 
 
-def test_nothing_but_an_export_is_ever_replaced(save_run: SaveRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_an_export_is_ever_replaced(save_run: SaveRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = save_run()
     export_merged(read_run(run), tmp_path / "base")
     on_an_export = save_run(folder=tmp_path / "second", base=tmp_path / "base")  # trained further from an exported model
@@ -290,7 +299,7 @@ def test_nothing_but_an_export_is_ever_replaced(save_run: SaveRun, tmp_path: Pat
     before = hashes(tmp_path)
     for output in (run, run / "adapter", tmp_path, tmp_path / "base", tmp_path / "file"):
         arguments = ["--merge", "--overwrite", "--output", str(output)]
-        assert "is no export that could be replaced" in export_and_fail(on_an_export, *arguments, capfd=capfd)
+        assert "is not an export, so it is not replaced" in export_and_fail(on_an_export, *arguments, capfd=capfd)
     assert hashes(tmp_path) == before
 
 
@@ -304,7 +313,7 @@ def test_nothing_but_an_export_is_ever_replaced(save_run: SaveRun, tmp_path: Pat
         (["--merge"], "merged", "vllm serve "),
     ],
 )
-def test_the_command_says_where_it_wrote_and_how_to_serve_it(
+def test_the_command_prints_the_folder_and_how_to_serve_it(
     save_run: SaveRun, capfd: pytest.CaptureFixture[str], arguments: list[str], folder: str, serve: str
 ) -> None:
     run = save_run()
@@ -325,7 +334,7 @@ def test_a_checkpoint_of_a_run(save_run: SaveRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-def test_vllm_samples_from_a_merged_model_with_a_head_of_its_own(
+def test_vllm_samples_from_a_merged_model_with_an_untied_head(
     save_run: SaveRun, tmp_path: Path, make_engine: Callable[..., Any]
 ) -> None:
     run = save_run("llama", targets=["q_proj", "lm_head"])
@@ -336,7 +345,7 @@ def test_vllm_samples_from_a_merged_model_with_a_head_of_its_own(
     torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_trained_on_4_bits_is_merged_into_what_they_stand_for(
+def test_an_adapter_trained_on_nf4_is_merged_into_the_dequantized_weights(
     save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, run = tiny_model_path("qwen2"), save_run("qwen2")
@@ -355,8 +364,8 @@ def test_what_was_trained_on_4_bits_is_merged_into_what_they_stand_for(
     assert "BitsAndBytesConfig" in (run / "export" / "adapter" / "README.md").read_text()
 
 
-def test_the_card_of_an_adapter_on_4_bits_loads_what_was_trained(save_run: SaveRun, tmp_path: Path) -> None:
-    """transformers and bitsandbytes, as the card says: the logits of our policy."""
+def test_the_code_in_the_card_of_an_adapter_on_nf4_loads_the_trained_policy(save_run: SaveRun, tmp_path: Path) -> None:
+    """transformers and bitsandbytes compute the logits of our policy."""
     run = save_run("llama64")
     config = load_config(run / "config.yaml", ["model.load_in=nf4", "model.dtype=float32"])
     (run / "config.yaml").write_text(dump_config(config))

