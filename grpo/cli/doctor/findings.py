@@ -1,59 +1,59 @@
-"""What `rankup doctor` finds, and checks that fail one by one.
+"""What `rankup doctor` finds, and how checks are run.
 
-    Finding(name="memory", value="23.0 GiB, 21.4 free", level="ok")
-    Finding(name="vllm", value="not installed", level="problem", note="run scripts/install.sh")
-    findings = list(examine({"vLLM": check_vllm, "Ray": check_ray}))      # whatever becomes of one, the others are made
+    Finding("memory", "23.0 GiB, 21.4 GiB available")
+    Finding("vllm", "not installed", "run scripts/install.sh", "problem")
+    findings = list(run_checks({"vLLM": check_vllm, "Ray": check_ray}))     # an error in one check does not stop the others
 """
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...common.errors import first_line
 from ...common.quiet import quiet_stderr
 
 Level = Literal["info", "ok", "warning", "problem"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
-    """One line.
+    """One line of the report.
 
-    `level`: `info` where there is nothing to judge; a `problem` breaks runs, a `warning` does not. `note`: why it is so, and
-    with these two what to do. `figures`: numbers behind the value, in the units of their names.
+    note: the reason, and what to do about a warning or problem.
+    level: a `problem` makes runs fail, a `warning` does not, `info` is no judgement.
+    figures: the numbers behind the value, in the units of their names.
     """
 
     name: str
     value: str
-    level: Level = "info"
     note: str = ""
+    level: Level = "info"
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Check = Callable[[], Iterable[Finding]]
 
 
-def examine(checks: Mapping[str, Check], *, show_tracebacks: bool = False) -> Iterator[Finding]:
-    """Make the checks, each by itself and without what libraries say on the way. One that raises is a problem of its name."""
+def run_checks(checks: Mapping[str, Check], *, show_tracebacks: bool = False) -> Iterator[Finding]:
+    """The findings of all checks, without what libraries print. A check that raises is a problem of that name."""
     for name, check in checks.items():
-        found: Iterable[Finding]
+        findings, trace = [], ""
         with quiet_stderr():
             try:
-                found, failure = list(check()), None
-            except Exception as error:  # whatever it is, it is what was looked for, and the other checks are to be made too
-                found, failure = [_failed(name, error)], error
-        if failure is not None and show_tracebacks:
-            traceback.print_exception(failure)
-        yield from found
-
-
-def _failed(name: str, error: Exception) -> Finding:
-    reason = (str(error).strip() or "no message").splitlines()[0]
-    # A ValueError is written for users.
-    note = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason} (--traceback shows where)"
-    return Finding(name=name, value="failed", level="problem", note=note)
+                findings.extend(check())
+            except Exception as error:  # any error is a finding, and the other checks must still run
+                reason = first_line(error)
+                if not isinstance(error, ValueError):  # a ValueError is written for users
+                    reason = f"{type(error).__name__}: {reason} (--traceback shows where)"
+                findings.append(Finding(name, "failed", reason, "problem"))
+                trace = traceback.format_exc()
+        if show_tracebacks:
+            sys.stderr.write(trace)
+        yield from findings
 
 
 def gib(size: float) -> str:

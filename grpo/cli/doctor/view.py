@@ -1,7 +1,7 @@
-"""What `rankup doctor` prints: a table for each section in a terminal, the same as plain text where output is piped.
+"""The terminal output of `rankup doctor`; the same as plain text in a pipe.
 
-    findings = show_section("device", findings)                     # on standard output, each line when it is known
-    show_verdict({"device": findings}, seconds=3.2, console=Console(file=buffer, width=100))
+    shown = show_section("device", findings, console)          # prints each line as soon as it is known
+    show_verdict({"device": shown}, 3.2, console)
 """
 
 from __future__ import annotations
@@ -16,62 +16,55 @@ from rich.text import Text
 from .findings import Finding, Level
 
 PIPED_WIDTH = 120
-NAME_WIDTH = 25
-VALUE_WIDTH = 38
-WIDE = 110  # from here on every note has room beside its value; below, short ones have
+NAME_WIDTH, VALUE_WIDTH = 25, 38
+WIDE = 110  # columns from which notes have a column of their own
 MARKS: dict[Level, tuple[str, str]] = {
-    "info": ("", ""),
+    "info": ("", "dim"),
     "ok": ("ok", "green"),
-    "warning": ("note", "yellow"),
+    "warning": ("warn", "yellow"),
     "problem": ("FAIL", "bold red"),
 }
 
 
-def console_of_output() -> Console:
+def make_console(*, quiet: bool) -> Console:
     """As wide as the terminal, or `PIPED_WIDTH`."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
-def show_section(title: str, findings: Iterable[Finding], console: Console | None = None) -> list[Finding]:
-    """Print a section while its findings come in; returns them."""
-    console = console or console_of_output()
+def show_section(title: str, findings: Iterable[Finding], console: Console) -> list[Finding]:
+    """Print a section while its checks run; returns their findings."""
     console.print(title, style="bold")
     shown = []
     for finding in findings:
-        console.print(_line(finding, console.width))
+        console.print(_line(finding, is_wide=console.width >= WIDE))
         shown.append(finding)
     console.print()
     return shown
 
 
-def _line(finding: Finding, width: int) -> Table:
-    word, style = MARKS[finding.level]
-    note = Text(finding.note, style if finding.level in ("warning", "problem") else "dim")
-    room = width - NAME_WIDTH - 12
-    beside = bool(finding.note) and (width >= WIDE or len(finding.value) + len(finding.note) <= room)
+def _line(finding: Finding, *, is_wide: bool) -> Table:
+    mark, style = MARKS[finding.level]
+    value, note = Text(finding.value), Text(finding.note, "dim" if finding.level == "ok" else style)
     table = Table.grid(padding=(0, 2))
     table.add_column(width=4)
     table.add_column(width=NAME_WIDTH)
-    table.add_column(width=VALUE_WIDTH if width >= WIDE and beside else None, overflow="fold")
-    cells = [Text(word, style), Text(finding.name, "dim"), Text(finding.value)]
-    if beside:
-        table.add_column(overflow="fold")
-        table.add_row(*cells, note)
-    else:
-        table.add_row(*cells)
-        if finding.note:
-            table.add_row("", "", note)
+    table.add_column(width=VALUE_WIDTH if is_wide and finding.note else None, overflow="fold")
+    table.add_column(overflow="fold")
+    cells = [value, note] if is_wide else [Text("  ").join([value, note])]
+    table.add_row(Text(mark, style), Text(finding.name, "dim"), *cells)
     return table
 
 
-def show_verdict(sections: Mapping[str, Sequence[Finding]], seconds: float, console: Console | None = None) -> None:
-    """Print whether a run can be made here."""
-    console = console or console_of_output()
-    levels = [finding.level for findings in sections.values() for finding in findings]
-    count, notes = levels.count("problem"), levels.count("warning")
-    of_notes = f", {notes} note{'s' if notes != 1 else ''}" if notes else ""
-    if count:
-        text = Text(f"{count} problem{'s' if count != 1 else ''}{of_notes}: a run will fail here ({seconds:.0f} s)", "bold red")
+def show_verdict(found: Mapping[str, Iterable[Finding]], seconds: float, console: Console) -> None:
+    """Print whether runs work on this machine."""
+    levels = [finding.level for findings in found.values() for finding in findings]
+    problems, warnings = _count(levels, "problem"), _count(levels, "warning")
+    if "problem" in levels:
+        console.print(f"{problems}, {warnings}: runs will fail on this machine ({seconds:.0f} s)", style="bold red")
     else:
-        text = Text(f"all is well{of_notes} ({seconds:.0f} s)", "bold green")
-    console.print(text)
+        console.print(f"no problems found, {warnings} ({seconds:.0f} s)", style="bold green")
+
+
+def _count(levels: Sequence[Level], level: Level) -> str:
+    count = levels.count(level)
+    return f"{count or 'no'} {level}{'' if count == 1 else 's'}"
