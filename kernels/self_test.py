@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from .logprob import Head, linear_logprob_loss
@@ -166,9 +167,8 @@ def _logprobs(normal: Normal) -> Case:
         return linear_logprob_loss(hidden_ND, head, _ids(hidden_ND, VOCABULARY), loss, visits=2, chunk_bytes=chunk_bytes)
 
     def reference(hidden_ND: Tensor, head: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
-        log_p_NV = _wide(head(hidden_ND)).log_softmax(-1)
-        logprobs_N = log_p_NV.gather(1, _ids(hidden_ND, VOCABULARY)[:, None])[:, 0]
-        entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
+        tokens = Categorical(logits=_wide(head(hidden_ND)))
+        logprobs_N, entropy_N = tokens.log_prob(_ids(hidden_ND, VOCABULARY)), tokens.entropy()
         return [loss(logprobs_N, entropy_N), logprobs_N.detach(), entropy_N.detach()]
 
     return _layers([(VOCABULARY, WIDTH)], kernel, reference, normal)
@@ -188,8 +188,7 @@ def _rms_norm(normal: Normal) -> Case:
         return [rms_norm(x, weight, RMS_EPS), rms_norm(x, weight, RMS_EPS, unit_offset=True)]
 
     def reference(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
-        wide = _wide(x)
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + RMS_EPS)
+        normed = F.rms_norm(_wide(x), (WIDTH,), eps=RMS_EPS)
         return [weight * normed.to(x.dtype), (normed * (1.0 + _wide(weight))).to(x.dtype)]
 
     return Case([normal(TOKENS, WIDTH).requires_grad_(), normal(WIDTH)], kernel, reference)

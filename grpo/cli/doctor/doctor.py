@@ -14,10 +14,12 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...common.quiet import quiet_stderr
-from .findings import Check, Finding, run_checks
+
+if TYPE_CHECKING:
+    from .findings import Check, Finding
 
 EXAMPLES = """examples:
   rankup doctor                  device, versions, code paths, a self-test of the kernels, and what vLLM's engine needs
@@ -39,7 +41,7 @@ def add_doctor_command(commands: Any) -> None:
 
 def doctor(options: argparse.Namespace) -> int:
     """`rankup doctor [--json]`; returns the exit status, 1 if there is a problem."""
-    from .view import make_console, show_section, show_verdict
+    from .findings import make_console, run_checks, show_section, show_verdict
 
     started, console = time.perf_counter(), make_console(quiet=options.json)
     found: dict[str, list[Finding]] = {}

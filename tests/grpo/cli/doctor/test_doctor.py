@@ -16,8 +16,7 @@ from rich.console import Console
 
 from rankup.grpo.cli.doctor import checks, versions
 from rankup.grpo.cli.doctor.doctor import as_json, problems
-from rankup.grpo.cli.doctor.findings import Finding, run_checks
-from rankup.grpo.cli.doctor.view import show_section, show_verdict
+from rankup.grpo.cli.doctor.findings import Finding, run_checks, show_section, show_verdict
 from rankup.kernels.self_test import Comparison
 
 ROOT = Path(__file__).resolve().parents[4]
