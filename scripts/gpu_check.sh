@@ -51,7 +51,7 @@ while (($#)); do
     esac
     shift
 done
-[[ -z "$steps" || "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a whole number of at least 1, not '$steps'"
+[[ -z "$steps" || "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be an integer of at least 1, not '$steps'"
 [[ -z "$output" ]] || output=$(realpath -m -- "$output")
 [[ ! -d "$model" ]] || model=$(realpath -- "$model")
 

@@ -41,7 +41,7 @@ def test_help() -> None:
     [
         (["--gpu"], "unknown option '--gpu'"),
         (["--steps"], "--steps needs a value"),
-        (["--cpu", "--steps", "0"], "--steps must be a whole number of at least 1, not '0'"),
+        (["--cpu", "--steps", "0"], "--steps must be an integer of at least 1, not '0'"),
         (["--cpu", "--output", str(SCRIPT.parent)], "is not empty: choose another folder"),
     ],
 )

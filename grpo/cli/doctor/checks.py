@@ -64,12 +64,12 @@ def sampler() -> Iterator[Finding]:
     if engine_self_test.vllm_device() == "cpu":
         note = "vLLM repacks linear layers on CPU; model.share_base_weights: true shares them too, but sampling is slower"
         yield Finding("base weights", "embeddings, head and norms shared", note)
-        note = "two products per layer; vLLM's own path copies the adapter once per token on CPU"
+        note = "two products per layer; vLLM's path copies the adapter once per token on CPU"
         yield Finding("vLLM's LoRA", "dense, LM head included", note)
         yield Finding("vLLM's mode", "eager", "vLLM compiles nothing with LoRA on CPU")
     else:
         yield Finding("base weights", "shared by trainer and vLLM", "model.share_base_weights: false keeps two copies")
-        note = "vLLM's own kernels; rollout.lora_path: dense uses two products per layer instead"
+        note = "vLLM's kernels; rollout.lora_path: dense uses two products per layer instead"
         yield Finding("vLLM's LoRA", "punica, dense for the LM head", note)
         note = "rollout.enforce_eager: true turns both off; vLLM's first model runner (V1), as on CPU"
         yield Finding("vLLM's mode", "compiled, with CUDA graphs", note)
@@ -110,7 +110,8 @@ def ray() -> Iterator[Finding]:
     if address := os.environ.get("RAY_ADDRESS"):
         yield Finding("Ray", f"the cluster at {address}", "from RAY_ADDRESS")
     else:
-        yield Finding("Ray", "local", "RAY_ADDRESS is not set; for cluster.workers and rewards.isolation: ray")
+        note = "RAY_ADDRESS is not set; used for cluster.workers and rewards.isolation: ray"
+        yield Finding("Ray", "a local cluster", note)
 
 
 # ---------------------------------------------------------------------------------------------- self-test
@@ -158,10 +159,10 @@ def vllm_import() -> Iterator[Finding]:
     """Whether vLLM imports, and is built for torch's device."""
     device = engine_self_test.vllm_device()
     if device == torch_device():
-        yield Finding("vLLM", f"{vllm_version()} for {device} imports", level="ok")
+        yield Finding("vLLM", f"{vllm_version()} imports, built for {device}", level="ok")
     else:
         note = f"they share tensors: scripts/install.sh {torch_device()} installs both for one device"
-        yield Finding("vLLM", f"for {device or 'no device'}, but torch for {torch_device()}", note, "problem")
+        yield Finding("vLLM", f"built for {device or 'no device'}, but torch for {torch_device()}", note, "problem")
 
 
 def vllm_internals() -> Iterator[Finding]:

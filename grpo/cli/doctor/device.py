@@ -92,7 +92,7 @@ def cgroup_limits(
 ) -> tuple[int | None, float | None]:
     """Bytes of memory and number of cores that the control group (version 1 or 2) allows; None for no limit.
 
-    Both the group's own folder and the root are read: in a container only the root may be visible.
+    Both the group's folder and the root are read: in a container only the root may be visible.
     """
     paths = {line.split(":", 2)[2].strip("/") for line in membership.read_text().splitlines()} | {""}
     folders = [root / controller / path for controller in ("", "memory", "cpu") for path in paths]

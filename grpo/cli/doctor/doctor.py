@@ -27,6 +27,9 @@ EXAMPLES = """examples:
   rankup doctor --traceback      with the traceback of a check that fails
 """
 
+# What a section is called in a terminal, if not by its name in JSON.
+TITLES = {"paths": "code paths that a run will use", "self-test": "self-test of the kernels", "engine": "what vLLM needs"}
+
 
 def add_doctor_command(commands: Any) -> None:
     """Add `doctor` to the subcommands of a parser (what `add_subparsers` returns)."""
@@ -45,8 +48,9 @@ def doctor(options: argparse.Namespace) -> int:
 
     started, console = time.perf_counter(), make_console(quiet=options.json)
     found: dict[str, list[Finding]] = {}
-    for title, checks in sections():
-        found[title] = show_section(title, run_checks(checks, show_tracebacks=options.traceback), console)
+    for name, checks in sections():
+        findings = run_checks(checks, show_tracebacks=options.traceback)
+        found[name] = show_section(TITLES.get(name, name), findings, console)
     seconds = time.perf_counter() - started
     show_verdict(found, seconds, console)
     if options.json:
@@ -64,12 +68,12 @@ def as_json(found: Mapping[str, Sequence[Finding]], seconds: float) -> dict[str,
     return {
         "healthy": not problems(found),
         "seconds": round(seconds, 1),
-        "sections": {title: [dataclasses.asdict(finding) for finding in findings] for title, findings in found.items()},
+        "sections": {name: [dataclasses.asdict(finding) for finding in findings] for name, findings in found.items()},
     }
 
 
 def sections() -> Iterator[tuple[str, Mapping[str, Check]]]:
-    """Title and checks of each section; only `versions` if torch does not import, since all other checks use it."""
+    """Name and checks of each section; only `versions` if torch does not import, since all other checks use it."""
     from . import versions
 
     try:

@@ -25,7 +25,7 @@ Level = Literal["info", "ok", "warning", "problem"]
 
 PIPED_WIDTH = 120
 NAME_WIDTH, VALUE_WIDTH = 25, 38
-WIDE = 110  # columns from which notes have a column of their own
+WIDE = 110  # terminal width from which notes get a separate column
 MARKS: dict[Level, tuple[str, str]] = {
     "info": ("", "dim"),
     "ok": ("ok", "green"),
@@ -89,13 +89,14 @@ def show_section(title: str, findings: Iterable[Finding], console: Console) -> l
 
 def _line(finding: Finding, *, is_wide: bool) -> Table:
     mark, style = MARKS[finding.level]
-    value, note = Text(finding.value), Text(finding.note, "dim" if finding.level == "ok" else style)
+    parts = [Text(finding.value)]
+    if finding.note:
+        parts.append(Text(finding.note, "dim" if finding.level == "ok" else style))
+    cells = parts if is_wide else [Text(": ").join(parts)]
     table = Table.grid(padding=(0, 2))
     table.add_column(width=4)
     table.add_column(width=NAME_WIDTH)
-    table.add_column(width=VALUE_WIDTH if is_wide and finding.note else None, overflow="fold")
-    table.add_column(overflow="fold")
-    cells = [value, note] if is_wide else [Text("  ").join([value, note])]
+    table.add_column(width=VALUE_WIDTH if len(cells) == 2 else None, overflow="fold")
     table.add_row(Text(mark, style), Text(finding.name, "dim"), *cells)
     return table
 
