@@ -103,7 +103,7 @@ def _line(finding: Finding, *, is_wide: bool) -> Table:
 
 def show_verdict(found: Mapping[str, Iterable[Finding]], seconds: float, console: Console) -> None:
     """Print whether runs work on this machine."""
-    levels = [finding.level for findings in found.values() for finding in findings]
+    levels: list[Level] = [finding.level for findings in found.values() for finding in findings]
     problems, warnings = _count(levels, "problem"), _count(levels, "warning")
     if "problem" in levels:
         console.print(f"{problems}, {warnings}: runs will fail on this machine ({seconds:.0f} s)", style="bold red")
