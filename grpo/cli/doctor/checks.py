@@ -40,7 +40,7 @@ def torch_device() -> str:
 
 
 def kernels() -> Iterator[Finding]:
-    """Triton or torch."""
+    """Which implementation of each kernel a run will use."""
     tensor = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=torch_device())
     if lora._has_kernel(tensor):
         yield Finding("LoRA product", "Triton: one kernel for base and adapter", "16-bit only; model.dtype: float32 uses torch")

@@ -27,8 +27,12 @@ EXAMPLES = """examples:
   rankup doctor --traceback      with the traceback of a check that fails
 """
 
-# What a section is called in a terminal, if not by its name in JSON.
-TITLES = {"paths": "code paths that a run will use", "self-test": "self-test of the kernels", "engine": "what vLLM needs"}
+# Titles of sections in a terminal, if they are not the names in JSON.
+TITLES = {
+    "paths": "code paths that a run will use",
+    "self-test": "self-test of the kernels",
+    "engine": "vLLM and its environment",
+}
 
 
 def add_doctor_command(commands: Any) -> None:
@@ -59,7 +63,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def problems(found: Mapping[str, Sequence[Finding]]) -> list[Finding]:
-    """The findings because of which runs fail."""
+    """The findings that make runs fail."""
     return [finding for findings in found.values() for finding in findings if finding.level == "problem"]
 
 

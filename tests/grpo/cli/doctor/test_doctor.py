@@ -47,7 +47,7 @@ def test_no_problems_are_found_on_this_machine(tmp_path: Path) -> None:
     result = run_doctor(folder=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    titles = ["device", "versions", "code paths that a run will use", "self-test of the kernels", "what vLLM needs"]
+    titles = ["device", "versions", "code paths that a run will use", "self-test of the kernels", "vLLM and its environment"]
     assert [line for line in lines if line in titles] == titles
     assert lines[-1].startswith("no problems found") and "FAIL" not in result.stdout and "\x1b" not in result.stdout
 
