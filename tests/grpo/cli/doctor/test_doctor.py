@@ -172,6 +172,23 @@ def test_a_harmful_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: 
     assert (finding.value, finding.level) == (variable, level) and "unset it" in finding.note
 
 
+@pytest.mark.parametrize(("free_gib", "level"), [(40, "ok"), (10, "problem")])
+def test_memory_for_vllm_on_a_gpu(monkeypatch: pytest.MonkeyPatch, free_gib: int, level: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_gib * 2**30, 80 * 2**30))
+    (finding,) = checks.vllm_memory()
+    assert (finding.level, finding.value) == (level, f"36.0 GiB of {free_gib}.0 GiB free (rollout.gpu_memory_utilization)")
+    assert ("70.0 GiB are in use" in finding.note and "below 0.12" in finding.note) == (level == "problem")
+
+
+@pytest.mark.parametrize(("free_gib", "level"), [(8, "ok"), (2, "warning"), (0.5, "problem")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the KV cache is in GPU memory")
+def test_memory_for_vllm_on_a_cpu(monkeypatch: pytest.MonkeyPatch, free_gib: float, level: str) -> None:
+    monkeypatch.setattr(checks, "available_memory", lambda: int(free_gib * 2**30))
+    (finding,) = checks.vllm_memory()
+    assert finding.level == level and ("a run with a small model needs 4.0 GiB" in finding.note) == (level != "ok")
+
+
 def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
