@@ -193,7 +193,7 @@ def test_a_column_that_is_missing_is_named():
     reward = judge(model="m", base_url="http://localhost:1/v1", prompt="{completion} {solution}")
     with pytest.raises(ValueError, match=r"has \{solution\}, .* \(there are prompt, completion, low, high, answer\)"):
         ask(reward, ["c"], answer=[1])
-    with pytest.raises(ValueError, match=r"'judge' asks for 'solution'.* \(columns: answer\)"):
+    with pytest.raises(ValueError, match=r"'judge' requires 'solution'.* \(columns: answer\)"):
         scorer_of(reward).check_columns(["answer"])
     scorer_of(reward).check_columns(["solution", "answer"])
 

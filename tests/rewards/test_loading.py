@@ -210,9 +210,9 @@ def test_kwargs_make_the_reward_function(tmp_path):
     above = load_reward(f"{tmp_path}/made.py:above", kwargs={"limit": 1, "strict": False})
     assert above(completions=["a", ""]) == [True, False]
     assert load_reward(f"{tmp_path}/made.py:Above", kwargs={"limit": 0})(completions=["a", ""]) == [True, False]
-    with pytest.raises(ValueError, match=r"cannot be made with its kwargs \(lmit\): .*'limit'"):
+    with pytest.raises(ValueError, match=r"does not accept its kwargs \(lmit\): .*'limit'"):
         load_reward(f"{tmp_path}/made.py:above", kwargs={"lmit": 1})
-    with pytest.raises(ValueError, match="takes no kwargs: it is a int"):
+    with pytest.raises(ValueError, match="cannot be given kwargs: it is a int, not a factory"):
         load_reward(f"{tmp_path}/made.py:number", kwargs={})
     with pytest.raises(ValueError, match="is a class: name an instance of it or a function, or give its kwargs"):
         load_reward(f"{tmp_path}/made.py:Above")
@@ -220,5 +220,5 @@ def test_kwargs_make_the_reward_function(tmp_path):
 
 def test_a_factory_that_was_given_no_kwargs_says_so(tmp_path):
     (tmp_path / "made.py").write_text("def anything():\n    return lambda completions, **kwargs: [0.0] * len(completions)\n")
-    with pytest.raises(ValueError, match="returned a function: it makes reward functions, so give it `kwargs`"):
+    with pytest.raises(ValueError, match="returned a function: it is a factory, so give it `kwargs`"):
         scorer_of(f"{tmp_path}/made.py:anything").score(Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]]))

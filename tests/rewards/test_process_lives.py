@@ -139,7 +139,7 @@ def test_an_answer_that_cannot_be_read_fails_its_call(make_scorer):
     scorer = make_scorer([logs, length], on_error="none", num_workers=1)
     scores = scorer.score(inputs("a"))
     assert scores.by_function == {"logs": [None], "length": [1.0]}
-    assert "cannot be read" in str(scores.errors)
+    assert "cannot be unpickled" in str(scores.errors)
 
 
 def test_output_that_cannot_be_shown_fails_nothing(make_scorer, monkeypatch):

@@ -250,7 +250,7 @@ def test_a_call_that_takes_every_ray_worker_with_it_fails_in_the_end(make_ray_sc
         time.sleep(60)
 
     scores = make_ray_scorer(kills_its_ray_worker, on_error="none").score(inputs("a"))
-    assert scores.errors == {"kills_its_ray_worker": ["Ray could not have it answered (WorkerCrashedError)"]}
+    assert scores.errors == {"kills_its_ray_worker": ["Ray could not run it (WorkerCrashedError)"]}
 
 
 # Ends

@@ -77,7 +77,7 @@ def test_a_column_that_is_missing_is_named():
     def reward(completions, solution, **kwargs):
         return [0.0]
 
-    with pytest.raises(ValueError, match=r"'reward' asks for 'solution', which is no column .*\(columns: answer\)"):
+    with pytest.raises(ValueError, match=r"'reward' requires 'solution', which is not a column .*\(columns: answer\)"):
         score(reward, ["x"], answer=[1])
     with pytest.raises(ValueError, match="'solution'"):
         scorer_of(reward).check_columns(["answer"])
@@ -187,6 +187,21 @@ def test_an_exception_names_function_rows_and_prompt_and_keeps_its_cause():
         with pytest.raises(RuntimeError, match=expected) as caught:
             score([length, function])
         assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_function_for_texts_that_gets_messages_is_told_how_to_read_them():
+    def strips(completions, **kwargs):
+        return [float(completion.strip() == "4") for completion in completions]
+
+    with pytest.raises(RuntimeError, match=r"completions are messages here: use `completion\[-1\]\[\"content\"\]`"):
+        score(strips, [conversation("4")])
+
+    def sees_something_else(completions, **kwargs):
+        return [["a list"].strip()]  # type: ignore[attr-defined]
+
+    with pytest.raises(RuntimeError, match="no attribute 'strip'") as caught:
+        score(sees_something_else, ["4"])
+    assert "messages" not in str(caught.value)
 
 
 def test_functions_and_weights_are_checked_at_once():

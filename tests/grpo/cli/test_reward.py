@@ -114,7 +114,7 @@ def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, caps
         (["--data", "."], "holds no saved completions"),
         (["--data", "rows.jsonl"], "no column `completion`"),
         (["--data", "rows.txt"], "cannot read"),
-        (["--data", "good.jsonl"], "asks for 'answer', which is no column"),
+        (["--data", "good.jsonl"], "requires 'answer', which is not a column"),
         (["--data", "good.jsonl", "--kwargs", "3"], "--kwargs must be a mapping"),
         (["--data", "good.jsonl", "--rows", "0"], "--rows must be at least 1"),
         (["--data", "good.jsonl", "--timeout", "0"], "--timeout must be a positive number"),
