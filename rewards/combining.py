@@ -1,7 +1,9 @@
 """The results of several reward functions combined: weighted sums, columns, metrics, and the effect of failures.
 
-    pending = Pending(calls={"length": [(inputs, future)]}, weights={"length": 1.0}, on_error="stop")
-    pending.result().total
+    future = Future()
+    pending = Pending(calls={"length": [(inputs, future)]}, weights={"length": 0.5}, on_error="stop")
+    future.set_result(Returned(rewards=[2.0, None]))
+    pending.result().total      # [1.0, None]
 """
 
 from __future__ import annotations

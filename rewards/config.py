@@ -1,6 +1,6 @@
 """The section `rewards` of a run's configuration: which functions score completions, where they run, and what a failure does.
 
-    RewardsConfig(functions=["last_integer", {"function": "my.py:style", "weight": 0.2}], isolation="process", timeout=10)
+    RewardsConfig(functions=["last_integer", {"function": "my.py:length", "weight": 0.2}], isolation="process", timeout=10)
 
 Nothing here imports torch.
 """

@@ -1,14 +1,17 @@
 """TRL's contract for one reward function: what it is called with, and what it may return.
 
-    returned = call("length", length, Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
-    returned.rewards        # [1.0, None, 0.5], one per completion
+    def correct(completions, answer):
+        return [None if expected is None else float(text == expected) for text, expected in zip(completions, answer)]
 
-A reward function is any callable. It is called with keyword arguments only,
+    columns = {"answer": ["yes", None]}
+    inputs = Inputs(prompts=["?"] * 2, completions=["yes"] * 2, completion_ids=[[1]] * 2, columns=columns)
+    returned = call("correct", correct, inputs)
+    returned.rewards        # [1.0, None]
 
-    f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=, log_metric=) -> list[float | None]
-
-and gets only the arguments that it names if it has no `**kwargs`. `None` means that the function does not apply to the row.
-The same code runs in the trainer's process and in reward processes (`worker.py`).
+A reward function is any callable. It is called with keyword arguments only: `prompts`, `completions`, `completion_ids`, every
+other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. It
+returns one number for each completion, or `None` where it does not apply to the row. The same code runs in the trainer's
+process and in reward processes (`worker.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A reward function in a form that another process, or another machine, can load.
 
-    portable = portable_of("style", "my.py:style", other_machines=True)
-    pickle.loads(pickle.dumps(portable)).load()     # the function, on a machine that has no my.py
+    portable = portable_of("length", "my.py:length", other_machines=True)
+    length = pickle.loads(pickle.dumps(portable)).load()    # works on a machine that has no my.py
+    length(completions=["abc"])                             # [3.0]
 
 A process on this machine loads a function by the spec that the user gave; a callable is sent by cloudpickle. Another machine
 has only installed packages: a function from a user's file is sent with the code that it uses.

@@ -1,8 +1,8 @@
 """Persistent processes that call reward functions, and can be killed.
 
-    pool = WorkerPool([Portable(name="length", spec="my.py:length")], RewardsConfig(num_workers=8, timeout=10))
+    pool = WorkerPool([Portable(name="length", spec="my.py:length")], RewardsConfig(num_workers=2, timeout=10))
     future = pool.submit(0, pickle.dumps(inputs))     # returns immediately; calls function 0
-    future.result()                                   # a Returned, or a Failure with the reason
+    future.result().rewards                           # [3.0, 5.0]; a Failure has a `reason` instead
     pool.close()
 
 A process that exceeds its time limit is killed with its children and replaced, and so is one that died; the other processes

@@ -1,10 +1,11 @@
 """Call reward functions by TRL's contract (`contract.py`) and combine what they return.
 
-    config = RewardsConfig(weights=[1.0, 0.1], isolation="process", timeout=10)
-    scorer = Scorer(config, functions=["last_integer", style])
-    pending = scorer.submit(Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
+    config = RewardsConfig(weights=[1.0, 0.5], isolation="process", num_workers=2, timeout=10)
+    scorer = Scorer(config, functions=["last_integer", "my.py:length"])
+    inputs = Inputs(prompts=["?"] * 2, completions=["It is 42", "42?"], completion_ids=[[1]] * 2, columns={"answer": [42, 41]})
+    pending = scorer.submit(inputs)
     scores = pending.result()
-    scores.total        # [1.1, 0.0, None, ...], one per completion
+    scores.total        # [5.0, 1.5]
     scorer.close()      # ends the processes
 
 `async def` functions (and objects with an async `__call__`, and partials of either) run concurrently on one event loop that

@@ -151,12 +151,12 @@ def test_it_is_pickled_without_its_weights(classifiers):
 
 @pytest.mark.parametrize(("kind", "labels"), [("two labels", 2), ("three labels", 3)])
 def test_more_than_one_label_is_refused(classifiers, kind, labels):
-    with pytest.raises(ValueError, match=rf"is no reward model: its .* gives {labels} labels, and a reward is one"):
+    with pytest.raises(ValueError, match=rf"is not a reward model: its .* has {labels} labels instead of one"):
         SequenceClassifier(str(classifiers[kind]), device="cpu")(prompts=["p"], completions=["c"])
 
 
 def test_a_language_model_is_refused(tiny_model_path):
-    with pytest.raises(ValueError, match=r"is no sequence classifier: its score\.weight would be random"):
+    with pytest.raises(ValueError, match=r"is not a sequence classifier: its score\.weight would be random"):
         SequenceClassifier(str(tiny_model_path("llama")), device="cpu")(prompts=["p"], completions=["c"])
 
 
@@ -167,7 +167,7 @@ def test_a_text_that_is_too_long_is_refused(tmp_path):
     tokenizer.save_pretrained(folder)
     classifier = SequenceClassifier(str(folder), device="cpu")
     assert len(classifier(prompts=["p" * 10], completions=["c" * 10])) == 1
-    with pytest.raises(ValueError, match="short takes 20 tokens, but prompt and completion have 21"):
+    with pytest.raises(ValueError, match="short accepts 20 tokens, but prompt and completion have 21"):
         classifier(prompts=["p" * 10], completions=["c" * 11])
 
 

@@ -110,9 +110,9 @@ def test_matches(options, scores):
 @pytest.mark.parametrize(
     ("pattern", "flags", "message"),
     [
-        ("a(b", [], r"cannot read the regular expression 'a\(b'"),
+        ("a(b", [], r"invalid regular expression 'a\(b'"),
         ("(?a)a", ["ASCII", "DOTTED"], "unknown regular expression flag 'DOTTED': choose from ASCII"),
-        ("(?u)a", ["ASCII"], "cannot read the regular expression"),
+        ("(?u)a", ["ASCII"], "invalid regular expression"),
     ],
 )
 def test_a_pattern_that_is_none(pattern, flags, message):

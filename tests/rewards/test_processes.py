@@ -190,5 +190,5 @@ def test_what_cannot_be_pickled_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"'holds' cannot be sent to a process.*inline"):
         scorer_of(holds, isolation="process")
-    holds.isolation = "inline"
+    holds.isolation = "inline"  # type: ignore[attr-defined]
     assert scorer_of(holds, isolation="process").score(inputs("a")).total == [0.0]
