@@ -47,10 +47,10 @@ def test_a_new_reward_comes_with_a_test_that_passes(tmp_path, capsys):
 def test_nothing_is_overwritten_and_a_name_must_be_one(tmp_path, capsys):
     (tmp_path / "test_mine.py").touch()
     assert main(["new", "reward", "mine", "--dir", str(tmp_path)]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert not (tmp_path / "mine.py").exists()
     assert main(["new", "reward", "not-a-name", "--dir", str(tmp_path)]) == 1
-    assert "'not-a-name' cannot be a function's name" in capsys.readouterr().err
+    assert "'not-a-name' cannot be the name of a function" in capsys.readouterr().err
 
 
 def tried(capsys, *arguments: str) -> dict:
@@ -101,6 +101,15 @@ def test_what_is_shown(run_folder, capsys):
     assert "mean" in printed and "It is 4." in printed and "differ from recorded" in printed
 
 
+def test_long_completions_leave_room_for_their_rewards(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"completion": "word " * 400 + str(n)}) + "\n" for n in range(3)))
+    (tmp_path / "mine.py").write_text("def last_digit(completions, **kw): return [float(c[-1]) + 0.125 for c in completions]\n")
+    assert main(["reward", f"{tmp_path}/mine.py:last_digit", "--data", str(tmp_path / "rows.jsonl")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "word" in line] == [["2.12", "word"], ["1.12", "word"], ["0.125", "word"]]
+    assert any(line.split() == ["reward", "completion"] for line in lines)
+
+
 def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def bad(completions, **kwargs):\n    raise KeyError('gold')\n")
     assert main(["reward", f"{tmp_path}/bad.py:bad", "--data", str(run_folder)]) == 1
@@ -111,7 +120,7 @@ def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, caps
     ("arguments", "expected"),
     [
         (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
-        (["--data", "."], "holds no saved completions"),
+        (["--data", "."], "has no saved completions"),
         (["--data", "rows.jsonl"], "no column `completion`"),
         (["--data", "rows.txt"], "cannot read"),
         (["--data", "good.jsonl"], "requires 'answer', which is not a column"),
