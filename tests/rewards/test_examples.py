@@ -87,7 +87,7 @@ def run(code: str, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("module", "code"), module_examples(yaml_files=False))
-def test_a_module_s_example_gives_what_its_comments_say(module, code, tmp_path, monkeypatch):
+def test_a_module_s_example_returns_the_values_in_its_comments(module, code, tmp_path, monkeypatch):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -107,7 +107,7 @@ def test_a_module_s_run_file_is_valid_and_its_functions_exist(module, text):
     assert Scorer(rewards).names
 
 
-def test_only_what_cannot_run_here_is_left_out():
+def test_few_examples_are_not_run():
     assert set(NOT_RUN) <= {file.stem for file in REWARDS.glob("*.py")}
     assert len(module_examples(yaml_files=False)) >= 12 and len(module_examples(yaml_files=True)) >= 8
 

@@ -75,7 +75,7 @@ def test_the_alarm_is_off_afterwards_and_its_handler_as_before():
     assert signal.getsignal(signal.SIGALRM) is before
 
 
-def test_off_the_main_thread_it_refuses_to_score():
+def test_off_the_main_thread_it_raises():
     outcome = []
 
     def score():

@@ -95,7 +95,7 @@ def test_it_can_be_pickled_and_has_the_factorys_name():
         ({"options": {"min_terms": 2}}, "options only together with a task"),
     ],
 )
-def test_what_the_factory_refuses(arguments, message):
+def test_invalid_arguments_of_the_factory(arguments, message):
     with pytest.raises(ValueError, match=message):
         reasoning_gym_score(**arguments)
 
@@ -107,14 +107,14 @@ def test_what_the_factory_refuses(arguments, message):
         ("[1]", "the metadata of row 1 is a list"),
     ],
 )
-def test_metadata_that_cannot_be_used(metadata, message):
+def test_invalid_metadata(metadata, message):
     columns = columns_of("countdown")
     columns["metadata"][1] = metadata
     with pytest.raises(ValueError, match=message):
         reasoning_gym_score()(completions=columns["answer"], **columns)
 
 
-def test_a_scorer_that_fails_on_the_rows_own_answer():
+def test_a_scorer_that_fails_on_the_row_s_correct_answer():
     columns = columns_of("tower_of_hanoi")
     columns["metadata"][1] = "{}"
     with pytest.raises(ValueError, match=r"the scorer of row 1 \(tower_of_hanoi\) fails on the row's correct answer: KeyError"):

@@ -17,7 +17,7 @@ CONVERSATION = [{"role": "user", "content": "2 + 2?"}]
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run that saved two groups of two: one prompt a text, one a conversation; `answer` comes from the data."""
+    """A run that saved two groups of two: one prompt is a text, one a conversation; `answer` comes from the data."""
     recorder = RunRecorder(tmp_path / "run", config_yaml="")
     table = {
         "prompt": ["1 + 1 =", "1 + 1 =", CONVERSATION, CONVERSATION],
@@ -65,7 +65,7 @@ def test_a_built_in_on_a_run_s_completions(run_folder, capsys):
 
 
 @pytest.mark.parametrize("isolation", ["inline", "process", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_user_s_function_gets_what_a_run_would_give_it(run_folder, tmp_path, capsys, isolation):
+def test_a_user_s_function_gets_the_same_arguments_as_in_a_run(run_folder, tmp_path, capsys, isolation):
     (tmp_path / "mine.py").write_text(
         "def sees(prompts, completions, completion_ids, answer, reward, **kwargs):\n"
         "    assert len(set(map(str, prompts))) == 1 and reward == ['a'] * 2 and 'last_integer' not in kwargs\n"
@@ -76,7 +76,7 @@ def test_a_user_s_function_gets_what_a_run_would_give_it(run_folder, tmp_path, c
     assert result["rows"][2]["completion"] == [{"role": "assistant", "content": "It is 4."}]
 
 
-def test_columns_come_back_as_they_were(run_folder, tmp_path, capsys):
+def test_columns_are_restored_unchanged(run_folder, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "def reward(answer, tests, large, none, **kwargs):\n"
         "    assert str(answer[0]) in ('2', '4') and tests[0] == ['1 == 1'] and large[0] == 2**70 and none[0] is None\n"
@@ -95,13 +95,13 @@ def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     assert [row["reward"] for row in tried(capsys, *arguments, "--rows", "1")["rows"]] == [0.0]
 
 
-def test_what_is_shown(run_folder, capsys):
+def test_the_summary_and_examples_are_shown(run_folder, capsys):
     assert main(["reward", "rankup.rewards.answers:last_integer", "--data", str(run_folder)]) == 0
     printed = capsys.readouterr().out
     assert "mean" in printed and "It is 4." in printed and "differ from recorded" in printed
 
 
-def test_long_completions_leave_room_for_their_rewards(tmp_path, capsys):
+def test_rewards_of_long_completions_are_shown(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"completion": "word " * 400 + str(n)}) + "\n" for n in range(3)))
     (tmp_path / "mine.py").write_text("def last_digit(completions, **kw): return [float(c[-1]) + 0.125 for c in completions]\n")
     assert main(["reward", f"{tmp_path}/mine.py:last_digit", "--data", str(tmp_path / "rows.jsonl")]) == 0
@@ -129,7 +129,7 @@ def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, caps
         (["--data", "good.jsonl", "--timeout", "0"], "--timeout must be a positive number"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, expected):
+def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "rows.txt").write_text("a\n")
