@@ -99,11 +99,6 @@ class Scorer:
         self._loop: _BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
 
-    @property
-    def functions(self) -> list[Function]:
-        """The reward functions."""
-        return [reward.function for reward in self._rewards]
-
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise what `submit` would raise for these columns of the data set (without the prompt's)."""
         columns = list(columns)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -25,6 +26,7 @@ from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
+from ...rewards.texts import text_of
 from ..run.records import read_completions
 
 EXAMPLES = """examples:
@@ -263,12 +265,7 @@ def _parsed(prompt: Any) -> Any:
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
     """Score rows as a run would: all completions of a prompt in one call."""
-    groups: list[list[_Row]] = []
-    for row in rows:
-        if groups and groups[-1][0].prompt == row.prompt and groups[-1][0].columns == row.columns:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: (row.prompt, row.columns))]
     (name,) = scorer.names
     scorer.check_columns(rows[0].columns)
     started = time.perf_counter()
@@ -315,9 +312,7 @@ def _show(trial: Trial) -> None:
     examples.add_column("reward", justify="right", no_wrap=True, min_width=6)
     examples.add_column("completion", overflow="ellipsis", no_wrap=True)
     for reward, index in dict.fromkeys([*reversed(ranked[-3:]), *reversed(ranked[:3])]):
-        completion = trial.completions[index]
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        examples.add_row(f"{reward:.3g}", escape(" ".join(text.split())))
+        examples.add_row(f"{reward:.3g}", escape(" ".join(text_of(trial.completions[index]).split())))
     if ranked:
         console.print(examples)
     for reason in dict.fromkeys(error for error in trial.errors if error is not None):

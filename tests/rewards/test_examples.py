@@ -19,6 +19,7 @@ from rankup.configs import quickstart
 from rankup.grpo.config import GRPOConfig
 from rankup.rewards.contract import Returned
 from rankup.rewards.runner import Scorer
+from rankup.rewards.sandbox import bubblewrap_problem
 
 REWARDS = Path(__file__).resolve().parents[2] / "rewards"
 PAGE = REWARDS.parent / "docs" / "rewards.md"
@@ -29,6 +30,7 @@ NOT_RUN = {
     "ray_pool": "needs a Ray cluster",
     "judge_endpoint": "needs an endpoint",
 }
+NEEDS_BUBBLEWRAP = pytest.mark.skipif(bubblewrap_problem() is not None, reason="no bubblewrap")
 RUN_FILE = ("rewards:", "data:")
 FILES = {
     "my.py": "def length(completions, **kwargs):\n    return [float(len(text)) for text in completions]\n",
@@ -66,7 +68,8 @@ def module_examples(*, yaml_files: bool) -> list[Any]:
         docstring = ast.get_docstring(ast.parse(file.read_text()), clean=False) or ""
         for example in examples_of(docstring + "\n"):
             if example.startswith(RUN_FILE) == yaml_files and file.stem not in NOT_RUN:
-                found.append(pytest.param(file.stem, example, id=file.stem))
+                marks = [NEEDS_BUBBLEWRAP] if file.stem in ("sandbox", "code") else []
+                found.append(pytest.param(file.stem, example, id=file.stem, marks=marks))
     return found
 
 

@@ -110,6 +110,15 @@ def test_rewards_of_long_completions_are_shown(tmp_path, capsys):
     assert any(line.split() == ["reward", "completion"] for line in lines)
 
 
+def test_a_completion_without_content_is_shown(tmp_path, capsys):
+    """A tool call may have none."""
+    row = {"prompt": CONVERSATION, "completion": [{"role": "assistant", "content": None}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "mine.py").write_text("def one(completions, **kw): return [1.0] * len(completions)\n")
+    assert main(["reward", f"{tmp_path}/mine.py:one", "--data", str(tmp_path / "rows.jsonl")]) == 0
+    assert "highest and lowest" in capsys.readouterr().out
+
+
 def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def bad(completions, **kwargs):\n    raise KeyError('gold')\n")
     assert main(["reward", f"{tmp_path}/bad.py:bad", "--data", str(run_folder)]) == 1
