@@ -316,4 +316,4 @@ def _show(trial: Trial) -> None:
     if ranked:
         console.print(examples)
     for reason in dict.fromkeys(error for error in trial.errors if error is not None):
-        console.print(f"failed: {escape(reason)}")
+        console.print(f"failed: {escape(reason)}", soft_wrap=True)
