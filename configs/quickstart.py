@@ -6,8 +6,8 @@
     rewards:
       functions: rankup.rewards.answers:last_integer
 
-128 sums are kept for evaluation. An evaluation sum occurs in training in neither order of its terms; every other
-ordered pair is a training row. The choice is fixed: it depends on no run seed, so all runs are evaluated alike.
+128 sums are held out for evaluation. Training uses neither order of their terms, and every other ordered pair. The split does
+not depend on the run's seed, so all runs are evaluated on the same rows.
 """
 
 import random
@@ -19,14 +19,14 @@ _SPLIT_SEED = 2025
 
 
 def train() -> list[dict]:
-    """Every ordered pair of terms that evaluation does not use, in either order; rows {"prompt", "answer"}."""
+    """Every ordered pair of terms that evaluation uses in neither order; rows {"prompt", "answer"}."""
     held_out = {frozenset(pair) for pair in _evaluation_pairs()}
     terms = range(1, LARGEST_TERM + 1)
     return [_row(a, b) for a in terms for b in terms if frozenset((a, b)) not in held_out]
 
 
 def evaluation() -> list[dict]:
-    """The 128 sums kept for evaluation; rows {"prompt", "answer"}."""
+    """The 128 sums held out for evaluation; rows {"prompt", "answer"}."""
     return [_row(a, b) for a, b in _evaluation_pairs()]
 
 

@@ -164,7 +164,7 @@ def _logprobs(normal: Normal) -> Case:
         assert isinstance(layer.weight, Tensor)
         head = Head(weight_VD=layer.weight, adapter=layer.adapter)
         chunk_bytes = 100 * VOCABULARY * hidden_ND.itemsize  # several chunks, each of which is formed twice
-        return linear_logprob_loss(hidden_ND, head, _ids(hidden_ND, VOCABULARY), loss, visits=2, chunk_bytes=chunk_bytes)
+        return linear_logprob_loss(hidden_ND, head, _ids(hidden_ND, VOCABULARY), loss, passes=2, chunk_bytes=chunk_bytes)
 
     def reference(hidden_ND: Tensor, head: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
         tokens = Categorical(logits=_wide(head(hidden_ND)))

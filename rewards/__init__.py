@@ -1,11 +1,12 @@
-"""Reward functions: how they are found, called and combined.
+"""Reward functions: how they are loaded, called and combined.
 
-    scorer = Scorer(RewardsConfig(functions=["my_rewards.py:correct", "trl.rewards:think_format_reward"], weights=[1.0, 0.2]))
-    scores = scorer.score(Inputs(prompts=..., completions=..., completion_ids=..., columns={"answer": [...]}))
+    scorer = Scorer(RewardsConfig(functions=["my.py:length", "last_integer"], weights=[0.5, 1.0]))
+    scores = scorer.score(Inputs(prompts=["2 + 2 ="], completions=["It is 4"], completion_ids=[[1]], columns={"answer": [4]}))
+    scores.total        # [4.5]
 
-`loading` turns a spec into a function, `contract` says how one is called (as TRL does), `runner` scores with several, inline or
-in the processes of `processes` and `worker`, and `combining` puts their results together. The other modules are built-in
-rewards: see docs/rewards.md.
+`loading` turns a spec into a function, `contract` defines how one is called (as in TRL), `runner` scores with several, inline
+or in the processes of `processes` and `worker`, and `combining` combines their results. The other modules are built-in rewards:
+see docs/rewards.md.
 """
 
 from .config import RewardFunction, RewardsConfig

@@ -1,11 +1,11 @@
-"""A reward that a sequence classifier gives: TRL's meaning of a model id among the reward functions.
+"""A reward that a sequence classifier gives, as in TRL when a reward function is a model id.
 
-    rewards: {functions: Skywork/Skywork-Reward-V2-Qwen3-0.6B}      # a hub id or a local folder
+    rewards: {functions: Skywork/Skywork-Reward-V2-Qwen3-0.6B}      # a Hub id or a local folder
 
     helpful = SequenceClassifier("models/helpful", device="cpu")
 
-The reward of a row is the one logit that the classifier gives for prompt and completion, written one after the other;
-conversations go through the chat template of the classifier's own tokenizer.
+The reward of a row is the classifier's single logit for the prompt followed by the completion; conversations are formatted by
+the chat template of the classifier's tokenizer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class SequenceClassifier:
     """A reward function around a sequence classifier with one label.
 
     Arguments:
-        model_id: a local folder or a hub id that `AutoModelForSequenceClassification` loads, with its tokenizer.
-        device: where it runs, such as "cpu" or "cuda:1"; None is the GPU, or the CPU where there is none.
-        batch_size: how many texts go through the model at a time.
+        model_id: a local folder or a Hub id that `AutoModelForSequenceClassification` loads, with its tokenizer.
+        device: such as "cpu" or "cuda:1"; None: the GPU, or the CPU if there is none.
+        batch_size: texts per forward pass.
 
-    The model is loaded at the first call. Raises ValueError then where it is no classifier with exactly one label.
+    The first call loads the model, and raises ValueError if it is not a classifier with exactly one label.
     """
 
-    isolation = "inline"  # one copy of the model, where the GPU is, instead of one in each process
+    isolation = "inline"  # one copy of the model in the process that has the GPU, instead of one in each reward process
 
     def __init__(self, model_id: str, *, device: str | None = None, batch_size: int = 16):
         if batch_size < 1:
@@ -40,12 +40,12 @@ class SequenceClassifier:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}  # weights are not sent to another process, but loaded there
+        return {**self.__dict__, "_loaded": None}  # another process loads the weights itself
 
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         """The classifier's logit for each of n rows (TRL's contract).
 
-        Raises ValueError where a text is longer than the classifier takes.
+        Raises ValueError if a text is longer than the classifier's context.
         """
         import torch
 
@@ -63,10 +63,10 @@ class SequenceClassifier:
                 add_special_tokens=False,
             )
             length = batch["input_ids"].shape[1]
-            if length > tokenizer.model_max_length:  # on a GPU, positions that do not exist would end the process
+            if length > tokenizer.model_max_length:  # on a GPU, an invalid position would abort the process
                 raise ValueError(
-                    f"{self.__name__} takes {tokenizer.model_max_length} tokens, but prompt and completion have {length}: "
-                    "lower the completions' length, or choose a classifier for longer texts"
+                    f"{self.__name__} accepts {tokenizer.model_max_length} tokens, but prompt and completion have {length}: "
+                    "lower rollout.max_completion_length, or choose a classifier for longer texts"
                 )
             with torch.inference_mode():
                 rewards += model(**batch.to(model.device)).logits[:, 0].float().tolist()
@@ -85,18 +85,18 @@ def _load(model_id: str, device: str | None) -> tuple[PreTrainedModel, PreTraine
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    # With sizes allowed to differ, a head of another size is reported here instead of failing with the names of its weights.
+    # ignore_mismatched_sizes: a head of another size is reported below, instead of an error about the names of its weights.
     model, report = AutoModelForSequenceClassification.from_pretrained(
         model_id, num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True
     )
     for name, saved, _ in report["mismatched_keys"]:
-        raise ValueError(f"{model_id} is no reward model: its {name} gives {saved[0]} labels, and a reward is one")
+        raise ValueError(f"{model_id} is not a reward model: its {name} has {saved[0]} labels instead of one")
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
-        raise ValueError(f"{model_id} is no sequence classifier: its {missing} would be random")
+        raise ValueError(f"{model_id} is not a sequence classifier: its {missing} would be random")
     tokenizer = AutoTokenizer.from_pretrained(model_id)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Decoders take the last token that is not this one as the end of the text.
+    # Decoders read the logit at the last token that is not padding.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer

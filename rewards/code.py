@@ -4,10 +4,11 @@
       functions:
         - {function: "rankup.rewards.code:stdin_stdout", kwargs: {timeout: 2}}
 
-The program is the last ```python block of the completion, else the last block that names no language, else the whole text. It
+The program is the last ```python block of the completion, else the last block without a language, else the complete text. It
 runs in the sandbox of `sandbox.py`, which needs bubblewrap (`apt install bubblewrap`).
 
-`stdin_stdout` cannot be fooled: what is expected never enters the sandbox. `unit_tests` can, by whoever sets out to: see there.
+`stdin_stdout` cannot be forged: the expected output never enters the sandbox. `unit_tests` can, by a program that tries to: see
+its docstring.
 """
 
 import functools
@@ -38,25 +39,25 @@ def unit_tests(
     workers: int | None = None,
     unsafe_local: bool = False,
 ) -> RewardFunction:
-    """A reward for programs that pass tests: 1.0 where all pass, else 0.0.
+    """A reward for programs that pass tests: 1.0 if all pass, else 0.0.
 
-    The row's column `tests` is a list of test codes (`assert f(2) == 4`), or one such string; None leaves the row out. A
-    test sees the program's names, and passes when it runs to its end. Each runs in a fork of the process that loaded the
-    program, so that no test sees what another one did. The program is loaded as a module, not as `__main__`; what it prints
-    is dropped, and its standard input is empty.
+    The row's column `tests` is a list of test codes (`assert f(2) == 4`), or one such string; a row with None gets None. A
+    test sees the program's names, and passes if it runs to its end. Each runs in a fork of the process that loaded the program,
+    so no test sees the effects of another. The program is loaded as a module, not as `__main__`; its output is discarded, and
+    its standard input is empty.
 
-    timeout: seconds for each test, and as many for starting Python and loading the program. memory_mib: MiB of each process.
+    timeout: seconds for each test, and again for starting Python and loading the program. memory_mib: MiB for each process.
     partial_credit: give the share of tests that pass. site_packages: let the program import the packages of this Python.
-    workers: completions that run at once; None takes the number of cores. unsafe_local: where there is no bubblewrap, run the
-    code without isolation from your files and the network.
+    workers: completions that run concurrently; None: one per core. unsafe_local: if there is no bubblewrap, run the code
+    without isolation from your files and the network.
 
-    What counts is a random word that is read and printed when the test has ended, so neither exiting with success, nor
-    printing, nor replaced builtins help a program. But it runs in one interpreter with its tests. A value whose `__eq__` always
-    says yes passes for any other, and so may what it does to modules that a test imports (`math.isclose`). A program that goes
-    through its own descriptors or the caller's frames finds the tests and the words. Where that matters, take `stdin_stdout`.
+    A test counts as passed if a random word was printed, which is read only once the test has ended. So exiting with success,
+    printing, or replacing builtins does not help a program. But it shares one interpreter with its tests: a value whose
+    `__eq__` always returns True equals any other, changes to modules that a test imports may work too (`math.isclose`), and a
+    program that searches its descriptors or the caller's frames finds the tests and the words. Use `stdin_stdout` if that
+    matters.
 
-    Raises ValueError for values that cannot be, and where there is no sandbox; the reward function does for a row with no
-    test.
+    Raises ValueError for invalid values, and if there is no sandbox; the reward function does for a row without tests.
     """
     return _UnitTests(
         limits=Limits(seconds=timeout, memory_mib=memory_mib),
@@ -77,17 +78,17 @@ def stdin_stdout(
     workers: int | None = None,
     unsafe_local: bool = False,
 ) -> RewardFunction:
-    """A reward for programs that print what is expected: 1.0 where all outputs are right, else 0.0.
+    """A reward for programs that print the expected output: 1.0 if all outputs are correct, else 0.0.
 
-    The row's columns `inputs` and `outputs` are lists of strings, of one length (or one string each); None in either leaves the
-    row out. Each input is one run of the program as `__main__`. It must end with exit code 0, and its standard output must be
-    the expected one but for white space at the end of lines and of the whole.
+    The row's columns `inputs` and `outputs` are lists of strings of equal length (or one string each); a row with None in
+    either gets None. The program runs once per input as `__main__`. It must exit with code 0, and its standard output must be
+    the expected one, ignoring white space at the end of lines and of the text.
 
-    timeout: seconds for each run, Python's start included. output_bytes: a program that prints more is stopped, and has failed.
-    partial_credit: give the share of runs that are right. The other arguments are those of `unit_tests`.
+    timeout: seconds for each run, including Python's start. output_bytes: a program that prints more is killed, and fails.
+    partial_credit: give the share of correct runs. The other arguments are those of `unit_tests`.
 
-    Raises ValueError for values that cannot be, and where there is no sandbox; the reward function does for a row without
-    inputs, or with another number of outputs, or where an output is longer than output_bytes.
+    Raises ValueError for invalid values, and if there is no sandbox; the reward function does for a row without inputs, with
+    another number of outputs, or with an output longer than output_bytes.
     """
     return _StdinStdout(
         limits=Limits(seconds=timeout, memory_mib=memory_mib, output_bytes=output_bytes),
@@ -100,7 +101,7 @@ def stdin_stdout(
 
 @dataclass(frozen=True)
 class _Executed:
-    """What both rewards have in common."""
+    """The common part of both rewards."""
 
     limits: Limits
     partial_credit: bool
@@ -117,8 +118,8 @@ class _Executed:
             futures = [None if job is None else pool.submit(job) for job in jobs]
             try:
                 return [None if future is None else future.result() for future in futures]
-            except BaseException:  # Ctrl-C too; it goes on
-                pool.shutdown(wait=False, cancel_futures=True)  # those that run end with their limits
+            except BaseException:  # Ctrl-C too
+                pool.shutdown(wait=False, cancel_futures=True)  # running ones end by their time limit
                 raise
 
 
@@ -127,8 +128,8 @@ class _UnitTests(_Executed):
 
     def __call__(self, completions: Sequence[Completion], tests: Sequence[Any], **kwargs: Any) -> list[float | None]:
         jobs: list[Callable[[], float] | None] = []
-        for row, (completion, wanted) in enumerate(zip(completions, tests, strict=True)):
-            codes = None if wanted is None else _strings(row, "tests", wanted)
+        for row, (completion, row_tests) in enumerate(zip(completions, tests, strict=True)):
+            codes = None if row_tests is None else _strings(row, "tests", row_tests)
             jobs.append(None if codes is None else functools.partial(self._score, program_of(text_of(completion)), codes))
         return self._concurrently(jobs)
 
@@ -137,7 +138,7 @@ class _UnitTests(_Executed):
         limits = Limits(
             seconds=self.limits.seconds * (len(tests) + 1),
             memory_mib=self.limits.memory_mib,
-            # A program that prints to the verdicts' descriptor must not be able to push verdicts out.
+            # Room for all verdicts, even if the program also prints to their descriptor.
             output_bytes=64 * 1024 + 40 * len(tests),
         )
         stdin = _harness_input(program, tests, marks, seconds=self.limits.seconds, stop_at_failure=not self.partial_credit)
@@ -169,20 +170,20 @@ class _StdinStdout(_Executed):
         return list(zip(inputs, outputs, strict=True))
 
     def _score(self, program: str, pairs: list[tuple[str, str]]) -> float:
-        right = 0
+        num_correct = 0
         for given, expected in pairs:
-            works, printed = self._run(program, given, self.limits)
-            if works and _without_trailing_space(printed) == _without_trailing_space(expected):
-                right += 1
+            succeeded, printed = self._run(program, given, self.limits)
+            if succeeded and _without_trailing_space(printed) == _without_trailing_space(expected):
+                num_correct += 1
             elif not self.partial_credit:
                 return 0.0
-        return right / len(pairs)
+        return num_correct / len(pairs)
 
 
 def program_of(text: str) -> str:
-    """The program in a text: the last ```python block, else the last block that names no language, else all of it.
+    """The program in a text: the last ```python block, else the last block without a language, else the complete text.
 
-    A block that is never closed, as in a completion that was cut off, reaches to the end.
+    A block that is never closed, as in a completion that was cut off, extends to the end.
     """
     blocks: list[tuple[str, str]] = []
     opening: re.Match[str] | None = None
@@ -202,29 +203,29 @@ def program_of(text: str) -> str:
 
 
 def _harness_input(program: str, tests: list[str], marks: list[str], *, seconds: float, stop_at_failure: bool) -> str:
-    """The file that the harness reads. It begins with the header's length; then come the header and, by place and length in
-    bytes, the parts."""
+    """The file that the harness reads: the header's length, the header, and the parts, which it lists by offset and length in
+    bytes."""
     parts = [_utf8(part) for part in [program, *(part for pair in zip(tests, marks, strict=True) for part in pair)]]
-    width = 4096 + 64 * len(parts)  # of the header, blanks included: the places depend on where it ends
-    places, start = [], 20 + width
+    width = 4096 + 64 * len(parts)  # of the header with its padding: the offsets depend on where it ends
+    spans, start = [], 20 + width
     for part in parts:
-        places.append((start, len(part)))
+        spans.append((start, len(part)))
         start += len(part)
-    pairs = list(zip(places[1::2], places[2::2], strict=True))
-    header = {"program": places[0], "tests": pairs, "seconds": seconds, "stop_at_failure": stop_at_failure}
+    pairs = list(zip(spans[1::2], spans[2::2], strict=True))
+    header = {"program": spans[0], "tests": pairs, "seconds": seconds, "stop_at_failure": stop_at_failure}
     text = f"{width:<20}{json.dumps(header):<{width}}"
     assert len(text) == 20 + width
     return text + b"".join(parts).decode("utf-8")
 
 
 def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # a completion may hold half a surrogate pair
+    return text.encode("utf-8", "replace")  # a completion may contain half a surrogate pair
 
 
 def _strings(row: int, column: str, value: Any) -> list[str]:
     strings = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
     if not strings or not all(isinstance(string, str) for string in strings):
-        raise ValueError(f"row {row}: {column} must be a string or a list of strings, at least one, not {value!r:.60}")
+        raise ValueError(f"row {row}: {column} must be a string or a non-empty list of strings, not {value!r:.60}")
     return strings
 
 

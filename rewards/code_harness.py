@@ -1,8 +1,8 @@
-"""What a sandbox runs for `rankup.rewards.code.unit_tests`: the program, and then each test in a fork of its own.
+"""What a sandbox runs for `rankup.rewards.code.unit_tests`: the program, and then each test in a separate fork.
 
 It is passed to the sandbox as text. Its standard input is a file: the header's length in 20 characters, the header in JSON, and
-then the program, the tests and their marks, at places that the header names. The mark is what the reward goes by: a random word
-that is printed for a test that passed. It is not read before the test has ended, and lies where the program does not look.
+then the program, the tests and their marks, at offsets that the header lists. A mark is a random word that is printed if a test
+has passed; the reward counts these. It is not read before the test has ended, from a descriptor that is hard to come across.
 """
 
 import builtins
@@ -10,21 +10,21 @@ import json
 import select
 import types
 
-# By name and at once: a program that replaces `os.pread` or `sys.settrace` does not replace these.
+# Imported by name before the program runs, so that it cannot replace them by replacing `os.pread` or `sys.settrace`.
 from os import O_RDWR, _exit, close, dup2, fork, kill, killpg, open, pidfd_open, pread, setsid, urandom, waitpid, write
 from signal import ITIMER_REAL, SIGKILL, setitimer
 from sys import modules, setprofile, settrace
 
-Place = list[int]  # where a part starts, and how many bytes it has
+Span = list[int]  # offset and length of a part in bytes
 
 
 def main() -> None:
     source, verdicts = hidden_descriptors()
     header = json.loads(pread(source, int(pread(source, 20, 0)), 20))
     pristine, poll_class = dict(vars(builtins)), select.poll
-    module = types.ModuleType("program")  # no __main__: what stands under `if __name__ == "__main__":` is not for tests
+    module = types.ModuleType("program")  # not __main__: code under `if __name__ == "__main__":` is not for tests
     modules["program"] = module
-    setitimer(ITIMER_REAL, header["seconds"])  # SIGALRM ends the process
+    setitimer(ITIMER_REAL, header["seconds"])  # SIGALRM kills the process
     exec(compile(part(source, header["program"]), "program.py", "exec", dont_inherit=True), module.__dict__)
     setitimer(ITIMER_REAL, 0)
     for test, mark in header["tests"]:
@@ -36,9 +36,9 @@ def main() -> None:
         poll.register(ended)
         poll.poll(header["seconds"] * 1000)
         close(ended)
-        for end in (killpg, kill):  # what the test has started, and the test itself, should it have got no group yet
+        for send in (killpg, kill):  # the test's children; the test itself, in case it has no process group yet
             try:
-                end(child, SIGKILL)
+                send(child, SIGKILL)
             except ProcessLookupError:
                 pass
         if waitpid(child, 0)[1] != 0 and header["stop_at_failure"]:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def hidden_descriptors() -> tuple[int, int]:
-    """Put the input and the output where the program does not come across them, and nothing in their places."""
+    """Move input and output to random descriptors, and open /dev/null in their place."""
     source = 16 + urandom(1)[0] % 16
     verdicts = source + 16
     dup2(0, source, inheritable=False)
@@ -58,13 +58,13 @@ def hidden_descriptors() -> tuple[int, int]:
     return source, verdicts
 
 
-def part(source: int, place: Place) -> bytes:
-    start, length = place
+def part(source: int, span: Span) -> bytes:
+    start, length = span
     return pread(source, length, start)
 
 
-def run_test(source: int, verdicts: int, test: Place, mark: Place, names: dict, pristine: dict) -> None:
-    """Never returns. Exit code 0 says no more than that it is worth going on: the program can exit like that too."""
+def run_test(source: int, verdicts: int, test: Span, mark: Span, names: dict, pristine: dict) -> None:
+    """Never returns. Exit code 0 only means that the next test should run: the program itself can exit with it too."""
     code = 1
     try:
         setsid()

@@ -1,19 +1,22 @@
-"""What several reward functions gave, put together: weighted sums, columns, metrics, and what failures do.
+"""The results of several reward functions combined: weighted sums, columns, metrics, and the effect of failures.
 
-    pending = Pending(calls={"length": [(inputs, future)]}, weights={"length": 1.0}, on_error="stop")
-    pending.result().total
+    future = Future()
+    pending = Pending(calls={"length": [(inputs, future)]}, weights={"length": 0.5}, on_error="stop")
+    future.set_result(Returned(rewards=[2.0, None]))
+    pending.result().total      # [1.0, None]
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .config import OnError
 from .contract import CallResult, Failure, Inputs, Returned, RewardError
+from .texts import shorten
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,17 @@ class Scores:
     """The rewards of n completions."""
 
     total: list[float | None]
-    """Weighted sum over the functions that apply to the row, length n; None where none applies."""
+    """Weighted sum over the functions that apply to the row, length n; None for rows to which none applies."""
     by_function: dict[str, list[float | None]]
     """Unweighted rewards, one list of length n for every function, by its name in `Scorer.names`."""
     extras: dict[str, list[Any]]
     """Columns for the completions table, from `log_extra`, each of length n."""
     metrics: dict[str, float]
-    """From `log_metric`; the mean where one name was logged several times."""
+    """From `log_metric`; the mean if a name was logged several times."""
     weights: list[float]
-    """Of the functions, in their order."""
+    """One per function, in their order."""
     errors: dict[str, list[str | None]] = field(default_factory=dict)
-    """Why a function gave a row no reward, by its name; only functions that failed, None for rows that they scored."""
+    """Reasons of failures, one list of length n for every function that failed; None for rows that it scored."""
 
     def select(self, rows: Sequence[int]) -> Scores:
         """The scores of some rows. Metrics and weights stay those of all."""
@@ -50,7 +53,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Pending:
-    """Scores that are being made. `calls` holds for each function, in order, its inputs and what will come of them."""
+    """Scores that are being computed. `calls` holds each function's inputs and the future results, in order."""
 
     calls: dict[str, list[tuple[Inputs, Future[CallResult]]]]
     weights: dict[str, float]
@@ -63,31 +66,41 @@ class Pending:
     def result(self) -> Scores:
         """Wait for the scores.
 
-        Raises, where failures stop the run, ValueError if a function returned something other than n finite numbers or None,
-        and RewardError, with the original as its cause where it was raised in this process, if it failed otherwise.
+        Raises, if failures stop the run, ValueError if a function returned something other than n finite numbers or None, and
+        RewardError for any other failure, with the original exception as its cause if it was raised in this process.
         """
-        outcomes = {name: [(inputs, future.result()) for inputs, future in calls] for name, calls in self.calls.items()}
+        results = {name: [(inputs, future.result()) for inputs, future in calls] for name, calls in self.calls.items()}
         if self.on_error == "stop":
-            for name, calls in outcomes.items():
+            for name, calls in results.items():
                 _raise_first_failure(name, calls)
-        given = None if self.on_error in ("stop", "none") else float(self.on_error)
-        by_function, errors = {}, {}
-        for name, calls in outcomes.items():
-            by_function[name] = [r for call in calls for r in _rewards_of(*call, given=given)]
-            reasons = [reason for inputs, outcome in calls for reason in [_reason(outcome)] * len(inputs)]
-            if any(reason is not None for reason in reasons):
-                errors[name] = reasons
+        reward_of_failure = None if self.on_error in ("stop", "none") else float(self.on_error)
+        by_function: dict[str, list[float | None]] = {}
+        extras: dict[str, list[Any]] = {}
+        errors: dict[str, list[str | None]] = {}
+        logged: defaultdict[str, list[float]] = defaultdict(list)
+        for name, calls in results.items():
+            returned = [
+                Returned(rewards=[reward_of_failure] * len(inputs)) if isinstance(result, Failure) else result
+                for inputs, result in calls
+            ]
+            by_function[name] = [reward for one in returned for reward in one.rewards]
+            extras |= _columns(returned)
+            for metric, values in [item for one in returned for item in one.metrics.items()]:
+                logged[metric] += values
+            if any(isinstance(result, Failure) for _, result in calls):
+                reasons = [(result.reason if isinstance(result, Failure) else None, len(inputs)) for inputs, result in calls]
+                errors[name] = [reason for reason, num_rows in reasons for _ in range(num_rows)]
         return Scores(
             total=[self._weighted_sum(row) for row in zip(*by_function.values(), strict=True)],
             by_function=by_function,
-            extras=_extras(outcomes.values()),
-            metrics=_metrics(outcomes.values()),
+            extras=extras,
+            metrics={metric: sum(values) / len(values) for metric, values in logged.items()},
             weights=list(self.weights.values()),
             errors=errors,
         )
 
     def cancel(self) -> None:
-        """Do without the result: async calls are cancelled, others are left to end."""
+        """Give up on the result: async calls are cancelled, others run to their end."""
         for calls in self.calls.values():
             for _, future in calls:
                 future.cancel()
@@ -98,49 +111,22 @@ class Pending:
         return sum(terms) if terms else None
 
 
-Calls = Sequence[tuple[Inputs, CallResult]]
-
-
-def _raise_first_failure(name: str, calls: Calls) -> None:
+def _raise_first_failure(name: str, calls: Sequence[tuple[Inputs, CallResult]]) -> None:
     first_row = 0
-    for inputs, outcome in calls:
-        if isinstance(outcome, Failure) and outcome.is_bad_value:
-            raise ValueError(outcome.reason + (f" (counted from row {first_row} of the prompt's)" if first_row else ""))
-        if isinstance(outcome, Failure):
-            prompt = repr(inputs.prompts[0])
-            prompt = prompt if len(prompt) <= 100 else prompt[:97] + "..."
+    for inputs, result in calls:
+        if isinstance(result, Failure) and result.is_bad_value:
+            raise ValueError(result.reason + (f" (counted from row {first_row} of the prompt's)" if first_row else ""))
+        if isinstance(result, Failure):
+            prompt = shorten(repr(inputs.prompts[0]), 100)
             rows = f"row {first_row}" if len(inputs) == 1 else f"rows {first_row} to {first_row + len(inputs) - 1}"
-            message = f"reward function {name!r} failed on {rows} (first prompt: {prompt}): {outcome.reason}"
-            raise RewardError(f"{message}\n\n{outcome.details}" if outcome.details else message) from outcome.cause
+            message = f"reward function {name!r} failed on {rows} (first prompt: {prompt}): {result.reason}"
+            raise RewardError(f"{message}\n\n{result.details}" if result.details else message) from result.cause
         first_row += len(inputs)
 
 
-def _rewards_of(inputs: Inputs, outcome: CallResult, *, given: float | None) -> Sequence[float | None]:
-    return [given] * len(inputs) if isinstance(outcome, Failure) else outcome.rewards
-
-
-def _reason(outcome: CallResult) -> str | None:
-    return outcome.reason if isinstance(outcome, Failure) else None
-
-
-def _extras(functions: Iterable[Calls]) -> dict[str, list[Any]]:
-    """Columns over all rows; None where a call logged nothing. The last function that logs a column has it."""
-    extras: dict[str, list[Any]] = {}
-    for calls in functions:
-        columns = dict.fromkeys(c for _, outcome in calls if isinstance(outcome, Returned) for c in outcome.extras)
-        for column in columns:
-            extras[column] = [
-                value
-                for inputs, outcome in calls
-                for value in (outcome.extras.get(column) if isinstance(outcome, Returned) else None) or [None] * len(inputs)
-            ]
-    return extras
-
-
-def _metrics(functions: Iterable[Calls]) -> dict[str, float]:
-    logged: defaultdict[str, list[float]] = defaultdict(list)
-    for calls in functions:
-        for _, outcome in calls:
-            for name, values in outcome.metrics.items() if isinstance(outcome, Returned) else ():
-                logged[name] += values
-    return {name: sum(values) / len(values) for name, values in logged.items()}
+def _columns(calls: Sequence[Returned]) -> dict[str, list[Any]]:
+    """One function's logged columns over the rows of all its calls; None where a call did not log a column."""
+    names = dict.fromkeys(name for returned in calls for name in returned.extras)
+    return {
+        name: [value for one in calls for value in one.extras.get(name) or [None] * len(one.rewards)] for name in names
+    }

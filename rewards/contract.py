@@ -1,14 +1,17 @@
 """TRL's contract for one reward function: what it is called with, and what it may return.
 
-    returned = call("length", length, Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
-    returned.rewards        # [1.0, None, 0.5], one per completion
+    def correct(completions, answer):
+        return [None if expected is None else float(text == expected) for text, expected in zip(completions, answer)]
 
-A reward function is any callable. It is called with keyword arguments only,
+    columns = {"answer": ["yes", None]}
+    inputs = Inputs(prompts=["?"] * 2, completions=["yes"] * 2, completion_ids=[[1]] * 2, columns=columns)
+    returned = call("correct", correct, inputs)
+    returned.rewards        # [1.0, None]
 
-    f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=, log_metric=) -> list[float | None]
-
-and one that has no `**kwargs` gets only the arguments that it names. `None` says that the function does not apply to the row.
-The same code runs in the trainer's process and in reward processes (`worker.py`).
+A reward function is any callable. It is called with keyword arguments only: `prompts`, `completions`, `completion_ids`, every
+other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. It
+returns one number for each completion, or `None` where it does not apply to the row. The same code runs in the trainer's
+process and in reward processes (`worker.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from .texts import describe, shorten
+
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 Function = Callable[..., Any]
@@ -30,15 +35,15 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What n completions are scored by.
+    """n completions with everything that a reward function may look at.
 
     Attributes:
         prompts, completions: n strings, or n conversations (lists of messages); completions of one prompt are adjacent.
         completion_ids: n unpadded lists of token ids.
         columns: the data set's other columns, n values each.
-        trainer_state: the functions see it as an object with attributes (`trainer_state.global_step`), as TRL's.
+        trainer_state: functions get it as an object with attributes (`trainer_state.global_step`), as in TRL.
 
-    Raises ValueError where lengths differ, or where a column has the name of an argument.
+    Raises ValueError if lengths differ, or if a column has the name of an argument.
     """
 
     prompts: Sequence[Any]
@@ -57,7 +62,7 @@ class Inputs:
         return len(self.completions)
 
     def rows(self) -> dict[str, Sequence[Any]]:
-        """All that has a value for each completion, by the argument's name."""
+        """The arguments that have one value for each completion, by name."""
         return {
             "prompts": self.prompts,
             "completions": self.completions,
@@ -66,7 +71,7 @@ class Inputs:
         }
 
     def split(self, size: int) -> list[Inputs]:
-        """The same rows in pieces of at most `size`."""
+        """The same rows in consecutive parts of at most `size`."""
         return [
             Inputs(
                 prompts=self.prompts[start : start + size],
@@ -81,7 +86,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Returned:
-    """What one call gave: n rewards, columns for the completions table (n values each), and logged metrics."""
+    """The result of one call: n rewards, columns for the completions table (n values each), and logged metrics."""
 
     rewards: list[float | None]
     extras: dict[str, list[Any]] = field(default_factory=dict)
@@ -90,46 +95,54 @@ class Returned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a call gave nothing. `reason` says it in one line; `details` is the user's traceback, if there is one."""
+    """Why a call has no result: `reason` in one line, and in `details` the user's traceback if there is one."""
 
     reason: str
     details: str = ""
     is_bad_value: bool = False
-    """The function returned something that is no list of rewards."""
+    """The function returned something other than a list of rewards."""
     cause: BaseException | None = None
-    """The exception, where it was raised in this process."""
+    """The exception, if it was raised in this process."""
 
 
 CallResult = Returned | Failure
 
 
 class RewardError(RuntimeError):
-    """A reward function failed; the message names it and the rows, and ends with its traceback."""
+    """A reward function failed; the message names the function and the rows, and ends with its traceback."""
 
 
 def call(name: str, function: Function, inputs: Inputs) -> Returned:
-    """Call a function that is not async. Whatever it raises is raised; ValueError where it returns no list of rewards."""
+    """Call a function that is not async. Raises what it raises, and ValueError if it does not return a list of rewards."""
     log = Log(num_rows=len(inputs))
     return _returned(name, function(**arguments_of(name, function, inputs, log)), log)
 
 
 async def call_async(name: str, function: Function, inputs: Inputs) -> Returned:
-    """The same for an async one."""
+    """Call an async function."""
     log = Log(num_rows=len(inputs))
     return _returned(name, await function(**arguments_of(name, function, inputs, log)), log)
 
 
 class BadValueError(ValueError):
-    """A function returned something that is no list of rewards."""
+    """A function returned something other than a list of rewards."""
+
+
+MESSAGES_HINT = '; completions are messages here: use `completion[-1]["content"]`'
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What an exception of a call says; frames of this module are not the user's and are left out of the traceback."""
+    """The failure of a call that raised `error`; the traceback shows only frames of the user's code."""
     if isinstance(error, BadValueError):
         return Failure(reason=str(error), is_bad_value=True)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _OWN_FILES]
     details = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
-    return Failure(reason=f"{type(error).__name__}: {error}", details=f"Traceback (most recent call last):\n{details}")
+    hint = MESSAGES_HINT if isinstance(error, AttributeError) and _is_conversation(error.obj) else ""
+    return Failure(reason=describe(error) + hint, details=f"Traceback (most recent call last):\n{details}")
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[-1], Mapping) and "content" in value[-1]
 
 
 _OWN_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
@@ -137,23 +150,23 @@ _OWN_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contra
 
 def arguments_of(name: str, function: Function, inputs: Inputs, log: Log) -> dict[str, Any]:
     """The keyword arguments of a call."""
-    offered = {
+    available = {
         **inputs.rows(),
         "trainer_state": SimpleNamespace(**inputs.trainer_state),
         "log_extra": functools.partial(log.extra, name),
         "log_metric": log.metric,
     }
-    return accepted(name, function, offered)
+    return accepted(name, function, available)
 
 
 def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that `function` takes: all of them with `**kwargs`, else those that it names.
+    """The arguments that `function` takes: all of them if it has `**kwargs`, else those that it names.
 
-    Raises ValueError where it asks for one that does not exist.
+    Raises ValueError if it requires one that does not exist.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some callables written in C tell nothing about themselves
+    except ValueError:  # some callables written in C have no signature
         return arguments
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
@@ -161,7 +174,7 @@ def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[s
     if missing:
         columns = [column for column in arguments if column not in RESERVED_ARGUMENTS]
         raise ValueError(
-            f"reward function {name!r} asks for {missing[0]!r}, which is no column of the data "
+            f"reward function {name!r} requires {missing[0]!r}, which is not a column of the data "
             f"(columns: {', '.join(columns) or 'none'})"
         )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -171,14 +184,14 @@ def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[s
 
 
 def check_column_names(columns: Iterable[str]) -> None:
-    """ValueError where a data column has the name of an argument that every reward function gets anyway."""
+    """Raise ValueError if a data column has the name of an argument that every reward function gets."""
     clashes = [name for name in columns if name in RESERVED_ARGUMENTS]
     if clashes:
         raise ValueError(f"data column {clashes[0]!r} has the name of a reward function's argument: rename the column")
 
 
 def is_async(function: Function) -> bool:
-    """Whether calling it gives something to await; partials and objects with an async `__call__` included."""
+    """Whether calling it returns an awaitable; looks through partials and at an object's `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
@@ -193,7 +206,7 @@ class Log:
         self.metrics: defaultdict[str, list[float]] = defaultdict(list)
 
     def extra(self, function: str, column: str, values: Iterable[Any]) -> None:
-        """Set a column of the completions table; the last call for a column counts."""
+        """Set a column of the completions table; a later call for the same column replaces it."""
         values = list(values)
         if len(values) != self.num_rows:
             raise ValueError(
@@ -203,7 +216,7 @@ class Log:
         self.extras[column] = values
 
     def metric(self, name: str, value: float) -> None:
-        """Log a number; the mean where one name is logged several times."""
+        """Log a number; if a name is logged several times, the mean is recorded."""
         self.metrics[name].append(float(value))
 
 
@@ -215,12 +228,12 @@ def _returned(name: str, values: Any, log: Log) -> Returned:
 def _as_rewards(name: str, returned: Any, *, num_rows: int) -> list[float | None]:
     if callable(returned):
         raise BadValueError(
-            f"reward function {name!r} returned a function: it makes reward functions, so give it `kwargs` "
+            f"reward function {name!r} returned a function: it is a factory, so give it `kwargs` "
             f"(in a run file, {{function: ..., kwargs: {{}}}})"
         )
     if isinstance(returned, (str, bytes, Mapping)) or not isinstance(returned, Iterable):
         raise BadValueError(
-            f"reward function {name!r} returned {_short(returned)}: return a list with one number or None for each of "
+            f"reward function {name!r} returned {_shown(returned)}: return a list with one number or None for each of "
             f"the {num_rows} completions"
         )
     rewards = list(returned)
@@ -240,12 +253,11 @@ def _as_number(name: str, row: int, reward: Any) -> float | None:
             pass
     if not math.isfinite(number):
         raise BadValueError(
-            f"reward function {name!r} returned {_short(reward)} for row {row}: return a finite number, or None where "
+            f"reward function {name!r} returned {_shown(reward)} for row {row}: return a finite number, or None where "
             "the function does not apply"
         )
     return number
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+def _shown(value: Any) -> str:
+    return f"{shorten(repr(value), 60)} ({type(value).__name__})"

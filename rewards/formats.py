@@ -4,7 +4,7 @@
       functions:
         - rankup.rewards.formats:think_format
         - {function: "rankup.rewards.formats:tags", kwargs: {names: [plan, answer], partial_credit: true}}
-        - {function: "rankup.rewards.formats:json_schema", kwargs: {schema: schemas/person.json}}
+        - {function: "rankup.rewards.formats:json_schema", kwargs: {schema: {type: object, required: [name]}}}
 
 `think_format` is a reward function; `tags`, `matches` and `json_schema` make one.
 """
@@ -27,9 +27,9 @@ _FLAGS = {name: re.RegexFlag[name] for name in ("ASCII", "DOTALL", "IGNORECASE",
 def think_format(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
     """1.0 for one `<think>...</think>` at the beginning and an answer after it, else 0.0.
 
-    White space may stand before the first tag; the thought may be empty, the answer may not; neither tag may occur
-    again. Some chat templates put `<think>` at the end of the prompt. Then it is not part of the completion, and
-    `matches` with the pattern `(?:(?!</?think>).)*</think>(?!.*</?think>).*\\S.*` asks for the rest.
+    White space before the first tag is allowed; the thought may be empty, the answer may not; neither tag may occur again.
+    Some chat templates put `<think>` at the end of the prompt, so it is not part of the completion: use `matches` with the
+    pattern `(?:(?!</?think>).)*</think>(?!.*</?think>).*\\S.*` there.
     """
     return [_is_think_format(text_of(completion)) for completion in completions]
 
@@ -41,58 +41,58 @@ def _is_think_format(text: str) -> float:
 
 
 def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = False) -> RewardFunction:
-    """Make a reward: 1.0 where the completion is `<a>...</a> <b>...</b>` for the given names, else 0.0.
+    """Make a reward: 1.0 if the completion is `<a>...</a> <b>...</b>` for the given names, else 0.0.
 
-    names: which tags, in their order. Each pair must stand there exactly once, with nothing but white space before,
-    between and after the pairs. What stands inside a pair may be anything, or nothing.
-    partial_credit: where the form is not right, give the share of the pairs that are: each tag of the pair exactly
-    once, the pair after those before it. Where all pairs are right but text stands outside them, the last one counts
-    as wrong, so that only the right form earns 1.0.
+    names: the tags, in order. Each pair must occur exactly once, with only white space before, between and after the pairs.
+    A pair may contain anything, or nothing.
+    partial_credit: for other completions, give the share of correct pairs: each tag of the pair occurs exactly once, and
+    the pair follows the correct pairs before it. If all pairs are correct but there is text outside of them, the last one
+    counts as wrong, so that only the correct form gets 1.0.
 
-    Raises ValueError where `names` is not a list of different names.
+    Raises ValueError if `names` is not a list of different names.
     """
     if isinstance(names, str) or not names or len(set(names)) != len(names):
         raise ValueError(f"tags needs a list of different tag names, such as [think, answer], not {names!r}")
-    names = [_checked_tag(name) for name in names]
+    names = [_checked_tag_name(name) for name in names]
 
     def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        shares = [_share_of_pairs(text_of(completion), names) for completion in completions]
+        shares = [_share_of_correct_pairs(text_of(completion), names) for completion in completions]
         return [share if partial_credit else float(share == 1.0) for share in shares]
 
     reward.__name__ = "tags"
     return reward
 
 
-def _checked_tag(name: object) -> str:
+def _checked_tag_name(name: object) -> str:
     if not isinstance(name, str) or not _TAG_NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot be a tag's name: write it without the angle brackets, as in think")
     return name
 
 
-def _share_of_pairs(text: str, names: Sequence[str]) -> float:
-    right, end, outside = 0, 0, ""
+def _share_of_correct_pairs(text: str, names: Sequence[str]) -> float:
+    correct, end, outside = 0, 0, ""
     for name in names:
         opening, closing = f"<{name}>", f"</{name}>"
         start, stop = text.find(opening), text.find(closing)
         if text.count(opening) == text.count(closing) == 1 and end <= start < stop:
-            right += 1
+            correct += 1
             outside += text[end:start]
             end = stop + len(closing)
-    if right == len(names) and (outside + text[end:]).strip():
-        right -= 1
-    return right / len(names)
+    if correct == len(names) and (outside + text[end:]).strip():
+        correct -= 1
+    return correct / len(names)
 
 
 def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: bool = True) -> RewardFunction:
-    """Make a reward: 1.0 where the completion matches a regular expression, else 0.0.
+    """Make a reward: 1.0 if the completion matches a regular expression, else 0.0.
 
-    pattern: in the syntax of Python's `re`. flags: names of its flags, such as [DOTALL, IGNORECASE]; by default a dot
-    stands for line breaks as well. full: the whole completion has to match, else some part of it.
+    pattern: in the syntax of Python's `re`. flags: names of its flags, such as [DOTALL, IGNORECASE]; by default a dot also
+    matches line breaks. full: the complete text must match, else any part of it.
 
-    A pattern with nested repetitions, such as `(a+)+b`, can take for ever on some texts, and Python cannot interrupt
-    it. Where the pattern is not simple, run the reward under `isolation: process` with a time limit.
+    A pattern with nested repetitions, such as `(a+)+b`, can take forever on some texts, and Python cannot interrupt it. Run
+    the reward with `isolation: process` and a time limit unless the pattern is simple.
 
-    Raises ValueError for a pattern or a flag that `re` does not know.
+    Raises ValueError for an invalid pattern or an unknown flag.
     """
     names = [flags] if isinstance(flags, str) else list(flags)
     unknown = [name for name in names if name not in _FLAGS]
@@ -103,8 +103,8 @@ def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: boo
         combined |= _FLAGS[name]
     try:
         compiled = re.compile(pattern, combined)
-    except (re.error, ValueError) as error:  # ValueError: a flag inside the pattern that excludes another
-        raise ValueError(f"cannot read the regular expression {pattern!r}: {error}") from error
+    except (re.error, ValueError) as error:  # ValueError: incompatible flags inside the pattern
+        raise ValueError(f"invalid regular expression {pattern!r}: {error}") from error
     match = compiled.fullmatch if full else compiled.search
 
     def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
@@ -115,20 +115,20 @@ def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: boo
 
 
 def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid_reward: float = 0.0) -> RewardFunction:
-    """Make a reward: 1.0 where the completion is JSON that fits the schema.
+    """Make a reward: 1.0 if the completion is JSON that is valid under the schema.
 
-    The JSON is the whole completion, or the only ```json block in it. Where there is none, or it cannot be read, the
-    reward is 0.0.
+    The JSON is the complete text, or the only ```json block in it. The reward is 0.0 if there is none, or if it cannot be
+    parsed.
 
-    schema: a JSON schema, or the path of a file with one, relative to the working directory. Without it the data's
-    column `schema` is used, which has one for each row (JSON text or a mapping; None: does not apply). Write it as JSON
-    text: a column of mappings gets all keys of all rows when it is stored as a table.
-    invalid_reward: for JSON that does not fit.
+    schema: a JSON schema, or the path of a file with one, relative to the working directory. None: the data's column
+    `schema`, with one for each row (JSON text or a mapping; None: does not apply). Prefer JSON text: a column of mappings
+    gets the keys of all rows when it is stored as a table.
+    invalid_reward: for JSON that is invalid under the schema.
 
-    References to other documents are not fetched. `format` is an annotation, as the standard has it: not checked.
+    References to other documents are not fetched. `format` is not checked: in the standard it is an annotation.
 
-    Raises ValueError for something that is no valid schema, FileNotFoundError for a path that does not exist. The
-    reward raises ValueError, naming the row, for a row's invalid schema.
+    Raises ValueError for an invalid schema, FileNotFoundError for a path that does not exist. The reward raises ValueError,
+    naming the row, for a row's invalid schema.
     """
     if schema is None:
 
@@ -144,7 +144,7 @@ def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid
     _validator(fixed, name="the schema")
 
     def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        validator = _validator(fixed, name="the schema")  # here: a validator cannot be relied on to be picklable
+        validator = _validator(fixed, name="the schema")  # made here, as a validator may not be picklable
         return [_score_json(text_of(completion), validator, invalid_reward) for completion in completions]
 
     reward.__name__ = "json_schema"
@@ -183,7 +183,7 @@ def _validator(schema: Any, *, name: str) -> Any:
         kind.check_schema(schema)  # pyright: ignore[reportArgumentType]
     except SchemaError as error:
         raise ValueError(f"{name} is not a valid JSON schema: {error.message} (at {error.json_path})") from error
-    # Without a registry of its own, a validator would fetch what a $ref names from the network.
+    # Without a registry, a validator would fetch the target of a $ref from the network.
     return kind(schema, registry=REGISTRY)
 
 
@@ -199,11 +199,11 @@ def _score_json(text: str, validator: Any, invalid_reward: float) -> float:
         return 0.0
     try:
         return 1.0 if validator.is_valid(value) else invalid_reward
-    except (RecursionError, OverflowError):  # deep nesting, and numbers such as 1e999: the completion is at fault
+    except (RecursionError, OverflowError):  # deep nesting, or a number such as 1e999, in the completion
         return invalid_reward
     except Unresolvable as error:
-        raise ValueError(f"the schema refers to {error.ref!r}, which it does not contain: put it into `$defs`") from error
+        raise ValueError(f"the schema refers to {error.ref!r}, which it does not contain: add it to `$defs`") from error
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")  # Python's parser takes NaN and Infinity, the standard does not
+    raise ValueError(f"{name} is not JSON")  # Python's parser accepts NaN and Infinity, the standard does not

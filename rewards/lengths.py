@@ -5,7 +5,7 @@
         - {function: "rankup.rewards.lengths:target_length", kwargs: {tokens: 100, tolerance: 10}}
         - {function: "rankup.rewards.lengths:soft_overlong", kwargs: {max_completion_length: 1024}}
 
-Lengths are those of `completion_ids`, the sampled tokens, an end token included.
+Lengths are those of `completion_ids`, the sampled tokens including an end token.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from .texts import RewardFunction
 
 
 def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None) -> RewardFunction:
-    """Make a reward: 1.0 where the completion has about as many tokens as asked for, falling linearly to 0.0.
+    """Make a reward: 1.0 near the target length, falling linearly to 0.0.
 
-    tokens: the length asked for. tolerance: how many tokens more or fewer still earn 1.0. falloff: over how many
-    further tokens the reward falls to 0.0; by default `tokens - tolerance`, so that an empty completion earns 0.0.
+    tokens: the target length. tolerance: how many tokens more or fewer still get 1.0. falloff: over how many further tokens
+    the reward falls to 0.0; by default `tokens - tolerance`, so that an empty completion gets 0.0.
 
-    Raises ValueError for numbers that do not fit together.
+    Raises ValueError for values out of range.
     """
     falloff = tokens - tolerance if falloff is None else falloff
     if tokens < 1 or tolerance < 0 or falloff < 1:
         raise ValueError(
             f"target_length(tokens={tokens}, tolerance={tolerance}, falloff={falloff}): tokens and falloff must be at "
-            "least 1, tolerance at least 0 and, without falloff, less than tokens"
+            "least 1, tolerance at least 0, and less than tokens if falloff is not given"
         )
 
     def reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float | None]:
@@ -38,7 +38,7 @@ def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None
 
 
 def soft_overlong(max_completion_length: int, *, cache_tokens: int | None = None) -> RewardFunction:
-    """Make DAPO's penalty for completions that come near the limit (arXiv 2503.14476, equation 13).
+    """Make DAPO's penalty for completions close to the limit (arXiv 2503.14476, equation 13).
 
     0.0 up to `max_completion_length - cache_tokens` tokens, then falling linearly to -1.0 at `max_completion_length`,
     and -1.0 beyond it.
@@ -46,7 +46,7 @@ def soft_overlong(max_completion_length: int, *, cache_tokens: int | None = None
     max_completion_length: the limit in tokens, usually the run's. cache_tokens: the width of the slope; by default a
     fifth of the limit, as in the paper (4,096 of 20,480).
 
-    Raises ValueError where `cache_tokens` is not between 1 and `max_completion_length`.
+    Raises ValueError if `cache_tokens` is not between 1 and `max_completion_length`.
     """
     cache = max(1, max_completion_length // 5) if cache_tokens is None else cache_tokens
     if not 1 <= cache <= max_completion_length:

@@ -3,10 +3,9 @@ r"""A built-in reward for mathematical answers, which compares by value: \frac{1
     rewards:
       functions: rankup.rewards.mathematics:math_verify
 
-It uses the library Math-Verify (`math-verify`), which finds the answer in the completion, preferably in "final answer
-is ...", then in `\boxed{...}`, and else takes the last formula or number. Its time limits are alarm signals, which only
-exist on the main thread of a process, and they interrupt between two steps of Python: `isolation: process` with a time
-limit is the hard one.
+It uses the library Math-Verify (`math-verify`), which looks for the answer in "final answer is ...", then in `\boxed{...}`,
+and otherwise takes the last formula or number. Its time limits are alarm signals: they work only on the main thread of a
+process, and cannot interrupt one long operation. `isolation: process` with `timeout` is a hard limit.
 """
 
 import functools
@@ -22,31 +21,31 @@ _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
 
 def math_verify(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    r"""1.0 where the completion's answer equals the row's as mathematics, else 0.0.
+    r"""1.0 if the completion's answer equals the row's as mathematics, else 0.0.
 
-    completions: n strings, or n conversations, of which the last message counts. In prose, sets, intervals and
-    expressions with letters are only found as LaTeX: `$(1, 2]$` or `\boxed{x + 1}`.
-    answer: n values: numbers, or texts with what one would write into `\boxed{}` ("42", "1,234", "1/2", "50%",
-    "\frac{1}{2}", "3, 4", "[0, 1)"), or a text with the answer as LaTeX ("It is $\frac{1}{2}$"). Of a text with "####",
-    as GSM8K has it, what follows counts. A unit is left aside where it is a known one or \text: "12\text{ apples}", while
-    "12 apples" is a product of letters. A row whose answer is None gets None.
+    completions: n strings, or n conversations, whose last message is read. In prose, sets, intervals and expressions with
+    letters are found only as LaTeX: `$(1, 2]$` or `\boxed{x + 1}`.
+    answer: n values: numbers, or texts as they would be written inside `\boxed{}` ("42", "1,234", "1/2", "50%",
+    "\frac{1}{2}", "3, 4", "[0, 1)"), or a text with the answer as LaTeX ("It is $\frac{1}{2}$"). In a text with "####", as in
+    GSM8K, the part after it is the answer. A known unit or one in \text is ignored: "12\text{ apples}"; but "12 apples" is a
+    product of letters. A row whose answer is None gets None.
 
-    Decimal numbers are compared to six decimals, so "0.333333" equals 1/3; percent counts with and without the sign.
-    A completion that takes longer than 5 seconds to read, or to compare, earns 0.0: `math_verify_of` sets the limit.
+    Decimal numbers are compared to six decimals, so "0.333333" equals 1/3; percentages match with and without the sign.
+    A completion that takes more than 5 seconds to parse, or to compare, gets 0.0: `math_verify_of` sets the limit.
 
-    Raises ValueError, naming the row, where an answer cannot be read, and RuntimeError off the main thread.
+    Raises ValueError, naming the row, if an answer cannot be parsed, and RuntimeError off the main thread.
     """
     return _scores(completions, answer, _TIME_LIMIT)
 
 
 def math_verify_of(*, time_limit: int = _TIME_LIMIT) -> RewardFunction:
-    """`math_verify` with another limit: whole seconds, at least 1, for reading and for comparing a completion each.
+    """`math_verify` with another time limit, in seconds, for parsing a completion and again for comparing it.
 
-    Raises ValueError for another time limit.
+    Raises ValueError if `time_limit` is not an integer of at least 1.
     """
     if not isinstance(time_limit, int) or time_limit < 1:
-        # An alarm of 0.5 seconds is an error that the library swallows, as if no answer had been found.
-        raise ValueError(f"math_verify_of: time_limit must be whole seconds, at least 1, not {time_limit!r}")
+        # With 0.5 seconds the library's alarm fails, and it then behaves as if it had found no answer.
+        raise ValueError(f"math_verify_of: time_limit must be an integer of at least 1 (seconds), not {time_limit!r}")
 
     def reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
         return _scores(completions, answer, time_limit)
@@ -58,7 +57,7 @@ def math_verify_of(*, time_limit: int = _TIME_LIMIT) -> RewardFunction:
 def _scores(completions: Sequence[Completion], answer: Sequence[Any], time_limit: int) -> list[float | None]:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
-            "math_verify needs the main thread, where its time limit works, and this is another one: set `isolation: "
+            "math_verify needs the main thread, where its time limit works, and was called on another one: set `isolation: "
             "process` for this reward"
         )
     from math_verify import verify
@@ -80,7 +79,7 @@ def _scores(completions: Sequence[Completion], answer: Sequence[Any], time_limit
 
 @functools.cache
 def _warm_up() -> None:
-    # The first formula and the first comparison load parts of SymPy for seconds, which must not count as the first row's.
+    # The first formula and the first comparison load parts of SymPy for seconds, which must not use up the first row's time.
     from math_verify import verify
 
     verify(_parse(r"$\frac{x}{2} + 1$", 300), _parse("$x$", 300), timeout_seconds=300)
@@ -93,7 +92,7 @@ def _gold_text(answer: Any) -> str:
 
 
 def _parse_gold(text: str, row: int, time_limit: int) -> list[Any]:
-    # Without delimiters only the last number of a formula would be found: 2 in "2x", and 4 in "3, 4".
+    # Without delimiters Math-Verify finds only the last number of a formula: 2 in "2x", and 4 in "3, 4".
     marked = text if any(mark in text for mark in _DELIMITERS) else f"${text}$"
     parsed = _parse(marked, time_limit) or _parse(text, time_limit)
     if not parsed:
@@ -105,7 +104,7 @@ def _parse_gold(text: str, row: int, time_limit: int) -> list[Any]:
 
 
 def _parse(text: str, time_limit: int) -> list[Any]:
-    """What Math-Verify reads from a text, as SymPy objects; empty where it finds nothing or takes too long."""
+    """The answer that Math-Verify finds in a text, as SymPy objects; empty if it finds none or takes too long."""
     from math_verify import parse
 
     return parse(text, fallback_mode="no_fallback", parsing_timeout=time_limit)

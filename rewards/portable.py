@@ -1,10 +1,11 @@
 """A reward function in a form that another process, or another machine, can load.
 
-    portable = portable_of("style", "my.py:style", for_machines=True)
-    pickle.loads(pickle.dumps(portable)).load()     # the function, where there is no my.py
+    portable = portable_of("length", "my.py:length", other_machines=True)
+    length = pickle.loads(pickle.dumps(portable)).load()    # works on a machine that has no my.py
+    length(completions=["abc"])                             # [3.0]
 
-A process of this machine finds a function by the name that the user gave, and gets one without a name by cloudpickle. Another
-machine has what is installed, and nothing else of the user's: a function from a file travels with the code that it uses.
+A process on this machine loads a function by the spec that the user gave; a callable is sent by cloudpickle. Another machine
+has only installed packages: a function from a user's file is sent with the code that it uses.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Portable:
     """A reward function in a form that another process can load.
 
     Attributes:
-        name: under which it is reported.
-        spec: where it is found; None where it is `pickled` (by cloudpickle).
-        kwargs: what it is made with where it is a factory.
-        file, digest: of a spec that names a file, its path and the hash of its content when the run began.
+        name: its name in metrics and messages.
+        spec: as `load_reward` takes it; None if the function is `pickled` (by cloudpickle).
+        kwargs: arguments of a factory.
+        file, digest: if the spec names a file, its path and the hash of its content at the start of the run.
     """
 
     name: str
@@ -47,9 +48,9 @@ class Portable:
     pickled: bytes = b""
 
     def load(self) -> Function:
-        """The function. Raises what `load_reward` or unpickling raises, and ValueError where the file has changed."""
+        """The function. Raises what `load_reward` or unpickling raises, and ValueError if the file has changed."""
         if self.file is not None and _digest_of(self.file) != self.digest:
-            raise ValueError(f"{self.file} has changed since the run began: all calls must be of the same function")
+            raise ValueError(f"{self.file} has changed since the run began: all calls must use the same function")
         found = pickle.loads(self.pickled) if self.spec is None else self.spec
         return load_reward(found, base_dir=self.base_dir, kwargs=self.kwargs)
 
@@ -60,20 +61,20 @@ def portable_of(
     *,
     kwargs: Mapping[str, Any] | None = None,
     base_dir: Path | None = None,
-    for_machines: bool = False,
+    other_machines: bool = False,
 ) -> Portable:
-    """What another process needs for the function that `load_reward(spec, kwargs=kwargs)` gives.
+    """What another process needs for the function that `load_reward(spec, kwargs=kwargs)` returns.
 
-    `for_machines`: other machines need it too. Raises ValueError where it cannot be sent.
+    `other_machines`: whether it must load on machines without the user's files. Raises ValueError if it cannot be sent.
     """
     if not isinstance(spec, str):
-        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, spec, for_machines=for_machines))
-    place = spec.rpartition(":")[0]
-    if for_machines and place:
-        found = load_object(spec, base_dir=base_dir)  # of a factory itself: what it makes may hold what cannot be sent
-        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, found, for_machines=True))
-    if place.endswith(".py"):
-        file = find_file(place, base_dir=base_dir)
+        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, spec, other_machines=other_machines))
+    location = spec.rpartition(":")[0]
+    if other_machines and location:
+        found = load_object(spec, base_dir=base_dir)  # a factory, not what it returns, which may not be picklable
+        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, found, other_machines=True))
+    if location.endswith(".py"):
+        file = find_file(location, base_dir=base_dir)
         spec = f"{file}:{spec.rpartition(':')[2]}"
         return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir, file=file, digest=_digest_of(file))
     return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir)
@@ -83,48 +84,48 @@ def _digest_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _pickled(name: str, found: object, *, for_machines: bool) -> bytes:
+def _pickled(name: str, found: object, *, other_machines: bool) -> bytes:
     import cloudpickle
 
     try:
-        with _sent_along(_installed_folders() if for_machines else sys.path):
+        with _modules_by_value(_installed_folders() if other_machines else sys.path):
             return cloudpickle.dumps(found)
     except (pickle.PicklingError, TypeError) as error:
-        where, instead = ("a process", "name it as file.py:name, or")
-        if for_machines:
-            where, instead = "other machines", "install its module on every node, let it run in a process, or"
-        raise ValueError(f"reward function {name!r} cannot be sent to {where}: {error}; {instead} let it run inline") from error
+        where, instead = "a process", "name it as file.py:name, or"
+        if other_machines:
+            where, instead = "other machines", "install its module on every node, run it in a process, or"
+        raise ValueError(f"reward function {name!r} cannot be sent to {where}: {error}; {instead} run it inline") from error
 
 
 @contextmanager
-def _sent_along(folders: Sequence[str]) -> Iterator[None]:
-    """Inside the block cloudpickle sends the code of loaded modules that would not be found in `folders`, not their names."""
+def _modules_by_value(folders: Sequence[str]) -> Iterator[None]:
+    """Inside the block cloudpickle sends the code, not just the name, of every loaded module that `folders` do not hold."""
     import cloudpickle
 
     is_found = functools.cache(functools.partial(_is_found, folders=folders))
     modules = [module for name, module in list(sys.modules.items()) if _has_code(name, module)]
-    own = [module for module in modules if not is_found(module.__name__.partition(".")[0])]
-    for module in own:
+    by_value = [module for module in modules if not is_found(module.__name__.partition(".")[0])]
+    for module in by_value:
         cloudpickle.register_pickle_by_value(module)
     try:
         yield
     finally:
-        for module in own:
+        for module in by_value:
             cloudpickle.unregister_pickle_by_value(module)
 
 
 def _has_code(name: str, module: object) -> bool:
-    is_named = isinstance(module, ModuleType) and module.__name__ == name != "__main__"  # of __main__ it always sends the code
+    is_named = isinstance(module, ModuleType) and module.__name__ == name != "__main__"  # it always sends the code of __main__
     return is_named and getattr(module, "__file__", None) is not None
 
 
 def _is_found(package: str, *, folders: Sequence[str]) -> bool:
-    """Whether a new process would find it: `importlib.util.find_spec` is content with what is loaded here."""
-    others = (finder for finder in sys.meta_path if finder is not PathFinder)  # built in, or installed in editable form
+    """Whether a new process would find it. (`importlib.util.find_spec` would accept any module that is loaded here.)"""
+    others = (finder for finder in sys.meta_path if finder is not PathFinder)  # built in, or an editable install
     return PathFinder.find_spec(package, folders) is not None or any(f.find_spec(package, None) is not None for f in others)
 
 
 def _installed_folders() -> list[str]:
-    """Where the standard library and installed packages are."""
+    """The folders of the standard library and of installed packages."""
     of_python = [*sysconfig.get_paths().values(), sysconfig.get_config_var("DESTSHARED")]
     return [*of_python, *site.getsitepackages(), site.getusersitepackages()]

@@ -1,12 +1,12 @@
 """Persistent processes that call reward functions, and can be killed.
 
-    pool = WorkerPool([Portable(name="length", spec="my.py:length")], num_workers=8, timeout=10.0)
-    future = pool.submit(0, inputs)           # at once; function 0
-    future.result()                           # a Returned, or a Failure that says why there is none
+    pool = WorkerPool([Portable(name="length", spec="my.py:length")], RewardsConfig(num_workers=2, timeout=10))
+    future = pool.submit(0, pickle.dumps(inputs))     # returns immediately; calls function 0
+    future.result().rewards                           # [3.0, 5.0]; a Failure has a `reason` instead
     pool.close()
 
-A process that does not answer in time is killed with its children and replaced; so is one that died. The others do not notice.
-What the functions print goes to this process's output, line by line.
+A process that exceeds its time limit is killed with its children and replaced, and so is one that died; the other processes
+are not affected. What the functions print is printed here, line by line.
 """
 
 from __future__ import annotations
@@ -23,61 +23,51 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
+from .config import RewardsConfig
 from .contract import Failure
 from .pool import Answer, Pool
 from .portable import Portable
 from .worker import Setup, main
 
-MOST_WORKERS = 8
-"""Processes where nothing else is said: the trainer needs the machine as well."""
+MAX_WORKERS = 8
+"""Default limit on processes: the trainer needs the machine as well."""
 
-START_SECONDS = 300.0
-"""A process that has not loaded its functions by then never will; imports can be slow on a machine that is busy."""
+START_TIMEOUT = 300.0
+"""Seconds for loading the functions; imports can be slow on a busy machine."""
 
-LONGEST_WAIT = 1.0
-"""Seconds; a task of Ray that is cancelled notices it between two waits."""
+MAX_WAIT = 1.0
+"""Seconds; a cancelled Ray task is interrupted between two waits."""
 
-DYING_SECONDS = 2.0
-"""What a process that has closed its socket gets to end by itself."""
+EXIT_TIMEOUT = 2.0
+"""Seconds for a process that has closed its socket to exit."""
 
-LONGEST_LINE = 65536
-"""Bytes after which output is printed without its line's end."""
+MAX_LINE = 65536
+"""Bytes; longer lines of output are printed in parts."""
 
 KEPT_OUTPUT = 2000
-"""Last characters of a process's output, told when it dies."""
+"""Characters: the end of a process's output, which is reported when it dies."""
 
 
 class WorkerPool(Pool):
-    """`num_workers` processes with the same functions. See the module's docstring.
+    """`config.num_workers` processes with the same functions. See the module's docstring.
 
     Args:
-        functions: what the processes load; `submit` names them by their place.
-        num_workers: processes; None: one a core, at most `MOST_WORKERS`.
-        timeout: seconds that one call may take, None: for ever.
-        retries: how often a call that failed is tried again.
-        memory_bytes: bound on each process's data, None: no bound.
+        functions: what the processes load; `submit` takes an index into it.
+        config: `num_workers` (None: one per core, at most `MAX_WORKERS`), `timeout`, `retries` and `memory_gib`.
     """
 
-    def __init__(
-        self,
-        functions: Sequence[Portable],
-        *,
-        num_workers: int | None = None,
-        timeout: float | None = None,
-        retries: int = 0,
-        memory_bytes: int | None = None,
-    ) -> None:
-        setup = Setup(functions=tuple(functions), path=tuple(sys.path), memory_bytes=memory_bytes)
-        num_lanes = num_workers or min(MOST_WORKERS, os.cpu_count() or 1)
-        super().__init__(lambda: Worker(setup, timeout=timeout), num_lanes=num_lanes, retries=retries)
+    def __init__(self, functions: Sequence[Portable], config: RewardsConfig) -> None:
+        setup = Setup(functions=tuple(functions), path=tuple(sys.path), memory_bytes=config.memory_bytes)
+        num_lanes = config.num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        super().__init__(lambda: Worker(setup, timeout=config.timeout), num_lanes=num_lanes, retries=config.retries)
 
 
 class Worker:
-    """A process that answers calls, and is replaced when it breaks. It ends with the thread that has made this.
+    """A process that answers calls, and is replaced when it fails. It dies with the thread that created this object.
 
     Args:
-        setup: what a process begins with.
-        timeout: seconds that one call may take, None: for ever.
+        setup: what a process loads first.
+        timeout: seconds for one call; None: no limit.
     """
 
     def __init__(self, setup: Setup, *, timeout: float | None) -> None:
@@ -88,7 +78,7 @@ class Worker:
         self._start()
 
     def answer(self, number: int, inputs: bytes) -> Answer:
-        """Call function `number` with pickled `Inputs`. Raises nothing of the user's."""
+        """Call function `number` with pickled `Inputs`. Never raises what the function raises."""
         if self._process is None:
             self._start()
         process = self._process
@@ -96,7 +86,7 @@ class Worker:
             return Failure(reason="no process could be started for it")
         try:
             answer = process.call(number, inputs, self._timeout)
-        except BaseException:  # what it may answer yet must not be taken for the answer to another call
+        except BaseException:  # a late answer must not be taken for the answer to another call
             self.close()
             raise
         if process.is_broken:
@@ -105,7 +95,7 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        """From another thread: kill the process; there will be no other."""
+        """From another thread: kill the process without starting another one."""
         with self._lock:
             self._is_stopped = True
             if self._process is not None:
@@ -119,19 +109,19 @@ class Worker:
             self._process = None
 
     def _start(self) -> None:
-        """A new process; none once the worker was stopped, or where the system has none to give."""
+        """Start a process, unless `stop` was called or the system has no process to give."""
         with self._lock:
             if not self._is_stopped:
-                with contextlib.suppress(OSError):  # too many processes or descriptors: tried again at the next call
+                with contextlib.suppress(OSError):  # too many processes or descriptors: the next call tries again
                     self._process = _Process(self._setup)
 
 
 class _Process:
-    """One reward process and what it has printed. `is_broken`: it is of no more use."""
+    """One reward process and its recent output. `is_broken`: it must be replaced."""
 
     def __init__(self, setup: bytes) -> None:
         ours, theirs = socket.socketpair()
-        # -P: the working directory must not come before the installed packages. -u: what is printed is seen at once.
+        # -P: the working directory must not shadow installed packages. -u: output is not buffered.
         command = [sys.executable, "-P", "-u", "-c", f"from {main.__module__} import main; main({theirs.fileno()})"]
         self._process = subprocess.Popen(
             command,
@@ -139,24 +129,24 @@ class _Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own: it is killed with its children, and Ctrl-C does not reach it
+            start_new_session=True,  # a new process group: killed with its children, and not interrupted by Ctrl-C
         )
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._death = os.pidfd_open(self._process.pid)  # readable when it is dead, whoever still holds its descriptors
+        self._death = os.pidfd_open(self._process.pid)  # readable once it is dead, even while a child holds its descriptors
         assert self._process.stdout is not None
         self._output = self._process.stdout
         os.set_blocking(self._output.fileno(), False)
         self._line, self._last_output, self._has_output = b"", "", True
         self._is_ready = False
         self.is_broken = False
-        with contextlib.suppress(OSError):  # it died at once: the first call tells
+        with contextlib.suppress(OSError):  # it died already: the first call reports it
             self._connection.send_bytes(setup)
 
     def call(self, number: int, inputs: bytes, timeout: float | None) -> Answer:
-        """Have a call answered; the time begins when the functions are loaded."""
+        """Wait for the answer to one call. The time limit starts once the functions are loaded."""
         if not self._is_ready:
-            answer = self._receive(START_SECONDS, waiting_for="not loaded")
+            answer = self._receive(START_TIMEOUT, waiting_for="not loaded")
             if isinstance(answer, Failure):
                 return answer
             self._is_ready = True
@@ -170,11 +160,11 @@ class _Process:
     def kill(self) -> None:
         """Kill the process and its children; safe from another thread, and more than once."""
         with contextlib.suppress(ProcessLookupError):
-            if self._process.returncode is None:  # not `poll()`: once it is reaped, the number may be another's
+            if self._process.returncode is None:  # not `poll()`: that would reap it, and its pid may be reused
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def release(self) -> None:
-        """Reap the process, which has been killed, and close what belongs to it."""
+        """Reap the killed process and close its descriptors."""
         self._process.wait()
         self._forward_output(chunks=4)
         self._end_line()
@@ -183,18 +173,18 @@ class _Process:
         os.close(self._death)
 
     def _receive(self, timeout: float | None, *, waiting_for: str) -> Answer:
-        """The next message; a Failure where none comes."""
+        """The next message, or a Failure if none comes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = LONGEST_WAIT if deadline is None else deadline - time.monotonic()
+            left = MAX_WAIT if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 self.is_broken = True
                 self.kill()
                 return Failure(reason=f"{waiting_for} in {timeout:g} s: its process was killed")
             sources = [self._connection, self._death, *([self._output] if self._has_output else [])]
-            ready = wait(sources, min(left, LONGEST_WAIT))
+            ready = wait(sources, min(left, MAX_WAIT))
             if self._output in ready:
-                self._forward_output(chunks=1)  # no more: a function that prints without end has its limit of time as well
+                self._forward_output(chunks=1)  # only one: a function that never stops printing has a time limit too
             if self._connection in ready:
                 return self._message()
             if self._death in ready:
@@ -210,27 +200,27 @@ class _Process:
 
     def _died(self) -> Failure:
         self.is_broken = True
-        if not wait([self._death], DYING_SECONDS):
+        if not wait([self._death], EXIT_TIMEOUT):
             self.kill()
-            return Failure(reason="it closed its socket and went on: its process was killed", details=self._last_output)
-        self.kill()  # its children; what ended it stands
+            return Failure(reason="it closed its socket but did not exit: its process was killed", details=self._last_output)
+        self.kill()  # its children
         code = self._process.wait()
         self._forward_output(chunks=4)
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         return Failure(reason=f"its process died ({how})", details=self._last_output)
 
     def _forward_output(self, *, chunks: int) -> None:
-        """Print what the process has printed since the last time, whole lines, at most so many reads of it."""
+        """Print the complete lines of at most `chunks` reads of the process's output."""
         for _ in range(chunks):
             chunk = self._read()
             if not chunk:
-                self._has_output = self._has_output and chunk is None  # at its end it is always ready to read
+                self._has_output = self._has_output and chunk is None  # after end of file it is always readable
                 return
             self._last_output = (self._last_output + chunk.decode(errors="replace"))[-KEPT_OUTPUT:]
             *lines, self._line = (self._line + chunk).split(b"\n")
             for line in lines:
                 _print(line)
-            if len(self._line) > LONGEST_LINE:
+            if len(self._line) > MAX_LINE:
                 self._end_line()
 
     def _end_line(self) -> None:
@@ -239,7 +229,7 @@ class _Process:
             self._line = b""
 
     def _read(self) -> bytes | None:
-        """Some output; None where there is none now, empty at its end."""
+        """Some output; None if there is none now, empty at end of file."""
         try:
             return os.read(self._output.fileno(), 65536)
         except BlockingIOError:
@@ -247,8 +237,8 @@ class _Process:
 
 
 def _print(line: bytes) -> None:
-    """Print a line as far as the output can show it; a call must not fail for what cannot be shown."""
+    """Print a line, with replacements for what the output's encoding lacks: printing must not fail a call."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = line.decode(errors="replace").encode(encoding, "replace").decode(encoding)
-    with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more, a file that was closed
+    with contextlib.suppress(OSError, ValueError):  # a broken pipe, a closed file
         print(text, flush=True)

@@ -1,10 +1,10 @@
-"""This process's connection to a Ray cluster, for whatever in it needs one.
+"""This process's connection to a Ray cluster, shared by everything that needs one.
 
-    if CONNECTION.hold():                   # connects, unless somebody else has done that, who will also end it
+    if CONNECTION.hold():                   # connects; False if user code has connected, which then also disconnects
         ...
-        CONNECTION.release()                # the last one to hold it ends it
+        CONNECTION.release()                # the last holder to release it disconnects
 
-It goes to the cluster of Ray's own `RAY_ADDRESS`, or to one that it starts on this machine alone.
+It connects to the cluster in Ray's `RAY_ADDRESS`, or to a new one on this machine alone.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
-REACH_SECONDS = 10.0
-"""What a machine gets to accept a connection."""
+from .texts import describe
+
+REACH_TIMEOUT = 10.0
+"""Seconds for the cluster to accept a connection."""
 
 
 class Connection:
-    """See the module's docstring. Ray knows one connection a process, so there is one of these, `CONNECTION`."""
+    """See the module's docstring. Ray has one connection per process, so there is one instance, `CONNECTION`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_holders = 0
         self.dashboard_url: str | None = None
-        """Of the cluster that `hold` has connected to, where it has one."""
+        """Dashboard of the cluster that `hold` has connected to; None if it has none."""
 
     def hold(self, *, dashboard: bool = False, logs: bool = True) -> bool:
-        """Connect unless that is done; False where somebody else has done it.
+        """Connect if this process is not connected; False if user code has called `ray.init` itself.
 
         Args:
             dashboard: whether a cluster that is started here serves Ray's dashboard.
-            logs: whether what Ray's workers print, and what Ray has to say of them, is printed here too.
+            logs: whether the output of Ray's workers, and Ray's messages about them, are printed here too.
 
         Raises:
-            ConnectionError: no cluster answers where `RAY_ADDRESS` says.
+            ConnectionError: no cluster answers at `RAY_ADDRESS`.
         """
         import ray
 
@@ -50,7 +52,7 @@ class Connection:
             return True
 
     def release(self) -> None:
-        """End the connection if nobody else holds it."""
+        """Disconnect if there is no other holder."""
         import ray
 
         with self._lock:
@@ -63,7 +65,7 @@ CONNECTION = Connection()
 
 
 def starts_a_cluster() -> bool:
-    """Whether a connection that is made now starts a cluster on this machine."""
+    """Whether `CONNECTION.hold` would start a cluster on this machine."""
     return not os.environ.get("RAY_ADDRESS")
 
 
@@ -72,15 +74,15 @@ def _connect(*, dashboard: bool, logs: bool) -> str | None:
     from ray._private import worker
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # Ray left to itself would join any cluster that this machine is in.
+    # By default Ray would join any cluster that this machine belongs to.
     address = "local" if starts_a_cluster() else os.environ["RAY_ADDRESS"]
     at_sigterm = signal.getsignal(signal.SIGTERM)
-    # The only switch there is for what Ray prints in this process about nodes and workers that it has lost, pages of it.
+    # The only switch for the pages that Ray prints in this process about lost nodes and workers.
     worker._worker_logs_enabled = logs
     try:
         _reach(address)
         if not starts_a_cluster():
-            _take_token(address)
+            _authenticate(address)
         context = ray.init(
             address,
             ignore_reinit_error=True,
@@ -90,27 +92,27 @@ def _connect(*, dashboard: bool, logs: bool) -> str | None:
         )
     except (OSError, ValueError) as error:
         raise ConnectionError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): correct it, or unset it for a "
-            "cluster on this machine alone"
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({describe(error)}): correct it, or unset it for a cluster "
+            "on this machine alone"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread() and at_sigterm is not None:
-            signal.signal(signal.SIGTERM, at_sigterm)  # Ray takes it; a run has its own answer
+            signal.signal(signal.SIGTERM, at_sigterm)  # Ray replaces it; a run has its own handler
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def _reach(address: str) -> None:
-    """Raise OSError or ValueError where nothing listens at the address; Ray itself would try for minutes."""
-    place = urlsplit(address if "://" in address else f"//{address}")
-    if place.hostname is not None and place.port is not None:
-        socket.create_connection((place.hostname, place.port), timeout=REACH_SECONDS).close()
+    """Raise OSError or ValueError if nothing listens at the address; Ray itself would try for minutes."""
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if url.hostname is not None and url.port is not None:
+        socket.create_connection((url.hostname, url.port), timeout=REACH_TIMEOUT).close()
 
 
-def _take_token(address: str) -> None:
-    """Come with the token of the home folder where the cluster asks for one.
+def _authenticate(address: str) -> None:
+    """Authenticate with the home folder's token if the cluster requires one.
 
-    `ray start` makes clusters that do as soon as there is such a token, and a cluster that was started here has left one; Ray
-    itself would come without. Where none is asked for, Ray 2.60 starts no actor for who comes with one.
+    `ray start` makes a cluster that requires a token as soon as that file exists, and an earlier local cluster creates it; Ray
+    itself would connect without a token. If the cluster requires none, Ray 2.60 starts no actor for a client that has one.
     """
     import grpc
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -124,8 +126,8 @@ def _take_token(address: str) -> None:
         nodes = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
             request = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]
-            nodes.GetClusterId(request, timeout=REACH_SECONDS)
+            nodes.GetClusterId(request, timeout=REACH_TIMEOUT)
         except grpc.RpcError as error:
             is_refused = error.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
             if is_refused and not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
-                raise ConnectionError("it asks for a token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN") from error
+                raise ConnectionError("it requires a token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN") from error

@@ -16,11 +16,11 @@ from .texts import Completion, RewardFunction, text_of
 def repetition_penalty(ngram: int = 3, *, max_penalty: float = -1.0) -> RewardFunction:
     """Make a reward: `max_penalty` times the share of the completion's n-grams that are repetitions.
 
-    The share is 1 - (different n-grams) / (n-grams), as in arXiv 2502.03373, here over the whole completion: 0.0 where
-    every n-gram is new, and near `max_penalty` for an endless loop. A completion of fewer than `ngram` words earns 0.0.
+    The share is 1 - (distinct n-grams) / (n-grams), as in arXiv 2502.03373, here over the complete text: the reward is 0.0 if
+    no n-gram repeats, and close to `max_penalty` for an endless loop. A completion of fewer than `ngram` words gets 0.0.
 
-    ngram: how many words in a row make an n-gram. Words are what white space separates, capitals aside; in a language
-    that is written without spaces this counts next to nothing. max_penalty: at most 0.
+    ngram: words per n-gram. Words are separated by white space and compared in lower case, so this finds almost nothing in a
+    language that is written without spaces. max_penalty: at most 0.
 
     Raises ValueError for an `ngram` below 1 or a `max_penalty` above 0.
     """

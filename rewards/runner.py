@@ -1,17 +1,18 @@
 """Call reward functions by TRL's contract (`contract.py`) and combine what they return.
 
-    config = RewardsConfig(weights=[1.0, 0.1], isolation="process", timeout=10)
-    scorer = Scorer(config, functions=["last_integer", style])
-    pending = scorer.submit(Inputs(prompts=p, completions=c, completion_ids=i, columns={"answer": a}))
+    config = RewardsConfig(weights=[1.0, 0.5], isolation="process", num_workers=2, timeout=10)
+    scorer = Scorer(config, functions=["last_integer", "my.py:length"])
+    inputs = Inputs(prompts=["?"] * 2, completions=["It is 42", "42?"], completion_ids=[[1]] * 2, columns={"answer": [42, 41]})
+    pending = scorer.submit(inputs)
     scores = pending.result()
-    scores.total        # [1.1, 0.0, None, ...], one per completion
+    scores.total        # [5.0, 1.5]
     scorer.close()      # ends the processes
 
-Where a function runs: `async def` functions (and objects with an async `__call__`, and partials of either) run together on one
-event loop that lives as long as the scorer, so that a client with open connections can be kept from call to call. Others run on
-the caller's thread (`isolation="inline"`), or in persistent processes, where a call that takes too long is killed and a crash
-costs one call: on this machine (`"process"`) or in a Ray cluster (`"ray"`). In processes and on the loop, scoring goes on while
-the caller samples further completions.
+`async def` functions (and objects with an async `__call__`, and partials of either) run concurrently on one event loop that
+lives as long as the scorer, so a client can keep its connections between calls. Other functions run on the caller's thread
+(`isolation="inline"`), or in persistent processes, where a call that takes too long is killed and a crash costs one call: on
+this machine (`"process"`) or in a Ray cluster (`"ray"`). Processes and the event loop score while the caller samples further
+completions.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from .processes import WorkerPool
 from .ray_pool import RayPool
 
 POOLS = {"process": WorkerPool, "ray": RayPool}
-"""What calls the functions that are not inline."""
+"""The pools for functions that are not inline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reward:
-    """A function, how it is reported, and where it runs. What a pool calls is `portable`, and `number` is its place there."""
+    """A function, its reported name, and where it runs. `portable` is what a pool loads, `number` its index in the pool."""
 
     name: str
     function: Function
@@ -67,13 +68,13 @@ class Scorer:
 
     Args:
         config: which functions, their weights, where they run and what a failure does.
-        functions: one or several instead of `config.functions`: callables, specs as `load_reward` takes them, or
-            `RewardFunction`s. A callable may have an attribute `isolation`, which replaces `config.isolation`; an async one
-            whose attribute `bounds_itself` is true has no limit of time here.
-        base_dir: folder that relative paths of functions are also looked up in.
+        functions: one or several user-supplied functions instead of `config.functions`: callables, specs as `load_reward` takes
+            them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
+            not apply to an async one whose attribute `bounds_itself` is true.
+        base_dir: folder in which relative paths of functions are also looked up.
 
-    `names` holds one distinct name per function. Raises ValueError for no functions or a wrong number of weights, and what
-    `load_reward` raises.
+    `names` holds one distinct name per function. Raises ValueError without functions or with a wrong number of weights, and
+    what `load_reward` raises.
     """
 
     def __init__(
@@ -98,48 +99,37 @@ class Scorer:
         self._loop: _BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
 
-    @property
-    def functions(self) -> list[Function]:
-        """The reward functions."""
-        return [reward.function for reward in self._rewards]
-
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise now what `submit` would raise about the data set's columns (the prompt's is not among them)."""
+        """Raise what `submit` would raise for these columns of the data set (without the prompt's)."""
         columns = list(columns)
         check_column_names(columns)
         for reward in self._rewards:
             accepted(reward.name, reward.function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
 
     def start(self) -> None:
-        """Start the processes now, so that they load while something else does; otherwise the first `submit` does.
+        """Start the processes now, so that they load in the background; otherwise the first `submit` starts them.
 
-        Raises ConnectionError where functions run in a Ray cluster and none answers.
+        Raises ConnectionError if functions run in a Ray cluster and none answers.
         """
         for isolation, pool in POOLS.items():
             functions = [reward.portable for reward in self._rewards if reward.portable and reward.isolation == isolation]
             if functions and isolation not in self._pools:
-                self._pools[isolation] = pool(
-                    functions,
-                    num_workers=self.config.num_workers,
-                    timeout=self.config.timeout,
-                    retries=self.config.retries,
-                    memory_bytes=None if self.config.memory_gib is None else int(self.config.memory_gib * 2**30),
-                )
+                self._pools[isolation] = pool(functions, self.config)
 
     def submit(self, inputs: Inputs) -> Pending:
-        """Begin to score n completions; functions that run inline have run when it returns.
+        """Start scoring n completions; inline functions have finished when this returns.
 
-        Raises ValueError where a function asks for an argument that does not exist. What else a function does wrong is raised
-        by the result: see `Pending.result`.
+        Raises ValueError if a function requires an argument that does not exist. Every other failure of a function is raised
+        by `Pending.result`.
         """
         self.check_columns(inputs.columns)
         self.start()
         pieces = [inputs] if self.config.rows_per_call is None else inputs.split(self.config.rows_per_call)
         pickled = [pickle.dumps(piece) for piece in pieces] if self._pools else [b""] * len(pieces)
-        # First what runs elsewhere, then what runs here meanwhile.
+        # Inline functions last: they run here while the others run elsewhere.
         order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline" and not is_async(reward.function))
         futures = {
-            reward.name: [self._begin(reward, *piece) for piece in zip(pieces, pickled, strict=True)] for reward in order
+            reward.name: [self._start_call(reward, *piece) for piece in zip(pieces, pickled, strict=True)] for reward in order
         }
         return Pending(
             calls={name: list(zip(pieces, futures[name], strict=True)) for name in self.names},
@@ -148,25 +138,25 @@ class Scorer:
         )
 
     def score(self, inputs: Inputs) -> Scores:
-        """Score n completions and wait for it."""
+        """Score n completions and wait for the scores."""
         return self.submit(inputs).result()
 
     def close(self) -> None:
-        """End the processes; the next `submit` starts new ones. Results that nobody has asked for are lost."""
+        """End the processes; the next `submit` starts new ones. Unfinished calls are cancelled."""
         while self._pools:
             self._pools.popitem()[1].close()
 
-    def _begin(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
+    def _start_call(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
         if is_async(reward.function):
             self._loop = self._loop or _BackgroundLoop()
             timeout = None if getattr(reward.function, "bounds_itself", False) else self.config.timeout
-            return self._loop.begin(_attempts(reward, inputs, timeout, self.config.retries))
+            return self._loop.submit(_attempts(reward, inputs, timeout, self.config.retries))
         if reward.portable is not None:
-            return self._pools[reward.isolation].submit_pickled(reward.number, pickled)
+            return self._pools[reward.isolation].submit(reward.number, pickled)
         done: Future[CallResult] = Future()
         try:
             done.set_result(call(reward.name, reward.function, inputs))
-        except Exception as error:  # a user's function may raise anything; it goes on as the cause of what `result` raises
+        except Exception as error:  # a user's function may raise anything; it becomes the cause of what `result` raises
             done.set_result(dataclasses.replace(failure_of(error), cause=error))
         return done
 
@@ -175,7 +165,7 @@ class Scorer:
 
 
 def _with_options(given: RewardSpec | RewardFunction) -> tuple[RewardSpec, RewardFunction]:
-    """What to load, and how."""
+    """A function's spec and its options."""
     if isinstance(given, RewardFunction):
         return given.function, given
     return given, RewardFunction(function=given if isinstance(given, str) else reward_name(given))
@@ -192,14 +182,14 @@ def _load(
         where = "inline" if is_async(function) else where
         portable = None
         if where != "inline":
-            portable = portable_of(name, spec, kwargs=options.kwargs, base_dir=base_dir, for_machines=where == "ray")
+            portable = portable_of(name, spec, kwargs=options.kwargs, base_dir=base_dir, other_machines=where == "ray")
         number = sum(reward.isolation == where for reward in rewards)
         rewards.append(_Reward(name=name, function=function, isolation=where, portable=portable, number=number))
     return rewards
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Give a name's second holder the suffix _2, its third _3, and so on, past names that are taken."""
+    """Make names distinct: the second of one name gets the suffix _2, the third _3 and so on, skipping names that exist."""
     distinct: list[str] = []
     for name in names:
         candidate, number = name, 1
@@ -210,32 +200,32 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------------------------- the event loop
 
 
 async def _attempts(reward: _Reward, inputs: Inputs, timeout: float | None, retries: int) -> CallResult:
-    """Call an async function until it succeeds; never raises what the function raises."""
-    outcome: CallResult = Failure(reason="")
+    """Call an async function until it succeeds or has no retries left; never raises what the function raises."""
+    result: CallResult = Failure(reason="")
     for _ in range(retries + 1):
         limit = asyncio.timeout(timeout)
         try:
             async with limit:
                 return await call_async(reward.name, reward.function, inputs)
-        except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it goes on as the cause
+        except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # it was not the function: nobody waits for the result any more
+            if task is not None and task.cancelling():  # cancelled from outside: nobody waits for the result any more
                 raise
             failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
-            outcome = dataclasses.replace(failure, cause=error)
-    return outcome
+            result = dataclasses.replace(failure, cause=error)
+    return result
 
 
 class _BackgroundLoop:
-    """An event loop on its own daemon thread; works where the caller's thread runs a loop already (a notebook)."""
+    """An event loop on a daemon thread, so that the caller's thread may run another one (a notebook)."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
 
-    def begin(self, coroutine: Coroutine[Any, Any, CallResult]) -> Future[CallResult]:
+    def submit(self, coroutine: Coroutine[Any, Any, CallResult]) -> Future[CallResult]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -1,18 +1,18 @@
 """Run one Python program that a model wrote, without trusting it.
 
     outcome = run_python("print(input()[::-1])", stdin="abc", limits=Limits(seconds=2))
-    outcome.status, outcome.stdout          # "ok", "cba\n"
+    outcome.status, outcome.stdout          # ("ok", "cba\\n")
 
-The program runs under bubblewrap (`bwrap`) in namespaces of its own, as a user of its own where the caller is root:
+The program runs under bubblewrap (`bwrap`) in separate namespaces, and as a separate user if the caller is root:
 
-- files: Python, /usr and the system's libraries, read-only; a scratch folder in memory, /tmp, that ends with the program;
+- files: Python, /usr and the system's libraries, read-only; a scratch folder in memory, /tmp, that is deleted afterwards;
 - no network, not even to this machine; no environment variables, no terminal, no descriptors but the three standard ones;
-- no processes but its own are visible, and none of its own outlives the call, whatever it does to detach itself;
-- wall time, CPU time, memory, processes, open files, sizes of files and the length of the output are limited (`Limits`);
-- a filter of system calls (`seccomp`) takes away mounts, namespaces, ptrace, uncounted memory and rare sockets.
+- it sees no processes but its own, and none of these outlives the call, however it detaches itself;
+- limits on wall time, CPU time, memory, processes, open files, file sizes and the length of the output (`Limits`);
+- a filter of system calls (`seccomp`) blocks mounts, namespaces, ptrace, memory that no limit counts, and rare sockets.
 
-What it does not do: the memory limit holds for each process, so that the program as a whole may take `processes` times as
-much, for as long as it runs; and the kernel is shared with it, so that a hole in Linux is a hole in the sandbox.
+What it does not do: the memory limit applies to each process, so all processes of the program together may use `processes`
+times as much while it runs; and it shares the kernel, so a vulnerability in Linux is a vulnerability of the sandbox.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ Sandbox = Literal["bubblewrap", "local"]
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
-# bwrap itself gets this too, for /proc/1/environ is readable in the sandbox. The fixed seed makes rewards repeatable.
+# bwrap itself gets only these too, since /proc/1/environ is readable in the sandbox. The fixed seed makes rewards repeatable.
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -49,7 +49,7 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONIOENCODING": "utf-8",
 }
-# That it starts is not enough: the program must see no processes but its own, and be in namespaces of its own.
+# Starting is not enough: the program must see no processes but its own, and be in separate namespaces.
 _NAMESPACES = ("ipc", "mnt", "net", "pid", "uts")
 _PROBE = f"""
 import os
@@ -64,13 +64,13 @@ _SHARED_MIB = 16  # of /dev/shm, which multiprocessing needs for its locks
 class Limits:
     """What a program may use.
 
-    seconds: wall time, Python's start included. Each process gets as much CPU time, rounded up, and a second more.
+    seconds: wall time, including Python's start. Each process gets the same CPU time, rounded up, plus one second.
     memory_mib: address space of each process in MiB; Python itself takes about 30.
-    processes: processes and threads at any one time (only under bubblewrap).
+    processes: concurrent processes and threads (only under bubblewrap).
     open_files: descriptors of each process. output_bytes: bytes of stdout, and again of stderr.
-    scratch_mib: MiB of the scratch folder, and of any one file.
+    scratch_mib: MiB of the scratch folder, and of each file.
 
-    Raises ValueError for values that no program can run with.
+    Raises ValueError for values with which no program can run.
     """
 
     seconds: float = 5.0
@@ -83,21 +83,21 @@ class Limits:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ValueError(f"seconds must be positive and finite, not {self.seconds}")
-        lowest = {"memory_mib": 32, "processes": 1, "open_files": 16, "output_bytes": 1, "scratch_mib": 1}
-        for name, least in lowest.items():
+        minimums = {"memory_mib": 32, "processes": 1, "open_files": 16, "output_bytes": 1, "scratch_mib": 1}
+        for name, minimum in minimums.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program.
+    """The result of a program.
 
-    stdout, stderr: text, with U+FFFD for what is no UTF-8; cut off at `Limits.output_bytes`.
-    exit_code: as a shell counts, 128 plus the signal's number for a signal; None where the program was killed here.
+    stdout, stderr: text, with U+FFFD for invalid UTF-8; cut off at `Limits.output_bytes`.
+    exit_code: as in a shell, 128 plus the signal's number for a signal; None if the program was killed here.
     status: "ok" for exit code 0, "error" for another one; "timeout", "memory" (it ended in a MemoryError) or "output" for
-    the limit that it ran into. seconds: wall time.
+    the limit that it exceeded. seconds: wall time.
     """
 
     stdout: str
@@ -108,9 +108,9 @@ class Outcome:
 
 
 def choose_sandbox(*, unsafe_local: bool = False) -> Sandbox:
-    """ "bubblewrap" where it works; else "local", if `unsafe_local` allows it.
+    """ "bubblewrap" if it works, else "local" if `unsafe_local` allows it.
 
-    Raises ValueError, with the reason and what to install, where bubblewrap does not work and `unsafe_local` is false.
+    Raises ValueError, with the reason and what to install, if bubblewrap does not work and `unsafe_local` is false.
     """
     problem = bubblewrap_problem()
     if problem is None:
@@ -124,7 +124,7 @@ def choose_sandbox(*, unsafe_local: bool = False) -> Sandbox:
 
 
 def bubblewrap_problem() -> str | None:
-    """Why bubblewrap cannot be used here, or None where it works; it is tried once for each `bwrap` that PATH leads to."""
+    """Why bubblewrap cannot be used here, or None if it works; the result is cached for each path of `bwrap`."""
     bwrap = shutil.which("bwrap")
     return "bwrap is not installed" if bwrap is None else _problem_with(bwrap)
 
@@ -140,7 +140,7 @@ def _problem_with(bwrap: str) -> str | None:
     processes, _, namespaces = outcome.stdout.strip().partition("\n")
     shared = [name for name in _NAMESPACES if os.readlink(f"/proc/self/ns/{name}") in namespaces.split()]
     isolated = processes == "1 2" and len(namespaces.split()) == len(_NAMESPACES) and not shared
-    return None if isolated else f"{bwrap} separates too little (processes {processes}; shared: {', '.join(shared) or 'none'})"
+    return None if isolated else f"{bwrap} isolates too little (processes {processes}; shared: {', '.join(shared) or 'none'})"
 
 
 def run_python(
@@ -151,15 +151,14 @@ def run_python(
     site_packages: bool = False,
     sandbox: Sandbox | None = None,
 ) -> Outcome:
-    """Run the program `source` as `__main__` with `stdin` as its input, and wait until nothing of it is left.
+    """Run the program `source` as `__main__` with `stdin` as its input, and wait until all its processes are gone.
 
-    Any number of threads may call it at once. limits: default `Limits()`. site_packages: let the program see and import the
-    packages of this Python, not the standard library alone. sandbox: what `choose_sandbox` returned; None chooses.
-    "local" isolates nothing: the program has the rights, the files and the network of the caller, one that detaches itself
-    outlives the call, and the limits on processes and on the scratch folder do not hold.
+    Threads may call it concurrently. limits: default `Limits()`. site_packages: let the program see and import the packages of
+    this Python, not only the standard library. sandbox: what `choose_sandbox` returned; None: choose now.
+    "local" isolates nothing: the program has the caller's rights, files and network, a process that detaches itself outlives
+    the call, and there is no limit on processes or on the scratch folder.
 
-    Raises ValueError where there is no sandbox, RuntimeError where it fails to start (a fault of the machine, never the
-    program's).
+    Raises ValueError if there is no sandbox, RuntimeError if it does not start (because of the machine, never the program).
     """
     sandbox = sandbox or choose_sandbox()
     bwrap = shutil.which("bwrap") if sandbox == "bubblewrap" else None
@@ -174,11 +173,11 @@ def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_pac
         text, given = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
         ready, says_ready = stack.enter_context(pipe())
         info, says_info = stack.enter_context(pipe())
-        user = _own_user() if bwrap else None
+        user = _unused_user() if bwrap else None
         paths = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))) if site_packages else []
         request = {"source": text, "ready": says_ready.fileno(), "user": user, "paths": paths}
-        request["limits"] = _rlimits(limits, local=bwrap is None, own_user=user is not None)
-        # -S and friends leave `site`, the user's packages and the working directory out of `sys.path`.
+        request["limits"] = _rlimits(limits, local=bwrap is None, separate_user=user is not None)
+        # -s -P -S keep `site`, the user's packages and the working directory out of `sys.path`.
         command = [_interpreter(), "-s", "-P", "-S", "-B", "-c", _LAUNCHER.read_text(), json.dumps(request)]
         passed = [text, says_ready.fileno()]
         if bwrap:
@@ -219,32 +218,32 @@ def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_pac
 
 
 def _namespaces(user: int | None) -> list[str]:
-    """What bwrap separates. Root needs no user namespace, and without one `user` is a user that nothing else runs as."""
+    """bwrap's arguments for namespaces. Root needs no user namespace, and outside of one no other process has the id `user`."""
     common = ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
     for name, value in _ENVIRONMENT.items():
         common += ["--setenv", name, value]
     if user is None:
         return ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", *common]
     separate = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # the launcher gives them up
+    rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # the launcher drops them
     return [*separate, *rights, *common]
 
 
 def _files(limits: Limits, paths: list[str]) -> list[str]:
-    """What bwrap lets the program see."""
+    """bwrap's arguments for the files that the program sees."""
     arguments = ["--proc", "/proc", "--dev", "/dev"]
     for folder, mib in (("/tmp", limits.scratch_mib), ("/dev/shm", _SHARED_MIB)):
         arguments += ["--perms", "1777", "--size", str(mib * 2**20), "--tmpfs", folder]
     prefixes = [path for path in (sys.base_prefix, sys.base_exec_prefix, *paths) if not path.startswith("/usr/")]
     for folder in dict.fromkeys([*_SYSTEM_FOLDERS, *prefixes]):
-        for parent in reversed(Path(folder).parents[:-1]):  # those that bwrap makes unasked are for their owner alone
+        for parent in reversed(Path(folder).parents[:-1]):  # bwrap itself would create them readable by the owner only
             arguments += ["--dir", str(parent)]
         arguments += ["--ro-bind-try", folder, folder]
-    # The root and /dev are folders in memory too, of a size that nothing limits.
+    # The root and /dev are in memory too, without a limit on their size.
     return [*arguments, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
 
 
-def _rlimits(limits: Limits, *, local: bool, own_user: bool) -> dict[str, tuple[int, int]]:
+def _rlimits(limits: Limits, *, local: bool, separate_user: bool) -> dict[str, tuple[int, int]]:
     memory, scratch = limits.memory_mib * 2**20, limits.scratch_mib * 2**20
     cpu = math.ceil(limits.seconds) + 1
     rlimits = {
@@ -254,14 +253,14 @@ def _rlimits(limits: Limits, *, local: bool, own_user: bool) -> dict[str, tuple[
         "RLIMIT_FSIZE": (scratch, scratch),
         "RLIMIT_NOFILE": (limits.open_files, limits.open_files),
     }
-    if not local:  # where the limit would count all the processes of the user
-        processes = limits.processes + (0 if own_user else 1)  # bwrap itself runs in the user namespace
+    if not local:  # there the limit would count all processes of the user
+        processes = limits.processes + (0 if separate_user else 1)  # bwrap itself runs in the user namespace
         rlimits["RLIMIT_NPROC"] = (processes, processes)
     return rlimits
 
 
-def _own_user() -> int | None:
-    """The id of a user that nothing else runs as, for root; None for another user, or where such ids do not exist."""
+def _unused_user() -> int | None:
+    """For root, a user id that no other process has; None for other callers, or if there are no such ids."""
     user = _FIRST_USER + secrets.randbelow(_USERS)
     ranges = [[int(number) for number in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
     exists = any(first <= user < first + count for first, _, count in ranges)
@@ -269,7 +268,7 @@ def _own_user() -> int | None:
 
 
 def _interpreter() -> str:
-    # The environment's own python leads to this one, and the environment is not visible in the sandbox.
+    # A virtual environment's python is a link to this one, and the environment is not visible in the sandbox.
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 

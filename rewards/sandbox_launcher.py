@@ -1,11 +1,11 @@
-"""The first thing that runs inside the sandbox: it gives up rights, sets the limits, and then executes the program.
+"""What runs first inside the sandbox: it drops rights, sets the limits, and then executes the program.
 
     python -s -P -S -B -c "<this file>" '{"source": 5, "ready": 6, "user": 1879048200, "limits": {...}, "paths": []}'
 
-It is passed to Python as text and imports the standard library alone: nothing of the project is visible in the sandbox.
+It is passed to Python as text and imports only the standard library: no file of the project is visible in the sandbox.
 
 source: descriptor of the program's text. ready: descriptor that gets one byte before the program starts. user: the user id
-to become, or null. limits: pairs (soft, hard) by the names of `resource`. paths: what to append to `sys.path`.
+to become, or null. limits: pairs (soft, hard) by the names of `resource`. paths: folders to append to `sys.path`.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ def main() -> None:
         source = file.read()
     if request["user"] is not None:
         become(request["user"])
-    site.setquit()  # exit() and quit(), which Python lacks when it starts without `site`
+    site.setquit()  # defines exit() and quit(), which are missing without `site`
     sys.path += request["paths"]
     sys.argv[:] = ["program.py"]
     for name, wanted in request["limits"].items():
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def become(user: int) -> None:
-    """Turn into an ordinary user. Linux does not hold root to a number of processes; and the capabilities go with it."""
+    """Become an ordinary user, to whom the limit on processes applies, and drop all capabilities."""
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
@@ -48,7 +48,7 @@ def become(user: int) -> None:
 
 
 def set_limit(name: int, soft: int, hard: int) -> None:
-    """Set a limit, or the one that holds already where that is lower: raising it takes rights that we may not have."""
+    """Set a limit, or keep the current one if that is lower: raising it takes rights that we may not have."""
     ceiling = resource.getrlimit(name)[1]
     if ceiling != resource.RLIM_INFINITY:
         soft, hard = min(soft, ceiling), min(hard, ceiling)

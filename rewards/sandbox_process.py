@@ -1,9 +1,11 @@
-"""A process that is started, read and killed with limits, whatever it does.
+"""A process that is started, read and killed under limits, whatever it does.
 
-    with Running(["ls"], stdin=0, passed=[], folder="/", environment={}, output_bytes=999, deadline=monotonic() + 5) as running:
-        stopped_by = running.read()         # None, "timeout" or "output"
+    with sealed("text") as stdin, Running(["cat"], stdin=stdin, passed=[], folder="/", environment={"PATH": "/usr/bin:/bin"},
+                                          output_bytes=999, deadline=time.monotonic() + 30) as running:
+        stopped_by = running.read()         # or "timeout" or "output"
         running.kill()
-        stdout, stderr = running.texts()
+        running.drain()
+    stopped_by, running.texts()             # (None, ["text", ""])
 """
 
 import contextlib
@@ -28,10 +30,11 @@ Stop = Literal["timeout", "output"]
 
 
 class Running:
-    """The process that was started, with what it printed; leaving the block kills all of it.
+    """A process and its output; leaving the block kills it with all its children.
 
-    stdin: a descriptor. passed: further ones that the process inherits under the same numbers. folder: its working directory.
-    environment: all of its variables. output_bytes: how much is kept of stdout, and of stderr. deadline: in `time.monotonic`.
+    stdin: a descriptor. passed: further descriptors that the process inherits under the same numbers. folder: its working
+    directory. environment: all of its variables. output_bytes: limit on stdout, and again on stderr. deadline: in
+    `time.monotonic`.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Running:
         self._limit = output_bytes
         self._deadline = deadline
         self._init: int | None = None
-        # start_new_session, not preexec_fn: nothing of ours runs between fork and exec, so other threads do not matter.
+        # start_new_session, not preexec_fn: no Python code runs between fork and exec, so this is safe with threads.
         self._process = subprocess.Popen(
             command,
             stdin=stdin,
@@ -75,17 +78,17 @@ class Running:
                 pass
 
     def find_init(self, info: int) -> None:
-        """Learn which process is the first one of the sandbox: with it, all the others die."""
+        """Find the first process of the sandbox: when it dies, all the others die."""
         text = b""
         while _wait_for(info, self._deadline - time.monotonic()) and (chunk := os.read(info, _CHUNK)):
             text += chunk
-        # Without a number bwrap failed, or is late: then it is killed, and takes the sandbox with it (--die-with-parent).
+        # Without a pid bwrap has failed, or is late: then it is killed, and the sandbox with it (--die-with-parent).
         if b"child-pid" in text:
-            with contextlib.suppress(ProcessLookupError):  # it is over already
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
                 self._init = os.pidfd_open(json.loads(text)["child-pid"])
 
     def read(self) -> Stop | None:
-        """Collect what is printed until the program ends, or until a limit that is returned."""
+        """Collect the output until the program ends (None) or exceeds a limit, which is returned."""
         ended = os.pidfd_open(self._process.pid)
         try:
             with selectors.DefaultSelector() as selector:
@@ -94,9 +97,9 @@ class Running:
                 while (remaining := self._deadline - time.monotonic()) > 0:
                     ready = [key.fd for key, _ in selector.select(remaining)]
                     for source in ready:
-                        if source != ended and not self._take(source):
+                        if source != ended and not self._read_some(source):
                             selector.unregister(source)
-                    if self._too_much():
+                    if self._exceeds_limit():
                         return "output"
                     if ended in ready:
                         return None
@@ -105,50 +108,50 @@ class Running:
         return "timeout"
 
     def drain(self) -> Stop | None:
-        """Take what is left in the pipes. A process that detached itself ("local") may hold them open: none is waited for."""
+        """Read what is left in the pipes, without waiting: a process that detached itself ("local") may keep them open."""
         for source in self._printed:
             os.set_blocking(source, False)
             with contextlib.suppress(BlockingIOError):
-                while not self._too_much() and self._take(source):
+                while not self._exceeds_limit() and self._read_some(source):
                     pass
-        return "output" if self._too_much() else None
+        return "output" if self._exceeds_limit() else None
 
     def kill(self) -> None:
-        """End whatever still runs, and wait until it is gone; the second time there is nothing to do."""
+        """Kill everything that still runs, and wait until it is gone; later calls do nothing."""
         if self._process.returncode is not None:
             return
         if self._init is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._init, signal.SIGKILL)
-            # Ready only when all the processes of its namespace are gone.
+            # Readable only once all processes of its namespace are gone.
             if not _wait_for(self._init, _KILL_SECONDS):
-                raise RuntimeError("the sandbox does not end, though it was killed")
-        # Not waited for until here, so that the number of the group is still its own. (bwrap may take a moment to see that
-        # the sandbox is gone, and passes its exit code on: it is killed only where the program was.)
+                raise RuntimeError("the sandbox does not end although it was killed")
+        # It has not been waited for, so its process group's id cannot have been reused. (bwrap may need a moment to notice that
+        # the sandbox is gone and to return its exit code; it is killed only if the program was.)
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_KILL_SECONDS)
 
     def exit_code(self) -> int:
-        """After `kill`: as a shell counts: 128 plus the number of the signal for a process that a signal ended."""
+        """After `kill`: the exit code as in a shell, 128 plus the signal's number if a signal ended the process."""
         code = self._process.returncode
         return code if code >= 0 else 128 - code
 
     def texts(self) -> list[str]:
-        """What was printed to stdout and to stderr, cut off at the limit, with U+FFFD for what is no UTF-8."""
+        """Output to stdout and to stderr, cut off at the limit, with U+FFFD for invalid UTF-8."""
         return [bytes(printed[: self._limit]).decode("utf-8", "replace") for printed in self._printed.values()]
 
-    def _take(self, source: int) -> bool:
+    def _read_some(self, source: int) -> bool:
         chunk = os.read(source, _CHUNK)
         self._printed[source] += chunk
         return bool(chunk)
 
-    def _too_much(self) -> bool:
+    def _exceeds_limit(self) -> bool:
         return any(len(printed) > self._limit for printed in self._printed.values())
 
 
 @contextlib.contextmanager
 def sealed(content: str | bytes) -> Iterator[int]:
-    """A file in memory that nobody can change, not even a program that has it as its standard input; its descriptor."""
+    """The descriptor of an immutable file in memory: even a program that has it as its standard input cannot change it."""
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     file = os.memfd_create("text", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -162,7 +165,7 @@ def sealed(content: str | bytes) -> Iterator[int]:
 
 
 def _seal(file: int) -> None:
-    """Make a file in memory unchangeable. While the kernel itself still holds some of its pages, it answers "busy"."""
+    """Make a file in memory immutable. The kernel answers "busy" while it still uses some of the file's pages."""
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     for attempt in range(_SEAL_ATTEMPTS):
         try:
@@ -176,7 +179,7 @@ def _seal(file: int) -> None:
 
 @contextlib.contextmanager
 def pipe() -> Iterator[tuple[FileIO, FileIO]]:
-    """The two ends of a pipe; as objects, for they may be closed before the block ends."""
+    """The two ends of a pipe, as objects that may be closed before the block ends."""
     reader, writer = os.pipe()
     with FileIO(reader, "r") as out, FileIO(writer, "w") as into:
         yield out, into
@@ -189,7 +192,7 @@ def _wait_for(descriptor: int, seconds: float) -> bool:
 
 
 def has_data(reader: int) -> bool:
-    """Whether a pipe holds anything now."""
+    """Whether a pipe holds any data now."""
     os.set_blocking(reader, False)
     try:
         return bool(os.read(reader, 1))

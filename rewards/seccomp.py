@@ -2,9 +2,9 @@
 
     filter_bytes = seccomp_filter()         # for bwrap's --seccomp
 
-It closes what namespaces and resource limits leave open: memory that no limit counts (memfd, System V shared memory, a
-tmpfs mounted in a user namespace of the program's own), sockets that network namespaces do not hold back (vsock reaches
-the host of a virtual machine), and parts of the kernel that a program written by a model has no use for.
+It blocks what namespaces and resource limits leave open: memory that no limit counts (memfd, System V shared memory, a
+tmpfs mounted in a new user namespace), sockets that network namespaces do not isolate (vsock reaches the host of a virtual
+machine), and parts of the kernel that a program written by a model does not need.
 """
 
 import errno
@@ -14,7 +14,7 @@ import struct
 
 # name: (number on x86_64, number on aarch64)
 _DENIED = {
-    # memory that neither RLIMIT_AS nor the size of the scratch folder counts
+    # memory that counts neither for RLIMIT_AS nor for the scratch folder
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -63,7 +63,7 @@ _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 def seccomp_filter(machine: str | None = None) -> bytes:
     """The filter as an array of `struct sock_filter` for a machine ("x86_64", "aarch64"; default: this one).
 
-    Raises ValueError for another machine: its system calls have other numbers.
+    Raises ValueError for another machine, whose system calls have other numbers.
     """
     machine = machine or platform.machine()
     if machine not in _MACHINES:
@@ -75,11 +75,11 @@ def seccomp_filter(machine: str | None = None) -> bytes:
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
     ]
-    if machine == "x86_64":  # the same calls under other numbers
+    if machine == "x86_64":  # the same calls with other numbers
         code += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
     for numbers in _DENIED.values():
         code += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _REFUSE | errno.EPERM)]
-    # The flags of clone3 lie in memory, where a filter cannot see them; told that there is none, libc falls back to clone.
+    # The flags of clone3 are in memory, which a filter cannot read; with ENOSYS libc falls back to clone.
     code += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS)]
     code += [
         (_EQUAL, 0, 4, _CLONE[column]),

@@ -2,10 +2,10 @@
 
     python -c "from rankup.rewards.worker import main; main(5)"     # 5: descriptor of the socket
 
-Messages are pickles on a socket that the parent made. First a `Setup` comes in, and True goes out when all is loaded; then
-pairs of a function's number and pickled `Inputs` come in, and a `Returned` or a `Failure` goes out for each. A function that
-cannot be loaded answers its calls with a `Failure`; the others do not notice. The functions run on the main thread, so
-verifiers that use `signal.alarm` work. When the parent ends, for whatever reason, so does this process.
+Messages are pickles on a socket that the parent made. First this process receives a `Setup` and sends True once everything is
+loaded; then it receives pairs of a function's index and pickled `Inputs`, and sends a `Returned` or a `Failure` for each. Calls
+of a function that could not be loaded get a `Failure`; the other functions are not affected. The functions run on the main
+thread, so verifiers that use `signal.alarm` work. When the parent dies, however it dies, so does this process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a reward process begins with. `path` is the parent's `sys.path`; `memory_bytes` of data, None: no bound."""
+    """What a reward process loads first. `path`: the parent's `sys.path`; `memory_bytes`: limit on data, None: no limit."""
 
     functions: tuple[Portable, ...]
     path: tuple[str, ...]
@@ -36,12 +36,12 @@ class Setup:
 
 def main(descriptor: int) -> None:
     """Serve until the parent closes its end."""
-    _die_with_the_parent()
-    # The parent answers both, and ends this process when it is done. Not SIG_IGN: that is handed down to what users start.
+    _die_with_parent()
+    # The parent handles both signals, and ends this process when it is done. Not SIG_IGN: child programs would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    os.register_at_fork(after_in_child=_answer_signals)
-    os.set_inheritable(descriptor, False)  # a program that a function starts must not keep the socket open
+    os.register_at_fork(after_in_child=_restore_signals)
+    os.set_inheritable(descriptor, False)  # programs started by a function must not keep the socket open
     connection = Connection(descriptor)
     setup: Setup = pickle.loads(connection.recv_bytes())
     sys.path[:] = setup.path
@@ -62,7 +62,7 @@ def main(descriptor: int) -> None:
 def _load(portable: Portable) -> Function | Failure:
     try:
         return portable.load()
-    except Exception as error:  # a user's file may raise anything; its calls tell
+    except Exception as error:  # a user's file may raise anything; each call reports it
         return failure_of(error)
 
 
@@ -73,17 +73,17 @@ def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
     try:
         loaded: Inputs = pickle.loads(inputs)
         answer = call(name, function, loaded)
-        return pickle.dumps(answer)  # within the try: what `log_extra` was given may be anything
-    except Exception as error:  # a user's function may raise anything; it is reported
+        return pickle.dumps(answer)  # inside the try: `log_extra` may have been given anything
+    except Exception as error:  # a user's function may raise anything
         return pickle.dumps(failure_of(error))
 
 
-def _answer_signals() -> None:
-    """What a function forks is ended by signals as ever: `multiprocessing` does so."""
+def _restore_signals() -> None:
+    """Processes that a function forks end on signals as usual: `multiprocessing` relies on that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _die_with_the_parent() -> None:
-    """A parent that is killed closes the socket, but a function that hangs would not see it."""
+def _die_with_parent() -> None:
+    """A killed parent closes the socket, but a function that hangs would not notice."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -18,9 +18,9 @@ from torch import nn
 
 from . import cpu_ops, dense_lora, vllm_compat
 from .base_weights import find_base_weights
+from .config import RolloutConfig, SamplingConfig
 from .engine import EngineSettings, RolloutEngine, engine_args
 from .slots import find_slots
-from .types import SamplingSettings
 
 
 def vllm_device() -> str:
@@ -41,8 +41,10 @@ def self_test() -> dict[str, Exception | None]:
     module = nn.Module()
     module.packed_modules_mapping = {}  # type: ignore[assignment]
     # An existing folder: vLLM checks that it exists and reads nothing in it.
-    settings = EngineSettings(model=os.getcwd(), target_modules=("q_proj",), nf4_weights=("q_proj.weight",))
-    sampling = SamplingSettings(num_generations=2, max_completion_length=1, stop=("a",))
+    settings = EngineSettings(
+        model=os.getcwd(), rollout=RolloutConfig(), target_modules=("q_proj",), nf4_weights=("q_proj.weight",)
+    )
+    sampling = SamplingConfig(num_generations=2, max_completion_length=1, stop=["a"])
     uses: dict[str, Callable[[], object]] = {
         "engine arguments": lambda: engine_args(settings, on_cpu=device == "cpu"),
         "sampling parameters": lambda: RolloutEngine._sampling_params(sampling, 0),

@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from ..trainer import GRPOTrainer
 
 EXAMPLES = """examples:
-  rankup train configs/quickstart.yaml                            learn to add, in minutes, on two CPU cores
+  rankup train configs/quickstart.yaml                            learns to add, in minutes, on two CPU cores
   rankup train run.yaml optim.max_steps=200 lora.rank=128 seed=1  a run file and overrides
   rankup train run.yaml data.train=rows.jsonl rewards.functions=reward.py:score
-  rankup train run.yaml --resume                                  go on from the newest checkpoint
-  rankup eval runs/quickstart                                     the trained adapter on the evaluation data, greedy
-  rankup eval configs/quickstart.yaml                             the base model on the same
-  rankup export runs/quickstart --merge                           a plain transformers model, to share or to serve
-  rankup check configs/quickstart.yaml                            prove that vLLM samples from what is trained
-  rankup doctor                                                   what is here, and whether kernels and vLLM are in order
-  rankup plan Qwen/Qwen2.5-7B --vram 80                           an adapter and a memory budget, with the reasons
-  rankup new reward short_answers                                 a reward function to begin with, and its test
-  rankup reward short_answers.py:short_answers --data runs/sums   try a reward on the completions of a run
+  rankup train run.yaml --resume                                  resume from the newest checkpoint
+  rankup eval runs/quickstart                                     the adapter on the evaluation data, sampled greedily
+  rankup eval configs/quickstart.yaml                             the base model on the same data
+  rankup export runs/quickstart --merge                           a plain transformers model to share or serve
+  rankup check configs/quickstart.yaml                            check that vLLM and the trainer compute the same
+  rankup doctor                                                   installed versions, and whether kernels and vLLM work
+  rankup plan Qwen/Qwen2.5-7B --vram 80                           a recommended adapter and a memory budget
+  rankup new reward short_answers                                 a template for a reward function, and its test
+  rankup reward short_answers.py:short_answers --data runs/sums   try a reward function on a run's completions
 """
 
-INTERRUPTED = 130  # what shells expect after Ctrl-C
+INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 for an error of the user's, 130 after Ctrl-C.
+    """Run the command; returns the exit status: 0, 1 for a user's error, 130 after Ctrl-C.
 
     Raises:
-        RunInterrupted: a signal ended a run; a SystemExit, with status 0 where the run is saved.
+        RunInterrupted: a signal ended a run. It is a SystemExit, with status 0 if the run is saved.
     """
     options = parse(arguments)
     from ..common.quiet import quiet_loggers
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:  # `explain` knows which ones a user can mend; all others go on
+    except Exception as error:  # `explain` knows the errors that a user can fix; all others are raised
         text = explain(error)
         if text is None or options.traceback:
             raise
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read a command line; overrides may stand before and after options, which argparse alone takes in one place only."""
+    """Parse a command line. Overrides may come before and after options, which argparse itself does not allow."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What the command line understands."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="rankup",
         description="GRPO with high-rank LoRA: the trainer and vLLM on one device, one copy of the adapter.",
@@ -83,21 +83,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text, what in (
-        ("train", train, "train an adapter by a run file", "a run file (YAML)"),
+        ("train", train, "train an adapter as a run file says", "a run file (YAML)"),
         (
             "eval",
             evaluate,
-            "greedy reward on the evaluation data",
+            "mean reward on the evaluation data, sampled greedily",
             "a run folder (its adapter) or a run file (the base model)",
         ),
-        ("check", check, "prove that trainer and vLLM compute the same, projection by projection", "a run file (YAML)"),
+        ("check", check, "check that trainer and vLLM compute the same, projection by projection", "a run file (YAML)"),
     ):
         command = commands.add_parser(
             name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_argument("file", type=Path, help=what)
-        command.add_argument("overrides", nargs="*", metavar="section.field=value", help="what to set differently")
-        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        command.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
+        command.add_argument("--traceback", action="store_true", help="show an error's traceback")
         command.set_defaults(command=function)
         if function is train:
             _add_resume_options(command)
@@ -112,12 +112,12 @@ def _add_resume_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the run's newest whole checkpoint, to the bit as if nothing had happened; without any, start",
+        help="resume from the run's newest complete checkpoint (bit-exact on CPU); start from scratch if there is none",
     )
     command.add_argument(
         "--allow-changes",
         action="store_true",
-        help="with --resume: go on although configuration, data or reward functions have changed",
+        help="with --resume: resume even if configuration, data or reward functions have changed",
     )
 
 
@@ -126,16 +126,16 @@ def train(options: argparse.Namespace) -> int:
     trainer = _trainer(load_config(options.file, options.overrides))
     allowed = ["--allow-changes"] if options.allow_changes else []
     words = ["rankup", "train", str(options.file), *options.overrides, "--resume", *allowed]
-    to_go_on = f"to go on: {shlex.join(words)}"
+    how_to_resume = f"to resume: {shlex.join(words)}"
     try:
         trainer.train(resume_from_checkpoint=options.resume, allow_changes=options.allow_changes)
     except RunInterrupted as interruption:
         if interruption.code == 0:
-            print(to_go_on)
+            print(how_to_resume)
         raise
-    except Exception as error:  # it goes on; said beside it is what a user will want next
+    except Exception as error:  # raised again, with a note about what the user will want next
         if trainer.can_resume:
-            error.add_note(to_go_on)
+            error.add_note(how_to_resume)
         raise
     return 0
 
@@ -145,12 +145,12 @@ def evaluate(options: argparse.Namespace) -> int:
     run_or_file: Path = options.file
     adapter = run_or_file / "adapter" if run_or_file.is_dir() else None
     config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
-    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine is started for it
-        raise ValueError(f"no adapter in {adapter}: {run_or_file} is not the folder of a run, or the run saved none")
+    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine starts
+        raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
     trainer = _trainer(load_config(config_file, options.overrides))
     reward = trainer.evaluate(adapter=adapter)
     count = len(trainer.setup.eval_prompts or ())
-    print(f"{adapter or trainer.config.model.name}: reward {reward:.4f} on {count} prompts, greedy")
+    print(f"{adapter or trainer.config.model.name}: reward {reward:.4f} on {count} prompts, sampled greedily")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands `rankup new reward` and `rankup reward`: begin a reward function, and try one without training.
+"""The commands `rankup new reward` and `rankup reward`: write a template of a reward function, and try one without training.
 
     rankup new reward short_answers                                     # short_answers.py and its test
     rankup reward short_answers.py:short_answers --data runs/quickstart # on the completions that the run has saved
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -25,11 +26,12 @@ from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
+from ...rewards.texts import text_of
 from ..run.completions import read_completions
 
 EXAMPLES = """examples:
-  rankup new reward short_answers                                        short_answers.py, and test_short_answers.py beside it
-  rankup reward short_answers.py:short_answers --data runs/quickstart    on the completions that a run has saved
+  rankup new reward short_answers                                        writes short_answers.py and test_short_answers.py
+  rankup reward short_answers.py:short_answers --data runs/quickstart    on the saved completions of a run
   rankup reward last_integer --data rows.jsonl --json                    on a file with columns completion, answer, ...
   rankup reward soft_overlong --kwargs "{max_completion_length: 24, cache_tokens: 8}" --data runs/quickstart
 """
@@ -37,17 +39,17 @@ EXAMPLES = """examples:
 REWARD_TEMPLATE = '''"""A reward for rankup and TRL: {title}.
 
     rewards:
-      functions: {name}.py:{name}          # in the run file, beside the run file or in the working directory
+      functions: {name}.py:{name}          # found next to the run file or in the working directory
 
-Try it on what a run has sampled, without training: rankup reward {name}.py:{name} --data runs/RUN
+Try it on the completions of a run, without training: rankup reward {name}.py:{name} --data runs/RUN
 """
 
 
 def {name}(completions, **kwargs):
-    """One number a completion; None where the reward does not apply to a row.
+    """One number for each completion; None if the reward does not apply to it.
 
-    Completions of one prompt come together: strings, or lists of messages where the prompt is a conversation. Further
-    arguments by name: `prompts`, `completion_ids` (token ids), every other column of the data (`answer`, say),
+    `completions` has all completions of one prompt: strings, or lists of messages if the prompt is a conversation. Further
+    keyword arguments: `prompts`, `completion_ids` (token ids), every other column of the data (such as `answer`),
     `trainer_state.global_step`, `log_metric(name, value)`, `log_extra(column, values)`.
     """
     return [1.0 if 0 < len(text_of(completion).split()) <= 20 else 0.0 for completion in completions]
@@ -57,7 +59,7 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 '''
 
-TEST_TEMPLATE = '''"""Known answers. A reward that is wrong trains the wrong thing, and nothing else will say so."""
+TEST_TEMPLATE = '''"""Completions with a known reward. A wrong reward trains the wrong behavior, and nothing else tells you."""
 
 from {name} import {name}
 
@@ -77,8 +79,8 @@ def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
             name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    new = command("new", "write an example to begin with")
-    new.add_argument("what", choices=["reward"], help="what to begin")
+    new = command("new", "write a template to start from")
+    new.add_argument("what", choices=["reward"], help="what to write")
     new.add_argument("name", help="name of the function and of its file")
     new.add_argument("--dir", type=Path, default=Path(), help="folder to write to (default: the working directory)")
     new.set_defaults(command=new_reward)
@@ -89,29 +91,29 @@ def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "--data", type=Path, required=True, help="a run folder, or a .parquet or .jsonl file with a column `completion`"
     )
     reward.add_argument("--kwargs", help="arguments of a factory, as YAML or JSON: '{tokens: 100}'")
-    reward.add_argument("--rows", type=int, default=256, help="completions to score at most, the newest (default 256)")
+    reward.add_argument("--rows", type=int, default=256, help="score at most this many completions, the newest (default 256)")
     reward.add_argument(
-        "--isolation", choices=["inline", "process", "ray"], default="inline", help="where it runs (default inline)"
+        "--isolation", choices=["inline", "process", "ray"], default="inline", help="where the function runs (default inline)"
     )
-    reward.add_argument("--timeout", type=float, default=60.0, help="seconds a prompt's completions may take, unless inline")
+    reward.add_argument("--timeout", type=float, default=60.0, help="seconds per prompt, unless inline (default 60)")
     reward.add_argument("--json", action="store_true", help="print the rows and the summary as one JSON object")
     reward.set_defaults(command=try_reward)
     for parser in (new, reward):
-        parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+        parser.add_argument("--traceback", action="store_true", help="show an error's traceback")
 
 
 def new_reward(options: argparse.Namespace) -> int:
     """`rankup new reward NAME`"""
     name: str = options.name
     if not name.isidentifier():
-        raise ValueError(f"{name!r} cannot be a function's name: use letters, digits and underscores")
+        raise ValueError(f"{name!r} cannot be the name of a function: use letters, digits and underscores")
     files = {
         options.dir / f"{name}.py": REWARD_TEMPLATE.format(name=name, title=name.replace("_", " ")),
         options.dir / f"test_{name}.py": TEST_TEMPLATE.format(name=name),
     }
     for path in files:
         if path.exists():
-            raise ValueError(f"{path} exists already: choose another name, or remove it")
+            raise ValueError(f"{path} already exists: choose another name, or remove it")
     options.dir.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
         path.write_text(text, encoding="utf-8")
@@ -128,7 +130,7 @@ def new_reward(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What a function gave for saved completions; `recorded` is what the run itself had for it, if it did."""
+    """The rewards of saved completions; `recorded` are those that the run itself has recorded, if it used the function."""
 
     name: str
     completions: list[Any]
@@ -149,7 +151,7 @@ class Trial:
             "max": max(known, default=None),
             "none": len(self.rewards) - len(known),
             "failed": sum(error is not None for error in self.errors),
-            "milliseconds_a_completion": 1000 * self.seconds / max(1, len(self.rewards)),
+            "milliseconds_per_completion": 1000 * self.seconds / max(1, len(self.rewards)),
         }
         if self.recorded is not None:
             pairs = zip(self.rewards, self.recorded, strict=True)
@@ -187,7 +189,7 @@ def try_reward(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A saved completion with the data set's columns; `rewards` are what the run gave it, by function."""
+    """A saved completion with the data set's columns; `rewards` are those that the run has recorded, by function."""
 
     prompt: Any
     completion: Any
@@ -203,7 +205,7 @@ def _read_rows(source: Path) -> list[_Row]:
     folder = source if source.name == "completions" else source / "completions"
     files = sorted(folder.glob("step_*.parquet"))
     if not files:
-        raise ValueError(f"{source} holds no saved completions: name the folder of a run, or a .parquet or .jsonl file")
+        raise ValueError(f"{source} has no saved completions: give a run folder, or a .parquet or .jsonl file")
     return [_row_of_run(row) for file in files for row in read_completions(file)]
 
 
@@ -220,13 +222,13 @@ def _rows_of_file(path: Path) -> list[_Row]:
         raise ValueError(f"cannot read {path}: give a run folder, or a .parquet or .jsonl file")
     if not rows or "completion" not in rows[0]:
         raise ValueError(f"{path} has no column `completion`")
-    own = ("prompt", "completion", *RESERVED_ARGUMENTS)
+    not_columns = ("prompt", "completion", *RESERVED_ARGUMENTS)
     return [
         _Row(
             prompt=row.get("prompt", ""),
             completion=_as_conversation(row.get("prompt", ""), row["completion"]),
             completion_ids=list[int](row.get("completion_ids") or ()),
-            columns={name: value for name, value in row.items() if name not in own},
+            columns={name: value for name, value in row.items() if name not in not_columns},
             rewards={},
         )
         for row in rows
@@ -245,7 +247,7 @@ def _row_of_run(row: Mapping[str, Any]) -> _Row:
 
 
 def _as_conversation(prompt: Any, completion: Any) -> Any:
-    """A completion as reward functions get it: a conversation where the prompt is one."""
+    """A completion as reward functions get it: a conversation if the prompt is one."""
     if isinstance(prompt, str) or not isinstance(completion, str):
         return completion
     return [{"role": "assistant", "content": completion}]
@@ -262,13 +264,8 @@ def _parsed(prompt: Any) -> Any:
 
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
-    """Score rows as a run would: the completions of one prompt together."""
-    groups: list[list[_Row]] = []
-    for row in rows:
-        if groups and groups[-1][0].prompt == row.prompt and groups[-1][0].columns == row.columns:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+    """Score rows as a run would: all completions of a prompt in one call."""
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: (row.prompt, row.columns))]
     (name,) = scorer.names
     scorer.check_columns(rows[0].columns)
     started = time.perf_counter()
@@ -300,7 +297,7 @@ def _equal(now: float | None, then: float | None) -> bool:
 
 
 def _show(trial: Trial) -> None:
-    """A summary, and the completions with the highest and the lowest reward."""
+    """Print a summary, and the completions with the highest and the lowest rewards."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -312,15 +309,11 @@ def _show(trial: Trial) -> None:
     console.print(table)
     ranked = sorted((r, i) for i, r in enumerate(trial.rewards) if r is not None)
     examples = Table(box=None, title="highest and lowest", title_justify="left", title_style="bold")
-    examples.add_column("reward", justify="right")
+    examples.add_column("reward", justify="right", no_wrap=True, min_width=6)
     examples.add_column("completion", overflow="ellipsis", no_wrap=True)
     for reward, index in dict.fromkeys([*reversed(ranked[-3:]), *reversed(ranked[:3])]):
-        completion = trial.completions[index]
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        examples.add_row(f"{reward:.3g}", escape(" ".join(text.split())))
+        examples.add_row(f"{reward:.3g}", escape(" ".join(text_of(trial.completions[index]).split())))
     if ranked:
         console.print(examples)
     for reason in dict.fromkeys(error for error in trial.errors if error is not None):
-        console.print(f"failed: {escape(reason)}")
-
-
+        console.print(f"failed: {escape(reason)}", soft_wrap=True)

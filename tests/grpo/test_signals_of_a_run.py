@@ -77,11 +77,11 @@ def test_a_signal_ends_the_command_with_status_0_and_it_goes_on_to_the_same_end(
     assert (stopped.returncode, error) == (0, "")
     lines = out.splitlines()
     assert any("SIGINT: finishing this step, then saving" in line for line in lines)
-    (to_go_on,) = [line.removeprefix("to go on: ") for line in lines if line.startswith("to go on: ")]
-    assert to_go_on == "rankup train run.yaml logging.output_dir=stopped --resume"
+    (how_to_resume,) = [line.removeprefix("to resume: ") for line in lines if line.startswith("to resume: ")]
+    assert how_to_resume == "rankup train run.yaml logging.output_dir=stopped --resume"
     assert json.loads((project / "stopped" / "summary.json").read_text())["interrupted"]
 
-    program, *words = shlex.split(to_go_on)
+    program, *words = shlex.split(how_to_resume)
     assert program == "rankup"
     resumed = start(project, *words)
     out, error = resumed.communicate(timeout=300)
@@ -117,7 +117,7 @@ def test_an_error_says_how_to_go_on(no_other_engine, project: Path):
     assert "the newest checkpoint is failed/checkpoints/step_000002" in out
     lines = error.splitlines()
     assert lines[0].startswith("rankup: error: reward function 'low_ids' failed")
-    assert lines[-1].startswith("to go on: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")
+    assert lines[-1].startswith("to resume: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")
 
 
 def test_the_soak_script_kills_resumes_and_counts(no_other_engine, project: Path, tmp_path: Path):

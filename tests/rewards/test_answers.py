@@ -62,7 +62,7 @@ def test_the_last_integer_is_found(completion, integer):
 @pytest.mark.parametrize(
     "completion", ["", "no number", "12.5", ".5", "0.42", "$.12", "42, or rather 42.5", "five", "1" * 10_000, "-12"]
 )
-def test_without_the_integer_at_the_end_there_is_no_reward(completion):
+def test_without_the_integer_at_the_end_the_reward_is_0(completion):
     assert last_integer([completion] * 3, answer=[12, 5, 42]) == [0.0, 0.0, 0.0]
 
 
@@ -177,7 +177,7 @@ def test_all_reference_answers_of_gsm8k_are_read(gsm8k_answers):
 @pytest.mark.parametrize("reward", [last_integer, last_number])
 @pytest.mark.parametrize("form", ["The answer is {}.", "**{}**", r"So it is \boxed{{{}}}", "Half of 10 is 5.\n#### {}\n"])
 def test_gsm8k_completions_in_usual_forms(gsm8k_answers, reward, form):
-    answers = [text.rpartition("\n")[2] for text in gsm8k_answers]  # the last line: the whole texts are read above
+    answers = [text.rpartition("\n")[2] for text in gsm8k_answers]  # the last line; the complete texts are read above
     numbers = [int(text.removeprefix("#### ").replace(",", "")) for text in answers]
     for style in ("{}", "{:,}"):
         right = [form.format(style.format(number)) for number in numbers]

@@ -80,7 +80,7 @@ def as_messages(role: str, texts: list[str]) -> list[list[dict[str, str]]]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRL currently supports vLLM:UserWarning")
-def test_texts_get_what_trl_gives_them(classifiers, rewards_of_trl):
+def test_texts_get_the_same_rewards_as_in_trl(classifiers, rewards_of_trl):
     for kind, expected in rewards_of_trl(PROMPTS, COMPLETIONS).items():
         assert len({round(reward, 4) for reward in expected}) == 5
         for batch_size in (1, 2, 16):
@@ -90,7 +90,7 @@ def test_texts_get_what_trl_gives_them(classifiers, rewards_of_trl):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRL currently supports vLLM:UserWarning")
-def test_conversations_get_what_trl_gives_them(classifiers, rewards_of_trl):
+def test_conversations_get_the_same_rewards_as_in_trl(classifiers, rewards_of_trl):
     prompts, completions = as_messages("user", PROMPTS), as_messages("assistant", COMPLETIONS)
     prompts[1].insert(0, {"role": "system", "content": "Be kind."})
     completions[2] += [{"role": "tool", "content": "5"}, {"role": "assistant", "content": "so 5"}]
@@ -146,32 +146,32 @@ def test_it_is_pickled_without_its_weights(classifiers):
     assert (copy.__name__, copy(prompts=PROMPTS, completions=COMPLETIONS)) == ("llama", rewards)
 
 
-# ------------------------------------------------------------------------------------------ what cannot work
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("two labels", 2), ("three labels", 3)])
-def test_more_than_one_label_is_refused(classifiers, kind, labels):
-    with pytest.raises(ValueError, match=rf"is no reward model: its .* gives {labels} labels, and a reward is one"):
+def test_more_than_one_label_is_an_error(classifiers, kind, labels):
+    with pytest.raises(ValueError, match=rf"is not a reward model: its .* has {labels} labels instead of one"):
         SequenceClassifier(str(classifiers[kind]), device="cpu")(prompts=["p"], completions=["c"])
 
 
-def test_a_language_model_is_refused(tiny_model_path):
-    with pytest.raises(ValueError, match=r"is no sequence classifier: its score\.weight would be random"):
+def test_a_language_model_is_an_error(tiny_model_path):
+    with pytest.raises(ValueError, match=r"is not a sequence classifier: its score\.weight would be random"):
         SequenceClassifier(str(tiny_model_path("llama")), device="cpu")(prompts=["p"], completions=["c"])
 
 
-def test_a_text_that_is_too_long_is_refused(tmp_path):
+def test_a_text_that_is_too_long_is_an_error(tmp_path):
     folder = make_classifier(tmp_path / "short", "Bert")
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 20
     tokenizer.save_pretrained(folder)
     classifier = SequenceClassifier(str(folder), device="cpu")
     assert len(classifier(prompts=["p" * 10], completions=["c" * 10])) == 1
-    with pytest.raises(ValueError, match="short takes 20 tokens, but prompt and completion have 21"):
+    with pytest.raises(ValueError, match="short accepts 20 tokens, but prompt and completion have 21"):
         classifier(prompts=["p" * 10], completions=["c" * 11])
 
 
-def test_a_batch_size_below_one_is_refused():
+def test_a_batch_size_below_one_is_an_error():
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         SequenceClassifier("rm", batch_size=0)
 

@@ -145,7 +145,7 @@ def test_stdin_stdout(name, run_scores):
 
 
 @needs_bubblewrap
-def test_what_counts_as_the_same_output():
+def test_which_outputs_count_as_equal():
     cases = [
         ("a  \nb\t\n\n", "a\nb", 1.0),
         ("a\r\nb", "a\nb\n", 1.0),
@@ -218,7 +218,7 @@ def test_a_forgery_scores_nothing(name, forged):
 
 
 @needs_bubblewrap
-def test_what_the_docstring_admits():
+def test_the_forgery_that_the_docstring_mentions():
     equal_to_all = "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()"
     assert unit_tests(timeout=PATIENT)(completions=[equal_to_all], tests=[TESTS]) == [1.0]
     assert "`__eq__`" in (unit_tests.__doc__ or "")
@@ -304,7 +304,7 @@ def test_arguments_that_make_no_sense(factory, wrong):
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_without_bubblewrap_the_factory_refuses(factory, monkeypatch, tmp_path):
+def test_without_bubblewrap_the_factory_raises(factory, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"apt install bubblewrap.*unsafe_local: true"):
         factory()

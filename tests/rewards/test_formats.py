@@ -80,7 +80,7 @@ def test_tags_of_other_names():
 
 
 @given(TEXT, TEXT, st.sampled_from(["", " ", "\n\n"]))
-def test_what_is_inside_the_tags_does_not_matter_until_it_holds_a_tag(thought, answer, gap):
+def test_any_content_of_the_tags_is_allowed_except_a_tag(thought, answer, gap):
     completion = f"{gap}<think>{thought}</think>{gap}<answer>{answer}</answer>{gap}"
     assert tags()(completions=[completion, completion + "x", completion.replace("</think>", "")]) == [1, 0, 0]
 
@@ -110,12 +110,12 @@ def test_matches(options, scores):
 @pytest.mark.parametrize(
     ("pattern", "flags", "message"),
     [
-        ("a(b", [], r"cannot read the regular expression 'a\(b'"),
+        ("a(b", [], r"invalid regular expression 'a\(b'"),
         ("(?a)a", ["ASCII", "DOTTED"], "unknown regular expression flag 'DOTTED': choose from ASCII"),
-        ("(?u)a", ["ASCII"], "cannot read the regular expression"),
+        ("(?u)a", ["ASCII"], "invalid regular expression"),
     ],
 )
-def test_a_pattern_that_is_none(pattern, flags, message):
+def test_an_invalid_pattern(pattern, flags, message):
     with pytest.raises(ValueError, match=message):
         matches(pattern, flags=flags)
 
@@ -180,14 +180,14 @@ def test_json_schema_of_each_row():
         ([1], "must be a mapping"),
     ],
 )
-def test_an_invalid_schema_is_refused(schema, message):
+def test_an_invalid_schema_is_an_error(schema, message):
     with pytest.raises(ValueError, match=f"the schema {message}"):
         json_schema(schema)
     with pytest.raises(ValueError, match=f"the schema of row 1 {message}"):
         json_schema()(completions=["1", "2"], schema=[{}, json.dumps(schema)])
 
 
-def test_a_row_whose_schema_is_no_json():
+def test_a_row_whose_schema_is_not_json():
     with pytest.raises(ValueError, match="the schema of row 0 is not JSON"):
         json_schema()(completions=["1"], schema=["{"])
 

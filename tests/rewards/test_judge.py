@@ -101,7 +101,7 @@ def test_a_reply_that_cannot_be_read_gives_none(echo):
         ((400, "too long for the model"), "[no score: the endpoint refused the request: "),
     ],
 )
-def test_what_concerns_one_row_gives_none(server, answer, shown):
+def test_a_failure_of_one_row_gives_none(server, answer, shown):
     server.answer = lambda question: answer if question == "bad" else question
     answers = ask(make(server), ["8", "bad"])
     assert answers.rewards == [0.8, None]
@@ -123,7 +123,7 @@ def test_a_judge_that_never_gives_a_score_stops_the_run(echo):
     assert ask(make(echo, on_failure="none"), ["x"] * 32).rewards == [None] * 32
 
 
-def test_a_judge_that_has_given_scores_goes_on(echo):
+def test_a_judge_that_has_given_scores_continues(echo):
     reward = make(echo)
     assert ask(reward, ["1"]).rewards == [0.1]
     assert ask(reward, ["x"] * 40).rewards == [None] * 40
@@ -183,7 +183,7 @@ def three_texts(echo) -> Any:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.text(alphabet="{}ab0!:.[]\n", max_size=12), min_size=1, max_size=6))
-def test_braces_in_the_texts_are_left_alone(echo, runner, three_texts, texts):
+def test_braces_in_the_texts_are_not_interpreted(echo, runner, three_texts, texts):
     before = len(echo.questions)
     runner.run(three_texts(prompts=texts, completions=texts, answer=texts))
     assert sorted(echo.questions[before:]) == sorted(f"{text}|{text}|{text} 1" for text in texts)
@@ -193,12 +193,12 @@ def test_a_column_that_is_missing_is_named():
     reward = judge(model="m", base_url="http://localhost:1/v1", prompt="{completion} {solution}")
     with pytest.raises(ValueError, match=r"has \{solution\}, .* \(there are prompt, completion, low, high, answer\)"):
         ask(reward, ["c"], answer=[1])
-    with pytest.raises(ValueError, match=r"'judge' asks for 'solution'.* \(columns: answer\)"):
+    with pytest.raises(ValueError, match=r"'judge' requires 'solution'.* \(columns: answer\)"):
         scorer_of(reward).check_columns(["answer"])
     scorer_of(reward).check_columns(["solution", "answer"])
 
 
-def test_a_row_whose_column_is_none_is_not_asked_for(server):
+def test_a_row_whose_column_is_none_is_not_judged(server):
     answers = ask(make(server, prompt="{completion} {answer}"), ["a", "b"], answer=[None, 3])
     assert answers.rewards == [None, 0.3]
     assert (answers.extras["judge_reply"], answers.metrics) == ([None, "b 3"], {"judge/failed_ratio": 0.0})
@@ -225,7 +225,7 @@ def test_a_row_whose_column_is_none_is_not_asked_for(server):
         ({"base_url": "localhost:8000/v1"}, "must begin with http"),
     ],
 )
-def test_arguments_that_cannot_work(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         judge(**{"model": "m", "base_url": "http://localhost:1/v1", **options})
 
@@ -233,7 +233,7 @@ def test_arguments_that_cannot_work(options, message):
 # ------------------------------------------------------------------------------------------ keys
 
 
-def test_the_key_comes_from_the_variable_that_is_named(server, monkeypatch):
+def test_the_key_comes_from_the_given_variable(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     monkeypatch.setenv("OPENAI_API_KEY", "other")
     for options in ({"api_key_variable": "JUDGE_KEY"}, {}, {"api_key_variable": None}):
@@ -261,14 +261,14 @@ def test_a_key_in_place_of_the_name_is_not_shown():
     assert "secret" not in str(raised.value)
 
 
-# ------------------------------------------------------------------------------------------ requests under way
+# ------------------------------------------------------------------------------------------ concurrent requests
 
 
-def test_the_bound_on_requests_is_reached_and_kept_over_calls(server):
+def test_the_limit_on_concurrent_requests_is_reached_and_holds_across_calls(server):
     together = threading.Barrier(3)
 
     def answer(question):
-        together.wait(timeout=20)  # breaks, and fails the request, unless three are under way at a time
+        together.wait(timeout=20)  # breaks, and fails the request, unless three run concurrently
         time.sleep(0.05)  # a fourth would arrive now
         return question
 
@@ -280,10 +280,10 @@ def test_the_bound_on_requests_is_reached_and_kept_over_calls(server):
         return await asyncio.gather(*calls)
 
     assert asyncio.run(two_calls()) == [[0.5] * 6] * 2
-    assert server.most_under_way == 3
+    assert server.max_concurrent == 3
 
 
-def test_connections_are_kept_from_call_to_call(server):
+def test_connections_are_reused_across_calls(server):
     scorer = scorer_of(make(server, concurrency=1))
     for _ in range(3):
         scores = scorer.score(Inputs(prompts=["p"] * 2, completions=["4", "5"], completion_ids=[[1]] * 2))
@@ -327,7 +327,7 @@ def test_a_failed_request_is_sent_again(server, status):
         ({"status": "fine"}, "not as a chat endpoint does: does base_url end in /v1"),
     ],
 )
-def test_a_failing_endpoint_stops_the_run_unless_told_otherwise(server, answer, message):
+def test_a_failing_endpoint_stops_the_run_by_default(server, answer, message):
     server.answer = lambda question: answer
     with pytest.raises(JudgeError, match=message.replace("(", r"\(").replace(")", r"\)")):
         ask(make(server, retries=1), ["4"])
@@ -336,7 +336,7 @@ def test_a_failing_endpoint_stops_the_run_unless_told_otherwise(server, answer, 
     assert all(reply.startswith("[no score: ") for reply in answers.extras["judge_reply"])
 
 
-def test_after_a_failure_the_other_rows_are_not_asked_for(server):
+def test_after_a_failure_the_other_rows_are_not_judged(server):
     server.answer = lambda question: (401, "bad key")
     with pytest.raises(JudgeError):
         ask(make(server, concurrency=1), ["4"] * 20)

@@ -63,7 +63,7 @@ def test_dataclasses_and_pickle_work_in_a_file(tmp_path):
     assert pickle.loads(pickle.dumps(grade)) == grade
 
 
-def test_a_file_may_import_its_neighbours_and_sys_path_stays_as_it_was(tmp_path, monkeypatch):
+def test_a_file_may_import_files_next_to_it_and_sys_path_is_restored(tmp_path, monkeypatch):
     (tmp_path / "helper_beside_reward.py").write_text("value = 7\n")
     (tmp_path / "json.py").write_text("raise RuntimeError('hides the standard library')\n")
     (tmp_path / "reward.py").write_text("import json\nimport helper_beside_reward\ntext = json.dumps([1])\n")
@@ -89,7 +89,7 @@ def test_a_malformed_spec_says_how_to_write_it(spec):
         load_object(spec)
 
 
-def test_a_path_without_py_is_told_to_end_in_py():
+def test_a_path_without_py_is_an_error_that_says_so():
     with pytest.raises(ValueError, match=r"must end in \.py, as in rewards/mine\.py:f"):
         load_object("rewards/mine:f")
 
@@ -103,7 +103,7 @@ def test_a_missing_function_names_the_near_ones(tmp_path):
         load_object(f"{file}:zzz")
 
 
-def test_a_missing_module_is_told_from_a_missing_import_inside_one(tmp_path):
+def test_a_missing_module_is_distinguished_from_a_missing_import_inside_one(tmp_path):
     with pytest.raises(ValueError, match=r"^no module 'no_such_package\.rewards'"):
         load_object("no_such_package.rewards:f")
     (tmp_path / "imports_nothing_good.py").write_text("import no_such_package\n")
@@ -140,7 +140,7 @@ def test_a_syntax_error_is_one_line_with_its_place(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_class_or_a_number_is_no_reward():
+def test_a_class_or_a_number_is_not_a_reward():
     with pytest.raises(ValueError, match="is a class: name an instance"):
         load_reward("collections:OrderedDict")
     with pytest.raises(ValueError, match="is not callable: it is a float"):
@@ -210,15 +210,15 @@ def test_kwargs_make_the_reward_function(tmp_path):
     above = load_reward(f"{tmp_path}/made.py:above", kwargs={"limit": 1, "strict": False})
     assert above(completions=["a", ""]) == [True, False]
     assert load_reward(f"{tmp_path}/made.py:Above", kwargs={"limit": 0})(completions=["a", ""]) == [True, False]
-    with pytest.raises(ValueError, match=r"cannot be made with its kwargs \(lmit\): .*'limit'"):
+    with pytest.raises(ValueError, match=r"does not accept its kwargs \(lmit\): .*'limit'"):
         load_reward(f"{tmp_path}/made.py:above", kwargs={"lmit": 1})
-    with pytest.raises(ValueError, match="takes no kwargs: it is a int"):
+    with pytest.raises(ValueError, match="cannot be given kwargs: it is a int, not a factory"):
         load_reward(f"{tmp_path}/made.py:number", kwargs={})
     with pytest.raises(ValueError, match="is a class: name an instance of it or a function, or give its kwargs"):
         load_reward(f"{tmp_path}/made.py:Above")
 
 
-def test_a_factory_that_was_given_no_kwargs_says_so(tmp_path):
+def test_a_factory_without_kwargs_is_an_error_that_says_so(tmp_path):
     (tmp_path / "made.py").write_text("def anything():\n    return lambda completions, **kwargs: [0.0] * len(completions)\n")
-    with pytest.raises(ValueError, match="returned a function: it makes reward functions, so give it `kwargs`"):
+    with pytest.raises(ValueError, match="returned a function: it is a factory, so give it `kwargs`"):
         scorer_of(f"{tmp_path}/made.py:anything").score(Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]]))

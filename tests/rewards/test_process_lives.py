@@ -1,4 +1,4 @@
-"""Reward processes die, hang, print and hold on in every way, and the caller always gets an answer."""
+"""Reward processes die, hang, print and keep descriptors open in every way, and the caller always gets an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scored import UnreadableError, inputs, length, obeys
 from rankup.rewards.contract import RewardError
 
 
-def test_what_functions_print_is_printed_here(make_scorer, capfd):
+def test_output_of_functions_is_printed_here(make_scorer, capfd):
     def prints(completions, **kwargs):
         print("from a reward function")
         os.write(2, b"and without a line's end")
@@ -35,7 +35,7 @@ def test_a_process_that_dies_costs_its_call_and_is_replaced(make_scorer, fault, 
     assert scorer.score(inputs("fine")).total == [1.0]
 
 
-def test_the_last_output_of_a_process_that_died_is_told(make_scorer):
+def test_the_last_output_of_a_process_that_died_is_reported(make_scorer):
     with pytest.raises(RewardError, match="on its way out"):
         make_scorer(obeys).score(inputs("exit 1"))
 
@@ -58,7 +58,7 @@ def test_a_process_is_killed_with_its_children(make_scorer, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_the_whole_job_are_the_parents_to_answer(make_scorer, number):
-    """Schedulers send them to every process; a step that is under way must still be scored. What users start can be ended."""
+    """Schedulers send them to every process; the current step must still be scored. Programs of the user still end on them."""
 
     def is_told(completions, number, **kwargs):
         with subprocess.Popen(["sleep", "600"]) as child:
@@ -70,7 +70,7 @@ def test_signals_to_the_whole_job_are_the_parents_to_answer(make_scorer, number)
     assert make_scorer(is_told, num_workers=1).score(inputs("a", number=[int(number)])).total == [1.0]
 
 
-def test_what_a_function_forks_is_ended_by_signals_as_ever(make_scorer):
+def test_processes_that_a_function_forks_end_on_signals_as_usual(make_scorer):
     """`multiprocessing` ends its processes by SIGTERM, which they must not have learned to ignore."""
 
     def forks(completions, **kwargs):
@@ -95,7 +95,7 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("chunk", [b"x\n" * 32768, b"x" * 65536])
-def test_printing_without_end_does_not_put_off_the_limit(make_scorer, capfd, chunk):
+def test_endless_printing_does_not_delay_the_time_limit(make_scorer, capfd, chunk):
     def prints(completions, **kwargs):
         while True:
             os.write(1, chunk)
@@ -107,7 +107,7 @@ def test_printing_without_end_does_not_put_off_the_limit(make_scorer, capfd, chu
     capfd.readouterr()
 
 
-def test_a_process_that_dies_is_noticed_though_a_child_holds_its_descriptors(make_scorer):
+def test_the_death_of_a_process_is_noticed_while_a_child_holds_its_descriptors(make_scorer):
     def leaves_a_child(completions, **kwargs):
         if os.fork() == 0:
             os.setsid()
@@ -139,10 +139,10 @@ def test_an_answer_that_cannot_be_read_fails_its_call(make_scorer):
     scorer = make_scorer([logs, length], on_error="none", num_workers=1)
     scores = scorer.score(inputs("a"))
     assert scores.by_function == {"logs": [None], "length": [1.0]}
-    assert "cannot be read" in str(scores.errors)
+    assert "cannot be unpickled" in str(scores.errors)
 
 
-def test_output_that_cannot_be_shown_fails_nothing(make_scorer, monkeypatch):
+def test_output_that_cannot_be_shown_does_not_fail_a_call(make_scorer, monkeypatch):
     def prints(completions, **kwargs):
         print("größer")
         return [1.0]
@@ -156,7 +156,7 @@ def test_output_that_cannot_be_shown_fails_nothing(make_scorer, monkeypatch):
     assert scorer.score(inputs("a")).total == [1.0], "nobody reads any more"
 
 
-def test_closing_leaves_no_result_that_never_comes(make_scorer):
+def test_closing_completes_every_future(make_scorer):
     scorer = make_scorer(length, on_error="none")
     pending = [scorer.submit(inputs("a")) for _ in range(60)]
     scorer.close()

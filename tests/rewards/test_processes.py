@@ -1,4 +1,4 @@
-"""Rewards in processes are called as inline, and what one does wrong costs its own rows only."""
+"""Rewards in processes are called in the same way as inline, and a failure affects only its rows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_processes_persist(make_scorer):
     assert scorer.score(inputs("a")).total == scorer.score(inputs("b")).total
 
 
-def test_a_file_s_neighbours_and_a_factory_s_arguments_reach_the_process(make_scorer, tmp_path):
+def test_files_next_to_the_file_and_arguments_of_a_factory_reach_the_process(make_scorer, tmp_path):
     (tmp_path / "helper_of_a_reward.py").write_text("value = 7\n")
     (tmp_path / "reward.py").write_text(
         "import helper_of_a_reward\ndef plus(amount):\n    def reward(completions, **kwargs):\n"
@@ -64,7 +64,7 @@ def test_a_file_s_neighbours_and_a_factory_s_arguments_reach_the_process(make_sc
     del sys.modules["helper_of_a_reward"]
 
 
-def test_async_functions_stay_beside_the_trainer(make_scorer):
+def test_async_functions_run_in_the_trainer_s_process(make_scorer):
     async def process(completions, **kwargs):
         return [float(os.getpid())]
 
@@ -87,7 +87,7 @@ def test_an_exception_stops_with_function_rows_and_traceback(make_scorer):
     with pytest.raises(RewardError, match=r"'obeys' failed on rows 0 to 1 \(first prompt: 'p'\): KeyError: 'gold'") as caught:
         scorer.score(inputs("fine", "raise gold"))
     assert "in obeys" in str(caught.value) and "raise KeyError(argument)" in str(caught.value)
-    assert "contract.py" not in str(caught.value), "the traceback is the user's own"
+    assert "contract.py" not in str(caught.value), "only frames of the user's code"
     assert scorer.score(inputs("fine")).total == [1.0], "the process lives on"
 
 
@@ -99,7 +99,7 @@ def test_a_bad_value_is_a_value_error_as_inline(make_scorer):
         make_scorer(few).score(inputs("a"))
 
 
-def test_a_call_that_hangs_is_killed_and_the_others_are_not_held_up(make_scorer):
+def test_a_call_that_hangs_is_killed_and_does_not_delay_the_others(make_scorer):
     scorer = make_scorer(obeys, timeout=1.0, on_error="none")
     scorer.score(inputs("fine"))  # the processes have started
     started = time.monotonic()
@@ -113,7 +113,7 @@ def test_a_call_that_hangs_is_killed_and_the_others_are_not_held_up(make_scorer)
     assert scores.errors == {"obeys": ["no answer in 1 s: its process was killed"] * 2}
 
 
-def test_a_long_limit_is_no_error(make_scorer):
+def test_a_very_long_time_limit_works(make_scorer):
     assert make_scorer(length, timeout=1e9).score(inputs("ab")).total == [2.0]
 
 
@@ -133,7 +133,7 @@ def test_a_number_on_error_is_the_reward_of_the_call_s_rows(make_scorer):
     assert list(scores.errors) == ["obeys"]
 
 
-def test_with_one_row_a_call_a_failure_costs_one_row(make_scorer):
+def test_with_one_row_per_call_a_failure_costs_one_row(make_scorer):
     scorer = make_scorer(obeys, on_error="none", rows_per_call=1)
     scores = scorer.score(inputs("fine", "raise it", "fine"))
     assert scores.total == [1.0, None, 1.0]
@@ -182,7 +182,7 @@ def test_a_file_that_is_changed_during_the_run_fails_its_calls(make_scorer, tmp_
     assert "has changed since the run began" in str(scorer.score(inputs("a")).errors)
 
 
-def test_what_cannot_be_pickled_is_refused_by_name():
+def test_a_function_that_cannot_be_pickled_is_an_error_that_names_it():
     lock = threading.Lock()
 
     def holds(completions, **kwargs):
@@ -190,5 +190,5 @@ def test_what_cannot_be_pickled_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"'holds' cannot be sent to a process.*inline"):
         scorer_of(holds, isolation="process")
-    holds.isolation = "inline"
+    holds.isolation = "inline"  # type: ignore[attr-defined]
     assert scorer_of(holds, isolation="process").score(inputs("a")).total == [0.0]

@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, one that asks for a token and one that does not."""
+"""The connection to a Ray cluster that requires a token, and to one that does not."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ print("connected:", ray.is_initialized())
 
 @pytest.fixture(params=["unset", "disabled"])
 def environment(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """What joins a cluster that has found a token in the home folder when it started, and uses it unless it is told not to."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a short path: it becomes part of sockets' names
+    """The environment of a client of a cluster that found a token in the home folder when it started."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a short path, as it becomes part of socket names
         token = Path(folder, "home", ".ray", "auth_token")
         token.parent.mkdir(parents=True)
         token.write_text("0123456789abcdef" * 4)

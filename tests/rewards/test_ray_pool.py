@@ -1,4 +1,4 @@
-"""Rewards in a Ray cluster of several nodes: called as inline, none lost and none counted twice, whatever dies."""
+"""Rewards in a Ray cluster of several nodes: called in the same way as inline, none lost and none counted twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 * 2**20}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
-    """Three nodes of two CPUs. One scorer keeps the connection, so that Ray's workers outlive the single tests."""
+    """Three nodes of two CPUs. One scorer holds the connection, so that Ray's workers live through all tests."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
@@ -39,10 +39,10 @@ def cluster() -> Iterator:
         for _ in range(2):
             nodes.add_node(**NODE)
         nodes.wait_for_nodes()
-        keeper = scorer_of(length, isolation="ray")
-        keeper.start()
+        holder = scorer_of(length, isolation="ray")
+        holder.start()
         yield nodes
-        keeper.close()
+        holder.close()
         nodes.shutdown()
 
 
@@ -72,7 +72,7 @@ def runs(pid: int) -> bool:
 
 
 def pids_of(folder: Path, count: int) -> list[int]:
-    """What `count` calls of `waits_for_go` have said of the processes that they are in."""
+    """Process ids that `count` calls of `waits_for_go` have written."""
     wait_until(lambda: len(list(folder.glob("pid_*"))) >= count)
     return [int(file.name.removeprefix("pid_")) for file in folder.glob("pid_*")]
 
@@ -122,7 +122,7 @@ def test_ray_and_processes_and_inline_together(make_ray_scorer):
     assert by_function["process_3"] == [float(os.getpid())]
 
 
-def test_a_function_from_a_file_and_its_neighbour_need_no_file_on_the_node(make_ray_scorer, tmp_path):
+def test_a_function_and_the_files_it_imports_need_no_file_on_the_node(make_ray_scorer, tmp_path):
     (tmp_path / "neighbour_of_a_reward.py").write_text("value = 7\ndef length(text): return len(text)\n")
     (tmp_path / "reward.py").write_text(
         "import threading, neighbour_of_a_reward\nfrom neighbour_of_a_reward import length\n"
@@ -140,7 +140,7 @@ def test_a_function_from_a_file_and_its_neighbour_need_no_file_on_the_node(make_
     del sys.modules["neighbour_of_a_reward"]
 
 
-def test_what_cannot_be_sent_is_refused_by_name(tmp_path):
+def test_a_function_that_cannot_be_sent_is_an_error_that_names_it(tmp_path):
     (tmp_path / "reward.py").write_text(
         "import threading\nlock = threading.Lock()\ndef locked(completions): return [float(lock.locked())]\n"
     )
@@ -148,7 +148,7 @@ def test_what_cannot_be_sent_is_refused_by_name(tmp_path):
         scorer_of("reward.py:locked", base_dir=tmp_path, isolation="ray")
 
 
-def test_processes_persist_and_no_more_calls_than_allowed_are_under_way(make_ray_scorer, tmp_path):
+def test_processes_persist_and_concurrent_calls_are_limited(make_ray_scorer, tmp_path):
     def counts(completions, folder, log_extra, **kwargs):
         mark = Path(folder[0], completions[0])
         mark.touch()
@@ -216,7 +216,7 @@ def test_calls_on_a_node_that_dies_are_made_again_elsewhere(cluster, make_ray_sc
     assert [one.result().total for one in pending] == [[float(number)] for number in range(12)]
 
 
-def test_a_call_that_hangs_is_killed_and_the_others_are_not_held_up(make_ray_scorer):
+def test_a_call_that_hangs_is_killed_and_does_not_delay_the_others(make_ray_scorer):
     scorer = make_ray_scorer(obeys, timeout=1.0, on_error="none")
     hung = scorer.submit(inputs("sleep 600", "fine"))
     others = [scorer.submit(inputs("fine")) for _ in range(20)]
@@ -225,7 +225,7 @@ def test_a_call_that_hangs_is_killed_and_the_others_are_not_held_up(make_ray_sco
     assert hung.result().errors == {"obeys": ["no answer in 1 s: its process was killed"] * 2}
 
 
-def test_what_a_call_did_wrong_is_told_of_its_rows(make_ray_scorer):
+def test_a_failed_call_is_reported_for_its_rows(make_ray_scorer):
     scorer = make_ray_scorer(obeys, on_error="none", rows_per_call=1, memory_gib=0.5)
     scores = scorer.score(inputs("fine", "raise it", "kill it", "exit 3", "allocate 2000"))
     assert scores.total == [1.0, None, None, None, None]
@@ -250,7 +250,7 @@ def test_a_call_that_takes_every_ray_worker_with_it_fails_in_the_end(make_ray_sc
         time.sleep(60)
 
     scores = make_ray_scorer(kills_its_ray_worker, on_error="none").score(inputs("a"))
-    assert scores.errors == {"kills_its_ray_worker": ["Ray could not have it answered (WorkerCrashedError)"]}
+    assert scores.errors == {"kills_its_ray_worker": ["Ray could not run it (WorkerCrashedError)"]}
 
 
 # Ends
@@ -333,7 +333,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
-def test_a_cluster_that_does_not_answer_is_told_in_one_line(tmp_path, monkeypatch, address):
+def test_a_cluster_that_does_not_answer_is_an_error_in_one_line(tmp_path, monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     (tmp_path / "data.jsonl").write_text('{"completion": "1", "answer": "1"}\n')
     code = "import sys; from rankup.grpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -344,7 +344,7 @@ def test_a_cluster_that_does_not_answer_is_told_in_one_line(tmp_path, monkeypatc
 
 
 def start_script(folder: Path, lines: str) -> subprocess.Popen[str]:
-    """A program with a scorer of `waits_for_go`, in a session of its own."""
+    """A program with a scorer of `waits_for_go`, in a new session."""
     text = f"""
         import contextlib, os, sys, time
         from pathlib import Path

@@ -92,10 +92,10 @@ def test_it_can_be_pickled_and_has_the_factorys_name():
         ({"task": "chain_sums"}, "no task 'chain_sums': did you mean chain_sum"),
         ({"task": "chain_sum", "options": {"min_term": 2}}, "reasoning_gym:chain_sum refuses its options: .*min_term"),
         ({"task": "chain_sum", "options": {"min_terms": 0}}, "reasoning_gym:chain_sum refuses its options"),
-        ({"options": {"min_terms": 2}}, "options only with a task"),
+        ({"options": {"min_terms": 2}}, "options only together with a task"),
     ],
 )
-def test_what_the_factory_refuses(arguments, message):
+def test_invalid_arguments_of_the_factory(arguments, message):
     with pytest.raises(ValueError, match=message):
         reasoning_gym_score(**arguments)
 
@@ -107,17 +107,17 @@ def test_what_the_factory_refuses(arguments, message):
         ("[1]", "the metadata of row 1 is a list"),
     ],
 )
-def test_metadata_that_cannot_be_used(metadata, message):
+def test_invalid_metadata(metadata, message):
     columns = columns_of("countdown")
     columns["metadata"][1] = metadata
     with pytest.raises(ValueError, match=message):
         reasoning_gym_score()(completions=columns["answer"], **columns)
 
 
-def test_a_scorer_that_fails_on_the_rows_own_answer():
+def test_a_scorer_that_fails_on_the_row_s_correct_answer():
     columns = columns_of("tower_of_hanoi")
     columns["metadata"][1] = "{}"
-    with pytest.raises(ValueError, match=r"the scorer of row 1 \(tower_of_hanoi\) fails on the row's own answer: KeyError"):
+    with pytest.raises(ValueError, match=r"the scorer of row 1 \(tower_of_hanoi\) fails on the row's correct answer: KeyError"):
         reasoning_gym_score()(completions=columns["answer"], **columns)
 
 

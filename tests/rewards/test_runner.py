@@ -50,7 +50,7 @@ def test_everything_is_passed_by_keyword():
     assert seen["trainer_state"].global_step == 3
 
 
-def test_a_function_without_kwargs_gets_what_it_names():
+def test_a_function_without_kwargs_gets_the_arguments_that_it_names():
     def reward(completions, answer):
         return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 
@@ -77,7 +77,7 @@ def test_a_column_that_is_missing_is_named():
     def reward(completions, solution, **kwargs):
         return [0.0]
 
-    with pytest.raises(ValueError, match=r"'reward' asks for 'solution', which is no column .*\(columns: answer\)"):
+    with pytest.raises(ValueError, match=r"'reward' requires 'solution', which is not a column .*\(columns: answer\)"):
         score(reward, ["x"], answer=[1])
     with pytest.raises(ValueError, match="'solution'"):
         scorer_of(reward).check_columns(["answer"])
@@ -89,7 +89,7 @@ def test_a_column_cannot_replace_an_argument():
         scorer_of(length).check_columns(["answer", "completions"])
 
 
-def test_columns_of_another_length_are_refused():
+def test_columns_of_another_length_are_an_error():
     with pytest.raises(ValueError, match="answer has 1 values for 2 completions"):
         score(length, ["x", "y"], answer=[1])
 
@@ -156,7 +156,7 @@ def test_a_wrong_length_names_the_function(values):
 
 
 @pytest.mark.parametrize("value", ["1.0", "no", math.nan, math.inf, [1.0], {}, 1j, object(), torch.zeros(2)])
-def test_a_value_that_is_no_finite_number_names_function_and_row(value):
+def test_the_error_for_a_value_that_is_not_a_finite_number_names_function_and_row(value):
     def odd(completions):
         return [0.0, value, 0.0]
 
@@ -165,7 +165,7 @@ def test_a_value_that_is_no_finite_number_names_function_and_row(value):
 
 
 @pytest.mark.parametrize("value", [None, 1.0, "abc", {0: 1.0, 1: 1.0, 2: 1.0}])
-def test_a_result_that_is_no_list_names_the_function(value):
+def test_the_error_for_a_result_that_is_not_a_list_names_the_function(value):
     def single(completions):
         return value
 
@@ -189,7 +189,22 @@ def test_an_exception_names_function_rows_and_prompt_and_keeps_its_cause():
         assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_functions_and_weights_are_checked_at_once():
+def test_the_error_of_a_function_that_expects_texts_says_how_to_read_messages():
+    def strips(completions, **kwargs):
+        return [float(completion.strip() == "4") for completion in completions]
+
+    with pytest.raises(RuntimeError, match=r"completions are messages here: use `completion\[-1\]\[\"content\"\]`"):
+        score(strips, [conversation("4")])
+
+    def sees_something_else(completions, **kwargs):
+        return [["a list"].strip()]  # type: ignore[attr-defined]
+
+    with pytest.raises(RuntimeError, match="no attribute 'strip'") as caught:
+        score(sees_something_else, ["4"])
+    assert "messages" not in str(caught.value)
+
+
+def test_functions_and_weights_are_checked_by_the_constructor():
     with pytest.raises(ValueError, match="no reward functions"):
         scorer_of([])
     with pytest.raises(ValueError, match="1 reward weights for 2 reward functions"):
@@ -225,7 +240,7 @@ def test_async_functions_of_all_kinds_run_together():
     assert scores.by_function == {"wait": [1.0], "length": [1.0], "Judge": [4.0], "Judge_2": [4.0]}
 
 
-def test_async_functions_keep_one_event_loop_from_call_to_call():
+def test_async_functions_run_on_the_same_event_loop_in_every_call():
     loops = []
 
     async def reward(completions):
@@ -285,7 +300,7 @@ def test_extra_columns_and_metrics_are_collected():
     assert scores.metrics == {"accuracy": 0.5, "cost": 2.0}
 
 
-def test_an_extra_column_of_the_wrong_length_is_refused():
+def test_an_extra_column_of_the_wrong_length_is_an_error():
     def reward(completions, log_extra):
         log_extra("parsed", ["only one"])
         return [0.0] * len(completions)
@@ -326,7 +341,7 @@ def test_trl_reward_objects_run_from_a_users_file(tmp_path):
     assert repetition == pytest.approx([0.0, -2 / 3, -4 / 5])
 
 
-def test_an_async_function_s_own_faults_are_told_as_such():
+def test_timeouts_and_cancellations_inside_an_async_function_are_its_failures():
     async def inner_limit(completions, **kwargs):
         async with asyncio.timeout(0.01):
             await asyncio.sleep(10)

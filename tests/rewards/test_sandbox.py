@@ -74,7 +74,7 @@ def test_threads_may_call_at_once():
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(lambda n: run_python("print(int(input()) * 2)", stdin=str(n), limits=PATIENT), range(12)))
-    # One pipe or descriptor that leaks into a neighbour would hold it up, or mix up what they print.
+    # A pipe or descriptor that leaks into another program would block it, or mix up their output.
     assert [outcome.stdout for outcome in outcomes] == [f"{2 * n}\n" for n in range(12)]
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -102,7 +102,7 @@ def test_limits_that_make_no_sense(wrong):
         Limits(**wrong)
 
 
-def test_without_bubblewrap_the_user_is_told(monkeypatch, tmp_path):
+def test_without_bubblewrap_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"bwrap is not installed.*apt install bubblewrap.*unsafe_local: true"):
         run_python("print(1)")
@@ -110,7 +110,7 @@ def test_without_bubblewrap_the_user_is_told(monkeypatch, tmp_path):
     assert run_python("print(1)", sandbox="local", limits=PATIENT).stdout == "1\n"
 
 
-def test_a_bubblewrap_that_fails_is_none(monkeypatch, tmp_path):
+def test_a_bubblewrap_that_fails_is_not_used(monkeypatch, tmp_path):
     fake = tmp_path / "bwrap"
     fake.write_text(f"#!{sys.executable}\nraise SystemExit('no permission to make namespaces')\n")
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)

@@ -36,7 +36,7 @@ def separated() -> None:
 
 @pytest.fixture
 def marked() -> Limits:
-    """Limits that hardly another run has: they stand in the command line of every process of the sandbox."""
+    """Unusual limits, by which to find the sandbox's processes: they are part of each command line."""
     return Limits(seconds=60, scratch_mib=8, memory_mib=128, open_files=64 + secrets.randbelow(900))
 
 
@@ -50,9 +50,9 @@ def processes_under(limits: Limits) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- attempts that are refused
+# ---------------------------------------------------------------------------------------------- attempts that fail
 
-# name: an expression that raises OSError, or is false, where the sandbox holds. What it may use stands in `attempts`.
+# name: an expression that raises OSError, or is false, if the sandbox works. It may use the names that `attempts` defines.
 ATTEMPTS = {
     "read a secret in the home folder": "read(HOME_SECRET)",
     "read a secret in a temporary folder": "read(TMP_SECRET)",
@@ -141,14 +141,14 @@ def attempt(expression):
         return f"refused: {error}"
     except (ValueError, subprocess.SubprocessError) as error:
         return f"refused: {error}"
-    # None is what many calls return that succeed
+    # many calls return None on success
     return "nothing there" if result is False or result == [] else f"ESCAPED: {result!r:.100}"
 """
 
 
 @pytest.fixture(scope="module")
 def attempts(separated, tmp_path_factory) -> dict[str, str]:
-    """What each of ATTEMPTS came to, all from one run beside servers and secrets that it looks for."""
+    """The result of each of ATTEMPTS, all from one run with servers and secrets for it to find."""
     folder = tmp_path_factory.mktemp("secrets")
     secret = folder / "secret"
     secret.write_text(SECRET)
@@ -184,7 +184,7 @@ def attempts(separated, tmp_path_factory) -> dict[str, str]:
         assert outcome.status == "ok", outcome
         for server in servers:
             server.settimeout(0)
-            with pytest.raises(BlockingIOError):  # nobody has knocked
+            with pytest.raises(BlockingIOError):  # no connection was attempted
                 server.accept()
         assert secret.read_text() == SECRET
     return json.loads(outcome.stdout)
@@ -192,7 +192,7 @@ def attempts(separated, tmp_path_factory) -> dict[str, str]:
 
 @needs_bubblewrap
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_attempt_is_refused(name, attempts):
+def test_attempt_fails(name, attempts):
     assert attempts[name].startswith(("refused", "nothing there")), attempts[name]
 
 
@@ -280,7 +280,7 @@ def test_attack_fails_and_nothing_is_left(name, separated, marked):
     started = time.monotonic()
     outcome = run_python(program, limits=limits)
     assert outcome.status in statuses, outcome
-    assert time.monotonic() - started < seconds + 30  # far less than what the program would have liked
+    assert time.monotonic() - started < seconds + 30  # far less than the program would take
     assert processes_under(limits) == []
     assert len(os.listdir("/proc/self/fd")) == open_before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before < 64 * 1024  # KiB
@@ -318,11 +318,11 @@ def test_the_number_of_processes_is_limited(separated):
         print(started)
     """
     outcome = run_python(textwrap.dedent(program), limits=Limits(seconds=60, processes=5))
-    assert outcome.stdout == "4\n", outcome  # itself being the fifth
+    assert outcome.stdout == "4\n", outcome  # and itself
 
 
 @pytest.mark.parametrize("count", [len(ATTEMPTS) + len(ATTACKS)], ids=lambda count: f"{count} attacks that fail")
-def test_what_was_attacked(count, record_property):
-    """The number stands in the test's name, for a list of what was tested."""
+def test_number_of_attempts(count, record_property):
+    """The number is part of the test's name, for reports."""
     record_property("attacks that have to fail", count)
     assert len(ATTEMPTS) >= 50 and len(ATTACKS) >= 25

@@ -1,4 +1,4 @@
-"""Functions that were written for TRL run here unchanged: its own, and the styles in which people write theirs."""
+"""Functions written for TRL run unmodified: those of TRL, and the styles in which people write theirs."""
 
 import asyncio
 import functools
@@ -31,7 +31,7 @@ IDS = [list(range(length)) for length in range(1, 7)] + [[5] * length for length
 
 TRL = importlib.import_module("trl.rewards")
 
-# A factory needs arguments, so what it returns is named here.
+# Factories need arguments, so these are the functions that they return.
 MADE = {
     "get_cosine_scaled_reward": TRL.get_cosine_scaled_reward(max_len=12),
     "get_repetition_penalty_reward": TRL.get_repetition_penalty_reward(ngram_size=2, max_penalty=-0.5),
@@ -74,7 +74,7 @@ def test_all_of_them_are_covered():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_function_of_trl_gives_what_it_gives_when_called_directly(name):
+def test_a_function_of_trl_returns_the_same_as_in_a_direct_call(name):
     spec = MADE.get(name, f"trl.rewards:{name}")
     expected, extras = called_directly(MADE.get(name) or load_object(f"trl.rewards:{name}"))
     assert len(set(expected)) > 1
@@ -84,7 +84,7 @@ def test_a_function_of_trl_gives_what_it_gives_when_called_directly(name):
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
-def test_a_factory_of_trl_can_be_given_its_arguments(name):
+def test_a_factory_of_trl_accepts_its_arguments(name):
     kwargs = {
         "get_cosine_scaled_reward": {"max_len": 12},
         "get_repetition_penalty_reward": {"ngram_size": 2, "max_penalty": -0.5},

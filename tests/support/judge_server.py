@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks as much of OpenAI's chat endpoint as a judge needs; by default it replies with the question.
+"""A real HTTP server with the part of OpenAI's chat endpoint that a judge needs; by default it replies with the question.
 
     with judge_server() as server:
         server.answer = lambda question: (429, "slow down")
@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 Answer = str | tuple[int, str] | dict[str, Any]
-"""A reply, or a status with an error message, or the whole body."""
+"""A reply, or a status with an error message, or the complete body."""
 
 
 @dataclass
 class JudgeServer:
-    """What the server was asked, and what it answers."""
+    """The requests that the server got, and how it answers."""
 
     answer: Callable[[str], Answer] = lambda question: question
     url: str = ""
@@ -31,11 +31,11 @@ class JudgeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     connections: set[Any] = field(default_factory=set)
-    under_way: int = 0
-    most_under_way: int = 0
+    num_concurrent: int = 0
+    max_concurrent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)
-    """Set when the test is over: what hangs may go on."""
+    """Set at the end of the test, so that hanging answers return."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,13 +56,13 @@ class Handler(BaseHTTPRequestHandler):
             state.questions.append(question)
             state.bodies.append(body)
             state.keys.append(self.headers["authorization"])
-            state.under_way += 1
-            state.most_under_way = max(state.most_under_way, state.under_way)
+            state.num_concurrent += 1
+            state.max_concurrent = max(state.max_concurrent, state.num_concurrent)
         try:
             answer = state.answer(question) if self.path == "/v1/chat/completions" else (404, "no such path")
         finally:
             with state.lock:
-                state.under_way -= 1
+                state.num_concurrent -= 1
         self.send(answer)
 
     def send(self, answer: Answer) -> None:

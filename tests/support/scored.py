@@ -37,7 +37,7 @@ def length(completions, **kwargs):
 
 
 def obeys(completions, **kwargs):
-    """Does what a completion says, for all faults of these tests."""
+    """Does what each completion says: the faults of these tests."""
     for completion in completions:
         verb, _, argument = completion.partition(" ")
         if verb == "sleep":

@@ -25,7 +25,7 @@ def score(completions, **kwargs):
 
 @dataclass
 class Outcome:
-    """What a command left behind."""
+    """The result of a command."""
 
     status: int
     out: str
@@ -53,7 +53,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, Python's own caches aside; empty folders as well."""
+    """Every file below a folder except Python's caches; empty folders too."""
     paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder" for path in paths}
 
@@ -102,7 +102,7 @@ BAD_INPUT = {
         ["chat template", "data.system_prompt"],
     ),
     "no such model folder": (["run.yaml", "model=./other"], ["model ./other", "no such folder"]),
-    "no model's name": (["run.yaml", "model=not a name"], ["model not a name", "smollm2-135m-instruct"]),
+    "invalid model name": (["run.yaml", "model=not a name"], ["model not a name", "smollm2-135m-instruct"]),
     "prompts too long": (["run.yaml", "rollout.max_prompt_length=2"], ["rollout.max_prompt_length=2"]),
 }
 
@@ -135,20 +135,20 @@ def test_two_mistakes_are_two_lines(rankup: Callable[..., Outcome]):
         (["eval", "tiny"], "no adapter in tiny/adapter"),
     ],
 )
-def test_eval_and_check_refuse_in_one_line(rankup: Callable[..., Outcome], arguments: list[str], part: str):
+def test_errors_of_eval_and_check_are_one_line(rankup: Callable[..., Outcome], arguments: list[str], part: str):
     outcome = rankup(*arguments)
     assert outcome.status == 1
     (line,) = outcome.error_lines
     assert part in line
 
 
-def test_traceback_is_shown_on_demand(rankup: Callable[..., Outcome]):
+def test_the_traceback_is_shown_with_its_option(rankup: Callable[..., Outcome]):
     with pytest.raises(ValueError, match=r"lora\.rank"):
         rankup("train", "run.yaml", "lora.rank=256", "--traceback")
 
 
 def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The installed command, in a process of its own."""
+    """The installed command, in a new process."""
     command = Path(sys.executable).with_name("rankup")
     return subprocess.run(
         [command, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120
@@ -163,7 +163,7 @@ def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
     ],
     ids=["unknown key", "unknown model"],
 )
-def test_the_installed_command_refuses_in_one_line(project: Path, arguments: list[str], part: str):
+def test_errors_of_the_installed_command_are_one_line(project: Path, arguments: list[str], part: str):
     before = contents(project)
     result = run_command("train", *arguments, cwd=project, HF_HUB_OFFLINE="1")
     assert result.returncode == 1

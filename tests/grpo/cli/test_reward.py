@@ -17,7 +17,7 @@ CONVERSATION = [{"role": "user", "content": "2 + 2?"}]
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run that saved two groups of two: one prompt a text, one a conversation; `answer` comes from the data."""
+    """A run that saved two groups of two: one prompt is a text, one a conversation; `answer` comes from the data."""
     recorder = RunRecorder(tmp_path / "run", config_yaml="")
     table = {
         "prompt": ["1 + 1 =", "1 + 1 =", CONVERSATION, CONVERSATION],
@@ -47,10 +47,10 @@ def test_a_new_reward_comes_with_a_test_that_passes(tmp_path, capsys):
 def test_nothing_is_overwritten_and_a_name_must_be_one(tmp_path, capsys):
     (tmp_path / "test_mine.py").touch()
     assert main(["new", "reward", "mine", "--dir", str(tmp_path)]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert not (tmp_path / "mine.py").exists()
     assert main(["new", "reward", "not-a-name", "--dir", str(tmp_path)]) == 1
-    assert "'not-a-name' cannot be a function's name" in capsys.readouterr().err
+    assert "'not-a-name' cannot be the name of a function" in capsys.readouterr().err
 
 
 def tried(capsys, *arguments: str) -> dict:
@@ -65,7 +65,7 @@ def test_a_built_in_on_a_run_s_completions(run_folder, capsys):
 
 
 @pytest.mark.parametrize("isolation", ["inline", "process", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_user_s_function_gets_what_a_run_would_give_it(run_folder, tmp_path, capsys, isolation):
+def test_a_user_s_function_gets_the_same_arguments_as_in_a_run(run_folder, tmp_path, capsys, isolation):
     (tmp_path / "mine.py").write_text(
         "def sees(prompts, completions, completion_ids, answer, reward, **kwargs):\n"
         "    assert len(set(map(str, prompts))) == 1 and reward == ['a'] * 2 and 'last_integer' not in kwargs\n"
@@ -76,7 +76,7 @@ def test_a_user_s_function_gets_what_a_run_would_give_it(run_folder, tmp_path, c
     assert result["rows"][2]["completion"] == [{"role": "assistant", "content": "It is 4."}]
 
 
-def test_columns_come_back_as_they_were(run_folder, tmp_path, capsys):
+def test_columns_are_restored_unchanged(run_folder, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "def reward(answer, tests, large, none, **kwargs):\n"
         "    assert str(answer[0]) in ('2', '4') and tests[0] == ['1 == 1'] and large[0] == 2**70 and none[0] is None\n"
@@ -95,10 +95,28 @@ def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     assert [row["reward"] for row in tried(capsys, *arguments, "--rows", "1")["rows"]] == [0.0]
 
 
-def test_what_is_shown(run_folder, capsys):
+def test_the_summary_and_examples_are_shown(run_folder, capsys):
     assert main(["reward", "rankup.rewards.answers:last_integer", "--data", str(run_folder)]) == 0
     printed = capsys.readouterr().out
     assert "mean" in printed and "It is 4." in printed and "differ from recorded" in printed
+
+
+def test_rewards_of_long_completions_are_shown(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"completion": "word " * 400 + str(n)}) + "\n" for n in range(3)))
+    (tmp_path / "mine.py").write_text("def last_digit(completions, **kw): return [float(c[-1]) + 0.125 for c in completions]\n")
+    assert main(["reward", f"{tmp_path}/mine.py:last_digit", "--data", str(tmp_path / "rows.jsonl")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "word" in line] == [["2.12", "word"], ["1.12", "word"], ["0.125", "word"]]
+    assert any(line.split() == ["reward", "completion"] for line in lines)
+
+
+def test_a_completion_without_content_is_shown(tmp_path, capsys):
+    """A tool call may have none."""
+    row = {"prompt": CONVERSATION, "completion": [{"role": "assistant", "content": None}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "mine.py").write_text("def one(completions, **kw): return [1.0] * len(completions)\n")
+    assert main(["reward", f"{tmp_path}/mine.py:one", "--data", str(tmp_path / "rows.jsonl")]) == 0
+    assert "highest and lowest" in capsys.readouterr().out
 
 
 def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, capsys):
@@ -111,16 +129,16 @@ def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, caps
     ("arguments", "expected"),
     [
         (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
-        (["--data", "."], "holds no saved completions"),
+        (["--data", "."], "has no saved completions"),
         (["--data", "rows.jsonl"], "no column `completion`"),
         (["--data", "rows.txt"], "cannot read"),
-        (["--data", "good.jsonl"], "asks for 'answer', which is no column"),
+        (["--data", "good.jsonl"], "requires 'answer', which is not a column"),
         (["--data", "good.jsonl", "--kwargs", "3"], "--kwargs must be a mapping"),
         (["--data", "good.jsonl", "--rows", "0"], "--rows must be at least 1"),
         (["--data", "good.jsonl", "--timeout", "0"], "--timeout must be a positive number"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, expected):
+def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "rows.txt").write_text("a\n")

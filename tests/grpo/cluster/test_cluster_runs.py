@@ -94,7 +94,7 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     time.sleep(2)  # until the workers have heard of it
     run.let_go_on(1)
     assert run.wait() == 0
-    assert "to go on: rankup train run.yaml" in run.output and (run.output_dir / "checkpoints" / "step_000002").is_dir()
+    assert "to resume: rankup train run.yaml" in run.output and (run.output_dir / "checkpoints" / "step_000002").is_dir()
 
     run = ClusterRun(tmp_path, (*overrides, "--resume"), cluster)
     os.kill(run.until_stopped_at(2)[1]["worker"], signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_workers_that_hold_two_policies_stop_with_both(tmp_path: Path, model: Pa
     assert "start again" not in run.output
     number = "version [0-9]+, adapter [0-9a-f]{16}"
     assert re.search(f"rankup: error: worker 1 holds another policy than worker 0: {number}, instead of {number}", run.output)
-    assert run.output.endswith("to go on: rankup train run.yaml logging.output_dir=runs/run cluster.workers=2 --resume\n")
+    assert run.output.endswith("to resume: rankup train run.yaml logging.output_dir=runs/run cluster.workers=2 --resume\n")
     assert (run.output_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert [row["step"] for row in steps_of(run.output_dir)] == [1, 2]
 
