@@ -123,7 +123,7 @@ class Interrupts:
 
 
 def _end_process(number: int, *, show_cursor: bool) -> None:
-    """End by the signal itself, as shells and schedulers expect. Rich cannot show the cursor: no lock can be waited for here."""
+    """End by the signal itself, as shells and schedulers expect. Rich cannot show the cursor, since a lock may be held."""
     if show_cursor and sys.stdout.isatty():
         os.write(sys.stdout.fileno(), SHOW_CURSOR)
     signal.signal(number, signal.SIG_DFL)
