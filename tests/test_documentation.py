@@ -4,10 +4,12 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from rankup.configs import quickstart
 from rankup.grpo.cli.main import parse
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.config.reference import reference
@@ -101,6 +103,19 @@ def test_every_module_that_the_documentation_names_exists():
     paths = [(page, path) for page in PAGES if page.name != "log.md" for path in pattern.findall(page.read_text())]
     assert paths
     assert [(page.name, path) for page, path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_reward_of_the_readme_scores_completions_of_the_quick_start():
+    (reward, *_) = [block for language, block in code_blocks((ROOT / "README.md").read_text()) if language == "python"]
+    namespace: dict[str, Any] = {}
+    exec(reward, namespace)
+    row = quickstart.evaluation()[0]
+    texts = [f"The sum is {row['answer']}.", row["answer"], f"{row['answer']}1", "I do not know"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    inputs = {"prompts": [row["prompt"]] * 4, "completion_ids": [[1]] * 4}
+    for given in (completions, texts):  # of a conversation, and of a prompt that is a text
+        for answer in (row["answer"], int(row["answer"])):
+            assert namespace["score"](completions=given, answer=[answer] * 4, **inputs) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_every_run_file_of_the_documentation_is_valid():
