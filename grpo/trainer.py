@@ -95,7 +95,9 @@ class GRPOTrainer:
         self._given = {"reward_funcs": reward_funcs, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         self.scorer = make_scorer(config, reward_funcs)
         Objective(config)  # one of the user's own that cannot be loaded is told now
-        self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
+        self.view = view or make_view(
+            max_steps=config.optim.max_steps, run_name=config.logging.run_name, output_dir=config.logging.output_dir
+        )
         self.inputs = load_run_inputs(config, train_dataset, eval_dataset)
         self.eval_prompts = self.inputs.eval_prompts
         self.scorer.check_columns(self.inputs.train_prompts.rows[0].columns)
