@@ -1,4 +1,4 @@
-"""The quick start's data: sums of two numbers from 1 to 50, asked in words.
+"""The data of the quick start: sums of two numbers from 1 to 50.
 
     data:
       train: rankup.configs.quickstart:train
@@ -6,8 +6,8 @@
     rewards:
       functions: rankup.rewards.answers:last_integer
 
-128 sums are kept for evaluation. An evaluation sum occurs in training in neither order of its terms; every other
-ordered pair is a training row. The choice is fixed: it depends on no run seed, so all runs are evaluated alike.
+128 sums are kept for evaluation. No evaluation sum occurs in training, in either order of its terms; every other
+ordered pair is a training row. The choice does not depend on the seed of a run, so all runs are evaluated on the same sums.
 """
 
 import random

@@ -72,7 +72,7 @@ class Interrupts:
         try:
             yield
         finally:
-            self._requested = None  # a request that nobody has checked by now came too late
+            self._requested = None  # too late to have an effect
             for number in handled:
                 signal.signal(number, before[number])
 

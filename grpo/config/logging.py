@@ -60,10 +60,10 @@ class LoggingConfig(Section):
         if not isinstance(values, dict):
             return values
         names = ("run_name", "output_dir")
-        given = {key: value for key, value in values.items() if value is not None or key not in names}
-        name, folder = given.get("run_name"), given.get("output_dir")
+        values = {key: value for key, value in values.items() if value is not None or key not in names}
+        name, folder = values.get("run_name"), values.get("output_dir")
         if folder is None and name is not None:
-            given["output_dir"] = Path("runs") / str(name)
+            values["output_dir"] = Path("runs") / str(name)
         if name is None and isinstance(folder, str | Path):
-            given["run_name"] = Path(folder).name or "run"
-        return given
+            values["run_name"] = Path(folder).name or "run"
+        return values

@@ -23,7 +23,7 @@ class ModelConfig(Section):
     load_in: Literal["nf4"] | None = None
     """`nf4`: quantize the base model's linear layers, except the head, to 4 bits (NF4, bitsandbytes) for trainer and sampler.
     vLLM cannot read packed 4-bit weights and keeps the dequantized values in `dtype`, so this saves memory only where the
-    trainer has a copy of its own. None: no quantization."""
+    trainer has a separate copy. None: no quantization."""
 
     share_base_weights: Literal["auto"] | bool = "auto"
     """Use vLLM's base weights in the trainer instead of a second copy: `true`, `false`, or `auto`, which shares weights that

@@ -70,7 +70,7 @@ def evaluation_text(step: int, reward: float, when: When) -> str:
 def summary_text(
     summary: Mapping[str, Any], *, wall_seconds: float | None = None, output_dir: Path | None = None
 ) -> str:
-    """Steps, time, evaluation before and after from `summary.json`, and the output folder on a line of its own.
+    """Steps, time, evaluation before and after from `summary.json`, and the output folder on a separate line.
 
     `wall_seconds`: time since the view was opened; shown if it is longer than the time of the run, which excludes the start of
     vLLM.

@@ -1,4 +1,4 @@
-"""The objective's section and the correction's: what each objective decides, what wins, and what mistakes are answered with."""
+"""The sections `algorithm` and `correction`: defaults of each objective, precedence, and errors."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_another_objective_over_a_dumped_file_brings_its_own_values(load: Load) 
     dumped = dump_config(GRPOConfig(loss_type="cispo", mode="icepop", epsilon=0.1))
     config = load(dumped, "algorithm.loss_type=gspo", "correction.mode=none")
     assert config.algorithm.importance_sampling_level == "sequence" and config.algorithm.epsilon_high == 4e-4
-    assert config.algorithm.epsilon == 0.1, "what was given stays"
+    assert config.algorithm.epsilon == 0.1, "explicit options are kept"
     assert (config.correction.cap, config.correction.veto) == (2.0, 0.0)
 
 

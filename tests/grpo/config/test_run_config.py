@@ -1,4 +1,4 @@
-"""The configuration: fields, ranks, names, and what a wrong value is answered with."""
+"""The configuration: fields, ranks, names, and errors."""
 
 import re
 import subprocess
@@ -131,7 +131,7 @@ def test_targets_that_are_not_a_valid_regular_expression(targets: str) -> None:
         GRPOConfig(targets=targets)
 
 
-# Patterns, inits, and what is refused
+# Patterns, initialisation, and unsupported options
 
 
 @settings(deadline=None)

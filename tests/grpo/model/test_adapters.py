@@ -173,7 +173,7 @@ def test_keys_whose_order_peft_does_not_save_are_an_error(option: str) -> None:
     with pytest.raises(ValueError, match=rf"^lora.{option}: up_proj and layers.* both match model.layers.0.mlp.up_proj, and"):
         inject_with(pattern)
     assert inject_with(dict(reversed(pattern.items())))
-    assert inject_with(dict.fromkeys(pattern, 4)), "either one says the same"
+    assert inject_with(dict.fromkeys(pattern, 4)), "both keys have the same value"
 
 
 # Inits
@@ -216,13 +216,13 @@ def merged(folder: Path, policy: Policy, scaling: Callable[[int], float]) -> Any
         a, b = layer.master_a.detach().double(), layer.master_b.detach().double()
         update = scaling(len(a)) * b @ a
         module = model.get_submodule(name)
-        # A parameter of its own: what it is tied to stays as it is.
+        # A separate parameter: the tied one is unmodified.
         module.weight = nn.Parameter(module.weight.detach() + (update.t() if name == EMBEDDING else update))
     return model
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # with a tied head, with one of its own
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # with a tied head, with a separate one
 @pytest.mark.parametrize(
     ("options", "alpha"),
     [
