@@ -1,4 +1,4 @@
-"""The quick start's data: sums of two numbers from 1 to 50, asked in words.
+"""The data of the quick start: sums of two numbers from 1 to 50.
 
     data:
       train: rankup.configs.quickstart:train
@@ -6,8 +6,8 @@
     rewards:
       functions: rankup.rewards.answers:last_integer
 
-128 sums are held out for evaluation. Training uses neither order of their terms, and every other ordered pair. The split does
-not depend on the run's seed, so all runs are evaluated on the same rows.
+128 sums are kept for evaluation. No evaluation sum occurs in training, in either order of its terms; every other
+ordered pair is a training row. The choice does not depend on the seed of a run, so all runs are evaluated on the same sums.
 """
 
 import random

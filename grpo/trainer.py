@@ -64,7 +64,9 @@ class GRPOTrainer:
         if config.cluster.workers > 1:  # an iterator could be read only once, and every worker reads the data
             train_dataset, eval_dataset = (list(d) if isinstance(d, Iterator) else d for d in (train_dataset, eval_dataset))
         self.config = config
-        self.view = view or make_view(max_steps=config.optim.max_steps, run_name=config.logging.run_name)
+        self.view = view or make_view(
+            max_steps=config.optim.max_steps, run_name=config.logging.run_name, output_dir=config.logging.output_dir
+        )
         self.can_resume = False
         self._reward_funcs = reward_funcs
         self._train_dataset = train_dataset

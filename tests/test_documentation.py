@@ -4,12 +4,15 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from rankup.configs import quickstart
 from rankup.grpo.cli.main import parse
 from rankup.grpo.config import GRPOConfig, load_config
+from rankup.grpo.config.reference import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -80,6 +83,39 @@ def test_every_command_of_the_documentation_works():
     assert len([words for page, words in found if page == "README.md"]) >= 4
     problems = {f"{page}: {shlex.join(words)}": problem(words) for page, words in found}
     assert {command: what for command, what in problems.items() if what is not None} == {}
+
+
+def test_the_reference_of_all_options_is_current():
+    page = (ROOT / "docs" / "options.md").read_text()
+    assert page == reference(), "run: python -m rankup.grpo.config.reference docs/options.md"
+    assert [name for name in GRPOConfig.model_fields if f"## {name}\n" not in page and f"`{name}`" not in page] == []
+
+
+def test_every_link_of_the_documentation_leads_to_a_file():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()) if "://" not in link]
+    assert links
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_module_that_the_documentation_names_exists():
+    """Paths such as `grpo/run/records.py`; `your/file.py` and the like are not ours."""
+    pattern = re.compile(r"`((?:grpo|rollout|kernels|rewards|scripts|tests|configs)/[\w./-]+\.(?:py|sh|yaml|sbatch|md))`")
+    paths = [(page, path) for page in PAGES if page.name != "log.md" for path in pattern.findall(page.read_text())]
+    assert paths
+    assert [(page.name, path) for page, path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_reward_of_the_readme_scores_completions_of_the_quick_start():
+    (reward, *_) = [block for language, block in code_blocks((ROOT / "README.md").read_text()) if language == "python"]
+    namespace: dict[str, Any] = {}
+    exec(reward, namespace)
+    row = quickstart.evaluation()[0]
+    texts = [f"The sum is {row['answer']}.", row["answer"], f"{row['answer']}1", "I do not know"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    inputs = {"prompts": [row["prompt"]] * 4, "completion_ids": [[1]] * 4}
+    for given in (completions, texts):  # of a conversation, and of a prompt that is a text
+        for answer in (row["answer"], int(row["answer"])):
+            assert namespace["score"](completions=given, answer=[answer] * 4, **inputs) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_every_run_file_of_the_documentation_is_valid():

@@ -72,7 +72,7 @@ class Interrupts:
         try:
             yield
         finally:
-            self._requested = None  # a request that nobody has checked by now came too late
+            self._requested = None  # too late to have an effect
             for number in handled:
                 signal.signal(number, before[number])
 
@@ -123,7 +123,7 @@ class Interrupts:
 
 
 def _end_process(number: int, *, show_cursor: bool) -> None:
-    """End by the signal itself, as shells and schedulers expect. Rich cannot show the cursor: a lock may be held."""
+    """End by the signal itself, as shells and schedulers expect. Rich cannot show the cursor, since a lock may be held."""
     if show_cursor and sys.stdout.isatty():
         os.write(sys.stdout.fileno(), SHOW_CURSOR)
     signal.signal(number, signal.SIG_DFL)

@@ -1,7 +1,7 @@
-"""What is optimised: the objective's section of a run's configuration, and that of the correction for the sampler.
+"""The sections `algorithm` (the objective) and `correction` (importance weights for the sampler's rounding). Imports no torch.
 
-`loss_type` names an objective as its paper has it. It brings its own values for the options that it decides; an option that
-is given wins, so that every part can be combined with every other.
+`loss_type` selects an objective as its paper defines it, and with it the defaults of several options. An option that is set
+explicitly takes precedence, so all parts can be combined freely.
 
     AlgorithmConfig(loss_type="gspo").importance_sampling_level        # "sequence"
     AlgorithmConfig(loss_type="grpo", epsilon_high=0.28).epsilon       # 0.2
@@ -36,7 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"advantage_estimator": "reinforce_pp", "scale_rewards": "batch", "epsilon_high": 0.2},
     "maxrl": {"advantage_estimator": "maxrl", "scale_rewards": "none", "epsilon_high": 0.2},
 }
-"""What each objective decides differently from DAPO, whose values are those of `COMMON`."""
+"""The defaults in which each objective differs from `COMMON`, which has the values of DAPO."""
 
 COMMON: dict[str, Any] = {
     "advantage_estimator": "group",
@@ -53,90 +53,90 @@ class AlgorithmConfig(Section):
 
     loss_type: str = "dapo"
     """The objective: `grpo` (2402.03300), `dapo` (2503.14476), `dr_grpo` (2503.20783), `bnpo`, `gspo` (2507.18071), `cispo`
-    (2506.13585), `sapo` (2511.20347), `rloo` (2402.14740), `reinforce_pp` (2501.03262), `maxrl` (2602.02710), or a function
-    of your own, `path/to/file.py:name` or `package.module:name`, see `rankup.grpo.algorithm.losses`. It decides the defaults of
-    the next options."""
+    (2506.13585), `sapo` (2511.20347), `rloo` (2402.14740), `reinforce_pp` (2501.03262), `maxrl` (2602.02710), or a
+    user-supplied function, `path/to/file.py:name` or `package.module:name`, see `rankup.grpo.algorithm.losses`. It selects the
+    defaults of the next options."""
 
     advantage_estimator: Literal["group", "rloo", "reinforce_pp", "maxrl"] = Field(default=None, validate_default=True)
-    """What a reward is compared with: `group` (the group's mean), `rloo` (the mean of the group's others), `reinforce_pp`
-    (the batch's mean), `maxrl` (the group's mean, which also divides). None: the objective's."""
+    """Baseline that is subtracted from a reward: `group` (mean of the group), `rloo` (mean of the other completions in the
+    group), `reinforce_pp` (mean of the batch), `maxrl` (mean of the group, which also divides). None: that of `loss_type`."""
 
     scale_rewards: Literal["group", "batch", "none"] = Field(default=None, validate_default=True)
-    """Standard deviation that divides advantages: the group's, the batch's (2508.08221), or none (2503.20783). None: the
-    objective's, mostly `group`."""
+    """Standard deviation that divides advantages: of the `group`, of the `batch` (2508.08221), or `none` (2503.20783). None:
+    that of `loss_type`, usually `group`."""
 
     loss_aggregation: Literal["token_mean", "local_token_mean", "sequence_mean", "constant"] = Field(
         default=None, validate_default=True
     )
-    """How tokens add up to the loss: their mean over the step (`token_mean`), over this device's share of the step
-    (`local_token_mean`), each completion's mean first (`sequence_mean`), or their sum over completions times
-    `rollout.max_completion_length` (`constant`). None: the objective's."""
+    """How the losses of tokens are aggregated: mean over all tokens of the step (`token_mean`), mean over the tokens of each
+    worker, then over workers (`local_token_mean`), mean over each completion first (`sequence_mean`), or sum divided by
+    completions times `rollout.max_completion_length` (`constant`). None: that of `loss_type`."""
 
     importance_sampling_level: Literal["token", "sequence"] = Field(default=None, validate_default=True)
-    """One ratio a `token`, or one a `sequence`: the geometric mean of its tokens' (GSPO). None: the objective's."""
+    """One probability ratio per `token`, or one per `sequence`, the geometric mean of its tokens' ratios (GSPO). None: that of
+    `loss_type`."""
 
     epsilon: float = Field(default=None, validate_default=True, ge=0, le=1)
-    """Lower clip: ratios below `1 - epsilon` are clipped, [0, 1]. None: the objective's, mostly 0.2."""
+    """Lower clip: ratios below `1 - epsilon` are clipped, [0, 1]. None: that of `loss_type`, usually 0.2."""
 
     epsilon_high: float = Field(default=None, validate_default=True, ge=0)
-    """Upper clip: ratios above `1 + epsilon_high` are clipped, at least 0; of `cispo` the cap itself, as in TRL. None: the
-    objective's: 0.28 (DAPO's clip-higher), 5 for cispo, mostly 0.2."""
+    """Upper clip: ratios above `1 + epsilon_high` are clipped, at least 0; for `cispo` the cap itself, as in TRL. None: that of
+    `loss_type`: 0.28 for dapo (clip-higher), 5 for cispo, 4e-4 for gspo, else 0.2."""
 
     delta: float | None = Field(default=None, gt=0)
-    """Two-sided clip (2505.07291): no ratio counts as more than this, which bounds what a negative advantage can do; above
-    `1 + epsilon_high`. None: off."""
+    """Two-sided clip (2505.07291): ratios are capped at this value, which bounds the loss of tokens with a negative advantage;
+    above `1 + epsilon_high`. None: off."""
 
     sapo_temperature_pos: float = Field(default=1.0, gt=0)
-    """Steepness of SAPO's gate where the advantage is positive, above 0."""
+    """Temperature of SAPO's gate for tokens with a positive advantage, above 0."""
 
     sapo_temperature_neg: float = Field(default=1.05, gt=0)
-    """Steepness of SAPO's gate elsewhere, above 0."""
+    """Temperature of SAPO's gate for all other tokens, above 0."""
 
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty to the base model (k3 estimator), at least 0. At 0 the base model is not evaluated."""
+    """Weight of the KL penalty to the base model (k3 estimator), at least 0. At 0 the base model's forward pass is skipped."""
 
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus: the mean entropy of all trained tokens times this is added to what is maximised."""
+    """Weight of the entropy bonus: this times the mean entropy of all trained tokens is added to the maximised objective."""
 
     top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
-    """Train on this share of the step's tokens, those of highest entropy (2506.01939), (0, 1]. Below 1 it takes one more
-    forward pass a step, to find the bound, which holds for all of the step's iterations."""
+    """Train only on this share of the step's tokens, those with the highest entropy (2506.01939), (0, 1]. Below 1, each step
+    needs another forward pass to find the threshold, which is the same for all iterations of the step."""
 
     mask_truncated_completions: bool = False
-    """Leave completions that were cut off out of the loss (DAPO's overlong filtering)."""
+    """Exclude completions that reached the length limit from the loss (DAPO's overlong filtering)."""
 
     off_policy_mask_threshold: float | None = Field(default=None, gt=0)
-    """Leave out completions with a negative advantage whose tokens have become less likely than when they were sampled by
-    more than this in the mean (DeepSeek-V3.2, 2512.02556), in nats. None: off."""
+    """Exclude completions with a negative advantage whose log-probability per token has fallen by more than this since they
+    were sampled, in nats, on average (DeepSeek-V3.2, 2512.02556). None: off."""
 
     soft_overlong_tokens: int = Field(default=0, ge=0)
-    """Completions within so many tokens of `rollout.max_completion_length` lose reward, linearly from 0 to 1 (DAPO's soft
-    overlong punishment). 0: off."""
+    """Completions within this many tokens of `rollout.max_completion_length` get a penalty on their reward that grows linearly
+    from 0 to 1 (DAPO's soft overlong punishment). 0: off."""
 
     filter_zero_variance: bool = True
-    """Leave groups whose advantages are all zero out of the loss and of its means (DAPO). False: they count in the means, as
-    in TRL (with `constant` they always do). Where a KL penalty or an entropy bonus has something to say about them, they
-    stay."""
+    """Exclude groups whose advantages are all zero from the loss and from its means (DAPO). False: they count in the means, as
+    in TRL (with `constant` they always do). With a KL penalty or an entropy bonus they are kept, since they have a gradient."""
 
     max_resampling_rounds: int = Field(default=0, ge=0)
-    """Dynamic sampling (DAPO): while groups without variance leave fewer than `optim.prompts_per_step`, sample further
-    prompts, drawn at random, at most so many times a step; then only groups with variance are trained on. 0: off."""
+    """Dynamic sampling (DAPO): while fewer than `optim.prompts_per_step` groups have reward variance, sample further prompts,
+    drawn at random, at most this many times per step; then train only on groups with variance. 0: off."""
 
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of completions (mu in the GRPO paper). 1 is fully on-policy."""
 
     @field_validator("loss_type")
     @classmethod
-    def _named_or_your_own(cls, loss_type: str) -> str:
+    def _built_in_or_user_supplied(cls, loss_type: str) -> str:
         if loss_type in OBJECTIVES or re.fullmatch(r".+:[A-Za-z_]\w*", loss_type):
             return loss_type
         raise ValueError(
-            f"must be {', '.join(OBJECTIVES)}, or a function of your own, path/to/file.py:name (got {loss_type!r})"
+            f"must be {', '.join(OBJECTIVES)}, or your own function, path/to/file.py:name (got {loss_type!r})"
         )
 
     @field_validator(*COMMON, mode="before")
     @classmethod
-    def _the_objective_decides(cls, value: object, info: ValidationInfo) -> object:
+    def _default_of_the_objective(cls, value: object, info: ValidationInfo) -> object:
         if info.field_name == "scale_rewards" and isinstance(value, bool):  # TRL also takes a bool
             return "group" if value else "none"
         assert info.field_name is not None
@@ -148,7 +148,7 @@ class AlgorithmConfig(Section):
     @classmethod
     def _above_the_upper_clip(cls, delta: float | None, info: ValidationInfo) -> float | None:
         if delta is not None and info.data.get("loss_type") in ("cispo", "sapo"):
-            raise ValueError(f"has no effect on {info.data['loss_type']}, which does not clip so: leave it out")
+            raise ValueError(f"has no effect with {info.data['loss_type']}, which does not use this clip: leave it out")
         epsilon_high = info.data.get("epsilon_high", 0.0)
         if delta is not None and delta <= 1.0 + epsilon_high:
             raise ValueError(f"must be above 1 + algorithm.epsilon_high, which is {1 + epsilon_high:g} (got {delta:g})")
@@ -156,12 +156,12 @@ class AlgorithmConfig(Section):
 
     @property
     def own_loss(self) -> str | None:
-        """Where the user's own objective is, None for one of ours."""
+        """`loss_type` if it is a user-supplied function; None for a built-in objective."""
         return None if self.loss_type in OBJECTIVES else self.loss_type
 
     @property
     def needs_every_group(self) -> bool:
-        """Whether a group whose advantages are all zero still has a gradient."""
+        """Whether groups whose advantages are all zero still have a gradient."""
         return self.beta > 0 or self.entropy_coef != 0
 
 
@@ -171,27 +171,27 @@ CORRECTION_MODES = ("none", "token_truncate", "token_mask", "icepop", "sequence_
 
 
 class CorrectionConfig(Section):
-    """The gap between the policy that samples and the one that is trained, which rounding makes two: each token's (or
-    completion's) loss is weighed by w = exp(trainer's log-probability - sampler's)."""
+    """Importance weights for the mismatch between sampler and trainer, which round differently: the loss of each token (or
+    completion) is multiplied by w = exp(log-probability in the trainer - log-probability in the sampler), limited by `mode`."""
 
     mode: Literal["none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask"] = "token_truncate"
     """`token_truncate`: min(w, cap), truncated importance sampling. `token_mask`: 0 above `cap`. `icepop`: 0 outside [floor,
-    cap] (2510.18855). `sequence_truncate`, `sequence_mask`: the same for a completion's geometric mean of w, which does not
-    decay with its length. `none`: no weight."""
+    cap] (2510.18855). `sequence_truncate`, `sequence_mask`: the same for the geometric mean of w over a completion, which does
+    not shrink with its length. `none`: no weights."""
 
     cap: float = Field(default=None, validate_default=True, gt=0)
-    """Largest weight, above 0. None: 2, with icepop 5."""
+    """Largest weight, above 0. None: 2, or 5 with icepop."""
 
     floor: float = Field(default=0.5, ge=0, validate_default=True)
-    """Smallest weight that icepop lets pass, below `cap`."""
+    """Smallest weight that icepop does not mask, below `cap`."""
 
     veto: float = Field(default=None, validate_default=True, ge=0, lt=1)
-    """A completion with a token of smaller weight is left out: the sampler drew what the trainer finds impossible. 0: off.
-    None: 1e-4, and 0 where `mode` is none."""
+    """Completions with any token of smaller weight are excluded: the trainer gives the sampled token almost no probability.
+    0: off. None: 1e-4, or 0 if `mode` is none."""
 
     @model_validator(mode="before")
     @classmethod
-    def _trl_has_a_switch_and_a_mode(cls, values: Any) -> Any:
+    def _switch_and_mode_of_trl(cls, values: Any) -> Any:
         """TRL's `vllm_importance_sampling_correction` turns the correction off whatever the mode; if on, the mode decides."""
         if not (isinstance(values, dict) and TRL_SWITCH in values):
             return values
@@ -211,7 +211,7 @@ class CorrectionConfig(Section):
 
     @field_validator("cap", "veto", mode="before")
     @classmethod
-    def _the_mode_decides(cls, value: object, info: ValidationInfo) -> object:
+    def _default_of_the_mode(cls, value: object, info: ValidationInfo) -> object:
         if value is not None:
             return value
         mode = info.data.get("mode")

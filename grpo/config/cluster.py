@@ -1,4 +1,4 @@
-"""The section `cluster` of a run's configuration: several devices that share every step. Imports neither torch nor Ray."""
+"""The section `cluster`: several devices that share every step. Imports neither torch nor Ray."""
 
 from pydantic import Field
 
@@ -6,22 +6,22 @@ from ...section import Section
 
 
 class ClusterConfig(Section):
-    """How many workers share a step, and what happens when one of them is lost."""
+    """Number of workers that share a step, and what happens when one is lost."""
 
     workers: int = Field(default=1, ge=1)
-    """Workers, each with vLLM and the policy on a device of its own; a step's prompts are divided among them, so at most
-    `optim.prompts_per_step`. 1: this process alone, without Ray."""
+    """Workers, each with vLLM and the policy on its own device. The prompts of a step are divided among them, so at most
+    `optim.prompts_per_step`. 1: this process only, without Ray."""
 
     cpus_per_worker: float = Field(default=1.0, gt=0)
-    """CPU cores that Ray reserves for each worker; on CPU, also the threads it computes with."""
+    """CPU cores that Ray reserves for each worker; on CPU, also its number of threads."""
 
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs that Ray reserves for each worker. None: 1 where the cluster has GPUs, else 0."""
+    """GPUs that Ray reserves for each worker. None: 1 if the cluster has GPUs, else 0."""
 
     max_failures: int = Field(default=3, ge=0)
-    """How often all workers start again from the newest checkpoint after one was lost: its process or its node has died, or a
-    step took longer than `step_timeout`."""
+    """How many times all workers restart from the newest checkpoint after losing one: its process or node died, or a step
+    exceeded `step_timeout`."""
 
     step_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds without a word between the workers after which they count as hung. A step, an evaluation and the copying of a
-    checkpoint must each fit in."""
+    """Seconds without a completed collective after which workers are considered hung. A step, an evaluation, and copying a
+    checkpoint must each take less."""

@@ -1,4 +1,4 @@
-"""The section `data` of a run's configuration: prompts to train on and to evaluate with. Imports no torch."""
+"""The section `data`: prompts for training and evaluation. Imports no torch."""
 
 from typing import Any
 
@@ -8,38 +8,38 @@ from ...section import Section
 
 
 class DataConfig(Section):
-    """Prompts to train on and to evaluate with."""
+    """Prompts for training and evaluation."""
 
     train: str | None = None
-    """Training rows: a .json, .jsonl, .parquet or .csv file, a hub id, `reasoning_gym:<task>`, or a function that
-    returns rows (`file.py:name`, `package.module:name`). None: the data set handed to `GRPOTrainer`."""
+    """Training rows: a .json, .jsonl, .parquet or .csv file, an id on the Hub, `reasoning_gym:<task>`, or a function that
+    returns rows (`file.py:name`, `package.module:name`). None: the `train_dataset` of `GRPOTrainer`."""
 
     eval: str | None = None
-    """Evaluation rows, named in the same ways. None: no evaluation."""
+    """Evaluation rows, in the same forms. None: no evaluation."""
 
     subset: str | None = None
-    """Subset (configuration name) of a hub id, such as `main` of openai/gsm8k. None: its only one."""
+    """Subset (configuration name) of a data set on the Hub, such as `main` of openai/gsm8k. None: its only one."""
 
     train_split: str = "train"
-    """Split of a hub id to train on."""
+    """Split of a data set on the Hub for training."""
 
     eval_split: str = "test"
-    """Split of a hub id to evaluate on."""
+    """Split of a data set on the Hub for evaluation."""
 
     prompt_column: str = "prompt"
-    """Column that holds the prompt: text, or a conversation (a list of role and content)."""
+    """Column with the prompt: text, or a conversation (a list of messages with role and content)."""
 
     system_prompt: str | None = None
-    """System message put before each prompt; makes a conversation of a text prompt."""
+    """System message before each prompt; turns a text prompt into a conversation, so that the chat template applies."""
 
     chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Keywords for the tokenizer's chat template, such as `enable_thinking: false`."""
+    """Keyword arguments of the tokenizer's chat template, such as `enable_thinking: false`."""
 
     shuffle: bool = True
-    """Draw prompts in a random order that `seed` decides, a new one each epoch (TRL's `shuffle_dataset`)."""
+    """Draw prompts in a random order that depends on `seed`, different in each epoch (TRL's `shuffle_dataset`)."""
 
     eval_rows: int | None = Field(default=None, ge=1)
-    """Evaluate on the first so many rows only. None: on all."""
+    """Evaluate on the first `eval_rows` rows only. None: all."""
 
     options: dict[str, Any] = Field(default={})
-    """Options of a `reasoning_gym:<task>` source: `size`, `seed` and the task's own."""
+    """Options of a `reasoning_gym:<task>` source (`size`, `seed` and those of the task), or keyword arguments of a function."""

@@ -1,9 +1,9 @@
-"""The section `guards` of a run's configuration: limits of the alarms, and what a run may do when they ring.
+"""The section `guards`: limits of the alarms, and the actions that a run may take when they trigger.
 
-    guards = GuardsConfig(entropy_stop=None, restore=False)   # entropy never stops; nothing is ever taken back
+    guards = GuardsConfig(entropy_stop=None, restore=False)   # no hard limit for entropy; the policy is never restored
     guards.limits("entropy")                                  # (0.5, None)
 
-What the alarms measure and what follows from them stands in `guards.py`. Nothing here imports torch.
+`guards.py` defines what the alarms measure and which actions follow. Nothing here imports torch.
 """
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -11,106 +11,111 @@ from pydantic import Field, ValidationInfo, field_validator
 from ...section import Section
 
 LOW_IS_BAD = ("effective_sample_size", "entropy")
-"""Alarms whose value is bad below its limits; all others are above them."""
+"""Alarms that trigger when their value falls below a limit; all others trigger above."""
 
 
 class GuardsConfig(Section):
-    """Alarms, and what they do. `<alarm>_watch` and `<alarm>_stop` are limits; None switches a limit off."""
+    """Alarms and their actions. `<alarm>_watch` is the soft limit of an alarm and `<alarm>_stop` its hard limit; None turns
+    a limit off."""
 
     enabled: bool = True
-    """Watch the run. False: no alarms, and no actions but these: a gradient that is not finite is never applied, and
+    """Use guards. False: no alarms and no actions, except that an update with a non-finite gradient is always skipped, and
     `max_consecutive_skips` of them in a row end the run."""
 
     skip: bool = True
-    """Leave out an update whose batch is beyond a stop limit (the sampler's gap, the gradient's norm). A gradient that is not
-    finite is left out in any case."""
+    """Skip an update whose batch is above a hard limit (sampler mismatch, gradient norm). An update with a non-finite gradient
+    is skipped in any case."""
 
     halve: bool = True
-    """Halve the learning rate for the rest of the run: two alarms within `window_steps`, or before any restore."""
+    """Halve the learning rate for the rest of the run, after two alarms within `window_steps` and with every restore."""
 
     restore: bool = True
-    """Go back to the last healthy adapter and optimizer: three alarms within `window_steps`, or a policy beyond a stop
-    limit. Needs host memory for one copy of both (12 bytes an adapter parameter), for two with `logging.eval_steps`."""
+    """Restore the last healthy adapter and optimizer state, after three alarms within `window_steps` or when the policy is
+    above a hard limit. Needs host memory for one copy of both (12 bytes per adapter parameter), for two with
+    `logging.eval_steps`."""
 
     sampler_kl_watch: float | None = Field(default=0.01, ge=0)
-    """KL divergence of sampler to trainer (k3 estimator), per token; and twice its start."""
+    """KL divergence between sampler and trainer per token (k3 estimator); must also exceed twice its baseline."""
 
     sampler_kl_stop: float | None = Field(default=0.1, ge=0)
-    """Beyond it the update is skipped."""
+    """Hard limit: the update is skipped."""
 
     sampler_ratio_watch: float | None = Field(default=1.05, ge=1)
-    """Mean of exp(|difference of log-probability|), trainer and sampler; and 1.5 times its start, both less 1."""
+    """Mean of exp(abs(log-probability difference)) of trainer and sampler; its excess over 1 must also exceed 1.5 times that
+    of its baseline."""
 
     sampler_ratio_stop: float | None = Field(default=1.2, ge=1)
-    """Beyond it the update is skipped."""
+    """Hard limit: the update is skipped."""
 
     effective_sample_size_watch: float | None = Field(default=0.5, ge=0, le=1)
-    """Effective sample size of the importance weights as a share of the sample, [0, 1]; bad below."""
+    """Effective sample size of the importance weights as a share of the sample, [0, 1]; triggers below."""
 
     effective_sample_size_stop: float | None = Field(default=0.3, ge=0, le=1)
-    """Beyond it the update is skipped."""
+    """Hard limit: the update is skipped."""
 
     grad_norm_watch: float | None = Field(default=3.0, ge=1)
-    """Gradient norm over its running mean (geometric); and 4 standard deviations of its logarithm."""
+    """Gradient norm over its running geometric mean; must also exceed 4 standard deviations of its logarithm."""
 
     grad_norm_stop: float | None = Field(default=5.0, ge=1)
-    """Beyond it, and 5 standard deviations of its logarithm, or not finite: the update is skipped."""
+    """Hard limit: above it and 5 standard deviations of its logarithm, or not finite, the update is skipped."""
 
     entropy_watch: float | None = Field(default=0.5, ge=0)
-    """Mean entropy of a token over its start; bad below. Not judged while the reward is at its best."""
+    """Mean token entropy over its baseline; triggers below. Ignored while the reward is at its best."""
 
     entropy_stop: float | None = Field(default=0.1, ge=0)
-    """Beyond it the policy is restored."""
+    """Hard limit: the policy is restored."""
 
     advantage_scale_watch: float | None = Field(default=3.0, ge=0)
-    """Scale of the advantages before they are normalised, over its start. Not judged while the reward is at its best."""
+    """Scale of the advantages before normalisation, over its baseline. Ignored while the reward is at its best."""
 
     advantage_scale_stop: float | None = Field(default=None, ge=0)
-    """Beyond it the policy is restored."""
+    """Hard limit: the policy is restored."""
 
     length_watch: float | None = Field(default=2.0, ge=0)
-    """Mean length of the completions over its start."""
+    """Mean completion length over its baseline."""
 
     length_stop: float | None = Field(default=None, ge=0)
-    """Beyond it the policy is restored."""
+    """Hard limit: the policy is restored."""
 
     reward_watch: float | None = Field(default=0.15, ge=0)
-    """Share of the reward's gain that is lost again, less what noise explains; of its start, where nothing was gained."""
+    """Share of the reward gain that was lost again, minus what noise explains; relative to the baseline if there was no
+    gain."""
 
     reward_stop: float | None = Field(default=0.3, ge=0)
-    """Beyond it the policy is restored."""
+    """Hard limit: the policy is restored."""
 
     evaluation_watch: float | None = Field(default=0.15, ge=0)
-    """The same share of what was gained in the evaluations of a run with `logging.eval_steps`, less 2 standard errors or more.
-    There the run also ends with the best evaluation's adapter, if the last one has lost more than 0.05 and a standard error."""
+    """The same share for evaluation rewards in a run with `logging.eval_steps`, minus 2 standard errors or more. Such a run
+    also ends with the adapter of the best evaluation if the last one lost more than 0.05 of the gain and a standard
+    error."""
 
     evaluation_stop: float | None = Field(default=0.3, ge=0)
-    """Beyond it the policy is restored: the best evaluation's."""
+    """Hard limit: the policy of the best evaluation is restored."""
 
     zero_variance_watch: float | None = Field(default=0.8, ge=0, le=1)
-    """Share of groups without variance, [0, 1], in the mean of some 20 steps. Advice: it is shown and nothing follows."""
+    """Share of groups with zero reward variance, [0, 1], averaged over about 20 steps. Shown as advice, without an action."""
 
     baseline_steps: int = Field(default=5, ge=2)
-    """First steps, at least 2, whose mean is a quantity's start. What is compared with the start is not judged before."""
+    """Number of first steps, at least 2, whose mean is the baseline. Alarms relative to it cannot trigger earlier."""
 
     window_steps: int = Field(default=20, ge=1)
-    """Steps within which alarms add up."""
+    """Number of steps over which alarms are counted."""
 
     snapshot_steps: int = Field(default=5, ge=1)
-    """Least number of steps between two snapshots of adapter and optimizer."""
+    """Minimum number of steps between two snapshots of adapter and optimizer state."""
 
     max_consecutive_skips: int = Field(default=10, ge=1)
-    """The run stops after so many skipped updates in a row."""
+    """The run stops after this many skipped updates in a row."""
 
     max_restores: int = Field(default=4, ge=1)
-    """The run stops where the same snapshot would have to be put back more often than this: nothing leads on from it."""
+    """The run stops when the same snapshot would be restored more often than this without recovering."""
 
     min_learning_rate_factor: float = Field(default=1 / 16, gt=0, le=1)
-    """Halving goes no further than this share of the schedule's learning rate, (0, 1]."""
+    """Smallest factor on the scheduled learning rate that halving may reach, (0, 1]."""
 
     @field_validator("*")
     @classmethod
-    def _stop_lies_beyond_watch(cls, stop: object, info: ValidationInfo) -> object:
+    def _hard_limit_is_beyond_the_soft_one(cls, stop: object, info: ValidationInfo) -> object:
         name, _, which = (info.field_name or "").rpartition("_")
         watch = info.data.get(f"{name}_watch")
         if which != "stop" or not isinstance(stop, float) or watch is None:
@@ -121,5 +126,5 @@ class GuardsConfig(Section):
         return stop
 
     def limits(self, alarm: str) -> tuple[float | None, float | None]:
-        """Where an alarm's `watch` and `stop` begin; None where a limit is off."""
+        """The soft and the hard limit of an alarm; None for a limit that is off."""
         return getattr(self, f"{alarm}_watch"), getattr(self, f"{alarm}_stop", None)

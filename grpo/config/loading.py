@@ -1,7 +1,7 @@
-"""What surrounds the configuration models: YAML in and out, overrides, flat names, readable errors.
+"""Reading and writing configurations: YAML, overrides, flat names, readable errors.
 
-`grpo/config.py` calls this with a `KnownKeys`, the table of its sections and fields; nothing here knows a field by
-name except the few of TRL and PEFT that are called differently there.
+`run_config.py` passes a `KnownKeys`, the table of its sections and fields. This module knows no field by name, except those
+that have other names in TRL and PEFT.
 """
 
 import re
@@ -36,47 +36,47 @@ TRL_NAMES = {
     "embedding_lr": "optim.embedding_learning_rate",
     "loraplus_lr_ratio": "optim.lora_plus_ratio",
 }
-"""Flat names of TRL that differ from ours and mean the same."""
+"""Flat names of TRL for options that have a different name here."""
 
 HINTS = {
     "r": "did you mean lora.rank?",
     "lr": "did you mean optim.learning_rate?",
-    "per_device_train_batch_size": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
-    "gradient_accumulation_steps": "a step takes optim.prompts_per_step prompts, in passes of optim.tokens_per_pack",
-    "num_train_epochs": "the length of a run is optim.max_steps",
+    "per_device_train_batch_size": "set optim.prompts_per_step for the batch and optim.tokens_per_pack for one pass",
+    "gradient_accumulation_steps": "set optim.prompts_per_step for the batch and optim.tokens_per_pack for one pass",
+    "num_train_epochs": "set optim.max_steps",
     "logging_steps": "metrics.jsonl records every step; leave it out",
     "use_vllm": "vLLM always samples, in this process; leave it out",
     "vllm_mode": "vLLM always runs in this process; leave it out",
     "vllm_importance_sampling_clip_min": "correction.mode=icepop masks weights outside [correction.floor, correction.cap]",
     "adapter": "a run always starts with a new adapter; to start from an existing one is not supported yet",
 }
-"""Names that people bring along and that no spelling rule would find."""
+"""Hints for common names from other libraries that are not similar to ours in spelling."""
 
 
 @dataclass(frozen=True)
 class KnownKeys:
-    """The names that a configuration has: fields by section, and the keys beside the sections."""
+    """The names of a configuration: fields by section, and top-level keys that are not sections."""
 
     sections: Mapping[str, tuple[str, ...]]
     top_level: tuple[str, ...]
 
     def dotted(self) -> list[str]:
-        """All names as a user writes them: `section.field`, and the top-level keys."""
+        """All names in the form that users write: `section.field`, and the top-level keys."""
         return [f"{section}.{field}" for section, fields in self.sections.items() for field in fields] + [
             *self.top_level
         ]
 
     def locate(self, name: str) -> str | None:
-        """Dotted name for a flat one; None if it is unknown. ValueError if several sections have it."""
+        """The dotted name of a flat one; None if it is unknown. ValueError if it occurs in several sections."""
         if name in TRL_NAMES:
             return TRL_NAMES[name]
         homes = [f"{section}.{name}" for section, fields in self.sections.items() if name in fields]
         if len(homes) > 1:
-            raise ValueError(f"{name}: stands in several sections; write {' or '.join(homes)}")
+            raise ValueError(f"{name}: occurs in several sections; write {' or '.join(homes)}")
         return homes[0] if homes else None
 
     def hint(self, name: str) -> str:
-        """What to write in place of the unknown dotted `name`."""
+        """What to write instead of the unknown dotted `name`."""
         section, _, field = name.rpartition(".")
         if field in HINTS:
             return HINTS[field]
@@ -87,16 +87,16 @@ class KnownKeys:
             return f"did you mean {' or '.join(known for known in candidates if scores[known] > best - 0.01)}?"
         if section in self.sections:
             return f"{section} has {', '.join(self.sections[section])}"
-        return f"there are {', '.join([*self.sections, *self.top_level])}"
+        return f"sections and keys are {', '.join([*self.sections, *self.top_level])}"
 
 
 def _likeness(name: str, known: str) -> float:
-    """How alike two dotted names are, 0 to 1: whole, or by last part (a field in the wrong section)."""
-    whole = SequenceMatcher(None, name, known).ratio()
-    return max(whole, SequenceMatcher(None, name.rpartition(".")[2], known.rpartition(".")[2]).ratio())
+    """Similarity of two dotted names, 0 to 1: complete, or of the last parts only (for a field in the wrong section)."""
+    complete = SequenceMatcher(None, name, known).ratio()
+    return max(complete, SequenceMatcher(None, name.rpartition(".")[2], known.rpartition(".")[2]).ratio())
 
 
-# YAML. The language's version 1.1, which PyYAML reads, takes `1e-4` for text and `2025-01-31` for a date.
+# YAML. PyYAML reads version 1.1, in which `1e-4` is text and `2025-01-31` is a date.
 
 _FLOAT = re.compile(
     r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
@@ -105,26 +105,26 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, a date is text, a key that stands twice is an error."""
+    """YAML in which `1e-4` is a number, a date is text, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number; writes lists indented under their key."""
+    """Quotes text that `_Loader` would read as a number; indents lists under their key."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Text with one of Unicode's own line ends is escaped: PyYAML writes them plainly and reads back another."""
+    """Escape text with Unicode line ends: PyYAML writes them verbatim and reads back a different text."""
     style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -141,7 +141,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def read_run_file(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, empty for an empty file.
 
-    Raises FileNotFoundError, or ValueError that names the line of a mistake.
+    Raises FileNotFoundError, or ValueError with the line of the mistake.
     """
     if not path.is_file():
         raise FileNotFoundError(f"run file not found: {path}")
@@ -154,17 +154,17 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold sections such as 'model:' and 'optim:' (got {_shorten(values)})")
+        raise ValueError(f"{path}: must contain sections such as 'model:' and 'optim:' (got {_shorten(values)})")
     return values
 
 
 def parse_yaml(text: str) -> Any:
-    """What a run file's text says. Raises yaml.YAMLError."""
+    """Parse the text of a run file. Raises yaml.YAMLError."""
     return yaml.load(text, _Loader)
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text that `read_run_file` reads back to the same values, keys in their order."""
+    """YAML text that `read_run_file` reads back to the same values, with keys in the given order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -174,13 +174,13 @@ def _describe_yaml_error(error: yaml.YAMLError) -> str:
     return ": " + " ".join(str(error).split())
 
 
-# From what users write to sections
+# From user input to sections
 
 
 def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
-    """A new mapping with flat names moved into their sections and `model: "name"` spelled out.
+    """A new mapping with flat names moved into their sections and `model: "name"` expanded.
 
-    Unknown names stay where they are; validation reports them. Raises ValueError where a value is given twice.
+    Unknown names are kept; validation reports them. Raises ValueError if a value is given twice.
     """
     nested: dict[str, Any] = {}
     flat: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
         section, _, field = dotted.partition(".")
         fields = nested.setdefault(section, {})
         if field in fields:
-            raise ValueError(f"{name}: is {dotted}, which is given as well; keep one of them")
+            raise ValueError(f"{name}: is the same option as {dotted}, which is set too; keep one of them")
         fields[field] = value
     return nested
 
@@ -209,7 +209,7 @@ def _section_values(name: str, value: Any) -> dict[Any, Any]:
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}: must be a section with keys of its own (got {_shorten(value)})")
+        raise ValueError(f"{name}: must be a section with keys (got {_shorten(value)})")
     return dict(value)
 
 
@@ -217,7 +217,7 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
     """Set one `section.field=value` in nested `values`, in place; the value is YAML.
 
     `name=value` with a flat name, `model=name`, `section={field: value}` and keys of an option (`data.options.size=9`)
-    work too. Raises ValueError where the text has no `=` or the value is not YAML.
+    work too. Raises ValueError if the text has no `=` or the value is not valid YAML.
     """
     name, equals, text = override.partition("=")
     name = name.strip()
@@ -226,7 +226,7 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name}: {text!r} is not YAML{_describe_yaml_error(error)}; put quotes around it") from None
+        raise ValueError(f"{name}: {text!r} is not valid YAML{_describe_yaml_error(error)}; put quotes around it") from None
 
     if name in keys.sections:
         values.setdefault(name, {}).update(_section_values(name, value))
@@ -237,7 +237,7 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise ValueError(f"{name}: {parent} has no keys of its own (it is {_shorten(place)})")
+            raise ValueError(f"{name}: {parent} has no keys (it is {_shorten(place)})")
     place[field] = value
 
 
@@ -250,14 +250,14 @@ _MESSAGES = {
     "less_than": "must be below {lt}",
     "literal_error": "must be {expected}",
     "finite_number": "must be a finite number",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
+    "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
-    "string_type": "must be text, in quotes if YAML would read it as something else",
+    "string_type": "must be text, in quotes if YAML would read it as another type",
     "string_too_short": "must not be empty",
     "list_type": "must be a list",
     "dict_type": "must be a mapping",
@@ -266,7 +266,7 @@ _MESSAGES = {
 
 
 def describe_errors(error: ValidationError, keys: KnownKeys) -> str:
-    """One line a problem: `rollout.num_generations: must be at least 2 (got 1)`."""
+    """One line per problem: `rollout.num_generations: must be at least 2 (got 1)`."""
     return "\n".join(_describe_error(details, keys) for details in error.errors(include_url=False))
 
 
@@ -275,8 +275,8 @@ def _describe_error(details: ErrorDetails, keys: KnownKeys) -> str:
     context = details.get("ctx", {})
     if details["type"] == "extra_forbidden":
         return f"{name}: unknown key; {keys.hint(name)}"
-    if details["type"] == "value_error":  # from a validator of ours: says all there is to say
-        return f"{name}: {context['error']}" if name else str(context["error"])  # of the whole: names its option itself
+    if details["type"] == "value_error":  # raised by our validators, with a complete message
+        return f"{name}: {context['error']}" if name else str(context["error"])  # a check of several sections names its option
     message = _MESSAGES.get(details["type"], details["msg"]).format(**context)
     return f"{name}: {message} (got {_shorten(details['input'])})"
 

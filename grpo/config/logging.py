@@ -1,4 +1,4 @@
-"""The section `logging` of a run's configuration: what a run shows and where it is kept. Imports no torch."""
+"""The section `logging`: run folder, evaluation, and what a run shows. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from ...section import Section
 
 
 class LoggingConfig(Section):
-    """What a run shows and where it is kept."""
+    """Run folder, evaluation, and what a run shows."""
 
     run_name: str = Field(default="run", min_length=1, coerce_numbers_to_str=True)
     """Name of the run. None: the run file's name, else the last part of `output_dir`, else `run`."""
@@ -18,25 +18,25 @@ class LoggingConfig(Section):
     """Folder for metrics, completions and the adapter. None: `runs/<run_name>`."""
 
     eval_steps: int = Field(default=0, ge=0)
-    """Evaluate every so many steps. 0: only before and after training."""
+    """Evaluate every `eval_steps` steps. 0: only before and after training."""
 
     eval_before: bool = True
     """Evaluate before the first step."""
 
     completions_steps: int = Field(default=10, ge=0)
-    """Show a few completions every so many steps. 0: never."""
+    """Show a few completions every `completions_steps` steps. 0: never."""
 
     num_completions_to_print: int = Field(default=3, ge=1)
-    """How many completions to show at a time, at least 1."""
+    """Number of completions to show each time, at least 1."""
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
-    """Where metrics go besides `metrics.jsonl`: tensorboard, wandb, trackio. A single one will do, and `none` for none."""
+    """Trackers for metrics, in addition to `metrics.jsonl`: tensorboard, wandb, trackio; a list or a single name, or `none`."""
 
     project: str = Field(default="rankup", min_length=1)
-    """Project of the run on wandb and trackio."""
+    """Project of the run in wandb and trackio."""
 
     profile_steps: list[Annotated[int, Field(ge=1)]] = Field(default=[])
-    """Steps, counted from 1, that leave a profiler trace in `<output_dir>/profile`. A single one will do."""
+    """Steps to profile, counted from 1: a list or a single number. Traces are written to `<output_dir>/profile`."""
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -51,7 +51,7 @@ class LoggingConfig(Section):
 
     @field_validator("profile_steps", mode="before")
     @classmethod
-    def _one_step_will_do(cls, steps: object) -> object:
+    def _list_or_single_step(cls, steps: object) -> object:
         return [steps] if isinstance(steps, int | float | str) else steps
 
     @model_validator(mode="before")
@@ -60,10 +60,10 @@ class LoggingConfig(Section):
         if not isinstance(values, dict):
             return values
         names = ("run_name", "output_dir")
-        given = {key: value for key, value in values.items() if value is not None or key not in names}
-        name, folder = given.get("run_name"), given.get("output_dir")
+        values = {key: value for key, value in values.items() if value is not None or key not in names}
+        name, folder = values.get("run_name"), values.get("output_dir")
         if folder is None and name is not None:
-            given["output_dir"] = Path("runs") / str(name)
+            values["output_dir"] = Path("runs") / str(name)
         if name is None and isinstance(folder, str | Path):
-            given["run_name"] = Path(folder).name or "run"
-        return given
+            values["run_name"] = Path(folder).name or "run"
+        return values

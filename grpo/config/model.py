@@ -1,4 +1,4 @@
-"""The section `model` of a run's configuration: the base model. Imports no torch."""
+"""The section `model`: the base model. Imports no torch."""
 
 from typing import Literal
 
@@ -11,19 +11,21 @@ class ModelConfig(Section):
     """The base model."""
 
     name: str = Field(default="smollm2-135m-instruct", min_length=1)
-    """Model to train: `smollm2-135m-instruct` (embedded, offline), a local folder, or a hub id."""
+    """Model to train: `smollm2-135m-instruct` (embedded, offline), a local folder, or an id on the Hub."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub id. None: the default branch."""
+    """Branch, tag or commit of a model on the Hub. None: the default branch."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the base weights and of the adapter that vLLM samples with. Adapter masters are always float32."""
+    """Data type of the base weights and of the adapter that vLLM samples with. The adapter's master weights are always
+    float32."""
 
     load_in: Literal["nf4"] | None = None
-    """Round the base's linear layers, but for the head, to 4 bits (NF4, bitsandbytes) for trainer and sampler: `nf4`. The
-    trainer holds them packed; vLLM cannot and holds what they stand for, in `dtype`. None: as they are."""
+    """`nf4`: quantize the base model's linear layers, except the head, to 4 bits (NF4, bitsandbytes) for trainer and sampler.
+    vLLM cannot read packed 4-bit weights and keeps the dequantized values in `dtype`, so this saves memory only where the
+    trainer has a separate copy. None: no quantization."""
 
     share_base_weights: Literal["auto"] | bool = "auto"
-    """Build the trainer's model on vLLM's own base weights: `true`, `false`, or `auto`, which shares what vLLM keeps as it was
-    loaded: on CUDA everything, on CPU all but the weights of linear layers. There `true` makes vLLM keep these too, which
-    slows sampling down."""
+    """Use vLLM's base weights in the trainer instead of a second copy: `true`, `false`, or `auto`, which shares weights that
+    vLLM keeps in their original layout: on CUDA all, on CPU all but those of linear layers. On CPU, `true` makes vLLM keep
+    these in their original layout too, which makes sampling slower."""

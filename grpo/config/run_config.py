@@ -1,11 +1,11 @@
-"""The configuration of a run: `GRPOConfig`, read from a run file or made in Python.
+"""The configuration of a run: `GRPOConfig`, read from a run file or built in Python.
 
     config = load_config("configs/quickstart.yaml", ["optim.max_steps=20", "seed=7"])   # a run file and overrides
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
 
-The fields stand in `config_sections.py` and in `config_<section>.py` where a section has a file of its own. A configuration is
-frozen: it does not change in a run. Every mistake is a `ValueError` with one line a problem. Nothing here imports torch.
+Each section is defined in a file named after it, `rollout` and `rewards` in the packages that they configure. A configuration
+is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing here imports torch.
 """
 
 from collections.abc import Sequence
@@ -48,23 +48,23 @@ __all__ = [
 ]
 
 MAX_NUM_SEQS = 256
-"""Most sequences that vLLM samples at once unless `rollout.max_num_seqs` says otherwise."""
+"""Upper bound of the default of `rollout.max_num_seqs`."""
 
 
 DERIVED_DEFAULTS = {"algorithm": tuple(COMMON), "correction": ("cap", "veto")}
-"""Options that are the objective's or the mode's own unless they are given."""
+"""Options whose default depends on another option: `algorithm.loss_type` or `correction.mode`."""
 
 
 class GRPOConfig(Section):
-    """Everything that a run needs to know.
+    """The complete configuration of a run.
 
-    Takes sections (`optim=OptimConfig(...)` or `optim={...}`), flat names where a name is in one section only
+    Accepts sections (`optim=OptimConfig(...)` or `optim={...}`), flat names that occur in only one section
     (`learning_rate=1e-4`), some names of TRL that differ from ours (`reward_weights=[...]`), and `model="name"`.
-    Raises ValueError with one line a problem.
+    Raises ValueError with one line per problem.
     """
 
     model: ModelConfig = ModelConfig()
-    """The base model. A string is its name."""
+    """The base model; a string sets its name."""
 
     lora: LoraConfig = LoraConfig()
     """The adapter."""
@@ -76,36 +76,36 @@ class GRPOConfig(Section):
     """The objective."""
 
     correction: CorrectionConfig = CorrectionConfig()
-    """Weights for the gap between sampler and trainer."""
+    """Importance weights for the mismatch between sampler and trainer."""
 
     guards: GuardsConfig = GuardsConfig()
-    """Alarms, and what they do."""
+    """Alarms and their actions."""
 
     optim: OptimConfig = OptimConfig()
-    """Optimizer, schedule and size of a step."""
+    """Optimizer, schedule and batch size."""
 
     rewards: RewardsConfig = RewardsConfig()
-    """Reward functions, where they run, and what their failures do."""
+    """Reward functions, where they run, and how failures are handled."""
 
     data: DataConfig = DataConfig()
     """Prompts for training and evaluation."""
 
     logging: LoggingConfig = LoggingConfig()
-    """Run folder, evaluation and what is shown."""
+    """Run folder, evaluation, and what a run shows."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving."""
+    """Saving, so that a run can be resumed."""
 
     cluster: ClusterConfig = ClusterConfig()
-    """Several devices."""
+    """Several devices that share every step."""
 
     seed: int = Field(default=42, ge=0, lt=2**32)
-    """Seed of data order, adapter initialisation and sampling, 0 to 2**32 - 1."""
+    """Seed for the data order, the adapter's initialisation and sampling, 0 to 2**32 - 1."""
 
     _base_dir: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _penalty_fits_the_lengths(self) -> "GRPOConfig":
+    def _penalty_is_within_the_length_limit(self) -> "GRPOConfig":
         soft_tokens, longest = self.algorithm.soft_overlong_tokens, self.rollout.max_completion_length
         if soft_tokens > longest:
             raise ValueError(
@@ -114,24 +114,24 @@ class GRPOConfig(Section):
             )
         if soft_tokens and self.algorithm.advantage_estimator == "maxrl":
             raise ValueError(
-                "algorithm.soft_overlong_tokens: cannot go with maxrl, which takes rewards of at least 0: leave it out, or "
-                "take another estimator"
+                "algorithm.soft_overlong_tokens: cannot be used with maxrl, which needs rewards of at least 0: leave it out or "
+                "use another estimator"
             )
         return self
 
     @model_validator(mode="after")
-    def _normalised_rewards_stand_alone(self) -> "GRPOConfig":
+    def _normalised_rewards_use_the_group_estimator(self) -> "GRPOConfig":
         if self.rewards.multi_objective_aggregation == "sum_then_normalize":
             return self
         if self.algorithm.advantage_estimator != "group":
             raise ValueError(
-                "rewards.multi_objective_aggregation: normalize_then_sum makes advantages of its own: leave "
+                "rewards.multi_objective_aggregation: normalize_then_sum computes advantages in its own way: leave "
                 f"algorithm.advantage_estimator at group (got {self.algorithm.advantage_estimator})"
             )
         if self.algorithm.soft_overlong_tokens:
             raise ValueError(
-                "algorithm.soft_overlong_tokens: cannot go with normalize_then_sum: add the reward function soft_overlong "
-                "in its place"
+                "algorithm.soft_overlong_tokens: cannot be used with normalize_then_sum: use the reward function soft_overlong "
+                "instead"
             )
         return self
 
@@ -153,19 +153,19 @@ class GRPOConfig(Section):
 
     @property
     def base_dir(self) -> Path | None:
-        """Folder of the run file: reward and data paths that are not found from here are looked for there.
-        None for a configuration made in Python; not part of the dump."""
+        """Folder of the run file, where reward and data paths are looked up after the working directory.
+        None for a configuration built in Python; not part of the dump."""
         return self._base_dir
 
     def seen_from(self, base_dir: Path | None) -> "GRPOConfig":
-        """The same, with another `base_dir`: a run file's folder has another path on another machine."""
+        """A copy with another `base_dir`: the folder of the run file may have a different path on another machine."""
         copy = self.model_copy()
         copy._base_dir = None if base_dir is None else base_dir.resolve()
         return copy
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that vLLM samples at once: `rollout.max_num_seqs`, else a step's completions, at most 256."""
+        """Sequences that vLLM samples concurrently: `rollout.max_num_seqs`, else the completions of a step, at most 256."""
         completions_per_step = self.optim.prompts_per_step * self.rollout.num_generations
         return self.rollout.max_num_seqs or min(completions_per_step, MAX_NUM_SEQS)
 
@@ -183,14 +183,14 @@ def known_keys() -> KnownKeys:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
-    """Read a run file (YAML) and apply overrides, `section.field=value` each, the value being YAML.
+    """Read a run file (YAML) and apply overrides of the form `section.field=value` with a value in YAML.
 
     `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
-    of a key wins. A run without a name is named after its file.
+    of a key takes precedence. The name of a run defaults to that of its file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: wrong YAML, unknown keys or wrong values; one line a problem.
+        FileNotFoundError: the file does not exist.
+        ValueError: invalid YAML, unknown keys or invalid values; one line per problem.
     """
     path = Path(path)
     keys = known_keys()
@@ -206,13 +206,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
 
 
 def dump_config(config: GRPOConfig) -> str:
-    """The whole configuration as YAML, defaults included; `load_config` reads it back to the same values.
+    """The complete configuration as YAML, including defaults; `load_config` reads it back to the same values.
 
-    Null stands where `algorithm.loss_type` or `correction.mode` decides.
+    Options that depend on `algorithm.loss_type` or `correction.mode` are null unless they were set.
     """
     values = config.model_dump(mode="json")
-    # What another option decides stays open, or a file with another `loss_type` would keep the values of this one.
+    # Derived defaults are not written: otherwise a copy of the file with another `loss_type` would keep these values.
     for section, names in DERIVED_DEFAULTS.items():
-        given = getattr(config, section).model_fields_set
-        values[section].update({name: None for name in names if name not in given})
+        set_by_user = getattr(config, section).model_fields_set
+        values[section].update({name: None for name in names if name not in set_by_user})
     return dump_yaml(values)

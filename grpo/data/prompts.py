@@ -3,8 +3,8 @@
     data = prepare_prompts(rows, tokenizer, max_prompt_length=512)
     data.rows[0].token_ids, data.dropped
 
-A prompt is a text, tokenized unchanged, or a conversation (a list of {"role", "content"}), which the tokenizer's chat template
-renders. A system prompt turns a text into a conversation. All other columns go to the reward functions.
+A prompt is a text, which is tokenized unchanged, or a conversation (a list of {"role", "content"}), which is rendered by the
+tokenizer's chat template. A system prompt turns a text into a conversation. All other columns go to the reward functions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,19 +25,19 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One tokenized prompt."""
+    """One tokenized prompt and the other columns of its row."""
 
     content: str | list[Message]
-    """The text, or the conversation with its system prompt: what reward functions get as `prompts`."""
+    """The entry of `prompts` for reward functions: the text, or the conversation with its system prompt."""
     token_ids: tuple[int, ...]
-    """What the model gets, special tokens included."""
+    """The model's input, including special tokens."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """All other columns of the row. Every row has the same ones, None where its source left one out."""
+    """All other columns of the row; the same for every row, None where the source has no value."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptData:
-    """The rows of a data set that fit, in their order, and how many were longer than the limit."""
+    """The rows of a data set within the length limit, in their order, and the number of longer ones."""
 
     rows: list[Prompt]
     dropped: int
@@ -52,16 +52,16 @@ def prepare_prompts(
     max_prompt_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptData:
-    """Tokenise the prompts of `rows` and leave out those of more than `max_prompt_length` tokens.
+    """Tokenize the prompts of `rows` and drop those of more than `max_prompt_length` tokens.
 
-    A text is tokenised as it stands. A conversation goes through the chat template with the generation prompt added;
-    one that ends with an assistant's message is left open there instead, for the model to continue. `system_prompt`
-    is put before every prompt that has no system message of its own. `chat_template_kwargs` are the template's
-    variables (`enable_thinking=False`).
+    A text is tokenized unchanged. A conversation goes through the chat template with the generation prompt added; if it ends
+    with an assistant's message, that message is left open instead, for the model to continue. `system_prompt` is added to
+    every prompt without a system message. `chat_template_kwargs` are variables of the template (`enable_thinking=False`).
 
-    Raises ValueError: no rows, no such column, a prompt that is neither text nor conversation or that is empty, a
-    conversation without a chat template or that the template refuses, a column named like a reward function's
-    argument, every prompt too long.
+    Raises:
+        ValueError: no rows; no such column; an empty prompt, or one that is neither text nor conversation; a conversation
+            without a chat template, or one that raises an error in the template; a column with the name of an argument of
+            reward functions; all prompts too long.
     """
     rows = list(rows)
     if not rows:
@@ -73,7 +73,7 @@ def prepare_prompts(
     check_column_names(column_names)
 
     prompts = [_as_prompt(row.get(prompt_column), index, system_prompt) for index, row in enumerate(rows)]
-    token_ids = _tokenise(prompts, tokenizer, dict(chat_template_kwargs or {}))
+    token_ids = _tokenize(prompts, tokenizer, dict(chat_template_kwargs or {}))
     for index, ids in enumerate(token_ids):
         if not ids:
             raise ValueError(f"the prompt of row {index} is empty: remove the row")
@@ -102,17 +102,17 @@ def _as_prompt(prompt: Any, index: int, system_prompt: str | None) -> str | list
             f"the prompt of row {index} is neither a text nor a conversation (a list of mappings with role and "
             f"content): {repr(prompt)[:80]}"
         )
-    # Arrow gives every message the keys of all messages, as None; templates ask whether a key is there.
+    # Arrow adds the keys of all messages to every message, as None, but templates test whether a key exists.
     messages = [
         {key: value for key, value in message.items() if value is not None or key == "content"} for message in prompt
     ]
     return messages if messages[0]["role"] == "system" else [*system, *messages]
 
 
-def _tokenise(
+def _tokenize(
     prompts: Sequence[str | list[Message]], tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any]
 ) -> list[list[int]]:
-    """Token ids of all prompts, in their order; one tokenizer call for each kind of prompt, for its speed."""
+    """Token ids of all prompts, in their order; one tokenizer call per kind of prompt, for speed."""
     texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
     conversations = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
     token_ids: dict[int, list[int]] = {}
@@ -121,14 +121,14 @@ def _tokenise(
         token_ids.update(zip(texts, (_one_bos(ids, tokenizer) for ids in encoded), strict=True))
     if conversations:
         rendered = _render(conversations, tokenizer, template_kwargs)
-        # A template writes the special tokens itself, BOS among them.
+        # The template adds the special tokens, including BOS.
         encoded = tokenizer(list(rendered.values()), add_special_tokens=False)["input_ids"]
         token_ids.update(zip(rendered, encoded, strict=True))
     return [token_ids[i] for i in range(len(prompts))]
 
 
 def _one_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """A text that was rendered beforehand may start with BOS already; the tokenizer puts another before it."""
+    """Remove the second BOS of a text that was rendered beforehand, to which the tokenizer adds another."""
     doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
     return ids[1:] if doubled else ids
 
@@ -155,6 +155,6 @@ def _render(
                 **template_kwargs,
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses a prompt: {first_line(error)}") from error
+            raise ValueError(f"the chat template failed for a prompt: {first_line(error)}") from error
         rendered.update(zip(part, texts, strict=True))
     return rendered

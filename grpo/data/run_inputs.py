@@ -1,8 +1,8 @@
-"""What a run is made from besides its configuration: the model's folder, the tokenizer, the prompts.
+"""The inputs of a run besides its configuration: the model's folder, the tokenizer, the prompts.
 
     inputs = load_run_inputs(config)
     inputs.train_prompts.rows, inputs.eval_prompts, inputs.tokenizer
-    inputs.fingerprint()                        # tells whether a resumed run still has the same data
+    inputs.fingerprint()                        # changes if a resumed run has other data
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInputs:
-    """See the module's docstring. `eval_prompts` is None where the run has no evaluation data."""
+    """See the module's docstring. `eval_prompts` is None for a run without evaluation data."""
 
     model_path: str
     tokenizer: PreTrainedTokenizerBase
@@ -49,15 +49,15 @@ def load_run_inputs(
     train_dataset: Source | None = None,
     eval_dataset: Source | None = None,
 ) -> RunInputs:
-    """Read and tokenise the data (those given, else the configured) and find the model. Nothing is written.
+    """Find the model, then read and tokenize the data sets, by default those of the configuration. Writes nothing.
 
     Raises:
-        ValueError, FileNotFoundError: no or bad data, no such model; with what to do about it.
+        ValueError, FileNotFoundError: missing or invalid data, no such model; the message says what to do.
     """
     train_rows = _rows(config, train_dataset, config.data.train, split=config.data.train_split)
     eval_rows = _rows(config, eval_dataset, config.data.eval, split=config.data.eval_split)
     if train_rows is None:
-        raise ValueError("no training data: set data.train, or hand train_dataset to GRPOTrainer")
+        raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -70,17 +70,17 @@ def load_run_inputs(
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Tokens and columns of the rows in their order; of values that JSON has not, only the type."""
+    """Number and hash of the rows: tokens and columns in order; for values that JSON cannot represent, only their type."""
     digest = hashlib.blake2b(digest_size=16)
     for row in prompts:
-        # Not the text of such a value: it may hold the place in memory, which changes from run to run.
+        # Not the text of such a value: it may contain a memory address, which changes from run to run.
         columns = json.dumps(row.columns, skipkeys=True, default=lambda value: type(value).__name__)
         digest.update(f"{row.token_ids}{columns}\n".encode())
     return {"rows": len(prompts), "hash": digest.hexdigest()}
 
 
-def _rows(config: GRPOConfig, given: Any, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
-    source = configured if given is None else given
+def _rows(config: GRPOConfig, dataset: Any, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
+    source = configured if dataset is None else dataset
     if source is None:
         return None
     takes_options = isinstance(source, str) and ":" in source

@@ -1,7 +1,7 @@
-"""Which prompts a step trains on.
+"""The prompts of each step.
 
     sampler = PromptSampler(data.rows, prompts_per_step=8, seed=42)
-    batch = sampler.batch(step)           # the same prompts for the same step, whatever was asked before
+    batch = sampler.batch(step)           # depends on seed and step only
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from .prompts import Prompt
 
 
 class PromptSampler:
-    """Which prompts a step trains on: `batch(step)` depends on the seed and the step, and on nothing else.
+    """The prompts of each step: `batch(step)` is a pure function of the seed and the step.
 
-    The rows are walked through in epochs; every epoch holds each row once, in an order of its own (`shuffle`) or as
-    given. A batch may end one epoch and begin the next, and with more prompts in a step than there are rows it holds
-    several epochs, so a row can occur twice in it. Steps count from 0.
+    Every epoch contains each row once, in a new random order (`shuffle`) or in the order of the data. A batch may end one epoch
+    and start the next. With more prompts per step than rows, a batch spans several epochs and repeats rows. Steps count
+    from 0.
     """
 
     def __init__(self, rows: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool = True):
@@ -42,7 +42,7 @@ class PromptSampler:
         return chosen
 
     def further_batch(self, step: int, number: int) -> list[Prompt]:
-        """As many further rows for the step, drawn at random beside the epochs; `number` counts such draws from 1."""
+        """Another `prompts_per_step` rows for the step, drawn at random from all rows; `number` counts these draws from 1."""
         draw = np.random.default_rng(np.random.SeedSequence([self.seed, step, number]))
         size = len(self.rows)
         indices = draw.choice(size, self.prompts_per_step, replace=size < self.prompts_per_step)

@@ -40,17 +40,19 @@ def load_rows(
     options: Mapping[str, Any] | None = None,
     base_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Read all rows of a data set into memory. What `source` may be:
+    """Read all rows of a data set into memory. `source` is one of:
 
-    - a path ending in .json, .jsonl, .parquet or .csv, relative to the working directory or to `base_dir` (all of its
-      rows are read: a file has no splits);
-    - the id of a data set on the Hub (`split`, and `subset` where it has several);
-    - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the
-      task's own. Every split has a seed of its own, so that a training and a test split differ;
+    - a path ending in .json, .jsonl, .parquet or .csv, relative to the working directory or to `base_dir` (files have no
+      splits: all rows are read);
+    - the id of a data set on the Hub (with `split`, and `subset` if it has several);
+    - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the options of the
+      task. Every split has a different seed, so that training and test rows differ;
     - `file.py:function` or `package.module:function`, called with `options` as keyword arguments;
     - rows, as a `datasets.Dataset` or any iterable of mappings.
 
-    Raises FileNotFoundError (no such file) and ValueError (everything else, with what to do about it).
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: anything else; the message says what to do.
     """
     options = dict(options or {})
     if not isinstance(source, str):
@@ -61,7 +63,7 @@ def load_rows(
         return _function_rows(source, split=split, options=options, base_dir=base_dir)
     if options:
         raise ValueError(
-            f"data options ({', '.join(options)}) are for reasoning_gym tasks and functions: {source!r} takes none"
+            f"data.options ({', '.join(options)}) are for reasoning_gym tasks and functions only: remove them for {source!r}"
         )
     if Path(source).suffix in _FILE_BUILDERS:
         return _file_rows(find_file(source, base_dir=base_dir))
@@ -109,7 +111,7 @@ def _function_rows(source: str, *, split: str, options: dict[str, Any], base_dir
 
 
 def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    from reasoning_gym.factory import DATASETS, create_dataset  # here: it takes seconds to import
+    from reasoning_gym.factory import DATASETS, create_dataset  # imported here since it takes seconds
 
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
@@ -120,13 +122,13 @@ def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> li
     if unknown:
         raise ValueError(f"reasoning_gym:{task} has no option {unknown[0]!r} (options: {', '.join(known)})")
     seed = options.get("seed", _DEFAULT_SEED)
-    # Row i of a task is made from seed + i, so a split that started at seed + 1 would repeat almost all of another's
-    # rows: splits start a random-looking distance apart.
+    # Row i of a task depends on seed + i, so a split that started at seed + 1 would repeat almost all rows of another: the
+    # seeds of splits are far apart.
     offset = 0 if split == "train" else zlib.crc32(split.encode()) % 2**30
     try:
         made = create_dataset(task, **{**options, "seed": seed + offset})
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"reasoning_gym:{task} refuses its options: {first_line(error)}") from error
+        raise ValueError(f"reasoning_gym:{task}: invalid options: {first_line(error)}") from error
     return [
         {
             "prompt": entry["question"],
@@ -144,10 +146,10 @@ def _as_rows(rows: Any, *, source: str, split: str) -> list[dict[str, Any]]:
             raise ValueError(f"{source} has no split {split!r} (splits: {', '.join(map(str, rows))})")
         rows = rows[split]
     if isinstance(rows, datasets.Dataset):
-        columns: dict[str, list[Any]] = rows.with_format(None)[:]  # one decode for each column, not one for each row
+        columns: dict[str, list[Any]] = rows.with_format(None)[:]  # decodes once per column instead of once per row
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
-        raise ValueError(f"{source} gave a {type(rows).__name__}: it must give rows, each a mapping of column to value")
+        raise ValueError(f"{source} returned {type(rows).__name__}: it must return rows, each a mapping of column to value")
     rows = list(rows)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -159,7 +161,7 @@ def _as_rows(rows: Any, *, source: str, split: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Silence the two libraries' progress bars and warnings inside the block; what fails is raised anyway."""
+    """Turn off progress bars and warnings of both libraries inside the block; errors are still raised."""
     bars = {module: module.are_progress_bars_disabled() for module in (datasets.utils, huggingface_hub.utils)}
     verbosity = {module: module.get_verbosity() for module in (datasets.utils.logging, huggingface_hub.utils.logging)}
     for module in bars:

@@ -1,1 +1,1 @@
-"""What a terminal shows of a run. Imports no torch."""
+"""The terminal view of a run. Imports no torch."""

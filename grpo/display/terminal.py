@@ -1,14 +1,14 @@
-"""What a person sees while a run goes on: a live view in a terminal, plain lines everywhere else.
+"""The output of a run: a live view in a terminal, plain lines everywhere else.
 
-    with make_view(max_steps=80, run_name="quickstart") as view:
+    with make_view(max_steps=80, run_name="quickstart", output_dir=Path("runs/quickstart")) as view:
         view.stage("starting the engine")
         view.evaluation(0, 0.11, "before")
         view.step(1, metrics, {"rollout": 3.1, "train": 2.1})
         view.completions(1, [(prompt, completion, reward)])
         view.finish(summary)
 
-`metrics` and `summary` are those of `records.RunRecorder`. Text of a model or a data set is shown on one line, shortened, and
-is never read as markup or as terminal control. Leaving the `with` block restores the terminal, after Ctrl-C too.
+`metrics` and `summary` are those of `RunRecorder`. Text from a model or a data set is shown on one line, shortened, and never
+interpreted as markup or terminal control. Leaving the `with` block restores the terminal, also after Ctrl-C.
 """
 
 import os
@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
@@ -35,6 +36,7 @@ from .view_text import (
     duration,
     evaluation_text,
     guards_text,
+    no_update_text,
     one_line,
     phases_of,
     seconds_text,
@@ -48,7 +50,7 @@ from .view_text import (
 
 SampleRow = tuple[Prompt, str, float | None]
 
-LABEL_WIDTH = 10  # of "evaluation", the longest label: what stands below the metrics lines up with them
+LABEL_WIDTH = 10  # of "evaluation", the longest label, so that rows below the metrics are aligned with them
 
 
 class View(Protocol):
@@ -56,41 +58,49 @@ class View(Protocol):
 
     def start(self) -> None: ...
     def stage(self, text: str) -> None:
-        """What the run does now, for what is no part of a step ("starting the engine", "evaluating")."""
+        """Show the current activity outside of steps ("starting the engine", "evaluating")."""
 
     def note(self, text: str) -> None:
-        """A warning; it stays readable after the run."""
+        """Show a note that stays readable after the run."""
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The run goes on after `step` steps; `rows` are the lines of `metrics.jsonl` until then."""
+        """The run was resumed after `step` steps; `rows` are the lines of `metrics.jsonl` up to there."""
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None: ...
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None: ...
     def evaluation(self, step: int, reward: float, when: When) -> None: ...
-    def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Show the summary and the output folder."""
+
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
 
 
-def make_view(*, max_steps: int, run_name: str, console: Console | None = None) -> View:
-    """The live view if standard output (or the given console) is a terminal that can show it, else plain lines."""
+def make_view(*, max_steps: int, run_name: str, output_dir: Path | None = None, console: Console | None = None) -> View:
+    """The live view if standard output (or `console`) is a terminal that can show it, else plain lines.
+
+    `output_dir` is shown at the end of the run.
+    """
     if console is None:
-        # The stream alone decides: FORCE_COLOR and its like must not fill a log file with redrawn panels.
+        # Only the stream counts: FORCE_COLOR and similar variables must not fill a log file with redrawn panels.
         console = Console(force_terminal=sys.stdout.isatty())
     can_redraw = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
     kind = LiveView if can_redraw else PlainView
-    return kind(max_steps=max_steps, run_name=run_name, console=console)
+    return kind(max_steps=max_steps, run_name=run_name, output_dir=output_dir, console=console)
 
 
 class PlainView:
-    """One line a step, for logs and pipes."""
+    """One line per step, for logs and pipes."""
 
-    def __init__(self, *, max_steps: int, run_name: str, console: Console) -> None:
+    def __init__(self, *, max_steps: int, run_name: str, console: Console, output_dir: Path | None = None) -> None:
         self._max_steps = max_steps
         self._run_name = run_name
+        self._output_dir = output_dir
         self._console = console
         self._pace = Pace(max_steps)
+        self._started = time.monotonic()
 
     def start(self) -> None:
+        self._started = time.monotonic()
         self._print(f"run {self._run_name}: {self._max_steps} steps")
 
     def stage(self, text: str) -> None:
@@ -100,7 +110,7 @@ class PlainView:
         self._print(f"note: {text}")
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._print(f"going on after step {step}")
+        self._print(f"resuming after step {step}")
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
         self._pace.step(step, step_seconds(seconds_by_phase))
@@ -114,7 +124,9 @@ class PlainView:
             parts.append(f"{whole(rate)} tok/s rollout" + (f": {workers}" if workers else ""))
         phases = " ".join(f"{name} {seconds_text(seconds)}" for name, seconds in phases_of(seconds_by_phase).items())
         parts.append(f"{seconds_text(step_seconds(seconds_by_phase))} s ({phases})")
-        parts.append(f"left {duration(self._pace.left())}")
+        parts.append(f"ETA {duration(self._pace.left())}")
+        if text := no_update_text(metrics):
+            parts.append(text)
         self._print("  ".join(parts))
 
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
@@ -127,7 +139,9 @@ class PlainView:
         self._print(evaluation_text(step, reward, when))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        self._print(summary_text(summary))
+        wall_seconds = time.monotonic() - self._started
+        for line in summary_text(summary, wall_seconds=wall_seconds, output_dir=self._output_dir).splitlines():
+            self._print(line)
 
     def __enter__(self) -> Self:
         self.start()
@@ -138,21 +152,22 @@ class PlainView:
 
     def _print(self, line: str) -> None:
         encoding, file = self._console.encoding, self._console.file
-        try:  # a log in ASCII must not end the run because of a completion in Greek
+        try:  # a completion in Greek must not end a run whose log is in ASCII
             file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
             file.flush()
-        except OSError:  # nobody reads it any more, as after Ctrl-C with `| tee log`: the run goes on, and nothing fails of it
+        except OSError:  # the reader has exited, as after Ctrl-C with `| tee log`: discard output, so that the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class LiveView:
-    """A panel that is redrawn in place; notes and evaluations are printed above it, so they stay in the scrollback.
+    """A panel that is redrawn in place; notes and evaluations are printed above it and stay in the scrollback.
 
-    A thread of rich redraws it. Everything it reads is replaced in one assignment, never changed in place."""
+    A thread of rich redraws it. Everything that it reads is replaced in one assignment, never modified in place."""
 
-    def __init__(self, *, max_steps: int, run_name: str, console: Console) -> None:
+    def __init__(self, *, max_steps: int, run_name: str, console: Console, output_dir: Path | None = None) -> None:
         self._max_steps = max_steps
         self._run_name = run_name
+        self._output_dir = output_dir
         self._console = console
         self._pace = Pace(max_steps)
         self._started = time.monotonic()
@@ -164,7 +179,7 @@ class LiveView:
         self._note_line = ""
         self._last_step: tuple[Mapping[str, float], Mapping[str, float]] | None = None
         self._workers = ""
-        self._tables: RenderableType = Text("the first step is on its way", style="dim")
+        self._tables: RenderableType = Text("waiting for the first step", style="dim")
         self._samples: RenderableType | None = None
         self._live = Live(self, console=console, refresh_per_second=4, redirect_stderr=True, redirect_stdout=True)
 
@@ -181,14 +196,14 @@ class LiveView:
 
     def note(self, text: str) -> None:
         self._num_notes += 1
-        self._note_line = f"notes: {self._num_notes}, the last one at step {self._pace.steps_done}"
+        self._note_line = f"notes: {self._num_notes}, the last at step {self._pace.steps_done}"
         self._console.print(Text(f"note: {text}", style="yellow"))
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._pace.steps_done = step
         self._rewards = [as_number(row["reward"]) for row in rows if "reward" in row]
         self._evaluations = [as_number(row["eval_reward"]) for row in rows if "eval_reward" in row]
-        self._console.print(Text(f"going on after step {step}", style="cyan"))
+        self._console.print(Text(f"resuming after step {step}", style="cyan"))
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
         self._pace.step(step, step_seconds(seconds_by_phase))
@@ -218,13 +233,16 @@ class LiveView:
 
     def evaluation(self, step: int, reward: float, when: When) -> None:
         self._evaluations.append(reward)
+        self._stage = "finishing" if when == "after" else "training"
         self._build_tables()
         self._console.print(Text(evaluation_text(step, reward, when), style="cyan"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._stage = "stopped" if summary.get("interrupted") else "done"
         self._live.stop()
-        self._console.print(Text(summary_text(summary), style="bold"))
+        wall_seconds = time.monotonic() - self._started
+        text = summary_text(summary, wall_seconds=wall_seconds, output_dir=self._output_dir)
+        self._console.print(Text(text, style="bold"))
 
     def __enter__(self) -> Self:
         self.start()
@@ -243,21 +261,23 @@ class LiveView:
             parts += [Text(), self._samples]
         title = Text.assemble(" rankup ", (f"{one_line(self._run_name)} ", "bold"), style="not dim")
         panel = Panel(Group(*parts), title=title, title_align="left", border_style="dim")
-        # Two columns stay free for the terminal's echo of Ctrl-C; wrapped, it would shift the last redrawing by a line.
+        # Two columns remain free for the terminal's echo of Ctrl-C: if it wrapped, the last frame would be one line off.
         return Constrain(panel, width=min(100, self._console.width - 2))
 
     def _header(self) -> RenderableType:
-        """The only part that moves between steps: what is going on, progress, time passed and time left."""
+        """The part that changes between steps: current activity, progress, elapsed time and ETA."""
         self._spinner.update(text=Text(self._stage))
         elapsed = duration(time.monotonic() - self._started)
-        times = Text.assemble(("passed ", "dim"), elapsed, ("   left ", "dim"), duration(self._pace.left()))
+        times = Text.assemble(("elapsed ", "dim"), elapsed, ("   ETA ", "dim"), duration(self._pace.left()))
         steps_done = self._pace.steps_done
         bar = ProgressBar(total=self._max_steps, completed=steps_done, complete_style="cyan", finished_style="green")
         grid = Table.grid(padding=(0, 2), expand=True)
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_column(justify="right", no_wrap=True)
-        grid.add_row(Text.assemble("step ", (f"{steps_done}/{self._max_steps}", "bold")), bar, times)
+        no_update = no_update_text(self._last_step[0]) if self._last_step else ""
+        step = Text.assemble("step ", (f"{steps_done}/{self._max_steps}", "bold"), (f" {no_update}".rstrip(), "yellow"))
+        grid.add_row(step, bar, times)
         return Group(self._spinner if self._live.is_started else Text(self._stage), grid)
 
     def _build_tables(self) -> None:
@@ -288,12 +308,12 @@ class LiveView:
         if guards := guards_text(metrics):
             grid.add_row("guards", Text(guards, style="yellow"))
         if (factor := metrics.get("guards/learning_rate_factor", 1.0)) != 1.0:
-            grid.add_row("rate", Text(f"x {factor:g}", style="yellow"))
+            grid.add_row("lr factor", Text(f"x {factor:g}", style="yellow"))
         return grid
 
 
 def _workers_row(text: str) -> Table:
-    """Below both tables: hundreds of workers make a longer text than either has room for."""
+    """A row below both tables, since the text for hundreds of workers does not fit into either."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True, width=LABEL_WIDTH)
     grid.add_column()
@@ -314,7 +334,7 @@ def _phase_table(metrics: Mapping[str, float], seconds_by_phase: Mapping[str, fl
 
 
 class Pace:
-    """Steps done and the time left, from the mean duration of the last 20 steps."""
+    """Steps done and the remaining time, estimated from the mean duration of the last 20 steps."""
 
     def __init__(self, max_steps: int) -> None:
         self.steps_done = 0
@@ -329,5 +349,5 @@ class Pace:
         self._end = time.monotonic() + mean * (self._max_steps - step)
 
     def left(self) -> float | None:
-        """Seconds, None before the first step."""
+        """Estimated remaining seconds; None before the first step."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())

@@ -1,8 +1,8 @@
-"""PEFT's side of the policy: which layers get an adapter, how it begins, and whether a saved one fits.
+"""The PEFT part of the policy: which layers get an adapter, its initialisation, and whether a saved adapter fits.
 
-    check_targets(model, lora.target_modules)       # every target names layers, and layers that can be adapted
-    peft_model = inject(model, lora, seed=0)        # LoRA layers of ours inside the model, PEFT's names and files
-    target_module_names("path/to/model", lora)      # ("q_proj", "lm_head", ...): what the sampler must be able to adapt
+    check_targets(model, lora.target_modules)       # every target matches layers that can be adapted
+    peft_model = inject(model, lora, seed=0)        # our LoRA layers with PEFT's names and files
+    target_module_names("path/to/model", lora)      # ("q_proj", "lm_head", ...): layers that vLLM must adapt
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..config import LoraConfig
 from .lora_layers import FusedLoRAEmbedding, FusedLoRALinear
 
-# What of a saved adapter decides which function its weights are.
+# Fields of a saved adapter on which the meaning of its weights depends.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
-    """See that an adapter can be put where `targets` (module names, or an expression for whole names) says.
+    """Check that the modules selected by `targets` (names, or a regular expression for complete names) can be adapted.
 
     Raises:
-        ValueError: a name or the expression fits no module of the model, or fits one that is neither linear nor the input
-            embedding.
+        ValueError: a name or the expression matches no module, or one that is neither linear nor the input embedding.
     """
     kind = type(model).__name__
     for target in [targets] if isinstance(targets, str) else targets:
@@ -52,8 +51,8 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
     norms = [name for name, module in others.items() if _is_norm(module)]
     if norms and len(norms) == len(others):
         raise ValueError(
-            f"lora.targets: {_some(norms)} cannot be adapted, since LoRA on norm layers is refused: their weights are vectors, "
-            "of which a low rank means nothing, and vLLM cannot serve it; take them out"
+            f"lora.targets: {_some(norms)} cannot be adapted: LoRA does not apply to norm layers, whose weights are vectors; "
+            "remove them"
         )
     if others:
         raise ValueError(
@@ -62,12 +61,12 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
 
 
 def target_module_names(model_path: str, lora: LoraConfig) -> tuple[str, ...]:
-    """The last parts of the names of `lora`'s targets, each once, such as `q_proj`: the sampler's layers go by these.
+    """The last parts of the names of all targeted modules, each once, such as `q_proj`: vLLM selects layers by these.
 
-    For an expression the model is built without weights, to see what it fits.
+    For a regular expression, builds the model without weights to match it.
 
     Raises:
-        ValueError: an expression fits no layer, or one that cannot be adapted.
+        ValueError: the expression matches no layer, or one that cannot be adapted.
     """
     names: Iterable[str] = lora.target_modules
     if isinstance(lora.target_modules, str):
@@ -79,17 +78,17 @@ def target_module_names(model_path: str, lora: LoraConfig) -> tuple[str, ...]:
 
 
 def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """Put our LoRA layers with fp32 masters into `base`, begun as `lora` says; `seed` alone decides the draw.
+    """Add our LoRA layers with fp32 master weights to `base`, initialised as `lora` says; randomness depends on `seed` only.
 
     Raises:
-        ValueError: a key of `lora.rank_pattern` or `lora.alpha_pattern` decides nothing, or only by coming first.
+        ValueError: a key of `lora.rank_pattern` or `lora.alpha_pattern` has no effect, or only because of its position.
     """
     _check_patterns(list(_targeted_modules(base, lora.target_modules)), lora)
     config = PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=_whole(lora.alpha),  # type: ignore[arg-type]
+        lora_alpha=_as_integer(lora.alpha),  # type: ignore[arg-type]
         rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern={key: _whole(alpha) for key, alpha in lora.alpha_pattern.items()},
+        alpha_pattern={key: _as_integer(alpha) for key, alpha in lora.alpha_pattern.items()},
         use_rslora=lora.use_rslora,
         target_modules=lora.target_modules,
         init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
@@ -98,10 +97,10 @@ def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: FusedLoRALinear, nn.Embedding: FusedLoRAEmbedding})
-    # PEFT draws from the global generator; the run's seed, and nothing that ran before, decides what it draws.
+    # PEFT draws from the global generator, which must depend on the seed of the run only.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # An adapter on a head that is tied to the embedding is the head's alone, and one on the embedding the embedding's,
-        # here as in vLLM. Nothing is merged.
+        # With tied weights, an adapter on the head affects the head only, and one on the embedding only the embedding, here as
+        # in vLLM. Nothing is merged.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         torch.manual_seed(seed)
         peft_model = get_peft_model(base, config)
@@ -110,10 +109,10 @@ def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
 
 
 def check_saved_config(folder: Path, ours: PeftConfig) -> None:
-    """See that the weights of the adapter in `folder` mean there what they would mean under our configuration.
+    """Check that the weights of the adapter in `folder` have the same meaning with our configuration.
 
     Raises:
-        ValueError: they make another function, or a kind of adapter that is not offered.
+        ValueError: its rank, scale or patterns differ, or it is of an unsupported kind.
     """
     theirs = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
     for name in DECISIVE:
@@ -124,16 +123,16 @@ def check_saved_config(folder: Path, ours: PeftConfig) -> None:
             )
     for name in ("use_dora", "lora_bias", "lora_dropout"):
         if getattr(theirs, name):
-            raise ValueError(f"the adapter in {folder} was made with {name}, which trainer and sampler do not share")
+            raise ValueError(f"the adapter in {folder} uses {name}, which is not supported: vLLM would sample another policy")
     if theirs.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"the adapter in {folder} belongs to base weights that {theirs.init_lora_weights} has changed")
+        raise ValueError(f"the adapter in {folder} needs the base weights changed by {theirs.init_lora_weights}: not supported")
 
 
 def load_weights(peft_model: PeftModel, folder: Path, *, device: str = "cpu") -> None:
-    """Read the weights of the adapter in `folder` into a model that has one of the same names and shapes.
+    """Load the weights of the adapter in `folder` into a model whose adapter has the same names and shapes.
 
     Raises:
-        ValueError: they are not the same. Nothing was read then.
+        ValueError: names or shapes differ; the model is then unchanged.
     """
     weights = load_peft_weights(str(folder), device=device)
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -145,7 +144,7 @@ def load_weights(peft_model: PeftModel, folder: Path, *, device: str = "cpu") ->
 
 
 def _targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
-    """Every module that PEFT would put an adapter on, by name: names fit as ends, an expression fits the whole name."""
+    """All modules that PEFT would adapt, by name: names match as suffixes, a regular expression matches complete names."""
 
     def is_target(name: str) -> bool:
         if isinstance(targets, str):
@@ -156,34 +155,34 @@ def _targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[st
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether it is a layer whose parameters are vectors, such as RMSNorm and LayerNorm."""
+    """Whether all parameters of a layer are vectors, as in RMSNorm and LayerNorm."""
     parameters = list(module.parameters())
     return bool(parameters) and not list(module.children()) and all(parameter.dim() == 1 for parameter in parameters)
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first three names, and how many there are besides."""
+    """The first three names, and the number of others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_patterns(names: Sequence[str], lora: LoraConfig) -> None:
     for option, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        decides = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself where no key fits
-        idle = [key for key in pattern if key not in decides.values()]
-        if idle:
+        matches = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if no key matches
+        unused = [key for key in pattern if key not in matches.values()]
+        if unused:
             raise ValueError(
-                f"lora.{option}: {idle[0]} decides no layer of lora.targets (of the keys that fit a layer the first counts)"
+                f"lora.{option}: {unused[0]} applies to no layer of lora.targets (the first key that matches a layer is used)"
             )
-        # PEFT's files keep the keys in alphabetical order, and whoever loads one goes by that order.
-        for name, key in decides.items():
+        # PEFT's files sort the keys alphabetically, so after loading another key may be the first that matches.
+        for name, key in matches.items():
             in_file = get_pattern_key(sorted(pattern), name)
             if pattern.get(in_file) != pattern.get(key):
                 raise ValueError(
-                    f"lora.{option}: {key} and {in_file} both fit {name}, and PEFT would forget which one came first: "
-                    "write keys that fit different layers"
+                    f"lora.{option}: {key} and {in_file} both match {name}, and PEFT does not save their order: use keys that "
+                    "match different layers"
                 )
 
 
-def _whole(alpha: float) -> float:
-    """A whole alpha as PEFT's files usually have it, `32` for `32.0`."""
+def _as_integer(alpha: float) -> float:
+    """An integral alpha as an integer, `32` for `32.0`, as is usual in PEFT's files."""
     return int(alpha) if alpha.is_integer() else alpha

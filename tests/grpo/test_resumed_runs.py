@@ -152,7 +152,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tr
     (newest / "optimizer.safetensors").write_bytes(b"")
     train("failed", resume=True, save_steps=2)
     out = capsys.readouterr().out
-    assert f"skipped {newest}: optimizer.safetensors has 0 bytes" in out and "going on after step 4" in out
+    assert f"skipped {newest}: optimizer.safetensors has 0 bytes" in out and "resuming after step 4" in out
     assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
 
 

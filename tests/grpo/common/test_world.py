@@ -56,7 +56,7 @@ def test_three_workers_come_to_what_one_comes_to(outcomes: list[dict[str, Any]],
     (masters, metrics), *workers = [outcome[name] for outcome in outcomes]
     first_masters, first_metrics = workers[0]
     for other_masters, other_metrics in workers[1:]:
-        assert torch.equal(first_masters, other_masters), "all workers hold the same adapter, to the bit"
+        assert torch.equal(first_masters, other_masters), "the adapters of all workers are bit-exact copies"
         assert first_metrics == other_metrics
     assert ((first_masters - masters).norm() / masters.norm()).item() < 1e-5
     for alone, shared in zip(metrics, first_metrics, strict=True):

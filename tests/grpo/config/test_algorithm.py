@@ -1,4 +1,4 @@
-"""The objective's section and the correction's: what each objective decides, what wins, and what mistakes are answered with."""
+"""The sections `algorithm` and `correction`: defaults of each objective, precedence, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_objective_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("loss_type", DECIDED)
-def test_what_each_objective_decides(load: Load, loss_type: str) -> None:
+def test_the_defaults_of_each_objective(load: Load, loss_type: str) -> None:
     assert decided(AlgorithmConfig(loss_type=loss_type)) == DECIDED[loss_type]
     assert decided(GRPOConfig(loss_type=loss_type).algorithm) == DECIDED[loss_type]
     assert decided(load(f"algorithm: {{loss_type: '{loss_type}'}}").algorithm) == DECIDED[loss_type]
@@ -52,7 +52,7 @@ def test_what_each_objective_decides(load: Load, loss_type: str) -> None:
 
 
 @pytest.mark.parametrize("loss_type", DECIDED)
-def test_none_is_the_objective_s(load: Load, loss_type: str) -> None:
+def test_none_means_the_default_of_the_objective(load: Load, loss_type: str) -> None:
     nothing: dict[str, Any] = dict.fromkeys(COMMON)
     assert decided(AlgorithmConfig(loss_type=loss_type, **nothing)) == DECIDED[loss_type]
     text = "algorithm:\n  epsilon: null\n" + f"  loss_type: '{loss_type}'"  # whatever the order
@@ -74,14 +74,14 @@ def test_none_is_the_objective_s(load: Load, loss_type: str) -> None:
         },
     ),
 )
-def test_what_is_given_wins(loss_type: str, given_: dict[str, Any]) -> None:
+def test_an_explicit_option_takes_precedence(loss_type: str, given_: dict[str, Any]) -> None:
     """Every part goes with every other."""
     expected = dict(zip(COMMON, DECIDED[loss_type], strict=True)) | given_
     assert decided(AlgorithmConfig(loss_type=loss_type, **given_)) == tuple(expected.values())
 
 
 @pytest.mark.parametrize(("switch", "scale"), [(True, "group"), (False, "none")])
-def test_trl_s_switch_for_scaled_rewards(load: Load, switch: bool, scale: str) -> None:
+def test_scale_rewards_accepts_a_bool_as_in_trl(load: Load, switch: bool, scale: str) -> None:
     assert GRPOConfig(loss_type="reinforce_pp", scale_rewards=switch).algorithm.scale_rewards == scale
     assert load(f"algorithm: {{scale_rewards: {str(switch).lower()}}}").algorithm.scale_rewards == scale
 
@@ -99,19 +99,19 @@ def test_another_objective_over_a_dumped_file_brings_its_own_values(load: Load) 
     dumped = dump_config(GRPOConfig(loss_type="cispo", mode="icepop", epsilon=0.1))
     config = load(dumped, "algorithm.loss_type=gspo", "correction.mode=none")
     assert config.algorithm.importance_sampling_level == "sequence" and config.algorithm.epsilon_high == 4e-4
-    assert config.algorithm.epsilon == 0.1, "what was given stays"
+    assert config.algorithm.epsilon == 0.1, "explicit options are kept"
     assert (config.correction.cap, config.correction.veto) == (2.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss_type=cispo", "delta=9"], "algorithm.delta: has no effect on cispo"),
+        (["loss_type=cispo", "delta=9"], "algorithm.delta: has no effect with cispo"),
         (["soft_overlong_tokens=300"], "must be at most rollout.max_completion_length, which is 256 (got 300)"),
-        (["soft_overlong_tokens=3", "loss_type=maxrl"], "algorithm.soft_overlong_tokens: cannot go with maxrl"),
+        (["soft_overlong_tokens=3", "loss_type=maxrl"], "algorithm.soft_overlong_tokens: cannot be used with maxrl"),
     ],
 )
-def test_what_cannot_go_together_is_refused(error_of: ErrorOf, overrides: list[str], message: str) -> None:
+def test_options_that_exclude_each_other(error_of: ErrorOf, overrides: list[str], message: str) -> None:
     assert message in error_of("", *overrides)
 
 
@@ -123,7 +123,7 @@ def test_a_small_cap_without_icepop_needs_no_floor_below_it(load: Load) -> None:
 
 
 @pytest.mark.parametrize(("loss_type", "own"), [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")])
-def test_own_objectives_are_told_apart(loss_type: str, own: str | None) -> None:
+def test_user_supplied_objectives_are_recognised(loss_type: str, own: str | None) -> None:
     assert AlgorithmConfig(loss_type=loss_type).own_loss == own
 
 
@@ -135,11 +135,11 @@ def test_penalties_and_bonuses_need_every_group(options: dict[str, float], needs
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "mine.py", "mine.py:", ":loss", "mine.py:2nd", "GRPO"])
-def test_an_unknown_objective_is_answered_with_those_there_are(error_of: ErrorOf, loss_type: str) -> None:
+def test_the_error_for_an_unknown_objective_lists_all(error_of: ErrorOf, loss_type: str) -> None:
     message = error_of("", f"loss_type='{loss_type}'")
     names = "grpo, dapo, dr_grpo, bnpo, gspo, cispo, sapo, rloo, reinforce_pp, maxrl"
     assert message == (
-        f"algorithm.loss_type: must be {names}, or a function of your own, path/to/file.py:name (got {loss_type!r})"
+        f"algorithm.loss_type: must be {names}, or your own function, path/to/file.py:name (got {loss_type!r})"
     )
 
 
@@ -161,7 +161,7 @@ def test_an_unknown_objective_is_answered_with_those_there_are(error_of: ErrorOf
         ("importance_sampling_level=word", "algorithm.importance_sampling_level: must be 'token' or 'sequence' (got 'word')"),
     ],
 )
-def test_wrong_values_are_answered_in_one_line(error_of: ErrorOf, override: str, message: str) -> None:
+def test_the_error_for_a_wrong_value_is_one_line(error_of: ErrorOf, override: str, message: str) -> None:
     assert error_of("", override) == message
 
 
@@ -173,7 +173,7 @@ def test_one_mistake_is_one_line(error_of: ErrorOf) -> None:
 # ----------------------------------------------------------------------------------------------- the correction
 
 
-def test_the_correction_s_defaults() -> None:
+def test_defaults_of_the_correction() -> None:
     config = GRPOConfig().correction
     assert (config.mode, config.cap, config.veto) == ("token_truncate", 2.0, 1e-4)
     assert CorrectionConfig(mode="icepop").cap == 5.0 and CorrectionConfig(mode="icepop").floor == 0.5
@@ -183,20 +183,20 @@ def test_the_correction_s_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "mode"), [("true", "token_truncate"), ("false", "none"), ("none", "none"), ("icepop", "icepop")]
 )
-def test_the_correction_s_mode_or_trl_s_switch(load: Load, text: str, mode: str) -> None:
+def test_the_mode_or_the_switch_of_trl(load: Load, text: str, mode: str) -> None:
     assert load(f"correction: {{mode: {text}}}").correction.mode == mode
     correction = load("", f"vllm_importance_sampling_correction={text}").correction
     assert correction.mode == mode
-    assert correction.veto == (0.0 if mode == "none" else 1e-4), "off is wholly off"
+    assert correction.veto == (0.0 if mode == "none" else 1e-4), "off turns the veto off too"
 
 
-def test_trl_s_names_of_the_correction() -> None:
+def test_names_of_trl_for_the_correction() -> None:
     config = GRPOConfig(vllm_importance_sampling_mode="sequence_mask", vllm_importance_sampling_clip_max=3.0)
     assert (config.correction.mode, config.correction.cap) == ("sequence_mask", 3.0)
 
 
 @pytest.mark.parametrize(("switch", "mode"), [(True, "token_mask"), (False, "none")])
-def test_trl_s_switch_and_mode_together_mean_what_they_mean_in_trl(load: Load, switch: bool, mode: str) -> None:
+def test_switch_and_mode_of_trl_together_have_the_meaning_of_trl(load: Load, switch: bool, mode: str) -> None:
     """TRL: "If set to `False`, no IS is applied regardless of `vllm_importance_sampling_mode`"."""
     config = GRPOConfig(vllm_importance_sampling_correction=switch, vllm_importance_sampling_mode="token_mask")
     assert config.correction.mode == mode
@@ -207,7 +207,7 @@ def test_trl_s_switch_and_mode_together_mean_what_they_mean_in_trl(load: Load, s
     assert load("\n".join(lines), "correction.mode=icepop").correction.mode == ("icepop" if switch else "none")
 
 
-def test_trl_s_switch_leaves_a_mistyped_mode_to_be_reported(error_of: ErrorOf) -> None:
+def test_a_mistyped_mode_is_reported_beside_the_switch(error_of: ErrorOf) -> None:
     for switch in ("true", "false"):
         error = error_of("", f"vllm_importance_sampling_correction={switch}", "vllm_importance_sampling_mode=token")
         assert error.startswith("correction.mode: must be 'none', ")
@@ -227,6 +227,6 @@ def test_trl_s_switch_leaves_a_mistyped_mode_to_be_reported(error_of: ErrorOf) -
         (["mode=icepop", "cap=1.5", "floor=1.7"], "correction.floor: must be below correction.cap, which is 1.5 (got 1.7)"),
     ],
 )
-def test_a_wrong_correction_is_answered_in_one_line(error_of: ErrorOf, overrides: list[str], message: str) -> None:
+def test_the_error_for_a_wrong_correction_is_one_line(error_of: ErrorOf, overrides: list[str], message: str) -> None:
     error = error_of("", *overrides)
     assert error.startswith(message) and len(error.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Run files and overrides: what they hold, what is wrong with them, and that a dump reads back."""
+"""Run files and overrides: values, errors, and that a dump reads back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_shipped_file_loads(path: Path) -> None:
     assert config.base_dir == path.parent
 
 
-def test_quickstart_is_the_run_that_the_readme_reports() -> None:
+def test_quickstart_is_the_run_of_the_readme() -> None:
     config = load_config(CONFIGS / "quickstart.yaml")
     assert config.model.name == "smollm2-135m-instruct"
     assert (config.lora.rank, config.lora.scaling, len(config.lora.target_modules)) == (64, 0.5, 7)
@@ -99,18 +99,18 @@ def test_missing_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("model: a\noptim: b: c\n", "mine.yaml, line 2: mapping values are not allowed here"),
-        ("optim:\n  max_steps: 1\n  max_steps: 2\n", "mine.yaml, line 3: key 'max_steps' stands twice"),
+        ("optim:\n  max_steps: 1\n  max_steps: 2\n", "mine.yaml, line 3: duplicate key 'max_steps'"),
         ("seed: !!python/name:os.system\n", "mine.yaml, line 1: could not determine a constructor"),
         ("a: \x01", "mine.yaml: unacceptable character"),
-        ("- model\n", "mine.yaml: must hold sections such as"),
-        ("optim: 5\n", "optim: must be a section with keys of its own (got 5)"),
+        ("- model\n", "mine.yaml: must contain sections such as"),
+        ("optim: 5\n", "optim: must be a section with keys (got 5)"),
         (
             "learning_rate: 1\noptim: {learning_rate: 2}",
-            "learning_rate: is optim.learning_rate, which is given as well",
+            "learning_rate: is the same option as optim.learning_rate, which is set too",
         ),
     ],
 )
-def test_broken_file_is_one_line_that_says_where(error_of: ErrorOf, text: str, message: str) -> None:
+def test_the_error_for_a_broken_file_is_one_line_with_the_place(error_of: ErrorOf, text: str, message: str) -> None:
     error = error_of(text)
     assert message in error
     assert "\n" not in error
@@ -151,7 +151,7 @@ def test_override(load: Load, override: str, section: str, field: str, value: ob
     assert changed == load(text).model_dump()
 
 
-def test_override_of_a_top_level_key_and_the_last_one_wins(load: Load) -> None:
+def test_override_of_a_top_level_key_and_the_last_override_takes_precedence(load: Load) -> None:
     assert load("seed: 1", "seed=2", "seed=3").seed == 3
     assert load("", "max_steps=2", "optim.max_steps=3").optim.max_steps == 3
 
@@ -161,9 +161,9 @@ def test_override_of_a_top_level_key_and_the_last_one_wins(load: Load) -> None:
     [
         ("max_steps", "max_steps: is not an override; write section.field=value"),
         ("=5", "=5: is not an override; write section.field=value"),
-        ("seed=[1", "seed: '[1' is not YAML, line 1"),
-        ("optim=5", "optim: must be a section with keys of its own (got 5)"),
-        ("seed.x=5", "seed.x: seed has no keys of its own (it is 1)"),
+        ("seed=[1", "seed: '[1' is not valid YAML, line 1"),
+        ("optim=5", "optim: must be a section with keys (got 5)"),
+        ("seed.x=5", "seed.x: seed has no keys (it is 1)"),
     ],
 )
 def test_wrong_override(error_of: ErrorOf, override: str, message: str) -> None:
@@ -207,7 +207,7 @@ def test_dump_reads_back(tmp_path_factory: pytest.TempPathFactory, config: GRPOC
     assert load_config(path).model_dump() == config.model_dump()
 
 
-def test_dump_is_whole_and_plain_yaml() -> None:
+def test_dump_is_complete_and_plain_yaml() -> None:
     dumped = yaml.safe_load(dump_config(GRPOConfig(rank=100)))
     assert list(dumped) == list(GRPOConfig.model_fields)
     assert dumped["lora"] == {

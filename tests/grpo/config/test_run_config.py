@@ -1,4 +1,4 @@
-"""The configuration: fields, ranks, names, and what a wrong value is answered with."""
+"""The configuration: fields, ranks, names, and errors."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ ErrorOf = Callable[..., str]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_says_what_it_is(section: str) -> None:
+def test_every_field_has_a_docstring(section: str) -> None:
     fields = type(getattr(GRPOConfig(), section)).model_fields
     assert GRPOConfig.model_fields[section].description
     assert fields
@@ -64,20 +64,20 @@ def test_defaults_are_not_shared() -> None:
 
 
 @pytest.mark.parametrize("rank", range(1, 129))
-def test_rank_and_the_buffer_that_holds_it(rank: int) -> None:
+def test_the_buffer_of_a_rank(rank: int) -> None:
     assert GRPOConfig(rank=rank).lora.max_rank == (64 if rank <= 64 else 128)
     assert GRPOConfig(rank=rank, max_rank=128).lora.max_rank == 128
     assert GRPOConfig(rank=rank, max_rank=None).lora.max_rank == GRPOConfig(rank=rank).lora.max_rank
 
 
 @pytest.mark.parametrize("rank", [129, 256])
-def test_rank_above_128_is_refused_with_the_reason(rank: int) -> None:
+def test_the_error_for_a_rank_above_128_gives_the_reason(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"^lora.rank: must be at most 128 \(got {rank}\).*buffers.*quality.*$"):
         GRPOConfig(rank=rank)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "many", None])
-def test_rank_is_a_positive_whole_number(rank: Any) -> None:
+def test_rank_is_a_positive_integer(rank: Any) -> None:
     with pytest.raises(ValueError, match=r"^lora.rank: must be "):
         GRPOConfig(rank=rank)
 
@@ -89,7 +89,7 @@ def test_max_rank_is_64_or_128(max_rank: Any) -> None:
 
 
 def test_rank_must_fit_max_rank() -> None:
-    with pytest.raises(ValueError, match=r"^lora.max_rank: must hold lora.rank, which is 65"):
+    with pytest.raises(ValueError, match=r"^lora.max_rank: must be at least lora.rank, which is 65"):
         GRPOConfig(rank=65, max_rank=64)
 
 
@@ -119,29 +119,29 @@ def test_wrong_targets(targets: Any) -> None:
 
 
 @pytest.mark.parametrize("targets", [".*q_proj", r"model\.layers\.(0|1)\..*(q|v)_proj", "model.layers.0.mlp.up_proj"])
-def test_targets_by_expression(load: Load, targets: str) -> None:
+def test_targets_by_regular_expression(load: Load, targets: str) -> None:
     assert GRPOConfig(targets=targets).lora.target_modules == targets
     assert load("", f"lora.targets={targets}").lora.target_modules == targets
     assert load(dump_config(GRPOConfig(targets=targets))).lora.target_modules == targets
 
 
 @pytest.mark.parametrize("targets", ["(q_proj", "[a-", "*_proj"])
-def test_targets_that_are_no_expression(targets: str) -> None:
-    with pytest.raises(ValueError, match=rf"^lora.targets: '{re.escape(targets)}' is no regular expression: "):
+def test_targets_that_are_not_a_valid_regular_expression(targets: str) -> None:
+    with pytest.raises(ValueError, match=rf"^lora.targets: '{re.escape(targets)}' is not a valid regular expression: "):
         GRPOConfig(targets=targets)
 
 
-# Patterns, inits, and what is refused
+# Patterns, initialisation, and unsupported options
 
 
 @settings(deadline=None)
 @given(rank=st.integers(1, 128), pattern=st.dictionaries(st.sampled_from(["q_proj", "v_proj", "mlp.*"]), st.integers(1, 128)))
-def test_buffers_hold_every_rank_of_the_pattern(rank: int, pattern: dict[str, int]) -> None:
+def test_buffers_fit_every_rank_of_the_pattern(rank: int, pattern: dict[str, int]) -> None:
     largest = max(rank, *pattern.values(), 0)
     assert LoraConfig(rank=rank, rank_pattern=pattern).max_rank == (64 if largest <= 64 else 128)
     assert LoraConfig(rank=rank, rank_pattern=pattern, max_rank=128).max_rank == 128
     if rank <= 64 < largest:
-        with pytest.raises(ValueError, match=f"must hold lora.rank_pattern, which goes up to {largest} .got 64."):
+        with pytest.raises(ValueError, match=f"at least the largest rank in lora.rank_pattern, which is {largest} .got 64."):
             LoraConfig(rank=rank, rank_pattern=pattern, max_rank=64)
 
 
@@ -156,13 +156,13 @@ def test_patterns_are_read_in_their_order(load: Load) -> None:
     ("options", "error"),
     [
         ({"rank_pattern": {"q_proj": 0}}, "lora.rank_pattern.q_proj: must be at least 1 (got 0)"),
-        ({"rank_pattern": {"q_proj": 1.5}}, "lora.rank_pattern.q_proj: must be a whole number (got 1.5)"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "lora.rank_pattern.q_proj: must be an integer (got 1.5)"),
         ({"rank_pattern": 8}, "lora.rank_pattern: must be a mapping (got 8)"),
-        ({"rank_pattern": {"(q": 8}}, "lora.rank_pattern: '(q' is no regular expression: missing )"),
-        ({"rank_pattern": {"(?i)q": 8}}, "lora.rank_pattern: '(?i)q' is no regular expression: global flags"),
-        ({"alpha_pattern": {"[": 8}}, "lora.alpha_pattern: '[' is no regular expression: unterminated"),
+        ({"rank_pattern": {"(q": 8}}, "lora.rank_pattern: '(q' is not a valid regular expression: missing )"),
+        ({"rank_pattern": {"(?i)q": 8}}, "lora.rank_pattern: '(?i)q' is not a valid regular expression: global flags"),
+        ({"alpha_pattern": {"[": 8}}, "lora.alpha_pattern: '[' is not a valid regular expression: unterminated"),
         ({"alpha_pattern": {"q_proj": 0}}, "lora.alpha_pattern.q_proj: must be above 0.0 (got 0)"),
-        ({"rank_pattern": {"q_proj": 129}}, "lora.rank_pattern.q_proj: must be at most 128 (got 129): the adapter lives in"),
+        ({"rank_pattern": {"q_proj": 129}}, "lora.rank_pattern.q_proj: must be at most 128 (got 129): the adapter is stored"),
         ({"init_lora_weights": "pissa"}, "lora.init_lora_weights: must be default, gaussian or orthogonal (got 'pissa'): PEFT"),
         ({"init_lora_weights": False}, "lora.init_lora_weights: must be default, gaussian or orthogonal (got False): PEFT"),
         ({"init_lora_weights": "orthogonal", "rank": 15}, "lora.init_lora_weights: must not be orthogonal with odd ranks"),
@@ -170,17 +170,17 @@ def test_patterns_are_read_in_their_order(load: Load) -> None:
             {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}},
             "lora.init_lora_weights: must not be orthogonal with odd ranks, in lora.rank or lora.rank_pattern (got 3)",
         ),
-        ({"lora_dropout": 0.1}, "lora.dropout: must be 0 (got 0.1): with dropout, trainer and sampler would be two policies"),
+        ({"lora_dropout": 0.1}, "lora.dropout: must be 0 (got 0.1): with dropout, the trained policy is no longer"),
         ({"use_dora": True}, "lora.use_dora: must be false: vLLM cannot serve DoRA"),
     ],
 )
-def test_what_of_peft_is_refused(options: dict[str, Any], error: str) -> None:
+def test_unsupported_options_of_peft_are_errors(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError) as caught:
         GRPOConfig(**options)
     assert str(caught.value).startswith(error) and "\n" not in str(caught.value)
 
 
-def test_what_of_peft_is_allowed() -> None:
+def test_supported_options_of_peft() -> None:
     assert GRPOConfig(lora_dropout=0, use_dora=False, init_lora_weights=True).lora == LoraConfig()
     assert GRPOConfig(init_lora_weights="orthogonal", rank_pattern={"q": 2}).lora.init_lora_weights == "orthogonal"
 
@@ -199,12 +199,12 @@ def test_what_of_peft_is_allowed() -> None:
         ("num_generation: 8", "num_generation", "did you mean rollout.num_generations?"),
         ("optimm: {max_steps: 8}", "optimm", "did you mean optim?"),
         ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, rescale_learning_rate"),
-        ("zzz: 8", "zzz", "there are model, lora, rollout"),
-        ("per_device_train_batch_size: 8", "per_device_train_batch_size", "a step takes optim.prompts_per_step"),
+        ("zzz: 8", "zzz", "sections and keys are model, lora, rollout"),
+        ("per_device_train_batch_size: 8", "per_device_train_batch_size", "set optim.prompts_per_step"),
         ("lora: {lora_dropout: 0.1}", "lora.lora_dropout", "did you mean lora.dropout?"),
     ],
 )
-def test_unknown_key_names_the_nearest(error_of: ErrorOf, text: str, name: str, hint: str) -> None:
+def test_the_error_for_an_unknown_key_suggests_the_nearest(error_of: ErrorOf, text: str, name: str, hint: str) -> None:
     assert error_of(text).startswith(f"{name}: unknown key; {hint}")
 
 
@@ -215,7 +215,7 @@ def test_unknown_key_in_an_override(error_of: ErrorOf) -> None:
 
 
 @pytest.mark.parametrize("name", [f"{s}.{f}" for s in SECTIONS for f in type(getattr(GRPOConfig(), s)).model_fields])
-def test_every_field_is_known_by_its_own_name_alone(load: Load, name: str) -> None:
+def test_every_field_is_found_by_its_flat_name(load: Load, name: str) -> None:
     section, field = name.split(".")
     value = GRPOConfig(logging={"run_name": "mine"}).model_dump(mode="json")[section][field]
     assert load(yaml.safe_dump({field: value})).model_dump() == load().model_dump()
@@ -243,7 +243,7 @@ def test_flat_names_join_sections() -> None:
     config = GRPOConfig(optim=OptimConfig(max_steps=5), learning_rate=1e-5, rollout={"top_p": 0.9}, temperature=0.5)
     assert (config.optim.max_steps, config.optim.learning_rate) == (5, 1e-5)
     assert (config.rollout.top_p, config.rollout.temperature) == (0.9, 0.5)
-    with pytest.raises(ValueError, match=r"^max_steps: is optim.max_steps, which is given as well"):
+    with pytest.raises(ValueError, match=r"^max_steps: is the same option as optim.max_steps, which is set too"):
         GRPOConfig(optim=OptimConfig(max_steps=5), max_steps=6)
 
 
@@ -290,9 +290,9 @@ def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
         ("report_to=[none, wandb]", "logging.report_to.0: must be 'tensorboard', 'wandb' or 'trackio' (got 'none')"),
         ("project=''", "logging.project: must not be empty (got '')"),
         ("profile_steps=0", "logging.profile_steps.0: must be at least 1 (got 0)"),
-        ("profile_steps=[1, x]", "logging.profile_steps.1: must be a whole number (got 'x')"),
-        ("num_generations=two", "rollout.num_generations: must be a whole number (got 'two')"),
-        ("num_generations=2.5", "rollout.num_generations: must be a whole number (got 2.5)"),
+        ("profile_steps=[1, x]", "logging.profile_steps.1: must be an integer (got 'x')"),
+        ("num_generations=two", "rollout.num_generations: must be an integer (got 'two')"),
+        ("num_generations=2.5", "rollout.num_generations: must be an integer (got 2.5)"),
         ("temperature=0", "rollout.temperature: must be above 0.0 (got 0)"),
         ("top_p=0", "rollout.top_p: must be above 0.0 (got 0)"),
         ("top_p=1.1", "rollout.top_p: must be at most 1.0 (got 1.1)"),
@@ -301,7 +301,7 @@ def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
         ("beta=-0.1", "algorithm.beta: must be at least 0.0 (got -0.1)"),
         (
             "loss_type=dpo",
-            f"algorithm.loss_type: must be {', '.join(OBJECTIVES)}, or a function of your own, path/to/file.py:name "
+            f"algorithm.loss_type: must be {', '.join(OBJECTIVES)}, or your own function, path/to/file.py:name "
             "(got 'dpo')",
         ),
         ("scale_rewards=yes please", "algorithm.scale_rewards: must be 'group', 'batch' or 'none' (got 'yes please')"),
@@ -311,10 +311,10 @@ def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
         ("adam_beta2=1", "optim.adam_beta2: must be below 1.0 (got 1)"),
         ("alpha=0", "lora.alpha: must be above 0.0 (got 0)"),
         ("data.shuffle=maybe", "data.shuffle: must be true or false (got 'maybe')"),
-        ("data.train=5", "data.train: must be text, in quotes if YAML would read it as something else (got 5)"),
+        ("data.train=5", "data.train: must be text, in quotes if YAML would read it as another type (got 5)"),
         ("data.options=5", "data.options: must be a mapping (got 5)"),
         ("rewards.weights=5", "rewards.weights: must be a list (got 5)"),
-        ("eval_steps=null", "logging.eval_steps: must be a whole number (got None)"),
+        ("eval_steps=null", "logging.eval_steps: must be an integer (got None)"),
         ("run_name=''", "logging.run_name: must not be empty (got '')"),
         ("output_dir=[x]", "logging.output_dir: must be a path (got ['x'])"),
         ("workers=0", "cluster.workers: must be at least 1 (got 0)"),
@@ -329,19 +329,19 @@ def test_wrong_value_is_one_readable_line(error_of: ErrorOf, override: str, erro
     assert error_of("", override) == error
 
 
-def test_all_problems_are_told_at_once(error_of: ErrorOf) -> None:
+def test_all_problems_are_reported_together(error_of: ErrorOf) -> None:
     error = error_of("rollout: {num_generations: 1}\nlora: {rank: 0}\noptim: {foo: 1}")
     assert [line.split(":")[0] for line in error.splitlines()] == ["lora.rank", "rollout.num_generations", "optim.foo"]
 
 
-def test_python_users_get_the_same_lines() -> None:
+def test_the_same_errors_in_python() -> None:
     with pytest.raises(ValueError, match=r"^rollout.num_generations: must be at least 2 \(got 1\)$"):
         GRPOConfig(num_generations=1)
     with pytest.raises(ValueError, match=r"^num_generation: unknown key; did you mean rollout.num_generations\?$"):
         GRPOConfig(num_generation=8)
 
 
-def test_one_weight_a_reward_function() -> None:
+def test_one_weight_per_reward_function() -> None:
     assert RewardsConfig(functions=["a:f", "b:g"], weights=[1, 0.5]).weights == [1.0, 0.5]
     assert GRPOConfig(reward_weights=[1, 0.5]).rewards.weights == [1.0, 0.5]  # functions come with the trainer
     with pytest.raises(ValueError, match=r"^rewards.weights: must have one weight per function: 1 \(got 2\)$"):
@@ -350,7 +350,7 @@ def test_one_weight_a_reward_function() -> None:
 
 @settings(deadline=None)
 @given(prompts=st.integers(1, 64), generations=st.integers(2, 64))
-def test_max_num_seqs_is_a_step_up_to_256(prompts: int, generations: int) -> None:
+def test_max_num_seqs_defaults_to_the_completions_of_a_step_up_to_256(prompts: int, generations: int) -> None:
     config = GRPOConfig(prompts_per_step=prompts, num_generations=generations)
     assert config.max_num_seqs == min(prompts * generations, 256)
     assert GRPOConfig(prompts_per_step=prompts, max_num_seqs=300).max_num_seqs == 300

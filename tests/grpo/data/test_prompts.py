@@ -84,7 +84,7 @@ def test_files_of_all_kinds_are_read_without_noise(tmp_path, monkeypatch, capfd,
     assert not datasets.utils.are_progress_bars_disabled()
 
 
-def test_an_edited_file_is_read_anew(tmp_path):
+def test_an_edited_file_is_read_again(tmp_path):
     path = tmp_path / "rows.jsonl"
     for rows in (ROWS, list(reversed(ROWS))):
         write(path, rows)
@@ -102,7 +102,7 @@ def test_conversations_survive_a_file(tmp_path, tokenizer):
     assert "named" in tokenizer.decode(data.rows[1].token_ids)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.jsonl"):
         load_rows("nowhere.jsonl", split="train", base_dir=tmp_path)
 
@@ -117,7 +117,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("a.parquet", "not parquet", "cannot read .*Parquet"),
     ],
 )
-def test_a_file_without_usable_rows_is_one_clear_line(tmp_path, capfd, name, text, message):
+def test_the_error_for_a_file_without_usable_rows_is_one_line(tmp_path, capfd, name, text, message):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
@@ -130,7 +130,7 @@ def test_a_file_without_usable_rows_is_one_clear_line(tmp_path, capfd, name, tex
 # ------------------------------------------------------------------------------------------ hub
 
 
-def test_a_hub_id_that_cannot_be_reached_is_one_clear_line(tmp_path):
+def test_the_error_for_an_unreachable_hub_is_one_line(tmp_path):
     code = "from rankup.grpo.data.sources import load_rows; load_rows('nobody/no-such-set', split='train', subset='main')"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False)
@@ -156,7 +156,7 @@ def test_this_module_does_not_import_torch():
 # ------------------------------------------------------------------------------------------ functions and rows
 
 
-def test_a_function_gives_rows_and_takes_options(tmp_path):
+def test_a_function_returns_rows_and_takes_options(tmp_path):
     (tmp_path / "data.py").write_text(
         "import datasets\n"
         "rows = [{'prompt': 'fixed'}]\n"
@@ -180,7 +180,7 @@ def test_a_function_gives_rows_and_takes_options(tmp_path):
         load("both", split="dev")
     with pytest.raises(ValueError, match=r"cannot be called with the data options \(size\)"):
         load("train", size=2)
-    with pytest.raises(ValueError, match="gave a int: it must give rows"):
+    with pytest.raises(ValueError, match="returned int: it must return rows"):
         load("wrong")
     with pytest.raises(ValueError, match=r"row 0 of .* is a str"):
         load("worse")
@@ -193,10 +193,10 @@ def test_rows_and_data_sets_pass_through():
     assert load_rows(datasets.Dataset.from_list(ROWS).with_format("numpy"), split="train") == ROWS
 
 
-def test_options_for_a_source_that_takes_none_are_refused(tmp_path):
+def test_options_for_a_source_without_options_are_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     write(path, ROWS)
-    with pytest.raises(ValueError, match=r"data options \(size\) are for reasoning_gym tasks and functions"):
+    with pytest.raises(ValueError, match=r"data.options \(size\) are for reasoning_gym tasks and functions"):
         load_rows(str(path), split="train", options={"size": 3})
 
 
@@ -225,19 +225,19 @@ def test_splits_of_a_reasoning_gym_task_do_not_repeat_each_other():
     assert len(set.union(*splits)) == 150
 
 
-def test_mistakes_with_reasoning_gym_are_explained():
+def test_errors_of_reasoning_gym_sources():
     with pytest.raises(ValueError, match=r"no task 'chain_sums': did you mean chain_sum"):
         load_rows("reasoning_gym:chain_sums", split="train")
     with pytest.raises(ValueError, match=r"chain_sum has no option 'terms' \(options: min_terms, "):
         gym_rows(terms=3)
-    with pytest.raises(ValueError, match="chain_sum refuses its options: size must be positive"):
+    with pytest.raises(ValueError, match="chain_sum: invalid options: size must be positive"):
         gym_rows(size=-1)
 
 
 # ------------------------------------------------------------------------------------------ tokens
 
 
-def test_a_text_is_tokenised_as_it_stands(tokenizer):
+def test_a_text_is_tokenized_unchanged(tokenizer):
     (row,) = prepared([{"prompt": "what is one ?", "answer": 1, "level": "easy"}], tokenizer).rows
     assert tokenizer.decode(row.token_ids) == "<s>what is one ?"
     assert row.content == "what is one ?"
@@ -263,7 +263,7 @@ def test_a_conversation_that_ends_with_the_assistant_is_continued(tokenizer):
     assert tokenizer.decode(row.token_ids) == "<s>user : one plus two ?</s>assistant : the sum is"
 
 
-def test_a_system_prompt_is_put_before_texts_and_conversations(tokenizer):
+def test_a_system_prompt_precedes_texts_and_conversations(tokenizer):
     own = [{"role": "system", "content": "own"}, *user("three")]
     rows = prepared(
         [{"prompt": "one"}, {"prompt": user("two")}, {"prompt": own}], tokenizer, system_prompt="be brief"
@@ -302,7 +302,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(tokenizer):
 
 def test_template_variables_reach_the_template(tokenizer):
     options = {"system_prompt": "be brief", "chat_template_kwargs": {"no_system": True}}
-    with pytest.raises(ValueError, match="chat template refuses a prompt: no system role"):
+    with pytest.raises(ValueError, match="chat template failed for a prompt: no system role"):
         prepared([{"prompt": "one"}], tokenizer, **options)
     assert prepared([{"prompt": user("one")}], tokenizer, chat_template_kwargs={"no_system": True}).rows
 
@@ -325,7 +325,7 @@ def test_thousands_of_prompts_take_two_calls_of_the_tokenizer():
 # ------------------------------------------------------------------------------------------ mistakes
 
 
-def test_mistakes_in_the_rows_are_explained(tokenizer):
+def test_errors_in_the_rows(tokenizer):
     with pytest.raises(ValueError, match="the data set has no rows"):
         prepared([], tokenizer)
     with pytest.raises(
@@ -339,12 +339,12 @@ def test_mistakes_in_the_rows_are_explained(tokenizer):
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [], ["text"], [{"role": "user"}], {"role": "user", "content": "x"}])
-def test_a_prompt_of_another_kind_names_its_row(tokenizer, prompt):
+def test_the_error_for_a_prompt_of_another_kind_names_its_row(tokenizer, prompt):
     with pytest.raises(ValueError, match="the prompt of row 1 is neither a text nor a conversation"):
         prepared([{"prompt": "one"}, {"prompt": prompt}], tokenizer)
 
 
-def test_an_empty_prompt_names_its_row(tokenizer):
+def test_the_error_for_an_empty_prompt_names_its_row(tokenizer):
     plain = make_tokenizer()
     plain.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(ValueError, match="the prompt of row 1 is empty"):

@@ -20,7 +20,7 @@ def indices(batch):
     size=st.integers(1, 40), per_step=st.integers(1, 60), seed=st.integers(0, 2**32), shuffle=st.booleans(),
     epochs=st.integers(1, 4),
 )  # fmt: skip
-def test_every_epoch_holds_each_row_once(size, per_step, seed, shuffle, epochs):
+def test_every_epoch_contains_each_row_once(size, per_step, seed, shuffle, epochs):
     sampler = PromptSampler(numbered(size), prompts_per_step=per_step, seed=seed, shuffle=shuffle)
     steps = -(-epochs * size // per_step)
     batches = [indices(sampler.batch(step)) for step in range(steps)]
@@ -34,7 +34,7 @@ def test_every_epoch_holds_each_row_once(size, per_step, seed, shuffle, epochs):
 
 
 @given(size=st.integers(1, 40), per_step=st.integers(1, 60), seed=st.integers(0, 2**32), step=st.integers(0, 10**6))
-def test_a_batch_depends_on_seed_and_step_alone(size, per_step, seed, step):
+def test_a_batch_depends_on_seed_and_step_only(size, per_step, seed, step):
     rows = numbered(size)
     used = PromptSampler(rows, prompts_per_step=per_step, seed=seed)
     for other in (step + 1, 0, max(step - 1, 0)):
@@ -43,7 +43,7 @@ def test_a_batch_depends_on_seed_and_step_alone(size, per_step, seed, step):
     assert indices(used.batch(step)) == indices(fresh.batch(step))
 
 
-def test_seeds_and_epochs_have_orders_of_their_own():
+def test_seeds_and_epochs_have_different_orders():
     rows = numbered(30)
     orders = [
         tuple(indices(PromptSampler(rows, prompts_per_step=30, seed=seed).batch(epoch)))

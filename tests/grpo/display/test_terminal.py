@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -39,7 +40,7 @@ SUMMARY = {
 
 
 def speeds(of_each: Sequence[float]) -> dict[str, float]:
-    """Metrics of a step that several workers share."""
+    """Metrics of a step with several workers."""
     return {f"workers/{rank}/tokens_per_second": speed for rank, speed in enumerate(of_each)}
 
 
@@ -63,38 +64,38 @@ def live_view(*, width: int = 80, height: int = 30) -> tuple[LiveView, Console]:
 
 
 def frame(view: LiveView, console: Console) -> str:
-    """The panel as it stands."""
+    """The current panel."""
     console.export_text(clear=True)
     console.print(view)
     return console.export_text(clear=True)
 
 
-def test_plain_step_is_one_line_with_everything():
+def test_plain_step_is_one_complete_line():
     file = io.StringIO()
     view = plain_view(file)
     view.step(12, METRICS, PHASES)
     assert file.getvalue() == (
         "step 12/80  reward 0.41  length 13.2  1,204 tok/s rollout  "
-        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  left 5m54s\n"
+        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  ETA 5m54s\n"
     )
 
 
 def test_plain_step_without_metrics_still_shows():
     file = io.StringIO()
     plain_view(file).step(3, {"reward": math.nan}, {"total": 4.0, "train": 2.0})
-    assert file.getvalue() == "step  3/80  reward -  length -  4.0 s (train 2.0)  left 5m08s\n"
+    assert file.getvalue() == "step  3/80  reward -  length -  4.0 s (train 2.0)  ETA 5m08s\n"
 
 
-def test_plain_step_tells_the_speed_of_each_worker():
+def test_plain_step_shows_the_speed_of_each_worker():
     file = io.StringIO()
     plain_view(file).step(12, METRICS | speeds([602.4, 601.9]), PHASES)
     assert file.getvalue() == (
         "step 12/80  reward 0.41  length 13.2  1,204 tok/s rollout: 602, 602 tok/s  "
-        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  left 5m54s\n"
+        "5.2 s (rollout 3.1 train 2.1 publish 0.01)  ETA 5m54s\n"
     )
 
 
-def test_plain_view_tells_the_whole_run_without_control_characters():
+def test_plain_view_shows_the_complete_run_without_control_characters():
     file = io.StringIO()
     with plain_view(file) as view:
         drive(view)
@@ -123,7 +124,7 @@ def test_live_panel_fits_the_width_and_shows_the_run(width):
     drive(view)
     text = frame(view, console)
     assert max(cell_len(line) for line in text.splitlines()) <= min(width - 2, 100)
-    for expected in ("step 2/80", "left 6m", "0.41", "0.109 → 0.570", "13.2 tokens, 2% cut off", "1,204", "2,310"):
+    for expected in ("step 2/80", "ETA 6m", "0.41", "0.109 → 0.570", "13.2 tokens, 2% cut off", "1,204", "2,310"):
         assert expected in text
     for expected in ("rollout", "train", "publish", "sums", "notes: 1", "completions of step 1", "Let me see.⏎⏎42"):
         assert expected in text
@@ -150,7 +151,7 @@ def test_live_panel_shows_the_workers_on_one_line_below_the_metrics(of_each, tex
     assert any(line.startswith("│ length      13.2 tokens") for line in lines), "both columns line up"
 
 
-def test_live_panel_of_one_worker_has_no_row_of_workers():
+def test_live_panel_of_one_worker_has_no_row_for_workers():
     view, console = live_view()
     view.step(1, METRICS | speeds([602.4, 601.9]), PHASES)
     of_two = frame(view, console).splitlines()
@@ -204,7 +205,7 @@ CHILD = """
 import signal
 import time
 from rankup.grpo.display.terminal import make_view
-signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for commands in the background
 with make_view(max_steps=3, run_name="sums") as view:
     view.step(1, {"reward": 0.41}, {"train": 1.0})
     print("a reward function prints", flush=True)
@@ -241,9 +242,58 @@ def _read(controller: int, *, until: bytes) -> bytes:
     return seen
 
 
-def test_what_the_guards_did_is_shown() -> None:
+def test_actions_of_the_guards_are_shown() -> None:
     counts = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/restores": 1.0}
     view, console = live_view(width=100)
     view.step(31, METRICS | counts | {"guards/learning_rate_factor": 0.25}, PHASES)
     shown = frame(view, console)
     assert "3 alarms, 1 skip, 1 restore" in shown and "x 0.25" in shown
+
+
+@pytest.mark.parametrize(
+    ("metrics", "text"),
+    [
+        ({"learning_rate": 1e-4, "updates": 1.0, "update_skipped": 0.0}, ""),
+        ({"learning_rate": 1e-4, "updates": 0.0, "update_skipped": 1.0}, "(update skipped)"),
+        ({"learning_rate": 1e-4}, "(no update)"),
+    ],
+)
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_step_without_an_update_is_marked(metrics: dict[str, float], text: str, width: int) -> None:
+    view, console = live_view(width=width)
+    view.step(31, METRICS | metrics, PHASES)
+    shown = frame(view, console)
+    file = io.StringIO()
+    plain_view(file).step(31, METRICS | metrics, PHASES)
+    assert text in shown and text in file.getvalue()
+    assert ("update" in shown) == ("update" in text)
+    view.step(32, METRICS | {"learning_rate": 1e-4, "updates": 1.0}, PHASES)
+    assert "(" not in frame(view, console).splitlines()[2], "the mark is of the last step only"
+
+
+def test_evaluating_is_not_shown_during_the_next_step() -> None:
+    view, console = live_view()
+    view.stage("evaluating 128 prompts")
+    assert "evaluating" in frame(view, console)
+    view.evaluation(0, 0.1, "before")
+    assert "evaluating" not in frame(view, console) and "training" in frame(view, console)
+
+
+def test_both_views_end_with_the_output_folder_and_the_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1450.0])
+    file = io.StringIO()
+    console = Console(file=file)
+    view = PlainView(max_steps=3, run_name="sums", console=console, output_dir=Path("runs/sums"))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    view.start()
+    view.finish(SUMMARY)
+    assert file.getvalue().splitlines()[-2:] == [
+        "done: 3 steps in 6m10s (7m30s with start-up), evaluation reward 0.109 → 0.860",
+        "output: runs/sums",
+    ]
+    monkeypatch.undo()
+    live, recorded = live_view()
+    live._output_dir = Path("runs/sums")
+    with live:
+        live.finish(SUMMARY)
+    assert recorded.export_text().rstrip().endswith("\noutput: runs/sums")

@@ -20,7 +20,7 @@ from rankup.grpo.display.view_text import (
 )
 
 
-def test_one_line_disarms_what_a_terminal_obeys():
+def test_one_line_replaces_control_characters():
     assert one_line("a\r\nb\tc\x1b[31m\u202ed") == "a⏎b c·[31m·d"
 
 
@@ -32,7 +32,7 @@ def test_shorten_keeps_both_ends():
     assert shorten("short", 30) == "short"
 
 
-def test_sparkline_shows_the_whole_history_on_one_scale():
+def test_sparkline_shows_the_complete_history_on_one_scale():
     assert sparkline([0.0, 0.5, 1.0], width=20) == "▁▅█"
     assert sparkline([0.0] * 50 + [1.0] * 50, width=4) == "▁▁██"
     assert sparkline([-2.0, 5.0, math.nan], width=20) == "▁█ "
@@ -47,7 +47,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_guards_text_names_what_the_guards_did():
+def test_guards_text_counts_alarms_and_actions():
     assert guards_text({"reward": 0.5, "guards/alarms": 0.0, "guards/learning_rate_factor": 1.0}) == ""
     counts = {"guards/alarms": 3.0, "guards/skipped_steps": 1.0, "guards/restores": 1.0}
     assert guards_text(counts) == "3 alarms, 1 skip, 1 restore"
@@ -71,7 +71,7 @@ def test_workers_text_is_by_rank_or_of_the_slowest_and_the_fastest(of_each, text
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
-def test_what_is_not_known_is_a_dash(unknown):
+def test_an_unknown_number_is_a_dash(unknown):
     assert decimal(unknown) == whole(unknown) == "-"
 
 
@@ -82,7 +82,7 @@ def test_numbers_as_text():
     assert as_number(2) == 2.0 and math.isnan(as_number(None))
 
 
-def test_a_step_takes_its_total_where_that_is_given():
+def test_the_seconds_of_a_step_are_its_total_if_present():
     assert step_seconds({"rollout": 3.0, "train": 2.0}) == 5.0
     overlapping = {"rollout": 3.0, "train": 2.0, "total": 4.0}
     assert step_seconds(overlapping) == 4.0

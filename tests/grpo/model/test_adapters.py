@@ -81,8 +81,8 @@ def test_adapters_are_where_stock_peft_puts_them(targets: str | list[str]) -> No
         ("q_.*", r"LlamaForCausalLM has no layer q_\.\*"),
         (".*mlp", r"model\.layers\.0\.mlp, model\.layers\.1\.mlp cannot be adapted: only linear layers and the"),
         (".*", r"model, model\.layers, model\.layers\.0 and \d+ more cannot be adapted: only"),
-        (["q_proj", "norm"], r"model\.norm cannot be adapted, since LoRA on norm layers is refused: .* cannot serve it; take"),
-        (".*layernorm", r"model\.layers\.0\.input_layernorm, .* and 1 more cannot be adapted, since LoRA on norm layers"),
+        (["q_proj", "norm"], r"model\.norm cannot be adapted: LoRA does not apply to norm layers, .*; remove them"),
+        (".*layernorm", r"model\.layers\.0\.input_layernorm, .* and 1 more cannot be adapted: LoRA does not apply"),
     ],
 )
 def test_targets_that_cannot_be_adapted(targets: str | list[str], message: str) -> None:
@@ -90,7 +90,7 @@ def test_targets_that_cannot_be_adapted(targets: str | list[str], message: str) 
         check_targets(tiny_llama(), targets)
 
 
-def test_of_embeddings_the_input_embedding_alone_is_adapted() -> None:
+def test_only_the_input_embedding_can_be_adapted() -> None:
     """GPT-2's embedding of positions is one too."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     check_targets(model, ["wte"])
@@ -108,11 +108,11 @@ def test_of_embeddings_the_input_embedding_alone_is_adapted() -> None:
         (".*embed_tokens|.*o_proj", ("embed_tokens", "o_proj")),
     ],
 )
-def test_what_the_sampler_is_told_of_the_targets(tiny_model_path, targets: str | list[str], names: tuple[str, ...]) -> None:
+def test_names_of_the_targets_for_vllm(tiny_model_path, targets: str | list[str], names: tuple[str, ...]) -> None:
     assert target_module_names(str(tiny_model_path("llama")), LoraConfig(targets=targets)) == names
 
 
-def test_an_expression_that_fits_nothing_is_refused_before_a_model_is_loaded(tiny_model_path) -> None:
+def test_an_expression_without_a_match_is_an_error_before_a_model_is_loaded(tiny_model_path) -> None:
     with pytest.raises(ValueError, match=r"^lora.targets: LlamaForCausalLM has no layer layers\.7\.\.\*$"):
         target_module_names(str(tiny_model_path("llama")), LoraConfig(targets="layers.7..*"))
 
@@ -120,7 +120,7 @@ def test_an_expression_that_fits_nothing_is_refused_before_a_model_is_loaded(tin
 # Ranks and scales
 
 
-def test_patterns_decide_rank_and_scale() -> None:
+def test_patterns_set_rank_and_scale() -> None:
     lora = LoraConfig(
         rank=8, alpha=4, rank_pattern={r"layers\.0\.mlp\..*": 2, "up_proj": 6}, alpha_pattern={"(up)_proj": 3, ".*1.*": 16}
     )
@@ -138,7 +138,7 @@ def test_patterns_decide_rank_and_scale() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(rank=st.integers(1, 9), other=st.integers(1, 9), alpha=st.sampled_from([1.0, 2.5, 40.0]), use_rslora=st.booleans())
-def test_the_scale_is_that_of_the_layers_own_rank(rank: int, other: int, alpha: float, use_rslora: bool) -> None:
+def test_the_scale_depends_on_the_rank_of_the_layer(rank: int, other: int, alpha: float, use_rslora: bool) -> None:
     layers = injected(LoraConfig(rank=rank, alpha=alpha, use_rslora=use_rslora, rank_pattern={"q_proj": other}), layers=1)
     for name, layer in layers.items():
         own_rank = other if name == Q_OF_0 else rank
@@ -155,14 +155,14 @@ def test_the_scale_is_that_of_the_layers_own_rank(rank: int, other: int, alpha: 
         ({".*q_proj": 4, "0.self_attn.q_proj": 2}, r"0\.self_attn\.q_proj"),  # the first one takes it all
     ],
 )
-def test_a_key_that_decides_nothing_is_refused(option: str, pattern: dict[str, int], idle: str) -> None:
+def test_a_key_without_effect_is_an_error(option: str, pattern: dict[str, int], idle: str) -> None:
     options: dict[str, Any] = {"targets": ["q_proj", "k_proj"], option: pattern}
-    with pytest.raises(ValueError, match=rf"^lora.{option}: {idle} decides no layer of lora.targets"):
+    with pytest.raises(ValueError, match=rf"^lora.{option}: {idle} applies to no layer of lora.targets"):
         injected(LoraConfig(**options))
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_keys_of_which_peft_would_forget_the_first_are_refused(option: str) -> None:
+def test_keys_whose_order_peft_does_not_save_are_an_error(option: str) -> None:
     """PEFT sorts the keys when it saves, so that another one would count for whoever loads the adapter."""
     pattern = {"up_proj": 4, r"layers\.0\..*": 8}
 
@@ -170,10 +170,10 @@ def test_keys_of_which_peft_would_forget_the_first_are_refused(option: str) -> N
         options: dict[str, Any] = {option: pattern}
         return injected(LoraConfig(**options))
 
-    with pytest.raises(ValueError, match=rf"^lora.{option}: up_proj and layers.* both fit model.layers.0.mlp.up_proj, and"):
+    with pytest.raises(ValueError, match=rf"^lora.{option}: up_proj and layers.* both match model.layers.0.mlp.up_proj, and"):
         inject_with(pattern)
     assert inject_with(dict(reversed(pattern.items())))
-    assert inject_with(dict.fromkeys(pattern, 4)), "either one says the same"
+    assert inject_with(dict.fromkeys(pattern, 4)), "both keys have the same value"
 
 
 # Inits
@@ -181,7 +181,7 @@ def test_keys_of_which_peft_would_forget_the_first_are_refused(option: str) -> N
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize(("init", "theirs"), [("default", True), ("gaussian", "gaussian"), ("orthogonal", "orthogonal")])
-def test_adapters_begin_as_in_stock_peft(init: Any, theirs: Any) -> None:
+def test_adapters_are_initialised_as_in_stock_peft(init: Any, theirs: Any) -> None:
     targets = ["embed_tokens", *LoraConfig().target_modules]
     layers = injected(LoraConfig(rank=4, init_lora_weights=init, targets=targets), seed=5)
     model = tiny_llama()
@@ -216,13 +216,13 @@ def merged(folder: Path, policy: Policy, scaling: Callable[[int], float]) -> Any
         a, b = layer.master_a.detach().double(), layer.master_b.detach().double()
         update = scaling(len(a)) * b @ a
         module = model.get_submodule(name)
-        # A parameter of its own: what it is tied to stays as it is.
+        # A separate parameter: the tied one is unmodified.
         module.weight = nn.Parameter(module.weight.detach() + (update.t() if name == EMBEDDING else update))
     return model
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # with a tied head, with one of its own
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # with a tied head, with a separate one
 @pytest.mark.parametrize(
     ("options", "alpha"),
     [
@@ -292,7 +292,7 @@ def test_an_adapter_on_the_embedding_is_saved_under_pefts_names_without_the_embe
         {"init_lora_weights": "orthogonal", "use_rslora": True},
     ],
 )
-def test_loading_gives_back_the_same_bits(make_policy, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_loading_is_bit_exact(make_policy, tmp_path: Path, options: dict[str, Any]) -> None:
     saved, loaded = make_policy(seed=1, **options), make_policy(seed=2, **options)
     fill_embedding(saved)
     saved.save_adapter(tmp_path)
@@ -310,13 +310,13 @@ PATTERN = {"(q)_proj": 4, ".*(q|k)_proj": 8}
         ({"rank_pattern": {}}, "its rank_pattern is {}, not {'(q)_proj': 4"),
         ({"alpha_pattern": PATTERN | {"(q)_proj": 4.5}}, "its alpha_pattern is {'(q)_proj': 4.5, "),
         ({"use_rslora": True}, "its use_rslora is True, not False"),
-        ({"use_dora": True}, "was made with use_dora"),
-        ({"lora_bias": True}, "was made with lora_bias"),
-        ({"lora_dropout": 0.05}, "was made with lora_dropout"),
-        ({"init_lora_weights": "pissa_niter_4"}, "belongs to base weights that pissa_niter_4 has changed"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"lora_bias": True}, "uses lora_bias"),
+        ({"lora_dropout": 0.05}, "uses lora_dropout"),
+        ({"init_lora_weights": "pissa_niter_4"}, "needs the base weights changed by pissa_niter_4"),
     ],
 )
-def test_an_adapter_that_means_something_else_is_refused(
+def test_a_saved_adapter_with_another_meaning_is_an_error(
     make_policy, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     options = {"targets": "qkv", "rank_pattern": PATTERN, "alpha_pattern": PATTERN}
