@@ -31,8 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rankup.grpo.model import base_model, fusing
-from rankup.grpo.model.lora_layers import FusedMLP
+from rankup.grpo.model import base_model
 from rankup.kernels import shared_prompt_attention
 
 QUERY_BLOCK = 128  # flash attention rounds the queries of a sequence up to it
@@ -113,8 +112,6 @@ def fake_tensors() -> Iterator[PeakMemory]:
         for patch in (
             mock.patch.object(AutoModelForCausalLM, "from_pretrained", _from_config),
             mock.patch.object(nn.Module, "_apply", lambda module, function, recurse=True: module),  # `to`: fakes stay
-            mock.patch.object(fusing, "_closest", lambda mlp: (FusedMLP(mlp, "silu"), 0.0)),
-            mock.patch.object(fusing, "_fuse_norm", _fuse_norm),
             mock.patch.object(base_model, "_checksum", lambda weight: 0),
             mock.patch.object(shared_prompt_attention, "plan_blocks", _of_values(shared_prompt_attention.plan_blocks)),
             mock.patch.object(shared_prompt_attention, "plan_sequences", _of_values(shared_prompt_attention.plan_sequences)),
@@ -146,11 +143,6 @@ def choices_of_cuda() -> Iterator[None]:
 
 def _from_config(path: str, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype, **options)
-
-
-def _fuse_norm(model: nn.Module, name: str, norm: nn.Module, fusion: fusing.Fusion) -> None:
-    model.set_submodule(name, fusing.FusedRMSNorm(norm, unit_offset=False))
-    fusion.norms.append(name)
 
 
 def _of_values(function: Callable[..., Any]) -> Callable[..., Any]:
