@@ -15,9 +15,11 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP as GatedMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from rankup.grpo.cli.plan.step_memory import fake_tensors
 from rankup.grpo.model.fusing import Fusion, _activation, fuse
 from rankup.grpo.model.lora_layers import ADAPTER, FusedLoRALinear, FusedMLP
 from rankup.grpo.model.policy import Policy
+from rankup.kernels.device import paths_of_cuda
 from rankup.rollout.slots import AdapterSlot
 
 
@@ -160,6 +162,14 @@ def test_activations_are_told_apart(act: nn.Module) -> None:
     mlp.act_fn = act
     expected = {"SiLU()": "silu", "GELU(approximate='none')": "gelu", "GELU(approximate='tanh')": "gelu_tanh"}
     assert _activation(mlp) == expected.get(repr(act))
+
+
+def test_without_values_every_family_is_recognised_as_with_values(tiny_model_path, make_policy) -> None:
+    """On the code paths of CUDA too: a miniature has values and takes those of the CPU."""
+    for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma3"):
+        with fake_tensors(), paths_of_cuda():
+            fake: Policy = make_policy(kind)
+        assert fake.fusion == make_policy(kind).fusion
 
 
 def test_projections_of_different_tensors_are_left_alone_and_listed() -> None:
