@@ -335,9 +335,7 @@ def low_memory(config: GRPOConfig, device: Device) -> GRPOConfig:
     """The run with every change that costs nothing but time."""
     tokens = min(config.optim.tokens_per_pack, max(MIN_TOKENS_PER_PACK, config.rollout.max_model_length - 1))
     mib = min(256, _logits_mib(config, device))
-    return changed(
-        config, {"optim.tokens_per_pack": tokens, "optim.logits_mib": mib, "optim.gradient_checkpointing": True}
-    )
+    return changed(config, {"optim.tokens_per_pack": tokens, "optim.logits_mib": mib, "optim.gradient_checkpointing": True})
 
 
 def _logits_mib(config: GRPOConfig, device: Device) -> int:
