@@ -18,6 +18,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from .device import is_ampere
+
 
 @dataclass(frozen=True, slots=True)
 class SequencePlan:
@@ -78,10 +80,8 @@ def plan_sequences(groups: Sequence[tuple[int, Sequence[int]]], device: torch.de
 
 def is_available_for(query_HLD: torch.Tensor) -> bool:
     """Whether the kernels support this query: fp16 or bf16, on Ampere or later, with a supported head dimension."""
-    if not query_HLD.is_cuda or query_HLD.dtype not in (torch.float16, torch.bfloat16):
-        return False
     dim = query_HLD.shape[2]  # above 192 some devices lack the backward
-    return dim % 8 == 0 and dim <= 192 and torch.cuda.get_device_capability(query_HLD.device) >= (8, 0)
+    return dim % 8 == 0 and dim <= 192 and is_ampere(query_HLD)
 
 
 def varlen_attention(

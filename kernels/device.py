@@ -2,15 +2,47 @@
 
     if runs_triton(x, weight):
         from .triton.rms_norm import ...    # imported here: a machine without such a device needs no Triton
+    with paths_of_cuda():                   # on fake tensors: choose as on a CUDA device, and launch nothing
+        ...
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_simulates_cuda = False
+
+
+def _is_on_cuda(x: torch.Tensor) -> bool:
+    return x.is_cuda or (_simulates_cuda and isinstance(x, FakeTensor))
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels support these tensors: all are on a CUDA device, in fp32, bf16 or fp16."""
-    return all(t.is_cuda and t.dtype in DTYPES for t in tensors)
+    return all(_is_on_cuda(t) and t.dtype in DTYPES for t in tensors)
+
+
+def is_ampere(x: torch.Tensor) -> bool:
+    """Whether x is in bf16 or fp16 on a CUDA device of compute capability 8.0 or later."""
+    if not _is_on_cuda(x) or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+@contextmanager
+def paths_of_cuda() -> Iterator[None]:
+    """Let fake tensors, and only these, take the code paths of a CUDA device since Ampere. Triton launches no kernel."""
+    from triton.runtime.jit import JITFunction
+
+    global _simulates_cuda
+    launch = JITFunction.run
+    _simulates_cuda, JITFunction.run = True, lambda *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _simulates_cuda, JITFunction.run = False, launch  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, linear, silu
 
-from .device import runs_triton
+from .device import is_ampere, runs_triton
 from .nf4 import Nf4Weight
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -267,7 +267,7 @@ def _product_with_adapter(
 
 def _has_kernel(x: torch.Tensor) -> bool:
     """Whether `kernels/triton/lora.py` supports x. Its tiles are for 16-bit operands."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_ampere(x)
 
 
 def _sum_of_products(

@@ -1,12 +1,13 @@
-"""The frozen base model that a policy stands on, in no more memory than it needs.
+"""The frozen base model of a policy, in no more memory than it needs.
 
-    base = load_base(path, dtype=torch.bfloat16)                                  # a copy of its own
-    base = load_base(path, dtype=torch.bfloat16, load_in="nf4")                   # its linear layers in 4 bits
-    base = load_base(path, dtype=torch.bfloat16, shared=engine.base_weights())    # where it can, the sampler's own memory
+    base = load_base(path, dtype=torch.bfloat16)                                  # a separate copy
+    base = load_base(path, dtype=torch.bfloat16, load_in="nf4")                   # linear layers in 4 bits
+    base = load_base(path, dtype=torch.bfloat16, shared=engine.base_weights())    # on the sampler's weights where possible
     base.model, base.own_bytes, base.shared_bytes
 
-A shared parameter is a view of vLLM's: nothing is loaded for it. A layer in 4 bits is read, rounded and forgotten before the
-next one is read. `nf4_names` says which weights are rounded, so that the sampler rounds the same (`rollout/base_weights.py`).
+A shared parameter is a view of vLLM's: nothing is loaded for it. A layer in 4 bits is read, rounded and freed before the next
+one is read. `nf4_names` lists the weights that are rounded, so that the sampler rounds the same (`rollout/base_weights.py`).
+Under torch's `FakeTensorMode` no file of weights is read: the parameters have shapes and no values.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from torch._guards import detect_fake_mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ...kernels.nf4 import Nf4Weight
+from ...kernels.nf4 import BLOCKSIZE, Nf4Weight
 from .lora_layers import Nf4Linear
 
 INDEX = "model.safetensors.index.json"
@@ -35,8 +37,8 @@ SINGLE_FILE = "model.safetensors"
 class BaseModel:
     """A loaded base.
 
-    weights: its parameters by name, and the scales of those in 4 bits; for as long as it is used nobody may write into them.
-    own: names of those that it holds itself, in `own_bytes`; all others lie in shared memory.
+    weights: its parameters by name, and the scales of those in 4 bits. They are read-only for as long as the base is used.
+    own: names of those that are held by the trainer alone, `own_bytes` in all; the others are shared with the sampler.
     """
 
     model: PreTrainedModel
@@ -47,7 +49,7 @@ class BaseModel:
     versions: tuple[int, ...]
     """How often torch had written into each of the weights when they were loaded."""
     checksums: tuple[int, ...]
-    """Of each of the weights when they were loaded."""
+    """Of each of the weights when they were loaded; empty on fake tensors."""
 
     def written(self, *, thoroughly: bool = False) -> list[str]:
         """Names of the weights that were written into since then.
@@ -72,13 +74,15 @@ def load_base(
     """The model in a folder, in evaluation mode, with parameters that take no gradient.
 
     Args:
-        dtype: of the weights that are not in 4 bits, and of what those in 4 bits stand for.
-        load_in: "nf4": linear layers but for the head become `Nf4Linear`; those that `shared` has are taken as they are there.
-        shared: tensors by parameter name that take the place of parameters, where shape, dtype and device are the same.
+        dtype: of the weights that are not in 4 bits, and of the dequantized values of the others.
+        load_in: "nf4": linear layers except the head become `Nf4Linear`; shared ones stay unpacked.
+        shared: tensors by parameter name that replace parameters of the same shape, dtype and device. Not on fake tensors.
 
     Raises:
         ValueError: in NF4, the files of the model name weights otherwise than transformers does.
     """
+    if detect_fake_mode() is not None:
+        return _without_values(model_path, dtype, load_in)
     shared = shared or {}
     if load_in is None and not shared:
         return _loaded_plainly(model_path, dtype, device)
@@ -108,7 +112,7 @@ def load_base(
 
 @functools.lru_cache(maxsize=8)
 def nf4_names(model_path: str) -> tuple[str, ...]:
-    """Names of the weights that `load_in="nf4"` rounds: those of all linear layers but the head.
+    """Names of the weights that `load_in="nf4"` rounds: those of all linear layers except the head.
 
     Raises:
         ValueError: the files of the model do not have one of them.
@@ -122,7 +126,7 @@ def nf4_names(model_path: str) -> tuple[str, ...]:
 
 
 def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
-    """Give a model of any dtype the values that its weights of these names have in 4 bits, made from `dtype`."""
+    """Replace the named weights of a model of any dtype by their values after rounding `dtype` to 4 bits."""
     for name in names:
         weight = model.get_parameter(name)
         weight.data = Nf4Weight.quantise(weight.data.to(dtype)).dense().to(weight.dtype)
@@ -138,9 +142,9 @@ def empty_model(model_path: str, dtype: torch.dtype, files: Mapping[str, Path]) 
 
 
 def _tie(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-    """Let the head and the embedding share their weight where the model has it so.
+    """Tie the head's weight to the embedding's if the model does so.
 
-    Not where the files have two that differ: then transformers and vLLM take them apart, whatever the configuration says.
+    Not if the files have two that differ: then transformers and vLLM untie them, whatever the configuration says.
     """
     ties: dict[str, str] = model.all_tied_weights_keys
     for target, source in ties.items():
@@ -164,6 +168,16 @@ def _loaded_plainly(model_path: str, dtype: torch.dtype, device: str) -> BaseMod
     return _described(model, {})
 
 
+def _without_values(model_path: str, dtype: torch.dtype, load_in: Literal["nf4"] | None) -> BaseModel:
+    model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype))
+    for name in _linear_weights(model) if load_in == "nf4" else ():
+        weight = model.get_parameter(name)
+        packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
+        absmax = torch.empty(-(-weight.numel() // BLOCKSIZE))
+        _set_nf4(model, name, Nf4Weight(packed, absmax, weight.shape, dtype))
+    return _described(model, {})
+
+
 def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> BaseModel:
     model.eval()
     model.requires_grad_(False)
@@ -178,12 +192,12 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
         own_bytes=sum(sizes[name] for name in own),
         shared_bytes=sum(sizes[name] for name in shared),
         versions=tuple(tensor._version for tensor in weights.values()),
-        checksums=tuple(_checksum(tensor) for tensor in weights.values()),
+        checksums=tuple(_checksum(tensor) for tensor in weights.values()) if detect_fake_mode() is None else (),
     )
 
 
 def _checksum(weight: torch.Tensor) -> int:
-    """The sum of its bits modulo 2^64, read as the widest whole numbers that fit: of narrow ones torch makes wide copies."""
+    """The sum of its bits modulo 2^64, read as the widest integers that fit: torch makes wide copies of narrow ones."""
     flat = weight.detach().reshape(-1)
     size, start = flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size()
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -199,15 +213,15 @@ def _fits(tensor: torch.Tensor, parameter: nn.Parameter, device: str) -> bool:
 
 
 def _changed_by_loading(shared: Mapping[str, torch.Tensor], files: Mapping[str, Path]) -> list[str]:
-    """Names of the shared weights whose first or last row is not that of the files: vLLM keeps them in another form.
+    """Names of the shared weights whose first or last row differs from the files: vLLM keeps them in another form.
 
-    The proof at the start of a run cannot see that: the trainer computes with them as vLLM does.
+    The proof at the start of a run cannot detect this: trainer and vLLM compute with the same tensor.
     """
     changed = []
     for name, tensor in shared.items():
         if name not in files:
             continue
-        with safe_open(files[name], framework="pt") as file:  # each time anew, as in `_read`
+        with safe_open(files[name], framework="pt") as file:  # opened each time, as in `_read`
             rows = file.get_slice(name)
             last = rows.get_shape()[0] - 1
             pairs = ((rows[:1], tensor[:1]), (rows[last:], tensor[last:]))
@@ -223,7 +237,7 @@ def _linear_weights(model: PreTrainedModel) -> list[str]:
 
 
 def _saved_buffers(model: PreTrainedModel) -> list[str]:
-    """Buffers that belong to the weights. Nothing here reads them."""
+    """Buffers that are saved with the weights. They are not read here."""
     return sorted({name for name, _ in model.named_buffers()} & set(model.state_dict()))
 
 
@@ -251,6 +265,6 @@ def _files_of_weights(folder: Path) -> dict[str, Path]:
 def _read(files: Mapping[str, Path], names: Sequence[str], device: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight. On CPU it is the file itself, mapped into memory."""
     for name in names:
-        # Opened each time: what is mapped through one opening stays resident until all of it is forgotten.
+        # Opened each time: pages mapped through one opening stay resident until all its tensors are freed.
         with safe_open(files[name], framework="pt", device=device) as file:
             yield name, file.get_tensor(name)

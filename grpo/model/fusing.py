@@ -1,11 +1,14 @@
-"""Which modules of the model run as one fused function, found by what they do rather than by their class.
+"""Which modules of the model run as one fused function, recognised by their structure and by what they compute.
 
     fusion = fuse(model, forward=lambda: model(...))      # after PEFT's injection; changes no name and no parameter
-    fusion.summary       # "fused: 30 q/k/v, 30 MLPs, 30 single layers, 61 norms"; what is not is named, with the reason
+    fusion.summary       # "fused: 30 q/k/v, 30 MLPs, 30 single layers, 61 norms"; the rest is listed with a reason
 
-q, k and v run together where they turn out to read the same tensor; an MLP is replaced where down(act(gate(x)) * up(x)) gives
-its output, a norm where ours gives its output to the last bit. Nothing is skipped silently: an adapted layer that is not part
-of q/k/v or an MLP runs as a single fused layer, and a candidate that does something else is listed.
+A candidate has the right children and parameters. An MLP is replaced if it computes down(act(gate(x)) * up(x)), a norm if its
+output is bit-exactly ours. Both are tested on a miniature: the same module with small random weights in the place of its
+weights. So the test costs nothing on a large model, and gives the same answer for a model whose weights have no values
+(`grpo/cli/plan/step_memory.py`). q, k and v run together if one forward of the model shows that they read the same tensor.
+Nothing is skipped silently: an adapted layer outside of q/k/v and MLPs runs as a single fused layer, and a candidate that
+computes something else is listed.
 """
 
 from __future__ import annotations
@@ -18,19 +21,21 @@ from typing import cast, get_args
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...kernels.lora import Activation
 from ...kernels.rms_norm import rms_norm
-from .lora_layers import MLP_LAYERS, FusedLoRALayer, FusedLoRALinear, FusedMLP, SharedInput, projection
+from .lora_layers import MLP_LAYERS, FusedLoRALayer, FusedLoRALinear, FusedMLP, SharedInput
 
 QKV_LAYERS = ("q_proj", "k_proj", "v_proj")
-# Largest relative difference of an MLP from its fused form that is rounding.
-SAME_OUTPUT = {torch.bfloat16: 0.02, torch.float16: 0.005}
-SAME_OUTPUT_FP32 = 1e-5
+MINIATURE = (8, 12)  # d_model and width of a miniature MLP
+SAME_OUTPUT = 1e-5  # largest relative difference in fp32 that counts as rounding
+EPS_NAMES = ("variance_epsilon", "eps")
 
 
 class FusedRMSNorm(nn.Module):
-    """Stands in for a model's RMSNorm: the same weight under the same name, a leaner backward."""
+    """Replaces a model's RMSNorm: the same weight under the same name, a backward that keeps less."""
 
     def __init__(self, norm: nn.Module, *, unit_offset: bool) -> None:
         super().__init__()
@@ -45,7 +50,7 @@ class FusedRMSNorm(nn.Module):
 
 @dataclass
 class Fusion:
-    """Names of the attention modules, MLPs, layers and norms that run fused, and of candidates that do something else."""
+    """Names of the attention modules, MLPs, layers and norms that run fused, and the candidates that do not, with reasons."""
 
     qkv: list[str] = field(default_factory=list)
     mlp: list[str] = field(default_factory=list)
@@ -63,11 +68,14 @@ class Fusion:
         for name, reason in self.not_fused.items():
             names_of.setdefault(reason, []).append(name)
         reasons = [f"{', '.join(names)} ({reason})" for reason, names in names_of.items()]
-        return "; not fused as a whole: ".join([counts, *(["; ".join(reasons)] if reasons else [])])
+        return "; not fused: ".join([counts, *(["; ".join(reasons)] if reasons else [])])
 
 
 def fuse(model: nn.Module, forward: Callable[[], object]) -> Fusion:
-    """Bring together what computes together. Slots must be attached; `forward` runs the model once on any input."""
+    """Replace modules and join layers, in place. Slots must be attached; `forward` runs the model once on any input.
+
+    On fake tensors `forward` is not called: q, k and v of one attention module are taken to read the same tensor.
+    """
     fusion = Fusion()
     inputs: dict[str, SharedInput] = {}
     for name, module in list(model.named_modules()):
@@ -78,16 +86,17 @@ def fuse(model: nn.Module, forward: Callable[[], object]) -> Fusion:
             _fuse_mlp(model, name, module, fusion)
         if _is_norm(module):
             _fuse_norm(model, name, module, fusion)
-    with torch.no_grad():
-        forward()
+    if detect_fake_mode() is None:
+        with torch.no_grad():
+            forward()
     for name, shared in inputs.items():
         if shared.has_unread_outputs:
             shared.dissolve()
             fusion.not_fused[name] = "q, k and v do not read the same tensor"
         else:
             fusion.qkv.append(name)
-    parts = {f"{name}.{own}" for name in fusion.qkv for own in QKV_LAYERS}
-    parts |= {f"{name}.{own}" for name in fusion.mlp for own in MLP_LAYERS}
+    parts = {f"{name}.{child}" for name in fusion.qkv for child in QKV_LAYERS}
+    parts |= {f"{name}.{child}" for name in fusion.mlp for child in MLP_LAYERS}
     layers = [name for name, module in model.named_modules() if isinstance(module, FusedLoRALayer)]
     fusion.single = [name for name in layers if name not in parts]
     return fusion
@@ -98,16 +107,17 @@ def _adapted(module: nn.Module, names: tuple[str, ...]) -> list[FusedLoRALinear]
     return [child for name, child in module.named_children() if name in names and isinstance(child, FusedLoRALinear)]
 
 
+# ----------------------------------------------------------------------------------------------------------------- MLPs
+
+
 def _fuse_mlp(model: nn.Module, name: str, mlp: nn.Module, fusion: Fusion) -> None:
     reason = _why_not_an_mlp(mlp)
-    if reason is None:
-        fused, error = _closest(mlp)
-        if error <= SAME_OUTPUT.get(projection(fused.get_submodule("gate_proj")).weight.dtype, SAME_OUTPUT_FP32):
-            model.set_submodule(name, fused)
-            fusion.mlp.append(name)
-            return
-        reason = "its output is not that of down(act(gate(x)) * up(x)) with SiLU or GELU"
-    fusion.not_fused[name] = reason
+    activation = None if reason else _activation(mlp)
+    if activation is None:
+        fusion.not_fused[name] = reason or "its output is not that of down(act(gate(x)) * up(x)) with SiLU or GELU"
+    else:
+        model.set_submodule(name, FusedMLP(mlp, activation))
+        fusion.mlp.append(name)
 
 
 def _why_not_an_mlp(mlp: nn.Module) -> str | None:
@@ -120,17 +130,27 @@ def _why_not_an_mlp(mlp: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _closest(mlp: nn.Module) -> tuple[FusedMLP, float]:
-    """The fused form whose activation comes closest to the MLP, and how far it is off, relative to the output."""
-    weight_MD = projection(mlp.get_submodule("gate_proj")).weight
-    x = torch.randn(4, weight_MD.shape[1], generator=torch.Generator().manual_seed(0)).to(weight_MD.device, weight_MD.dtype)
-    expected = mlp(x).float()
-    candidates = []
-    for activation in get_args(Activation):
-        fused = FusedMLP(mlp, activation)
-        candidates.append((((fused(x).float() - expected).norm() / expected.norm()).item(), fused))
-    error, fused = min(candidates, key=lambda candidate: candidate[0])
-    return fused, error
+def _activation(mlp: nn.Module) -> Activation | None:
+    """The activation with which the fused form gives a miniature's output; None if there is no such activation."""
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        d_model, width = MINIATURE
+        sizes = {"gate_proj": (d_model, width), "up_proj": (d_model, width), "down_proj": (width, d_model)}
+        small = {id(mlp.get_submodule(name)): nn.Linear(*sizes[name], dtype=torch.float32) for name in MLP_LAYERS}
+        miniature = copy.deepcopy(mlp, small)  # the memo replaces its three layers
+        x = torch.randn(4, d_model, dtype=torch.float32)
+        try:
+            expected = miniature(x)
+        except RuntimeError:  # it takes no other sizes than its own
+            return None
+        for activation in get_args(Activation):
+            difference = FusedMLP(miniature, activation)(x) - expected
+            if difference.norm() <= SAME_OUTPUT * expected.norm():
+                return activation
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------- norms
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -141,19 +161,22 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _eps(norm: nn.Module) -> float | None:
-    found = [getattr(norm, name) for name in ("variance_epsilon", "eps") if isinstance(getattr(norm, name, None), float)]
+    found = [getattr(norm, name) for name in EPS_NAMES if isinstance(getattr(norm, name, None), float)]
     return found[0] if found else None
 
 
 @torch.no_grad()
 def _fuse_norm(model: nn.Module, name: str, norm: nn.Module, fusion: Fusion) -> None:
-    # On the CPU, whatever the model's device: a kernel sums in another order, so that bits would differ for no reason.
-    twin = copy.deepcopy(norm).cpu()
-    x = torch.randn(4, twin.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(twin.weight)  # type: ignore[arg-type]
-    expected = twin(x)
-    for unit_offset in (False, True):
-        if torch.equal(FusedRMSNorm(twin, unit_offset=unit_offset)(x), expected):
-            model.set_submodule(name, FusedRMSNorm(norm, unit_offset=unit_offset))
-            fusion.norms.append(name)
-            return
-    fusion.not_fused[name] = "its output is not that of an RMSNorm"
+    # On the CPU, whatever the model's device: a kernel sums in another order, so that its last bit may differ.
+    original = cast(nn.Parameter, norm.weight)
+    with unset_fake_temporarily():
+        generator = torch.Generator().manual_seed(0)
+        weight, x = (torch.randn(rows, len(original), generator=generator).to(original.dtype) for rows in (1, 4))
+        miniature = copy.deepcopy(norm, {id(original): nn.Parameter(weight[0], requires_grad=False)})
+        expected = miniature(x)
+        offsets = [on for on in (False, True) if torch.equal(FusedRMSNorm(miniature, unit_offset=on)(x), expected)]
+    if offsets:
+        model.set_submodule(name, FusedRMSNorm(norm, unit_offset=offsets[0]))
+        fusion.norms.append(name)
+    else:
+        fusion.not_fused[name] = "its output is not that of an RMSNorm"

@@ -4,10 +4,10 @@
     scripts/bench/memory.py --json docs/performance/memory.json                 # measure, about ten minutes of one core
     scripts/bench/memory.py --read docs/performance/memory.json --page docs/memory.md --plot docs/memory.png
 
-The real code runs on fake tensors, which have sizes and no memory, and every tensor's bytes are counted from the operation that
-makes it to its end (`fake_memory.py`). What is measured is the last pass of an update, over one prompt with its completions,
-and the optimizer's step, by the sides of `memory_sides.py`: gradients of passes before it and the optimizer's state are there.
-Beside rankup's peak stands what `rankup plan` says it is.
+The real code runs on fake tensors, which have sizes and no memory. Every tensor's bytes are counted from the operation that
+makes it to its end (`grpo/cli/plan/step_memory.py`, with which `rankup plan` measures too). A measurement is the last pass of
+an update, over one prompt with its completions, and the optimizer's step, by the sides of `memory_sides.py`: gradients of
+earlier passes and the optimizer's state are in memory. The tables show what `rankup plan` computes beside rankup's peak.
 """
 
 from __future__ import annotations
@@ -189,11 +189,18 @@ def measure(
     config: dict[str, Any], side: str, groups: Sequence[Group], *, rank: int, gradient_checkpointing: bool
 ) -> list[tuple[int, int]]:
     """For each group, the bytes between two updates, and those at the peak of an update as on CUDA."""
-    from fake_memory import choices_of_cuda, fake_tensors
-    from memory_sides import SIDES, SMALLEST
+    from memory_sides import SIDES, SMALLEST, trls_paths_of_cuda
+
+    from rankup.grpo.cli.plan.step_memory import fake_tensors
+    from rankup.kernels.device import paths_of_cuda
 
     measured = []
-    with tempfile.TemporaryDirectory(prefix="rankup-memory-") as folder, fake_tensors() as memory, choices_of_cuda():
+    with (
+        tempfile.TemporaryDirectory(prefix="rankup-memory-") as folder,
+        fake_tensors() as memory,
+        paths_of_cuda(),
+        trls_paths_of_cuda(),
+    ):
         Path(folder, "config.json").write_text(json.dumps(config))
         one = SIDES[side](Path(folder), rank=rank, gradient_checkpointing=gradient_checkpointing)
         one.add_gradients(SMALLEST)

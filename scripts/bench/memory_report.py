@@ -20,8 +20,9 @@ from memory import PROMPT, SIDE_NAMES, shape_of
 from report import MARKER
 from report_tables import markdown
 
-from rankup.grpo.cli.plan.memory import FP32, Workload, training_parts
+from rankup.grpo.cli.plan.memory import FP32, changed, training_parts
 from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
+from rankup.grpo.config import GRPOConfig
 from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS, STYLE
 
 GIB = 2**30
@@ -46,18 +47,18 @@ def _shape(model: str, vocabulary: int | None) -> ModelShape:
 
 def planned(row: Row) -> int:
     """What `rankup plan` counts of what is measured, in bytes. The base counts once: in a run the one copy is vLLM's."""
-    work = Workload(
-        rank=row["rank"],
-        max_rank=row["rank"],
-        targets="all-linear",
-        num_generations=row["generations"],
-        prompt_length=row["prompt"],
-        completion_length=row["completion"],
-        tokens_per_pack=_shared(row),
-        gradient_checkpointing=row["gradient_checkpointing"],
-        share_base_weights=False,
+    config = GRPOConfig(
+        model={"share_base_weights": False},
+        lora={"rank": row["rank"]},
+        rollout={
+            "num_generations": row["generations"],
+            "max_prompt_length": row["prompt"],
+            "max_completion_length": row["completion"],
+        },
+        optim={"tokens_per_pack": _shared(row), "gradient_checkpointing": row["gradient_checkpointing"]},
     )
-    parts = training_parts(_shape(row["model"], row["vocabulary"]), work)
+    config = changed(config, {"lora.max_rank": row["rank"]})
+    parts = training_parts(_shape(row["model"], row["vocabulary"]), config, "cuda")
     return sum(size for name, size in parts.items() if name not in NOT_SEEN)
 
 

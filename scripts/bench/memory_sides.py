@@ -12,27 +12,27 @@ Legend: B rows (completions), R tokens of each, T tokens of a row, D hidden, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from rankup.grpo.algorithm.losses import Counts, clipped_surrogate
+from rankup.grpo.algorithm.losses import clipped_surrogate
+from rankup.grpo.cli.plan.step_memory import backward_pass, make_pack
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.model.packing import Pack, WeightedGroup, pack
+from rankup.grpo.model.base_model import load_base
 from rankup.grpo.model.policy import LOGITS_MIB, Policy
-from rankup.grpo.update.objective import Objective, StepConstants
 from rankup.grpo.update.optimizer import make_optimizer
-from rankup.rollout.types import Completion, PromptGroup
 
 ALPHA = 32
 UNMASKED = "sdpa_without_a_mask"
@@ -77,15 +77,8 @@ class RankupSide:
 
     def add_gradients(self, group: Group) -> None:
         """One pack of the group."""
-        with unset_fake_temporarily():
-            one = _pack(group)
-        sequences, tokens = group.generations, group.generations * group.completion
-        counts = Counts(
-            sequences=sequences, tokens=tokens, local_tokens=tokens, max_completion_length=group.completion
-        )
-        constants = StepConstants(counts=counts, entropy_tokens=tokens)
-        loss = Objective(self._config).of(one, constants, old_logprobs_N=None, base_logprobs_N=None)
-        self._policy.backward(one, loss.token_loss, visits=loss.visits, factor=loss.factor)
+        sizes = [(group.prompt, [group.completion] * group.generations)]
+        backward_pass(self._policy, make_pack(self._policy, sizes, tokens_per_pack=group.shared_tokens), self._config)
 
     def apply_gradients(self) -> None:
         """And publish: the slots follow the masters."""
@@ -108,7 +101,7 @@ class PeftSide:
         self._config = GRPOConfig(lora={"rank": rank, "alpha": ALPHA})
         AttentionInterface.register(UNMASKED, sdpa_attention_forward)
         AttentionMaskInterface.register(UNMASKED, lambda *args, **kwargs: None)
-        base = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16))
+        base = load_base(str(folder), dtype=torch.bfloat16).model
         base.set_attn_implementation(UNMASKED)
         if gradient_checkpointing:
             base.gradient_checkpointing_enable()
@@ -160,6 +153,17 @@ class TrlSide(PeftSide):
         return outputs[0].view(-1, completion)
 
 
+@contextmanager
+def trls_paths_of_cuda() -> Iterator[None]:
+    """Let TRL choose as with bf16 on a CUDA device."""
+    with (
+        mock.patch("trl.kernels.chunked_logprob._use_triton", lambda *tensors: True),
+        # On CUDA a product of bf16 is summed up in fp32 in place; elsewhere TRL makes fp32 copies first.
+        mock.patch("trl.kernels.chunked_logprob._addmm_fp32", lambda total, left, right: None),
+    ):
+        yield
+
+
 SIDES: dict[str, type[RankupSide] | type[PeftSide]] = {"rankup": RankupSide, "trl": TrlSide, "peft": PeftSide}
 
 
@@ -168,17 +172,3 @@ def _step(optimizer: torch.optim.Optimizer, trained: list[torch.nn.Parameter], c
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     torch.nn.utils.clip_grads_with_norm_(trained, config.optim.max_grad_norm, norm)
     optimizer.step()
-
-
-def _pack(group: Group) -> Pack:
-    tokens = (0,) * group.completion
-    completion = Completion(
-        token_ids=tokens, logprobs=(-1.0,) * group.completion, text="", finish_reason="length", policy_version=0
-    )
-    sampled = PromptGroup(
-        index=0, prompt_token_ids=(0,) * group.prompt, completions=(completion,) * group.generations
-    )
-    weighted = WeightedGroup(group=sampled, advantages=(1.0,) * group.generations)
-    (one,) = pack([weighted], tokens_per_pack=group.shared_tokens)
-    assert one.num_input_tokens == group.shared_tokens
-    return one

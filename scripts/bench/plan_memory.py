@@ -176,22 +176,16 @@ def _groups(count: int, *, vocabulary: int) -> list[WeightedGroup]:
 
 def _estimated(model_path: str, config: GRPOConfig) -> dict[str, int]:
     """The planner's training part, for the same sizes."""
-    from rankup.grpo.cli.plan.memory import Workload, training_parts
+    from rankup.grpo.cli.plan.memory import changed, training_parts
     from rankup.grpo.cli.plan.shapes import read_shape
 
-    work = Workload(
-        rank=config.lora.rank,
-        max_rank=config.lora.max_rank,
-        targets=config.lora.targets,
-        num_generations=GENERATIONS,
-        prompt_length=PROMPT,
-        completion_length=COMPLETION,
-        tokens_per_pack=config.optim.tokens_per_pack,
-        gradient_checkpointing=config.optim.gradient_checkpointing,
-        device="cpu",
-        share_base_weights=False,  # nobody else holds one
-    )
-    return training_parts(read_shape(model_path), work)
+    sizes = {
+        "rollout.num_generations": GENERATIONS,
+        "rollout.max_prompt_length": PROMPT,
+        "rollout.max_completion_length": COMPLETION,
+        "model.share_base_weights": False,  # there is no other copy
+    }
+    return training_parts(read_shape(model_path), changed(config, sizes), "cpu")
 
 
 def _resident_bytes(field: str) -> int:

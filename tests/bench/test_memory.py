@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankup.grpo.cli.plan.step_memory import PeakMemory, fake_tensors, flash_workspace
 from rankup.grpo.common.quiet import quiet_stderr
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,11 +43,6 @@ GROUPS = [(32, 96, 8), (256, 768, 8), (1024, 64, 16)]  # the last one's peak is 
 
 
 @pytest.fixture(scope="module")
-def fake_memory(bench_module: Load) -> Any:
-    return bench_module("fake_memory")
-
-
-@pytest.fixture(scope="module")
 def sides(bench_module: Load) -> Any:
     return bench_module("memory_sides")
 
@@ -69,8 +65,8 @@ def cells() -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- instrument
 
 
-def test_a_storage_counts_once_and_until_nothing_refers_to_it(fake_memory: Any):
-    with fake_memory.PeakMemory() as counted:
+def test_a_storage_counts_once_and_until_nothing_refers_to_it():
+    with PeakMemory() as counted:
         a = torch.ones(256)
         assert counted.now == KIB
         view, same = a[:8].reshape(2, 4), a.mul_(2)
@@ -84,9 +80,9 @@ def test_a_storage_counts_once_and_until_nothing_refers_to_it(fake_memory: Any):
         assert (counted.now, counted.peak) == (0, 2 * KIB)
 
 
-def test_what_autograd_keeps_gradients_and_the_optimizers_state_count(fake_memory: Any):
+def test_what_autograd_keeps_gradients_and_the_optimizers_state_count():
     """y = (x w)^2: x w is kept, 1 KiB; its gradient comes beside it, that of w, 4 bytes, and AdamW's three numbers."""
-    with fake_memory.PeakMemory() as counted:
+    with PeakMemory() as counted:
         w, x = torch.ones(1, requires_grad=True), torch.ones(256)
         start = counted.now
         optimizer = torch.optim.AdamW([w])
@@ -113,7 +109,7 @@ def _mlp_step() -> None:
         optimizer.step()
 
 
-def test_the_peak_is_what_torchs_allocator_gives_out(fake_memory: Any):
+def test_the_peak_is_what_torchs_allocator_gives_out():
     """Every allocation and every free of a real step, as torch's profiler records them."""
     gc.collect()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -123,16 +119,16 @@ def test_the_peak_is_what_torchs_allocator_gives_out(fake_memory: Any):
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()  # type: ignore[attr-defined]
         peak = max(peak, now)
-    with fake_memory.PeakMemory() as counted:
+    with PeakMemory() as counted:
         _mlp_step()
     assert counted.peak == pytest.approx(peak, rel=0.005)
 
 
-def test_flash_attention_takes_fp32_and_expanded_gradients_inside(fake_memory: Any):
+def test_flash_attention_takes_fp32_and_expanded_gradients_inside():
     """2 sequences of 300 queries and 500 keys in all, 8 heads of 64 over 2: queries in blocks of 128 more, a number beside."""
     rows = 300 + 2 * 128
-    assert fake_memory.flash_workspace(300, 2, 500, (8, 64), 2) == 4 * rows * 8 * 65 + 2 * 2 * 500 * 8 * 64
-    assert fake_memory.flash_workspace(300, 2, 500, (8, 64), 8) == 4 * rows * 8 * 65
+    assert flash_workspace(300, 2, 500, (8, 64), 2) == 4 * rows * 8 * 65 + 2 * 2 * 500 * 8 * 64
+    assert flash_workspace(300, 2, 500, (8, 64), 8) == 4 * rows * 8 * 65
 
 
 # --------------------------------------------------------------------------------------------------------------- sides
@@ -149,15 +145,15 @@ def _peak(counted: Any, side: Any, group: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["rankup", "trl", "peft"])
 def test_fakes_take_what_real_tensors_take(
-    fake_memory: Any, sides: Any, tiny_model_path: Callable[[str], Path], name: str, gradient_checkpointing: bool
+    sides: Any, tiny_model_path: Callable[[str], Path], name: str, gradient_checkpointing: bool
 ):
     """The same step on the path of the CPU, with numbers and without."""
     folder, group = tiny_model_path("llama"), sides.Group(prompt=20, completion=30, generations=4)
     options = {"rank": 16, "gradient_checkpointing": gradient_checkpointing}
-    with quiet_stderr(), fake_memory.fake_tensors() as counted:
+    with quiet_stderr(), fake_tensors() as counted:
         fake = sides.SIDES[name](folder, **options)
         of_fakes = _peak(counted, fake, group)
-    with quiet_stderr(), fake_memory.PeakMemory() as counted:
+    with quiet_stderr(), PeakMemory() as counted:
         real = sides.SIDES[name](folder, **options)
         of_real = _peak(counted, real, group)
     assert of_fakes == pytest.approx(of_real, rel=0.002)  # of indices some are real in both

@@ -1,13 +1,13 @@
-"""What practice recommends for an adapter, by task, and what follows for a run: rank, alpha, dropout, targets, rsLoRA, each
-with its reason in words.
+"""What practice recommends for an adapter, by task: rank, alpha, dropout, targets, rsLoRA and learning rate, each with its
+reason.
 
     advice = advise("math", rows=20_000)
-    advice.rank.value, advice.rank.reason       # 128, "math takes 64 to 128; more than 10,000 rows carry the upper end"
+    advice.rank.value, advice.rank.reason       # 128, "math takes 64 to 128; more than 10,000 rows call for the upper end"
     lora_fields(advice)                         # {"rank": 128, "alpha": 256.0, ...}: the section of a run file
 
-The tables are those of LoRA practice in supervised training. For reinforcement learning (`rl`, the default) they agree on rank,
-dropout and targets; where rankup's default differs from them, the reason says why. rankup trains with dropout 0 for every
-task, so another dropout is shown as practice's and goes into no run file. Plain Python: nothing here imports torch.
+The tables are those of LoRA practice in supervised training. For reinforcement learning (`rl`, the default) rank, dropout and
+targets are the same; if rankup's default differs, the reason says why. rankup trains with dropout 0 for every task, so another
+dropout is shown and not written to a run file. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TIGHT_RANK = 16  # practice's upper end where memory is tight: 8 to 16
 
 @dataclass(frozen=True, slots=True)
 class Practice:
-    """A row of the table: the task in words, lowest, usual and highest rank, dropout, targets."""
+    """A row of the table: a description of the task, lowest, usual and highest rank, dropout, targets."""
 
     task: str
     low: int
@@ -49,7 +49,7 @@ PRACTICE: dict[str, Practice] = {
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Rank, alpha and targets that go by a name."""
+    """Named rank, alpha and targets."""
 
     rank: int
     alpha: float
@@ -105,19 +105,19 @@ def advise(
         task: a key of `PRACTICE`.
         rows: of the training data.
         preset: a key of `PRESETS`, which decides rank, alpha and targets.
-        rank, targets: decided by the user; stronger than the preset.
-        tight_rank: a lower rank that memory asks for.
+        rank, targets: user-supplied; they override the preset.
+        tight_rank: a lower rank, to save memory.
     """
     practice, named = PRACTICE[task], None if preset is None else PRESETS[preset]
     of_preset = f"the preset {preset}"
     chosen_rank = _rank(task, practice, rows, tight_rank)
     if rank is not None:
-        chosen_rank = Choice(rank, _asked_for(rank, task, practice))
+        chosen_rank = Choice(rank, _given_rank(rank, task, practice))
     elif named is not None:
         chosen_rank = Choice(named.rank, of_preset)
     chosen_targets = Choice(practice.targets, _why_targets(task, practice))
     if targets is not None:
-        chosen_targets = Choice(targets, f"asked for; for {task} practice adapts {_in_words(practice.targets)}")
+        chosen_targets = Choice(targets, f"user-supplied; usual for {task}: {_in_words(practice.targets)}")
     elif named is not None:
         chosen_targets = Choice(named.targets, of_preset)
     is_rl = task == "rl" if preset is None else preset == "rl"
@@ -146,7 +146,7 @@ def lora_fields(advice: Advice) -> dict[str, Any]:
 
 
 def lower_ranks(task: str, rank: int) -> list[int]:
-    """Ranks to fall back on where memory is tight, highest first: those of the task's range, then practice's 16."""
+    """Ranks to fall back on if memory is tight, highest first: those of the task's range, then 16."""
     practice = PRACTICE[task]
     candidates = {practice.high, practice.usual, practice.low, min(practice.low, TIGHT_RANK)}
     return sorted((candidate for candidate in candidates if candidate < rank), reverse=True)
@@ -157,22 +157,22 @@ def _range(practice: Practice) -> str:
 
 
 def _rank(task: str, practice: Practice, rows: int | None, tight_rank: int | None) -> Choice:
-    takes = f"{task} takes {_range(practice)}"
+    takes = f"usual for {task}: {_range(practice)}"
     if tight_rank is not None:
         what = "the lower end" if tight_rank >= practice.low else f"less, since practice goes down to 8 or {TIGHT_RANK}"
-        return Choice(tight_rank, f"{takes}; memory is tight, which asks for {what}")
+        return Choice(tight_rank, f"{takes}; memory is tight: {what}")
     if practice.low == practice.high:
-        return Choice(practice.usual, f"{takes}, whatever the number of rows")
+        return Choice(practice.usual, f"{takes}, for any number of rows")
     if rows is not None and rows < FEW_ROWS:
-        return Choice(practice.low, f"{takes}; fewer than {FEW_ROWS:,} rows ask for the lower end")
+        return Choice(practice.low, f"{takes}; fewer than {FEW_ROWS:,} rows call for the lower end")
     if rows is not None and rows > MANY_ROWS:
-        return Choice(practice.high, f"{takes}; more than {MANY_ROWS:,} rows carry the upper end")
-    return Choice(practice.usual, f"{takes}, usually {practice.usual}")
+        return Choice(practice.high, f"{takes}; more than {MANY_ROWS:,} rows call for the upper end")
+    return Choice(practice.usual, f"{takes}, mostly {practice.usual}")
 
 
-def _asked_for(rank: int, task: str, practice: Practice) -> str:
+def _given_rank(rank: int, task: str, practice: Practice) -> str:
     where = "within" if practice.low <= rank <= practice.high else "below" if rank < practice.low else "above"
-    return f"asked for; {where} the {_range(practice)} that {task} takes"
+    return f"user-supplied; {where} the usual {_range(practice)} for {task}"
 
 
 def _alpha(rank: int, *, is_rl: bool) -> Choice:
@@ -190,8 +190,8 @@ def _rslora(rank: int, *, is_rl: bool, preset: str | None) -> Choice:
         at = f"from rank {RSLORA_FROM}" if rank >= RSLORA_FROM else f"from rank {RSLORA_FROM} only"
         return Choice(
             False,
-            f"scale alpha/r; practice recommends alpha/sqrt(r) {at}, but a learning rate carried from one scale to the other "
-            "is a jump of up to 45 times",
+            f"scale alpha/r; practice recommends alpha/sqrt(r) {at}, but keeping the learning rate, a change of "
+            "scale changes each step by up to 45 times",
         )
     if preset is not None:
         return Choice(False, f"the preset {preset} names a rank and an alpha for the scale alpha/r")
@@ -202,10 +202,10 @@ def _rslora(rank: int, *, is_rl: bool, preset: str | None) -> Choice:
 
 def _dropout(practice: Practice) -> Choice:
     if practice.dropout == 0:
-        return Choice(0.0, "practice's value too; with dropout, trainer and sampler would be two policies")
+        return Choice(0.0, "usual here too; with dropout, trainer and sampler would no longer be the same policy")
     return Choice(
         practice.dropout,
-        "practice's value; rankup trains with 0 only, since with dropout trainer and sampler would be two policies",
+        "usual here; rankup trains with 0 only: with dropout, trainer and sampler would no longer be the same policy",
     )
 
 
@@ -226,5 +226,7 @@ def _learning_rate(rank: int, alpha: float, *, use_rslora: bool) -> Choice:
     if times == 1:
         return Choice(REFERENCE_RATE, "RL with LoRA uses 5e-6 to 1e-4 at this scale")
     rate = float(f"{REFERENCE_RATE / times:.1e}")
-    comparison = f"{times:.3g} times as far" if times > 1 else f"{1 / times:.3g} times less far"
-    return Choice(rate, f"at this scale a step of the same rate goes {comparison} as with alpha 32, so 1e-4 is divided by that")
+    comparison = f"{times:.3g} times as far" if times > 1 else f"1/{1 / times:.3g} times as far"
+    return Choice(
+        rate, f"at this scale a step of the same learning rate goes {comparison} as with alpha 32, so 1e-4 is divided by that"
+    )

@@ -1,286 +1,134 @@
-"""The memory of a run on one device, in bytes, part by part: pure functions of a model's shapes and of the run's sizes.
+"""The memory of a run on one device, part by part; whether it fits, what is left for vLLM's KV cache, and what needs less.
 
-    work = Workload(rank=64, max_rank=64, targets="all-linear", tokens_per_pack=8192)
-    training_parts(shape, work)         # {"base_weights": ..., "adapter_slots": ..., "activations": ..., ...}
-    engine_parts(shape, work)           # vLLM's, but for the KV cache
-    kv_bytes_per_token(shape)
+    budget = plan_budget(shape, config, device="cuda", vram=24 * GIB)
+    budget.fits, budget.kv_tokens, budget.gpu_memory_utilization
+    for saving in savings(shape, config, device="cuda"): ...    # what to change, that of least harm first
 
-What a training step keeps follows from what rankup's autograd functions save (`kept_bytes`); tests hold it against what
-autograd is seen to save. The peak is either where the first logits are formed, with every activation kept, or in the backward
-of a layer (`peak_work`). `scripts/bench/plan_memory.py` measures the peak of whole updates on CPU beside the sum of
-`training_parts`, `scripts/bench/memory.py` that of CUDA's path on tensors without memory. `plan_budget.py` says what fits on a
-device.
-
-Legend: T tokens of a pack, N targets of it, n those of a chunk of logits, D hidden, M width of the MLP, V vocabulary.
+Weights, adapter, gradients and optimizer state are counts times bytes. Activations and everything else of a training pass are
+measured on the real code (`step_memory.py`); what no tensor shows (the allocator's gaps, the CUDA context, vLLM's own work) is
+assumed. Sizes are in bytes; `config` is a complete configuration, `optim.tokens_per_pack` at least one sequence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ....kernels.attention_plan import COLUMNS, KEPT_LIMIT, SCORES_LIMIT
-from ....kernels.logprob import chunk_rows
-from ....kernels.logprob_rows import CPU_BLOCK_BYTES
-from ...model.policy import LOGITS_MIB
-from .shapes import Matrix, ModelShape
+from ...config import GRPOConfig
+from ...config.run_config import MAX_NUM_SEQS
+from .shapes import ModelShape
 
+GIB = 2**30
 BF16, FP32 = 2, 4
-NF4 = 0.5 + FP32 / 64  # bytes a parameter: four bits, and a scale of each 64
-# Both moments of a parameter of the adapter, in 8 bits with an fp32 scale of each 256. What is paged may leave the device, but
+NF4 = 0.5 + FP32 / 64  # bytes a parameter: four bits, and a scale for each 64
+# Both moments of a parameter of the adapter; in 8 bits with an fp32 scale for each 256. Paged state may leave the device, but
 # counts here.
 OPTIMIZERS = {"adamw": 2 * FP32, "adamw_8bit": 2 * (1 + FP32 / 256), "paged_adamw_8bit": 2 * (1 + FP32 / 256)}
-
-QKV, MLP, OUTPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj"), "o_proj"
-EMBEDDINGS = ("embed_tokens", "wte")
-LAYER_NUMBER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
-
-# Beside the tensors: Python's modules, kernels that oneDNN compiles and its scratch, as measured; on CUDA, assumed and not
-# measured, the context with its libraries.
+# Beside the tensors. CPU: Python's modules, kernels that oneDNN compiles and its scratch, measured. CUDA: the context with its
+# libraries, assumed.
 RUNTIME_BYTES = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
-CUDA_GAPS = 0.10  # share of the activations, lost in blocks of torch's caching allocator: assumed too
-
-# vLLM's own work: tokens of one engine step at most, and the graphs that it captures.
+CUDA_GAPS = 0.10  # share of the activations that torch's caching allocator loses in blocks, assumed
+# vLLM's own work: most tokens of one engine step, and the graphs that it captures.
 ENGINE_STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
 ENGINE_GRAPH_BYTES = {"cpu": 0, "cuda": 512 * 2**20}
-MAX_NUM_SEQS = 256
+
+COMMON_SIZES_GIB = (16, 24, 40, 48, 80, 141)
+PROMPTS_PER_STEP = 8
+MIN_TOKENS_PER_PACK = 2048  # with fewer, matrix products get slow for lack of rows
+Device = Literal["cuda", "cpu"]
+Changes = Mapping[str, Any]
+"""Options by their names with a dot, `{"optim.tokens_per_pack": 2048}`."""
 
 
-FLASH_ROWS = 128  # to which flash attention's backward rounds the queries of a sequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What memory depends on besides the model. `logits_mib` None: the device's default, as in `optim.logits_mib`.
-
-    `load_in`, `share_base_weights` and `optimizer` are `model.load_in`, `model.share_base_weights` and `optim.optimizer`.
-    """
-
-    rank: int
-    max_rank: int
-    targets: str | Sequence[str]
-    num_generations: int = 8
-    prompt_length: int = 512
-    completion_length: int = 256
-    tokens_per_pack: int = 4096
-    gradient_checkpointing: bool = False
-    logits_mib: int | None = None
-    load_in: Literal["bf16", "nf4"] = "bf16"
-    share_base_weights: bool | Literal["auto"] = "auto"
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    device: Literal["cpu", "cuda"] = "cuda"
-
-    @property
-    def group_tokens(self) -> int:
-        """Tokens of a whole group that go through the model: the last one of each completion does not."""
-        return self.prompt_length + self.num_generations * (self.completion_length - 1)
-
-    @property
-    def targets_per_pack(self) -> int:
-        """Tokens that are predicted in a full pack."""
-        return math.ceil(self.tokens_per_pack * self.num_generations * self.completion_length / self.group_tokens)
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return self.prompt_length + self.completion_length
+def changed(config: GRPOConfig, changes: Changes) -> GRPOConfig:
+    """The configuration with other values."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, option = name.partition(".")
+        sections.setdefault(section, {})[option] = value
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=of) for name, of in sections.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
+_PASSES: dict[str, dict[str, int]] = {}  # measured ones; those of similar plans differ in little
 
-def base_bytes(shape: ModelShape, load_in: str) -> int:
+
+def base_bytes(shape: ModelShape, load_in: str | None) -> int:
     """One copy of the base weights. In NF4 embeddings, head, norms and biases stay bf16."""
-    quantised = shape.quantisable if load_in == "nf4" else 0
-    return round(quantised * NF4) + (shape.parameters - quantised) * BF16
+    packed = shape.quantisable if load_in == "nf4" else 0
+    return round(packed * NF4) + (shape.parameters - packed) * BF16
 
 
-def own_base_bytes(shape: ModelShape, work: Workload) -> int:
-    """What the trainer holds of the base besides vLLM's, which is in bf16 always. What it shares are views of vLLM's weights;
-    by default that is all of them on CUDA, and on CPU all but the linear layers, which vLLM lays out anew."""
-    if work.share_base_weights is False:
-        return base_bytes(shape, work.load_in)
-    if work.share_base_weights is True or work.device == "cuda":
+def own_base_bytes(shape: ModelShape, config: GRPOConfig, device: Device) -> int:
+    """The trainer's base weights that are not shared with vLLM, which holds bf16 always.
+
+    By default all are shared on CUDA, and on CPU all but the linear layers, which vLLM lays out differently.
+    """
+    share, load_in = config.model.share_base_weights, config.model.load_in
+    if share is False:
+        return base_bytes(shape, load_in)
+    if share is True or device == "cuda":
         return 0
     biases = sum(matrix.d_out for matrix in shape.matrices if matrix.role in shape.biases)
-    return round(shape.quantisable * (NF4 if work.load_in == "nf4" else BF16)) + biases * BF16
+    return round(shape.quantisable * (NF4 if load_in else BF16)) + biases * BF16
 
 
-def kept_bytes(shape: ModelShape, work: Workload) -> int:
-    """Activations that are kept for the backward without checkpointing, of a full pack and all layers.
+def pass_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dict[str, int]:
+    """Activations and what comes on top of them at the peak of a forward and backward, measured. See `measure_pass`."""
+    own_is_packed = own_base_bytes(shape, config, device) > 0
+    relevant = GRPOConfig(
+        model={"load_in": config.model.load_in if own_is_packed else None},
+        lora=config.lora,
+        rollout=config.rollout,
+        optim={name: getattr(config.optim, name) for name in ("tokens_per_pack", "gradient_checkpointing", "logits_mib")},
+    )
+    key = f"{device} {shape.measured_config} {relevant.model_dump_json()}"
+    if key not in _PASSES:
+        from .step_memory import measure_pass
 
-    Per token and layer, with everything adapted and two norms, in elements of bf16: both norms' inputs and outputs 4 D, queries
-    and keys and values, the output layer's input, gate and up 2 M, and x A, the rank of every adapter; and fp32 numbers, one a
-    norm. Weights of attention are kept on CPU where they are few, `attention_weight_bytes`.
-    """
-    targeted = shape.targeted(work.targets)
-    layers = layers_with_gradient(shape, targeted)
-    adapted: dict[str, list[str]] = defaultdict(list)
-    elements = layers * (shape.norm_width / shape.layers + _attention_elements(shape, work))
-    for matrix in targeted:
-        if matrix.role in (*QKV, *MLP):
-            adapted[matrix.parent].append(matrix.role)
-        elif LAYER_NUMBER.search(matrix.name) and not (matrix.role == OUTPUT and work.device == "cuda"):
-            elements += matrix.d_in  # on CUDA the output layer's input is what flash attention keeps
-        elements += work.rank if LAYER_NUMBER.search(matrix.name) else 0
-    mlps = sum(bool(set(roles) & set(MLP)) for roles in adapted.values())
-    readers = mlps + sum(bool(set(roles) & set(QKV)) for roles in adapted.values())
-    elements += readers * shape.hidden  # what q, k, v and what gate, up read
-    # A fused MLP keeps gate and up; without an adapter transformers' own keeps act(gate) too.
-    elements += mlps * 2 * shape.intermediate + max(0, layers - mlps) * 3 * shape.intermediate
-    rotary = 2 * shape.head_dim * BF16  # cosines and sines
-    per_token = elements * BF16 + layers * shape.norm_rows / shape.layers * FP32 + rotary
-    return round(work.tokens_per_pack * per_token) + layers * attention_weight_bytes(shape, work)
+        depth = None if shape.has_like_layers(config.lora.targets) else shape.layers
+        _PASSES[key] = measure_pass(shape.measured_config, relevant, device=device, depth=depth)
+    return dict(_PASSES[key])
 
 
-def layers_with_gradient(shape: ModelShape, targeted: Sequence[Matrix]) -> int:
-    """Layers from the first adapted one on: those before it keep nothing."""
-    numbers = [LAYER_NUMBER.search(matrix.name) for matrix in targeted]
-    first = min((int(number[1]) for number in numbers if number), default=shape.layers)
-    return shape.layers if any(matrix.role in EMBEDDINGS for matrix in targeted) else max(0, shape.layers - first)
-
-
-def _attention_elements(shape: ModelShape, work: Workload) -> float:
-    """Of a token and a layer. Flash kernels keep the keys that they gathered, a prompt's once for every completion, and their
-    result with a number a head in fp32."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    if work.device == "cpu":
-        return queries + 2 * keys
-    return 2 * queries + 2 * keys * _keys_per_token(work) + 2 * shape.heads
-
-
-def _keys_per_token(work: Workload) -> float:
-    gathered = work.prompt_length + work.num_generations * (work.sequence_length - 1)
-    return gathered / work.group_tokens
-
-
-def attention_weight_bytes(shape: ModelShape, work: Workload) -> int:
-    """Weights that one layer keeps on CPU: those of all units of a pack together, where they are at most `KEPT_LIMIT`."""
-    if work.device != "cpu" or shape.plain_reason is not None:
-        return 0
-    prompt, completion = work.prompt_length, work.completion_length - 1
-    of_group = prompt * _padded(prompt) + work.num_generations * completion * _padded(prompt + completion)
-    elements = math.ceil(shape.heads * of_group * work.tokens_per_pack / work.group_tokens)
-    return elements * BF16 if elements <= KEPT_LIMIT else 0
-
-
-def _padded(columns: int) -> int:
-    return -(-columns // COLUMNS) * COLUMNS
-
-
-def activation_bytes(shape: ModelShape, work: Workload) -> int:
-    """Activations that are alive while the logits are formed: all that is kept, or with checkpointing each layer's input."""
-    if work.gradient_checkpointing:
-        inputs = 1 + layers_with_gradient(shape, shape.targeted(work.targets))
-        return work.tokens_per_pack * BF16 * (inputs * shape.hidden + 2 * shape.head_dim)
-    return kept_bytes(shape, work)
-
-
-def peak_work(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """What comes on top of the activations at the peak: the logits of a chunk, or the backward of one layer."""
-    moments = [_logits(shape, work), _mlp_backward(shape, work)]
-    if work.device == "cuda":
-        moments.append(_attention_backward(shape, work))
-    return max(moments, key=lambda parts: sum(parts.values()))
-
-
-def _logits(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """A chunk in bf16, on CPU two fp32 blocks, and hidden states and their gradients [N, D], the chunk's in fp32 besides.
-
-    See `kernels/logprob.py`.
-    """
-    mib = work.logits_mib or LOGITS_MIB[work.device]
-    count = math.ceil(work.targets_per_pack / chunk_rows(shape.vocabulary, BF16, mib * 2**20))
-    rows = math.ceil(work.targets_per_pack / count)
-    block_rows = min(rows, max(1, CPU_BLOCK_BYTES // (FP32 * shape.vocabulary))) if work.device == "cpu" else 0
-    hidden = 2 * work.targets_per_pack * BF16 + rows * (BF16 + FP32)
-    return {
-        "logits_chunk": rows * shape.vocabulary * BF16 + 2 * block_rows * shape.vocabulary * FP32,
-        "hidden_states": hidden * shape.hidden + _head_adapter_gradients(shape, work),
-    }
-
-
-def _head_adapter_gradients(shape: ModelShape, work: Workload) -> int:
-    heads = [matrix for matrix in shape.targeted(work.targets) if matrix.role == "lm_head"]
-    return sum(2 * FP32 * work.rank * (matrix.d_in + matrix.d_out) for matrix in heads)  # summed up, then scaled
-
-
-def _mlp_backward(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """Its product and that one's gradient, 2 M, beside gradients of its input and output; torch needs act(gate) besides, and
-    more of D; on CPU with checkpointing, blocks of attention scores."""
-    widths = 2 * shape.intermediate + 2 * shape.hidden if work.device == "cuda" else 3 * (shape.intermediate + shape.hidden)
-    scores = 2 * SCORES_LIMIT * BF16 if work.device == "cpu" and work.gradient_checkpointing else 0
-    gradients = work.tokens_per_pack * BF16 * widths
-    return {"layer_backward": gradients + _formed_weight(shape, work), "layer_again": _formed_again(shape, work) + scores}
-
-
-def _attention_backward(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """The flash kernel's, which comes when what the layer's MLP kept, and the input of its norm, are free again.
-
-    Gradients of the residual, of the result and of queries, keys and values; inside the kernel those of queries in fp32 with a
-    number a head, and those of keys and values once for each query head.
-    """
-    queries, keys = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim * _keys_per_token(work)
-    expanded = 2 * queries * _keys_per_token(work) if shape.heads != shape.kv_heads else 0
-    free = 2 * shape.intermediate + 2 * shape.hidden
-    elements = work.tokens_per_pack * (shape.hidden + 2 * queries + keys + expanded - free)
-    sequences = (1 + work.num_generations) * work.tokens_per_pack / work.group_tokens
-    inside = (work.tokens_per_pack + FLASH_ROWS * sequences) * shape.heads * (shape.head_dim + 1) * FP32
-    return {"layer_backward": round(BF16 * elements + inside), "layer_again": _formed_again(shape, work)}
-
-
-def _formed_again(shape: ModelShape, work: Workload) -> int:
-    """With checkpointing, all that a layer keeps, but for its input."""
-    if not work.gradient_checkpointing:
-        return 0
-    layers = max(1, layers_with_gradient(shape, shape.targeted(work.targets)))
-    return kept_bytes(shape, work) // layers - work.tokens_per_pack * BF16 * shape.hidden
-
-
-def _formed_weight(shape: ModelShape, work: Workload) -> int:
-    """The weight that a product takes, where the trainer's own is packed."""
-    is_packed = work.load_in == "nf4" and own_base_bytes(shape, work) > 0
-    return shape.intermediate * shape.hidden * BF16 if is_packed else 0
-
-
-def gap_bytes(shape: ModelShape, work: Workload) -> int:
+def gap_bytes(shape: ModelShape, config: GRPOConfig, device: Device, activations: int) -> int:
     """Memory between activations that the allocator holds and cannot use.
 
-    On CPU a run keeps freed memory (`kernels/cpu_memory.py`), so that what a layer keeps comes to lie in the place of freed
-    temporaries; what is left of it, up to the size of the next temporary, stays empty until the backward. A layer so leaves a
-    gap of about an fp32 temporary of its norm, and without checkpointing one of the MLP's width. Measured as the difference
-    that `--return-freed` makes in scripts/bench/plan_memory.py.
+    On CPU a run keeps freed memory (`kernels/cpu_memory.py`), so that what a layer keeps is allocated in place of freed
+    temporaries; the remainder, up to the size of the next temporary, stays empty until the backward. So a layer leaves a gap of
+    about an fp32 temporary of its norm, and without checkpointing one of the MLP's width. Measured as the difference that
+    `--return-freed` makes in scripts/bench/plan_memory.py.
     """
-    if work.device == "cuda":
-        return round(CUDA_GAPS * activation_bytes(shape, work))
-    temporaries = FP32 * shape.hidden + (0 if work.gradient_checkpointing else BF16 * shape.intermediate)
-    layers = layers_with_gradient(shape, shape.targeted(work.targets))
-    return layers * work.tokens_per_pack * temporaries
+    if device == "cuda":
+        return round(CUDA_GAPS * activations)
+    temporaries = FP32 * shape.hidden + (0 if config.optim.gradient_checkpointing else BF16 * shape.intermediate)
+    return shape.layers * config.optim.tokens_per_pack * temporaries
 
 
-def training_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
+def training_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dict[str, int]:
     """The trainer's memory at its peak, by part; "adapter_slots" are those that vLLM samples with, held once.
 
-    "base_weights" are those that it does not share with vLLM. The guards' snapshot of masters and optimizer lies on the host:
-    it counts where the host is the device. A run that evaluates as it goes (`logging.eval_steps`) keeps two.
+    The guards' snapshot of master weights and optimizer state is on the host: it counts where the host is the device. A run
+    that evaluates (`logging.eval_steps`) keeps two.
     """
-    adapter = work.rank * shape.parameters_per_rank(work.targets)
-    optimizer = round(OPTIMIZERS[work.optimizer] * adapter)
+    per_rank = shape.parameters_per_rank(config.lora.targets)
+    adapter = config.lora.rank * per_rank
+    optimizer = round(OPTIMIZERS[config.optim.optimizer] * adapter)
+    of_pass = pass_parts(shape, config, device)
     parts = {
-        "base_weights": own_base_bytes(shape, work),
-        "adapter_slots": work.max_rank * shape.parameters_per_rank(work.targets) * BF16,
+        "base_weights": own_base_bytes(shape, config, device),
+        "adapter_slots": config.lora.max_rank * per_rank * BF16,
         "adapter_masters": FP32 * adapter,
         "adapter_gradients": FP32 * adapter,
         "optimizer": optimizer,
-        "guards_snapshot": FP32 * adapter + optimizer if work.device == "cpu" else 0,
-        "activations": activation_bytes(shape, work),
-        **peak_work(shape, work),
-        "gaps": gap_bytes(shape, work),
-        "runtime": RUNTIME_BYTES[work.device],
+        "guards_snapshot": FP32 * adapter + optimizer if device == "cpu" else 0,
+        **of_pass,
+        "gaps": gap_bytes(shape, config, device, of_pass["activations"]),
+        "runtime": RUNTIME_BYTES[device],
     }
     return {name: size for name, size in parts.items() if size}
 
@@ -288,15 +136,15 @@ def training_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
-def engine_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
+def engine_parts(shape: ModelShape, device: Device) -> dict[str, int]:
     """What vLLM needs besides its KV cache and the slots: the base in bf16, activations of a step, logits, graphs."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widest = max(3 * shape.intermediate, 2 * queries + 2 * keys) + 2 * shape.hidden
-    sampled = MAX_NUM_SEQS * shape.vocabulary * (BF16 + 2 * FP32)  # logits, and what the sampler makes of them
+    sampled = MAX_NUM_SEQS * shape.vocabulary * (BF16 + 2 * FP32)  # logits, and the sampler's copies
     parts = {
-        "base_weights": base_bytes(shape, "bf16"),
-        "activations": ENGINE_STEP_TOKENS[work.device] * widest * BF16 + sampled,
-        "graphs": ENGINE_GRAPH_BYTES[work.device],
+        "base_weights": base_bytes(shape, None),
+        "activations": ENGINE_STEP_TOKENS[device] * widest * BF16 + sampled,
+        "graphs": ENGINE_GRAPH_BYTES[device],
     }
     return {name: size for name, size in parts.items() if size}
 
@@ -304,3 +152,193 @@ def engine_parts(shape: ModelShape, work: Workload) -> dict[str, int]:
 def kv_bytes_per_token(shape: ModelShape) -> int:
     """Keys and values of all layers in bf16."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * BF16
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The memory of a run, in bytes.
+
+    Attributes:
+        training, engine: by part; the slots, which are vLLM's buffers, are counted in `training` only.
+        kv_per_token: of the KV cache, which must hold at least one group: `group_size` sequences of `sequence_length`.
+        vram: of the device, None if unknown.
+    """
+
+    training: dict[str, int]
+    engine: dict[str, int]
+    kv_per_token: int
+    sequence_length: int
+    group_size: int
+    device: Device
+    vram: int | None = None
+
+    @property
+    def fixed(self) -> int:
+        """All but the KV cache."""
+        return sum(self.training.values()) + sum(self.engine.values())
+
+    @property
+    def kv_of_a_group(self) -> int:
+        """The smallest KV cache: the sequences of one group at their full length."""
+        return self.group_size * self.sequence_length * self.kv_per_token
+
+    @property
+    def minimum(self) -> int:
+        """The least memory that the run works with."""
+        return self.fixed + self.kv_of_a_group
+
+    @property
+    def recommended(self) -> int:
+        """With a KV cache for all sequences of a step of 8 prompts, at most 256."""
+        sequences = min(MAX_NUM_SEQS, PROMPTS_PER_STEP * self.group_size)
+        return self.fixed + sequences * self.sequence_length * self.kv_per_token
+
+    @property
+    def fits(self) -> bool | None:
+        """None if the device's memory is unknown."""
+        return None if self.vram is None else self.kv_bytes >= self.kv_of_a_group
+
+    @property
+    def gpu_memory_utilization(self) -> float | None:
+        """vLLM's share of the device (all that the trainer leaves), rounded down to two digits."""
+        if self.vram is None:
+            return None
+        trainer = sum(self.training.values()) - self.training["adapter_slots"]
+        return max(0, math.floor(100 * (self.vram - trainer) / self.vram)) / 100
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache that vLLM makes within its share; that of one group if the device's memory is unknown."""
+        if self.vram is None:
+            return self.kv_of_a_group
+        if self.device == "cpu":
+            return max(0, self.vram - self.fixed)
+        share = int((self.gpu_memory_utilization or 0) * self.vram)
+        return max(0, share - self.training["adapter_slots"] - sum(self.engine.values()))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the KV cache."""
+        return self.kv_bytes // self.kv_per_token
+
+    @property
+    def concurrent_sequences(self) -> int:
+        """Sequences of full length in the KV cache."""
+        return self.kv_tokens // self.sequence_length
+
+    @property
+    def common_sizes(self) -> tuple[int, ...]:
+        """Common device sizes, in GiB, that the run works on."""
+        sizes = (dataclasses.replace(self, vram=size * GIB) for size in COMMON_SIZES_GIB)
+        return tuple(size for size, budget in zip(COMMON_SIZES_GIB, sizes, strict=True) if budget.fits)
+
+
+def plan_budget(shape: ModelShape, config: GRPOConfig, *, device: Device, vram: int | None = None) -> Budget:
+    """The budget of a run; `vram` in bytes.
+
+    Raises:
+        ValueError: the device cannot even hold the base weights.
+    """
+    own, sampler = own_base_bytes(shape, config, device), base_bytes(shape, None)
+    if vram is not None and own + sampler > vram:
+        raise ValueError(_too_small(vram, sampler=sampler, own=own))
+    return Budget(
+        training=training_parts(shape, config, device),
+        engine=engine_parts(shape, device),
+        kv_per_token=kv_bytes_per_token(shape),
+        sequence_length=config.rollout.max_model_length,
+        group_size=config.rollout.num_generations,
+        device=device,
+        vram=vram,
+    )
+
+
+def _too_small(vram: int, *, sampler: int, own: int) -> str:
+    what, instead = f"{gib(sampler)} for vLLM in bf16", ""
+    if own:
+        what += f" and {gib(own)} for the trainer besides"
+        instead = f", or let both use one copy ({gib(sampler)}) with --share-base-weights true"
+    least = math.ceil((sampler + own) / GIB)
+    return (
+        f"--vram {vram / GIB:g}: too small for the base weights, {what}; take a smaller model or a device of at least {least} "
+        f"GiB{instead}"
+    )
+
+
+def gib(size: float) -> str:
+    """`3.4 GiB`, or `120 MiB` for less than a tenth of one."""
+    return f"{size / GIB:.1f} GiB" if abs(size) >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
+
+
+# ------------------------------------------------------------------------------------------------------------- savings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A change, its price, and what it saves: alone, and the memory needed with it and all changes before it."""
+
+    change: str
+    price: str
+    alone: int
+    needed_with_all_before: int
+
+
+def savings(shape: ModelShape, config: GRPOConfig, *, device: Device) -> list[Saving]:
+    """Changes that need less memory, in the order of least harm."""
+
+    def minimum(one: GRPOConfig) -> int:
+        return plan_budget(shape, one, device=device).minimum
+
+    found: list[Saving] = []
+    now, together = minimum(config), config
+    for change, price, changes in _changes(config, device):
+        together = changed(together, changes)
+        alone = now - minimum(changed(config, changes))
+        if alone > 0:
+            found.append(Saving(change=change, price=price, alone=alone, needed_with_all_before=minimum(together)))
+    return found
+
+
+def _changes(config: GRPOConfig, device: Device) -> Iterator[tuple[str, str, Changes]]:
+    """(change in words, price, options)."""
+    model, optim = config.model, config.optim
+
+    def one(option: str, value: Any, price: str, **also: Any) -> tuple[str, str, Changes]:
+        return f"{option} {str(value).lower()}", price, {option: value, **also}
+
+    if device == "cuda" and model.share_base_weights is False:
+        yield one("model.share_base_weights", "auto", "nothing")
+    if _logits_mib(config, device) > 256:
+        yield one("optim.logits_mib", 256, "nothing but a little time")
+    half, quarter = (max(MIN_TOKENS_PER_PACK, optim.tokens_per_pack // parts) for parts in (2, 4))
+    if half < optim.tokens_per_pack:
+        yield one("optim.tokens_per_pack", half, "the same update, in more passes")
+    if device == "cpu" and model.share_base_weights is not True:
+        yield one("model.share_base_weights", True, "slower sampling")
+    if not optim.gradient_checkpointing:
+        yield one("optim.gradient_checkpointing", True, "a third more training time")
+    if quarter < half:
+        yield one("optim.tokens_per_pack", quarter, "the same update, in still more passes")
+    if optim.optimizer == "adamw":
+        yield one("optim.optimizer", "adamw_8bit", "rounded moments")
+    for rank in (64, 32, 16):
+        if rank < config.lora.rank:
+            yield one("lora.rank", rank, "less capacity", **{"lora.max_rank": 64})
+    if model.load_in is None:
+        yield one("model.load_in", "nf4", "base weights rounded to 4 bits")
+
+
+def low_memory(config: GRPOConfig, device: Device) -> GRPOConfig:
+    """The run with every change that costs nothing but time."""
+    tokens = min(config.optim.tokens_per_pack, max(MIN_TOKENS_PER_PACK, config.rollout.max_model_length - 1))
+    mib = min(256, _logits_mib(config, device))
+    return changed(config, {"optim.tokens_per_pack": tokens, "optim.logits_mib": mib, "optim.gradient_checkpointing": True})
+
+
+def _logits_mib(config: GRPOConfig, device: Device) -> int:
+    from ...model.policy import LOGITS_MIB
+
+    return config.optim.logits_mib or LOGITS_MIB[device]

@@ -4,8 +4,8 @@
     rankup plan smollm2-135m-instruct --task chat --rows 500 --json
     rankup plan Qwen/Qwen2.5-1.5B-Instruct --vram 24 --write run.yaml
 
-The tables of practice are in `plan_advice.py`, shapes and counts in `plan_shapes.py`, memory in `plan_memory.py` and
-`plan_budget.py`, what is printed in `plan_view.py`.
+The tables of practice are in `advice.py`, shapes and counts in `shapes.py`, memory in `memory.py` and `step_memory.py`, the
+terminal's output in `view.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...common.log import log_to
 from ...config import GRPOConfig
 from ...config.lora import TARGET_PRESETS
 from .advice import PRACTICE, PRESETS, Advice, advise, lora_fields, lower_ranks
 
 if TYPE_CHECKING:
-    from .budget import Budget, Saving
-    from .memory import Workload
+    from .memory import Budget, Device, Saving
     from .shapes import ModelShape
 
 GIB = 2**30
@@ -41,23 +41,21 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All that the command found out. `of_model`, `of_optimizer`: fields of the run file that are not as by default."""
+    """The result of the command. `config` is of the run file; `sized` the same with packs that hold the longest sequence."""
 
     model: str
     shape: ModelShape
     advice: Advice
     config: GRPOConfig
-    of_model: dict[str, Any]
-    of_optimizer: dict[str, str]
-    work: Workload
+    sized: GRPOConfig
     budget: Budget
     savings: tuple[Saving, ...]
     notes: tuple[str, ...]
 
     @property
     def adapter_parameters(self) -> int:
-        """Of the whole adapter."""
-        return self.work.rank * self.shape.parameters_per_rank(self.work.targets)
+        """Of the complete adapter."""
+        return self.config.lora.rank * self.shape.parameters_per_rank(self.config.lora.targets)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -71,7 +69,7 @@ def add_plan_command(commands: Any) -> None:
     )
     rollout, optim = GRPOConfig().rollout, GRPOConfig().optim
     add = parser.add_argument
-    add("model", metavar="MODEL", help="embedded name, folder with a config.json, or hub id")
+    add("model", metavar="MODEL", help="embedded name, folder with a config.json, or Hub id")
     tasks = "; ".join(f"{name}: {practice.task}" for name, practice in PRACTICE.items())
     add("--task", choices=list(PRACTICE), default="rl", help=f"what the adapter is for (default rl). {tasks}")
     add("--rows", type=_positive, metavar="N", help="rows of training data")
@@ -100,26 +98,36 @@ def add_plan_command(commands: Any) -> None:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """`rankup plan MODEL [...]`
+    """`rankup plan MODEL [...]`; 1 if a run file was asked for and the run does not fit on the device.
 
     Raises:
-        ValueError: no such model, a config.json without what is needed, options that do not go together, a device that is too
+        ValueError: no such model, a config.json without the needed keys, options that do not go together, a device that is too
             small for the base, or a file that would be overwritten.
     """
     if options.write is not None and options.write.exists() and not options.force:
         raise ValueError(f"{options.write} exists: write to another file, or replace it with --force")
-    made = make_plan(options)
-    if options.write is not None:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(run_file(made), encoding="utf-8")
+    with log_to(lambda text: print(f"{text} ...", file=sys.stderr)):
+        made = make_plan(options)
     if options.json:
         print(json.dumps(as_json(made), indent=2))
     else:
         from .view import show
 
         show(made)
-    if options.write is not None:
-        print(f"written to {options.write}", file=sys.stderr)
+    return 0 if options.write is None else _write(made, options.write)
+
+
+def _write(made: Plan, file: Path) -> int:
+    from .memory import gib
+
+    budget = made.budget
+    if budget.fits is False:
+        needed = f"the run needs {gib(budget.minimum)}, the device has {gib(budget.vram or 0)}"
+        print(f"{file} was not written: {needed}. Plan again with the changes under 'less memory'", file=sys.stderr)
+        return 1
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(run_file(made), encoding="utf-8")
+    print(f"written to {file}", file=sys.stderr)
     return 0
 
 
@@ -142,32 +150,30 @@ def _size(text: str) -> int:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Everything from the options of the command line. Raises ValueError as `plan` does."""
     targets = None if options.targets is None else _targets(options.targets)
-    asked = {"rows": options.rows, "preset": options.preset, "rank": options.rank, "targets": targets}
-    advice = advise(options.task, **asked)
-    _config(options, advice)  # wrong values are refused before anything is imported, fetched or built
-    from .budget import plan_budget, savings
+    given = {"rows": options.rows, "preset": options.preset, "rank": options.rank, "targets": targets}
+    advice = advise(options.task, **given)
+    _config(options, advice)  # refuses wrong values before anything is imported, fetched or built
+    from .memory import plan_budget, savings
     from .shapes import read_shape
 
-    shape = read_shape(options.model, say=lambda text: print(f"{text} ...", file=sys.stderr))
+    device: Device = options.device
+    shape = read_shape(options.model)
     rank = _rank_that_fits(options, advice, shape)
     if rank != advice.rank.value:
-        advice = advise(options.task, **asked, tight_rank=rank)
+        advice = advise(options.task, **given, tight_rank=rank)
     config = _config(options, advice)
-    work = _workload(options, config)
-    budget = plan_budget(shape, work, vram=options.vram)
-    made = Plan(
+    sized = _with_full_sequences(config)
+    budget = plan_budget(shape, sized, device=device, vram=options.vram)
+    return Plan(
         model=options.model,
         shape=shape,
         advice=advice,
-        config=config,
-        of_model=_of_model(options),
-        of_optimizer=_of_optimizer(options),
-        work=work,
+        config=_config(options, advice, _of_device(budget)),
+        sized=sized,
         budget=budget,
-        savings=tuple(savings(shape, work)),
-        notes=_notes(options, shape, work, advice),
+        savings=tuple(savings(shape, sized, device=device)),
+        notes=_notes(shape, config, sized, advice, device),
     )
-    return dataclasses.replace(made, config=_config(options, advice, _of_device(budget)))
 
 
 def _targets(text: str) -> str | list[str]:
@@ -175,9 +181,13 @@ def _targets(text: str) -> str | list[str]:
     return text if text in TARGET_PRESETS or is_expression else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _config(options: argparse.Namespace, advice: Advice, of_device: dict[str, Any] | None = None) -> GRPOConfig:
+def _config(options: argparse.Namespace, advice: Advice, of_device: dict[str, float] | None = None) -> GRPOConfig:
     return GRPOConfig(
-        model={"name": options.model, **_of_model(options)},
+        model={
+            "name": options.model,
+            "load_in": None if options.load_in == "bf16" else options.load_in,
+            "share_base_weights": SHARING[options.share_base_weights],
+        },
         lora=lora_fields(advice),
         rollout={
             "num_generations": options.num_generations,
@@ -189,80 +199,62 @@ def _config(options: argparse.Namespace, advice: Advice, of_device: dict[str, An
             "learning_rate": advice.learning_rate.value,
             "tokens_per_pack": options.tokens_per_pack,
             "gradient_checkpointing": options.gradient_checkpointing,
-            **_of_optimizer(options),
+            "optimizer": options.optimizer,
         },
     )
 
 
-def _of_model(options: argparse.Namespace) -> dict[str, Any]:
-    """How the base is held, where that is not as by default."""
-    asked = {"load_in": options.load_in, "share_base_weights": SHARING[options.share_base_weights]}
-    return {name: value for name, value in asked.items() if value not in ("bf16", "auto")}
+def _with_full_sequences(config: GRPOConfig) -> GRPOConfig:
+    """With packs of at least one sequence: a single completion and its prompt are not split."""
+    from .memory import changed
+
+    tokens = max(config.optim.tokens_per_pack, config.rollout.max_model_length - 1)
+    return changed(config, {"optim.tokens_per_pack": tokens})
 
 
-def _of_optimizer(options: argparse.Namespace) -> dict[str, str]:
-    return {} if options.optimizer == "adamw" else {"optimizer": options.optimizer}
-
-
-def _of_device(budget: Budget) -> dict[str, Any]:
-    """The field of the run file that gives vLLM its memory; none where the device is not known or too small."""
+def _of_device(budget: Budget) -> dict[str, float]:
+    """The option that gives vLLM its memory; none if the device is unknown or too small."""
     if not budget.fits:
         return {}
     if budget.device == "cpu":
-        wanted = min(budget.kv_bytes, budget.comfortable - budget.fixed)
+        wanted = min(budget.kv_bytes, budget.recommended - budget.fixed)
         return {"kv_cache_gib": max(0.1, int(10 * wanted / GIB) / 10)}
-    return {"gpu_memory_utilization": budget.gpu_memory_utilization}
-
-
-def _workload(options: argparse.Namespace, config: GRPOConfig) -> Workload:
-    from .memory import Workload
-
-    return Workload(
-        rank=config.lora.rank,
-        max_rank=config.lora.max_rank,
-        targets=config.lora.targets,
-        num_generations=options.num_generations,
-        prompt_length=options.prompt_length,
-        completion_length=options.completion_length,
-        tokens_per_pack=max(options.tokens_per_pack, config.rollout.max_model_length - 1),
-        gradient_checkpointing=options.gradient_checkpointing,
-        load_in=options.load_in,
-        share_base_weights=SHARING[options.share_base_weights],
-        optimizer=options.optimizer,
-        device=options.device,
-    )
+    return {"gpu_memory_utilization": budget.gpu_memory_utilization or 0.0}
 
 
 def _rank_that_fits(options: argparse.Namespace, advice: Advice, shape: ModelShape) -> int:
-    """The advised rank, or a lower one where not even changes that harm nothing but time make room for it."""
-    from .budget import plan_budget, thrifty
+    """The advised rank, or a lower one if it does not fit even with every change that costs nothing but time."""
+    from .memory import low_memory, plan_budget
 
     rank: int = advice.rank.value
     if options.vram is None or options.rank is not None or options.preset is not None:
         return rank
     for candidate in (rank, *lower_ranks(options.task, rank)):
         of_candidate = dataclasses.replace(advice, rank=dataclasses.replace(advice.rank, value=candidate))
-        work = thrifty(_workload(options, _config(options, of_candidate)))
-        if plan_budget(shape, work, vram=options.vram).fits:
-            return candidate
+        config = _with_full_sequences(_config(options, of_candidate))
+        for one in (config, low_memory(config, options.device)):
+            if plan_budget(shape, one, device=options.device, vram=options.vram).fits:
+                return candidate
     return rank
 
 
-def _notes(options: argparse.Namespace, shape: ModelShape, work: Workload, advice: Advice) -> tuple[str, ...]:
+def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Advice, device: Device) -> tuple[str, ...]:
     from .memory import own_base_bytes
 
     notes = list(shape.unknown)
     if shape.plain_reason is not None:
-        notes.append(f"its prompts cannot be shared in training ({shape.plain_reason}): attention is budgeted less exactly")
-    if work.tokens_per_pack > options.tokens_per_pack:
+        notes.append(f"each prompt is computed once per completion ({shape.plain_reason})")
+    tokens = sized.optim.tokens_per_pack
+    if tokens > config.optim.tokens_per_pack:
+        notes.append(f"a prompt and a completion are longer than tokens_per_pack: the budget is for packs of {tokens:,} tokens")
+    if config.model.load_in == "nf4" and own_base_bytes(shape, config, device) == 0:
         notes.append(
-            f"a prompt and a completion are longer than tokens_per_pack: packs of {work.tokens_per_pack:,} tokens are budgeted"
+            "NF4 saves no memory here: vLLM holds the dequantized weights in bf16, and the trainer uses that copy. It is for "
+            "training on the rounded weights that will be served"
         )
-    if options.load_in == "nf4" and own_base_bytes(shape, work) == 0:
-        notes.append("NF4 saves nothing here: vLLM holds the base in bf16, and the trainer uses that copy")
     if advice.dropout.value > 0:
-        notes.append(f"a run file takes no dropout but 0; {advice.dropout.value:g} is practice's in supervised training")
-    if options.device == "cuda":
+        notes.append(f"a run file takes no dropout but 0; {advice.dropout.value:g} is usual in supervised training")
+    if device == "cuda":
         notes.append("on CUDA the context, the allocator's gaps and vLLM's own work are assumed, not measured")
     return tuple(notes)
 
@@ -281,18 +273,18 @@ def as_json(made: Plan) -> dict[str, Any]:
         "parameters": {
             "base": shape.parameters,
             "adapter": made.adapter_parameters,
-            "adapter_per_rank": shape.parameters_per_rank(made.work.targets),
+            "adapter_per_rank": shape.parameters_per_rank(made.config.lora.targets),
         },
         "task": made.advice.task,
         "adapter": {name: dataclasses.asdict(choice) for name, choice in made.advice.choices.items()},
-        "max_lora_rank": made.work.max_rank,
-        "workload": dataclasses.asdict(made.work),
+        "max_lora_rank": made.config.lora.max_rank,
+        "workload": _workload(made),
         "memory": {
             "training": budget.training,
             "engine": budget.engine,
             "fixed": budget.fixed,
-            "needed": budget.needed,
-            "comfortable": budget.comfortable,
+            "needed": budget.minimum,
+            "comfortable": budget.recommended,
             "vram": budget.vram,
             "fits": budget.fits,
             "common_sizes_gib": list(budget.common_sizes),
@@ -309,16 +301,34 @@ def as_json(made: Plan) -> dict[str, Any]:
     }
 
 
+def _workload(made: Plan) -> dict[str, Any]:
+    """The options that memory depends on."""
+    model, lora, rollout, optim = made.sized.model, made.sized.lora, made.sized.rollout, made.sized.optim
+    return {
+        "rank": lora.rank,
+        "max_rank": lora.max_rank,
+        "targets": lora.targets,
+        "num_generations": rollout.num_generations,
+        "prompt_length": rollout.max_prompt_length,
+        "completion_length": rollout.max_completion_length,
+        "tokens_per_pack": optim.tokens_per_pack,
+        "gradient_checkpointing": optim.gradient_checkpointing,
+        "logits_mib": optim.logits_mib,
+        "load_in": model.load_in or "bf16",
+        "share_base_weights": model.share_base_weights,
+        "optimizer": optim.optimizer,
+        "device": made.budget.device,
+    }
+
+
 def run_file(made: Plan) -> str:
     """A run file with the reasons as comments; `load_config` reads it. Data and rewards are left to the user."""
     from ...config.loading import dump_yaml
 
     advice, config = made.advice, made.config
-    counts = f"{made.shape.parameters:,} parameters, adapter {made.adapter_parameters:,}"
-    lines = [f"# {made.model}: {counts}"]
+    lines = [f"# {made.model}: {made.shape.parameters:,} parameters, adapter {made.adapter_parameters:,}"]
     if made.budget.vram is not None:
-        verdict = "planned for" if made.budget.fits else "too large as it is for"
-        lines.append(f"# {verdict} a device of {made.budget.vram / GIB:g} GiB")
+        lines.append(f"# planned for a device of {made.budget.vram / GIB:g} GiB")
     lines += [f"# note: {note}" for note in made.notes]
 
     def add(section: str, fields: dict[str, tuple[Any, str]]) -> None:
@@ -327,11 +337,11 @@ def run_file(made: Plan) -> str:
             lines.extend([f"  # {reason}"] if reason else [])
             lines.append("  " + dump_yaml({name: value}).strip().replace("\n", "\n  "))
 
-    model = {"name": made.model, **made.of_model} if made.of_model else made.model
-    lines += ["", dump_yaml({"model": model}).strip()]
+    other = config.model.model_dump(exclude_defaults=True, exclude={"name"})
+    lines += ["", dump_yaml({"model": {"name": made.model, **other} if other else made.model}).strip()]
     of_adapter = {name: (value, advice.choices[name].reason) for name, value in lora_fields(advice).items()}
     of_adapter["max_rank"] = (config.lora.max_rank, "vLLM's buffers: 64 or 128")
-    of_adapter["dropout"] = (0.0, "the only value: with dropout, trainer and sampler would be two policies")
+    of_adapter["dropout"] = (0.0, "the only value: with dropout, trainer and sampler would no longer be the same policy")
     add("lora", of_adapter)
     rollout: dict[str, tuple[Any, str]] = {
         name: (getattr(config.rollout, name), "")
@@ -339,7 +349,7 @@ def run_file(made: Plan) -> str:
     }
     sequences = f"a KV cache for {made.budget.concurrent_sequences:,} sequences of full length"
     for name, value in _of_device(made.budget).items():
-        rollout[name] = (value, sequences if made.work.device == "cuda" else "of what the trainer leaves")
+        rollout[name] = (value, sequences if made.budget.device == "cuda" else "of the memory that the trainer leaves")
     add("rollout", rollout)
     add(
         "optim",
@@ -347,7 +357,7 @@ def run_file(made: Plan) -> str:
             "learning_rate": (config.optim.learning_rate, advice.learning_rate.reason),
             "tokens_per_pack": (config.optim.tokens_per_pack, "sets memory, not the update"),
             "gradient_checkpointing": (config.optim.gradient_checkpointing, ""),
-            **{name: (value, "") for name, value in made.of_optimizer.items()},
+            **({} if config.optim.optimizer == "adamw" else {"optimizer": (config.optim.optimizer, "")}),
         },
     )
     lines += ["", "# data: {train: train.jsonl, eval: test.jsonl}", "# rewards: {functions: [reward.py:score]}"]

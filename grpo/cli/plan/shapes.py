@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...common.log import log_to
+from ...common.errors import first_line
 from ...common.model_files import EMBEDDED, resolve_model
 from ...config.lora import TARGET_PRESETS
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Without these in config.json transformers would count another model than is meant: its class's defaults.
+# Without these in config.json transformers would build a model of its class's default sizes.
 NEEDED_KEYS = ("model_type", "hidden_size", "num_hidden_layers")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+LAYER_NUMBER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,10 @@ class Matrix:
         return self.name.rpartition(".")[2]
 
     @property
-    def parent(self) -> str:
-        """The module that it is part of, such as `model.layers.0.mlp`."""
-        return self.name.rpartition(".")[0]
+    def layer(self) -> int | None:
+        """The decoder layer that it belongs to, None outside of the layers."""
+        found = LAYER_NUMBER.search(self.name)
+        return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +65,10 @@ class ModelShape:
         parameters: of the base, tied weights once.
         quantisable: parameters of linear layers other than the head, which is what NF4 compresses.
         matrices: every linear layer and the input embedding.
-        norm_width: elements that the norms within the layers normalise for a token, all layers together.
-        norm_rows: numbers that they keep for a token besides, one a normalised vector.
-        plain_reason: why prompts cannot be shared in training, None where they can.
-        unknown: what of the model the memory budget does not know, in words.
+        measured_config: the `config.json` with which a training pass is measured: the model's own, or that of a Llama of its
+            sizes if the model is `unknown`.
+        plain_reason: why prompts cannot be shared in training, None if they can.
+        unknown: parts of the model whose memory is a guess, in words.
     """
 
     architecture: str
@@ -82,8 +84,7 @@ class ModelShape:
     parameters: int
     quantisable: int
     matrices: tuple[Matrix, ...]
-    norm_width: int
-    norm_rows: int
+    measured_config: dict[str, Any]
     plain_reason: str | None = None
     unknown: tuple[str, ...] = ()
 
@@ -112,39 +113,44 @@ class ModelShape:
         """Sum of `d_in + d_out` over the targeted layers: parameters of an adapter of rank 1."""
         return sum(matrix.d_in + matrix.d_out for matrix in self.targeted(targets))
 
+    def has_like_layers(self, targets: str | Sequence[str]) -> bool:
+        """Whether every layer has the same adapters."""
+        roles: dict[int | None, set[str]] = {layer: set() for layer in range(self.layers)}
+        for matrix in self.targeted(targets):
+            roles.setdefault(matrix.layer, set()).add(matrix.role)
+        roles.pop(None, None)
+        return len({frozenset(one) for one in roles.values()}) == 1
 
-def read_shape(model: str, *, revision: str | None = None, say: Callable[[str], None] = lambda text: None) -> ModelShape:
-    """The shapes of a model: an embedded name, a folder, or a hub id, of which only `config.json` is fetched.
 
-    `say` is told in a few words before something that takes long.
+def read_shape(model: str, *, revision: str | None = None) -> ModelShape:
+    """The shapes of a model: an embedded name, a folder, or a Hub id, of which only `config.json` is fetched.
 
     Raises:
         ValueError: no such model, or a `config.json` that does not describe a language model that transformers knows.
     """
-    folder = _config_folder(model, revision, say)
+    folder = _config_folder(model, revision)
     config_keys = _read_json(folder / "config.json", model)
-    return _measure(_build(model, folder, config_keys))
+    return _measure(_build(model, folder, config_keys), config_keys)
 
 
-def _config_folder(model: str, revision: str | None, say: Callable[[str], None]) -> Path:
+def _config_folder(model: str, revision: str | None) -> Path:
     path = Path(model).expanduser()
     is_local = path.is_dir() or path.is_absolute() or model.startswith((".", "~"))
     if is_local or model.lower() in EMBEDDED:
-        with log_to(say):
-            return Path(resolve_model(model, revision=revision))
+        return Path(resolve_model(model, revision=revision))
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     known = ", ".join(EMBEDDED)
-    say(f"looking for {model} on the hub")
+    logger.info(f"looking for {model} on the Hub")
     try:
         return Path(hf_hub_download(model, "config.json", revision=revision)).parent
     except HFValidationError as error:
-        raise ValueError(f"model {model}: neither a folder, nor an embedded model ({known}), nor a hub id") from error
+        raise ValueError(f"model {model}: neither a folder, nor an embedded model ({known}), nor a Hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"model {model}: no folder of this name, not embedded ({known}), and its config.json is not to be had from the "
-            f"hub: {_first_line(error)}"
+            f"model {model}: no folder of this name, not embedded ({known}), and its config.json is not available on the "
+            f"Hub: {first_line(error)}"
         ) from error
 
 
@@ -152,7 +158,7 @@ def _read_json(file: Path, model: str) -> dict[str, Any]:
     try:
         keys = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"model {model}: its config.json is no JSON: {_first_line(error)}") from None
+        raise ValueError(f"model {model}: its config.json is no JSON: {first_line(error)}") from None
     if not isinstance(keys, dict):
         raise ValueError(f"model {model}: its config.json holds no mapping; take the one that the model was saved with")
     return keys
@@ -176,59 +182,50 @@ def _build(model: str, folder: Path, config_keys: dict[str, Any]) -> PreTrainedM
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError, ImportError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"model {model}: its config.json describes no model that can be planned: {reason}") from error
 
 
-def _measure(model: PreTrainedModel) -> ModelShape:
+def _measure(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape:
     from torch import nn
 
     from ...model.policy import why_prompts_cannot_be_shared
 
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     matrices = [Matrix(name, module.in_features, module.out_features) for name, module in linear.items()]
     for name, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
             matrices.append(Matrix(name, module.num_embeddings, module.embedding_dim))
-    widths = _norm_widths(model, head_dim, {"q_norm": heads, "k_norm": kv_heads})
+    unknown = _unknown(model, linear)
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+    }
     return ModelShape(
         architecture=type(model).__name__,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocabulary=config.vocab_size,
+        layers=sizes["num_hidden_layers"],
+        hidden=sizes["hidden_size"],
+        intermediate=sizes["intermediate_size"],
+        heads=sizes["num_attention_heads"],
+        kv_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        vocabulary=sizes["vocab_size"],
         tied=embedding is not None and head is not None and embedding.weight is head.weight,
         biases=tuple(dict.fromkeys(name.rpartition(".")[2] for name, module in linear.items() if module.bias is not None)),
         parameters=model.num_parameters(),
         quantisable=sum(module.weight.numel() for module in linear.values() if module is not head),
         matrices=tuple(matrices),
-        norm_width=sum(width for width, _ in widths),
-        norm_rows=sum(rows for _, rows in widths),
+        measured_config={"model_type": "llama", **sizes} if unknown or "num_hidden_layers" not in config_keys else config_keys,
         plain_reason=why_prompts_cannot_be_shared(model),
-        unknown=_unknown(model, linear),
+        unknown=unknown,
     )
-
-
-def _norm_widths(model: nn.Module, head_dim: int, heads_of: dict[str, int]) -> list[tuple[int, int]]:
-    """(elements, vectors) that each norm within the layers normalises for a token. Norms of queries and keys see each of
-    `heads_of` where one weight serves all heads."""
-    found = []
-    for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=False))
-        is_norm = len(parameters) == 1 and parameters[0].dim() == 1 and "norm" in name.rpartition(".")[2]
-        if is_norm and ".layers." in name:
-            width = parameters[0].numel()
-            heads = heads_of.get(name.rpartition(".")[2], 1) if width == head_dim else 1
-            found.append((width * heads, heads))
-    return found
 
 
 def _unknown(model: PreTrainedModel, linear: dict[str, nn.Linear]) -> tuple[str, ...]:
@@ -243,8 +240,3 @@ def _unknown(model: PreTrainedModel, linear: dict[str, nn.Linear]) -> tuple[str,
     if len(attention) != config.num_hidden_layers:
         reasons.append("not every layer has q_proj, k_proj, v_proj and o_proj: its activations are a guess")
     return tuple(reasons)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

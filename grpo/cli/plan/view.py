@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .budget import Budget, gib
+from .memory import Budget, gib
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -23,7 +23,7 @@ PIPED_WIDTH = 120
 LABELS = {
     "base_weights": "base weights",
     "adapter_slots": "adapter, bf16 (vLLM's slots)",
-    "adapter_masters": "adapter, fp32 masters",
+    "adapter_masters": "adapter, fp32 master weights",
     "adapter_gradients": "adapter, fp32 gradients",
     "optimizer": "optimizer's state",
     "guards_snapshot": "guards' snapshot of both",
@@ -84,10 +84,10 @@ def _adapter(plan: Plan) -> Table:
         value = choice.value
         text = ", ".join(value) if isinstance(value, list | tuple) else f"{value:g}" if isinstance(value, float) else str(value)
         table.add_row("", Text(name, "dim"), Text(text, "bold"), Text(choice.reason))
-    per_rank = plan.shape.parameters_per_rank(plan.work.targets)
-    reason = f"{plan.work.rank} x {per_rank:,}: the sum of d_in + d_out over all adapted layers"
+    per_rank = plan.shape.parameters_per_rank(plan.config.lora.targets)
+    reason = f"{plan.config.lora.rank} x {per_rank:,}: the sum of d_in + d_out over all adapted layers"
     table.add_row("", Text("parameters", "dim"), Text(f"{plan.adapter_parameters:,}", "bold"), reason)
-    table.add_row("", Text("max_lora_rank", "dim"), Text(str(plan.work.max_rank), "bold"), "vLLM's buffers: 64 or 128")
+    table.add_row("", Text("max_lora_rank", "dim"), Text(str(plan.config.lora.max_rank), "bold"), "vLLM's buffers: 64 or 128")
     return table
 
 
@@ -100,15 +100,15 @@ def _memory(plan: Plan) -> Table:
         table.add_row("", Text(f"vLLM: {LABELS.get(name, name)}".replace(" of a pack", ""), "dim"), gib(size))
     table.add_row("", "all but the KV cache", Text(gib(budget.fixed), "bold"))
     of_group = f"{budget.group_size} sequences of {budget.sequence_length:,} tokens"
-    table.add_row("", "with the KV cache of one group", Text(gib(budget.needed), "bold"), Text(of_group, "dim"))
-    table.add_row("", "of a step of 8 prompts", Text(gib(budget.comfortable), "bold"))
+    table.add_row("", "with the KV cache of one group", Text(gib(budget.minimum), "bold"), Text(of_group, "dim"))
+    table.add_row("", "of a step of 8 prompts", Text(gib(budget.recommended), "bold"))
     table.add_row("", Text("device", "dim"), *_device(budget))
     return table
 
 
 def _device(budget: Budget) -> tuple[str | Text, ...]:
     if budget.vram is not None:
-        missing = budget.needed - budget.vram
+        missing = budget.minimum - budget.vram
         verdict = "it fits" if budget.fits else f"too small, {gib(max(missing, 2**20))} more are needed"
         return gib(budget.vram), Text(verdict, "green" if budget.fits else "red")
     sizes = [f"{size}" for size in budget.common_sizes]
@@ -135,7 +135,7 @@ def _savings(plan: Plan) -> Table:
     table = _grid("left", "right", "left")
     fits = budget.fits is not False
     for saving in plan.savings:
-        if budget.fits is not False and saving.alone < budget.needed / 10:
+        if budget.fits is not False and saving.alone < budget.minimum / 10:
             continue
         text = saving.price
         if not fits and budget.vram is not None:  # until it does

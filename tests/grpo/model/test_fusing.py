@@ -1,4 +1,4 @@
-"""Which layers compute together: found by what they do, listed where they do something else, and never another result."""
+"""Which layers compute together: recognised by what they compute, listed if they compute something else, equal results."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import silu
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP as GatedMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rankup.grpo.model.fusing import Fusion, fuse
+from rankup.grpo.cli.plan.step_memory import fake_tensors
+from rankup.grpo.model.fusing import Fusion, _activation, fuse
 from rankup.grpo.model.lora_layers import ADAPTER, FusedLoRALinear, FusedMLP
 from rankup.grpo.model.policy import Policy
+from rankup.kernels.device import paths_of_cuda
 from rankup.rollout.slots import AdapterSlot
 
 
@@ -37,6 +40,14 @@ class RoutedMLP(PlainMLP):
 
     def forward(self, x: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         return super().forward(x)
+
+
+class SizedMLP(PlainMLP):
+    """Takes one width only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).view(-1, 5), self.up_proj(x).view(-1, 5)
+        return self.down_proj((silu(gate) * up).view(*x.shape[:-1], -1))
 
 
 class Mixer(nn.Module):
@@ -131,7 +142,34 @@ def test_an_mlp_that_does_something_else_is_left_alone_and_listed(mlp: nn.Module
     assert block.mlp is mlp and fusion.mlp == []
     assert fusion.not_fused["mlp"].startswith(reason)
     assert fusion.single == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert f"not fused as a whole: mlp ({reason}" in fusion.summary
+    assert f"not fused: mlp ({reason}" in fusion.summary
+
+
+def test_an_mlp_that_takes_one_width_only_is_left_alone() -> None:
+    block = nn.ModuleDict({"mlp": SizedMLP()})
+    block["mlp"].gate_proj, block["mlp"].up_proj = (nn.Linear(8, 15) for _ in range(2))
+    block["mlp"].down_proj = nn.Linear(15, 8)
+    config = PeftLoraConfig(r=4, target_modules=["down_proj"])
+    config._register_custom_module({nn.Linear: FusedLoRALinear})
+    get_peft_model(block, config)  # type: ignore[arg-type]
+    fusion = fuse(block, lambda: None)
+    assert fusion.mlp == [] and fusion.not_fused["mlp"].startswith("its output is not")
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()])
+def test_activations_are_told_apart(act: nn.Module) -> None:
+    mlp = GatedMLP(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2))
+    mlp.act_fn = act
+    expected = {"SiLU()": "silu", "GELU(approximate='none')": "gelu", "GELU(approximate='tanh')": "gelu_tanh"}
+    assert _activation(mlp) == expected.get(repr(act))
+
+
+def test_without_values_every_family_is_recognised_as_with_values(tiny_model_path, make_policy) -> None:
+    """On the code paths of CUDA too: a miniature has values and takes those of the CPU."""
+    for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma3"):
+        with fake_tensors(), paths_of_cuda():
+            fake: Policy = make_policy(kind)
+        assert fake.fusion == make_policy(kind).fusion
 
 
 def test_projections_of_different_tensors_are_left_alone_and_listed() -> None:

@@ -62,7 +62,7 @@ def test_rl_differs_from_practice_and_says_so(rank: int):
     assert (advice.alpha.value, advice.use_rslora.value, advice.dropout.value) == (32.0, False, 0.0)
     assert "not practice's r or 2r" in advice.alpha.reason and str(2 * rank) in advice.alpha.reason
     assert "45 times" in advice.use_rslora.reason
-    assert "two policies" in advice.dropout.reason
+    assert "no longer be the same policy" in advice.dropout.reason
 
 
 def test_other_tasks_take_practices_alpha_and_scale():
@@ -85,7 +85,7 @@ def test_a_preset_decides_and_options_are_stronger():
     assert not advise("math", preset="high-quality").use_rslora.value
     advice = advise("chat", preset="high-quality", rank=4, targets=["q_proj"])
     assert (advice.rank.value, advice.targets.value) == (4, ["q_proj"])
-    assert "below the 16 to 32 that chat takes" in advice.rank.reason
+    assert "below the usual 16 to 32 for chat" in advice.rank.reason
 
 
 def test_tight_memory_goes_down_the_range_then_to_sixteen():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rankup.grpo.cli.plan.budget import GIB, Budget, gib, plan_budget, savings, thrifty
-from rankup.grpo.cli.plan.memory import Workload, training_parts
+from rankup.grpo.cli.plan.memory import GIB, Budget, Device, changed, gib, low_memory, plan_budget, savings, training_parts
 from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
+from rankup.grpo.config import GRPOConfig
 
 QWEN_7B = {
     "model_type": "qwen2",
@@ -33,13 +32,16 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     return read_shape(str(folder))
 
 
-def workload(**changes: Any) -> Workload:
-    sizes: dict[str, Any] = {"rank": 64, "max_rank": 64, "targets": "all-linear"}
-    return Workload(**sizes | changes)
+LARGE = {"lora.rank": 128, "lora.max_rank": 128, "optim.tokens_per_pack": 16384}
+
+
+def config(changes: dict[str, Any] | None = None) -> GRPOConfig:
+    """Rank 64 on all seven projections, packs of 4096 tokens, with changes."""
+    return changed(GRPOConfig(), changes or {})
 
 
 def test_what_is_left_is_the_kv_cache(shape: ModelShape):
-    budget = plan_budget(shape, workload(), vram=80 * GIB)
+    budget = plan_budget(shape, config(), device="cuda", vram=80 * GIB)
     assert budget.fits
     assert budget.kv_per_token == 2 * 28 * 4 * 128 * 2
     assert 0 <= 80 * GIB - budget.fixed - budget.kv_bytes <= 0.01 * 80 * GIB  # the share is rounded down to two digits
@@ -48,48 +50,53 @@ def test_what_is_left_is_the_kv_cache(shape: ModelShape):
 
 
 def test_vllms_share_holds_its_weights_slots_and_cache(shape: ModelShape):
-    budget = plan_budget(shape, workload(), vram=80 * GIB)
+    budget = plan_budget(shape, config(), device="cuda", vram=80 * GIB)
     share = budget.gpu_memory_utilization or 0
     assert share == round(share, 2)
-    vllm = sum(budget.engine.values()) + budget.slots + budget.kv_bytes
+    vllm = sum(budget.engine.values()) + budget.training["adapter_slots"] + budget.kv_bytes
     assert share * 80 * GIB == pytest.approx(vllm, rel=1e-6)
-    assert share * 80 * GIB + sum(budget.training.values()) - budget.slots <= 80 * GIB
+    assert share * 80 * GIB + sum(budget.training.values()) - budget.training["adapter_slots"] <= 80 * GIB
 
 
 def test_the_smallest_common_size_is_one_that_what_is_needed_goes_into(shape: ModelShape):
-    budget = plan_budget(shape, workload())
+    budget = plan_budget(shape, config(), device="cuda")
     assert budget.fits is None and budget.gpu_memory_utilization is None
     smallest = budget.common_sizes[0]
-    assert budget.needed <= smallest * GIB
-    assert plan_budget(shape, workload(), vram=smallest * GIB).fits
-    assert not any(plan_budget(shape, workload(), vram=size * GIB).fits for size in (40, 48) if size < smallest)
+    assert budget.minimum <= smallest * GIB
+    assert plan_budget(shape, config(), device="cuda", vram=smallest * GIB).fits
+    assert not any(plan_budget(shape, config(), device="cuda", vram=size * GIB).fits for size in (40, 48) if size < smallest)
     assert budget.common_sizes[-1] == 141
 
 
 def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
     """vLLM holds a copy in bf16, whatever the trainer holds."""
     for sharing in ("auto", False):
-        for load_in in ("bf16", "nf4"):
-            work = workload(share_base_weights=sharing, load_in=load_in)
-            with pytest.raises(ValueError, match=r"--vram 14: too small for the base weights, 14\.2 GiB of vLLM's in bf16"):
-                plan_budget(shape, work, vram=14 * GIB)
-    assert plan_budget(shape, workload(), vram=15 * GIB).fits is False
+        for load_in in (None, "nf4"):
+            held = config({"model.share_base_weights": sharing, "model.load_in": load_in})
+            with pytest.raises(ValueError, match=r"--vram 14: too small for the base weights, 14\.2 GiB for vLLM in bf16"):
+                plan_budget(shape, held, device="cuda", vram=14 * GIB)
+    assert plan_budget(shape, config(), device="cuda", vram=15 * GIB).fits is False
 
 
 def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
-    with pytest.raises(ValueError, match=r"14\.2 GiB of vLLM's in bf16 and 14\.2 GiB that the trainer holds besides") as caught:
-        plan_budget(shape, workload(share_base_weights=False), vram=24 * GIB)
+    separate = config({"model.share_base_weights": False})
+    with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB for the trainer besides") as caught:
+        plan_budget(shape, separate, device="cuda", vram=24 * GIB)
     assert "at least 29 GiB, or let both use one copy (14.2 GiB) with --share-base-weights true" in str(caught.value)
-    plan_budget(shape, workload(share_base_weights=True), vram=24 * GIB)
-    plan_budget(shape, workload(share_base_weights=False, load_in="nf4"), vram=24 * GIB)
+    plan_budget(shape, config({"model.share_base_weights": True}), device="cuda", vram=24 * GIB)
+    plan_budget(shape, changed(separate, {"model.load_in": "nf4"}), device="cuda", vram=24 * GIB)
 
 
 def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
-    shared, own = ({saving.change for saving in savings(shape, workload(share_base_weights=s))} for s in (True, False))
+    separate, packed = config({"model.share_base_weights": False}), {"model.load_in": "nf4"}
+    shared, own = ({s.change for s in savings(shape, one, device="cuda")} for one in (config(), separate))
     assert "model.load_in nf4" in own - shared
-    packed, whole = (plan_budget(shape, workload(share_base_weights=False, load_in=name)) for name in ("nf4", "bf16"))
-    assert whole.needed - packed.needed > 0.6 * 2 * shape.quantisable
-    assert plan_budget(shape, workload(load_in="nf4")).needed == plan_budget(shape, workload()).needed
+
+    def minimum(one: GRPOConfig) -> int:
+        return plan_budget(shape, one, device="cuda").minimum
+
+    assert minimum(separate) - minimum(changed(separate, packed)) > 0.6 * 2 * shape.quantisable
+    assert minimum(config(packed)) == minimum(config())
 
 
 @pytest.mark.parametrize(
@@ -102,27 +109,28 @@ def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
         ("cpu", True, None),
     ],
 )
-def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: str, sharing: Any, change: str | None):
-    work = workload(device=device, share_base_weights=sharing)
-    found = [one for one in savings(shape, work) if "share_base_weights" in one.change]
+def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: Device, sharing: Any, change: str | None):
+    held = config({"model.share_base_weights": sharing})
+    found = [one for one in savings(shape, held, device=device) if "share_base_weights" in one.change]
     assert [one.change for one in found] == ([] if change is None else [change])
-    assert sum(one.alone for one in found) == training_parts(shape, work).get("base_weights", 0)
+    assert sum(one.alone for one in found) == training_parts(shape, held, device).get("base_weights", 0)
 
 
 def test_savings_are_differences_of_what_is_needed(shape: ModelShape):
-    work = workload(rank=128, max_rank=128, tokens_per_pack=16384)
-    needed = plan_budget(shape, work).needed
-    found = {saving.change: saving for saving in savings(shape, work)}
-    checkpointing = plan_budget(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384, gradient_checkpointing=True))
-    assert found["optim.gradient_checkpointing true"].alone == needed - checkpointing.needed
-    rank = plan_budget(shape, workload(tokens_per_pack=16384))
-    assert found["lora.rank 64"].alone == needed - rank.needed
-    in_8_bits = plan_budget(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384, optimizer="adamw_8bit"))
-    assert found["optim.optimizer adamw_8bit"].alone == needed - in_8_bits.needed
+    large = config(LARGE)
+    found = {saving.change: saving.alone for saving in savings(shape, large, device="cuda")}
+    changes = {
+        "optim.gradient_checkpointing true": {"optim.gradient_checkpointing": True},
+        "lora.rank 64": {"lora.rank": 64, "lora.max_rank": 64},
+        "optim.optimizer adamw_8bit": {"optim.optimizer": "adamw_8bit"},
+    }
+    now = plan_budget(shape, large, device="cuda").minimum
+    after = {name: plan_budget(shape, changed(large, of), device="cuda").minimum for name, of in changes.items()}
+    assert {name: found[name] for name in changes} == {name: now - needed for name, needed in after.items()}
 
 
 def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
-    found = savings(shape, workload(rank=128, max_rank=128, tokens_per_pack=16384))
+    found = savings(shape, config(LARGE), device="cuda")
     changes = [saving.change for saving in found]
     assert changes.index("optim.tokens_per_pack 8192") < changes.index("optim.gradient_checkpointing true")
     assert changes.index("optim.gradient_checkpointing true") < changes.index("lora.rank 64")
@@ -132,14 +140,14 @@ def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
     assert together == sorted(together, reverse=True)
 
 
-def test_what_is_thrifty_already_is_not_suggested_again(shape: ModelShape):
-    work = thrifty(workload(rank=16))
-    assert [saving.change for saving in savings(shape, work)] == ["optim.optimizer adamw_8bit"]
-    assert savings(shape, dataclasses.replace(work, optimizer="paged_adamw_8bit")) == []
+def test_what_is_saved_already_is_not_suggested_again(shape: ModelShape):
+    lowest = low_memory(config({"lora.rank": 16}), "cuda")
+    assert [saving.change for saving in savings(shape, lowest, device="cuda")] == ["optim.optimizer adamw_8bit"]
+    assert savings(shape, changed(lowest, {"optim.optimizer": "paged_adamw_8bit"}), device="cuda") == []
 
 
 def test_on_cpu_the_cache_takes_all_that_is_left(shape: ModelShape):
-    budget: Budget = plan_budget(shape, workload(device="cpu"), vram=80 * GIB)
+    budget: Budget = plan_budget(shape, config(), device="cpu", vram=80 * GIB)
     assert budget.kv_bytes == 80 * GIB - budget.fixed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,16 @@ def test_a_written_run_file_loads_to_what_was_planned(plan: Planner, task: str):
     assert f"# {made['adapter']['rank']['reason']}" in file.read_text()
 
 
+def test_a_run_that_does_not_fit_is_not_written(plan: Planner):
+    """It was, with exit status 0."""
+    file = plan.folder / "run.yaml"
+    options = plan.options("--vram", "1", "--rank", "64", "--write", str(file))
+    assert options.command(options) == 1
+    output = plan.capsys.readouterr()
+    assert "too small" in output.out and not file.exists()
+    assert re.fullmatch(r".*run\.yaml was not written: the run needs \d\.\d GiB, the device has 1\.0 GiB\. .*\n", output.err)
+
+
 def test_practices_dropout_is_shown_and_not_written(plan: Planner):
     file = plan.folder / "run.yaml"
     made = plan.json("--task", "code", "--write", str(file))
@@ -207,7 +218,7 @@ def test_how_the_base_is_held_and_the_optimizer_go_into_the_budget(plan: Planner
     packed = plan.json("--share-base-weights", "false", "--load-in", "nf4")
     assert packed["memory"]["training"]["base_weights"] < 0.6 * own["training"]["base_weights"]
     assert not any("NF4" in note for note in packed["notes"])
-    assert any("NF4 saves nothing here" in note for note in plan.json("--load-in", "nf4")["notes"])
+    assert any("NF4 saves no memory here" in note for note in plan.json("--load-in", "nf4")["notes"])
     in_8_bits = plan.json("--optimizer", "adamw_8bit")["memory"]["training"]
     assert in_8_bits["optimizer"] == pytest.approx(2.03 * 19_537_920, rel=0.001)
 

@@ -142,10 +142,19 @@ def test_a_target_that_fits_nothing_is_refused(public_shape: Callable[[str], Mod
         public_shape("SmolLM2-135M").targeted(targets)
 
 
-def test_norms_of_heads_count_every_head(public_shape: Callable[[str], ModelShape]):
-    shape = public_shape("Qwen3-8B")
-    assert shape.norm_width == 36 * (2 * 4096 + 32 * 128 + 8 * 128)
-    assert shape.norm_rows == 36 * (2 + 32 + 8)
+def test_layers_with_the_same_adapters_are_told_from_others(public_shape: Callable[[str], ModelShape]):
+    shape = public_shape("SmolLM2-135M")
+    assert all(shape.has_like_layers(targets) for targets in ("all-linear", ["q_proj", "lm_head"], ["lm_head"]))
+    assert not shape.has_like_layers(r".*layers\.(0|1)\..*q_proj")
+
+
+def test_experts_are_measured_as_one_mlp(tmp_path: Path):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    moe = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(moe))
+    shape = read_shape(str(tmp_path))
+    assert "experts" in shape.unknown[0]
+    assert shape.measured_config == {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 8, **sizes}
 
 
 def test_a_window_is_why_prompts_are_not_shared(tmp_path: Path):
@@ -174,7 +183,7 @@ def test_a_wrong_config_is_one_line(tmp_path: Path, text: str, part: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("./nowhere", "no such folder"), ("not a name", "nor a hub id"), ("nobody/no-such-model", "hub")]
+    ("name", "part"), [("./nowhere", "no such folder"), ("not a name", "nor a Hub id"), ("nobody/no-such-model", "Hub")]
 )
 def test_no_such_model_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, part: str):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
