@@ -5,9 +5,10 @@
     steps = simulate(model, Batch(prompts=128), workers=64, network=INFINIBAND, repeats=20)
     steps.seconds, steps.rollout, steps.rollout_wait, steps.training, steps.training_wait, steps.network
 
-Nothing here is measured. Rates come from vendors' data sheets; the shares of them that are reached, and latencies, are assumed.
-Every worker holds the whole model. Prompts are dealt out whole; a step is rollout, wait, training, wait, all-reduce. Times are
-in seconds, sizes in bytes, rates in bytes or operations a second. Legend: N workers, M nodes, P prompts, G completions of each.
+Nothing here is measured. Rates come from vendors' data sheets; the achieved shares of them, and latencies, are assumed. Every
+worker holds the complete model, and all completions of a prompt are on one worker. A step is rollout, wait, training, wait,
+all-reduce. Times are in seconds, sizes in bytes, rates in bytes or operations per second. Legend: N workers, M nodes, P
+prompts, G completions of each.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 BF16, FP32 = 2, 4
 RECORD_BYTES = 100  # rewards and lengths of a completion
 CHECKSUM_BYTES = 8
-SLOTS = 256  # sequences that vLLM decodes at once: its max_num_seqs, as in grpo/plan_memory.py
+SLOTS = 256  # sequences that vLLM decodes at once: its max_num_seqs, as in `rankup plan`
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -36,8 +37,8 @@ Algorithm = Literal["ring", "nodes", "tree"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """An H100 SXM. Data sheet: `memory_rate` and `operations` (bf16, dense). Assumed: the shares of them that are reached, and
-    `iteration_seconds`, what an iteration of vLLM takes besides (scheduler, sampler, launches)."""
+    """An H100 SXM. Data sheet: `memory_rate` and `operations` (bf16, dense). Assumed: the achieved shares of them, and
+    `iteration_seconds`, the overhead of an iteration of vLLM (scheduler, sampler, launches)."""
 
     memory_rate: float = 3.35e12
     operations: float = 989e12
@@ -56,8 +57,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Nodes of some devices. Data sheet: `inside`, of one device to the others of its node, and `between`, of a whole node to
-    the others, in one direction. Assumed: the share of them that is reached, and the latencies of one hop."""
+    """Nodes of `node` devices. Data sheet, in one direction: `inside`, from a device to the others of its node, and `between`,
+    from a node to the others. Assumed: the achieved `share` of them, and the latencies of one hop."""
 
     name: str
     node: int = 8
@@ -77,7 +78,7 @@ NETWORKS = (INFINIBAND, ETHERNET, SLOW_ETHERNET)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What a step depends on of a model and its adapter: parameters, and the KV cache's bytes of a token."""
+    """Parameters of a model (body without embeddings, LM head) and its adapter, and bytes of KV cache per token."""
 
     body: int
     head: int
@@ -86,7 +87,7 @@ class Model:
 
     @classmethod
     def of(cls, shape: ModelShape, rank: int) -> Model:
-        """With an adapter of this rank on all linear layers but the head."""
+        """With an adapter of this rank on all linear layers except the head."""
         head = [matrix for matrix in shape.matrices if matrix.role == "lm_head"]
         return cls(
             body=shape.quantisable,
@@ -97,24 +98,24 @@ class Model:
 
     @property
     def gradient_bytes(self) -> int:
-        """The flat fp32 buffer that is all-reduced once a step."""
+        """The flat fp32 buffer that is all-reduced once per step."""
         return FP32 * self.adapter
 
     @property
     def read_bytes(self) -> int:
-        """What an iteration of decoding reads however few sequences it has: body, head and adapter in bf16."""
+        """Read by every iteration of decoding, even for one sequence: body, head and adapter in bf16."""
         return BF16 * (self.body + self.head + self.adapter)
 
     @property
     def operations_per_token(self) -> int:
-        """Of decoding, and of reading a prompt."""
+        """Of decoding and of prefill."""
         return 2 * (self.body + self.head + self.adapter)
 
     def training_operations(self, tokens: Floats, completion_tokens: Floats) -> Floats:
         """Of `tokens` through the layers with gradient checkpointing, and of `completion_tokens` through the head.
 
-        The frozen weights: forward, forward again, gradient of the input, 2 operations a parameter each. The adapter's own
-        gradients are 2 more. The head is not computed again.
+        The frozen weights: forward, forward again, gradient of the input, 2 operations a parameter each. The gradients of
+        the adapter are 2 more. The head is not computed again.
         """
         return tokens * (6 * self.body + 8 * self.adapter) + completion_tokens * 4 * self.head
 
@@ -123,8 +124,8 @@ class Model:
 class Batch:
     """A step's prompts and the lengths of their completions, in tokens.
 
-    Lengths are log-normal with a cap: a factor of the prompt (all its completions are long where it is hard) times one of the
-    completion. `prompt_sigma` and `completion_sigma` are their logarithms' standard deviations.
+    Lengths are log-normal with a cap: a factor of the prompt (hard prompts have long completions) times one of the completion.
+    `prompt_sigma` and `completion_sigma` are the standard deviations of their logarithms.
     """
 
     prompts: int

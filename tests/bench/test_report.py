@@ -106,7 +106,7 @@ def test_backslashes_in_a_table_stay_as_they_are(report: Any):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("<!-- table: ranks -->\n<!-- end -->", "there is no such table"),
+        ("<!-- table: ranks -->\n<!-- end -->", "unknown table; the tables are train_step, rank"),
         ("<!-- table: rank -->\nno end", "has no <!-- end -->"),
         ("<!-- table: rank -->\n<!-- table: profile -->\n<!-- end -->", "rank --> has no <!-- end -->"),
     ],
@@ -158,7 +158,7 @@ def test_phases_of_a_step_are_shown_where_they_are_given(bench_module: Load):
 def test_page_and_pictures_come_from_the_files(report: Any, folder: Path):
     page = folder.with_suffix(".md")
     page.write_text("".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->\n\n" for name in FIGURES))
-    with pytest.raises(SystemExit, match="other numbers"):
+    with pytest.raises(SystemExit, match="and the files differ"):
         report.main([str(folder), "--check"])
     report.main([str(folder)])
     report.main([str(folder), "--check"])
