@@ -27,8 +27,7 @@ from common import ROOT, use_environment
 
 SAVE_STEPS = 2
 WRITE_SECONDS = 0.02  # about the time to write a checkpoint of a small model
-STEP = re.compile(r"^step +\d+/\d+ ", re.MULTILINE)
-RESUMED = re.compile(r"^going on after step (\d+)$", re.MULTILINE)
+STEP = re.compile(r"^step +(\d+)/\d+ ", re.MULTILINE)
 NOT_REPRODUCIBLE = ("time/", "tokens_per_second/", "memory/")  # metrics that differ between any two runs
 EXAMPLES = """examples:
   scripts/soak.py configs/quickstart.yaml --kills 20 optim.max_steps=8 optim.prompts_per_step=4 data.eval_rows=8
@@ -154,14 +153,12 @@ def _kill_and_resume(command: Sequence[str], folder: Path, *, after_step: int | 
     is_partial = any(checkpoints.glob(".step_*.partial"))
     # A folder gets its final name only when it is complete.
     saved_step = max((int(path.name[5:]) for path in checkpoints.glob("step_??????")), default=0)
-    resumed = _run([*command, "--resume"], folder)
-    match = RESUMED.search(resumed)
-    had_ended = "there is nothing left to do" in resumed  # killed after its last checkpoint
+    first_step = STEP.search(_run([*command, "--resume"], folder))  # None: killed after its last checkpoint
     return Trial(
-        moment="after its end" if had_ended else "while a checkpoint was written" if is_partial else "between",
+        moment="after its end" if first_step is None else "while a checkpoint was written" if is_partial else "between",
         steps_seen=len(STEP.findall(output)),
         saved_step=saved_step,
-        resumed_step=int(match[1]) if match else saved_step if had_ended else 0,
+        resumed_step=saved_step if first_step is None else int(first_step[1]) - 1,
         outcome=outcome_of(folder),
     )
 
