@@ -3,7 +3,7 @@
 
 Four sides of the embedded model, each in a process of its own: `own` (`model.share_base_weights=false`), `auto`, `shared`
 (`true`) and `nf4` (`model.load_in=nf4`, shared as `auto` does). A repeat samples 8 prompts x 16 completions of 24 tokens and
-trains on them. Seconds are medians of interleaved repeats, next to the speed relative to `own`; memory is that of the whole
+trains on them. Seconds are medians of interleaved repeats, next to the speed relative to `own`; memory is that of the
 process after one step.
 """
 

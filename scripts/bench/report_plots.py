@@ -96,7 +96,7 @@ def train_step(figure: Figure, out: Path) -> None:
 def rank(figure: Figure, out: Path) -> None:
     """Time and operations by rank, relative to the smallest one, a panel per case."""
     cases = figure["cases"]
-    with _measured(out, "A step's time beside its operations, as the rank grows", figure, panels=len(cases)) as axes:
+    with _measured(out, "Time and operations of a step, as the rank grows", figure, panels=len(cases)) as axes:
         for panel, (name, case) in zip(axes, cases.items(), strict=True):
             ranks = [int(value) for value in case["ranks"]]
             times = [one["seconds"] for one in case["ranks"].values()]

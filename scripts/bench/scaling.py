@@ -144,14 +144,14 @@ def _settings(models: dict[int, Model], repeats: int) -> list[dict[str, Any]]:
     longer = dataclasses.replace(base, median=800.0, cap=8192)
     same_length = dataclasses.replace(base, median=736.0, prompt_sigma=0.0, completion_sigma=0.0)
     cases: list[tuple[str, Batch, Device, int]] = [
-        ("as above: 128 completions a device, cap 4,096", base, H100, 64),
-        *((f"{8 * n} completions a device", Batch(prompts=n * workers), H100, 64) for n in (8, 32, 64)),
+        ("as above: 128 completions per device, cap 4,096", base, H100, 64),
+        *((f"{8 * n} completions per device", Batch(prompts=n * workers), H100, 64) for n in (8, 32, 64)),
         ("cap 2,048", dataclasses.replace(base, cap=2048), H100, 64),
         ("median 800, cap 8,192", longer, H100, 64),
         ("all prompts equally hard", dataclasses.replace(base, prompt_sigma=0.0), H100, 64),
         ("every completion 736 tokens, the mean", same_length, H100, 64),
         ("rank 128", base, H100, 128),
-        ("devices as fast as their data sheet says", base, as_on_data_sheet, 64),
+        ("devices at full data-sheet rates", base, as_on_data_sheet, 64),
     ]
     rows = []
     for name, batch, device, rank in cases:

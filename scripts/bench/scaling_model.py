@@ -70,9 +70,9 @@ class Network:
 
 
 H100 = Device()
-INFINIBAND = Network(name="InfiniBand, 8 × 400 Gbit/s a node", between=8 * 50e9, between_latency=10e-6)
-ETHERNET = Network(name="Ethernet, 100 Gbit/s a node", between=12.5e9, between_latency=50e-6)
-SLOW_ETHERNET = Network(name="Ethernet, 10 Gbit/s a device", node=1, between=1.25e9, between_latency=50e-6)
+INFINIBAND = Network(name="InfiniBand, 8 × 400 Gbit/s per node", between=8 * 50e9, between_latency=10e-6)
+ETHERNET = Network(name="Ethernet, 100 Gbit/s per node", between=12.5e9, between_latency=50e-6)
+SLOW_ETHERNET = Network(name="Ethernet, 10 Gbit/s per device", node=1, between=1.25e9, between_latency=50e-6)
 NETWORKS = (INFINIBAND, ETHERNET, SLOW_ETHERNET)
 
 
@@ -183,7 +183,7 @@ def all_gather_seconds(size: float, workers: int, network: Network) -> float:
 
 
 def network_seconds(model: Model, batch: Batch, workers: int, network: Network, algorithm: Algorithm = "nodes") -> float:
-    """All that a step sends: the gradients, the records of the completions, a checksum a worker."""
+    """Everything that a step sends: gradients, records of the completions, a checksum per worker."""
     records = math.ceil(batch.prompts / workers) * batch.generations * RECORD_BYTES
     gathered = all_gather_seconds(records, workers, network) + all_gather_seconds(CHECKSUM_BYTES, workers, network)
     return all_reduce_seconds(model.gradient_bytes, workers, network, algorithm) + gathered
@@ -251,7 +251,7 @@ class Steps:
 
     @property
     def seconds(self) -> float:
-        """A whole step."""
+        """A complete step."""
         return self.rollout + self.rollout_wait + self.training + self.training_wait + self.network
 
     @property
@@ -270,7 +270,7 @@ def simulate(
     repeats: int,
     seed: int = 0,
 ) -> Steps:
-    """Steps of `workers` devices that share the batch. Workers beyond the prompts have nothing to do but wait."""
+    """Steps of `workers` devices that share the batch. Workers without a prompt only wait."""
     rows = []
     random = np.random.default_rng(seed)
     for _ in range(repeats):

@@ -124,7 +124,7 @@ def draw(figures: Figures, out: Path) -> None:
 
 
 def _efficiency(axes: Any, figures: Figures) -> None:
-    lines = {"128 completions a device": [(row["workers"], row["busy"]) for row in figures["weak"]["64"]]}
+    lines = {"128 completions per device": [(row["workers"], row["busy"]) for row in figures["weak"]["64"]]}
     for steps in reversed(figures["strong"].values()):
         alone = steps[0]["seconds"]
         points = [(row["workers"], alone / row["seconds"] / row["workers"]) for row in steps]
@@ -144,7 +144,7 @@ def _efficiency(axes: Any, figures: Figures) -> None:
 
 
 def _bars(axes: Any, figures: Figures) -> None:
-    kinds = {"128 a device": figures["weak"]["64"], "8,192 in all": figures["strong"]["1024"]}
+    kinds = {"128 per device": figures["weak"]["64"], "8,192 in all": figures["strong"]["1024"]}
     shown = [(name, row) for name, rows in kinds.items() for row in rows if row["workers"] in SHOWN_BARS]
     bars = [(f"{name}\n{row['workers']} devices", row) for name, row in shown]
     most = max(row["network"] / row["seconds"] for _, row in bars)  # too little to be visible
