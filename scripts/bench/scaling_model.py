@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rankup.grpo.cli.plan.shapes import ModelShape
 
 BF16, FP32 = 2, 4
-RECORD_BYTES = 100  # rewards and lengths of a completion
+RECORD_BYTES = 100  # rewards and lengths of one completion
 CHECKSUM_BYTES = 8
 SLOTS = 256  # sequences that vLLM decodes at once: its max_num_seqs, as in `rankup plan`
 
@@ -194,7 +194,7 @@ def network_seconds(model: Model, batch: Batch, workers: int, network: Network, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One worker's: seconds, iterations of the engine, and the most tokens in its KV cache (prompts once a completion)."""
+    """Of one worker: seconds, iterations of the engine, and peak tokens in the KV cache (the prompt once per completion)."""
 
     seconds: float
     iterations: int
@@ -202,7 +202,7 @@ class Rollout:
 
 
 def starts_in_slots(lengths: Integers, slots: int) -> Integers:
-    """The iteration at which each sequence begins: the first `slots` at once, each further one when one of them ends."""
+    """The iteration at which each sequence starts: 0 for the first `slots`, for others when a running one ends."""
     starts = np.zeros_like(lengths)
     running = lengths[:slots].tolist()
     heapq.heapify(running)
@@ -212,10 +212,10 @@ def starts_in_slots(lengths: Integers, slots: int) -> Integers:
 
 
 def roll_out(lengths: Integers, prompt_tokens: int, model: Model, device: Device, slots: int = SLOTS) -> Rollout:
-    """Decode the sequences of one worker, `lengths` [P, G]. A prompt is read once for its completions.
+    """Decode the sequences of one worker, `lengths` [P, G], after one prefill of each prompt.
 
-    An iteration gives every live sequence a token. It takes as long as reading the weights and the live sequences' keys and
-    values, or as its products where that is longer.
+    An iteration adds one token to every live sequence. It takes the time of reading the weights and the keys and values of the
+    live sequences, or of its matrix products if that is longer.
     """
     if lengths.size == 0:
         return Rollout(seconds=0.0, iterations=0, kv_tokens=0)
@@ -225,8 +225,8 @@ def roll_out(lengths: Integers, prompt_tokens: int, model: Model, device: Device
     iterations = int(ends.max())
     size = iterations + 1
     live = np.cumsum(np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size))[:-1]
-    begun = np.bincount(starts, starts, size) - np.bincount(ends, starts, size)
-    context = (live * (prompt_tokens + np.arange(iterations)) - np.cumsum(begun)[:-1]).astype(np.float64)
+    started = np.bincount(starts, starts, size) - np.bincount(ends, starts, size)
+    context = (live * (prompt_tokens + np.arange(iterations)) - np.cumsum(started)[:-1]).astype(np.float64)
     reading = device.reading(model.read_bytes + model.kv_bytes * context)
     products = device.computing(live.astype(np.float64) * model.operations_per_token)
     decoding = np.maximum(reading, products).sum() + iterations * device.iteration_seconds
@@ -236,8 +236,8 @@ def roll_out(lengths: Integers, prompt_tokens: int, model: Model, device: Device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Means over the simulated steps, in seconds: `rollout` and `training` are the mean worker's, the waits those for the
-    slowest one. `iterations` is the slowest worker's, `kv_tokens` the most that any worker held."""
+    """Means over the simulated steps, in seconds: `rollout` and `training` of the mean worker, the waits from there to the
+    slowest one. `iterations` of the slowest worker, `kv_tokens` the maximum over workers and steps."""
 
     workers: int
     completions: int
