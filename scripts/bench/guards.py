@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""What guards cost: a verdict, and a snapshot of masters and optimizer state (taken every five healthy steps).
+"""What guards cost: a decision, and a snapshot of fp32 master weights and optimizer state (taken every five healthy steps).
 
-`share_of_step` is their time a step over that of a run's steps, whose medians are read from its `metrics.jsonl`.
+`share_of_step` is their time per step divided by the median time of a step, read from the `metrics.jsonl` of a run.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common import command_line, machine, use_environment, versions, write_json
+from common import Result, command_line, run, use_environment
 
 EXAMPLES = """examples:
   scripts/bench/guards.py runs/quickstart
@@ -19,11 +20,15 @@ EXAMPLES = """examples:
 """
 
 
-def main() -> None:
-    parser = command_line(__doc__, EXAMPLES, repeats=20, what="verdicts and snapshots to time")
-    parser.add_argument("run", type=Path, help="a run folder: its adapter's rank and its steps count")
-    options = parser.parse_args()
-    use_environment()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark, print the figures and write the JSON file."""
+    parser = command_line(__doc__, EXAMPLES, repeats=20, what="decisions and snapshots to time")
+    parser.add_argument("run", type=Path, help="a run folder, for the rank of its adapter and the time of its steps")
+    run(parser.parse_args(arguments), measure, report)
+
+
+def measure(options: argparse.Namespace) -> Result:
+    """Time decisions on the metrics of the run, and snapshots of an adapter of its rank."""
     import torch
 
     from rankup.grpo.common.model_files import resolve_model
@@ -49,33 +54,33 @@ def main() -> None:
         master.grad = torch.ones_like(master)
     optimizer.step()
     guards, snapshot = Guards(config.guards), Snapshot(policy.masters, optimizer)
-    judge = _times(options.repeats, lambda i: guards.judge(i + 1, rows[i % len(rows)]))
-    take = _times(options.repeats + 1, snapshot.take)[1:]  # the first allocates
-    a_step = statistics.median(judge) + statistics.median(take) / config.guards.snapshot_steps
-    result = {
-        "what": " ".join((__doc__ or "").split()),
-        "machine": machine(),
-        "versions": versions(),
+    judge_seconds = _median_seconds(options.repeats, lambda index: guards.judge(index + 1, rows[index % len(rows)]))
+    snapshot.take(0)  # allocates
+    snapshot_seconds = _median_seconds(options.repeats, snapshot.take)
+    return {
         "rank": config.lora.rank,
         "parameters": sum(master.numel() for master in policy.masters),
-        "judge_seconds": statistics.median(judge),
-        "snapshot_seconds": statistics.median(take),
+        "judge_seconds": judge_seconds,
+        "snapshot_seconds": snapshot_seconds,
         "step_seconds": step_seconds,
-        "share_of_step": a_step / step_seconds,
+        "share_of_step": (judge_seconds + snapshot_seconds / config.guards.snapshot_steps) / step_seconds,
     }
-    print({name: value for name, value in result.items() if name not in ("what", "machine", "versions")})
-    if options.json:
-        write_json(options.json, result)
 
 
-def _times(repeats: int, function: Callable[[int], object]) -> list[float]:
+def _median_seconds(repeats: int, function: Callable[[int], object]) -> float:
     seconds = []
     for index in range(repeats):
         started = time.perf_counter()
         function(index)
         seconds.append(time.perf_counter() - started)
-    return seconds
+    return statistics.median(seconds)
+
+
+def report(result: Result) -> str:
+    """The figures, one a line."""
+    return "\n".join(f"- {name}: {value:g}" for name, value in result.items() if isinstance(value, int | float))
 
 
 if __name__ == "__main__":
+    use_environment()
     main()

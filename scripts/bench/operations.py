@@ -1,22 +1,21 @@
-"""How many multiply-adds rankup's training step takes, from the shapes alone. Plain Python.
+"""Multiply-adds of a rankup training step, computed from the shapes. Plain Python.
 
     model = ModelShape.read(Path("path/to/model"))
     step_operations(model, [(64, [64] * 8)] * 2, rank=64)       # {"base": ..., "adapter": ..., "attention": ..., "head": ...}
 
-What is counted is what `kernels/` computes (matrix products only), for T tokens in the packs and N targets; I = d_in,
-O = d_out, r the rank. A completion's last token is a target but never an input.
+The count is of the matrix products in `kernels/`, for T tokens in the packs and N targets; I = d_in, O = d_out, r the rank.
+The last token of a completion is a target but never an input.
 
     base        x W^T                                                T I O          each layer
-                g W                                                  T I O          where something below wants dx
+                g W                                                  T I O          where dx is needed
     adapter     h = x a^T, h b^T                                     T r (I + O)
                 u = g b, u^T x, g^T h                                T r (I + 2 O)
-                u a                                                  T r I          where something below wants dx
-    attention   q k^T, w v, and two products for each one's gradients: 6 d_head for each entry of the scores (where weights
-                are few enough to be kept). Future tokens are included, as where the kernel computes a unit as a whole;
-                padding is not
-    head        logits and their product with the head: 2 N D V; the head is frozen
+                u a                                                  T r I          where dx is needed
+    attention   q k^T, w v, and two products for the gradients of each: 6 d_head per attention score (if the weights are few
+                enough to be stored). Future tokens are included, since the kernel computes full blocks; padding is not
+    head        logits, and their product with the frozen head: 2 N D V
 
-q, k and v of the first layer read the embeddings, which are frozen: nothing below them wants dx.
+q, k and v of the first layer read the frozen embeddings, so they need no dx.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ GroupShape = tuple[int, Sequence[int]]  # prompt length, completion lengths
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a Llama-like model; every linear layer but the head has an adapter."""
+    """Sizes of a Llama-like model with an adapter on every linear layer except the head."""
 
     layers: int
     hidden: int
@@ -70,28 +69,28 @@ class ModelShape:
 
 
 def num_tokens(groups: Sequence[GroupShape]) -> tuple[int, int]:
-    """T tokens that go through the model where each prompt stands once, and N targets."""
+    """T, the tokens that pass through the model with each prompt once, and N, the targets."""
     tokens = sum(prompt + sum(length - 1 for length in completions) for prompt, completions in groups)
     return tokens, sum(sum(completions) for _, completions in groups)
 
 
 def step_operations(model: ModelShape, groups: Sequence[GroupShape], *, rank: int) -> dict[str, int]:
-    """Multiply-adds of one training step by kind, see the module's docstring."""
+    """Multiply-adds of one training step by kind; see the docstring of the module."""
     tokens, targets = num_tokens(groups)
     all_weights = model.layers * sum(i * o for i, o in model.projections)
-    unwanted_weights = sum(i * o for i, o in model.qkv)
+    weights_without_dx = sum(i * o for i, o in model.qkv)
     all_sides = model.layers * sum(3 * i + 3 * o for i, o in model.projections)
-    unwanted_sides = sum(i for i, _ in model.qkv)
+    sides_without_dx = sum(i for i, _ in model.qkv)
     return {
-        "base": tokens * (2 * all_weights - unwanted_weights),
-        "adapter": tokens * rank * (all_sides - unwanted_sides),
+        "base": tokens * (2 * all_weights - weights_without_dx),
+        "adapter": tokens * rank * (all_sides - sides_without_dx),
         "attention": model.layers * model.heads * 6 * model.head_dim * sum(map(_scores, groups)),
         "head": 2 * targets * model.hidden * model.vocabulary,
     }
 
 
 def _scores(group: GroupShape) -> int:
-    """Entries of one head's attention scores: the prompt by itself, then completions as wide as the longest one."""
+    """Attention scores of one head: the prompt with itself, then all completions padded to the longest."""
     prompt, completions = group
     widest = max(completions) - 1
     return prompt * prompt + len(completions) * widest * (prompt + widest)

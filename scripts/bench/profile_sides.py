@@ -1,4 +1,4 @@
-"""rankup's side with every operation of torch timed by itself and its multiply-adds counted, for `profile_step.py`."""
+"""rankup's side for `profile_step.py`: every torch operation is timed separately, and multiply-adds are counted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PRODUCT_REPEATS = 5
 
 
 class OperationTimer(TorchDispatchMode):
-    """Adds the time of every operation to its bucket, the backward's included, and the multiply-adds of products.
+    """Adds the time of every operation, forward and backward, to its bucket, and the multiply-adds of products.
 
-    What it does itself is in no bucket.
+    Its own overhead is in no bucket.
 
     Args:
-        weights: "base" or "head" for the address of the storage of each frozen weight.
+        weights: "base" or "head" by the storage address of each frozen weight.
     """
 
     def __init__(self, weights: dict[int, str]) -> None:
@@ -46,14 +46,14 @@ class OperationTimer(TorchDispatchMode):
 
 
 class ProfiledSide(RankupSide):
-    """See the module's docstring."""
+    """`RankupSide` with a method that profiles its steps."""
 
     def measure(self, repeats: int) -> dict[str, Any]:
-        """Undisturbed steps, profiled steps and bare products in turn, so that a machine that slows down does so for all.
+        """Plain steps, profiled steps and bare products in turn, so that all see the same changes in machine speed.
 
         Returns:
-            `undisturbed`: seconds of steps. `profiled`: as many dictionaries, seconds in each bucket. `operations`:
-            multiply-adds of the products in each bucket. `rates`: operations a second of the bare product.
+            `plain`: seconds of steps. `profiled`: for each profiled step, seconds in each bucket. `operations`: multiply-adds
+            of the products in each bucket. `rates`: operations per second of the bare product.
         """
         frozen = [weight for weight in self._policy.model.parameters() if not weight.requires_grad]
         weights = {_address(weight): "base" for weight in frozen if weight.dim() == 2}
@@ -61,15 +61,15 @@ class ProfiledSide(RankupSide):
         weights[_address(head.weight)] = "head"
         self.step()
         _bare_product_rates()
-        undisturbed, rates, timers = [], [], []
+        plain, rates, timers = [], [], []
         for _ in range(repeats):
-            undisturbed.append(self.seconds())
+            plain.append(self.seconds())
             rates += _bare_product_rates()
             timers.append(OperationTimer(weights))
             with timers[-1]:
                 self.step()
         return {
-            "undisturbed": undisturbed,
+            "plain": plain,
             "profiled": [dict(timer.seconds) for timer in timers],
             "operations": dict(timers[0].operations),
             "rates": rates,
@@ -77,7 +77,7 @@ class ProfiledSide(RankupSide):
 
 
 def _bare_product_rates() -> list[float]:
-    """Operations a second (two for each multiply-add) of one large product in bf16, repeated."""
+    """Operations per second (two for each multiply-add) of one large bf16 product, repeated."""
     rows, columns, inner = BARE_PRODUCT
     one, other = (torch.randn(*size, dtype=torch.bfloat16) for size in ((rows, inner), (inner, columns)))
     torch.mm(one, other)
@@ -94,7 +94,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _files() -> Iterator[str]:
-    """Paths of the Python frames that called, innermost first."""
+    """Paths of the calling Python frames, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
         yield frame.f_code.co_filename

@@ -1,35 +1,34 @@
 #!/usr/bin/env python3
-"""Where the time of a training step goes, and the least that its matrix products could take on this machine.
+"""Where the time of a training step goes, and the minimum that its matrix products could take on this machine.
 
 The step is the one of `train_step.py` (`Learner.update`, rank 64 on all seven projections, SmolLM2-135M-Instruct in bf16).
-Undisturbed steps take turns with steps in which every operation of torch is timed by itself; each operation counts for one of
-the buckets:
+Plain steps alternate with steps in which every torch operation is timed separately. Each operation belongs to a bucket:
 
     base products       products with a frozen weight of an adapted layer, forward and backward
     adapter products    products of activations, gradients and the adapter
-    head products       logits, and their gradient's product with the head
-    attention           everything within attention but the projections
-    head elementwise    everything else within the log-probabilities and the loss
+    head products       logits, and the product of their gradient with the head
+    attention           everything in attention except the projections
+    head elementwise    everything else in the log-probabilities and the loss
     other elementwise   norms, rotary embedding, activations, casts, gathers, accumulation of gradients
     optimizer           clipping and AdamW
-    python              the undisturbed step minus all of these: Python, autograd, launching operations
+    python              the plain step minus all of the above: Python, autograd, launching operations
 
-`floor_seconds` are the multiply-adds of all products (`operations.py`), 2 operations each, at the rate that one large bf16
-product reaches on this machine, measured between the steps.
+`floor_seconds` is the time of all products (multiply-adds of `operations.py`, 2 operations each) at the rate of one large bf16
+product on this machine, measured between the steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from cases import Case, add_case_argument
-from common import Worker, command_line, machine, summarise, use_environment, versions, write_json
+from cases import add_case_argument, cases_of
+from common import Result, command_line, run, summarise, use_environment
 from operations import ModelShape, num_tokens, step_operations
+from report_tables import profile
+from workers import Worker
 
 EXAMPLE = """examples:
   scripts/bench/profile_step.py --json profile.json              about two minutes on two idle cores
@@ -55,7 +54,7 @@ def bucket(operation: str, files: Sequence[str], weights: Collection[str]) -> st
 
     Args:
         operation: its name, such as `addmm_`.
-        files: paths of the Python frames that led to it, innermost first.
+        files: paths of the calling Python frames, innermost first.
         weights: which frozen weights are among its operands: "base", "head".
     """
     place = next((found for found in map(_place, files) if found is not None), None)
@@ -78,7 +77,7 @@ def is_product(operation: str) -> bool:
 
 
 def _place(file: str) -> str | None:
-    """What a Python file computes, as far as it decides the bucket."""
+    """The part of a step that a Python file computes, if it decides the bucket."""
     name = file.rsplit("/", 1)[-1]
     if "/torch/optim/" in file or name == "clip_grad.py":
         return "optimizer"
@@ -88,112 +87,78 @@ def _place(file: str) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write the JSON file."""
-    options = _parse(arguments)
-    before = machine()
-    if before["load_average"] > 0.5:
-        print(f"warning: the machine is not idle (load average {before['load_average']:.1f}): steps will take longer")
-    print("starting rankup", flush=True)
-    with Worker("rankup", "profile_sides:ProfiledSide") as worker:
-        about = worker.call("describe")
-        model = ModelShape.read(Path(about.pop("model_path")))
-        cases = {}
-        for name in options.case:
-            case = Case.parse(name)
-            worker.call("begin", case)
-            print(f"{name}: {options.repeats} steps undisturbed, {options.repeats} with every operation timed", flush=True)
-            measured = worker.call("measure", options.repeats)
-            operations = step_operations(model, case.shapes(), rank=about["rank"])
-            check_operations(operations, measured["operations"])
-            cases[name] = case_result(measured["undisturbed"], measured["profiled"], operations, measured["rates"])
-            cases[name]["tokens"], cases[name]["targets"] = num_tokens(case.shapes())
-    result = {
-        "cases": cases,
-        "bare_product_shape": BARE_PRODUCT,
-        "what": " ".join((__doc__ or "").split()),
-        "settings": about,
-        "machine": before,
-        "versions": versions(),
-    }
-    _show(result)
-    if options.json is not None:
-        write_json(options.json, result)
-        print(f"written to {options.json}")
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Run the benchmark, print the table and write the JSON file."""
     parser = command_line(__doc__, EXAMPLE, repeats=5, what="steps of each kind")
     add_case_argument(parser, CASES)
-    options = parser.parse_args(arguments)
-    options.case = options.case or list(CASES)
-    return options
+    run(parser.parse_args(arguments), measure, report)
 
 
-def check_operations(expected: dict[str, int], counted: dict[str, int]) -> None:
-    """Compare the multiply-adds that were met in a step with what the shapes say: exits where they are not the same.
+def measure(options: argparse.Namespace) -> Result:
+    """Profile the step of each case."""
+    cases = {}
+    with Worker("rankup", "profile_sides:ProfiledSide") as worker:
+        settings = worker.call("describe")
+        model = ModelShape.read(Path(settings.pop("model_path")))
+        for name, case in cases_of(options).items():
+            worker.call("begin", case)
+            print(f"{name}: {options.repeats} plain steps, {options.repeats} with every operation timed", flush=True)
+            measured = worker.call("measure", options.repeats)
+            operations = step_operations(model, case.shapes(), rank=settings["lora"]["rank"])
+            check_operations(operations, measured["operations"])
+            cases[name] = case_result(measured["plain"], measured["profiled"], operations, measured["rates"])
+            cases[name]["tokens"], cases[name]["targets"] = num_tokens(case.shapes())
+    return {"cases": cases, "bare_product_shape": BARE_PRODUCT, "settings": settings}
 
-    It finds products in the wrong bucket, and a count that the kernels have outgrown. Attention is left out: how much padding
-    and how many future tokens are computed is its kernel's own affair.
+
+def check_operations(expected: Mapping[str, int], counted: Mapping[str, int]) -> None:
+    """Compare the multiply-adds counted in a step with those computed from the shapes. Exits if they differ.
+
+    This finds products in the wrong bucket, and formulas that no longer match the kernels. Attention is not compared: how much
+    padding and how many future tokens are computed depends on its kernel.
     """
     for kind in ("base", "adapter", "head"):
-        met = counted.get(f"{kind} products", 0)
-        if met != expected[kind]:
-            raise SystemExit(f"{kind} products: {met} multiply-adds in a step, but its shapes say {expected[kind]}")
+        count = counted.get(f"{kind} products", 0)
+        if count != expected[kind]:
+            raise SystemExit(f"{kind} products: {count} multiply-adds in a step, but {expected[kind]} from the shapes")
 
 
 def case_result(
-    undisturbed: Sequence[float],
-    profiled: Sequence[dict[str, float]],
-    operations: dict[str, int],
+    plain: Sequence[float],
+    profiled: Sequence[Mapping[str, float]],
+    operations: Mapping[str, int],
     rates: Sequence[float],
-) -> dict[str, Any]:
+) -> Result:
     """The figures of a case.
 
     Args:
-        undisturbed: seconds of steps.
-        profiled: of each profiled step, seconds in each bucket.
+        plain: seconds of plain steps.
+        profiled: for each profiled step, seconds in each bucket.
         operations: multiply-adds of the products by kind.
-        rates: operations a second of a large product, two for each multiply-add.
+        rates: operations per second of a large product, two for each multiply-add.
     """
     seconds = {name: statistics.median(step.get(name, 0.0) for step in profiled) for name in MEASURED}
-    whole = statistics.median(undisturbed)
+    total = statistics.median(plain)
     floor = {kind: 2 * count / statistics.median(rates) for kind, count in operations.items()}
     return {
-        "step_seconds": summarise(undisturbed),
-        # Below 0 would say that timing slowed the operations themselves down; then there is no telling how much Python took.
-        "seconds": seconds | {"python": max(0.0, whole - sum(seconds.values()))},
+        "step_seconds": summarise(plain),
+        # Below 0 timing has slowed down the operations themselves, and the time of Python is unknown.
+        "seconds": seconds | {"python": max(0.0, total - sum(seconds.values()))},
         "operations": operations,
         "bare_product_operations_per_second": summarise(rates),
         "floor_seconds": sum(floor.values()),
         "floor_seconds_by_kind": floor,
-        "floor_share": sum(floor.values()) / whole,
+        "floor_share": sum(floor.values()) / total,
     }
 
 
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    cpu, cases = result["machine"], result["cases"]
-    table = Table(title=f"seconds of a training step, {cpu['cores']} cores of {cpu['cpu']}")
-    table.add_column("")
-    for name in cases:
-        table.add_column(name, justify="right")
-        table.add_column("share", justify="right")
-    for name in (*MEASURED, "python"):
-        cells = [(case["seconds"][name], case["step_seconds"]["median"]) for case in cases.values()]
-        table.add_row(name, *(text for part, whole in cells for text in (f"{part:.3f}", f"{part / whole:.0%}")))
-    steps = [case["step_seconds"]["median"] for case in cases.values()]
-    table.add_row("step", *(text for whole in steps for text in (f"{whole:.3f}", "")), style="bold")
-    floors = [(case["floor_seconds"], case["floor_share"]) for case in cases.values()]
-    table.add_row("floor of the products", *(text for part, share in floors for text in (f"{part:.3f}", f"{share:.0%}")))
-    console = Console(width=None if os.isatty(1) else 110)
-    console.print(table)
-    for name, case in cases.items():
-        rate = case["bare_product_operations_per_second"]
-        spread = f"{rate['min'] / 1e9:.0f} to {rate['max'] / 1e9:.0f}"
-        text = f"{name}: a bare bf16 product beside it ran at {rate['median'] / 1e9:.0f} GFLOP/s ({spread})"
-        console.print(text, highlight=False)
+def report(result: Result) -> str:
+    """The table, and the rate of a bare product in each case."""
+    lines = [profile(result), ""]
+    for name, case in result["cases"].items():
+        rate = {key: value / 1e9 for key, value in case["bare_product_operations_per_second"].items() if key != "all"}
+        spread = f"{rate['min']:.0f} to {rate['max']:.0f}"
+        lines.append(f"- {name}: a bare bf16 product ran at {rate['median']:.0f} GFLOP/s ({spread})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 
     scripts/bench/report.py docs/performance
 
-reads train_step.json, rank.json, vs_trl.json, rollout.json and profile.json in that folder, as many as there are, writes a
-picture of each beside it, and renews the tables of docs/performance.md: whatever stands between
+reads those of train_step.json, rank.json, vs_trl.json, rollout.json and profile.json that are in the folder, draws a picture
+for each, and updates docs/performance.md: the text between
 
     <!-- table: train_step -->
     <!-- end -->
 
-is replaced by the table of train_step.json, so that the page's numbers are the files' numbers. Without a page, or with --print,
-the tables go to the terminal.
+is replaced with the table of train_step.json, so that the numbers on the page are those of the files. Without a page, or with
+--print, the tables are printed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ from report_tables import TABLES
 EXAMPLE = """examples:
   scripts/bench/report.py docs/performance                      pictures, and the tables of docs/performance.md
   scripts/bench/report.py . --print --no-plots                  only look at the figures in this folder
-  scripts/bench/report.py --check docs/performance              fail if the page shows other numbers than the files
+  scripts/bench/report.py --check docs/performance              fail if the page and the files differ
 """
 MARKER = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the figures, write the pictures and the tables."""
-    options = _parse(arguments)
+    """Read the figures, draw the pictures and update the page."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the JSON files and the pictures")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the Markdown page (default: the folder's name and .md)")
+    parser.add_argument("--print", action="store_true", help="print the tables and leave the page unmodified")
+    parser.add_argument("--no-plots", action="store_false", dest="plots", help="draw no pictures")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is out of date")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is not a folder")
     figures = read_figures(options.folder)
     tables = {name: TABLES[name](figure) for name, figure in figures.items()}
     page: Path = options.page or options.folder.resolve().with_suffix(".md")
@@ -44,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, table in tables.items():
             print(f"{name}\n\n{table}\n")
     else:
-        _renew(page, tables, check=options.check)
+        update_page(page, tables, check=options.check)
     if options.plots and not options.check:
         from report_plots import PLOTS
 
@@ -54,24 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"drawn: {picture}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the JSON files are, and the pictures will be")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="the Markdown page (default: the folder's name and .md)")
-    parser.add_argument("--print", action="store_true", help="show the tables, leave the page as it is")
-    parser.add_argument("--no-plots", action="store_false", dest="plots", help="draw no pictures")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is not up to date")
-    options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        parser.error(f"{options.folder} is not a folder")
-    return options
-
-
 def read_figures(folder: Path) -> dict[str, Any]:
-    """The results that are there, by their names.
+    """The results in a folder, by name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has none.
     """
     files = {name: folder / f"{name}.json" for name in TABLES}
     found = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
@@ -81,16 +76,16 @@ def read_figures(folder: Path) -> dict[str, Any]:
 
 
 def replace_tables(text: str, tables: Mapping[str, str]) -> str:
-    """The page with the tables between their markers; a marker without a table keeps what it has.
+    """The text of a page with the tables between their markers. A marker that is not in `tables` keeps its table.
 
     Raises:
-        ValueError: a marker names no table that there could be, or has no end.
+        ValueError: a marker has an unknown name or no end.
     """
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
-            raise ValueError(f"<!-- table: {name} -->: there is no such table, only {', '.join(TABLES)}")
+            raise ValueError(f"<!-- table: {name} -->: unknown table; the tables are {', '.join(TABLES)}")
         if not match["end"]:
             raise ValueError(f"<!-- table: {name} --> has no <!-- end -->")
         if name not in tables:
@@ -100,18 +95,19 @@ def replace_tables(text: str, tables: Mapping[str, str]) -> str:
     return MARKER.sub(replaced, text)
 
 
-def _renew(page: Path, tables: Mapping[str, str], *, check: bool) -> None:
+def update_page(page: Path, tables: Mapping[str, str], *, check: bool) -> None:
+    """Write the tables into a page. `check`: only exit with an error if that would change it."""
     text = page.read_text()
-    renewed = replace_tables(text, tables)
+    updated = replace_tables(text, tables)
     if check:
-        if renewed != text:
-            sys.exit(f"{page} shows other numbers than the files: run scripts/bench/report.py")
+        if updated != text:
+            sys.exit(f"{page} and the files differ: run scripts/bench/report.py")
         return
-    page.write_text(renewed)
-    shown = {match["name"] for match in MARKER.finditer(renewed)}
-    print(f"renewed in {page}: {', '.join(sorted(shown & set(tables))) or 'nothing'}")
+    page.write_text(updated)
+    shown = {match["name"] for match in MARKER.finditer(updated)}
+    print(f"updated in {page}: {', '.join(sorted(shown & set(tables))) or 'nothing'}")
     for name in sorted(set(tables) - shown):
-        print(f"not on the page: {name}; the marker would be <!-- table: {name} -->")
+        print(f"not on the page: {name}; its marker is <!-- table: {name} -->")
 
 
 if __name__ == "__main__":

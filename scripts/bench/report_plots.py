@@ -1,19 +1,20 @@
-"""The pictures of `report.py`, one for each benchmark's result, in the style of the learning curve (`grpo/plots.py`).
+"""The pictures of `report.py`, one for each benchmark's result, and what other pictures share with them.
 
-PLOTS["rank"](json.loads(text), Path("rank.png"))
+    PLOTS["rank"](json.loads(text), Path("rank.png"))
+    with picture(Path("scaling.png"), "A title", "what was assumed", panels=2) as (left, right): ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Picture
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from report_tables import PHASES, SIDES, Figure, three, trl_sides
+from report_tables import PHASES, SIDES, Figure, rate_text, train_step_speedup, trl_sides
 
 from rankup.grpo.run.plots import COLOURS, FAINT_INK, STRONG, STYLE
 
@@ -23,25 +24,42 @@ BAR_HEIGHT = 0.62
 
 
 @contextmanager
-def _picture(out: Path, title: str, figure: Figure, *, panels: int = 1) -> Iterator[list[Any]]:
-    """Axes of a picture of 1,600 x 900 pixels, which is written once they are drawn on."""
+def picture(
+    out: Path, title: str, note: str, *, panels: int = 1, width: float = 8, ratios: Sequence[float] | None = None
+) -> Iterator[list[Any]]:
+    """Axes side by side, to draw on; then the picture is written.
+
+    Args:
+        out: the PNG file.
+        title: above the axes.
+        note: below them, in small print.
+        panels: how many axes.
+        width: 200 pixels each. The height is 900 pixels.
+        ratios: relative widths of the axes.
+    """
     with rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-        picture = Picture(figsize=(8, 4.5), dpi=200, layout=layout)  # no pyplot: no global state, no display
-        axes = picture.subplots(1, panels, squeeze=False)[0].tolist()
+        drawn = Picture(figsize=(width, 4.5), dpi=200, layout=layout)  # no pyplot: no global state, no display
+        axes = drawn.subplots(1, panels, squeeze=False, width_ratios=ratios)[0].tolist()
         yield axes
         for one in axes:
             one.set_axisbelow(True)
             one.tick_params(length=0)
-        picture.suptitle(title, x=0.02, ha="left", fontsize=14, fontweight="bold")
-        cpu = figure["machine"]
-        where = f"{cpu['cores']} cores of {cpu['cpu']}, SmolLM2-135M-Instruct, adapters on all linear layers"
-        picture.supxlabel(where, x=0.02, ha="left", fontsize=9, color=FAINT_INK)
-        picture.savefig(out)
+        drawn.suptitle(title, x=0.02, ha="left", fontsize=14, fontweight="bold")
+        drawn.supxlabel(note, x=0.02, ha="left", fontsize=9, color=FAINT_INK)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(out)
+
+
+def _measured(out: Path, title: str, figure: Figure, *, panels: int = 1) -> AbstractContextManager[list[Any]]:
+    """A picture with the machine in its note."""
+    cpu = figure["machine"]
+    note = f"{cpu['cores']} cores of {cpu['cpu']}, SmolLM2-135M-Instruct, adapters on all linear layers"
+    return picture(out, title, note, panels=panels)
 
 
 def _bars(axes: Any, labels: Sequence[str], summaries: Sequence[Figure], texts: Sequence[str], colours: Sequence[str]) -> None:
-    """Horizontal bars of medians from the top down, a thin line from least to most, and a text behind each."""
+    """Horizontal bars of medians from the top down, a thin line from minimum to maximum, and a text to the right of each."""
     axes.barh(range(len(summaries)), [one["median"] for one in summaries], height=BAR_HEIGHT, color=colours)
     for row, (one, text) in enumerate(zip(summaries, texts, strict=True)):
         axes.plot([one["min"], one["max"]], [row, row], color=FAINT_INK, linewidth=1.4)
@@ -58,15 +76,14 @@ def _with_ratio(seconds: Figure, speedup: float | None, separator: str) -> str:
 
 
 def train_step(figure: Figure, out: Path) -> None:
-    """Seconds of the training phase by side, a panel a case; memory in the texts."""
+    """Seconds of the training phase by side, a panel per case; memory in the texts."""
     cases = figure["cases"]
-    with _picture(out, "Training phase of a step: time, and memory above the loaded model", figure, panels=len(cases)) as axes:
+    with _measured(out, "Training phase of a step: time, and memory above the loaded model", figure, panels=len(cases)) as axes:
         for index, (panel, (name, case)) in enumerate(zip(axes, cases.items(), strict=True)):
             seconds = case["seconds"]
-            speedups = [case["speedup"] if side == "stock" else case.get(f"speedup_over_{side}") for side in seconds]
             texts = [
-                f"{_with_ratio(one, speedup, ', ')}\n{case['peak_bytes'][side] / 2**30:.1f} GiB"
-                for (side, one), speedup in zip(seconds.items(), speedups, strict=True)
+                f"{_with_ratio(one, train_step_speedup(case, side), ', ')}\n{case['peak_bytes'][side] / 2**30:.1f} GiB"
+                for side, one in seconds.items()
             ]
             labels = [str(SIDES["train_step"].get(side, side)) if index == 0 else "" for side in seconds]
             colours = [OURS if side == "rankup" else THEIRS for side in seconds]
@@ -77,9 +94,9 @@ def train_step(figure: Figure, out: Path) -> None:
 
 
 def rank(figure: Figure, out: Path) -> None:
-    """Time and operations by rank, relative to the smallest one, a panel a case."""
+    """Time and operations by rank, relative to the smallest one, a panel per case."""
     cases = figure["cases"]
-    with _picture(out, "A step's time beside its operations, as the rank grows", figure, panels=len(cases)) as axes:
+    with _measured(out, "Time and operations of a step, as the rank grows", figure, panels=len(cases)) as axes:
         for panel, (name, case) in zip(axes, cases.items(), strict=True):
             ranks = [int(value) for value in case["ranks"]]
             times = [one["seconds"] for one in case["ranks"].values()]
@@ -101,12 +118,12 @@ def rank(figure: Figure, out: Path) -> None:
 
 
 def vs_trl(figure: Figure, out: Path) -> None:
-    """Seconds of a whole step by side, in its phases where they are given."""
+    """Seconds of a complete step by side, divided into phases if the result has any."""
     sides = trl_sides(figure)
     summaries = [seconds for seconds, _ in sides.values()]
     texts = [_with_ratio(seconds, speedup, "\n") for seconds, speedup in sides.values()]
     phases = {name: figure.get("phases", {}).get(name, {}) for name in sides}
-    with _picture(out, "A whole step of GRPO", figure) as (axes,):
+    with _measured(out, "A complete step of GRPO", figure) as (axes,):
         labels = [SIDES["vs_trl"].get(name, name) for name in sides]
         shown = [phase for phase in PHASES if any(phase in parts for parts in phases.values())]
         colours = ["none" if shown else OURS if name == "rankup" else THEIRS for name in sides]
@@ -117,22 +134,22 @@ def vs_trl(figure: Figure, out: Path) -> None:
 
 
 def rollout(figure: Figure, out: Path) -> None:
-    """Tokens per second by engine: whole rollouts, and decoding alone."""
+    """Tokens per second by engine: full rollouts, and decoding alone."""
     panels = {"rollouts of the quick start": figure["tokens_per_second"], "decoding alone": figure["decoding"]}
-    with _picture(out, "Sampling with a rank-64 adapter", figure, panels=len(panels)) as axes:
+    with _measured(out, "Sampling with a rank-64 adapter", figure, panels=len(panels)) as axes:
         for index, (panel, (title, rates)) in enumerate(zip(axes, panels.items(), strict=True)):
             summaries = [rates[name] for name in SIDES["rollout"]]
             labels = [label.replace(", ", ",\n") if index == 0 else "" for label in SIDES["rollout"].values()]
-            _bars(panel, labels, summaries, [three(one["median"]) for one in summaries], [OURS, THEIRS, THEIRS])
+            _bars(panel, labels, summaries, [rate_text(one["median"]) for one in summaries], [OURS, THEIRS, THEIRS])
             panel.set_xlabel("tokens per second")
             panel.set_title(title, loc="left", fontsize=11, color=FAINT_INK)
 
 
 def profile(figure: Figure, out: Path) -> None:
-    """Where a step's time goes, a bar a case, and the floor of its products as a line across it."""
+    """Where the time of a step goes, a bar per case, and the floor of its products as a line across it."""
     cases = figure["cases"]
     steps = [case["step_seconds"] for case in cases.values()]
-    with _picture(out, "Where the time of a training step goes", figure) as (axes,):
+    with _measured(out, "Where the time of a training step goes", figure) as (axes,):
         _bars(axes, list(cases), steps, [f"{step['median']:.2f} s" for step in steps], ["none"] * len(steps))
         buckets = list(next(iter(cases.values()))["seconds"])
         for row, case in enumerate(cases.values()):
@@ -145,14 +162,22 @@ def profile(figure: Figure, out: Path) -> None:
 
 
 def _stack(axes: Any, names: Sequence[str], parts: Sequence[Sequence[float]]) -> None:
-    """The parts of each bar from the left, and the legend below the axes."""
+    """Divide the bars into parts, with a legend below the axes."""
     if not names:
         return
-    left = [0.0] * len(parts[0])
-    for name, values, colour in zip(names, parts, PARTS, strict=False):
-        axes.barh(range(len(values)), values, left=left, height=BAR_HEIGHT, color=colour, label=name)
-        left = [start + value for start, value in zip(left, values, strict=True)]
+    stack_bars(axes, names, parts, PARTS)
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=3, frameon=False, fontsize=9)
+
+
+def stack_bars(
+    axes: Any, names: Sequence[str], parts: Sequence[Sequence[float]], colours: Sequence[str]
+) -> list[float]:
+    """Draw horizontal bars part by part from the left; returns their ends. `parts`: for each name, one value per bar."""
+    ends = [0.0] * len(parts[0])
+    for name, values, colour in zip(names, parts, colours, strict=False):
+        axes.barh(range(len(values)), values, left=ends, height=BAR_HEIGHT, color=colour, label=name)
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    return ends
 
 
 PLOTS: dict[str, Callable[[Figure, Path], None]] = {

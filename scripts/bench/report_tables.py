@@ -1,4 +1,4 @@
-"""The Markdown tables of `report.py`: a pure function for each benchmark's result. Plain Python.
+"""A Markdown table for each benchmark's result, for the page (`report.py`) and the terminal. Plain Python.
 
     TABLES["train_step"](json.loads(text))
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Figure = Mapping[str, Any]  # what a benchmark wrote
+Figure = Mapping[str, Any]  # the result of a benchmark
 
 PHASES = {"rollout": "rollout", "reward": "reward", "train": "training", "publish": "weights to vLLM", "other": "other"}
 SIDES: dict[str, dict[str, str]] = {
@@ -30,19 +30,19 @@ SIDES: dict[str, dict[str, str]] = {
 
 
 def train_step(figure: Figure) -> str:
-    """A row a case and side: seconds, how much faster rankup is, memory, tokens."""
+    """A row per case and side: seconds, speed of rankup relative to it, memory, tokens."""
     rows = []
     for name, case in figure["cases"].items():
         for side, seconds in case["seconds"].items():
-            speedup = case["speedup"] if side == "stock" else case.get(f"speedup_over_{side}")
+            speedup, peak = train_step_speedup(case, side), case["peak_bytes"]
             rows.append(
                 [
                     name if side == "rankup" else "",
                     SIDES["train_step"].get(side, side),
                     seconds_with_spread(seconds),
                     "" if speedup is None else f"{speedup:.2f} ×",
-                    mebibytes(case["peak_bytes"][side]),
-                    "" if side == "rankup" else f"{case['peak_bytes']['rankup'] / case['peak_bytes'][side]:.2f}",
+                    f"{peak[side] / 2**20:,.0f}",
+                    "" if side == "rankup" else f"{peak['rankup'] / peak[side]:.2f}",
                     f"{case['tokens'][side]:,}",
                 ]
             )
@@ -50,15 +50,20 @@ def train_step(figure: Figure) -> str:
     return markdown(heads, rows, left=2)
 
 
+def train_step_speedup(case: Figure, side: str) -> float | None:
+    """The speed of rankup relative to a side of `train_step.py`; None for rankup itself."""
+    return case["speedup"] if side == "stock" else case.get(f"speedup_over_{side}")
+
+
 def rank(figure: Figure) -> str:
-    """A row a rank: seconds and operations of each case, both also relative to rank 64."""
+    """A row per rank: seconds and operations of each case, both also relative to rank 64."""
     cases: Figure = figure["cases"]
-    heads, columns = ["rank"], [[value for value in next(iter(cases.values()))["ranks"]]]
+    heads, columns = ["rank"], [list(next(iter(cases.values()))["ranks"])]
     for name, case in cases.items():
-        reference = case["ranks"].get("64")
+        ranks, reference = case["ranks"].values(), case["ranks"].get("64")
         heads += [f"{name}: seconds", "operations"]
-        columns.append([_relative(one, reference, ("seconds", "median"), "{:.3f}", 1.0) for one in case["ranks"].values()])
-        columns.append([_relative(one, reference, ("operations", "total"), "{:.0f} G", 1e9) for one in case["ranks"].values()])
+        columns.append([_relative(one, reference, ("seconds", "median"), "{:.3f}", 1.0) for one in ranks])
+        columns.append([_relative(one, reference, ("operations", "total"), "{:.0f} G", 1e9) for one in ranks])
     growths = [case.get("64_to_128") for case in cases.values()]
     if all(growths):
         columns[0].append("64 to 128")
@@ -75,7 +80,7 @@ def _relative(one: Figure, reference: Figure | None, keys: tuple[str, str], form
 
 
 def vs_trl(figure: Figure) -> str:
-    """A row a side: seconds of a step, their spread, how much faster rankup is, and the phases where they are given."""
+    """A row per side: seconds of a step, their spread, speed of rankup relative to it, and the phases if the result has any."""
     rows_of = trl_sides(figure)
     phases = {name: figure.get("phases", {}).get(name, {}) for name in rows_of}
     shown = [phase for phase in PHASES if any(phase in parts for parts in phases.values())]
@@ -88,7 +93,7 @@ def vs_trl(figure: Figure) -> str:
 
 
 def trl_sides(figure: Figure) -> dict[str, tuple[Figure, float | None]]:
-    """Seconds of a step and rankup's speed-up for each side, the tuned one included where it was measured."""
+    """Seconds of a step and speed of rankup relative to it for each side, the tuned one included if it was measured."""
     sides: dict[str, tuple[Figure, float | None]] = {
         name: (seconds, figure["speedup"] if name == "trl" else None) for name, seconds in figure["step_seconds"].items()
     }
@@ -98,18 +103,18 @@ def trl_sides(figure: Figure) -> dict[str, tuple[Figure, float | None]]:
 
 
 def rollout(figure: Figure) -> str:
-    """A row an engine: tokens per second of whole rollouts and of decoding alone, and rankup's share of them."""
+    """A row per engine: tokens per second of full rollouts and of decoding alone, and speed of rankup relative to it."""
     rates, decoding = figure["tokens_per_second"], figure["decoding"]
     rows = []
     for name, label in SIDES["rollout"].items():
         ratios = ["" if name == "rankup" else f"{times[f'ratio_to_{name}']:.2f} ×" for times in (figure, decoding)]
-        whole, alone = (f"{three(rate[name]['median'])}" for rate in (rates, decoding))
-        rows.append([label, whole, ratios[0], alone, ratios[1]])
+        full, alone = (rate_text(rate[name]["median"]) for rate in (rates, decoding))
+        rows.append([label, full, ratios[0], alone, ratios[1]])
     return markdown(["", "rollouts, tokens/s", "rankup's speed", "decoding alone", "rankup's speed"], rows, left=1)
 
 
 def profile(figure: Figure) -> str:
-    """A row a bucket: seconds and share of the step in each case; the step; the floor of its products."""
+    """A row per bucket: seconds and share of the step in each case; the step; the floor of its products."""
     cases: Figure = figure["cases"]
     steps = [case["step_seconds"]["median"] for case in cases.values()]
     rows = []
@@ -123,8 +128,8 @@ def profile(figure: Figure) -> str:
     return markdown(["seconds", *cases], rows, left=1)
 
 
-def _with_share(part: float, whole: float) -> str:
-    return f"{part:.3f} ({part / whole:.0%})"
+def _with_share(part: float, total: float) -> str:
+    return f"{part:.3f} ({part / total:.0%})"
 
 
 TABLES: dict[str, Callable[[Figure], str]] = {
@@ -137,22 +142,17 @@ TABLES: dict[str, Callable[[Figure], str]] = {
 
 
 def seconds_with_spread(summary: Figure) -> str:
-    """`0.82 (0.81 to 0.85)`: median, least and most."""
+    """`**0.82** (0.81 to 0.85)`: median, minimum and maximum."""
     return f"**{summary['median']:.2f}** ({summary['min']:.2f} to {summary['max']:.2f})"
 
 
-def mebibytes(count: int) -> str:
-    """Bytes in MiB, whole ones."""
-    return f"{count / 2**20:,.0f}"
-
-
-def three(value: float) -> str:
-    """A rate with three digits where it has them: 795, 55.8."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+def rate_text(rate: float) -> str:
+    """Three digits, or all before the decimal point: 795, 55.8."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """A Markdown table, the first `left` columns aligned to the left and the others to the right."""
+    """A Markdown table; the first `left` columns are aligned to the left, the others to the right."""
     assert all(len(row) == len(heads) for row in rows)
     rule = ["---" if index < left else "---:" for index in range(len(heads))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What rewards in processes cost, and what they save.
 
-    overhead    1,024 completions (128 prompts of 8) and a function that does nothing: inline, and in processes
-    step        steps of the quick start whose reward sleeps 2 s a completion: seconds of the step over those of sampling alone
-                and one call, in 8 processes
+    overhead    1,024 completions (128 prompts of 8) and a reward function that does nothing: inline, and in processes
+    step        steps of the quick start with a reward that sleeps 2 s per completion, in 8 processes: time of sampling and
+                scoring, divided by that of sampling alone plus one call
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, command_line, machine, summarise, use_environment, versions, write_json
+from common import QUICKSTART, Result, command_line, interleave, run, summarise, use_environment
 
 EXAMPLES = """examples:
   scripts/bench/rewards.py overhead
@@ -25,7 +26,7 @@ GROUPS, GENERATIONS, SLEEP = 128, 8, 2.0
 
 
 def nothing(completions: list[Any], **kwargs: Any) -> list[float]:
-    """A trivial reward."""
+    """A reward function that costs nothing."""
     return [0.0] * len(completions)
 
 
@@ -35,20 +36,17 @@ def sleeps(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float(index % 2) for index in range(len(completions))]
 
 
-def main() -> None:
-    parser = command_line(__doc__, EXAMPLES, repeats=20, what="times that everything is scored, or steps")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one of the two, print the figures and write the JSON file."""
+    parser = command_line(__doc__, EXAMPLES, repeats=20, what="how often everything is scored, or steps")
     parser.add_argument("what", choices=["overhead", "step"])
-    options = parser.parse_args()
-    use_environment()
-    result = overhead(options) if options.what == "overhead" else step(options)
-    result |= {"what": options.what, "machine": machine(), "versions": versions()}
-    if options.json is not None:
-        write_json(options.json, result)
+    options = parser.parse_args(arguments)
+    run(options, overhead if options.what == "overhead" else step, report)
 
 
-def overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds from the first submit to the last result, repeats interleaved."""
-    from rankup.rewards import Inputs, RewardsConfig, Scorer
+def overhead(options: argparse.Namespace) -> Result:
+    """Milliseconds from the first submit to the last result."""
+    from rankup.rewards import Inputs, Scorer
 
     text = "The answer is forty-two, as anyone can see. " * 6
     groups = [
@@ -61,55 +59,68 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         )
         for index in range(GROUPS)
     ]
-    milliseconds: dict[str, list[float]] = {"inline": [], "process": []}
-    inline, process = RewardsConfig(), RewardsConfig(isolation="process")
-    with closing(Scorer(inline, nothing)) as here, closing(Scorer(process, nothing)) as elsewhere:
-        scorers = {"inline": here, "process": elsewhere}
-        for repeat in range(options.repeats + 2):
-            for name, scorer in scorers.items():
-                started = time.perf_counter()
-                for pending in [scorer.submit(group) for group in groups]:
-                    pending.result()
-                if repeat >= 2:  # the processes have started, and buffers are warm
-                    milliseconds[name].append(1000 * (time.perf_counter() - started))
-    result = {name: summarise(values) for name, values in milliseconds.items()}
-    for name, summary in result.items():
-        print(f"{name:8} {summary['median']:.1f} ms ({summary['min']:.1f} to {summary['max']:.1f})")
-    return {"milliseconds": result, "completions": GROUPS * GENERATIONS}
+    with closing(Scorer(nothing)) as inline, closing(Scorer(nothing, isolation="process")) as process:
+        scorers = {"inline": inline, "process": process}
+
+        def score_all(name: str) -> float:
+            started = time.perf_counter()
+            for pending in [scorers[name].submit(group) for group in groups]:
+                pending.result()
+            return 1000 * (time.perf_counter() - started)
+
+        interleave(scorers, 2, score_all)  # starts the processes
+        milliseconds = interleave(scorers, options.repeats, score_all)
+    figures = {name: summarise(values) for name, values in milliseconds.items()}
+    return {"what": "overhead", "milliseconds": figures, "completions": GROUPS * GENERATIONS}
 
 
-def step(options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of 8 prompts with the slow reward; sampling alone is measured by the same steps' own clock with a trivial one."""
-    from rankup import GRPOTrainer
+def step(options: argparse.Namespace) -> Result:
+    """Steps of 8 prompts with the slow reward, and with the trivial one, which shows the time of sampling alone."""
     from rankup.grpo.common.quiet import quiet_loggers
+
+    quiet_loggers()
+    seconds: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
+        for name, function in (("sampling", nothing), ("with the reward", sleeps)):
+            steps = _train(function, options.repeats + 1, Path(folder) / name.split()[0])
+            seconds[name] = summarise(steps[1:])
+    call = SLEEP * GENERATIONS
+    ratio = seconds["with the reward"]["median"] / (seconds["sampling"]["median"] + call)
+    return {"what": "step", "seconds": seconds, "call_seconds": call, "ratio": ratio}
+
+
+def _train(function: Callable[..., list[float]], steps: int, folder: Path) -> list[float]:
+    """Seconds of sampling and scoring in each step of a run."""
+    from rankup import GRPOTrainer
     from rankup.grpo.config import load_config
     from rankup.grpo.run.records import read_metrics
 
-    quiet_loggers()
-    seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, function in (("sampling", nothing), ("with the reward", sleeps)):
-            overrides = [
-                f"optim.max_steps={options.repeats + 1}",
-                "optim.prompts_per_step=8",
-                "logging.eval_before=false",
-                "data.eval=null",
-                "rewards.isolation=process",
-                "rewards.num_workers=8",
-                f"logging.output_dir={folder}/{name.split()[0]}",
-            ]
-            config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
-            GRPOTrainer(reward_funcs=function, args=config).train()
-            rows = [row for row in read_metrics(Path(config.logging.output_dir)) if "time/rollout" in row][1:]
-            seconds[name] = [row["time/rollout"] + row["time/reward"] for row in rows]
-    result = {name: summarise(values) for name, values in seconds.items()}
-    call = SLEEP * GENERATIONS
-    bound = result["sampling"]["median"] + call
-    ratio = result["with the reward"]["median"] / bound
-    print(f"sampling {result['sampling']['median']:.2f} s, with the reward {result['with the reward']['median']:.2f} s: "
-          f"{ratio:.3f} of sampling and one call ({call:g} s)")
-    return {"seconds": result, "call_seconds": call, "ratio": ratio}
+    overrides = [
+        f"optim.max_steps={steps}",
+        "optim.prompts_per_step=8",
+        "logging.eval_before=false",
+        "data.eval=null",
+        "rewards.isolation=process",
+        "rewards.num_workers=8",
+        f"logging.output_dir={folder}",
+    ]
+    GRPOTrainer(reward_funcs=function, args=load_config(QUICKSTART, overrides)).train()
+    return [row["time/rollout"] + row["time/reward"] for row in read_metrics(folder) if "time/rollout" in row]
+
+
+def report(result: Result) -> str:
+    """Median and spread of each kind, and the ratio of `step`."""
+    unit = "ms" if result["what"] == "overhead" else "s"
+    lines = [
+        f"- {name}: {values['median']:.2f} {unit} ({values['min']:.2f} to {values['max']:.2f})"
+        for name, values in result.get("milliseconds", result.get("seconds", {})).items()
+    ]
+    if "ratio" in result:
+        call = f"one call ({result['call_seconds']:g} s)"
+        lines.append(f"- with the reward: {result['ratio']:.3f} x the time of sampling and {call}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    use_environment()
     main()

@@ -1,8 +1,8 @@
-"""The three engines of `rollout.py`, each made in a process of its own: rankup's, and stock vLLM with and without LoRA.
+"""The three engines of `rollout.py`, each in a process of its own: rankup's, and stock vLLM with and without LoRA.
 
-All of them run in their process, on all cores (vLLM's other choice, an engine process beside the caller, keeps one core
-for the caller: half the speed on two) and get the very same sampling parameters. rankup and the base model keep freed
-memory (`kernels/cpu_memory.py`); stock vLLM with the adapter is left as its users have it.
+All run inside their process on all cores (an engine process of vLLM's own would leave one core to the caller: half the speed
+on two) with the same sampling parameters. rankup and the base model keep freed memory (`kernels/cpu_memory.py`); stock vLLM
+with the adapter is left as its users have it.
 """
 
 from __future__ import annotations
@@ -13,37 +13,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import ROOT
+from cases import randomise_adapter
+from common import QUICKSTART
 from transformers import AutoTokenizer
 
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
-from rankup.grpo.config import load_config
+from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.data.prompts import prepare_prompts
 from rankup.grpo.data.sources import load_rows
 from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.update.session import make_policy
 from rankup.kernels.cpu_memory import keep_freed_memory
-from rankup.rollout.config import SamplingConfig
 from rankup.rollout.engine import RolloutEngine
+from rankup.rollout.types import PromptGroup, SamplingSettings
 from rankup.rollout.vllm_compat import import_vllm
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import LLM, SamplingParams
 
-RUN_FILE = ROOT / "configs" / "quickstart.yaml"
 GPU_SHARE = 0.25  # of a CUDA device's memory for each of the three engines
-ADAPTER_STD = 0.3  # of B's entries: moves log-probabilities by far more than rounding does
+ADAPTER_STD = 0.3  # of B's entries: changes log-probabilities by far more than rounding does
 
 
 class EqualLengthEngine(RolloutEngine):
     """rankup's engine, except that no completion ends early: all sides sample the same number of tokens."""
 
     @staticmethod
-    def _sampling_params(sampling: SamplingConfig, seed: int | None) -> SamplingParams:
+    def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
         params = RolloutEngine._sampling_params(sampling, seed)
         params.ignore_eos = True
         return params
+
+
+class QuickstartSide:
+    """Engine and policy of the quick start on one copy of an adapter, with some options changed."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        keep_freed_memory()
+        self.config: GRPOConfig = load_config(QUICKSTART, overrides)
+        with quiet_stderr():
+            self.model_path = resolve_model(self.config.model.name)
+            self.engine = EqualLengthEngine(engine_settings(self.config, self.model_path))
+            self.policy: Policy = make_policy(self.config, self.model_path, self.engine)
+
+    def publish_adapter(self) -> None:
+        """Publish the adapter, which also clears the prefix cache, as training does before every step."""
+        self.engine.publish(self.policy.write_slots)
+
+    def sample_groups(
+        self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None = None
+    ) -> list[PromptGroup]:
+        """Groups of `completions` of `length` tokens each."""
+        sampling = SamplingSettings(num_generations=completions, max_completion_length=length)
+        return list(self.engine.rollout(prompts, sampling, seeds=seeds))
 
 
 class OpenedFiles:
@@ -59,78 +83,63 @@ class OpenedFiles:
             self.names.append(str(arguments[0]))
 
 
-class RankupSide:
-    """The quick start's policy and engine on one copy of a random adapter, which is saved for the others."""
+class RankupSide(QuickstartSide):
+    """rankup with a random adapter, which is saved for the stock side."""
 
     def __init__(self, *, rank: int, adapter_folder: Path) -> None:
-        keep_freed_memory()
         self._opened = OpenedFiles()
-        share = f"rollout.gpu_memory_utilization={GPU_SHARE}"
-        config = load_config(RUN_FILE, [f"lora.rank={rank}", share])
-        with quiet_stderr():
-            self.model_path = resolve_model(config.model.name)
-            self._settings = engine_settings(config, self.model_path)
-            self._engine = EqualLengthEngine(self._settings)
-            self._policy = Policy(
-                self.model_path, lora=config.lora, dtype=config.model.dtype, seed=config.seed, device=self._engine.device
-            )
-        self._randomise()
-        self._policy.attach(self._engine.slots)
-        self._engine.publish(self._policy.write_slots)
-        self._policy.save_adapter(adapter_folder)
-        self._config = config
-
-    @torch.no_grad()
-    def _randomise(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for b in self._policy.masters[1::2]:
-            b.copy_(torch.randn(b.shape, generator=generator) * ADAPTER_STD)
+        super().__init__([f"lora.rank={rank}", f"rollout.gpu_memory_utilization={GPU_SHARE}"])
+        randomise_adapter(self.policy, ADAPTER_STD)
+        self.publish_adapter()
+        self.policy.save_adapter(adapter_folder)
 
     def describe(self) -> dict[str, Any]:
-        """What the others and the report need to know."""
-        config = self._config
+        """What the other sides and the report need to know."""
+        config, settings = self.config, self.engine.settings
         return {
             "model": config.model.name,
             "model_path": self.model_path,
             "dtype": config.model.dtype,
             "targets": list(config.lora.target_modules),
-            "adapter_parameters": sum(p.numel() for p in self._policy.masters),
-            "max_num_seqs": self._settings.max_num_seqs,
-            "max_model_len": self._settings.rollout.max_model_length,
-            "kv_cache_bytes": int(self._settings.rollout.kv_cache_gib * 2**30),
+            "adapter_parameters": sum(p.numel() for p in self.policy.masters),
+            "max_num_seqs": settings.max_num_seqs,
+            "max_model_len": settings.max_model_len,
+            "kv_cache_bytes": settings.kv_cache_bytes,
             "completion_length": config.rollout.max_completion_length,
         }
 
     def quickstart_prompts(self, count: int) -> list[list[int]]:
         """Token ids of the first prompts of the quick start's training data."""
-        assert self._config.data.train is not None
-        rows = load_rows(self._config.data.train, split="train")[:count]
+        assert self.config.data.train is not None
+        rows = load_rows(self.config.data.train, split="train")[:count]
         tokenizer = AutoTokenizer.from_pretrained(self.model_path)
-        prompts = prepare_prompts(rows, tokenizer, max_prompt_length=self._config.rollout.max_prompt_length)
+        prompts = prepare_prompts(rows, tokenizer, max_prompt_length=self.config.rollout.max_prompt_length)
         return [list(row.token_ids) for row in prompts.rows]
 
-    def sample(self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int] | None) -> tuple[int, float]:
+    def sample(
+        self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None
+    ) -> tuple[int, float]:
         """Tokens sampled and seconds taken."""
         started = time.perf_counter()
-        groups = list(self._engine.rollout(prompts, sampling, seeds=seeds))
+        groups = self.sample_groups(prompts, completions, length, seeds)
         seconds = time.perf_counter() - started
         return sum(len(c.token_ids) for group in groups for c in group.completions), seconds
 
-    def forget_prompts(self) -> None:
-        """Empty the prefix cache, as training does before every step: by publishing."""
-        self._engine.publish(self._policy.write_slots)
+    def clear_prefix_cache(self) -> None:
+        """By publishing, as training does before every step."""
+        self.publish_adapter()
 
     def prompt_logprobs(self, sequence: list[int]) -> list[float]:
-        """Log-probability of every token but the first."""
-        return self._engine.prompt_logprobs([sequence])[0]
+        """Log-probability of every token except the first."""
+        return self.engine.prompt_logprobs([sequence])[0]
 
     def publish(self, times: int) -> tuple[list[float], list[str]]:
-        """Milliseconds of each of so many publishes, and the files that were opened meanwhile."""
+        """Milliseconds of each publish, and the files that were opened meanwhile."""
         milliseconds = []
         self._opened.watching = True
         for _ in range(times):
             started = time.perf_counter()
-            self._engine.publish(self._policy.write_slots)
+            self.publish_adapter()
             milliseconds.append((time.perf_counter() - started) * 1e3)
         self._opened.watching = False
         return milliseconds, self._opened.names
@@ -139,12 +148,12 @@ class RankupSide:
 class StockSide:
     """Stock vLLM as its users start it, with the saved adapter (`adapter_folder`) or without LoRA (None).
 
-    Only what was asked for differs from vLLM's defaults, and the size of the KV cache, which is rankup's: by default
-    each engine would take most of the machine's memory.
+    Besides LoRA only the size of the KV cache differs from vLLM's defaults: it is rankup's, since by default each engine would
+    take most of the machine's memory.
     """
 
     def __init__(self, *, model_path: str, kv_cache_bytes: int, adapter_folder: Path | None, rank: int) -> None:
-        if adapter_folder is None:  # so that the ratio to the base model is what the adapter costs, and nothing else
+        if adapter_folder is None:  # so that the ratio to the base model shows the cost of the adapter only
             keep_freed_memory()
         import_vllm()
         from vllm import LLM
@@ -154,24 +163,20 @@ class StockSide:
         if adapter_folder is not None:
             lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
         with quiet_stderr():
-            # On CUDA each engine has its share, on CPU a cache of the same size.
+            # On CUDA each engine has its share of the device, on CPU a cache of the same size.
             cache = None if torch.cuda.is_available() else kv_cache_bytes
             self._llm = LLM(model_path, kv_cache_memory_bytes=cache, gpu_memory_utilization=GPU_SHARE, **lora)
         self._request = None if adapter_folder is None else LoRARequest("adapter", 1, str(adapter_folder))
 
     def describe(self) -> dict[str, Any]:
         """The settings that vLLM chose."""
-        config = self._llm.llm_engine.vllm_config
-        return {
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
-            "max_model_len": config.model_config.max_model_len,
-            "block_size": config.cache_config.block_size,
-            "prefix_caching": config.cache_config.enable_prefix_caching,
-            "compilation": config.compilation_config.mode.name,
-        }
+        return vllm_settings(self._llm)
 
-    def sample(self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int] | None) -> tuple[int, float]:
+    def sample(
+        self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None
+    ) -> tuple[int, float]:
         """Tokens sampled and seconds taken."""
+        sampling = SamplingSettings(num_generations=completions, max_completion_length=length)
         params = [EqualLengthEngine._sampling_params(sampling, seed) for seed in seeds or [None] * len(prompts)]
         started = time.perf_counter()
         outputs = self._llm.generate(
@@ -180,12 +185,12 @@ class StockSide:
         seconds = time.perf_counter() - started
         return sum(len(c.token_ids) for output in outputs for c in output.outputs), seconds
 
-    def forget_prompts(self) -> None:
-        """Empty the prefix cache."""
+    def clear_prefix_cache(self) -> None:
+        """By vLLM's own method."""
         assert self._llm.reset_prefix_cache()
 
     def prompt_logprobs(self, sequence: list[int]) -> list[float]:
-        """Log-probability of every token but the first."""
+        """Log-probability of every token except the first."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -193,3 +198,15 @@ class StockSide:
         assert output.prompt_logprobs is not None
         pairs = zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
         return [position[token].logprob for position, token in pairs if position is not None]
+
+
+def vllm_settings(llm: LLM) -> dict[str, Any]:
+    """Settings of a stock engine, for the result."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_model_len": config.model_config.max_model_len,
+        "block_size": config.cache_config.block_size,
+        "prefix_caching": config.cache_config.enable_prefix_caching,
+        "compilation": config.compilation_config.mode.name,
+    }

@@ -1,17 +1,14 @@
 #!/usr/bin/env python3
-"""What a step costs on many devices, by formulas and a simulation: nothing here is measured, and nothing is run.
+"""What a step costs on many devices, by formulas and a simulation. Nothing here is measured.
 
-A step of Llama-3.1-8B on workers that each hold the whole model: how many bytes cross the network and how long that takes, on
-8, 64 and 512 devices at ranks 64 and 128; how long a step is when the batch is fixed (strong scaling) and when each device has
-its completions (weak scaling), with lengths that vary, so that a step waits for its slowest worker. The numbers of parameters
-are those of `rankup plan`. The model is in scaling_model.py, its assumptions are in docs/scaling.md.
-
-    scripts/bench/scaling.py --table --plot docs/scaling.png
+A step of Llama-3.1-8B on workers that each hold the complete model: how many bytes cross the network and how long that takes,
+on 8, 64 and 512 devices at ranks 64 and 128; how long a step is with a fixed batch (strong scaling) and with a fixed number of
+completions per device (weak scaling), with completions of varying lengths, so that a step waits for its slowest worker. The
+numbers of parameters are those of `rankup plan`. The model is in scaling_model.py, its assumptions in docs/scaling.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -48,8 +45,11 @@ WEAK_PROMPTS = 16  # a device and step
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compute the figures; print, draw and write what was asked for."""
-    options = _parse(arguments)
+    """Compute the figures; print the tables, draw the picture and write the JSON file."""
+    parser = command_line(__doc__, EXAMPLE, repeats=20, what="simulated steps of each size")
+    parser.add_argument("--table", action="store_true", help="print the tables; the default without --plot and --json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture to this file")
+    options = parser.parse_args(arguments)
     figures = compute(read_models(), repeats=options.repeats)
     if options.table or not (options.plot or options.json):
         from scaling_report import TABLES
@@ -66,15 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"written to {options.json}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__, EXAMPLE, repeats=20, what="simulated steps of each size")
-    parser.add_argument("--table", action="store_true", help="print the tables; the default without --plot and --json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the picture there")
-    return parser.parse_args(arguments)
-
-
 def read_models() -> dict[int, Model]:
-    """The model with an adapter of each rank, from the planner's shapes."""
+    """The model with an adapter of each rank, from the shapes of `rankup plan`."""
     from scaling_model import Model
 
     from rankup.grpo.cli.plan.shapes import read_shape
@@ -118,7 +111,7 @@ def _row(steps: Steps) -> dict[str, Any]:
 
 
 def _traffic(rank: int, model: Model, workers: int, steps: Steps) -> dict[str, Any]:
-    """Bytes and seconds of a step's collectives, by network and algorithm; shares are of the step of weak scaling."""
+    """Bytes and seconds of the collectives of a step, by network and algorithm; shares are of the step of weak scaling."""
     from scaling_model import INFINIBAND, NETWORKS, RECORD_BYTES, Batch, all_reduce_seconds, network_seconds
 
     batch = Batch(prompts=WEAK_PROMPTS * workers)
@@ -142,7 +135,7 @@ def _traffic(rank: int, model: Model, workers: int, steps: Steps) -> dict[str, A
 
 
 def _settings(models: dict[int, Model], repeats: int) -> list[dict[str, Any]]:
-    """Weak scaling on the most devices, and what changes it."""
+    """Weak scaling on the largest number of devices, under changed assumptions."""
     from scaling_model import ETHERNET, H100, Batch, Device, network_seconds, simulate
 
     workers = DEVICES[-1]
@@ -151,14 +144,14 @@ def _settings(models: dict[int, Model], repeats: int) -> list[dict[str, Any]]:
     longer = dataclasses.replace(base, median=800.0, cap=8192)
     same_length = dataclasses.replace(base, median=736.0, prompt_sigma=0.0, completion_sigma=0.0)
     cases: list[tuple[str, Batch, Device, int]] = [
-        ("as above: 128 completions a device, cap 4,096", base, H100, 64),
-        *((f"{8 * n} completions a device", Batch(prompts=n * workers), H100, 64) for n in (8, 32, 64)),
+        ("as above: 128 completions per device, cap 4,096", base, H100, 64),
+        *((f"{8 * n} completions per device", Batch(prompts=n * workers), H100, 64) for n in (8, 32, 64)),
         ("cap 2,048", dataclasses.replace(base, cap=2048), H100, 64),
         ("median 800, cap 8,192", longer, H100, 64),
-        ("no prompt harder than another", dataclasses.replace(base, prompt_sigma=0.0), H100, 64),
+        ("all prompts equally hard", dataclasses.replace(base, prompt_sigma=0.0), H100, 64),
         ("every completion 736 tokens, the mean", same_length, H100, 64),
         ("rank 128", base, H100, 128),
-        ("devices as fast as their data sheet says", base, as_on_data_sheet, 64),
+        ("devices at full data-sheet rates", base, as_on_data_sheet, 64),
     ]
     rows = []
     for name, batch, device, rank in cases:

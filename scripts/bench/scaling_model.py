@@ -5,9 +5,10 @@
     steps = simulate(model, Batch(prompts=128), workers=64, network=INFINIBAND, repeats=20)
     steps.seconds, steps.rollout, steps.rollout_wait, steps.training, steps.training_wait, steps.network
 
-Nothing here is measured. Rates come from vendors' data sheets; the shares of them that are reached, and latencies, are assumed.
-Every worker holds the whole model. Prompts are dealt out whole; a step is rollout, wait, training, wait, all-reduce. Times are
-in seconds, sizes in bytes, rates in bytes or operations a second. Legend: N workers, M nodes, P prompts, G completions of each.
+Nothing here is measured. Rates come from vendors' data sheets; the achieved shares of them, and latencies, are assumed. Every
+worker holds the complete model, and all completions of a prompt are on one worker. A step is rollout, wait, training, wait,
+all-reduce. Times are in seconds, sizes in bytes, rates in bytes or operations per second. Legend: N workers, M nodes, P
+prompts, G completions of each.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from rankup.grpo.cli.plan.shapes import ModelShape
 
 BF16, FP32 = 2, 4
-RECORD_BYTES = 100  # rewards and lengths of a completion
+RECORD_BYTES = 100  # rewards and lengths of one completion
 CHECKSUM_BYTES = 8
-SLOTS = 256  # sequences that vLLM decodes at once: its max_num_seqs, as in grpo/plan_memory.py
+SLOTS = 256  # sequences that vLLM decodes at once: its max_num_seqs, as in `rankup plan`
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -36,8 +37,8 @@ Algorithm = Literal["ring", "nodes", "tree"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """An H100 SXM. Data sheet: `memory_rate` and `operations` (bf16, dense). Assumed: the shares of them that are reached, and
-    `iteration_seconds`, what an iteration of vLLM takes besides (scheduler, sampler, launches)."""
+    """An H100 SXM. Data sheet: `memory_rate` and `operations` (bf16, dense). Assumed: the achieved shares of them, and
+    `iteration_seconds`, the overhead of an iteration of vLLM (scheduler, sampler, launches)."""
 
     memory_rate: float = 3.35e12
     operations: float = 989e12
@@ -56,8 +57,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Nodes of some devices. Data sheet: `inside`, of one device to the others of its node, and `between`, of a whole node to
-    the others, in one direction. Assumed: the share of them that is reached, and the latencies of one hop."""
+    """Nodes of `node` devices. Data sheet, in one direction: `inside`, from a device to the others of its node, and `between`,
+    from a node to the others. Assumed: the achieved `share` of them, and the latencies of one hop."""
 
     name: str
     node: int = 8
@@ -69,15 +70,15 @@ class Network:
 
 
 H100 = Device()
-INFINIBAND = Network(name="InfiniBand, 8 × 400 Gbit/s a node", between=8 * 50e9, between_latency=10e-6)
-ETHERNET = Network(name="Ethernet, 100 Gbit/s a node", between=12.5e9, between_latency=50e-6)
-SLOW_ETHERNET = Network(name="Ethernet, 10 Gbit/s a device", node=1, between=1.25e9, between_latency=50e-6)
+INFINIBAND = Network(name="InfiniBand, 8 × 400 Gbit/s per node", between=8 * 50e9, between_latency=10e-6)
+ETHERNET = Network(name="Ethernet, 100 Gbit/s per node", between=12.5e9, between_latency=50e-6)
+SLOW_ETHERNET = Network(name="Ethernet, 10 Gbit/s per device", node=1, between=1.25e9, between_latency=50e-6)
 NETWORKS = (INFINIBAND, ETHERNET, SLOW_ETHERNET)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What a step depends on of a model and its adapter: parameters, and the KV cache's bytes of a token."""
+    """Parameters of a model (body without embeddings, LM head) and its adapter, and bytes of KV cache per token."""
 
     body: int
     head: int
@@ -86,7 +87,7 @@ class Model:
 
     @classmethod
     def of(cls, shape: ModelShape, rank: int) -> Model:
-        """With an adapter of this rank on all linear layers but the head."""
+        """With an adapter of this rank on all linear layers except the head."""
         head = [matrix for matrix in shape.matrices if matrix.role == "lm_head"]
         return cls(
             body=shape.quantisable,
@@ -97,24 +98,24 @@ class Model:
 
     @property
     def gradient_bytes(self) -> int:
-        """The flat fp32 buffer that is all-reduced once a step."""
+        """The flat fp32 buffer that is all-reduced once per step."""
         return FP32 * self.adapter
 
     @property
     def read_bytes(self) -> int:
-        """What an iteration of decoding reads however few sequences it has: body, head and adapter in bf16."""
+        """Read by every iteration of decoding, even for one sequence: body, head and adapter in bf16."""
         return BF16 * (self.body + self.head + self.adapter)
 
     @property
     def operations_per_token(self) -> int:
-        """Of decoding, and of reading a prompt."""
+        """Of decoding and of prefill."""
         return 2 * (self.body + self.head + self.adapter)
 
     def training_operations(self, tokens: Floats, completion_tokens: Floats) -> Floats:
         """Of `tokens` through the layers with gradient checkpointing, and of `completion_tokens` through the head.
 
-        The frozen weights: forward, forward again, gradient of the input, 2 operations a parameter each. The adapter's own
-        gradients are 2 more. The head is not computed again.
+        The frozen weights: forward, forward again, gradient of the input, 2 operations a parameter each. The gradients of
+        the adapter are 2 more. The head is not computed again.
         """
         return tokens * (6 * self.body + 8 * self.adapter) + completion_tokens * 4 * self.head
 
@@ -123,8 +124,8 @@ class Model:
 class Batch:
     """A step's prompts and the lengths of their completions, in tokens.
 
-    Lengths are log-normal with a cap: a factor of the prompt (all its completions are long where it is hard) times one of the
-    completion. `prompt_sigma` and `completion_sigma` are their logarithms' standard deviations.
+    Lengths are log-normal with a cap: a factor of the prompt (hard prompts have long completions) times one of the completion.
+    `prompt_sigma` and `completion_sigma` are the standard deviations of their logarithms.
     """
 
     prompts: int
@@ -182,7 +183,7 @@ def all_gather_seconds(size: float, workers: int, network: Network) -> float:
 
 
 def network_seconds(model: Model, batch: Batch, workers: int, network: Network, algorithm: Algorithm = "nodes") -> float:
-    """All that a step sends: the gradients, the records of the completions, a checksum a worker."""
+    """Everything that a step sends: gradients, records of the completions, a checksum per worker."""
     records = math.ceil(batch.prompts / workers) * batch.generations * RECORD_BYTES
     gathered = all_gather_seconds(records, workers, network) + all_gather_seconds(CHECKSUM_BYTES, workers, network)
     return all_reduce_seconds(model.gradient_bytes, workers, network, algorithm) + gathered
@@ -193,7 +194,7 @@ def network_seconds(model: Model, batch: Batch, workers: int, network: Network, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One worker's: seconds, iterations of the engine, and the most tokens in its KV cache (prompts once a completion)."""
+    """Of one worker: seconds, iterations of the engine, and peak tokens in the KV cache (the prompt once per completion)."""
 
     seconds: float
     iterations: int
@@ -201,7 +202,7 @@ class Rollout:
 
 
 def starts_in_slots(lengths: Integers, slots: int) -> Integers:
-    """The iteration at which each sequence begins: the first `slots` at once, each further one when one of them ends."""
+    """The iteration at which each sequence starts: 0 for the first `slots`, for others when a running one ends."""
     starts = np.zeros_like(lengths)
     running = lengths[:slots].tolist()
     heapq.heapify(running)
@@ -211,10 +212,10 @@ def starts_in_slots(lengths: Integers, slots: int) -> Integers:
 
 
 def roll_out(lengths: Integers, prompt_tokens: int, model: Model, device: Device, slots: int = SLOTS) -> Rollout:
-    """Decode the sequences of one worker, `lengths` [P, G]. A prompt is read once for its completions.
+    """Decode the sequences of one worker, `lengths` [P, G], after one prefill of each prompt.
 
-    An iteration gives every live sequence a token. It takes as long as reading the weights and the live sequences' keys and
-    values, or as its products where that is longer.
+    An iteration adds one token to every live sequence. It takes the time of reading the weights and the keys and values of the
+    live sequences, or of its matrix products if that is longer.
     """
     if lengths.size == 0:
         return Rollout(seconds=0.0, iterations=0, kv_tokens=0)
@@ -224,8 +225,8 @@ def roll_out(lengths: Integers, prompt_tokens: int, model: Model, device: Device
     iterations = int(ends.max())
     size = iterations + 1
     live = np.cumsum(np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size))[:-1]
-    begun = np.bincount(starts, starts, size) - np.bincount(ends, starts, size)
-    context = (live * (prompt_tokens + np.arange(iterations)) - np.cumsum(begun)[:-1]).astype(np.float64)
+    started = np.bincount(starts, starts, size) - np.bincount(ends, starts, size)
+    context = (live * (prompt_tokens + np.arange(iterations)) - np.cumsum(started)[:-1]).astype(np.float64)
     reading = device.reading(model.read_bytes + model.kv_bytes * context)
     products = device.computing(live.astype(np.float64) * model.operations_per_token)
     decoding = np.maximum(reading, products).sum() + iterations * device.iteration_seconds
@@ -235,8 +236,8 @@ def roll_out(lengths: Integers, prompt_tokens: int, model: Model, device: Device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Means over the simulated steps, in seconds: `rollout` and `training` are the mean worker's, the waits those for the
-    slowest one. `iterations` is the slowest worker's, `kv_tokens` the most that any worker held."""
+    """Means over the simulated steps, in seconds: `rollout` and `training` of the mean worker, the waits from there to the
+    slowest one. `iterations` of the slowest worker, `kv_tokens` the maximum over workers and steps."""
 
     workers: int
     completions: int
@@ -250,7 +251,7 @@ class Steps:
 
     @property
     def seconds(self) -> float:
-        """A whole step."""
+        """A complete step."""
         return self.rollout + self.rollout_wait + self.training + self.training_wait + self.network
 
     @property
@@ -269,7 +270,7 @@ def simulate(
     repeats: int,
     seed: int = 0,
 ) -> Steps:
-    """Steps of `workers` devices that share the batch. Workers beyond the prompts have nothing to do but wait."""
+    """Steps of `workers` devices that share the batch. Workers without a prompt only wait."""
     rows = []
     random = np.random.default_rng(seed)
     for _ in range(repeats):

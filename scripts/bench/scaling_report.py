@@ -1,16 +1,19 @@
 """The tables and the picture of docs/scaling.md, from the figures of `scaling.py`.
 
-TABLES["weak"](figures)                  # Markdown
-draw(figures, Path("docs/scaling.png"))
+    TABLES["weak"](figures)                  # Markdown
+    draw(figures, Path("docs/scaling.png"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS, POINT, STRONG, STYLE
+from report_plots import picture, stack_bars
+from report_tables import markdown
+
+from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS, POINT, STRONG
 
 Figures = dict[str, Any]
 SHOWN_STRONG = {1, 8, 16, 32, 64, 128, 512}
@@ -25,11 +28,6 @@ PHASES = {
     "training_wait": ("waiting for the slowest trainer", COLOURS[4]),
     "network": ("network, at most {most:.2f} %", "black"),
 }
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _size(count: float) -> str:
@@ -50,31 +48,22 @@ def _percent(share: float) -> str:
 
 def _network(figures: Figures) -> str:
     names = [one["name"] for one in figures["network"][0]["networks"]]
-    head = ["rank", "devices", "a device sends", "leaves a node", "records received", *names]
-    rows = [
-        [
-            str(row["rank"]),
-            str(row["workers"]),
-            _size(row["sent_by_device"]),
-            _size(row["sent_by_node"]),
-            _size(row["records_received"]),
-            *(f"{_time(one['seconds'])}, {_percent(one['share'])}" for one in row["networks"]),
-        ]
-        for row in figures["network"]
-    ]
-    return _table(head, rows)
+    rows = []
+    for row in figures["network"]:
+        sizes = (_size(row[key]) for key in ("sent_by_device", "sent_by_node", "records_received"))
+        times = (f"{_time(one['seconds'])}, {_percent(one['share'])}" for one in row["networks"])
+        rows.append([str(row["rank"]), str(row["workers"]), *sizes, *times])
+    return markdown(["rank", "devices", "a device sends", "leaves a node", "records received", *names], rows, left=1)
 
 
 def _algorithms(figures: Figures) -> str:
     names = {"ring": "one ring", "nodes": "rings in nodes, rings between", "tree": "rings in nodes, trees between"}
-    rows = [
-        [one["name"], str(row["workers"]), *(_time(one["all_reduce"][name]) for name in names)]
-        for one_of in range(2)  # the two networks with nodes
-        for row in figures["network"]
-        if row["rank"] == 64
-        for one in [row["networks"][one_of]]
-    ]
-    return _table(["network", "devices", *names.values()], rows)
+    rows = []
+    for network in range(2):  # those with nodes
+        for row in (row for row in figures["network"] if row["rank"] == 64):
+            one = row["networks"][network]
+            rows.append([one["name"], str(row["workers"]), *(_time(one["all_reduce"][name]) for name in names)])
+    return markdown(["network", "devices", *names.values()], rows, left=1)
 
 
 def _phases(row: Figures) -> list[str]:
@@ -87,19 +76,13 @@ PHASE_HEAD = ["sampling", "wait", "training", "wait", "network", "step"]
 def _strong(figures: Figures) -> str:
     rows = []
     for steps in figures["strong"].values():
-        alone = steps[0]["seconds"]
-        rows += [
-            [
-                f"{row['completions']:,}",
-                str(row["workers"]),
-                *_phases(row),
-                f"{alone / row['seconds']:.1f}",
-                f"{alone / row['seconds'] / row['workers']:.2f}",
-            ]
-            for row in steps
-            if row["workers"] in SHOWN_STRONG
-        ]
-    return _table(["completions", "devices", *PHASE_HEAD, "speed-up", "efficiency"], rows)
+        for row in (row for row in steps if row["workers"] in SHOWN_STRONG):
+            speedup = steps[0]["seconds"] / row["seconds"]
+            efficiency = speedup / row["workers"]
+            rows.append(
+                [f"{row['completions']:,}", str(row["workers"]), *_phases(row), f"{speedup:.1f}", f"{efficiency:.2f}"]
+            )
+    return markdown(["completions", "devices", *PHASE_HEAD, "speed-up", "efficiency"], rows, left=1)
 
 
 def _weak(figures: Figures) -> str:
@@ -108,21 +91,17 @@ def _weak(figures: Figures) -> str:
         for row in figures["weak"]["64"]
         if row["workers"] in SHOWN_WEAK
     ]
-    return _table(["devices", "completions", *PHASE_HEAD, "longest completion", "efficiency"], rows)
+    return markdown(["devices", "completions", *PHASE_HEAD, "longest completion", "efficiency"], rows, left=1)
 
 
 def _settings(figures: Figures) -> str:
-    rows = [
-        [
-            row["name"],
-            f"{row['rollout_wait'] + row['training_wait']:.1f}",
-            f"{row['seconds']:.1f}",
-            f"{row['busy']:.2f}",
-            _percent(row["ethernet_share"]),
-        ]
-        for row in figures["settings"]
-    ]
-    return _table(["512 devices", "waits", "step", "efficiency", "network's share, 100 Gbit/s Ethernet"], rows)
+    rows = []
+    for row in figures["settings"]:
+        waits = row["rollout_wait"] + row["training_wait"]
+        times = f"{waits:.1f}", f"{row['seconds']:.1f}", f"{row['busy']:.2f}"
+        rows.append([row["name"], *times, _percent(row["ethernet_share"])])
+    heads = ["512 devices", "waits", "step", "efficiency", "network's share, 100 Gbit/s Ethernet"]
+    return markdown(heads, rows, left=1)
 
 
 TABLES: dict[str, Callable[[Figures], str]] = {
@@ -138,26 +117,14 @@ TABLES: dict[str, Callable[[Figures], str]] = {
 
 
 def draw(figures: Figures, out: Path) -> None:
-    """Efficiency by devices beside a step's seconds by phase, into one PNG of 1,800 x 900 pixels."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with rc_context(STYLE):
-        picture = Figure(figsize=(9, 4.5), dpi=200, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-        left, right = picture.subplots(1, 2, width_ratios=[1, 1.15])
+    """Efficiency by number of devices next to a step's seconds by phase, into one PNG of 1,800 x 900 pixels."""
+    with picture(out, TITLE, ASSUMED, panels=2, width=9, ratios=[1, 1.15]) as (left, right):
         _efficiency(left, figures)
         _bars(right, figures)
-        for axes in (left, right):
-            axes.set_axisbelow(True)
-            axes.tick_params(length=0)
-        picture.suptitle(TITLE, x=0.02, ha="left", fontsize=14, fontweight="bold")
-        picture.supxlabel(ASSUMED, x=0.02, ha="left", fontsize=9, color=FAINT_INK)
-        picture.savefig(out)
 
 
 def _efficiency(axes: Any, figures: Figures) -> None:
-    lines = {"128 completions a device": [(row["workers"], row["busy"]) for row in figures["weak"]["64"]]}
+    lines = {"128 completions per device": [(row["workers"], row["busy"]) for row in figures["weak"]["64"]]}
     for steps in reversed(figures["strong"].values()):
         alone = steps[0]["seconds"]
         points = [(row["workers"], alone / row["seconds"] / row["workers"]) for row in steps]
@@ -177,20 +144,18 @@ def _efficiency(axes: Any, figures: Figures) -> None:
 
 
 def _bars(axes: Any, figures: Figures) -> None:
-    kinds = {"128 a device": figures["weak"]["64"], "8,192 in all": figures["strong"]["1024"]}
+    kinds = {"128 per device": figures["weak"]["64"], "8,192 in all": figures["strong"]["1024"]}
     shown = [(name, row) for name, rows in kinds.items() for row in rows if row["workers"] in SHOWN_BARS]
     bars = [(f"{name}\n{row['workers']} devices", row) for name, row in shown]
-    most = max(row["network"] / row["seconds"] for _, row in bars)  # too little to be seen
-    left = [0.0] * len(bars)
-    for phase, (label, colour) in PHASES.items():
-        values = [row[phase] for _, row in bars]
-        axes.barh(range(len(bars)), values, left=left, height=0.62, color=colour, label=label.format(most=100 * most))
-        left = [start + value for start, value in zip(left, values, strict=True)]
-    for place, seconds in enumerate(left):
+    most = max(row["network"] / row["seconds"] for _, row in bars)  # too little to be visible
+    names = [label.format(most=100 * most) for label, _ in PHASES.values()]
+    parts = [[row[phase] for _, row in bars] for phase in PHASES]
+    ends = stack_bars(axes, names, parts, [colour for _, colour in PHASES.values()])
+    for place, seconds in enumerate(ends):
         axes.annotate(f"{seconds:.0f} s", (seconds, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(left) * 1.16)
+    axes.set_xlim(0, max(ends) * 1.16)
     axes.grid(axis="x")
     axes.set_xlabel("seconds")
     axes.set_title("where a step's time goes", loc="left", fontsize=11, color=FAINT_INK)

@@ -1,22 +1,21 @@
-"""The sides of the training benchmarks, each made in a process of its own: rankup's learner, and stock transformers and PEFT.
+"""The sides of the training benchmarks, each in a process of its own: rankup's learner, and stock transformers with PEFT.
 
 Both take the same groups, adapter values, objective (DAPO, on-policy, no KL penalty), clipping and AdamW.
 
-Legend: B rows (completions), T tokens of a row, V vocabulary, N targets.
+Legend: B rows (completions), T tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, Group, padded_rows
+from cases import Case, Group, padded_rows, randomise_adapter
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from process_memory import reset_peak, resident_bytes, return_freed_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -32,16 +31,13 @@ from rankup.rollout.types import Completion, PromptGroup
 
 MODEL = "smollm2-135m-instruct"
 RANK, ALPHA = 64, 32
-ADAPTER_STD = 0.1  # of B's entries: an adapter that matters, on a model that still works
+ADAPTER_STD = 0.1  # of B's entries: large enough to matter, small enough for the model to keep working
 GRADIENTS_FILE = "gradients.safetensors"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Side:
-    """What the sides share: what a step costs.
-
-    `begin` is called first: it sets the case, the adapter's first values and a fresh optimizer.
-    """
+    """Time and memory of a step. `begin` comes first: it sets the case, the initial adapter and a new optimizer."""
 
     _loaded_bytes = 0
 
@@ -53,102 +49,83 @@ class Side:
 
     def seconds(self) -> float:
         """Seconds of a step."""
-        _finish()
+        _synchronize()
         started = time.perf_counter()
         self.step()
-        _finish()
+        _synchronize()
         return time.perf_counter() - started
 
     def peak_bytes(self) -> int:
-        """Most resident memory within two steps (the second has the optimizer's state) beyond what the loaded model takes. On
-        CUDA what torch has allocated there."""
-        _return_freed_memory()
+        """Peak memory of two steps (the second has optimizer state) above that of the loaded model: resident memory, on CUDA
+        what torch has allocated."""
+        return_freed_memory()
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.step()
-            self.step()
-            return torch.cuda.max_memory_allocated() - self._loaded_bytes
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        else:
+            reset_peak()
         self.step()
         self.step()
-        return _resident_bytes("VmHWM") - self._loaded_bytes
+        peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident_bytes("VmHWM")
+        return peak - self._loaded_bytes
 
     def _note_loaded(self, weights: Iterable[torch.Tensor]) -> None:
-        for weight in weights:  # they are mapped from the file, and count as resident only once they are read
+        for weight in weights:  # mapped from the file; resident only after they are read
             weight.sum()
-        _return_freed_memory()
-        self._loaded_bytes = torch.cuda.memory_allocated() if DEVICE == "cuda" else _resident_bytes("VmRSS")
+        return_freed_memory()
+        self._loaded_bytes = torch.cuda.memory_allocated() if DEVICE == "cuda" else resident_bytes("VmRSS")
 
 
 class RankupSide(Side):
-    """rankup's policy and learner with a random adapter, which is saved for the others in `adapter_folder` if that is given."""
+    """rankup's policy and learner with a random adapter, which is saved for the other side in `adapter_folder`."""
 
     def __init__(self, *, rank: int = RANK, adapter_folder: Path | None = None) -> None:
         keep_freed_memory()
         self.model_path = resolve_model(MODEL)
-        # No sampler has drawn the tokens: there is no gap to correct, and nothing for guards to judge.
+        # No engine sampled the tokens, so there is no mismatch to correct and nothing for guards to judge.
         self._config = GRPOConfig(
             lora={"rank": rank, "alpha": ALPHA}, model=MODEL, correction={"mode": "none"}, guards={"enabled": False}
         )
         with quiet_stderr():
             self._policy = Policy(self.model_path, lora=self._config.lora, dtype=self._config.model.dtype, device=DEVICE)
-        self._randomise()
-        self._first_values = [master.detach().clone() for master in self._policy.masters]
+        randomise_adapter(self._policy, ADAPTER_STD)
+        self._initial = [master.detach().clone() for master in self._policy.masters]
         if adapter_folder is not None:
             self._policy.save_adapter(adapter_folder)
         self._note_loaded(self._policy.model.parameters())
 
-    @torch.no_grad()
-    def _randomise(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for b in self._policy.masters[1::2]:
-            b.copy_(torch.randn(b.shape, generator=generator) * ADAPTER_STD)
-
     def describe(self) -> dict[str, Any]:
-        """What the report needs to know."""
-        optim, algorithm = self._config.optim, self._config.algorithm
+        """Settings for the result."""
         return {
-            "model": MODEL,
             "model_path": self.model_path,
-            "dtype": self._config.model.dtype,
-            "targets": list(self._config.lora.target_modules),
-            "rank": self._config.lora.rank,
-            "alpha": self._config.lora.alpha,
             "adapter_parameters": sum(master.numel() for master in self._policy.masters),
-            "tokens_per_pack": optim.tokens_per_pack,
-            "max_grad_norm": optim.max_grad_norm,
-            "loss_type": algorithm.loss_type,
-            "beta": algorithm.beta,
-            "num_iterations": algorithm.num_iterations,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            **self._config.model_dump(mode="json", include={"model", "lora", "algorithm", "optim"}),
         }
 
     @torch.no_grad()
     def begin(self, case: Case) -> None:
-        """Start a case anew."""
         self._learner = None
-        for master, first in zip(self._policy.masters, self._first_values, strict=True):
-            master.copy_(first)
+        for master, initial in zip(self._policy.masters, self._initial, strict=True):
+            master.copy_(initial)
         self._policy.write_slots()
         self._groups = _weighted(case.groups())
         self._learner = Learner(self._policy, self._config)
 
-    def step(self) -> dict[str, float]:
-        """One update, as the trainer asks for it; its metrics."""
+    def step(self) -> None:
+        """One update, as the trainer calls it."""
         assert self._learner is not None
-        return self._learner.update(self._groups, step=0).metrics
+        self._learner.update(self._groups, step=0)
 
     def num_tokens(self) -> int:
-        """Tokens that go through the model in a step."""
+        """Tokens that pass through the model in a step."""
         return sum(one.num_input_tokens for one in self._packs())
 
     def probe(self, folder: Path) -> dict[str, Any]:
         """Loss, gradient norm before clipping, and log-probabilities with and without the adapter; gradients go to `folder`."""
-        still = self._config.model_copy(  # neither clipping nor the update changes anything
-            update={"optim": self._config.optim.model_copy(update={"max_grad_norm": 1e9, "learning_rate": 1e-30})}
-        )
-        learner = Learner(self._policy, still)
+        frozen = {"max_grad_norm": 1e9, "learning_rate": 1e-30}  # neither clipping nor the update changes anything
+        config = self._config.model_copy(update={"optim": self._config.optim.model_copy(update=frozen)})
+        learner = Learner(self._policy, config)
         gradients: dict[str, torch.Tensor] = {}
         learner.optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(self._policy.peft_model)))
         metrics = learner.update(self._groups, step=0).metrics
@@ -174,11 +151,11 @@ class RankSide:
         self._sides = {rank: RankupSide(rank=rank) for rank in ranks}
 
     def describe(self) -> dict[str, Any]:
-        """What the report needs to know."""
-        return {key: value for key, value in next(iter(self._sides.values())).describe().items() if key != "rank"}
+        """Settings for the result, of the first rank."""
+        return next(iter(self._sides.values())).describe()
 
     def begin(self, case: Case) -> None:
-        """Start a case anew at every rank."""
+        """`Side.begin` at every rank."""
         for side in self._sides.values():
             side.begin(case)
 
@@ -188,14 +165,14 @@ class RankSide:
 
 
 class StockSide(Side):
-    """Stock transformers and stock PEFT with the saved adapter: one padded row a completion, logits, torch's log-softmax.
+    """Stock transformers and PEFT with the saved adapter: one padded row per completion, logits, torch's log-softmax.
 
     Args:
         adapter_folder: where rankup's side saved its adapter. PEFT keeps it in fp32, its default.
         keep_memory: keep freed memory, as rankup does.
-        completion_logits: ask the model for the logits of the completions only (`logits_to_keep`).
-        autocast: run the model under bf16 autocast, as transformers' Trainer does with `bf16=True`; the adapters' products
-            are bf16 then.
+        completion_logits: ask the model for logits of completions only (`logits_to_keep`).
+        autocast: run the model under bf16 autocast, as transformers' Trainer does with `bf16=True`; then the products of the
+            adapter are bf16.
     """
 
     def __init__(
@@ -219,7 +196,6 @@ class StockSide(Side):
         self._note_loaded(self._model.parameters())
 
     def begin(self, case: Case) -> None:
-        """Start a case anew."""
         self._optimizer = None
         set_peft_model_state_dict(self._model, load_peft_weights(str(self._adapter_folder), device=DEVICE))
         optim = self._config.optim
@@ -246,30 +222,29 @@ class StockSide(Side):
         self._optimizer.zero_grad(set_to_none=True)
 
     def num_tokens(self) -> int:
-        """Tokens that go through the model in a step, padding included."""
+        """Tokens that pass through the model in a step, padding included."""
         return self._rows.num_tokens
 
     def probe(self, folder: Path) -> dict[str, Any]:
         """Loss, gradient norm, log-probabilities, and the cosine of the gradient with rankup's, which is in `folder`."""
         loss = self._loss()
         loss.backward()
-        theirs, ours = load_file(folder / GRADIENTS_FILE, device=DEVICE), _gradients(self._model)
-        assert theirs.keys() == ours.keys()
-        one, other = (
-            torch.cat([gradients[name].flatten().double() for name in sorted(ours)]) for gradients in (theirs, ours)
-        )
+        gradients = _gradients(self._model), load_file(folder / GRADIENTS_FILE, device=DEVICE)
+        assert gradients[0].keys() == gradients[1].keys()
+        names = sorted(gradients[0])
+        stock, rankup = (torch.cat([found[name].flatten().double() for name in names]) for found in gradients)
         self._model.zero_grad(set_to_none=True)
         with torch.no_grad():
             logprobs_BT, is_target_BT = self._logprobs()
         return {
             "loss": loss.item(),
-            "grad_norm": other.norm().item(),
-            "grad_cosine": torch.cosine_similarity(one, other, dim=0).item(),
+            "grad_norm": stock.norm().item(),
+            "grad_cosine": torch.cosine_similarity(stock, rankup, dim=0).item(),
             "logprobs": logprobs_BT[is_target_BT].tolist(),
         }
 
     def _loss(self) -> torch.Tensor:
-        """DAPO's: the mean over all completion tokens; the old log-probabilities are the policy's own."""
+        """DAPO's loss: the mean over all completion tokens. On-policy, so the old log-probabilities are the current ones."""
         algorithm = self._config.algorithm
         logprobs_BT, is_target_BT = self._logprobs()
         loss_BT = clipped_surrogate(
@@ -281,26 +256,26 @@ class StockSide(Side):
         return (loss_BT * is_target_BT).sum() / is_target_BT.sum()
 
     def _logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each token but the first ones, and whether it is a completion's; the last T - 1 at most."""
-        wanted: dict[str, torch.Tensor] = {}
+        """Log-probability of each token after the first, and whether it belongs to a completion. With `completion_logits`
+        only of the last columns, which contain all completions."""
+        selected: dict[str, torch.Tensor] = {}
         if self._completion_logits:
-            # Positions, not their number: of a slice, torch's linear layer on CPU copies the head once for every row.
-            wanted["logits_to_keep"] = torch.arange(
-                min(self._rows.prompt_lengths) - 1, self._ids_BT.shape[1], device=DEVICE
-            )
+            # Positions instead of their number: for a slice, torch's linear layer on CPU copies the head once per row.
+            first = min(self._rows.prompt_lengths) - 1
+            selected["logits_to_keep"] = torch.arange(first, self._ids_BT.shape[1], device=DEVICE)
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=self._autocast):
             logits_BTV = self._model(
-                input_ids=self._ids_BT, attention_mask=self._attention_BT, use_cache=False, **wanted
+                input_ids=self._ids_BT, attention_mask=self._attention_BT, use_cache=False, **selected
             ).logits
-        count = logits_BTV.shape[1] - 1  # nothing is predicted from the last token
+        count = logits_BTV.shape[1] - 1  # the last token predicts nothing
         targets_BT = self._ids_BT[:, -count:]
-        assert self._config.rollout.temperature == 1.0, "there is nothing to divide by, and neither side does"
+        assert self._config.rollout.temperature == 1.0, "neither side divides the logits"
         logprobs_BT = logits_BTV[:, :-1].float().log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]
         return logprobs_BT, self._is_target_BT[:, -count:]
 
 
 def _weighted(groups: Sequence[Group]) -> list[WeightedGroup]:
-    """The groups as rankup's learner takes them. The sampler's log-probabilities only enter a metric."""
+    """The groups as rankup's learner takes them. The sampler's log-probabilities affect only a metric."""
     weighted = []
     for index, group in enumerate(groups):
         completions = tuple(
@@ -318,21 +293,6 @@ def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def _finish() -> None:
-    """Wait for what a CUDA device has still to do."""
+def _synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-
-
-def _return_freed_memory() -> None:
-    """Hand everything that malloc holds back to the kernel, so that resident memory is memory in use."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident_bytes(field: str) -> int:
-    """`VmRSS`, resident memory, or `VmHWM`, the most that it was."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")

@@ -1,138 +1,127 @@
 #!/usr/bin/env python3
-"""How long the training phase of a step takes and how much memory, against PEFT with full logits.
+"""Time and memory of the training phase of a step, against PEFT with full logits.
 
-The phase goes from scored groups to updated masters: forward, backward, clipping, AdamW. SmolLM2-135M-Instruct in bf16, LoRA
-of rank 64 on all seven projections with fp32 masters, DAPO without KL penalty, one update a batch. A case such as 256+64 is
-2 prompts of 256 random tokens with 8 completions of 64 tokens each.
+The phase leads from scored groups to updated fp32 master weights: forward, backward, clipping, AdamW. SmolLM2-135M-Instruct in
+bf16, LoRA of rank 64 on all seven projections, DAPO without KL penalty, one update per batch. The case 256+64 is 2 prompts of
+256 random tokens with 8 completions of 64 tokens each.
 
-rankup is `Learner.update`. The other side is stock transformers with stock PEFT: one row a completion with its prompt, padded
-on the right, logits of all positions in fp32, torch's log-softmax; attention is torch's, the adapter is in fp32, which is
-PEFT's default. Before anything is timed, both must agree on the loss, on the gradient's norm and direction, and on the
-log-probability of every completion token.
+rankup is `Learner.update`. The other side is stock transformers with stock PEFT: one row per completion including its prompt,
+padded on the right, fp32 logits of all positions, torch's log-softmax and attention, the adapter in fp32 (PEFT's default).
+Before anything is timed, both must agree on the loss, on the norm and direction of the gradient, and on the log-probability of
+every completion token.
 
-`speedup` is the ratio of the medians of interleaved repeats. `memory_ratio` compares `peak_bytes`: the most resident memory
-of a process in its first two steps (so optimizer state, gradients, activations and what libraries set up), minus its resident
-memory once model and adapter were loaded, all weights read, and freed memory handed back to the kernel. Below 1 is less
-than stock.
+`speedup` is the ratio of the medians of interleaved repeats. `memory_ratio` compares `peak_bytes`: the peak resident memory of
+a process in its first two steps (optimizer state, gradients, activations, and what libraries allocate) minus its resident
+memory after model and adapter were loaded, all weights read, and freed memory returned to the kernel. Below 1 rankup needs
+less.
 
-Where the gain comes from: the stock side once more, in processes of its own and fewer repeats, with freed memory kept
-(`kernels/cpu_memory.py`), asking the model for completion logits only (`logits_to_keep`), under bf16 autocast (as
-transformers' Trainer runs it with bf16=True), and with all three; rankup is measured again beside each.
+To see where the gain comes from, variants of the stock side run with fewer repeats, each beside rankup: freed memory kept
+(`kernels/cpu_memory.py`), logits of completions only (`logits_to_keep`), bf16 autocast (as in transformers' Trainer with
+bf16=True), and all three.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import Case, add_case_argument
-from common import Worker, command_line, machine, summarise, use_environment, versions, write_json
+from cases import Case, add_case_argument, cases_of
+from common import Result, command_line, run, summarise, use_environment
+from report_tables import train_step
+from workers import Turns, Worker
 
 EXAMPLE = """examples:
   scripts/bench/train_step.py --json train_step.json                 both cases, about a quarter of an hour on two idle cores
   scripts/bench/train_step.py --case 128+32 --repeats 2 --main-only  a quick look at another shape
 """
 CASES = ("64+64", "256+64")
-SIDES = {"rankup": "rankup", "stock": "PEFT, full logits"}
-WARM_UPS = 5  # steps of each side that are not measured: until a process has the memory that it works in
+WARM_UPS = 5  # steps before measuring, until a process has allocated its working memory
+STOCK = "PEFT, full logits"
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "stock_with_kept_memory": ("freed memory kept", {"keep_memory": True}),
     "completion_logits": ("completion logits only", {"completion_logits": True}),
     "autocast": ("bf16 autocast", {"autocast": True}),
     "all_three": ("all three", {"keep_memory": True, "completion_logits": True, "autocast": True}),
 }
-LOSS_AGREES = 1e-3  # absolute; the loss is a mean of advantages of order 1
-GRAD_NORM_AGREES = 0.05
-COSINE_AGREES = 0.98
-LOGPROBS_AGREE = 0.35  # largest mean difference that counts as rounding, as a share of the adapter's effect
+MAX_LOSS_DIFFERENCE = 1e-3  # absolute; the loss is a mean of advantages of order 1
+MAX_GRAD_NORM_DIFFERENCE = 0.05  # relative
+MIN_COSINE = 0.98
+MAX_LOGPROB_DIFFERENCE = 0.35  # mean difference that rounding explains, as a share of the adapter's effect
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark, print the table and write the JSON file."""
-    options = _parse(arguments)
-    before = machine()
-    if before["load_average"] > 0.5:
-        print(f"warning: the machine is not idle (load average {before['load_average']:.1f}): steps will take longer")
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-bench-"))
-        bench = TrainStepBench(stack, Path(folder), {name: Case.parse(name) for name in options.case})
-        bench.compare_with_stock(options.repeats)
-        if not options.main_only:
-            bench.compare_with_variants(max(1, options.repeats // 2))
-        result = bench.result() | {"machine": before, "versions": versions()}
-    _show(result)
-    if options.json is not None:
-        write_json(options.json, result)
-        print(f"written to {options.json}")
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__, EXAMPLE, repeats=5, what="measured steps of each side")
     add_case_argument(parser, CASES)
     parser.add_argument("--main-only", action="store_true", help="leave out the variants of the stock side")
-    options = parser.parse_args(arguments)
-    options.case = options.case or list(CASES)
-    return options
+    run(parser.parse_args(arguments), measure, report)
+
+
+def measure(options: argparse.Namespace) -> Result:
+    """Compare rankup with the stock side, then with its variants."""
+    with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
+        adapter_folder = Path(folder) / "adapter"
+        with Worker("rankup", "train_sides:RankupSide", adapter_folder=adapter_folder) as rankup:
+            bench = TrainStepBench(rankup, Path(folder), cases_of(options))
+            sides: dict[str, tuple[str, dict[str, bool]]] = {"stock": (STOCK, {})}
+            if not options.main_only:
+                sides |= {name: (f"{STOCK}, but: {label}", changes) for name, (label, changes) in VARIANTS.items()}
+            for name, (label, changes) in sides.items():
+                repeats = options.repeats if name == "stock" else max(1, options.repeats // 2)
+                with Worker(label, "train_sides:StockSide", adapter_folder=adapter_folder, **changes) as stock:
+                    bench.compare(name, stock, repeats)
+            settings = rankup.call("describe")
+            settings.pop("model_path")  # a path of this machine
+    return {
+        "cases": {name: with_memory_ratio(case) for name, case in bench.results.items()},
+        "idle_sides_cpu_share": bench.turns.idle_share,
+        "sides": {"rankup": "rankup"} | {name: label for name, (label, _) in sides.items()},
+        "settings": settings,
+    }
 
 
 class TrainStepBench:
-    """The sides and what was measured with them, case by case."""
+    """rankup's side beside one stock side after another. `results` holds the figures of each case."""
 
-    def __init__(self, stack: ExitStack, folder: Path, cases: dict[str, Case]) -> None:
-        self._stack = stack
+    def __init__(self, rankup: Worker, folder: Path, cases: Mapping[str, Case]) -> None:
+        self._rankup = rankup
         self._folder = folder
-        self._adapter_folder = folder / "adapter"
-        self.cases = cases
-        self.idle_share = 0.0
-        self.seconds: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
-        self.speedups: dict[str, dict[str, float]] = {name: {} for name in cases}
-        self.peak_bytes: dict[str, dict[str, int]] = {name: {} for name in cases}
-        self.tokens: dict[str, dict[str, int]] = {name: {} for name in cases}
-        self.agreement: dict[str, dict[str, dict[str, float]]] = {name: {} for name in cases}
-        print(f"starting {SIDES['rankup']}", flush=True)
-        worker = Worker(SIDES["rankup"], "train_sides:RankupSide", adapter_folder=self._adapter_folder)
-        self.rankup = stack.enter_context(worker)
-        self.about: dict[str, Any] = self.rankup.call("describe")
-        for name in cases:
-            self._measure_memory(name, "rankup", self.rankup)
+        self._cases = cases
+        self.turns = Turns()
+        self.results: dict[str, Result] = {
+            name: {"seconds": {}, "peak_bytes": {}, "tokens": {}, "agreement": {}} for name in cases
+        }
+        self._measure_memory("rankup", rankup)
 
-    def compare_with_stock(self, repeats: int) -> None:
-        """Memory, agreement, then times of rankup and the stock side."""
-        with self._stock_side("stock", SIDES["stock"]) as stock:
-            self._compare("stock", stock, repeats)
+    def compare(self, name: str, stock: Worker, repeats: int) -> None:
+        """Memory, agreement and times of a stock side."""
+        self._measure_memory(name, stock)
+        for case_name, case in self._cases.items():
+            result = self.results[case_name]
+            result["agreement"][name] = self._check_agreement(case, f"{name}, {case_name}", stock)
+            times = self._measure_times(case, name, stock, repeats)
+            ours, theirs = (statistics.median(times[side]) for side in ("rankup", name))
+            result["speedup" if name == "stock" else f"speedup_over_{name}"] = theirs / ours
+            result["seconds"].setdefault("rankup", summarise(times["rankup"]))  # beside a variant only for the ratio
+            result["seconds"][name] = summarise(times[name])
+            print(f"{case_name}: rankup {ours:.2f} s, {name} {theirs:.2f} s", flush=True)
 
-    def compare_with_variants(self, repeats: int) -> None:
-        """The same for each variant of the stock side in turn."""
-        for variant, (label, options) in VARIANTS.items():
-            with self._stock_side(variant, label, **options) as worker:
-                self._compare(variant, worker, repeats)
+    def _measure_memory(self, name: str, worker: Worker) -> None:
+        """Comes first: the peak is that of a process that has allocated nothing yet."""
+        for case_name, case in self._cases.items():
+            worker.call("begin", case)
+            self.results[case_name]["peak_bytes"][name] = worker.call("peak_bytes")
+            self.results[case_name]["tokens"][name] = worker.call("num_tokens")
 
-    def _stock_side(self, name: str, label: str, **options: bool) -> Worker:
-        full = label if name == "stock" else f"{SIDES['stock']}, but: {label}"
-        print(f"starting {full}", flush=True)
-        return Worker(full, "train_sides:StockSide", adapter_folder=self._adapter_folder, **options)
-
-    def _compare(self, name: str, stock: Worker, repeats: int) -> None:
-        for case in self.cases:  # memory first: what a step needs is measured in a process that took none yet
-            self._measure_memory(case, name, stock)
-        for case in self.cases:
-            self._check_agreement(case, name, stock)
-            self._measure_times(case, name, stock, repeats)
-
-    def _measure_memory(self, case: str, name: str, worker: Worker) -> None:
-        worker.call("begin", self.cases[case])
-        self.peak_bytes[case][name] = worker.call("peak_bytes")
-        self.tokens[case][name] = worker.call("num_tokens")
-
-    def _check_agreement(self, case: str, name: str, stock: Worker) -> None:
-        """Compare loss, gradient and log-probabilities of both sides: exits if they do not train the same policy."""
-        ours, theirs = (self._begun(worker, case).call("probe", self._folder) for worker in (self.rankup, stock))
+    def _check_agreement(self, case: Case, name: str, stock: Worker) -> dict[str, float]:
+        """Compare loss, gradient and log-probabilities. Exits if the sides do not compute the same step."""
+        for worker in (self._rankup, stock):
+            worker.call("begin", case)
+        ours, theirs = (worker.call("probe", self._folder) for worker in (self._rankup, stock))
         agreement = {
             "loss_difference": abs(ours["loss"] - theirs["loss"]),
             "grad_norm_ratio": ours["grad_norm"] / theirs["grad_norm"],
@@ -141,100 +130,46 @@ class TrainStepBench:
             "adapter_effect": _mean_difference(ours["logprobs"], ours["base_logprobs"]),
         }
         if problems := disagreements(agreement):
-            raise SystemExit(f"rankup and {name} do not compute the same step ({case}): {', '.join(problems)}; {agreement}")
-        self.agreement[case][name] = agreement
+            raise SystemExit(f"rankup and {name} do not compute the same step: {', '.join(problems)}; {agreement}")
+        return agreement
 
-    def _measure_times(self, case: str, name: str, stock: Worker, repeats: int) -> None:
-        """Warm up, then `repeats` steps of each side, in turn first and second."""
-        pair = {"rankup": self._begun(self.rankup, case), name: self._begun(stock, case)}
+    def _measure_times(self, case: Case, name: str, stock: Worker, repeats: int) -> dict[str, list[float]]:
+        """Seconds of steps of both sides, after the warm-up."""
+        pair = {"rankup": self._rankup, name: stock}
         for worker in pair.values():
+            worker.call("begin", case)
             for _ in range(WARM_UPS):
                 worker.call("seconds")
-        times: dict[str, list[float]] = {side: [] for side in pair}
-        for repeat in range(repeats):
-            for side in list(pair) if repeat % 2 == 0 else reversed(list(pair)):
-                sleepers = [worker for other, worker in pair.items() if other != side]
-                times[side].append(self._seconds(pair[side], sleepers))
-        self.speedups[case][name] = statistics.median(times[name]) / statistics.median(times["rankup"])
-        self.seconds[case].setdefault("rankup", times["rankup"])  # beside a variant it is measured for the ratio only
-        self.seconds[case][name] = times[name]
-        latest = ", ".join(f"{side} {statistics.median(values):.2f} s" for side, values in times.items())
-        print(f"{case}: {latest}", flush=True)
-
-    def _begun(self, worker: Worker, case: str) -> Worker:
-        worker.call("begin", self.cases[case])
-        return worker
-
-    def _seconds(self, worker: Worker, sleepers: Sequence[Worker]) -> float:
-        """Seconds of one step, while the others must sleep."""
-        before = sum(sleeper.cpu_seconds() for sleeper in sleepers)
-        seconds: float = worker.call("seconds")
-        taken = sum(sleeper.cpu_seconds() for sleeper in sleepers) - before
-        self.idle_share = max(self.idle_share, taken / seconds)
-        return seconds
-
-    def result(self) -> dict[str, Any]:
-        """The figures, machine and versions aside."""
-        return {
-            "cases": {name: self._case_result(name) for name in self.cases},
-            "idle_sides_cpu_share": self.idle_share,
-            "what": " ".join((__doc__ or "").split()),
-            "sides": SIDES | {name: f"{SIDES['stock']}, but: {label}" for name, (label, _) in VARIANTS.items()},
-            "settings": {key: value for key, value in self.about.items() if key != "model_path"},
-        }
-
-    def _case_result(self, name: str) -> dict[str, Any]:
-        peak, speedups = self.peak_bytes[name], dict(self.speedups[name])
-        return {
-            "speedup": speedups.pop("stock"),
-            "memory_ratio": peak["rankup"] / peak["stock"],
-            **{f"speedup_over_{variant}": speedup for variant, speedup in speedups.items()},
-            "seconds": {side: summarise(values) for side, values in self.seconds[name].items()},
-            "peak_bytes": peak,
-            "tokens": self.tokens[name],
-            "agreement": self.agreement[name],
-        }
+        return self.turns.interleave(pair, repeats, lambda side: pair[side].call("seconds"))
 
 
-def disagreements(agreement: dict[str, float]) -> list[str]:
-    """Names of what is further apart than bf16 rounding explains."""
-    holds = {
-        "loss": agreement["loss_difference"] <= LOSS_AGREES,
-        "gradient norm": abs(agreement["grad_norm_ratio"] - 1.0) <= GRAD_NORM_AGREES,
-        "gradient": agreement["grad_cosine"] >= COSINE_AGREES,
-        "log-probabilities": agreement["logprob_difference"] <= LOGPROBS_AGREE * agreement["adapter_effect"],
+def with_memory_ratio(case: Result) -> Result:
+    """A case with rankup's peak memory over that of the stock side."""
+    peak = case["peak_bytes"]
+    return {"speedup": case["speedup"], "memory_ratio": peak["rankup"] / peak["stock"], **case}
+
+
+def disagreements(agreement: Mapping[str, float]) -> list[str]:
+    """Names of the quantities that differ by more than bf16 rounding explains."""
+    agrees = {
+        "loss": agreement["loss_difference"] <= MAX_LOSS_DIFFERENCE,
+        "gradient norm": abs(agreement["grad_norm_ratio"] - 1.0) <= MAX_GRAD_NORM_DIFFERENCE,
+        "gradient": agreement["grad_cosine"] >= MIN_COSINE,
+        "log-probabilities": agreement["logprob_difference"] <= MAX_LOGPROB_DIFFERENCE * agreement["adapter_effect"],
     }
-    return [name for name, agrees in holds.items() if not agrees]
+    return [name for name, is_equal in agrees.items() if not is_equal]
 
 
 def _mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.fmean(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    cpu = result["machine"]
-    console = Console(width=None if os.isatty(1) else 120)
-    for name, case in result["cases"].items():
-        table = Table(title=f"training phase of a step, {name}, {cpu['cores']} cores of {cpu['cpu']}")
-        for column in ("", "seconds", "spread", "runs", "rankup is", "peak MiB", "tokens"):
-            table.add_column(column, justify="left" if not column else "right")
-        for side, seconds in case["seconds"].items():
-            speedup = case["speedup"] if side == "stock" else case.get(f"speedup_over_{side}")
-            table.add_row(
-                result["sides"][side],
-                f"{seconds['median']:.2f}",
-                f"{seconds['min']:.2f} to {seconds['max']:.2f}",
-                str(len(seconds["all"])),
-                "" if speedup is None else f"{speedup:.2f} x",
-                f"{case['peak_bytes'][side] / 2**20:.0f}",
-                str(case["tokens"][side]),
-            )
-        console.print(table)
-        console.print(f"{case['speedup']:.2f} times as fast, {case['memory_ratio']:.2f} of the memory\n", highlight=False)
-    console.print(f"idle sides took at most {result['idle_sides_cpu_share']:.1%} of a core", highlight=False)
+def report(result: Result) -> str:
+    """The table, the main ratios, and how quiet the idle sides were."""
+    cases: dict[str, Any] = result["cases"]
+    ratios = [f"- {name}: {c['speedup']:.2f} x as fast, {c['memory_ratio']:.2f} x the memory" for name, c in cases.items()]
+    idle = f"- idle sides used at most {result['idle_sides_cpu_share']:.1%} of a core"
+    return "\n".join([train_step(result), "", *ratios, idle])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The two sides of `vs_trl.py`, each made in a process of its own: rankup's GRPOTrainer, and TRL's as its users start it.
-
-Making a side starts its trainer's `train()` and waits for the first step; every later step waits until it is asked for.
-"""
+"""The two sides of `vs_trl.py`, each in a process of its own: rankup's GRPOTrainer, and TRL's as its users start it."""
 
 from __future__ import annotations
 
@@ -10,117 +7,87 @@ import logging
 import os
 import random
 import resource
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rollout_sides import EqualLengthEngine
+from rollout_sides import EqualLengthEngine, vllm_settings
 from transformers import AutoTokenizer, TrainerCallback
 from vs_trl import ALPHA, COMPLETIONS, LEARNING_RATE, PROMPTS, RANK, TOKENS, score_by_hash
+from workers import PacedSide
 
-import rankup.grpo.trainer
+from rankup import GRPOConfig, GRPOTrainer
 from rankup.configs.quickstart import train as quickstart_rows
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
-from rankup.grpo.config import GRPOConfig
 from rankup.grpo.display.terminal import PlainView
+from rankup.grpo.experience.collect import engine_settings
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.vllm_compat import import_vllm
 
 MODEL = "smollm2-135m-instruct"
 SEED = 42
 MAX_PROMPT_LENGTH = 64
-MAX_STEPS = 10_000  # more than are ever asked for: no run reaches its end
+MAX_STEPS = 10_000  # more than are ever taken: no run reaches its end
 TRL_CHANGES = [
     "vLLM on CPU repacks linear layers and drops their weights, so TRL could not load new ones: the layers that LoRA "
-    "changes keep their weights as loaded (the LM head is still repacked)",
-    "VLLM_CPU_KVCACHE_SPACE=1, as much as rankup takes: TRL has no argument for it, and vLLM would take a third of the memory",
+    "changes keep their weights in the original layout (the LM head is still repacked)",
+    "VLLM_CPU_KVCACHE_SPACE=1, as much as rankup uses: TRL has no argument for it, and vLLM would take a third of the memory",
 ]
 
 
-class PacedRun:
-    """A training run in a thread of its own that stands still between its steps.
-
-    The thread makes the whole trainer, since vLLM binds to cores the threads that compute for the one that makes it.
-    """
-
-    def __init__(self, train: Callable[[PacedRun], object]) -> None:
-        self._asked: SimpleQueue[None] = SimpleQueue()
-        self._reports: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-        self._started = time.perf_counter()
-        self._tokens = 0.0
-        threading.Thread(target=self._run, args=(train,), daemon=True).start()
-        self._report()
-
-    def step(self) -> dict[str, Any]:
-        """Let the run take a step; its `seconds`, and what it reports."""
-        self._asked.put(None)
-        return self._report()
-
-    def pause(self, report: Mapping[str, Any]) -> None:
-        """For the run, after each step: report, and wait until the next step is asked for."""
-        self._reports.put({"seconds": time.perf_counter() - self._started, **report})
-        self._asked.get()
-        self._started = time.perf_counter()
-
-    def _run(self, train: Callable[[PacedRun], object]) -> None:
-        try:
-            train(self)
-        finally:
-            self._reports.put(None)
-
-    def _report(self) -> dict[str, Any]:
-        report = self._reports.get()
-        if report is None:
-            raise RuntimeError("training ended between two steps; what it said stands above")
-        tokens = report.pop("num_tokens")  # of prompts and completions, of the run so far
-        self._tokens, report["tokens"] = tokens, tokens - self._tokens
-        return report
-
-
 def prompt_rows() -> list[dict[str, Any]]:
-    """The quick start's training data in the order that both sides walk through."""
+    """The training data of the quick start, in the order in which both sides read it."""
     rows = quickstart_rows()
     random.Random(SEED).shuffle(rows)
     return rows
 
 
-def _report(metrics: Mapping[str, float], phases: Mapping[str, float]) -> dict[str, Any]:
-    """What is checked and shown of a step; both trainers use these names."""
-    return {
-        "phases": dict(phases),
-        "num_tokens": metrics["num_tokens"],
-        "lengths": [metrics["completions/min_length"], metrics["completions/max_length"]],
-        "groups_without_variance": metrics["frac_reward_zero_std"],
-        "sampling_logp_difference": metrics["sampling/sampling_logp_difference/mean"],
-    }
+class GRPOSide(PacedSide):
+    """What both sides report of a step."""
 
+    _tokens = 0.0
 
-def _peak_memory_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def pause_after(self, metrics: Mapping[str, float], phases: Mapping[str, float]) -> None:
+        """Report the metrics that are checked and shown (both trainers use the same names), and wait for the next step."""
+        tokens = metrics["num_tokens"] - self._tokens  # the metric counts prompts and completions of the run so far
+        self._tokens = metrics["num_tokens"]
+        self.pause(
+            {
+                "phases": dict(phases),
+                "tokens": tokens,
+                "lengths": [metrics["completions/min_length"], metrics["completions/max_length"]],
+                "groups_without_variance": metrics["frac_reward_zero_std"],
+                "sampling_logp_difference": metrics["sampling/sampling_logp_difference/mean"],
+            }
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Peak memory, and settings for the result."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"peak_memory_gib": peak, "threads": torch.get_num_threads()}
 
 
 class PausingView(PlainView):
-    """Shows nothing and halts the run after each step."""
+    """Shows nothing and pauses the run after each step."""
 
-    def __init__(self, run: PacedRun) -> None:
+    def __init__(self, side: GRPOSide) -> None:
         super().__init__(max_steps=MAX_STEPS, run_name="vs_trl", console=Console(file=io.StringIO()))
-        self._run = run
+        self._side = side
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
         assert not metrics["update_skipped"]
-        self._run.pause(_report(metrics, seconds_by_phase))
+        self._side.pause_after(metrics, seconds_by_phase)
 
 
-class RankupSide:
+class RankupSide(GRPOSide):
     """rankup's trainer with its defaults, except that no completion ends early."""
 
     def __init__(self, *, folder: Path) -> None:
+        keep_freed_memory()
         self._config = GRPOConfig(
             model=MODEL,
             lora={"rank": RANK, "alpha": ALPHA, "targets": "all-linear"},
@@ -136,55 +103,39 @@ class RankupSide:
             logging={"output_dir": folder / "rankup", "completions_steps": 0},
             seed=SEED,
         )
-        self._run = PacedRun(self._train)
 
-    def _train(self, run: PacedRun) -> None:
-        rankup.grpo.trainer.RolloutEngine = EqualLengthEngine
-        self._trainer = rankup.grpo.trainer.GRPOTrainer(
-            reward_funcs=score_by_hash, args=self._config, train_dataset=prompt_rows(), view=PausingView(run)
+    def _train(self) -> None:
+        with quiet_stderr():
+            engine = EqualLengthEngine(engine_settings(self._config, resolve_model(MODEL)))
+        trainer = GRPOTrainer(
+            reward_funcs=score_by_hash, args=self._config, train_dataset=prompt_rows(), view=PausingView(self)
         )
-        self._trainer.train()
-
-    def step(self) -> dict[str, Any]:
-        """One step's seconds, phases and checks."""
-        return self._run.step()
+        trainer.train(engine=engine)
 
     def describe(self) -> dict[str, Any]:
-        """What the report needs to know."""
-        return {
-            "peak_memory_gib": _peak_memory_gib(),
-            "threads": torch.get_num_threads(),
-            "tokens_per_pack": self._config.optim.tokens_per_pack,
-        }
+        return super().describe() | {"tokens_per_pack": self._config.optim.tokens_per_pack}
 
 
 class PausingCallback(TrainerCallback):
-    """Halts TRL's run after each step."""
+    """Pauses TRL's run after each step."""
 
-    def __init__(self, run: PacedRun, phases: dict[str, float]) -> None:
-        self._run = run
-        self._phases = phases
-        self.trainer: Any = None
+    def __init__(self, side: TrlSide) -> None:
+        self._side = side
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the step. What remains of it after the phases that were timed is called `train`."""
-        metrics = {name: values[-1] for name, values in self.trainer._metrics["train"].items()}
-        self._run.pause(_report(metrics, self._phases))
-        for name in self._phases:
-            self._phases[name] = 0.0
+        self._side.step_ended()
 
 
-class TrlSide:
-    """TRL's trainer with its defaults where the comparison does not say otherwise.
+class TrlSide(GRPOSide):
+    """TRL's trainer with its defaults where the comparison needs nothing else.
 
     Args:
         folder: where the trainer may write.
-        tuned: no gradient checkpointing (TRL's default is to checkpoint), and freed memory kept, as rankup does.
-        micro_batch: completions of a forward and backward.
-        options: further fields of TRL's GRPOConfig, to try what is fastest.
+        tuned: no gradient checkpointing (TRL checkpoints by default), and freed memory kept, as in rankup.
+        micro_batch: completions of a forward and backward pass.
     """
 
-    def __init__(self, *, folder: Path, tuned: bool, micro_batch: int, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, *, folder: Path, tuned: bool, micro_batch: int) -> None:
         if tuned:
             keep_freed_memory()
         logging.getLogger("trl").setLevel(logging.ERROR)
@@ -193,36 +144,40 @@ class TrlSide:
             "per_device_train_batch_size": micro_batch,
             "gradient_accumulation_steps": PROMPTS * COMPLETIONS // micro_batch,
             **({"gradient_checkpointing": False} if tuned else {}),
-            **(options or {}),
         }
         self._phases = {"rollout": 0.0, "reward": 0.0, "publish": 0.0}
-        self._run = PacedRun(self._train)
 
-    def _train(self, run: PacedRun) -> None:
+    def _train(self) -> None:
         from datasets import Dataset
         from peft import LoraConfig
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         import_vllm()
         if not torch.cuda.is_available():
-            _keep_weights_as_loaded()
+            _keep_original_weights()
         with quiet_stderr():
             from trl.trainer.grpo_trainer import GRPOTrainer
 
             path = resolve_model(MODEL)
-            callback = PausingCallback(run, self._phases)
             self._trainer = GRPOTrainer(
                 model=path,
-                reward_funcs=cast(Any, score_by_hash),  # TRL's type says that a reward may be None, in a list
+                reward_funcs=cast(Any, score_by_hash),  # TRL's type requires a list of rewards that may be None
                 args=self._arguments(),
                 train_dataset=Dataset.from_list(prompt_rows()),
                 processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
-                callbacks=[callback],
+                callbacks=[PausingCallback(self)],
                 peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
             )
-        callback.trainer = self._trainer
         self._time_phases()
         self._trainer.train()
+
+    def step_ended(self) -> None:
+        """Report the step. Its time outside of the timed phases is called `train`."""
+        metrics = {name: values[-1] for name, values in self._trainer._metrics["train"].items()}
+        train = self.elapsed - sum(self._phases.values())
+        self.pause_after(metrics, self._phases | {"train": train})
+        for name in self._phases:
+            self._phases[name] = 0.0
 
     def _arguments(self) -> Any:
         from trl.trainer.grpo_config import GRPOConfig as TrlConfig
@@ -256,7 +211,7 @@ class TrlSide:
         return TrlConfig(**self._fields)
 
     def _time_phases(self) -> None:
-        """Time the calls that make up a step. The rest of a step is training."""
+        """Time the calls of a step that are not training."""
         generation = self._trainer.vllm_generation
         for owner, method, phase in (
             (generation, "generate", "rollout"),
@@ -274,32 +229,18 @@ class TrlSide:
 
         return timed
 
-    def step(self) -> dict[str, Any]:
-        """One step's seconds, phases and checks."""
-        report = self._run.step()
-        report["phases"]["train"] = report["seconds"] - sum(report["phases"].values())
-        return report
-
     def describe(self) -> dict[str, Any]:
-        """What the report needs to know."""
-        vllm = self._trainer.vllm_generation.llm.llm_engine.vllm_config
-        return {
-            "peak_memory_gib": _peak_memory_gib(),
+        return super().describe() | {
             "changes": [] if torch.cuda.is_available() else TRL_CHANGES,
-            "threads": torch.get_num_threads(),
             "arguments": {name: value for name, value in self._fields.items() if name != "output_dir"},
-            "vllm": {
-                "block_size": vllm.cache_config.block_size,
-                "prefix_caching": vllm.cache_config.enable_prefix_caching,
-                "compilation": vllm.compilation_config.mode.name,
-            },
+            "vllm": vllm_settings(self._trainer.vllm_generation.llm),
         }
 
 
-def _keep_weights_as_loaded() -> None:
-    """Let TRL load new weights into vLLM: on CPU vLLM packs them for oneDNN and drops the originals that are loaded into.
+def _keep_original_weights() -> None:
+    """Let TRL load new weights into vLLM: on CPU vLLM packs weights for oneDNN and drops the originals, which TRL writes to.
 
-    Embeddings and LM head keep their originals beside the packed copy, and LoRA never changes them.
+    Embeddings and LM head keep their originals next to the packed copy, and LoRA never changes them.
     """
     from vllm.model_executor.layers import utils
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""The stability study: GRPO on the quick start's task over rank, scale, learning rate and seed.
+"""The stability study: GRPO on the task of the quick start, over rank, scaling, learning rate and seed.
 
-Every run is a line of a JSONL file, written when the run ends; a run that has its line is not run again, so the study can be
-stopped at any time and goes on where it was. Runs of one rank share an engine.
+Every run is a line of a JSONL file, written when the run ends. Runs that have a line are skipped, so the study can be stopped
+at any time and resumed with the same command. Consecutive runs of one rank share an engine.
 
-    grid        rank x scaling x learning rate x seed; short runs of 64 completions a step, constant rate, no guards
-    collapse    runs set up to collapse (rank 128, alpha 256, rate 2e-4 constant, 32 completions a step), without guards and
+    grid        rank x scaling x learning rate x seed; short runs of 64 completions per step, constant rate, no guards
+    collapse    runs set up to collapse (rank 128, alpha 256, rate 2e-4 constant, 32 completions per step), without guards and
                 with them
-    ramp        the same adapter under a rate that rises to 1e-3: it learns, and then the rate becomes too high
-    defaults    the quick start as it is shipped, at rank 64 and 128
+    ramp        the same adapter with a rate that rises to 1e-3: it learns, then the rate becomes too high
+    defaults    the quick start as shipped, at rank 64 and 128
 
 examples:
-  scripts/study/ranks.py grid --minutes 60    run what is missing, for an hour
-  scripts/study/ranks.py collapse defaults    all that is missing of these two
-  scripts/study/ranks.py --list               what there is and what is missing
+  scripts/study/ranks.py grid --minutes 60    the missing runs, for an hour
+  scripts/study/ranks.py collapse defaults    all missing runs of these two
+  scripts/study/ranks.py --list               finished and missing runs
   scripts/study/ranks.py --plot docs/study/ranks.png --table
 """
 
@@ -25,23 +25,20 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from common import ROOT, use_environment
+from common import QUICKSTART, ROOT, use_environment
 
 if TYPE_CHECKING:
     from rankup import GRPOConfig
     from rankup.rollout.engine import RolloutEngine
 
 RESULTS = ROOT / "docs" / "study" / "ranks.jsonl"
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-
-GRID_STEPS = 40
 SCALINGS = ("alpha 32", "alpha r", "alpha 2r", "rslora 32")
 RATES = (1e-4, 3e-4, 3e-5)  # the default first
 
@@ -61,116 +58,77 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What tells runs apart in the results."""
+        """Identifies the run in the results."""
         values = (self.experiment, self.rank, self.scaling, self.learning_rate, self.seed, self.guards)
         return " ".join(map(str, values))
 
 
+def varied(run: Run) -> Run:
+    """A run with the settings that its rank, scaling, learning rate and guards stand for, at a constant rate."""
+    alpha = {"alpha 32": 32, "alpha r": run.rank, "alpha 2r": 2 * run.rank, "rslora 32": 32}[run.scaling]
+    settings = {
+        "lora.rank": run.rank,
+        "lora.alpha": alpha,
+        "lora.use_rslora": run.scaling.startswith("rslora"),
+        "optim.learning_rate": run.learning_rate,
+        "optim.lr_scheduler_type": "constant",
+        "guards.enabled": run.guards,
+    }
+    return replace(run, settings=settings | run.settings)
+
+
 def grid() -> Iterator[Run]:
-    """Seeds outermost, then rates: when time runs out, all ranks and scales have been compared at the rates that were run."""
+    """Seeds in the outer loop, then rates: if time runs out, all ranks and scalings are compared at the same rates."""
+    settings = {
+        "optim.max_steps": 40,
+        "optim.prompts_per_step": 8,
+        "logging.eval_steps": 10,
+        "logging.eval_before": False,
+    }
     for seed, rate, rank, scaling in product((1, 2), RATES, (64, 128), SCALINGS):
-        yield Run(
-            experiment="grid",
-            rank=rank,
-            scaling=scaling,
-            learning_rate=rate,
-            seed=seed,
-            guards=False,
-            stop_early=True,
-            settings={
-                **scale_of(scaling, rank),
-                "optim.learning_rate": rate,
-                "optim.lr_scheduler_type": "constant",
-                "optim.max_steps": GRID_STEPS,
-                "optim.prompts_per_step": 8,
-                "logging.eval_steps": 10,
-                "logging.eval_before": False,
-                "guards.enabled": False,
-            },
-        )
+        yield varied(Run("grid", rank, scaling, rate, seed, guards=False, stop_early=True, settings=settings))
 
 
 def collapse() -> Iterator[Run]:
+    """A high rate on noisy gradients."""
+    settings = {"optim.max_steps": 80, "optim.prompts_per_step": 4, "logging.eval_steps": 10}
     for seed, guards in product((1, 2), (False, True)):
-        yield Run(
-            experiment="collapse",
-            rank=128,
-            scaling="alpha 2r",
-            learning_rate=2e-4,
-            seed=seed,
-            guards=guards,
-            settings={
-                **scale_of("alpha 2r", 128),
-                "optim.learning_rate": 2e-4,
-                "optim.lr_scheduler_type": "constant",
-                "optim.max_steps": 80,
-                "optim.prompts_per_step": 4,
-                "logging.eval_steps": 10,
-                "guards.enabled": guards,
-            },
-        )
+        yield varied(Run("collapse", 128, "alpha 2r", 2e-4, seed, guards, settings))
 
 
 def ramp() -> Iterator[Run]:
+    """A warm-up as long as the run, to a rate that is too high."""
+    settings = {
+        "optim.warmup_steps": 59,
+        "optim.max_steps": 60,
+        "optim.prompts_per_step": 8,
+        "logging.eval_steps": 5,
+    }
     for seed, guards in product((1, 2), (False, True)):
-        yield Run(
-            experiment="ramp",
-            rank=128,
-            scaling="alpha 2r",
-            learning_rate=1e-3,
-            seed=seed,
-            guards=guards,
-            settings={
-                **scale_of("alpha 2r", 128),
-                "optim.learning_rate": 1e-3,
-                "optim.lr_scheduler_type": "constant",
-                "optim.warmup_steps": 59,
-                "optim.max_steps": 60,
-                "optim.prompts_per_step": 8,
-                "logging.eval_steps": 5,
-                "guards.enabled": guards,
-            },
-        )
+        yield varied(Run("ramp", 128, "alpha 2r", 1e-3, seed, guards, settings))
 
 
 def defaults() -> Iterator[Run]:
-    """The shipped run file with no change but the rank."""
+    """The shipped run file; only the rank and the seed change."""
+    from rankup.grpo.config import load_config
+
+    rate = load_config(QUICKSTART).optim.learning_rate
     for seed, rank in product((1, 2), (64, 128)):
-        yield Run(
-            experiment="defaults",
-            rank=rank,
-            scaling="alpha 32",
-            learning_rate=quickstart_rate(),
-            seed=seed,
-            guards=True,
-            settings={"lora.rank": rank},
-        )
+        yield Run("defaults", rank, "alpha 32", rate, seed, guards=True, settings={"lora.rank": rank})
 
 
 EXPERIMENTS = {"grid": grid, "collapse": collapse, "ramp": ramp, "defaults": defaults}
 
 
-def scale_of(scaling: str, rank: int) -> dict[str, Any]:
-    """Overrides for a name of `SCALINGS`."""
-    alpha = {"alpha 32": 32, "alpha r": rank, "alpha 2r": 2 * rank, "rslora 32": 32}[scaling]
-    return {"lora.rank": rank, "lora.alpha": alpha, "lora.use_rslora": scaling.startswith("rslora")}
-
-
-def quickstart_rate() -> float:
-    from rankup.grpo.config import load_config
-
-    return load_config(QUICKSTART).optim.learning_rate
-
-
-# --------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------- running
 
 
 class CollapsedError(Exception):
-    """The run has lost what it had learned."""
+    """The reward has fallen by more than half: see `has_collapsed`."""
 
 
 class Watch:
-    """A view that keeps what a run shows, and ends one that has collapsed."""
+    """A view that records what a run shows. `stop_early`: end the run when it has collapsed."""
 
     def __init__(self, *, stop_early: bool) -> None:
         self.stop_early = stop_early
@@ -200,7 +158,7 @@ class Watch:
 
 
 def has_collapsed(rewards: list[float]) -> bool:
-    """Whether the mean of the last ten steps is below half of the best mean of five before them (of at least 0.3)."""
+    """Whether the mean of the last ten steps is below half of the best earlier mean of five, which must be at least 0.3."""
     if len(rewards) < 15:
         return False
     best = max(statistics.fmean(rewards[i : i + 5]) for i in range(len(rewards) - 14))
@@ -208,7 +166,7 @@ def has_collapsed(rewards: list[float]) -> bool:
 
 
 def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[str, Any], RolloutEngine]:
-    """Do one run; returns its row, and the engine for the next one."""
+    """Do one run. Returns its row, and the engine for the next run."""
     from rankup import GRPOTrainer
     from rankup.grpo.common.model_files import resolve_model
     from rankup.grpo.common.quiet import quiet_stderr
@@ -219,7 +177,7 @@ def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[
     overrides = {"seed": run.seed, "logging.output_dir": str(folder / run.key.replace(" ", "_")), **run.settings}
     config: GRPOConfig = load_config(QUICKSTART, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
     settings = engine_settings(config, resolve_model(config.model.name))
-    if engine is not None and engine.settings.differences(settings):
+    if engine is not None and replace(engine.settings, seed=settings.seed) != settings:
         engine.close()
         engine = None
     if engine is None:
@@ -256,7 +214,7 @@ def row_of(run: Run, config: GRPOConfig, watch: Watch, stopped: str | None, *, m
             for name, key in (("rewards", "reward"), ("entropies", "entropy"), ("grad_norms", "grad_norm"))
         },
         "guard_actions": {name: value for name, value in last.items() if name.startswith("guards/")},
-        # Not where the run's folder is: that is nobody else's concern.
+        # Not those with the path of the run folder: results are published.
         "notes": [note for note in watch.notes if str(config.logging.output_dir) not in note],
         "minutes": round(minutes, 2),
     }
@@ -274,15 +232,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSONL file (default docs/study/ranks.jsonl)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="where run folders are put")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
-    parser.add_argument("--list", action="store_true", help="list the runs and whether they are done")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="parent of the run folders")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument("--list", action="store_true", help="list finished and missing runs")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the results")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown tables")
     options = parser.parse_args()
     unknown = set(options.experiments) - set(EXPERIMENTS)
     if unknown:
-        parser.error(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(EXPERIMENTS)}")
+        parser.error(f"unknown experiment {', '.join(sorted(unknown))}; choose from {', '.join(EXPERIMENTS)}")
     use_environment()
     done = read_results(options.results)
     if options.list:
@@ -295,21 +253,26 @@ def main() -> None:
             plot(list(done.values()), options.plot)
         if options.table:
             print(tables(list(done.values())))
-    if not options.experiments:
-        return
+    runs = [run for name in options.experiments for run in EXPERIMENTS[name]()]
+    if runs:
+        do_missing(runs, done, options)
+
+
+def do_missing(runs: Iterable[Run], done: Collection[str], options: argparse.Namespace) -> None:
+    """Do the runs whose keys are not in `done`, and append their rows to the results."""
     from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()
     started = time.monotonic()
     engine: RolloutEngine | None = None
-    for run in (run for name in options.experiments for run in EXPERIMENTS[name]()):
+    for run in runs:
         if run.key in done or time.monotonic() - started > options.minutes * 60:
             continue
         row, engine = perform(run, engine, options.runs)
         options.results.parent.mkdir(parents=True, exist_ok=True)
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        result = f"best {row['best_evaluation']}, last {row['last_evaluation']}, {row['stopped'] or 'whole'}"
+        result = f"best {row['best_evaluation']}, last {row['last_evaluation']}, {row['stopped'] or 'complete'}"
         print(f"{run.key}: {result}, {row['minutes']} min", flush=True)
     if engine is not None:
         engine.close()

@@ -1,4 +1,4 @@
-"""The study's results as Markdown tables and as one picture. Rows are those of `ranks.py`."""
+"""The results of the study as Markdown tables and as a picture. Rows are those of `ranks.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from report_tables import markdown
 
 Row = dict[str, Any]
 
@@ -18,13 +20,13 @@ GUARDED, UNGUARDED = "#0072B2", "#D55E00"
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """All experiments that have results."""
+    """A table for each experiment that has results."""
     parts = [_grid_table(rows), *(_run_table(rows, name) for name in ("collapse", "ramp", "defaults"))]
     return "\n\n".join(part for part in parts if part)
 
 
 def _grid_table(rows: Sequence[Row]) -> str:
-    """Last evaluation by rank and scaling (rows) and learning rate (columns), all seeds of a cell."""
+    """Last evaluation by rank and scaling (rows) and learning rate (columns), all seeds in a cell."""
     cells: defaultdict[tuple[int, str, float], list[Row]] = defaultdict(list)
     for row in rows:
         if row["experiment"] == "grid":
@@ -32,15 +34,15 @@ def _grid_table(rows: Sequence[Row]) -> str:
     if not cells:
         return ""
     rates = sorted({rate for _, _, rate in cells})
-    lines = ["| rank | scaling | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
-    for rank, scaling in dict.fromkeys((rank, scaling) for rank, scaling, _ in cells):
-        texts = [_cell(cells.get((rank, scaling, rate), [])) for rate in rates]
-        lines.append(f"| {rank} | {scaling} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+    lines = [
+        [str(rank), scaling, *(_cell(cells.get((rank, scaling, rate), [])) for rate in rates)]
+        for rank, scaling in dict.fromkeys((rank, scaling) for rank, scaling, _ in cells)
+    ]
+    return markdown(["rank", "scaling", *(f"{rate:g}" for rate in rates)], lines, left=2 + len(rates))
 
 
 def _cell(rows: Sequence[Row]) -> str:
-    """Step factor, and each seed's last evaluation; a run that was stopped says so."""
+    """The last evaluation of each seed, or that it collapsed, and the step factor."""
     if not rows:
         return ""
     results = ["collapsed" if row["stopped"] else f"{row['last_evaluation']:.2f}" for row in rows]
@@ -48,20 +50,18 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 def _run_table(rows: Sequence[Row], experiment: str) -> str:
-    chosen = [row for row in rows if row["experiment"] == experiment]
-    if not chosen:
-        return ""
-    lines = [
-        "| rank | scaling | rate | seed | guards | steps | best evaluation | last | last / best | what the guards did |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(chosen, key=lambda r: (r["rank"], r["guards"], r["seed"])):
-        share = row["last_evaluation"] / row["best_evaluation"] if row["best_evaluation"] else 0.0
-        guards = "on" if row["guards"] else "off"
-        run = f"| {row['rank']} | {row['scaling']} | {row['learning_rate']:g} | {row['seed']} | {guards} | {row['steps']} |"
-        results = f" {row['best_evaluation']:.3f} | {row['last_evaluation']:.3f} | {share:.2f} | {_actions(row)} |"
-        lines.append(run + results)
-    return "\n".join(lines)
+    """A row per run."""
+    lines = []
+    for row in sorted(rows, key=lambda r: (r["rank"], r["guards"], r["seed"])):
+        if row["experiment"] != experiment:
+            continue
+        best, last = row["best_evaluation"], row["last_evaluation"]
+        run = [str(row["rank"]), row["scaling"], f"{row['learning_rate']:g}", str(row["seed"])]
+        share = last / best if best else 0.0
+        results = [f"{best:.3f}", f"{last:.3f}", f"{share:.2f}", _actions(row)]
+        lines.append([*run, "on" if row["guards"] else "off", str(row["steps"]), *results])
+    heads = ["rank", "scaling", "rate", "seed", "guards", "steps", "best evaluation", "last", "last / best", "guard actions"]
+    return markdown(heads, lines, left=len(heads)) if lines else ""
 
 
 def _actions(row: Row) -> str:
@@ -71,7 +71,7 @@ def _actions(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], out: Path) -> None:
-    """Left: the grid's last evaluation by effective step. Right: evaluations of the runs whose rate rises too high."""
+    """Left: last evaluation of the grid by effective step. Right: evaluations of the runs with a rising rate."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -90,12 +90,12 @@ def _draw_grid(axes: Any, rows: Sequence[Row]) -> None:
     found = {(row["scaling"], row["rank"]) for row in rows}
     for scaling, rank in (pair for pair in product(COLOURS, MARKERS) if pair in found):
         points = [row for row in rows if (row["scaling"], row["rank"]) == (scaling, rank)]
-        whole = [row for row in points if not row["stopped"]]
+        complete = [row for row in points if not row["stopped"]]
         style = {"color": COLOURS[scaling], "marker": MARKERS[rank], "markersize": 8, "linestyle": "none"}
         label = f"{scaling.replace('rslora', 'rsLoRA, alpha')}, rank {rank}"
-        axes.plot([r["step_factor"] for r in whole], [r["last_evaluation"] for r in whole], label=label, **style)
-        lost = [row for row in points if row["stopped"]]
-        axes.plot([r["step_factor"] for r in lost], [0.0] * len(lost), markerfacecolor="none", **style)
+        axes.plot([r["step_factor"] for r in complete], [r["last_evaluation"] for r in complete], label=label, **style)
+        collapsed = [row for row in points if row["stopped"]]
+        axes.plot([r["step_factor"] for r in collapsed], [0.0] * len(collapsed), markerfacecolor="none", **style)
     axes.set_xscale("log")
     axes.set_xticks(STEP_TICKS, [f"{tick:g}" for tick in STEP_TICKS], minor=False)
     axes.minorticks_off()

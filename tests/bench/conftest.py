@@ -1,4 +1,4 @@
-"""The benchmark scripts as modules: `scripts/bench` is no package, and its files import each other by their bare names."""
+"""The benchmark scripts as modules. `scripts/bench` is not a package: its files import each other by their bare names."""
 
 from __future__ import annotations
 

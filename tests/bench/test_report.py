@@ -85,7 +85,7 @@ def cells(table: str) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------------- markers
 
 
-def test_tables_are_replaced_between_their_markers_and_nothing_else_is(report: Any):
+def test_only_the_text_between_markers_is_replaced(report: Any):
     text = "Before.\n<!-- table: rank -->\nold\n\n\n<!-- end -->\nBetween.\n<!-- table: profile -->\n<!-- end -->\nAfter.\n"
     renewed = report.replace_tables(text, {"rank": "| r |", "profile": "| p |\n"})
     assert renewed == (
@@ -99,19 +99,19 @@ def test_marker_without_a_result_keeps_its_table(report: Any):
     assert report.replace_tables(text, {"rank": "| r |"}) == text
 
 
-def test_backslashes_in_a_table_stay_as_they_are(report: Any):
+def test_backslashes_in_a_table_are_not_interpreted(report: Any):
     assert r"| \1 \g<0> |" in report.replace_tables("<!-- table: rank -->\n<!-- end -->", {"rank": r"| \1 \g<0> |"})
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("<!-- table: ranks -->\n<!-- end -->", "there is no such table"),
+        ("<!-- table: ranks -->\n<!-- end -->", "unknown table; the tables are train_step, rank"),
         ("<!-- table: rank -->\nno end", "has no <!-- end -->"),
         ("<!-- table: rank -->\n<!-- table: profile -->\n<!-- end -->", "rank --> has no <!-- end -->"),
     ],
 )
-def test_markers_that_make_no_sense_are_refused(report: Any, text: str, problem: str):
+def test_invalid_markers_are_an_error(report: Any, text: str, problem: str):
     with pytest.raises(ValueError, match=problem):
         report.replace_tables(text, {"rank": "| r |"})
 
@@ -141,7 +141,7 @@ def test_rank_table_relates_to_rank_64_and_ends_with_the_growth(bench_module: Lo
     assert rows[5] == ["64 to 128", "**× 1.50**", "× 1.39"]
 
 
-def test_phases_of_a_step_are_shown_where_they_are_given(bench_module: Load):
+def test_phases_of_a_step_are_shown_if_the_result_has_any(bench_module: Load):
     table = bench_module("report_tables").TABLES["vs_trl"]
     phases = {"rankup": {"rollout": summary(2.5), "train": summary(1.5)}, "trl": {"rollout": summary(8.0)}}
     tuned = {"speedup": 2.5, "step_seconds": summary(10.0)}
@@ -152,13 +152,13 @@ def test_phases_of_a_step_are_shown_where_they_are_given(bench_module: Load):
     assert "rollout" not in table(vs_trl_figure())
 
 
-# ------------------------------------------------------------------------------------------------------ the whole thing
+# ------------------------------------------------------------------------------------------------------- the command
 
 
 def test_page_and_pictures_come_from_the_files(report: Any, folder: Path):
     page = folder.with_suffix(".md")
     page.write_text("".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->\n\n" for name in FIGURES))
-    with pytest.raises(SystemExit, match="other numbers"):
+    with pytest.raises(SystemExit, match="and the files differ"):
         report.main([str(folder), "--check"])
     report.main([str(folder)])
     report.main([str(folder), "--check"])
@@ -184,6 +184,6 @@ def test_without_a_page_the_tables_go_to_the_terminal(report: Any, folder: Path,
     assert not list(folder.glob("*.png"))
 
 
-def test_folder_without_results_is_refused(report: Any, tmp_path: Path):
+def test_a_folder_without_results_is_an_error(report: Any, tmp_path: Path):
     with pytest.raises(ValueError, match="run a benchmark first"):
         report.main([str(tmp_path)])

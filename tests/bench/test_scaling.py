@@ -1,4 +1,4 @@
-"""The model of a step on many devices: formulas, the simulation beside every iteration played, and the page's numbers."""
+"""The model of a step on many devices: formulas, the simulation, and the numbers of the page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def figures(scaling: Any, llama: Any) -> Any:
     return scaling.compute(llama, repeats=1)
 
 
-# ---------------------------------------------------------------------------------------------------- what is sent
+# --------------------------------------------------------------------------------------------------- collectives
 
 
 def test_gradients_are_those_of_the_planner(llama: Any):
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_planner(llama: Any):
     assert llama[64].body + llama[64].head == base - norms - embedding
 
 
-def test_a_ring_sends_what_playing_it_sends(model: Any):
+def test_a_ring_sends_as_much_as_one_played_hop_by_hop(model: Any):
     """Members pass on one chunk a hop: first sums, then results."""
     members, chunk = 5, 7.0
     chunks = np.random.default_rng(0).integers(0, 9, (members, members)).astype(float)  # member, chunk
@@ -92,7 +92,7 @@ def test_rings_in_nodes_need_fewer_slow_hops(model: Any):
     assert tree == pytest.approx(1.75e9 / 360e9 + 14 * 3e-6 + 2e9 / 10e9 + 12 * 50e-6)
 
 
-def test_devices_that_are_nodes_of_their_own_form_a_ring(model: Any):
+def test_nodes_of_one_device_form_a_ring(model: Any):
     times = [model.all_reduce_seconds(1e9, 64, model.SLOW_ETHERNET, algorithm) for algorithm in ("ring", "nodes")]
     assert times[0] == pytest.approx(times[1])
 
@@ -104,7 +104,7 @@ lengths = st.lists(st.integers(1, 30), min_size=1, max_size=24)
 
 
 @given(flat=lengths, slots=st.integers(1, 8))
-def test_rollout_is_as_if_every_iteration_were_played(model: Any, llama: Any, flat: list[int], slots: int):
+def test_a_rollout_equals_one_played_iteration_by_iteration(model: Any, llama: Any, flat: list[int], slots: int):
     prompt, one, device = 10, llama[64], model.H100
     waiting, live, seconds, iterations, most = list(flat), [], 0.0, 0, 0
     while waiting or live:
@@ -144,7 +144,7 @@ def test_a_fixed_batch_has_the_same_work_and_the_same_longest_completion_on_ever
     assert idle.busy == pytest.approx(shared.busy / 2, rel=0.01)
 
 
-def test_nobody_waits_where_all_completions_are_of_one_length(model: Any, llama: Any):
+def test_no_worker_waits_if_all_completions_have_one_length(model: Any, llama: Any):
     batch = model.Batch(prompts=32, prompt_sigma=0.0, completion_sigma=0.0)
     steps = model.simulate(llama[64], batch, workers=8, repeats=1)
     assert steps.rollout_wait == pytest.approx(0) and steps.training_wait == pytest.approx(0)
@@ -154,12 +154,12 @@ def test_nobody_waits_where_all_completions_are_of_one_length(model: Any, llama:
 # ---------------------------------------------------------------------------------------------------------- output
 
 
-def test_the_picture_is_of_the_size_it_says(report: Any, figures: Any, tmp_path: Path):
+def test_the_picture_has_its_documented_size(report: Any, figures: Any, tmp_path: Path):
     report.draw(figures, tmp_path / "scaling.png")
     assert struct.unpack(">II", (tmp_path / "scaling.png").read_bytes()[16:24]) == (1800, 900)
 
 
-def test_what_is_asked_for_is_written(scaling: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_with_json_alone_no_table_is_printed(scaling: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     scaling.main(["--repeats", "1", "--json", str(tmp_path / "scaling.json")])
     figures = json.loads((tmp_path / "scaling.json").read_text())
     assert [row["workers"] for row in figures["weak"]["64"]] == list(scaling.DEVICES)

@@ -1,4 +1,4 @@
-"""What the training benchmarks count and check, and the command lines of all benchmarks. They themselves are run by hand."""
+"""Counts and checks of the training benchmarks, and the command lines of all benchmarks, which are run by hand."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_help_answers_without_torch(script: str):
         ("report.py", ["no/such/folder"], "is not a folder"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_starts(script: str, arguments: list[str], message: str):
+def test_wrong_arguments_are_an_error_before_anything_starts(script: str, arguments: list[str], message: str):
     result = subprocess.run([sys.executable, BENCH / script, *arguments], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
@@ -92,7 +92,7 @@ def test_padded_rows_of_a_group(cases: Any):
 
 
 @given(group_shapes)
-def test_padded_rows_hold_every_completion_behind_its_prompt(cases: Any, shapes: list[tuple[int, list[int]]]):
+def test_padded_rows_hold_every_completion_after_its_prompt(cases: Any, shapes: list[tuple[int, list[int]]]):
     draw = random.Random(0)
 
     def tokens(count: int) -> list[int]:
@@ -131,11 +131,11 @@ def test_operations_of_a_step_counted_by_hand(operations: Any, tiny_shape: Any):
 def test_operations_add_up_over_groups_and_only_the_adapter_grows_with_the_rank(
     operations: Any, tiny_shape: Any, shapes: list[tuple[int, list[int]]], rank: int
 ):
-    whole = operations.step_operations(tiny_shape, shapes, rank=rank)
+    total = operations.step_operations(tiny_shape, shapes, rank=rank)
     parts = [operations.step_operations(tiny_shape, [shape], rank=rank) for shape in shapes]
-    assert whole == {kind: sum(part[kind] for part in parts) for kind in whole}
+    assert total == {kind: sum(part[kind] for part in parts) for kind in total}
     at_one = operations.step_operations(tiny_shape, shapes, rank=1)
-    assert whole == at_one | {"adapter": rank * at_one["adapter"]}
+    assert total == at_one | {"adapter": rank * at_one["adapter"]}
 
 
 def test_model_shape_is_read_from_its_configuration(operations: Any, tmp_path: Path):
@@ -170,7 +170,7 @@ def test_growth_from_rank_64_to_128(bench_module: Load, cases: Any, tiny_shape: 
         ({"loss_difference": float("nan")}, ["loss"]),
     ],
 )
-def test_sides_that_compute_something_else_are_found(bench_module: Load, change: dict[str, float], problems: list[str]):
+def test_sides_that_compute_different_steps_are_found(bench_module: Load, change: dict[str, float], problems: list[str]):
     agreement = {
         "loss_difference": 1e-8,
         "grad_norm_ratio": 1.01,
@@ -210,7 +210,7 @@ def test_bucket_of_an_operation(bench_module: Load, operation: str, files: list[
     assert bucket in profile_step.MEASURED
 
 
-def test_python_is_what_remains_of_a_step(bench_module: Load):
+def test_python_is_the_rest_of_a_step(bench_module: Load):
     profile_step = bench_module("profile_step")
     profiled = [{"base products": 0.5, "attention": 0.1}, {"base products": 0.7}, {"base products": 0.6, "attention": 0.1}]
     result = profile_step.case_result([1.0, 2.0, 1.0], profiled, {"base": 150, "head": 50}, [1000.0])
@@ -220,7 +220,7 @@ def test_python_is_what_remains_of_a_step(bench_module: Load):
     assert result["floor_share"] == pytest.approx(0.4)
 
 
-def test_products_that_the_shapes_do_not_explain_end_a_profile(bench_module: Load):
+def test_a_product_count_that_differs_from_the_shapes_ends_a_profile(bench_module: Load):
     check = bench_module("profile_step").check_operations
     expected = {"base": 10, "adapter": 5, "head": 3, "attention": 7}
     check(expected, {"base products": 10, "adapter products": 5, "head products": 3, "attention": 99})

@@ -1,4 +1,4 @@
-"""The cheap parts of `scripts/bench/vs_trl.py`: its command line and its reward. The comparison itself is run by hand."""
+"""The command line and the reward of `scripts/bench/vs_trl.py`. The comparison is run by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Score = Callable[..., list[float]]
 
 @pytest.fixture(scope="module")
 def score() -> Score:
-    """The reward function of the benchmark, whose module finds its neighbours beside it, as a script does."""
+    """The reward function of the benchmark, whose module imports its neighbours, as in a script."""
     spec = importlib.util.spec_from_file_location("vs_trl", FOLDER / "vs_trl.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -47,7 +47,7 @@ def test_help_needs_no_heavy_package():
 
 
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--repeats", "many"], ["--tokens", "8"]])
-def test_wrong_arguments_are_refused_before_anything_starts(arguments: list[str]):
+def test_wrong_arguments_are_an_error_before_anything_starts(arguments: list[str]):
     result = run("vs_trl.py", *arguments)
     assert result.returncode == 2
     assert arguments[0] in result.stderr.splitlines()[-1]
@@ -64,11 +64,11 @@ def test_reward_varies_within_any_group_of_distinct_completions(score: Score, gr
 
 
 @given(completions)
-def test_reward_depends_on_the_tokens_alone(score: Score, ids: list[int]):
+def test_reward_depends_only_on_the_tokens(score: Score, ids: list[int]):
     once, again = score(completion_ids=[ids, list(ids)], trainer_state=object())
     assert once == again
     assert score(completion_ids=[tuple(ids)]) == [once]
 
 
-def test_reward_tells_tokens_apart_that_read_alike_when_joined(score: Score):
+def test_reward_distinguishes_tokens_with_the_same_digits(score: Score):
     assert len(set(score(completion_ids=[[1, 23], [12, 3], [123], [1, 2, 3]]))) == 4

@@ -1,4 +1,4 @@
-"""The shell scripts, the Slurm job and the KubeRay job: what can be checked of them without Slurm and Kubernetes."""
+"""The shell scripts, the Slurm job and the KubeRay job, checked without Slurm and Kubernetes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def slurm_job() -> Path:
     return SCRIPTS / "slurm.sbatch"
 
 
-def test_the_slurm_job_explains_itself_and_refuses_to_run_elsewhere(slurm_job: Path):
+def test_the_slurm_job_has_a_help_text_and_exits_outside_of_slurm(slurm_job: Path):
     shown = subprocess.run(["bash", slurm_job, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     assert "sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sbatch run.yaml" in shown.stdout
     refused = subprocess.run(["bash", slurm_job, "run.yaml"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert (refused.returncode, refused.stderr.splitlines()) == (
         1,
-        ["slurm: this is a job of Slurm's: sbatch --nodes=2 scripts/slurm.sbatch FILE"],
+        ["slurm: this script runs as a Slurm job: sbatch --nodes=2 scripts/slurm.sbatch FILE"],
     )
 
 

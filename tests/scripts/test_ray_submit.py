@@ -88,7 +88,7 @@ def test_help(tmp_path: Path):
     assert "Examples:" in result.stdout
 
 
-def test_the_folder_travels_and_the_run_is_kept_where_the_script_was_called(project: Path):
+def test_the_folder_is_uploaded_and_the_run_folder_stays_in_the_folder_of_the_call(project: Path):
     runtime_env, submit, command = dry_run(project, "run.yaml", "seed=3", "--resume")
     assert runtime_env["working_dir"] == str(project)
     assert {".git", ".venv", "/runs", "*.safetensors", "/out/tiny", "/out/tiny.*"} <= set(runtime_env["excludes"])
@@ -113,18 +113,18 @@ def test_a_relative_run_folder_becomes_absolute(project: Path, override: str, ex
     assert command[4:] == ([] if expected is None else [expected.format(project=project)])
 
 
-def test_a_model_in_a_folder_is_not_sent_but_named_from_the_root(project: Path):
+def test_a_model_in_a_folder_gets_an_absolute_path_and_is_not_uploaded(project: Path):
     (project / "model").mkdir()
     *_, command = dry_run(project, "run.yaml", "model.name=model")
     assert command[-1] == f"model.name={project}/model"
 
 
-def test_a_run_file_may_be_named_from_the_root(project: Path):
+def test_a_run_file_may_have_an_absolute_path(project: Path):
     *_, command = dry_run(project, str(project / "run.yaml"))
     assert command[:3] == ["rankup", "train", "run.yaml"]
 
 
-def test_variables_travel_by_name_and_their_values_are_not_printed(project: Path):
+def test_variables_are_passed_by_name_and_their_values_are_not_printed(project: Path):
     secrets = {"HF_TOKEN": "a secret", "MINE": "another secret", "HF_HOME": "/of/this/machine"}
     result = run_script(project, "--dry-run", "--env", "MINE", "run.yaml", **secrets)
     assert "secret" not in result.stdout + result.stderr
@@ -132,7 +132,7 @@ def test_variables_travel_by_name_and_their_values_are_not_printed(project: Path
     assert list(runtime_env["env_vars"]) == ["PATH", "HF_TOKEN", "MINE"]
 
 
-def test_what_follows_the_dashes_is_for_ray(project: Path):
+def test_words_after_the_dashes_go_to_ray(project: Path):
     _, submit, command = dry_run(project, "run.yaml", "--", "--no-wait", "--submission-id=mine", "--address", "http://head:8265")
     assert submit == ["--no-wait", "--submission-id=mine", "--address", "http://head:8265"]
     assert "--no-wait" not in command
@@ -141,18 +141,18 @@ def test_what_follows_the_dashes_is_for_ray(project: Path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "which run file?"),
+        ([], "no run file given"),
         (["no_such.yaml"], "run file not found: no_such.yaml"),
         (["run.yaml", "lora.rnk=3"], "lora.rnk: unknown key"),
         (["--env"], "--env needs the name of a variable"),
         (["--env", "NO_SUCH_VARIABLE", "run.yaml"], "--env: NO_SUCH_VARIABLE is not set"),
-        (["run.yaml", "--", "--runtime-env-json={}"], "the runtime environment is made here"),
+        (["run.yaml", "--", "--runtime-env-json={}"], "this script makes the runtime environment"),
         (["../outside.yaml"], "outside.yaml is not in the current folder"),
-        (["runs/old/config.yaml"], "is in a folder of runs, which stays behind"),
-        (["out/tiny/config.yaml"], "is in a folder of runs, which stays behind"),
+        (["runs/old/config.yaml"], "is in a folder of runs, which is not uploaded"),
+        (["out/tiny/config.yaml"], "is in a folder of runs, which is not uploaded"),
     ],
 )
-def test_refuses_in_one_line(project: Path, words: list[str], reason: str):
+def test_an_error_is_one_line(project: Path, words: list[str], reason: str):
     for copy in ("../outside.yaml", "runs/old/config.yaml", "out/tiny/config.yaml"):
         (project / copy).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(project / "run.yaml", project / copy)
@@ -162,7 +162,7 @@ def test_refuses_in_one_line(project: Path, words: list[str], reason: str):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now; held all at once, so that they differ."""
+    """Free ports; all are held at the same time, so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
