@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.data.prompts import PromptRow
+from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.data.run_inputs import load_run_inputs
-from rankup.grpo.experience.collect import make_scorer
-from rankup.rewards import Inputs
+from rankup.rewards import Inputs, Scorer
 
 BATCH = 32
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml")
-    inputs = load_run_inputs(config, say=print)
+    inputs = load_run_inputs(config)
     assert inputs.eval_prompts is not None, "the run has no evaluation data"
     rows, adapter = inputs.eval_prompts.rows, options.run / "adapter"
     result = {
@@ -42,11 +41,11 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def score(config: GRPOConfig, rows: Sequence[PromptRow], texts: Sequence[str]) -> float:
+def score(config: GRPOConfig, rows: Sequence[Prompt], texts: Sequence[str]) -> float:
     """Mean reward of one completion per row."""
-    scores = make_scorer(config).score(
+    scores = Scorer(config.rewards, base_dir=config.base_dir).score(
         Inputs(
-            prompts=[row.prompt for row in rows],
+            prompts=[row.content for row in rows],
             completions=[[{"role": "assistant", "content": text}] for text in texts],
             completion_ids=[[] for _ in texts],
             columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
@@ -56,7 +55,7 @@ def score(config: GRPOConfig, rows: Sequence[PromptRow], texts: Sequence[str]) -
     return sum(rewards) / len(rewards)
 
 
-def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[PromptRow]) -> list[str]:
+def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[Prompt]) -> list[str]:
     """Greedy completions by transformers' `generate`, with the adapter loaded by PEFT."""
     import torch
     from peft import PeftModel
@@ -74,7 +73,7 @@ def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequenc
     return texts
 
 
-def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[PromptRow]) -> list[str]:
+def stock_vllm(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequence[Prompt]) -> list[str]:
     """Greedy completions by vLLM's `LLM`, with the adapter as a `LoRARequest`."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest

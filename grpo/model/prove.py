@@ -19,9 +19,9 @@ import torch
 from ...rollout.config import SamplingConfig
 from ...rollout.engine import RolloutEngine
 from ...rollout.types import Completion
+from ..common.log import logger
 from ..data.groups import Group
 from ..data.prompts import Prompt
-from ..common.log import logger
 from .lora_layers import ADAPTER, FusedLoRALayer
 from .packing import Pack, by_completion, pack, pad
 from .policy import Policy

@@ -118,6 +118,18 @@ class Learner:
         self.snapshots = Snapshots(policy.masters, self.optimizer)
         self.guards = Guards(config.guards, self.snapshots)
 
+    def update(
+        self, groups: Sequence[Group], *, step: int, observed: Mapping[str, float] | None = None
+    ) -> Update:
+        """`backward`, the guards' decision and `apply` in one call, for a learner without a loop. Returns all metrics.
+
+        observed: metrics of the rollouts, for the guards.
+        """
+        gradients = self.backward(groups)
+        decision = self.guards.inspect(step, {**(observed or {}), **gradients.metrics()})
+        update = self.apply(decision, gradients, step=step)
+        return Update(metrics={**gradients.metrics(), **update.metrics}, notes=update.notes)
+
     def backward(self, groups: Sequence[Group]) -> StepGradients:
         """Forward and backward over the groups: the step's clipped gradients. Changes neither weights nor optimizer state."""
         trained = self._trained(groups)

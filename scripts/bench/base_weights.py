@@ -58,10 +58,18 @@ class BaseSide:
 
     def train(self) -> float:
         """Seconds of an update on the latest rollout."""
-        from rankup.grpo.model.packing import WeightedGroup
+        from rankup.grpo.data.groups import Group
+        from rankup.grpo.data.prompts import Prompt
 
         advantages = (1.0, -1.0) * (COMPLETIONS // 2)
-        groups = [WeightedGroup(group=group, advantages=advantages) for group in self._groups]
+        groups = [
+            Group(
+                prompt=Prompt(content="", token_ids=one.prompt_token_ids),
+                completions=one.completions,
+                advantages=advantages,
+            )
+            for one in self._groups
+        ]
         started = time.perf_counter()
         update = self._learner.update(groups, step=self._steps)
         self._side.publish_adapter()

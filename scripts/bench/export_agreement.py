@@ -33,16 +33,16 @@ class GreedySide:
         from rankup.grpo.common.quiet import quiet_stderr
         from rankup.grpo.config import load_config
         from rankup.grpo.data.run_inputs import load_run_inputs
-        from rankup.grpo.experience.collect import engine_settings, greedy_settings
         from rankup.grpo.model.policy import Policy
         from rankup.grpo.run.records import CONFIG_FILE
+        from rankup.grpo.update.session import engine_settings
         from rankup.rollout.engine import RolloutEngine
 
         config = load_config(run / CONFIG_FILE, ["model.dtype=float32", f"data.eval_rows={rows or 'null'}"])
-        inputs = load_run_inputs(config, say=print)
+        inputs = load_run_inputs(config)
         assert inputs.eval_prompts is not None, "the run has no evaluation data"
         self._prompts = [list(row.token_ids) for row in inputs.eval_prompts.rows]
-        self._sampling = greedy_settings(config)
+        self._sampling = config.rollout.greedy()
         self._use_adapter = merged is None
         settings = engine_settings(config, inputs.model_path)
         with quiet_stderr():
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace) -> Result:
     completions: dict[str, Completions] = {}
     with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
         merged = Path(folder) / "merged"
-        export_merged(read_run(options.run), merged, dtype="float32", say=print)
+        export_merged(read_run(options.run), merged, dtype="float32")
         for name, model in (("adapter", None), ("merged", merged)):
             side_of = {"run": options.run, "merged": model, "rows": options.rows}
             with Worker(name, "export_agreement:GreedySide", **side_of) as side:

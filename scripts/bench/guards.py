@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace) -> Result:
     from rankup.grpo.model.policy import Policy
     from rankup.grpo.run.records import CONFIG_FILE, read_metrics
     from rankup.grpo.update.optimizer import make_optimizer
-    from rankup.grpo.update.snapshots import Snapshot
+    from rankup.grpo.update.snapshots import Snapshots
     from rankup.kernels.cpu_memory import keep_freed_memory
 
     quiet_loggers()
@@ -53,10 +53,11 @@ def measure(options: argparse.Namespace) -> Result:
     for master in policy.masters:
         master.grad = torch.ones_like(master)
     optimizer.step()
-    guards, snapshot = Guards(config.guards), Snapshot(policy.masters, optimizer)
-    judge_seconds = _median_seconds(options.repeats, lambda index: guards.judge(index + 1, rows[index % len(rows)]))
-    snapshot.take(0)  # allocates
-    snapshot_seconds = _median_seconds(options.repeats, snapshot.take)
+    snapshots = Snapshots(policy.masters, optimizer)
+    guards = Guards(config.guards, snapshots)
+    judge_seconds = _median_seconds(options.repeats, lambda index: guards.inspect(index, rows[index % len(rows)]))
+    snapshots.take("step", 0)  # allocates
+    snapshot_seconds = _median_seconds(options.repeats, lambda index: snapshots.take("step", index))
     return {
         "rank": config.lora.rank,
         "parameters": sum(master.numel() for master in policy.masters),

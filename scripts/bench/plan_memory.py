@@ -25,7 +25,7 @@ from common import command_line, machine, use_environment, versions, write_json
 
 if TYPE_CHECKING:
     from rankup.grpo.config import GRPOConfig
-    from rankup.grpo.model.packing import WeightedGroup
+    from rankup.grpo.data.groups import Group
 
 EXAMPLE = """examples:
   scripts/bench/plan_memory.py --rank 128 --tokens-per-pack 2048
@@ -140,7 +140,7 @@ def _peak_growth(model_path: str, config: GRPOConfig, *, updates: int) -> int:
     return _resident_bytes("VmHWM") - before
 
 
-def _train(model_path: str, config: GRPOConfig, groups: Sequence[WeightedGroup], *, updates: int) -> None:
+def _train(model_path: str, config: GRPOConfig, groups: Sequence[Group], *, updates: int) -> None:
     from rankup.grpo.model.policy import Policy
     from rankup.grpo.update.learner import Learner
 
@@ -152,10 +152,11 @@ def _train(model_path: str, config: GRPOConfig, groups: Sequence[WeightedGroup],
         assert not metrics["update_skipped"], "without its optimizer's state an update takes less memory"
 
 
-def _groups(count: int, *, vocabulary: int) -> list[WeightedGroup]:
+def _groups(count: int, *, vocabulary: int) -> list[Group]:
     """Random tokens and advantages."""
-    from rankup.grpo.model.packing import WeightedGroup
-    from rankup.rollout.types import Completion, PromptGroup
+    from rankup.grpo.data.groups import Group
+    from rankup.grpo.data.prompts import Prompt
+    from rankup.rollout.types import Completion
 
     draw = random.Random(0)
 
@@ -166,12 +167,12 @@ def _groups(count: int, *, vocabulary: int) -> list[WeightedGroup]:
         logprobs = (-1.0,) * COMPLETION
         return Completion(token_ids=tokens(COMPLETION), logprobs=logprobs, text="", finish_reason="length", policy_version=0)
 
-    def group(index: int) -> WeightedGroup:
+    def group() -> Group:
         completions = tuple(completion() for _ in range(GENERATIONS))
-        sampled = PromptGroup(index=index, prompt_token_ids=tokens(PROMPT), completions=completions)
-        return WeightedGroup(group=sampled, advantages=tuple(draw.gauss(0, 1) for _ in completions))
+        prompt = Prompt(content="", token_ids=tokens(PROMPT))
+        return Group(prompt=prompt, completions=completions, advantages=tuple(draw.gauss(0, 1) for _ in completions))
 
-    return [group(index) for index in range(count)]
+    return [group() for _ in range(count)]
 
 
 def _estimated(model_path: str, config: GRPOConfig) -> dict[str, int]:

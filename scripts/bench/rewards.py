@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def overhead(options: argparse.Namespace) -> Result:
     """Milliseconds from the first submit to the last result."""
-    from rankup.rewards import Inputs, Scorer
+    from rankup.rewards import Inputs, RewardsConfig, Scorer
 
     text = "The answer is forty-two, as anyone can see. " * 6
     groups = [
@@ -59,8 +59,9 @@ def overhead(options: argparse.Namespace) -> Result:
         )
         for index in range(GROUPS)
     ]
-    with closing(Scorer(nothing)) as inline, closing(Scorer(nothing, isolation="process")) as process:
-        scorers = {"inline": inline, "process": process}
+    inline, process = RewardsConfig(), RewardsConfig(isolation="process")
+    with closing(Scorer(inline, nothing)) as here, closing(Scorer(process, nothing)) as elsewhere:
+        scorers = {"inline": here, "process": elsewhere}
 
         def score_all(name: str) -> float:
             started = time.perf_counter()

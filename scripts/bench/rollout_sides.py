@@ -22,12 +22,12 @@ from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.data.prompts import prepare_prompts
 from rankup.grpo.data.sources import load_rows
-from rankup.grpo.experience.collect import engine_settings
 from rankup.grpo.model.policy import Policy
-from rankup.grpo.update.session import make_policy
+from rankup.grpo.update.session import engine_settings, make_policy
 from rankup.kernels.cpu_memory import keep_freed_memory
+from rankup.rollout.config import SamplingConfig
 from rankup.rollout.engine import RolloutEngine
-from rankup.rollout.types import PromptGroup, SamplingSettings
+from rankup.rollout.types import PromptGroup
 from rankup.rollout.vllm_compat import import_vllm
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class EqualLengthEngine(RolloutEngine):
     """rankup's engine, except that no completion ends early: all sides sample the same number of tokens."""
 
     @staticmethod
-    def _sampling_params(sampling: SamplingSettings, seed: int | None) -> SamplingParams:
+    def _sampling_params(sampling: SamplingConfig, seed: int | None) -> SamplingParams:
         params = RolloutEngine._sampling_params(sampling, seed)
         params.ignore_eos = True
         return params
@@ -66,7 +66,7 @@ class QuickstartSide:
         self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None = None
     ) -> list[PromptGroup]:
         """Groups of `completions` of `length` tokens each."""
-        sampling = SamplingSettings(num_generations=completions, max_completion_length=length)
+        sampling = SamplingConfig(num_generations=completions, max_completion_length=length)
         return list(self.engine.rollout(prompts, sampling, seeds=seeds))
 
 
@@ -176,7 +176,7 @@ class StockSide:
         self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None
     ) -> tuple[int, float]:
         """Tokens sampled and seconds taken."""
-        sampling = SamplingSettings(num_generations=completions, max_completion_length=length)
+        sampling = SamplingConfig(num_generations=completions, max_completion_length=length)
         params = [EqualLengthEngine._sampling_params(sampling, seed) for seed in seeds or [None] * len(prompts)]
         started = time.perf_counter()
         outputs = self._llm.generate(

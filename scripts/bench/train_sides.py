@@ -23,11 +23,13 @@ from rankup.grpo.algorithm.losses import clipped_surrogate
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.model.packing import WeightedGroup, pack
+from rankup.grpo.data.groups import Group as LearnerGroup
+from rankup.grpo.data.prompts import Prompt
+from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 from rankup.kernels.cpu_memory import keep_freed_memory
-from rankup.rollout.types import Completion, PromptGroup
+from rankup.rollout.types import Completion
 
 MODEL = "smollm2-135m-instruct"
 RANK, ALPHA = 64, 32
@@ -274,18 +276,18 @@ class StockSide(Side):
         return logprobs_BT, self._is_target_BT[:, -count:]
 
 
-def _weighted(groups: Sequence[Group]) -> list[WeightedGroup]:
+def _weighted(groups: Sequence[Group]) -> list[LearnerGroup]:
     """The groups as rankup's learner takes them. The sampler's log-probabilities affect only a metric."""
     weighted = []
-    for index, group in enumerate(groups):
+    for group in groups:
         completions = tuple(
             Completion(
                 token_ids=tuple(ids), logprobs=(-1.0,) * len(ids), text="", finish_reason="length", policy_version=0
             )
             for ids in group.completions
         )
-        prompt_group = PromptGroup(index=index, prompt_token_ids=tuple(group.prompt), completions=completions)
-        weighted.append(WeightedGroup(group=prompt_group, advantages=tuple(group.advantages)))
+        prompt = Prompt(content="", token_ids=tuple(group.prompt))
+        weighted.append(LearnerGroup(prompt=prompt, completions=completions, advantages=tuple(group.advantages)))
     return weighted
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sample_groups import random_groups
-from updates import update
 
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.common.world import World
@@ -56,7 +55,7 @@ def learn(
             shared = [group if place in local else as_remote(group) for place, group in enumerate(groups)]
             if shard_of is not None:
                 shared = groups[shard_of.shard(len(groups))]
-            metrics.append(update(learner, shared, step=step).metrics)
+            metrics.append(learner.update(shared, step=step).metrics)
             policy.write_slots()
         outcomes[name] = (torch.cat([master.detach().flatten() for master in policy.masters]), metrics)
     return outcomes

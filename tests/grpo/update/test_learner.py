@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from sample_groups import make_group, random_groups, with_logprobs
-from updates import update
 
 from rankup.grpo.algorithm.corrections import gap_metrics, gap_tally
 from rankup.grpo.config import GRPOConfig, load_config
@@ -81,7 +80,7 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(make
     (one,) = learner._packs(groups)
     before, _ = policy.logprobs(one)
     assert len(before) == 20
-    update(learner, groups, step=0)
+    learner.update(groups, step=0)
     policy.write_slots()
     change = policy.logprobs(one)[0] - before
     assert change[:10].sum() > 0.1 and change[10:].sum() < -0.1
@@ -91,7 +90,7 @@ def test_updates_move_every_master_and_nothing_of_the_base(make_learner, groups:
     learner: Learner = make_learner(learning_rate=1e-3)
     before, base_before = copies(learner.policy), base_hash(learner.policy)
     for step in range(3):
-        update(learner, groups, step=step)
+        learner.update(groups, step=step)
         learner.policy.write_slots()
     after = copies(learner.policy)
     assert not any(map(torch.equal, before, after))
@@ -105,7 +104,7 @@ def test_the_schedule_sets_the_rate_of_the_step(make_learner, groups: list[Group
     for step in (0, 5):
         learner: Learner = make_learner(**PROPORTIONAL, lr_scheduler_type="linear", max_steps=10)
         before = copies(learner.policy)
-        metrics = update(learner, groups, step=step).metrics
+        metrics = learner.update(groups, step=step).metrics
         assert metrics["learning_rate"] == 1e3 * (1 - step / 10)
         moves.append(moved(learner.policy, before))
     torch.testing.assert_close(moves[1], 0.5 * moves[0], rtol=0.01, atol=1e-6)
@@ -128,7 +127,7 @@ def test_the_update_of_many_packs_equals_that_of_one(
     for budget in (10_000, 40, 1):
         learner: Learner = make_learner(kind, **PROPORTIONAL, tokens_per_pack=budget, beta=0.1, **objective)
         before = copies(learner.policy)
-        metrics = update(learner, groups, step=0).metrics
+        metrics = learner.update(groups, step=0).metrics
         results.append((moved(learner.policy, before), metrics))
     (expected, expected_metrics), *others = results
     assert expected.norm() > 1e-3
@@ -143,7 +142,7 @@ def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[Group]) ->
     for max_grad_norm in (1e6, 0.01):
         learner: Learner = make_learner(**PROPORTIONAL, max_grad_norm=max_grad_norm)
         before = copies(learner.policy)
-        metrics = update(learner, groups, step=0).metrics
+        metrics = learner.update(groups, step=0).metrics
         assert metrics["grad_norm"] > 0.1, "it is the norm before clipping"
         norms.append((moved(learner.policy, before).norm().item(), metrics["grad_norm"]))
     (free, grad_norm), (clipped, _) = norms
@@ -163,7 +162,7 @@ def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[Group]) ->
 def test_nothing_to_train_on_is_no_update(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(mask_truncated_completions=True)
     before = copies(learner.policy)
-    metrics = update(learner, groups, step=0).metrics
+    metrics = learner.update(groups, step=0).metrics
     assert {name for name in metrics if not name.startswith("guards/")} == {"learning_rate"}
     assert all(map(torch.equal, before, learner.policy.masters))
 
@@ -171,18 +170,18 @@ def test_nothing_to_train_on_is_no_update(make_learner, groups: list[Group]) -> 
 @pytest.mark.parametrize("advantage", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list[Group], advantage: float) -> None:
     learner: Learner = make_learner(learning_rate=1e-3)
-    update(learner, groups, step=0)
+    learner.update(groups, step=0)
     learner.policy.write_slots()
     before = copies(learner.policy)
     state = [{k: v.clone() for k, v in learner.optimizer.state[p].items()} for p in learner.policy.masters]
     broken = replace(groups[0], advantages=(advantage, 1.0, 1.0, 1.0))
-    metrics = update(learner, [broken, *groups[1:]], step=1).metrics
+    metrics = learner.update([broken, *groups[1:]], step=1).metrics
     assert metrics["update_skipped"] == 1.0 and not math.isfinite(metrics["grad_norm"])
     assert all(map(torch.equal, before, learner.policy.masters))
     for parameter, entries in zip(learner.policy.masters, state, strict=True):
         assert all(torch.equal(learner.optimizer.state[parameter][key], value) for key, value in entries.items())
     # And the next step is as if it had not been.
-    assert update(learner, groups, step=2).metrics["update_skipped"] == 0.0
+    assert learner.update(groups, step=2).metrics["update_skipped"] == 0.0
     assert not any(map(torch.equal, before, learner.policy.masters))
 
 
@@ -221,7 +220,7 @@ def mixed() -> list[Group]:
 )
 def test_denominators(make_learner, mixed: list[Group], options: dict[str, Any], loss: float) -> None:
     learner: Learner = make_learner(max_completion_length=20, **options)
-    metrics = update(learner, mixed, step=0).metrics
+    metrics = learner.update(mixed, step=0).metrics
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     whole = options.get("mask_truncated_completions", False)
     assert metrics["packing/completion_tokens"] == (6 if whole else 10), "groups without variance cost nothing"
@@ -231,7 +230,7 @@ def test_denominators(make_learner, mixed: list[Group], options: dict[str, Any],
 def test_a_bonus_acts_on_groups_without_variance(make_learner, mixed: list[Group], filtered: bool) -> None:
     """Their entropy counts, so they are in all means."""
     learner: Learner = make_learner(entropy_coef=0.1, filter_zero_variance=filtered)
-    metrics = update(learner, mixed, step=0).metrics
+    metrics = learner.update(mixed, step=0).metrics
     assert metrics["packing/completion_tokens"] == 17
     assert metrics["loss"] == pytest.approx(-8 / 17 - 0.1 * metrics["entropy"], rel=1e-5)
 
@@ -240,7 +239,7 @@ def test_an_own_objective(make_policy, mixed: list[Group], tmp_path: Path) -> No
     (tmp_path / "mine.py").write_text("def loss(tokens):\n    return 3 * tokens.advantages + 0 * tokens.logprobs\n")
     (tmp_path / "run.yaml").write_text("algorithm: {loss_type: 'mine.py:loss'}\nguards: {enabled: false}\n")
     learner = Learner(make_policy(), load_config(tmp_path / "run.yaml", ["mode=none", "veto=0"]))
-    assert update(learner, mixed, step=0).metrics["loss"] == pytest.approx(3 * 8 / 10)
+    assert learner.update(mixed, step=0).metrics["loss"] == pytest.approx(3 * 8 / 10)
 
 
 # Guards
@@ -255,10 +254,10 @@ def groups_of_the_policy(learner: Learner, groups: list[Group]) -> list[Group]:
 def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True})
     before = copies(learner.policy)
-    stepped = update(learner, groups, step=0)
-    assert stepped.metrics["update_skipped"] == 1.0 and stepped.metrics["sampling/kl"] > 0.1
+    update = learner.update(groups, step=0)
+    assert update.metrics["update_skipped"] == 1.0 and update.metrics["sampling/kl"] > 0.1
     assert all(map(torch.equal, before, learner.policy.masters))
-    assert any("skipped the update" in note for note in stepped.notes) and not stepped.decision.stop
+    assert any("skipped the update" in note for note in update.notes)
 
 
 def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[Group]) -> None:
@@ -266,14 +265,14 @@ def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: lis
     assert learner.snapshots.by_kind["step"].step is None
     sampled = groups_of_the_policy(learner, groups)
     before = copies(learner.policy)
-    stepped = update(learner, sampled, step=0, observed={"reward": 0.5})
-    assert stepped.metrics["update_skipped"] == 0.0 and stepped.notes == ()
+    update = learner.update(sampled, step=0, observed={"reward": 0.5})
+    assert update.metrics["update_skipped"] == 0.0 and update.notes == ()
     once = copies(learner.policy)
-    update(learner, sampled, step=1)
+    learner.update(sampled, step=1)
     assert learner.guards.restore("step") == 0, "the policy of the first step, before its update"
     assert all(map(torch.equal, before, learner.policy.masters))
     learner.policy.write_slots()
-    update(learner, sampled, step=2)
+    learner.update(sampled, step=2)
     assert all(map(torch.equal, once, learner.policy.masters)), "Adam's moments went back too"
 
 
@@ -285,8 +284,8 @@ def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: lis
         if step == 3 and step in outcomes:
             assert learner.guards.restore("step") == 3, "the policy of the fourth step, before its update"
             learner.policy.write_slots()
-        stepped = update(learner, groups_of_the_policy(learner, groups), step=step, observed={"reward": 0.5})
-        assert stepped.metrics["update_skipped"] == 0.0
+        update = learner.update(groups_of_the_policy(learner, groups), step=step, observed={"reward": 0.5})
+        assert update.metrics["update_skipped"] == 0.0
         learner.policy.write_slots()
         assert step not in outcomes or all(map(torch.equal, outcomes[step], learner.policy.masters))
         outcomes[step] = copies(learner.policy)
@@ -302,8 +301,8 @@ def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, group
     learner: Learner = make_learner(**PROPORTIONAL, num_iterations=2)
     policy = learner.policy
     first: Learner = make_learner(**PROPORTIONAL)
-    update(first, groups, step=0)
-    metrics = update(learner, groups, step=0).metrics
+    first.update(groups, step=0)
+    metrics = learner.update(groups, step=0).metrics
     for layer, other in zip(policy.layers.values(), first.policy.layers.values(), strict=True):
         torch.testing.assert_close(layer.slot.a[:16], other.master_a.detach(), rtol=1e-4, atol=1e-6)
         b = layer.scaling["default"] * other.master_b.detach()
@@ -319,7 +318,7 @@ def test_the_ratio_is_to_the_policy_that_the_step_began_with(make_learner, group
         learner: Learner = make_learner(
             learning_rate=3e-3, num_iterations=2, epsilon=epsilon, epsilon_high=epsilon_high
         )
-        norms.append(update(learner, groups, step=0).metrics["grad_norm"])
+        norms.append(learner.update(groups, step=0).metrics["grad_norm"])
     assert norms[0] < 0.7 * norms[1]
 
 
@@ -330,7 +329,7 @@ def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[Group], los
     first: Learner = make_learner(learning_rate=3e-3, **options)
     (one,) = first._packs(groups)
     old_N, _ = first.policy.logprobs(one)
-    assert not [name for name in update(first, groups, step=0).metrics if name.startswith("clip_ratio")], "the ratio is 1"
+    assert not [name for name in first.update(groups, step=0).metrics if name.startswith("clip_ratio")], "the ratio is 1"
     first.policy.write_slots()
     log_ratio_N = first.policy.logprobs(one)[0] - old_N
     if loss_type == "gspo":
@@ -338,7 +337,7 @@ def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[Group], los
     low = ((log_ratio_N.exp() < 0.95) & (one.advantages_N < 0)).float().mean().item() if loss_type != "cispo" else 0.0
     high = ((log_ratio_N.exp() > 1.05) & (one.advantages_N > 0)).float().mean().item()
     learner: Learner = make_learner(learning_rate=3e-3, num_iterations=2, **options)
-    metrics = update(learner, groups, step=0).metrics
+    metrics = learner.update(groups, step=0).metrics
     assert high > 0 and metrics["clip_ratio/high_mean"] == pytest.approx(high)
     assert metrics["clip_ratio/low_mean"] == pytest.approx(low)
     assert metrics["clip_ratio/region_mean"] == pytest.approx(low + high)
@@ -357,7 +356,7 @@ def test_no_forward_that_is_not_needed(
     learner: Learner = make_learner(num_iterations=num_iterations, beta=beta, top_entropy_quantile=quantile)
     calls: list[object] = []
     learner.policy.model.base_model.register_forward_hook(lambda *call: calls.append(call))
-    update(learner, groups, step=0)
+    learner.update(groups, step=0)
     assert len(calls) == forwards + (quantile < 1)
 
 
@@ -365,7 +364,7 @@ def test_metrics(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(temperature=0.7)
     (one,) = learner._packs(groups)
     logprobs_N, entropy_N = learner.policy.logprobs(one, temperature=0.7)
-    metrics = update(learner, groups, step=0).metrics
+    metrics = learner.update(groups, step=0).metrics
     tokens, plain = one.num_input_tokens, sum(p * len(c) + sum(c) for p, c in SHAPES)
     expected = {
         "loss": -(one.advantages_N.mean().item()),
@@ -392,12 +391,12 @@ def test_kl_is_told_where_it_is_paid_for(make_learner, groups: list[Group]) -> N
     (one,) = learner._packs(groups)
     difference_N = learner.policy.logprobs(one, use_adapter=False)[0] - learner.policy.logprobs(one)[0]
     kl = (difference_N.exp() - 1 - difference_N).mean().item()
-    metrics = update(learner, groups, step=0).metrics
+    metrics = learner.update(groups, step=0).metrics
     assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
     assert metrics["loss"] == pytest.approx(0.1 * kl - one.advantages_N.mean().item(), rel=1e-4)
 
 
 def test_padding_is_counted(make_learner) -> None:
     learner: Learner = make_learner("mistral")
-    metrics = update(learner, random_groups([(5, [4, 2])]), step=0).metrics  # rows of 8 and 6 input tokens
+    metrics = learner.update(random_groups([(5, [4, 2])]), step=0).metrics  # rows of 8 and 6 input tokens
     assert (metrics["packing/tokens"], metrics["packing/padding_ratio"]) == (14.0, 2 / 16)

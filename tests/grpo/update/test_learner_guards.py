@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from sample_groups import random_groups, with_logprobs
-from updates import update
 
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.data.groups import Group
@@ -44,25 +43,25 @@ def test_further_iterations_are_judged_too(make_learner, groups: list[Group], mo
     """A gradient of a second iteration that is far beyond the usual is not applied, and said."""
     learner: Learner = make_learner(num_iterations=3, guards=GRADIENT_ONLY)
     for step in range(6):
-        assert update(learner, groups, step=step).metrics["updates"] == 3.0
+        assert learner.update(groups, step=step).metrics["updates"] == 3.0
     before = [master.detach().clone() for master in learner.policy.masters]
     norms, clip = iter([1.0, 1000.0]), learner._clip_gradients
     monkeypatch.setattr(learner, "_clip_gradients", lambda: next(norms) * clip())
-    stepped = update(learner, groups, step=6)
-    assert stepped.metrics["updates"] == 1.0 and stepped.metrics["update_skipped"] == 0.0
-    assert stepped.metrics["guards/skipped_steps"] == 1.0
-    assert any("step 7: skipped a further update (grad_norm" in note for note in stepped.notes)
+    update = learner.update(groups, step=6)
+    assert update.metrics["updates"] == 1.0 and update.metrics["update_skipped"] == 0.0
+    assert update.metrics["guards/skipped_steps"] == 1.0
+    assert any("step 7: skipped a further update (grad_norm" in note for note in update.notes)
     assert any(not one.equal(other) for one, other in zip(before, learner.policy.masters, strict=True))
 
 
 def test_a_step_without_a_gradient_moves_nothing(make_learner, groups: list[Group]) -> None:
     """Every completion is vetoed: Adam's momentum of earlier steps must not move the policy."""
     learner: Learner = make_learner(veto=1e-4)
-    update(learner, groups, step=0)
+    learner.update(groups, step=0)
     before = [master.detach().clone() for master in learner.policy.masters]
     lengths = [len(c.token_ids) for w in groups for c in w.completions if c.token_ids]
     certain = with_logprobs(groups, [torch.full((length,), 50.0) for length in lengths])  # far likelier than the trainer finds
-    metrics = update(learner, certain, step=1).metrics
+    metrics = learner.update(certain, step=1).metrics
     assert metrics["sampling/left_out_ratio"] == 1.0 and metrics["grad_norm"] == 0.0
     assert metrics["updates"] == 0.0 and metrics["update_skipped"] == 1.0
     assert all(one.equal(other) for one, other in zip(before, learner.policy.masters, strict=True))
