@@ -49,6 +49,7 @@ from ...update.objective import Objective, StepConstants
 QUERY_BLOCK = 128  # flash attention rounds the queries of a sequence up to it
 HEAD_BLOCK = 32
 LAYERS = 2  # that are measured: the last one has another one before it, as all but the first have
+PASS_PARTS = ("activations", "logits_chunk", "hidden_states", "layer_backward", "layer_again")
 Sizes = Sequence[tuple[int, Sequence[int]]]
 """Prompt length and completion lengths of each group, in tokens."""
 
@@ -315,7 +316,7 @@ def measure_pass(
     per_layer = memory.after_layers[-1] - memory.after_layers[-2] if measured > 1 else 0
     peak = max(memory.at_peaks, key=Counter.total)
     peak["activations"] += (layers - measured) * per_layer
-    return {name: size for name, size in peak.items() if size and name != "state"}
+    return {name: peak[name] for name in PASS_PARTS if peak[name]}
 
 
 def _full_pack_of(policy: Policy, config: GRPOConfig) -> Pack:

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP as GatedMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rankup.grpo.cli.plan.step_memory import fake_tensors
+from rankup.grpo.config import LoraConfig
 from rankup.grpo.model.fusing import Fusion, _activation, fuse
 from rankup.grpo.model.lora_layers import ADAPTER, FusedLoRALinear, FusedMLP
 from rankup.grpo.model.policy import Policy
@@ -167,8 +168,9 @@ def test_activations_are_told_apart(act: nn.Module) -> None:
 def test_without_values_every_family_is_recognised_as_with_values(tiny_model_path, make_policy) -> None:
     """On the code paths of CUDA too: a miniature has values and takes those of the CPU."""
     for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma3"):
+        path = str(tiny_model_path(kind))
         with fake_tensors(), paths_of_cuda():
-            fake: Policy = make_policy(kind)
+            fake = Policy(path, lora=LoraConfig(rank=16))
         assert fake.fusion == make_policy(kind).fusion
 
 

@@ -60,7 +60,7 @@ def test_the_peak_is_at_the_logits_or_in_the_backward_of_a_layer():
 
 
 def test_a_packed_base_forms_the_weight_that_it_multiplies_with():
-    few_logits = LLAMA | {"vocab_size": 10}
+    few_logits = LLAMA | {"vocab_size": 10, "intermediate_size": 2_000}
     dense, packed = (
         measure_pass(few_logits, config(checkpointing=True, load_in=load_in), device="cuda") for load_in in (None, "nf4")
     )
@@ -75,14 +75,15 @@ def test_layers_without_an_adapter_before_the_first_one_keep_nothing():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 39, 40, 41, 42, 155, 156, 157, 400, 4097])
-def test_a_pack_is_full(tmp_path: Any, tokens: int):
+def test_a_pack_is_full(tokens: int):
     sizes = full_pack(tokens, prompt=40, completion=30, generations=4)
     assert sum(prompt + sum(length - 1 for length in lengths) for prompt, lengths in sizes) == tokens
     assert all(prompt <= 40 and 1 <= len(lengths) <= 4 and max(lengths) <= 30 for prompt, lengths in sizes)
 
 
 def test_packs_hold_all_groups_of_their_sizes(tiny_model_path):
+    folder = str(tiny_model_path("llama"))
     with quiet_stderr(), fake_tensors():
-        policy = Policy(str(tiny_model_path("llama")), lora=config().lora)
+        policy = Policy(folder, lora=config().lora)
         one = make_pack(policy, full_pack(400, prompt=40, completion=30, generations=4), tokens_per_pack=400)
     assert one.num_input_tokens == 400
