@@ -103,8 +103,8 @@ class RankupSide(QuickstartSide):
             "targets": list(config.lora.target_modules),
             "adapter_parameters": sum(p.numel() for p in self.policy.masters),
             "max_num_seqs": settings.max_num_seqs,
-            "max_model_len": settings.max_model_len,
-            "kv_cache_bytes": settings.kv_cache_bytes,
+            "max_model_len": settings.rollout.max_model_length,
+            "kv_cache_bytes": int(settings.rollout.kv_cache_gib * 2**30),
             "completion_length": config.rollout.max_completion_length,
         }
 

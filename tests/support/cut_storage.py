@@ -81,7 +81,7 @@ class RenamingFileSystem(CutFileSystem):
     def _strip_protocol(cls, path: Any) -> Any:
         return super()._strip_protocol(str(path).removeprefix("renaming://"))
 
-    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+    def mv(self, path1: str, path2: str, *args: Any, **kwargs: Any) -> None:
         for path in self.find(path1):
             super().cp_file(path, path2 + path.removeprefix(path1))
         self.rm(path1, recursive=True)

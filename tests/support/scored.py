@@ -22,7 +22,7 @@ def scorer_of(functions: Given | Sequence[Given], *, base_dir: Path | None = Non
     return Scorer(RewardsConfig(**options), functions, base_dir=base_dir)
 
 
-def inputs(*completions: str, **columns: list) -> Inputs:
+def inputs(*completions: str | list[dict[str, str]], **columns: list) -> Inputs:
     return Inputs(
         prompts=["p"] * len(completions),
         completions=list(completions),

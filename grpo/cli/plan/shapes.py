@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...common.errors import first_line
+from ...common.log import logger
 from ...common.model_files import EMBEDDED, resolve_model
 from ...config.lora import TARGET_PRESETS
 

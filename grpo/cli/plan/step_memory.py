@@ -19,6 +19,7 @@ exactly what the full depth takes, as tests show, in half a second where 32 laye
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -39,10 +40,12 @@ from ....kernels.attention_plan import BlockPlan
 from ....kernels.attention_varlen import SequencePlan, plan_sequences
 from ....kernels.device import paths_of_cuda
 from ....kernels.shared_prompt_attention import SharedPromptLayout
-from ....rollout.types import Completion, PromptGroup
+from ....rollout.types import Completion
 from ...algorithm.losses import Counts
 from ...config import GRPOConfig
-from ...model.packing import Pack, WeightedGroup, pack, pad
+from ...data.groups import Group
+from ...data.prompts import Prompt
+from ...model.packing import Pack, pack, pad
 from ...model.policy import LOGITS_MIB, Policy
 from ...update.objective import Objective, StepConstants
 
@@ -182,9 +185,8 @@ def make_pack(policy: Policy, sizes: Sizes, *, tokens_per_pack: int) -> Pack:
         if not policy.shares_prompts:
             return pad(groups, tokens_per_pack=tokens_per_pack, pad_token_id=0)[0]
         one = pack(groups, tokens_per_pack=tokens_per_pack)[0]
-        layout = cast(SharedPromptLayout, one.model_inputs["shared_prompt_layout"])
-        one.model_inputs["shared_prompt_layout"] = _LayoutOfValues(layout.groups, layout.length)
-        return one
+        layout = cast(SharedPromptLayout, one.layout)
+        return dataclasses.replace(one, layout=_LayoutOfValues(layout.groups, layout.length))
 
 
 class _LayoutOfValues(SharedPromptLayout):
@@ -200,12 +202,13 @@ class _LayoutOfValues(SharedPromptLayout):
             return plan_sequences(self._lengths, self.device)
 
 
-def _group(prompt: int, lengths: Sequence[int]) -> WeightedGroup:
+def _group(prompt: int, lengths: Sequence[int]) -> Group:
     completions = tuple(
         Completion(token_ids=(0,) * n, logprobs=(-1.0,) * n, text="", finish_reason="length", policy_version=0) for n in lengths
     )
-    group = PromptGroup(index=0, prompt_token_ids=(0,) * prompt, completions=completions)
-    return WeightedGroup(group=group, advantages=(1.0,) * len(lengths))
+    return Group(
+        prompt=Prompt(content="", token_ids=(0,) * prompt), completions=completions, advantages=(1.0,) * len(lengths)
+    )
 
 
 def backward_pass(policy: Policy, one: Pack, config: GRPOConfig) -> None:

@@ -23,7 +23,7 @@ URLS = {
 }
 
 
-@pytest.fixture(params=URLS.values(), ids=URLS)
+@pytest.fixture(params=URLS.values(), ids=list(URLS))
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield request.param.format(tmp_path)
     forget_memory()

@@ -14,6 +14,7 @@ from sample_groups import make_group, random_groups
 
 from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import Pack, by_completion, pack, pad
+from rankup.kernels.shared_prompt_attention import SharedPromptLayout
 
 PAD_TOKEN_ID = 0
 
@@ -35,15 +36,26 @@ def expected_targets(groups: list[Group], origins: Iterable[tuple[int, int]]) ->
     return targets
 
 
+def layout_of(one: Pack) -> SharedPromptLayout:
+    assert one.layout is not None
+    return one.layout
+
+
+def mask_of(one: Pack) -> torch.Tensor:
+    assert one.attention_mask is not None
+    return one.attention_mask
+
+
 def shared_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
     """Of every place of the pack, the tokens that attention lets it see, by the layout and in the order of positions."""
     ids = one.input_ids[0].tolist()
     contexts = {}
-    for group in one.layout.groups:
+    for group in layout_of(one).groups:
         prompt = ids[group.prompt]
         contexts |= {group.prompt.start + i: tuple(prompt[: i + 1]) for i in range(len(prompt))}
         for part in group.completions:
             contexts |= {place: (*prompt, *ids[part.start : place + 1]) for place in range(part.start, part.stop)}
+    assert one.position_ids is not None
     positions = one.position_ids[0].tolist()
     assert {place: len(context) - 1 for place, context in contexts.items()} == dict(enumerate(positions))
     return contexts
@@ -51,7 +63,7 @@ def shared_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
 
 def padded_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
     """The same for the plain layout."""
-    ids, mask = one.input_ids, one.attention_mask
+    ids, mask = one.input_ids, mask_of(one)
     width = ids.shape[1]
     assert torch.equal(mask, mask.sort(dim=1, descending=True).values), "padding stands on the right"
     assert (ids[mask == 0] == PAD_TOKEN_ID).all()
@@ -92,7 +104,7 @@ def test_shared_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: i
     check_sequences(packs, groups)
     for one in packs:
         assert found_targets(one, shared_contexts(one)) == in_fp32(expected_targets(groups, one.origins))
-        layout = one.layout
+        layout = layout_of(one)
         assert one.num_input_tokens == layout.length == one.input_ids.numel()
         assert one.num_input_tokens <= budget or len(one.lengths_S) == 1
         assert one.num_padding_tokens == 0
@@ -106,7 +118,7 @@ def test_plain_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: in
     check_sequences(packs, groups)
     for one in packs:
         assert found_targets(one, padded_contexts(one)) == in_fp32(expected_targets(groups, one.origins))
-        ids, mask = one.input_ids, one.attention_mask
+        ids, mask = one.input_ids, mask_of(one)
         assert ids.numel() <= budget or len(one.lengths_S) == 1
         assert (one.num_input_tokens, one.num_padding_tokens) == (mask.sum(), (1 - mask).sum())
         assert mask.any(0).all(), "no column is padding alone"
@@ -141,7 +153,7 @@ def test_little_is_wasted(shapes: list[tuple[int, list[int]]], budget: int) -> N
     sizes = [one.num_input_tokens for one in pack(groups, tokens_per_pack=budget)]
     assert all(a + b > budget for a, b in itertools.combinations(sizes, 2))
     padded = pad(groups, tokens_per_pack=budget, pad_token_id=PAD_TOKEN_ID)
-    rows = [one.attention_mask.sum(1) for one in padded]
+    rows = [mask_of(one).sum(1) for one in padded]
     assert torch.equal(torch.cat(rows), torch.cat(rows).sort(descending=True).values) if rows else True
 
 
@@ -153,7 +165,7 @@ def test_sorting_by_length_saves_padding() -> None:
 
 def prompts_and_rows(one: Pack) -> list[tuple[int, int]]:
     """(prompt length, completions) of every group of the pack."""
-    groups = one.layout.groups
+    groups = layout_of(one).groups
     return [(group.prompt.stop - group.prompt.start, len(group.completions)) for group in groups]
 
 
