@@ -1,6 +1,6 @@
 """A running run: engine, policy, records and checkpoints, opened from its setup and closed again.
 
-    with open_run(setup, resumption) as ctx:
+    with open_run(setup, resumption, is_evaluated=False, engine=None) as ctx:
         loop.run(ctx)
 """
 
@@ -18,6 +18,7 @@ from .common.errors import Attempts
 from .common.interrupts import RunInterrupted
 from .common.log import logger
 from .config import dump_config
+from .run.notes import start_notes
 from .run.output import RunOutput
 from .run.records import RunRecorder
 from .run.run_folder import locked_folder
@@ -72,6 +73,8 @@ def open_run(
         is_evaluated: of a new run: whether no evaluation is due before its first step.
         engine: a user-supplied one, which stays open; None: one for this run.
     """
+    for note in start_notes(setup.config, setup.inputs):
+        logger.info(note)
     with ExitStack() as stack:
         with setup.interrupts.interruptible():
             session = stack.enter_context(open_engine(setup, engine))

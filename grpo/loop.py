@@ -22,7 +22,6 @@ from .context import RunContext, complete, open_run, run_folder_owned, save_on_e
 from .display.view_text import When
 from .experience.batch import Batch, collect_batch
 from .experience.evaluation import Evaluation, evaluate
-from .run.notes import start_notes, step_notes
 from .run.profiling import profiled, trace_path
 from .run.worker_reports import exchange_reports, num_tokens, slowest, time_metrics
 from .setup import RunSetup
@@ -48,8 +47,6 @@ def train(
                 resume, setup.config, setup.store, inputs=setup.fingerprint, allow_changes=allow_changes
             )
         )
-        for note in start_notes(setup.config, setup.inputs):
-            logger.info(note)
         is_evaluated = not evaluation_is_due(setup, 0)
         ctx = stack.enter_context(open_run(setup, resumption, is_evaluated=is_evaluated, engine=engine))
         with save_on_error(ctx):
@@ -99,7 +96,7 @@ def record(
     is_complete: bool,
 ) -> None:
     """Record and show a step. Once its metrics are written, the run stands between two steps again."""
-    checkpoints, logging = ctx.checkpoints, ctx.setup.config.logging
+    checkpoints = ctx.checkpoints
     reports = exchange_reports(ctx.setup.world, ctx.session, clock.seconds, batch.groups)
     checkpoints.num_tokens += num_tokens(batch.groups)
     metrics = {
@@ -112,13 +109,8 @@ def record(
         ctx.output.recorder.step(step + 1, metrics)
     if is_complete:
         checkpoints.end_update(step + 1, is_evaluated=not evaluation_is_due(ctx.setup, step + 1))
-    if ctx.output is None:
-        return
-    ctx.output.view.step(step + 1, metrics, slowest(reports))
-    for note in (*update.notes, *step_notes(step, batch.groups)):
-        logger.info(note)
-    if step == 0 or is_due(step + 1, logging.completions_steps):
-        ctx.output.completions(step, batch.groups)
+    if ctx.output is not None:
+        ctx.output.show_step(step, batch.groups, metrics, slowest(reports), update.notes)
 
 
 def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:

@@ -1,6 +1,6 @@
 """Everything that a run needs before anything is started or written: checked configuration, data, reward functions.
 
-    setup = prepare_run(config, reward_funcs, train_dataset, eval_dataset, view=view)
+    setup = prepare_run(config, UserInputs(reward_funcs=score), view=view)
 
 `GRPOTrainer` and the workers of a cluster both begin with this; `loop.train(setup)` runs it.
 """
@@ -27,6 +27,15 @@ from .data.sampler import PromptSampler
 from .data.sources import DataSource
 from .display.terminal import View
 from .update.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserInputs:
+    """Reward functions and data sets as the user passed them; what is None comes from the configuration."""
+
+    reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
+    train_dataset: DataSource | None = None
+    eval_dataset: DataSource | None = None
 
 
 @dataclass(kw_only=True)
@@ -71,31 +80,29 @@ class RunSetup:
 
 def prepare_run(
     config: GRPOConfig,
-    reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
-    train_dataset: DataSource | None = None,
-    eval_dataset: DataSource | None = None,
+    inputs: UserInputs,
     *,
     view: View | None,
     world: World = SINGLE_PROCESS,
     stop_requested: Callable[[], bool] = lambda: False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> RunSetup:
-    """Check and load what a run is made from; arguments that are None come from the configuration. Writes nothing.
+    """Check and load what a run is made from. Writes nothing.
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
     """
-    scorer = Scorer(config.rewards, reward_funcs, base_dir=config.base_dir)
+    scorer = Scorer(config.rewards, inputs.reward_funcs, base_dir=config.base_dir)
     Objective(config)  # reports a user-supplied one that cannot be loaded before anything is started
     with log_to(lambda text: None if view is None else view.stage(text)):
-        inputs = load_run_inputs(config, train_dataset, eval_dataset)
-    prompts = inputs.train_prompts.rows
+        loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
+    prompts = loaded.train_prompts.rows
     scorer.check_columns(prompts[0].columns)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,
         scorer=scorer,
-        inputs=inputs,
+        inputs=loaded,
         sampler=PromptSampler(
             prompts, prompts_per_step=config.optim.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
         ),

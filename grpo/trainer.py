@@ -28,7 +28,7 @@ from .data.sources import DataSource
 from .display.terminal import View, make_view
 from .experience.evaluation import evaluate
 from .run.reporting import check_reports
-from .setup import prepare_run
+from .setup import UserInputs, prepare_run
 
 
 class GRPOTrainer:
@@ -68,10 +68,8 @@ class GRPOTrainer:
             max_steps=config.optim.max_steps, run_name=config.logging.run_name, output_dir=config.logging.output_dir
         )
         self.can_resume = False
-        self._reward_funcs = reward_funcs
-        self._train_dataset = train_dataset
-        self._eval_dataset = eval_dataset
-        self.setup = prepare_run(config, reward_funcs, train_dataset, eval_dataset, view=self.view)
+        self._inputs = UserInputs(reward_funcs=reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.setup = prepare_run(config, self._inputs, view=self.view)
 
     def train(
         self,
@@ -136,18 +134,14 @@ class GRPOTrainer:
     def _train_on_cluster(self, resume: Resume, allow_changes: bool, engine: RolloutEngine | None) -> dict[str, Any]:
         """Run the loop on several workers."""
         from .cluster.driver import train_on_cluster  # one device needs no Ray
-        from .cluster.worker import UserInputs
 
         if engine is not None:
             raise ValueError("cluster.workers: every worker has an engine of its own: leave out `engine`, or set it to 1")
-        inputs = UserInputs(
-            reward_funcs=self._reward_funcs, train_dataset=self._train_dataset, eval_dataset=self._eval_dataset
-        )
         try:
             with log_to(self.view.note):
                 return train_on_cluster(
                     self.config,
-                    inputs,
+                    self._inputs,
                     storage=self.setup.storage,
                     view=self.view,
                     interrupts=self.setup.interrupts,

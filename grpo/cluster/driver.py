@@ -33,9 +33,10 @@ from ..config import GRPOConfig
 from ..config.cluster import ClusterConfig
 from ..display.terminal import View
 from ..run.records import read_summary
+from ..setup import UserInputs
 from .mailbox import Outcome, Reader, open_mailbox, this_node
 from .ray_train import fit
-from .worker import Task, UserInputs
+from .worker import Task
 
 POLL_SECONDS = 0.2
 

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
-from ...rewards.loading import RewardSpec
 from ..checkpoint.remote import StorageError
 from ..checkpoint.resume import Resume
 from ..common.errors import explain, is_transient
@@ -32,12 +31,11 @@ from ..common.interrupts import RunInterrupted
 from ..common.quiet import quiet_loggers
 from ..common.world import World
 from ..config import GRPOConfig
-from ..data.sources import DataSource
 from ..loop import train
 from ..run.records import read_summary
 from ..run.reporting import check_reports
 from ..run.worker_reports import DivergedError
-from ..setup import prepare_run
+from ..setup import UserInputs, prepare_run
 from .events import EventView
 from .mailbox import Outcome
 
@@ -49,15 +47,6 @@ UNWIND_SECONDS = 60.0
 
 REPORT_SECONDS = 2.0
 """How long a worker that hangs gets to report it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UserInputs:
-    """Reward functions and data sets as they were passed to the trainer; they are pickled."""
-
-    reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
-    train_dataset: DataSource | None = None
-    eval_dataset: DataSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +150,7 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
 
 
 def _train(task: Task, world: World, deadline: Deadline) -> None:
-    mailbox, inputs = task.mailbox, task.inputs
+    mailbox = task.mailbox
     config = task.config.seen_from(task.base_dir)
     _check_folder_is_shared(config, world)
 
@@ -171,9 +160,7 @@ def _train(task: Task, world: World, deadline: Deadline) -> None:
 
     setup = prepare_run(
         config,
-        inputs.reward_funcs,
-        inputs.train_dataset,
-        inputs.eval_dataset,
+        task.inputs,
         view=EventView(mailbox.post.remote) if world.is_main else None,
         world=world,
         stop_requested=lambda: world.is_main and ray.get(mailbox.poll_stop.remote()),

@@ -1,9 +1,9 @@
 """What the main process of a run shows and writes: terminal view, run folder, trackers, notes. The other processes have none.
 
     output = RunOutput(config, view, recorder)
-    output.step(step, metrics, seconds_by_phase)
+    output.show_step(step, groups, metrics, seconds_by_phase, notes)
     output.evaluation(step, evaluation, "during")
-    output.finish(summary)
+    output.draw()
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..display.terminal import View
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import completions_table
-from .notes import evaluation_notes
+from .notes import evaluation_notes, step_notes
 from .records import RunRecorder
 from .reporting import make_reports
 
@@ -45,6 +45,22 @@ class RunOutput:
                 resume_step=0 if resume is None else resume["steps"],
             )
         )
+
+    def show_step(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        metrics: Mapping[str, float],
+        seconds_by_phase: Mapping[str, float],
+        notes: Sequence[str],
+    ) -> None:
+        """Show a step and its notes, and every so often its completions. `step`: updates done before it."""
+        self.view.step(step + 1, metrics, seconds_by_phase)
+        for note in (*notes, *step_notes(step, groups)):
+            logger.info(note)
+        every = self.config.logging.completions_steps
+        if step == 0 or (every and (step + 1) % every == 0):
+            self.completions(step, groups)
 
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Write the completions of this worker's groups, and show a few. `step`: updates done before it."""

@@ -21,6 +21,8 @@ LAYERS = (
     {"grpo/update"},
     {"grpo/run"},
     {"grpo/checkpoint"},
+    {"grpo/setup"},
+    {"grpo/context"},
     {"grpo/loop"},
     {"grpo/cluster"},
     {"grpo/trainer"},

@@ -12,10 +12,11 @@ import pytest
 from rankup.grpo.checkpoint.remote import StorageError
 from rankup.grpo.cluster.driver import _check_inputs
 from rankup.grpo.cluster.ray_train import summarize
-from rankup.grpo.cluster.worker import UserInputs, _is_final
+from rankup.grpo.cluster.worker import _is_final
 from rankup.grpo.common.errors import TrainingStoppedError
 from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
+from rankup.grpo.setup import UserInputs
 
 HANGS = """
 import sys, time

@@ -192,10 +192,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list
 def mixed() -> list[Group]:
     """A group of 10 tokens in 3 completions, one of them empty and one of 4 cut off, and one of 7 in 2 without variance."""
     taught, equal = random_groups([(5, [6, 4, 0]), (3, [5, 2])], truncated=(1,))
-    return [
-        replace(taught, advantages=(2.0, -1.0, 0.5)),
-        replace(equal, advantages=(0.0, 0.0)),
-    ]
+    return [replace(taught, advantages=(2.0, -1.0, 0.5)), replace(equal, advantages=(0.0, 0.0))]
 
 
 # The loss of a first iteration is minus the weighted sum of the advantages: 2 for 6 tokens, -1 for the 4 that are cut off.
@@ -398,5 +395,5 @@ def test_kl_is_told_where_it_is_paid_for(make_learner, groups: list[Group]) -> N
 
 def test_padding_is_counted(make_learner) -> None:
     learner: Learner = make_learner("mistral")
-    metrics = learner.update(random_groups([(5, [4, 2])]), step=0).metrics  # rows of 8 and 6 input tokens
-    assert (metrics["packing/tokens"], metrics["packing/padding_ratio"]) == (14.0, 2 / 16)
+    metrics = learner.update(random_groups([(5, [4, 2])]), step=0).metrics
+    assert (metrics["packing/tokens"], metrics["packing/padding_ratio"]) == (14.0, 2 / 16), "rows of 8 and 6 input tokens"
