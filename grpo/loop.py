@@ -1,6 +1,6 @@
 """The loop. Read it from top to bottom.
 
-    summary = train(prepare_run(config, view=view), resume=True)
+    summary = train(prepare_run(config, UserInputs(), view=view), resume=True)
 
 A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; compute gradients on the groups
 that have variance, each prompt once; let the guards decide; update; publish the adapter to vLLM in place; record. Steps count

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_dtypes import fast_dtype
 
 from rankup.grpo.cli.plan import memory
 from rankup.grpo.cli.plan.memory import (
@@ -126,7 +127,10 @@ def test_a_token_of_the_kv_cache(shape: ModelShape):
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(arguments: list[str]):
     # In the third update the guards' first snapshot with optimizer state lies beside activations: later ones take no more.
     result = subprocess.run(
-        [sys.executable, MEASURE, "--repeats", "3", *arguments], capture_output=True, text=True, timeout=900
+        [sys.executable, MEASURE, "--repeats", "3", "--dtype", fast_dtype(), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
