@@ -79,7 +79,8 @@ def open_run(
         with setup.interrupts.interruptible():
             session = stack.enter_context(open_engine(setup, engine))
         output = None
-        if setup.world.is_main and setup.view is not None:
+        if setup.world.is_main:
+            assert setup.view is not None, "the main process has a view"
             recorder = stack.enter_context(_open_recorder(setup, resumption))
             output = RunOutput(setup.config, setup.view, recorder)
         checkpoints = CheckpointManager(
@@ -98,7 +99,6 @@ def open_run(
             checkpoints.resume(resumption)
             if output is not None:
                 output.view.resumed(resumption.checkpoint.step, output.recorder.rows())
-        setup.on_ready()
         try:
             yield ctx
         finally:

@@ -4,7 +4,7 @@
 
 A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; compute gradients on the groups
 that have variance, each prompt once; let the guards decide; update; publish the adapter to vLLM in place; record. Steps count
-the updates done, from 0; only what is displayed adds one.
+from 0; only what is displayed adds one.
 """
 
 from __future__ import annotations
@@ -31,17 +31,21 @@ from .update.learner import Update
 def train(
     setup: RunSetup, *, resume: Resume = False, allow_changes: bool = False, engine: RolloutEngine | None = None
 ) -> dict[str, Any]:
-    """Run all remaining steps in this process; returns the summary. See `GRPOTrainer.train`."""
+    """Run all remaining steps in this process; returns the summary. See `GRPOTrainer.train`.
+
+    The caller opens the view and handles signals, as `GRPOTrainer.train` does.
+    """
     world = setup.world
     with ExitStack() as stack:
         view = setup.view
         stack.enter_context(log_to(lambda text: None if view is None else view.note(text)))
         stack.enter_context(run_folder_owned(setup, resumes=bool(resume)))
-        if resume is True:
-            finished = world.broadcast_from_main(lambda: summary_of_finished_run(setup.config, setup.fingerprint))
-            if finished is not None:
-                logger.info(f"the run in {setup.config.logging.output_dir} is already finished: there is nothing to do")
-                return finished
+        finished = world.broadcast_from_main(
+            lambda: summary_of_finished_run(setup.config, setup.fingerprint) if resume is True else None
+        )
+        if finished is not None:
+            logger.info(f"the run in {setup.config.logging.output_dir} is already finished: there is nothing to do")
+            return finished
         resumption = world.broadcast_from_main(
             lambda: find_resumption(
                 resume, setup.config, setup.store, inputs=setup.fingerprint, allow_changes=allow_changes
@@ -50,6 +54,7 @@ def train(
         is_evaluated = not evaluation_is_due(setup, 0)
         ctx = stack.enter_context(open_run(setup, resumption, is_evaluated=is_evaluated, engine=engine))
         with save_on_error(ctx):
+            setup.on_ready()
             run(ctx)
         return complete(ctx)
 
@@ -68,9 +73,7 @@ def run(ctx: RunContext) -> None:
 def train_step(ctx: RunContext, step: int) -> None:
     """One step: rollouts, rewards and advantages; gradients; the guards' decision; update; publish; record."""
     setup, learner, clock = ctx.setup, ctx.session.learner, Clock()
-    batch = collect_batch(
-        ctx.session.engine, setup.scorer, setup.sampler, setup.config, step=step, world=setup.world
-    )
+    batch = collect_batch(ctx.session.engine, setup.scorer, setup.sampler, setup.config, step=step, world=setup.world)
     clock.seconds |= {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds}
     with clock.phase("train"):
         gradients = learner.backward(batch.trained)
@@ -80,6 +83,7 @@ def train_step(ctx: RunContext, step: int) -> None:
     with clock.phase("publish"):
         ctx.session.publish()
     metrics = {**batch.metrics, **gradients.metrics(), **update.metrics}
+    del gradients  # the packs and their log-probabilities
     record(ctx, step, batch, metrics, update, clock, is_complete=not decision.stop)
     if decision.stop_reason is not None:
         raise TrainingStoppedError(decision.stop_reason)
@@ -171,9 +175,7 @@ def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
     assert setup.eval_prompts is not None
     setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")
     with setup.interrupts.interruptible():
-        return evaluate(
-            ctx.session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step, world=setup.world
-        )
+        return evaluate(ctx.session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step, world=setup.world)
 
 
 def record_evaluation(ctx: RunContext, step: int, evaluation: Evaluation, when: When) -> None:

@@ -92,6 +92,8 @@ def prepare_run(
     Raises:
         ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
     """
+    if view is None and world.is_main:
+        raise ValueError("the main process needs a view: it records the run and shows it")
     scorer = Scorer(config.rewards, inputs.reward_funcs, base_dir=config.base_dir)
     Objective(config)  # reports a user-supplied one that cannot be loaded before anything is started
     with log_to(lambda text: None if view is None else view.stage(text)):

@@ -78,7 +78,8 @@ class GRPOTrainer:
         allow_changes: bool = False,
         engine: RolloutEngine | None = None,
     ) -> dict[str, Any]:
-        """Run all steps; returns the content of `summary.json`. Whatever ends the run early, its progress is saved.
+        """Run all steps; returns the content of `summary.json`. Whatever ends the run early, it is saved up to its last
+        complete step.
 
         SIGINT (Ctrl-C) and SIGTERM let the step finish, save a checkpoint and raise `RunInterrupted`; a second one kills. A
         signal that comes too late to stop anything sets `interrupted` in what is returned.
@@ -98,7 +99,7 @@ class GRPOTrainer:
         """
         self.can_resume = False
         interrupts = self.setup.interrupts
-        with self.view, interrupts.handled(), interrupts.deferred():
+        with self.view, log_to(self.view.note), interrupts.handled(), interrupts.deferred():
             check_reports(self.config.logging.report_to)
             if self.config.cluster.workers > 1:
                 summary = self._train_on_cluster(resume_from_checkpoint, allow_changes, engine)
@@ -136,18 +137,17 @@ class GRPOTrainer:
         from .cluster.driver import train_on_cluster  # one device needs no Ray
 
         if engine is not None:
-            raise ValueError("cluster.workers: every worker has an engine of its own: leave out `engine`, or set it to 1")
+            raise ValueError("cluster.workers: every worker has an engine of its own: leave out `engine`, or set cluster.workers=1")
         try:
-            with log_to(self.view.note):
-                return train_on_cluster(
-                    self.config,
-                    self._inputs,
-                    storage=self.setup.storage,
-                    view=self.view,
-                    interrupts=self.setup.interrupts,
-                    resume=resume,
-                    allow_changes=allow_changes,
-                )
+            return train_on_cluster(
+                self.config,
+                self._inputs,
+                storage=self.setup.storage,
+                view=self.view,
+                interrupts=self.setup.interrupts,
+                resume=resume,
+                allow_changes=allow_changes,
+            )
         except ClusterError as error:
             self.can_resume = error.can_resume
             raise

@@ -108,9 +108,12 @@ class Storage:
         new = [name for name in kept if self._is_new_checkpoint(name, remote)]
         for name in self._superseded(list(kept), list(copied), new):
             self._remove_checkpoint(name, copied.pop(name))
-        self._upload([file for file in changed if file != SUMMARY_FILE], local)
+        records = [file for file in changed if file in RUN_FILES or file.startswith("completions/")]
+        self._upload(records, local)
         for name in new:
             self._upload(kept[name], local)
+        # After the checkpoints: a file of a tracker that cannot be uploaded must not keep them from the copy.
+        self._upload([file for file in changed if file not in (*records, SUMMARY_FILE)], local)
         for name, files in copied.items() if kept else ():
             if name not in kept:
                 self._remove_checkpoint(name, files)
@@ -123,7 +126,7 @@ class Storage:
         return before is None or (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns) or size != now.st_size
 
     def _is_new_checkpoint(self, name: str, remote: dict[str, int]) -> bool:
-        """Whether the copy lacks this checkpoint, by its manifest, which has the checksums of all files.
+        """Whether the copy lacks this checkpoint: a file, or its size, or its manifest, which has the checksums of all files.
 
         One that is damaged here is not new, since the copy may have it undamaged.
         """
@@ -132,7 +135,11 @@ class Storage:
             read_checkpoint(path, checksums=False)
         except ValueError:
             return False
-        return manifest not in remote or self._remote.read(manifest) != (path / MANIFEST).read_bytes()
+        prefix = f"{CHECKPOINTS}/{name}/"
+        local = {f"{prefix}{file.relative_to(path)}": file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        if any(remote.get(file) != size for file, size in local.items()):
+            return True
+        return self._remote.read(manifest) != (path / MANIFEST).read_bytes()
 
     def _superseded(self, kept: list[str], copied: list[str], new: list[str]) -> list[str]:
         """Checkpoints of the copy that do not belong to the local records, since the run has resumed from an earlier one.
@@ -150,9 +157,15 @@ class Storage:
 
     def _upload(self, files: list[str], local: dict[str, os.stat_result]) -> None:
         for file in files:
-            if (self._run_dir / file).is_file():  # trackers delete files
+            if not (self._run_dir / file).is_file():
+                continue  # trackers delete files
+            try:
                 self._remote.write(self._run_dir / file, file)
-                self._uploaded[file] = local[file]
+            except StorageError:
+                if (self._run_dir / file).is_file():
+                    raise
+                continue  # deleted while it was uploaded
+            self._uploaded[file] = local[file]
 
     def _remove_checkpoint(self, name: str, files: list[str]) -> None:
         self._remote.remove(reversed(files))

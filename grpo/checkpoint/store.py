@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from ..common.log import logger
 
-FORMAT = "rankup-checkpoint-1"
+FORMAT = "rankup-checkpoint-2"
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step_(\d{6,})")
 """Name of a checkpoint's folder, with the steps done."""

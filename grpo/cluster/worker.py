@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from ..checkpoint.remote import StorageError
 from ..checkpoint.resume import Resume
-from ..common.errors import explain, is_transient
+from ..common.errors import BaseWeightsModifiedError, explain, is_transient
 from ..common.interrupts import RunInterrupted
 from ..common.quiet import quiet_loggers
 from ..common.world import World
@@ -184,10 +184,12 @@ def _train(task: Task, world: World, deadline: Deadline) -> None:
 def _is_final(error: Exception, *, has_begun: bool) -> bool:
     """Whether a restart would not help: a mistake of the user, or workers that hold different policies.
 
-    Disks and storages that could be reached when the run began are taken to be temporarily unavailable.
+    Disks and storages that could be reached when the run began are taken to be temporarily unavailable. Base weights are loaded
+    again by a restart.
     """
     is_unavailable = has_begun and (isinstance(error, StorageError) or getattr(error, "errno", None) in UNAVAILABLE)
-    return isinstance(error, DivergedError) or (explain(error) is not None and not is_unavailable and not is_transient(error))
+    is_mended_by_restart = is_unavailable or is_transient(error) or isinstance(error, BaseWeightsModifiedError)
+    return isinstance(error, DivergedError) or (explain(error) is not None and not is_mended_by_restart)
 
 
 def _await_main(mailbox: Any) -> None:

@@ -48,7 +48,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)

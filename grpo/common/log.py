@@ -26,15 +26,17 @@ class _CallHandler(logging.Handler):
 
 @contextmanager
 def log_to(show: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block, pass every message of the logger (INFO and above) to `show`, and to no other handler.
+    """Inside the block, pass every message of the logger (INFO and above) to `show`.
 
-    Blocks nest: only the innermost one shows a message.
+    Blocks nest: only the innermost one shows a message. Handlers that a user attached to this logger get it too; those of the
+    root logger do not, which would print it a second time.
     """
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    logger.handlers, logger.propagate = [_CallHandler(show)], False
+    handlers, level, propagate, disabled = logger.handlers[:], logger.level, logger.propagate, logger.disabled
+    logger.handlers = [*(one for one in handlers if not isinstance(one, _CallHandler)), _CallHandler(show)]
+    logger.propagate = logger.disabled = False  # `logging.config` disables the loggers that exist
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = handlers, propagate
+        logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
         logger.setLevel(level)

@@ -34,7 +34,7 @@ class Evaluations:
 
     @property
     def noise_margin(self) -> float:
-        """Standard errors that noise explains: two, and more after many evaluations, whose best is a noise_marginy one."""
+        """Standard errors that noise explains: two, and more after many evaluations, ."""
         return max(2.0, 1.0 + math.sqrt(2.0 * math.log(max(1, self.count))))
 
     def accepts(self, rewards: Rewards) -> bool:

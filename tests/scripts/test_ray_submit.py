@@ -213,8 +213,8 @@ def test_the_quick_start_submitted_for_two_workers_leaves_its_folder_where_the_f
     engine_shelf.close()  # the run starts engines of its own, and no further one fits
     shutil.copy(QUICKSTART, tmp_path / "quickstart.yaml")
     ray = {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_AUTH_MODE": "disabled"}
-    smaller = (f"model.dtype={fast_dtype()}", "optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null", "rewards.isolation=ray")
-    result = run_script(tmp_path, "quickstart.yaml", "cluster.workers=2", *smaller, **ray)
+    smaller = (f"model.dtype={fast_dtype()}", "optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null")
+    result = run_script(tmp_path, "quickstart.yaml", "cluster.workers=2", "rewards.isolation=ray", *smaller, **ray)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "done: 2 steps" in result.stdout and f"dashboard {dashboard}" in result.stdout
     run = tmp_path / "runs" / "quickstart"

@@ -146,7 +146,7 @@ def test_another_format_is_refused_with_its_name(store: CheckpointStore):
     path = store.write(20, fill)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": "rankup-checkpoint-0", "rankup": "0.0.9"}))
-    with pytest.raises(ValueError, match="format 'rankup-checkpoint-0', this rankup reads 'rankup-checkpoint-1'") as caught:
+    with pytest.raises(ValueError, match="format 'rankup-checkpoint-0', this rankup reads 'rankup-checkpoint-2'") as caught:
         store.newest_complete()
     assert "0.0.9" in str(caught.value) and not isinstance(caught.value, DamagedCheckpointError)
 

@@ -13,7 +13,7 @@ from rankup.grpo.checkpoint.remote import StorageError
 from rankup.grpo.cluster.driver import _check_inputs
 from rankup.grpo.cluster.ray_train import summarize
 from rankup.grpo.cluster.worker import _is_final
-from rankup.grpo.common.errors import TrainingStoppedError
+from rankup.grpo.common.errors import BaseWeightsModifiedError, TrainingStoppedError
 from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
 from rankup.grpo.setup import UserInputs
@@ -68,7 +68,16 @@ def test_a_mistake_is_final(error: Exception):
     assert _is_final(error, has_begun=False) and _is_final(error, has_begun=True)
 
 
-@pytest.mark.parametrize("error", [WorkerLostError("gone"), ConnectionResetError(), RuntimeError("CUDA error"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        WorkerLostError("gone"),
+        ConnectionResetError(),
+        RuntimeError("CUDA error"),
+        KeyError("x"),
+        BaseWeightsModifiedError("written"),
+    ],
+)
 def test_other_errors_lead_to_a_restart(error: Exception):
     assert not _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
 
