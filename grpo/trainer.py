@@ -137,7 +137,7 @@ class GRPOTrainer:
         from .cluster.driver import train_on_cluster  # one device needs no Ray
 
         if engine is not None:
-            raise ValueError("cluster.workers: every worker has an engine of its own: leave out `engine`, or set cluster.workers=1")
+            raise ValueError("every worker of a cluster has its own engine: leave out `engine`, or set cluster.workers=1")
         try:
             return train_on_cluster(
                 self.config,

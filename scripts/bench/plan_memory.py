@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "what": " ".join((__doc__ or "").split()),
         "model": options.model,
-        "dtype": options.dtype,
         "rank": config.lora.rank,
         "tokens_per_pack": config.optim.tokens_per_pack,
         "gradient_checkpointing": config.optim.gradient_checkpointing,
@@ -83,7 +82,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # The guards' first snapshot with optimizer state is in the second update, and lies beside activations from the third on.
     parser = command_line(__doc__, EXAMPLE, repeats=4, what="updates, of which the peak is taken")
     parser.add_argument("--model", default=MODEL, help=f"embedded name, folder or hub id (default {MODEL})")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the base model")
     parser.add_argument("--rank", type=int, default=64, metavar="R", help="of the adapter, on all seven (default 64)")
     parser.add_argument("--tokens-per-pack", type=int, default=4096, metavar="T", help="a multiple of 512 (default 4096)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -100,7 +98,6 @@ def _config(options: argparse.Namespace) -> GRPOConfig:
     from rankup.grpo.config import GRPOConfig
 
     return GRPOConfig(
-        model={"dtype": options.dtype},
         lora={"rank": options.rank, "alpha": ALPHA},
         # Random tokens are far from what a sampler draws: no alarm may ring at that, and a snapshot is taken at every step.
         correction={"mode": "none"},
@@ -127,7 +124,7 @@ def _train_tiny_model(config: GRPOConfig) -> None:
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, head_dim=32
     )
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(tiny, dtype=getattr(torch, config.model.dtype)).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(tiny, dtype=torch.bfloat16).save_pretrained(folder)
         _train(folder, config, _groups(1, vocabulary=tiny.vocab_size), updates=1)
 
 
