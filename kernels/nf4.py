@@ -1,6 +1,6 @@
 """Frozen weights in 4 bits: NF4 (arXiv 2305.14314) by bitsandbytes, 0.5625 bytes a value.
 
-    weight = Nf4Weight.quantise(linear.weight)      # packed, with one scale for each block of 64 values
+    weight = Nf4Weight.quantise(linear.weight)      # packed, with one fp32 scale per block of 64 values
     y = x @ weight.dense().t()                      # dequantised before each product, to the original dtype
 
 The scales are not quantised (no double quantisation), so rounding is idempotent in bf16 and fp32: quantising `dense()` again
@@ -39,7 +39,7 @@ class Nf4Weight:
 
     @staticmethod
     def quantise(weight: torch.Tensor) -> Nf4Weight:
-        """Round `weight`, of any shape in fp32, bf16 or fp16, on its own device."""
+        """Round `weight`, of any shape in fp32, bf16 or fp16, on its device."""
         from bitsandbytes.functional import quantize_4bit  # this import takes a second
 
         # In pieces on CPU, where bitsandbytes compares each value with all 16 codes at once, taking some 200 bytes a value.

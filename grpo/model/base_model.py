@@ -38,7 +38,7 @@ class BaseModel:
     """A loaded base.
 
     weights: its parameters by name, and the scales of those in 4 bits. They are read-only for as long as the base is used.
-    own: names of those that are held by the trainer alone, `own_bytes` in all; the others are shared with the sampler.
+    own: names of the weights that only the trainer holds, `own_bytes` in all; the others are shared with the sampler.
     """
 
     model: PreTrainedModel
@@ -47,15 +47,15 @@ class BaseModel:
     own_bytes: int
     shared_bytes: int
     versions: tuple[int, ...]
-    """How often torch had written into each of the weights when they were loaded."""
+    """torch's write counter of each weight at the time of loading."""
     checksums: tuple[int, ...]
-    """Of each of the weights when they were loaded; empty on fake tensors."""
+    """Of each weight at the time of loading; empty on fake tensors."""
 
     def written(self, *, thoroughly: bool = False) -> list[str]:
         """Names of the weights that were written into since then.
 
-        By torch's counters, which see what torch's operations do through any view, but not through `.data`, and not what other
-        kernels do; `thoroughly` reads all weights again.
+        By torch's counters, which count writes by torch's operations through any view, but neither writes through `.data` nor
+        writes by other kernels; `thoroughly` also compares checksums of all weights.
         """
         found = [n for (n, w), version in zip(self.weights.items(), self.versions, strict=True) if w._version != version]
         if thoroughly and not found:
@@ -79,7 +79,7 @@ def load_base(
         shared: tensors by parameter name that replace parameters of the same shape, dtype and device. Not on fake tensors.
 
     Raises:
-        ValueError: in NF4, the files of the model name weights otherwise than transformers does.
+        ValueError: in NF4, the model's files name weights differently from transformers.
     """
     if detect_fake_mode() is not None:
         return _without_values(model_path, dtype, load_in)

@@ -1,11 +1,11 @@
-"""Which modules of the model run as one fused function, recognised by their structure and by what they compute.
+"""Which modules of the model run as one fused function, recognised by their structure and their output.
 
     fusion = fuse(model, forward=lambda: model(...))      # after PEFT's injection; changes no name and no parameter
     fusion.summary       # "fused: 30 q/k/v, 30 MLPs, 30 single layers, 61 norms"; the rest is listed with a reason
 
 A candidate has the right children and parameters. An MLP is replaced if it computes down(act(gate(x)) * up(x)), a norm if its
-output is bit-exactly ours. Both are tested on a miniature: the same module with small random weights in the place of its
-weights. So the test costs nothing on a large model, and gives the same answer for a model whose weights have no values
+output is bit-exactly ours. Both are tested on a miniature: the same module with small random weights instead of its
+weights. So the test takes no time on a large model, and gives the same answer for a model whose weights have no values
 (`grpo/cli/plan/step_memory.py`). q, k and v run together if one forward of the model shows that they read the same tensor.
 Nothing is skipped silently: an adapted layer outside of q/k/v and MLPs runs as a single fused layer, and a candidate that
 computes something else is listed.
@@ -141,7 +141,7 @@ def _activation(mlp: nn.Module) -> Activation | None:
         x = torch.randn(4, d_model, dtype=torch.float32)
         try:
             expected = miniature(x)
-        except RuntimeError:  # it takes no other sizes than its own
+        except RuntimeError:  # it works with the original sizes only
             return None
         for activation in get_args(Activation):
             difference = FusedMLP(miniature, activation)(x) - expected
@@ -167,7 +167,7 @@ def _eps(norm: nn.Module) -> float | None:
 
 @torch.no_grad()
 def _fuse_norm(model: nn.Module, name: str, norm: nn.Module, fusion: Fusion) -> None:
-    # On the CPU, whatever the model's device: a kernel sums in another order, so that its last bit may differ.
+    # On the CPU, whatever the model's device: a GPU kernel sums in another order, so its last bit may differ.
     original = cast(nn.Parameter, norm.weight)
     with unset_fake_temporarily():
         generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,9 @@
-"""What a transformers model does after its last hidden state, as the kernels' `Head`.
+"""The computation of a transformers model after its last hidden state, as the kernels' `Head`.
 
-    head = head_of(model)    # weight, soft cap and scale; an adapter on the head is the policy's business
+    head = head_of(model)    # weight, soft cap and scale; `Policy.head` adds an adapter
 
-Families name the same thing differently, and one name means a factor here and a divisor there. What is not listed is refused:
-a change to the logits that went unnoticed would train another policy than the one that is sampled.
+Families use different names for the same scale, and the same name for a factor or a divisor. A model that changes its logits
+in any other way raises an error: if the change were ignored, the trained policy would differ from the sampled one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from ...kernels.logprob import Head
 
-# Family (how its model_type begins): the field of its configuration that scales the logits, and the power that it enters with.
+# Family (how its model_type begins): the field of its configuration that scales the logits, and its exponent.
 SCALES = {"cohere": ("logit_scale", 1), "granite": ("logits_scaling", -1), "hyperclovax": ("logits_scaling", 1)}
-# Fields with which a model changes its logits, or the hidden states before its head, and the values that change nothing.
+# Fields with which a model changes its logits, or the hidden states before its head, and the values that have no effect.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
@@ -30,10 +30,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The model's head; its weight is the model's own tensor, detached.
+    """The model's head; its weight is the model's tensor, detached.
 
     Raises:
-        ValueError: the head is no linear layer, or has a bias, or the model changes its logits in a way not implemented here.
+        ValueError: the head is not a linear layer, or has a bias, or the model changes its logits in another way.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:

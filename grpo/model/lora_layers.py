@@ -1,10 +1,10 @@
 """PEFT's LoRA layers with rankup's arithmetic: the forward multiplies with the slots and runs the fused kernels.
 
 PEFT injects the layers and owns their names, initialisation, saving and loading (`adapters.py`); here only the forward changes.
-`FusedLoRALinear` and `FusedLoRAEmbedding` are what it injects. `fusing.py` decides which of the linear layers compute together:
+PEFT injects `FusedLoRALinear` and `FusedLoRAEmbedding`. `fusing.py` decides which of the linear layers compute together:
 `SharedInput` (q, k and v) and `FusedMLP`.
 
-    layer.slot = slots[name]            # what the forward multiplies with
+    layer.slot = slots[name]            # the bf16 adapter that the forward multiplies with
     layer.masters                       # [Master(parameter, role, scaling, rank), ...], A then B
 """
 
@@ -43,7 +43,7 @@ class Master(NamedTuple):
 
 
 class FusedLoRALayer(nn.Module, PeftLoraLayer):
-    """What both kinds of layers have: fp32 masters, and the slot that the forward reads instead of them.
+    """Base of both kinds of layers: fp32 master weights, and the slot that the forward reads instead of them.
 
     `slot` is set by `Policy.attach`.
     """
@@ -72,12 +72,12 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
     @property
     def rank(self) -> int:
-        """r of this layer (it may have its own, PEFT's `rank_pattern`)."""
+        """r of this layer; layers may differ in it (PEFT's `rank_pattern`)."""
         return self.r[ADAPTER]
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """W, frozen: [d_out, d_in] of a linear layer, formed anew if it is in 4 bits; [V, D] of an embedding."""
+        """W, frozen: [d_out, d_in] of a linear layer, dequantized on each access if it is in 4 bits; [V, D] of an embedding."""
         base = self.get_base_layer()
         return base.nf4.dense() if isinstance(base, Nf4Linear) else cast(torch.Tensor, base.weight)
 
@@ -91,7 +91,7 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
     @property
     def adapter(self) -> Adapter:
-        """Masters and operands, as the kernels take them."""
+        """fp32 master weights and slot, in the form that the kernels take."""
         rank = self.rank
         return Adapter(
             self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER]
@@ -99,13 +99,13 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen linear layer in 4 bits. Its `weight` is the packed one, uint8; `nf4` is what to multiply with."""
+    """A frozen linear layer in 4 bits. Its `weight` is packed, uint8; `nf4` has the scales and shape that products need."""
 
     SCALES = "absmax"  # name of the buffer
     absmax: torch.Tensor
 
     def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is not wanted
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a dense weight
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
@@ -123,7 +123,7 @@ class Nf4Linear(nn.Linear):
 
 
 class FusedLoRALinear(FusedLoRALayer, PeftLoraLinear):
-    """PEFT's LoRA linear layer whose forward reads the slot instead of the masters."""
+    """PEFT's LoRA linear layer whose forward reads the slot instead of the fp32 master weights."""
 
     shared_input: SharedInput | None = None  # the layers that read the same tensor, this one among them
 
@@ -147,10 +147,10 @@ class FusedLoRALinear(FusedLoRALayer, PeftLoraLinear):
 
 
 class FusedLoRAEmbedding(FusedLoRALayer, PeftLoraEmbedding):
-    """PEFT's LoRA embedding whose forward reads the slot instead of the masters. d_in is V, the vocabulary, and d_out is D.
+    """PEFT's LoRA embedding whose forward reads the slot instead of the fp32 master weights. d_in is V (vocabulary), d_out D.
 
-    PEFT begins it with A zero and B normal, the other way round than linear layers. The padding token's column of A gets no
-    gradient, as in PEFT. A head that is tied to the embedding keeps the bare weight.
+    PEFT initialises A with zeros and B from a normal distribution, the reverse of linear layers. The padding token's column of
+    A gets no gradient, as in PEFT. A head that is tied to the embedding keeps the bare weight.
     """
 
     roles = ("embedding", "embedding")
@@ -171,13 +171,13 @@ class FusedLoRAEmbedding(FusedLoRALayer, PeftLoraEmbedding):
         embedded = base(x)
         if self.disable_adapters:
             return embedded
-        scale = self._get_embed_scale()  # what Gemma multiplies with inside its embedding
+        scale = self._get_embed_scale()  # Gemma scales its embeddings by it
         multiplier = 1.0 if scale is None else float(scale)
         return lora_embedding(x, embedded, self.adapter, multiplier=multiplier, padding_idx=base.padding_idx)
 
 
 def projection(layer: nn.Module) -> Projection:
-    """A linear layer as the kernels take it, with its adapter if it has one that is not disabled."""
+    """A linear layer in the form that the kernels take, with its adapter if it has one that is not disabled."""
     adapter = None
     if isinstance(layer, FusedLoRALinear):
         adapter = None if layer.disable_adapters else layer.adapter
@@ -189,7 +189,7 @@ def projection(layer: nn.Module) -> Projection:
 class SharedInput:
     """Layers that read the same tensor, computed together when the first of them is called.
 
-    The others' outputs wait until they are called with the very same tensor; another tensor is another computation.
+    The others' outputs are held until these layers are called with the same tensor object; another tensor is computed again.
     """
 
     def __init__(self, layers: Sequence[FusedLoRALinear]) -> None:
@@ -206,23 +206,23 @@ class SharedInput:
             self._x, self._waiting = x, dict(zip(self.layers, outputs, strict=True))
         output = self._waiting.pop(layer)
         if not self._waiting:
-            self._x = None  # nothing of a pass is kept beyond it
+            self._x = None  # hold no tensor after the pass
         return output
 
     @property
     def has_unread_outputs(self) -> bool:
-        """Whether outputs were computed that nobody asked for: then the layers do not read the same tensor."""
+        """Whether some computed outputs were never read: then the layers do not read the same tensor."""
         return bool(self._waiting)
 
     def dissolve(self) -> None:
-        """Let every layer compute by itself again, and forget what waits."""
+        """Let every layer compute separately again, and drop the outputs that are held."""
         self._x, self._waiting = None, {}
         for layer in self.layers:
             layer.shared_input = None
 
 
 class FusedMLP(nn.Module):
-    """Stands in for a model's MLP: the same children under the same names, one autograd function."""
+    """Replaces a model's MLP: the same children under the same names, one autograd function."""
 
     def __init__(self, mlp: nn.Module, activation: Activation) -> None:
         super().__init__()

@@ -5,8 +5,8 @@
     for saving in savings(shape, config, device="cuda"): ...    # what to change, that of least harm first
 
 Weights, adapter, gradients and optimizer state are counts times bytes. Activations and everything else of a training pass are
-measured on the real code (`step_memory.py`); what no tensor shows (the allocator's gaps, the CUDA context, vLLM's own work) is
-assumed. Sizes are in bytes; `config` is a complete configuration, `optim.tokens_per_pack` at least one sequence.
+measured on the real code (`step_memory.py`). The allocator's gaps, the CUDA context and vLLM's working memory are not in any
+tensor and are assumed. Sizes are in bytes; `config` is a complete configuration, `optim.tokens_per_pack` at least one sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIMIZERS = {"adamw": 2 * FP32, "adamw_8bit": 2 * (1 + FP32 / 256), "paged_adam
 # libraries, assumed.
 RUNTIME_BYTES = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
 CUDA_GAPS = 0.10  # share of the activations that torch's caching allocator loses in blocks, assumed
-# vLLM's own work: most tokens of one engine step, and the graphs that it captures.
+# vLLM's working memory: the most tokens of one engine step, and the CUDA graphs.
 ENGINE_STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
 ENGINE_GRAPH_BYTES = {"cpu": 0, "cuda": 512 * 2**20}
 
@@ -137,7 +137,7 @@ def training_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dic
 
 
 def engine_parts(shape: ModelShape, device: Device) -> dict[str, int]:
-    """What vLLM needs besides its KV cache and the slots: the base in bf16, activations of a step, logits, graphs."""
+    """vLLM's memory besides its KV cache and the slots: the base in bf16, activations of a step, logits, graphs."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widest = max(3 * shape.intermediate, 2 * queries + 2 * keys) + 2 * shape.hidden
     sampled = MAX_NUM_SEQS * shape.vocabulary * (BF16 + 2 * FP32)  # logits, and the sampler's copies

@@ -101,8 +101,8 @@ def plan(options: argparse.Namespace) -> int:
     """`rankup plan MODEL [...]`; 1 if a run file was asked for and the run does not fit on the device.
 
     Raises:
-        ValueError: no such model, a config.json without the needed keys, options that do not go together, a device that is too
-            small for the base, or a file that would be overwritten.
+        ValueError: no such model, a config.json without the needed keys, conflicting options, a device that is too small for
+            the base, or a file that would be overwritten.
     """
     if options.write is not None and options.write.exists() and not options.force:
         raise ValueError(f"{options.write} exists: write to another file, or replace it with --force")
@@ -152,7 +152,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     targets = None if options.targets is None else _targets(options.targets)
     given = {"rows": options.rows, "preset": options.preset, "rank": options.rank, "targets": targets}
     advice = advise(options.task, **given)
-    _config(options, advice)  # refuses wrong values before anything is imported, fetched or built
+    _config(options, advice)  # raises on wrong values before anything is imported, fetched or built
     from .memory import plan_budget, savings
     from .shapes import read_shape
 

@@ -36,7 +36,7 @@ LAYER_NUMBER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A linear layer or the input embedding: its name in the model, what goes in and what comes out."""
+    """A linear layer or the input embedding: its name in the model, its input and output width."""
 
     name: str
     d_in: int
@@ -56,7 +56,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What a model consists of.
+    """The sizes and layers of a model.
 
     Attributes:
         architecture: transformers' class.

@@ -130,7 +130,7 @@ def _sampling(plan: Plan) -> Table:
 
 
 def _savings(plan: Plan) -> Table:
-    """What would need less; where the run fits or no device is given, only what saves a tenth or more."""
+    """Changes that need less memory; if the run fits or no device is given, only those that save a tenth or more."""
     budget = plan.budget
     table = _grid("left", "right", "left")
     fits = budget.fits is not False
