@@ -33,7 +33,8 @@ from .store import MANIFEST, CheckpointError, CheckpointStore
 
 
 class CheckpointManager:
-    """See the module's docstring. Every worker calls every method; the main process writes.
+    """See the module's docstring. Every worker calls `resume`, `save` and `write`, which contain collectives; the main process
+    writes.
 
     Args:
         output: the main process's; None on the others.
@@ -83,7 +84,7 @@ class CheckpointManager:
         self._is_between_steps = False
 
     def end_update(self, steps_done: int, *, is_evaluated: bool) -> None:
-        """The run stands between two steps again: this is what a checkpoint holds until the next update begins.
+        """The state is that of a complete step again: this is what a checkpoint holds until the next update begins.
 
         is_evaluated: whether the evaluation due at this place, if any, was made.
         """

@@ -26,7 +26,7 @@ class Outcome:
 
     Attributes:
         summary: the content of `summary.json`.
-        error: for the user, if restarting the workers would not help.
+        error: for the user, if restarting the workers would not fix it.
         checkpoint: the newest one of an interrupted run; None if there is none.
         is_saved: whether all progress is saved.
         is_complete: whether the run did all its steps.
@@ -93,7 +93,7 @@ class Mailbox:
         self._outcome = self._outcome or outcome
 
     def has_failed(self) -> bool:
-        """Whether the run has ended with an error that a restart would not help, and the main worker has saved its progress."""
+        """Whether the run has ended with an error that a restart would not fix, and the main worker has saved its progress."""
         return self._outcome is not None and self._outcome.error is not None and not self._main_is_working
 
     def outcome(self) -> Outcome | None:

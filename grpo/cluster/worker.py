@@ -1,8 +1,8 @@
-"""One worker of a cluster run: the loop on its shard of every step. `driver.py` starts it, in a thread of Ray Train's.
+"""One worker of a cluster run: the loop on its shard of every step. `driver.py` starts it, in a Ray Train thread.
 
     run_worker({"task": task})      # in each worker; again, in new processes, after one of them was lost
 
-A worker ends in one of three ways. The run has ended, or failed with an error that a restart would not help: both are
+A worker ends in one of three ways. The run has ended, or failed with an error that a restart would not fix: both are
 reported to the mailbox, and Ray restarts nothing. Otherwise something was lost, and the raised error makes Ray restart all
 workers.
 """
@@ -72,7 +72,7 @@ class Task:
 class Deadline:
     """Ends this process, after writing every thread's stack to standard error, when `extend` was not called for too long.
 
-    This works without the interpreter: what hangs (an engine, a network) may hold its lock for ever. `report` is called before,
+    This works without the interpreter: what hangs (an engine, a network) may never release the GIL. `report` is called before,
     if the interpreter still runs.
     """
 
@@ -135,7 +135,7 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
         ray.get(mailbox.set_main_is_working.remote(True))
     try:
         _train(task, world, deadline)
-    except Exception as error:  # Ray restarts the workers; what a restart would not help is reported here
+    except Exception as error:  # Ray restarts the workers; what a restart would not fix is reported here
         if _is_final(error, has_begun=ray.get(mailbox.has_begun.remote())):
             ray.get(mailbox.end.remote(Outcome(error=explain(error) or str(error))))
         if dist.is_initialized():  # closing vLLM has destroyed it already; no other worker should wait for this one
@@ -182,7 +182,7 @@ def _train(task: Task, world: World, deadline: Deadline) -> None:
 
 
 def _is_final(error: Exception, *, has_begun: bool) -> bool:
-    """Whether a restart would not help: a mistake of the user, or workers that hold different policies.
+    """Whether a restart would not fix it: a mistake of the user, or workers that hold different policies.
 
     Disks and storages that could be reached when the run began are taken to be temporarily unavailable. Base weights are loaded
     again by a restart.

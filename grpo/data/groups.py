@@ -22,9 +22,9 @@ class Group:
     Attributes:
         scores: rewards of the completions; empty before they are scored.
         advantages: one for each completion; empty before they are computed.
-        reward_std: standard deviation of the rewards, penalties taken off.
+        reward_std: standard deviation of the rewards, after overlong penalties.
         has_variance: whether the rewards differ. Without variance, there is nothing to learn from the group.
-        is_local: whether this worker sampled it. Of a remote group, it knows metadata only: rewards and lengths without tokens.
+        is_local: whether this worker sampled it. Remote groups hold only metadata: rewards and lengths without tokens.
     """
 
     prompt: Prompt

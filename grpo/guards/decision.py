@@ -28,7 +28,7 @@ class Decision:
     """What to do with a step's update, or after an evaluation. `Guards.apply` carries out the snapshots' part."""
 
     step: int = 0
-    """Updates done when this was decided."""
+    """Steps done when this was decided."""
     alarms: tuple[Alarm, ...] = ()
     skip: bool = False
     """Do not apply the update: its batch is no basis for one."""

@@ -10,8 +10,8 @@
     decision = guards.inspect_evaluation(updates_done, rewards)       # between two steps
     guards.apply(decision)                                            # after a restore, publish the adapter
 
-Steps count the updates done, from 0; the texts add one. The rollouts of a step measure the policy that is in memory until that
-step's update. So a snapshot taken between `inspect` and the update is of a policy whose own reward was just seen to be good.
+Steps count from 0; the texts add one. The rollouts of a step measure the policy that is in memory until that
+step's update. So a snapshot taken between `inspect` and the update is of a policy whose reward was just measured.
 
 A run that evaluates while it trains has a second kind of snapshot. An evaluation is greedy and on the same prompts each time,
 so its noise is known and it beats the training reward as evidence. The policy with the best evaluation is kept; it is restored
@@ -129,7 +129,7 @@ class Guards:
     def restore(self, kind: SnapshotKind) -> int:
         """Restore a snapshot: adapter, optimizer and all running means are those of its step, which is returned.
 
-        Halvings and counts stay.
+        Halvings and totals stay; the window of recent alarms is cleared.
         """
         step = self._snapshots.restore(kind)
         kept = self._kept[kind]

@@ -1,7 +1,7 @@
 """From groups to packs: each prompt once, followed by its completions, under a token budget.
 
     packs = pack(groups, tokens_per_pack=4096)                 # shared prompts, see kernels/shared_prompt_attention.py
-    packs = pad(groups, tokens_per_pack=4096, pad_token_id=0)  # one row a completion, for models that cannot share prompts
+    packs = pad(groups, tokens_per_pack=4096, pad_token_id=0)  # one row per completion, for models that cannot share prompts
 
 Both layouts hold the same targets, so everything after the forward pass is the same. A completion's last token is a target but
 never an input: nothing is predicted from it.

@@ -273,6 +273,6 @@ def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
 
 
 def _plain_attention(model: PreTrainedModel) -> str:
-    """What computes one row a completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
+    """What computes one row per completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
     caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
     return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"

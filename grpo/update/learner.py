@@ -62,7 +62,7 @@ class GradientStats:
         }
 
     def off_policy_metrics(self) -> dict[str, float]:
-        """The metrics that a further iteration replaces. All others compare with the sampler: the first one's stay."""
+        """What a further iteration replaces. Metrics that compare with the sampler stay those of the first iteration."""
         return {"loss": self.loss, "grad_norm": self.grad_norm, **self._clip_metrics()}
 
     def _clip_metrics(self) -> dict[str, float]:
@@ -77,10 +77,10 @@ class GradientStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepGradients:
-    """A step's first backward pass: its clipped gradients stand in the fp32 master weights' `grad`.
+    """A step's first backward pass: its clipped gradients are in `.grad` of the fp32 master weights.
 
     `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs, the
-    constants of the loss, and per pack the log-probabilities under the policy of the start of the step and the base model.
+    constants of the loss, and per pack the log-probabilities under the step's initial policy and under the base model.
     """
 
     stats: GradientStats | None = None
