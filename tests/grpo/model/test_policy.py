@@ -362,7 +362,7 @@ def test_a_model_says_why_its_prompts_cannot_be_shared(new_policy: Make, kind: s
 
 
 def test_norm_layers_are_refused(new_policy: Make) -> None:
-    with pytest.raises(ValueError, match=r"^lora.targets: model.norm cannot be adapted, since LoRA on norm layers is refused"):
+    with pytest.raises(ValueError, match=r"^lora.targets: model.norm cannot be adapted: LoRA does not apply to norm layers"):
         new_policy(lora={"targets": ["q_proj", "norm"]})
 
 
