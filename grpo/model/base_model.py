@@ -159,7 +159,7 @@ def _not_found(model_path: str, name: str, files: Mapping[str, Path]) -> str:
     if not files:
         return f"model.load_in: {model_path} has no safetensors: convert the model, or leave this option out"
     where = f"the files of {model_path}"
-    return f"model.load_in: {where} name weights otherwise than transformers (no {name}): leave this option out"
+    return f"model.load_in: {where} name the weights differently from transformers (no {name}): leave this option out"
 
 
 def _loaded_plainly(model_path: str, dtype: torch.dtype, device: str) -> BaseModel:

@@ -153,7 +153,7 @@ def test_files_that_name_weights_otherwise(tiny_model_path, tmp_path: Path) -> N
     shutil.copytree(tiny_model_path("llama"), tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
     save_file({f"backbone.{name}": weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"name weights otherwise than transformers \(no model\.embed_tokens\.weight\)"):
+    with pytest.raises(ValueError, match=r"name the weights differently from transformers \(no model\.embed_tokens\.weight\)"):
         load_base(str(tmp_path / "other"), dtype=torch.float32, load_in="nf4")
     with pytest.raises(ValueError, match=r"model\.load_in: .* \(no model\.layers\.0\."):
         nf4_names(str(tmp_path / "other"))

@@ -182,7 +182,7 @@ def test_a_snapshot_of_another_adapter_is_refused(run: Run):
     other = torch.nn.Parameter(torch.zeros(3))
     snapshot = Snapshot([other], torch.optim.AdamW([other]))
     snapshot.take(0)
-    with pytest.raises(ValueError, match="of another adapter"):
+    with pytest.raises(ValueError, match="belongs to another adapter"):
         run.snapshot.load_state_dict(snapshot.state_dict())
 
 
