@@ -110,8 +110,8 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     assert timeless(run.output_dir) == timeless(two)
     expected, adapter = adapter_of(two), adapter_of(run.output_dir)
     assert all(expected[name].equal(adapter[name]) for name in expected)
-    assert run.output.count("all start again") == 3 and "its node has died" in run.output
-    assert "worker 1 has heard nothing of the others for cluster.step_timeout=15 s" in run.output
+    assert run.output.count("restarting all workers") == 3 and "its node has died" in run.output
+    assert "worker 1: no collective completed within cluster.step_timeout=15 s" in run.output
     assert "raylet" not in run.output
 
 
@@ -121,7 +121,7 @@ def test_workers_that_hold_two_policies_stop_with_both(tmp_path: Path, model: Pa
     (tmp_path / "drift_2").touch()
     run = ClusterRun(tmp_path, ("cluster.workers=2",))
     assert run.wait() == 1
-    assert "start again" not in run.output
+    assert "restarting all workers" not in run.output
     number = "version [0-9]+, adapter [0-9a-f]{16}"
     assert re.search(f"rankup: error: worker 1 holds another policy than worker 0: {number}, instead of {number}", run.output)
     assert run.output.endswith("to resume: rankup train run.yaml logging.output_dir=runs/run cluster.workers=2 --resume\n")
