@@ -155,7 +155,7 @@ class AlgorithmConfig(Section):
         return delta
 
     @property
-    def own_loss(self) -> str | None:
+    def custom_loss(self) -> str | None:
         """`loss_type` if it is a user-supplied function; None for a built-in objective."""
         return None if self.loss_type in OBJECTIVES else self.loss_type
 

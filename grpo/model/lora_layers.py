@@ -77,7 +77,7 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """W, frozen: [d_out, d_in] of a linear layer, formed anew if it is in 4 bits; [V, D] of an embedding."""
+        """W, frozen: [d_out, d_in] of a linear layer, dequantized at each access if in 4 bits; [V, D] of an embedding."""
         base = self.get_base_layer()
         return base.nf4.dense() if isinstance(base, Nf4Linear) else cast(torch.Tensor, base.weight)
 
@@ -91,7 +91,7 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
     @property
     def adapter(self) -> Adapter:
-        """Masters and operands, as the kernels take them."""
+        """Master weights and operands, as the kernels take them."""
         rank = self.rank
         return Adapter(
             self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER]
@@ -105,7 +105,7 @@ class Nf4Linear(nn.Linear):
     absmax: torch.Tensor
 
     def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is not wanted
+        nn.Module.__init__(self)  # nn.Linear's would allocate the weight that is not wanted
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.weight = nn.Parameter(weight.packed, requires_grad=False)
@@ -211,7 +211,7 @@ class SharedInput:
 
     @property
     def has_unread_outputs(self) -> bool:
-        """Whether outputs were computed that nobody asked for: then the layers do not read the same tensor."""
+        """Whether outputs were computed that no layer requested: then the layers do not read the same tensor."""
         return bool(self._waiting)
 
     def dissolve(self) -> None:

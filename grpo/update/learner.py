@@ -201,7 +201,7 @@ class Learner:
                     one,
                     loss.token_loss,
                     temperature=self.config.rollout.temperature,
-                    visits=loss.visits,
+                    passes=loss.passes,
                     factor=loss.factor,
                 )
             )

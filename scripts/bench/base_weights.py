@@ -83,7 +83,7 @@ class BaseSide:
 
         return_freed_memory()
         base = self._side.policy.base
-        return {"resident": resident_bytes("VmRSS"), "own": base.own_bytes, "shared": base.shared_bytes}
+        return {"resident": resident_bytes("VmRSS"), "own": base.unshared_bytes, "shared": base.shared_bytes}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Loss and adapter gradients of our layouts against the plain one: stock PEFT, one padded row a completion, full logits.
 
 Everything that makes training cheap is in play on our side: each prompt once (or right padding), groups split over packs, the
-fused adapter, log-probabilities in one visit to the logits. All of it must be exact: fp32, relative error at most 1e-5.
+fused adapter, log-probabilities in one pass over the logits. All of it must be exact: fp32, relative error at most 1e-5.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def accumulate(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_pol
         old_N = one.sampler_logprobs_N if off_policy else None
         loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
         total += policy.backward(
-            one, loss.token_loss, temperature=TEMPERATURE, visits=loss.visits, factor=loss.factor
+            one, loss.token_loss, temperature=TEMPERATURE, passes=loss.passes, factor=loss.factor
         )[0].item()
     return total
 

@@ -1,4 +1,4 @@
-"""Alarms in whole runs with real vLLM: each rings on a fault that is made, acts, and stays silent over a healthy run."""
+"""Alarms in complete runs with real vLLM: each triggers on an injected fault, acts, and stays silent over a healthy run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def low_ids(completion_ids, **kwargs):
 
 @pytest.fixture
 def run(make_trainer, tmp_path, run_engine, capsys):
-    """Train with changes; returns the steps' metrics and what was printed."""
+    """Train with changes; returns the steps' metrics and the printed output."""
 
     def train(reward=low_ids, **changes):
         changes = {"max_num_seqs": run_engine.settings.max_num_seqs, **changes}
@@ -129,7 +129,7 @@ def test_guards_that_are_off_leave_the_run_alone(run):
 
 
 def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
-    """From step 15 on the reward is turned round: what was learned is unlearned, and the run does not end there."""
+    """From step 15 on the reward is inverted: the policy unlearns, and the run does not end with that policy."""
 
     def turns(completion_ids, trainer_state, **kwargs):
         sign = 1 if trainer_state.global_step < 15 else -1
@@ -141,7 +141,7 @@ def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
 
 
 def test_a_fallen_evaluation_is_noticed_and_the_run_ends_with_the_best(run, tmp_path):
-    """From step 12 on training rewards the opposite, and the alarms that would see it are off: only evaluations tell."""
+    """From step 12 on training rewards the opposite, and the alarms that would detect it are off: only evaluations do."""
 
     def turned(completion_ids, trainer_state, **kwargs):
         is_evaluation = len(completion_ids) == 1

@@ -1,4 +1,4 @@
-"""Rewards in processes during a run with real vLLM: what hangs costs its rows, which are marked, and the run goes on."""
+"""Rewards in processes during a run with real vLLM: a call that hangs costs its rows, marked as failed; the run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny random model with real vLLM: what they leave behind, and what they do when disturbed."""
+"""Complete runs on a tiny random model with real vLLM: the files they write, and how they react to failures."""
 
 import json
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(autouse=True)
 def no_other_engine(engine_shelf):
-    """These runs start engines of their own, and two do not fit."""
+    """These runs start further engines, and two do not fit."""
     engine_shelf.close()
 
 

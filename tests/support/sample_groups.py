@@ -89,7 +89,7 @@ def loss_on_leaves(loss: PackLoss, logprobs_N: torch.Tensor, entropies_N: torch.
     import torch
 
     tokens = len(logprobs_N)
-    step = CHUNK if loss.visits == 1 else tokens
+    step = CHUNK if loss.passes == 1 else tokens
     chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
     loss_N = torch.cat([loss.token_loss(logprobs_N[chunk], entropies_N[chunk], chunk) for chunk in chunks])
     if loss.factor is not None:

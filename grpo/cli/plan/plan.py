@@ -239,7 +239,7 @@ def _rank_that_fits(options: argparse.Namespace, advice: Advice, shape: ModelSha
 
 
 def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Advice, device: Device) -> tuple[str, ...]:
-    from .memory import own_base_bytes
+    from .memory import unshared_base_bytes
 
     notes = list(shape.unknown)
     if shape.plain_reason is not None:
@@ -247,7 +247,7 @@ def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Adv
     tokens = sized.optim.tokens_per_pack
     if tokens > config.optim.tokens_per_pack:
         notes.append(f"a prompt and a completion are longer than tokens_per_pack: the budget is for packs of {tokens:,} tokens")
-    if config.model.load_in == "nf4" and own_base_bytes(shape, config, device) == 0:
+    if config.model.load_in == "nf4" and unshared_base_bytes(shape, config, device) == 0:
         notes.append(
             "NF4 saves no memory here: vLLM holds the dequantized weights in bf16, and the trainer uses that copy. It is for "
             "training on the rounded weights that will be served"
@@ -255,7 +255,7 @@ def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Adv
     if advice.dropout.value > 0:
         notes.append(f"a run file takes no dropout but 0; {advice.dropout.value:g} is usual in supervised training")
     if device == "cuda":
-        notes.append("on CUDA the context, the allocator's gaps and vLLM's own work are assumed, not measured")
+        notes.append("on CUDA the context, the allocator's gaps and vLLM's workspace are assumed, not measured")
     return tuple(notes)
 
 

@@ -66,7 +66,7 @@ class ModelShape:
         parameters: of the base, tied weights once.
         quantisable: parameters of linear layers other than the head, which is what NF4 compresses.
         matrices: every linear layer and the input embedding.
-        measured_config: the `config.json` with which a training pass is measured: the model's own, or that of a Llama of its
+        measured_config: the `config.json` with which a training pass is measured: that of the model, or that of a Llama of its
             sizes if the model is `unknown`.
         plain_reason: why prompts cannot be shared in training, None if they can.
         unknown: parts of the model whose memory is a guess, in words.

@@ -124,7 +124,7 @@ def test_a_small_cap_without_icepop_needs_no_floor_below_it(load: Load) -> None:
 
 @pytest.mark.parametrize(("loss_type", "own"), [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")])
 def test_user_supplied_objectives_are_recognised(loss_type: str, own: str | None) -> None:
-    assert AlgorithmConfig(loss_type=loss_type).own_loss == own
+    assert AlgorithmConfig(loss_type=loss_type).custom_loss == own
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_what_a_failure_does(load, value, meant):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rewards.on_error=go on", "rewards.on_error"),
+        ("rewards.on_error=continue", "rewards.on_error"),
         ("rewards.isolation=thread", "rewards.isolation: must be 'inline', 'process' or 'ray' (got 'thread')"),
         ("rewards.timeout=0", "rewards.timeout"),
         ("rewards.functions=[{function: a.py:f, wieght: 2}]", "wieght"),

@@ -1,4 +1,4 @@
-"""Evaluations as a witness: what they have gained and lost, what follows from a fall, and with which policy a run ends."""
+"""Alarms on evaluation rewards: gains and losses, actions after a decline, and the policy with which a run ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluated(*counts: int) -> Evaluations:
     return evaluations
 
 
-# What is lost
+# Losses
 
 
 def test_the_share_of_the_gain_that_is_lost():
@@ -259,15 +259,15 @@ def test_evaluations_outrank_the_training_reward_at_the_end():
 
 
 def test_evaluations_go_on_after_a_checkpoint():
-    whole = Played()
+    undisturbed = Played()
     for count in (16, 80, 70):
-        whole.steps(7)
-        whole.evaluate(right(count))
+        undisturbed.steps(7)
+        undisturbed.evaluate(right(count))
     resumed = Played()
-    resumed.guards.load_state_dict(json.loads(json.dumps(whole.guards.state_dict(), allow_nan=False)))
-    resumed.step, resumed.snapshots.steps = whole.step, dict(whole.snapshots.steps)
-    for played in (whole, resumed):
+    resumed.guards.load_state_dict(json.loads(json.dumps(undisturbed.guards.state_dict(), allow_nan=False)))
+    resumed.step, resumed.snapshots.steps = undisturbed.step, dict(undisturbed.snapshots.steps)
+    for played in (undisturbed, resumed):
         played.steps(7)
         played.evaluate(right(20))
-    assert resumed.decisions[-1] == whole.decisions[-1]
-    assert resumed.guards.state_dict() == whole.guards.state_dict()
+    assert resumed.decisions[-1] == undisturbed.decisions[-1]
+    assert resumed.guards.state_dict() == undisturbed.guards.state_dict()

@@ -1,4 +1,4 @@
-"""Alarms ring on their faults and only on them, and actions follow from them."""
+"""Each alarm triggers on its fault and only on it, and actions follow."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_new_level_of_the_norm_is_accepted_before_the_run_gives_up(calm: Playe
 
 
 def test_an_alarm_rings_once_an_excursion():
-    calm = after_calm(restore=False)  # a restore would begin anew
+    calm = after_calm(restore=False)  # a restore would reset the statistics
     assert triggered(calm.steps(3, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
     assert triggered(calm.steps(2, sampler_kl=0.2)) == [("sampler_kl", Level.STOP)]
     assert triggered(calm.steps(2, sampler_kl=0.02)) == []
@@ -229,7 +229,7 @@ def test_a_batch_beyond_stop_is_skipped_for_as_long_as_it_is(calm: Played):
     assert calm.metric("skipped_steps") == 4
 
 
-def test_a_policy_beyond_stop_is_restored_at_once(calm: Played):
+def test_a_policy_above_the_hard_limit_is_restored_immediately(calm: Played):
     decisions = calm.steps(12, reward=0.0)
     (restored,) = [decision for decision in decisions if decision.restore][:1]
     assert triggered([restored]) == [("reward", Level.STOP)]

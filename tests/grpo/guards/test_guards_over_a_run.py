@@ -1,4 +1,4 @@
-"""When a snapshot is due, what a restore puts back, checkpoints of the guards, and a run that was healthy stays silent."""
+"""When snapshots are due, the values that a restore resets, checkpoints of the guards, and no alarms in a healthy run."""
 
 from __future__ import annotations
 
@@ -102,16 +102,16 @@ def test_judging_goes_on_after_a_checkpoint_as_if_there_had_been_none(
     trace: list[dict[str, float | None]], data: st.DataObject
 ):
     cut = data.draw(st.integers(1, len(trace) - 1))
-    whole = Played(baseline_steps=2, snapshot_steps=2)
+    undisturbed = Played(baseline_steps=2, snapshot_steps=2)
     for values in trace[:cut]:
-        whole.steps(**values)
+        undisturbed.steps(**values)
     resumed = Played(baseline_steps=2, snapshot_steps=2)
-    resumed.guards.load_state_dict(json.loads(json.dumps(whole.guards.state_dict(), allow_nan=False)))
-    resumed.step, resumed.snapshots.steps = whole.step, dict(whole.snapshots.steps)
+    resumed.guards.load_state_dict(json.loads(json.dumps(undisturbed.guards.state_dict(), allow_nan=False)))
+    resumed.step, resumed.snapshots.steps = undisturbed.step, dict(undisturbed.snapshots.steps)
     for values in trace[cut:]:
-        assert repr(resumed.steps(**values)) == repr(whole.steps(**values))  # repr: NaN is not equal to itself
-    assert resumed.guards.state_dict() == whole.guards.state_dict()
-    assert resumed.guards.metrics() == whole.guards.metrics()
+        assert repr(resumed.steps(**values)) == repr(undisturbed.steps(**values))  # repr: NaN is not equal to itself
+    assert resumed.guards.state_dict() == undisturbed.guards.state_dict()
+    assert resumed.guards.metrics() == undisturbed.guards.metrics()
 
 
 def test_a_recorded_healthy_run_is_silent():

@@ -40,7 +40,8 @@ def test_on_the_weights_of_another_model_it_computes_the_same_bits(tiny_model_pa
     weights = {name: p.detach() for name, p in other.named_parameters()}
     base = load_base(tiny_model_path(kind), dtype=torch.float32, shared=weights)
     assert torch.equal(logits(base.model), logits(other))
-    assert base.own == () and base.own_bytes == 0 and base.shared_bytes == sum(4 * p.numel() for p in weights.values())
+    assert base.unshared == () and base.unshared_bytes == 0
+    assert base.shared_bytes == sum(4 * p.numel() for p in weights.values())
     assert {name: p.data_ptr() for name, p in base.model.named_parameters()} == {n: w.data_ptr() for n, w in weights.items()}
     assert base.model.config.to_dict() == other.config.to_dict()
     assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
@@ -54,17 +55,17 @@ def test_what_is_not_offered_or_does_not_fit_comes_from_the_files(tiny_model_pat
     wrong = next(name for name in offered if name.endswith("o_proj.weight"))
     offered[wrong] = offered[wrong][:-1]
     base = load_base(tiny_model_path(kind), dtype=torch.float32, shared=offered)
-    assert {name for name in base.own if "mlp" not in name} == {"model.norm.weight", wrong}
+    assert {name for name in base.unshared if "mlp" not in name} == {"model.norm.weight", wrong}
     assert torch.equal(logits(base.model), logits(other))
-    assert base.own_bytes + base.shared_bytes == sum(4 * p.numel() for p in other.parameters())
+    assert base.unshared_bytes + base.shared_bytes == sum(4 * p.numel() for p in other.parameters())
 
 
 def test_weights_in_several_files(tiny_model_path, tmp_path: Path) -> None:
     plain(tiny_model_path("qwen2")).save_pretrained(tmp_path / "parts", max_shard_size="100KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     base = load_base(str(tmp_path / "parts"), dtype=torch.float32, load_in="nf4")
-    whole = load_base(tiny_model_path("qwen2"), dtype=torch.float32, load_in="nf4")
-    assert torch.equal(logits(base.model), logits(whole.model))
+    from_files = load_base(tiny_model_path("qwen2"), dtype=torch.float32, load_in="nf4")
+    assert torch.equal(logits(base.model), logits(from_files.model))
 
 
 def test_a_shared_weight_that_is_not_that_of_the_files_is_not_taken(tiny_model_path) -> None:
@@ -74,7 +75,7 @@ def test_a_shared_weight_that_is_not_that_of_the_files_is_not_taken(tiny_model_p
     offered["model.norm.weight"] += 1
     offered["model.layers.1.mlp.up_proj.weight"][-1] = 0
     base = load_base(tiny_model_path("llama"), dtype=torch.float32, shared=offered)
-    assert set(base.own) == {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert set(base.unshared) == {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
     assert torch.equal(logits(base.model), logits(other))
 
 
@@ -112,7 +113,7 @@ def test_in_4_bits_it_computes_with_the_rounded_weights(tiny_model_path, kind: s
     assert torch.equal(logits(base.model), logits(rounded))
     of_linear = sum(rounded.get_parameter(name).numel() for name in names)
     others = sum(p.numel() for p in rounded.parameters()) - of_linear
-    assert base.own_bytes == sum(nf4_bytes(rounded.get_parameter(name).numel()) for name in names) + 4 * others
+    assert base.unshared_bytes == sum(nf4_bytes(rounded.get_parameter(name).numel()) for name in names) + 4 * others
 
 
 def test_in_4_bits_what_is_shared_stays_as_it_is_shared(tiny_model_path) -> None:
@@ -153,7 +154,7 @@ def test_files_that_name_weights_otherwise(tiny_model_path, tmp_path: Path) -> N
     shutil.copytree(tiny_model_path("llama"), tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
     save_file({f"backbone.{name}": weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"name weights otherwise than transformers \(no model\.embed_tokens\.weight\)"):
+    with pytest.raises(ValueError, match=r"name weights differently from transformers \(no model\.embed_tokens\.weight\)"):
         load_base(str(tmp_path / "other"), dtype=torch.float32, load_in="nf4")
     with pytest.raises(ValueError, match=r"model\.load_in: .* \(no model\.layers\.0\."):
         nf4_names(str(tmp_path / "other"))
@@ -162,10 +163,10 @@ def test_files_that_name_weights_otherwise(tiny_model_path, tmp_path: Path) -> N
         nf4_names(str(tmp_path / "other") + "/.")
 
 
-# ------------------------------------------------------------------------------------------------- nobody writes there
+# -------------------------------------------------------------------------------------------- writes into base weights
 
 
-def test_whoever_writes_into_base_weights_is_found(make_policy) -> None:
+def test_writes_into_base_weights_are_found(make_policy) -> None:
     policy = make_policy()
     policy.write_slots()
     assert policy.base.written() == []

@@ -65,7 +65,7 @@ def storages(tensors: list[torch.Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-# Masters and slots
+# Master weights and slots
 
 
 def test_a_new_policy_is_the_base_model(new_policy: Make, one: Pack) -> None:
@@ -163,13 +163,13 @@ def test_rank_16_in_slots_of_64_that_held_another_adapter(make_policy: Make, one
         policy.write_slots()
         assert torch.equal(logprobs(policy, one), expected)
         assert not any(slot.a[16:].any() or slot.b[:, 16:].any() for slot in slots.values())
-    # What is multiplied with are the given slots themselves.
+    # The forward multiplies with the attached slots themselves.
     slots["model.layers.0.self_attn.v_proj"].b.zero_()
     assert not torch.allclose(logprobs(policy, one), expected, atol=1e-3)
 
 
 def test_slots_of_projections_that_are_not_trained_are_emptied(new_policy: Make, make_policy: Make) -> None:
-    """Else the sampler would go on with what an adapter of other targets left there."""
+    """Otherwise the sampler would continue with values left by an adapter of other targets."""
     slots = foreign_slots(make_policy())
     policy = new_policy(lora={"targets": "qkv"})
     for layer in policy.layers.values():
@@ -324,7 +324,7 @@ def test_gradients_add_up(make_policy: Make, one: Pack) -> None:
 )
 def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str, targets: str | list[str]) -> None:
     groups = random_groups([(5, [4, 1, 6]), (3, [7])])
-    gradients, visits = [], []
+    gradients, passes = [], []
     for gradient_checkpointing in (False, True):
         policy = new_policy(kind, lora={"targets": targets}, gradient_checkpointing=gradient_checkpointing)
         with torch.no_grad():
@@ -338,9 +338,9 @@ def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str
         for one in packs:
             policy.backward(one, minus_logprob)
         gradients.append([parameter.grad for parameter in policy.masters])
-        visits.append(len(count))
+        passes.append(len(count))
     torch.testing.assert_close(gradients[0], gradients[1])
-    assert visits[1] == 2 * visits[0], "activations are computed again in the backward"
+    assert passes[1] == 2 * passes[0], "activations are computed again in the backward"
 
 
 # Models

@@ -31,7 +31,7 @@ PROPORTIONAL = {"adam_epsilon": 1e4, "learning_rate": 1e3}
 def make_learner(make_policy) -> Callable[..., Learner]:
     """A learner on a policy with a strong adapter, published; `options` are `GRPOConfig`'s.
 
-    The groups' log-probabilities are made up: by default no weight corrects them and no guard minds.
+    The groups' log-probabilities are made up: by default no weight corrects them and no guard triggers.
     """
 
     def make(kind: str = "llama", *, rank: int = 16, **options: Any) -> Learner:
@@ -61,7 +61,7 @@ def base_hash(policy: Policy) -> str:
 
 
 def moved(policy: Policy, before: list[torch.Tensor]) -> torch.Tensor:
-    """All changes of the masters in one vector."""
+    """All changes of the master weights in one vector."""
     return torch.cat([(p - q).detach().flatten() for p, q in zip(policy.masters, before, strict=True)])
 
 
@@ -157,7 +157,7 @@ def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[Group]) ->
         [make_group([5, 6], [[7, 8], [9]])],  # without variance
         [make_group([5, 6], [[7, 8], [9]], advantages=[1.0, -1.0], truncated=(0, 1))],
     ],
-    ids=["no groups", "no tokens", "no advantages", "nothing whole"],
+    ids=["no groups", "no tokens", "no advantages", "nothing complete"],
 )
 def test_nothing_to_train_on_is_no_update(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(mask_truncated_completions=True)
@@ -222,8 +222,8 @@ def test_denominators(make_learner, mixed: list[Group], options: dict[str, Any],
     learner: Learner = make_learner(max_completion_length=20, **options)
     metrics = learner.update(mixed, step=0).metrics
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    whole = options.get("mask_truncated_completions", False)
-    assert metrics["packing/completion_tokens"] == (6 if whole else 10), "groups without variance cost nothing"
+    masks_truncated = options.get("mask_truncated_completions", False)
+    assert metrics["packing/completion_tokens"] == (6 if masks_truncated else 10), "groups without variance cost nothing"
 
 
 @pytest.mark.parametrize("filtered", [True, False])
@@ -297,7 +297,7 @@ def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: lis
 
 
 def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, groups: list[Group]) -> None:
-    """Two iterations: the second one's forward has the masters that the first one's step made."""
+    """Two iterations: the second one's forward uses the master weights that the first one's step wrote."""
     learner: Learner = make_learner(**PROPORTIONAL, num_iterations=2)
     policy = learner.policy
     first: Learner = make_learner(**PROPORTIONAL)

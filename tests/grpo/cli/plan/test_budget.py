@@ -1,4 +1,4 @@
-"""What fits on a device, what is left for vLLM, and what would need less."""
+"""Whether a run fits on a device, vLLM's share, and changes that would need less memory."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
 
 def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
     separate = config({"model.share_base_weights": False})
-    with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB for the trainer besides") as caught:
+    with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB more for the trainer") as caught:
         plan_budget(shape, separate, device="cuda", vram=24 * GIB)
     assert "at least 29 GiB, or let both use one copy (14.2 GiB) with --share-base-weights true" in str(caught.value)
     plan_budget(shape, config({"model.share_base_weights": True}), device="cuda", vram=24 * GIB)
@@ -89,8 +89,8 @@ def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
 
 def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
     separate, packed = config({"model.share_base_weights": False}), {"model.load_in": "nf4"}
-    shared, own = ({s.change for s in savings(shape, one, device="cuda")} for one in (config(), separate))
-    assert "model.load_in nf4" in own - shared
+    shared, unshared = ({s.change for s in savings(shape, one, device="cuda")} for one in (config(), separate))
+    assert "model.load_in nf4" in unshared - shared
 
     def minimum(one: GRPOConfig) -> int:
         return plan_budget(shape, one, device="cuda").minimum

@@ -20,8 +20,8 @@ from rankup.grpo.cli.plan.memory import (
     changed,
     engine_parts,
     kv_bytes_per_token,
-    own_base_bytes,
     training_parts,
+    unshared_base_bytes,
 )
 from rankup.grpo.cli.plan.shapes import Matrix, ModelShape
 from rankup.grpo.config import GRPOConfig
@@ -99,7 +99,7 @@ def test_the_trainer_holds_what_it_does_not_share_with_vllm(
 ):
     with_biases = dataclasses.replace(shape, biases=("q_proj", "k_proj"))
     held = {"model.share_base_weights": sharing, "model.load_in": load_in}
-    assert own_base_bytes(with_biases, changed(GRPOConfig(), held), device) == own
+    assert unshared_base_bytes(with_biases, changed(GRPOConfig(), held), device) == own
     assert parts(with_biases, held, device).get("base_weights", 0) == own
     assert engine_parts(with_biases, device)["base_weights"] == 2 * 1_500
 
