@@ -213,7 +213,7 @@ async def _attempts(reward: _Reward, inputs: Inputs, timeout: float | None, retr
                 return await call_async(reward.name, reward.function, inputs)
         except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # cancelled from outside: nobody waits for the result any more
+            if task is not None and task.cancelling():  # cancelled from outside: no caller waits for the result any more
                 raise
             failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
             result = dataclasses.replace(failure, cause=error)

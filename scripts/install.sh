@@ -11,7 +11,7 @@ Without a device: the one installed before, otherwise cuda where `nvidia-smi -L`
 When nothing changed it ends at once. An installation that was cut off is made again from nothing.
 
   --python INTERPRETER   the Python to use, 3.11 or newer (default: the first such one on PATH)
-  --check                change nothing; exit 0 if .venv is whole and current, otherwise 1
+  --check                change nothing; exit 0 if .venv is complete and up to date, otherwise 1
   -h, --help             this text
 
 Examples:
@@ -28,7 +28,7 @@ fail() {
     exit 1
 }
 
-# --- What is asked for -------------------------------------------------------------------------------------------
+# --- Arguments ----------------------------------------------------------------------------------------------------
 
 device="" python="" check=""
 while (($#)); do
@@ -56,7 +56,7 @@ readonly VENV="$root/.venv"
 readonly STAMP="$VENV/.rankup-installed" # written last: "<device> <Python's version> <hash>"
 readonly LOG="$VENV/install.log"
 
-# Another environment, active or half set, must not leak into this one; nor may this one be made by its own Python.
+# Another environment, active or half set, must not leak into this one; nor may this one be made by its Python.
 PATH=${PATH//"$VENV/bin:"/}
 unset PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -120,7 +120,7 @@ exit_if_current() {
 }
 
 exit_if_current
-[[ -z "$check" ]] || fail ".venv is not whole and current: run scripts/install.sh"
+[[ -z "$check" ]] || fail ".venv is not complete and up to date: run scripts/install.sh"
 
 # --- One installation at a time ----------------------------------------------------------------------------------
 
@@ -140,15 +140,15 @@ pip() { # arguments of pip; all it says goes to the log
     "$VENV/bin/python" -m pip --no-input "$@" >>"$LOG" 2>&1
 }
 
-fail_pip() { # what could not be done
+fail_pip() { # the action that failed
     local reason
     reason=$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c -300) || true
     fail "$1: ${reason:-pip failed} (all of it: $LOG)"
 }
 
 make_venv() { # version of the chosen Python
-    # Without a stamp nobody knows how far the last installation came, and pip takes a half-written package for a
-    # whole one. The same goes for another device's packages and another Python's.
+    # Without a stamp it is unknown how far the last installation came, and pip takes a half-written package for a
+    # complete one. The same goes for another device's packages and another Python's.
     if [[ -n "$installed_hash" && "$installed_device" == "$device" && "$installed_python" == "$1" ]] &&
         grep -qF "$VENV" "$VENV/bin/activate" && [[ -n "$(version_of "$VENV/bin/python")" ]]; then
         rm "$STAMP"

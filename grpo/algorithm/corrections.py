@@ -97,7 +97,7 @@ def sampling_warnings(*, temperature: float, top_p: float, top_k: int, min_p: fl
         )
     if temperature != 1.0:
         warnings.append(
-            fXX
+            f"rollout.temperature {temperature:g}: the policy is trained for sampling at this temperature; "
             "evaluation is greedy, and sampling from the adapter at another temperature samples from another policy"
         )
     return warnings

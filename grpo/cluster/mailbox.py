@@ -61,7 +61,7 @@ class Mailbox:
         return events
 
     def report_failure(self, text: str) -> None:
-        """Workers were lost: show it unless the run has ended. Until they restart, nobody subscribes to stop requests."""
+        """Workers were lost: show it unless the run has ended. Until they restart, stop requests have no subscriber."""
         self._has_subscriber = False
         if self._outcome is None:
             self._events.append(NoteEvent(text))

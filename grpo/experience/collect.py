@@ -67,7 +67,7 @@ def collect(
         sampled_all = time.perf_counter()
         scores |= {index: pending.result() for index, pending in waiting.items()}
         reward_seconds += time.perf_counter() - sampled_all
-    except BaseException:  # the rollout failed or was interrupted: nobody awaits these any more
+    except BaseException:  # the rollout failed or was interrupted: no caller awaits these any more
         for pending in waiting.values():
             pending.cancel()
         raise

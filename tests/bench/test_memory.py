@@ -1,4 +1,4 @@
-"""The memory bench: what its instrument counts, that fakes take what real tensors take, and the planner beside its figures."""
+"""The memory bench: what its instrument counts, that fakes take what real tensors take, and the planner compared with its figures."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_storage_counts_once_and_until_nothing_refers_to_it():
         assert counted.now == KIB
         view, same = a[:8].reshape(2, 4), a.mul_(2)
         assert counted.now == KIB and same is a
-        b = (a + 1) * 2  # a + 1 lives until the product is there
+        b = (a + 1) * 2  # a + 1 lives until the product exists
         assert (counted.now, counted.peak) == (2 * KIB, 3 * KIB)
         counted.begin()
         del a, same
@@ -81,7 +81,7 @@ def test_a_storage_counts_once_and_until_nothing_refers_to_it():
 
 
 def test_what_autograd_keeps_gradients_and_the_optimizers_state_count():
-    """y = (x w)^2: x w is kept, 1 KiB; its gradient comes beside it, that of w, 4 bytes, and AdamW's three numbers."""
+    """y = (x w)^2: x w is kept, 1 KiB; its gradient is added, that of w, 4 bytes, and AdamW's three numbers."""
     with PeakMemory() as counted:
         w, x = torch.ones(1, requires_grad=True), torch.ones(256)
         start = counted.now
@@ -125,7 +125,7 @@ def test_the_peak_is_what_torchs_allocator_gives_out():
 
 
 def test_flash_attention_takes_fp32_and_expanded_gradients_inside():
-    """2 sequences of 300 queries and 500 keys in all, 8 heads of 64 over 2: queries in blocks of 128 more, a number beside."""
+    """2 sequences of 300 queries and 500 keys in all, 8 heads of 64 over 2: queries in blocks of 128 more, one number more."""
     rows = 300 + 2 * 128
     assert flash_workspace(300, 2, 500, (8, 64), 2) == 4 * rows * 8 * 65 + 2 * 2 * 500 * 8 * 64
     assert flash_workspace(300, 2, 500, (8, 64), 8) == 4 * rows * 8 * 65

@@ -1,6 +1,6 @@
 """Programs that try to leave the sandbox, or to use it up.
 
-The attacks of ATTEMPTS each try one forbidden thing and are told no; they run in one program. Those of ATTACKS are destructive
+The attacks of ATTEMPTS each try one forbidden thing and fail; they run in one program. Those of ATTACKS are destructive
 and have a run each. None is run before it is certain that the sandbox separates anything at all.
 """
 

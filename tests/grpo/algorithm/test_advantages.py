@@ -22,7 +22,7 @@ GROUPS = st.integers(2, 6).flatmap(
 
 
 def nan_std(rewards: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Standard deviation of a sample (n - 1) over what is not nan; nan below two values."""
+    """Standard deviation of a sample (n - 1) over the values that are not nan; nan below two values."""
     count = rewards.isfinite().sum(dim)
     mean = rewards.nanmean() if dim is None else rewards.nanmean(dim, keepdim=True)
     return (((rewards - mean) ** 2).nansum(dim) / (count - 1).clamp(min=0)).sqrt()
@@ -186,4 +186,4 @@ def test_no_function_drowns_another_and_equals_teach_nothing():
     assert sums[0][3] is not None
     assert sums[0][0] == pytest.approx(-sums[0][3]) and sums[0][1] == pytest.approx(sums[0][2], abs=1e-2)
     result = group_advantages(sums, estimator="group", scale_rewards="batch")
-    assert result[1].advantages == (0.0,) * 4, "exactly: the learner leaves out what has no advantage"
+    assert result[1].advantages == (0.0,) * 4, "exactly: the learner leaves out completions without an advantage"

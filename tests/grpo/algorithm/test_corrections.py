@@ -141,8 +141,8 @@ def test_sampling_from_the_whole_distribution_needs_no_warning() -> None:
     ],
 )
 def test_sampling_from_a_part_is_warned_of(settings: dict[str, float], parts: list[str]) -> None:
-    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
-    (warning,) = sampling_warnings(**(whole | settings))  # type: ignore[arg-type]
+    untruncated = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    (warning,) = sampling_warnings(**(untruncated | settings))  # type: ignore[arg-type]
     assert all(part in warning for part in parts), warning
 
 

@@ -1,4 +1,4 @@
-"""Head discovery: weight, soft cap and scale give the model's own log-probabilities, or the model is refused."""
+"""Head discovery: weight, soft cap and scale give the log-probabilities of the model itself, or the model is refused."""
 
 from __future__ import annotations
 

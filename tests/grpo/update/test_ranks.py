@@ -14,7 +14,7 @@ from rankup.grpo.update.ranks import describe, equivalent_rate, rate_factor, ste
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
-# Scales at rank 128, and the step beside that of alpha 32 at the same learning rate.
+# Scales at rank 128, and the step relative to that of alpha 32 at the same learning rate.
 AT_RANK_128 = [
     ({"alpha": 32}, 0.25, 1.0),
     ({"alpha": 128}, 1.0, 4.0),

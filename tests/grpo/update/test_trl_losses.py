@@ -158,7 +158,7 @@ def statement(method: Any, test: str, *, assigns: str) -> Any:
 
 
 def importance_weights(trl: Any, case: Case, mask_ST: torch.Tensor) -> torch.Tensor:
-    """TRL's own, [S, T]; those of a sequence are ours, see the module's docstring."""
+    """TRL's weights, [S, T]; those of a sequence are ours, see the module's docstring."""
     correction, old_M = case.config.correction, case.logprobs_M.detach() if case.old_M is None else case.old_M
     if correction.mode.startswith("sequence"):
         weights_M = correction_weights(old_M - case.sampler_M, torch.tensor(case.lengths), correction)
