@@ -120,7 +120,7 @@ def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterato
 
 @contextmanager
 def run_folder_owned(setup: RunSetup, *, resumes: bool) -> Iterator[None]:
-    """Lock the run folder; a run that resumes first fetches what is missing from its storage. Only the main process does it.
+    """Lock the run folder; a run that resumes first fetches missing files from its storage. Only the main process does it.
 
     Raises:
         ValueError: another process writes to the folder.
@@ -156,7 +156,7 @@ def _open_recorder(setup: RunSetup, resumption: Resumption | None) -> Iterator[R
 
 @contextmanager
 def save_on_error(ctx: RunContext) -> Iterator[None]:
-    """Whatever ends the block (a signal, an error of a reward function, a full disk): save what can be saved."""
+    """If an exception (a signal, an error of a reward function, a full disk) ends the block: save as much as possible."""
     try:
         yield
     except BaseException as error:  # raised again

@@ -4,7 +4,7 @@
 
 A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; compute gradients on the groups
 that have variance, each prompt once; let the guards decide; update; publish the adapter to vLLM in place; record. Steps count
-the updates done, from 0; only what is displayed adds one.
+the updates done, from 0; only displays add one.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def finish(ctx: RunContext) -> None:
 
 
 def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
-    """Evaluate the current policy after `step` updates. A signal interrupts it at once: it can be repeated."""
+    """Evaluate the current policy after `step` updates. A signal interrupts it immediately: it can be repeated."""
     setup = ctx.setup
     assert setup.eval_prompts is not None
     setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")

@@ -60,7 +60,7 @@ class RunSetup:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the run is made from besides its configuration, to compare when it resumes."""
+        """The run's inputs besides its configuration, to compare when it resumes."""
         return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names)}
 
     def stage(self, text: str) -> None:

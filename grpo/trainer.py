@@ -80,10 +80,10 @@ class GRPOTrainer:
         allow_changes: bool = False,
         engine: RolloutEngine | None = None,
     ) -> dict[str, Any]:
-        """Run all steps; returns the content of `summary.json`. Whatever ends the run early, its progress is saved.
+        """Run all steps; returns the content of `summary.json`. If the run ends early for any reason, its progress is saved.
 
         SIGINT (Ctrl-C) and SIGTERM let the step finish, save a checkpoint and raise `RunInterrupted`; a second one kills. A
-        signal that comes too late to stop anything sets `interrupted` in what is returned.
+        signal that comes too late to stop anything sets `interrupted` in the returned summary.
 
         Args:
             resume_from_checkpoint: True: resume from the newest complete checkpoint of `output_dir`, or start from scratch if
@@ -139,7 +139,7 @@ class GRPOTrainer:
         from .cluster.worker import UserInputs
 
         if engine is not None:
-            raise ValueError("cluster.workers: every worker has an engine of its own: leave out `engine`, or set it to 1")
+            raise ValueError("cluster.workers: every worker starts its own engine: leave out `engine`, or set it to 1")
         inputs = UserInputs(
             reward_funcs=self._reward_funcs, train_dataset=self._train_dataset, eval_dataset=self._eval_dataset
         )

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 ADAPTER_ID = 1
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
-# vLLM packs these projections into one layer, which is what has to be named as a LoRA target. Without names vLLM would wrap
+# vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
 # every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
 PACKED_NAMES = {
     "q_proj": "qkv_proj",
@@ -162,7 +162,7 @@ class RolloutEngine:
         return self.policy_version
 
     def _ensure_active(self) -> None:
-        """Activate and rewrite the adapter if it was evicted. vLLM itself would reload the zero adapter that it was given."""
+        """Activate and rewrite the adapter if it was evicted. vLLM itself would reload the zero adapter of the request."""
 
         def activate(model: nn.Module) -> bool:
             manager = require(model, "lora_manager", purpose="check whether the adapter is active")

@@ -53,7 +53,7 @@ REPORT_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class UserInputs:
-    """Reward functions and data sets as they were passed to the trainer; they are pickled."""
+    """Reward functions and data sets that were passed to the trainer; they are pickled."""
 
     reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
     train_dataset: DataSource | None = None

@@ -29,7 +29,7 @@ TRL_NAMES = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.targets",
-    "vllm_importance_sampling_correction": "correction.vllm_importance_sampling_correction",  # a switch beside the mode
+    "vllm_importance_sampling_correction": "correction.vllm_importance_sampling_correction",  # a switch in addition to the mode
     "vllm_importance_sampling_mode": "correction.mode",
     "vllm_importance_sampling_clip_max": "correction.cap",
     "save_total_limit": "checkpoint.keep_last",

@@ -125,7 +125,7 @@ class GRPOConfig(Section):
             return self
         if self.algorithm.advantage_estimator != "group":
             raise ValueError(
-                "rewards.multi_objective_aggregation: normalize_then_sum computes advantages in its own way: leave "
+                "rewards.multi_objective_aggregation: normalize_then_sum has a different advantage formula: leave "
                 f"algorithm.advantage_estimator at group (got {self.algorithm.advantage_estimator})"
             )
         if self.algorithm.soft_overlong_tokens:

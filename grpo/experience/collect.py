@@ -99,7 +99,7 @@ def gather_groups(local: Collected, prompts: Sequence[Prompt], world: World) -> 
 
 
 def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:
-    """Remove what is finished from `waiting`; returns its scores."""
+    """Remove finished calls from `waiting`; returns its scores."""
     finished = [index for index, pending in waiting.items() if pending.is_finished()]
     return {index: waiting.pop(index).result() for index in finished}
 

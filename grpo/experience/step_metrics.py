@@ -28,7 +28,7 @@ class CompletionsTable:
 
 
 def reward_metrics(groups: Sequence[Group], function_names: Sequence[str]) -> dict[str, float]:
-    """Mean reward, its spread within groups, each function's own statistics, and the metrics that the functions logged.
+    """Mean reward, its spread within groups, each function's statistics, and the metrics that the functions logged.
 
     `advantage_scale` is the spread in the groups that have one: the scale of advantages before anything divides them.
     """

@@ -53,5 +53,5 @@ class Decision:
 
     @property
     def notes(self) -> list[str]:
-        """What to tell the user, apart from `stop_reason`."""
+        """Messages for the user, apart from `stop_reason`."""
         return [*(alarm.text for alarm in self.alarms), *([self.text] if self.text and not self.stop else [])]

@@ -11,7 +11,7 @@
     guards.apply(decision)                                            # after a restore, publish the adapter
 
 Steps count the updates done, from 0; the texts add one. The rollouts of a step measure the policy that is in memory until that
-step's update. So a snapshot taken between `inspect` and the update is of a policy whose own reward was just seen to be good.
+step's update. So a snapshot taken between `inspect` and the update is of a policy whose reward was just measured to be good.
 
 A run that evaluates while it trains has a second kind of snapshot. An evaluation is greedy and on the same prompts each time,
 so its noise is known and it beats the training reward as evidence. The policy with the best evaluation is kept; it is restored
@@ -23,7 +23,7 @@ triggers when its value crosses a limit, and again only after the value has been
 the learning rate, three roll the policy back.
 
 Noise must not trigger anything: a step's reward is a mean over few completions, so only a fall of more than 3 standard errors
-counts; a gradient norm is compared with its own scatter, the sampler's gap with its value at the start. Otherwise healthy runs
+counts; a gradient norm is compared with its scatter, the sampler's gap with its value at the start. Without this, healthy runs
 would be halved and rolled back, most of all at low success rates.
 
 All of it is arithmetic on a dozen Python floats (`trackers.py`, `evaluations.py`); `rules.py` lists the alarms,
@@ -263,7 +263,7 @@ class Guards:
     def _is_healthy(self, step: int, readings: Sequence[Reading]) -> bool:
         """Whether to take a snapshot: no value outside its limits, reward near its best, the last snapshot old enough.
 
-        Stricter than the alarms: a policy that falls too fast to be told from noise must not become the one to roll back to.
+        Stricter than the alarms: a policy that falls too fast to be distinguished from noise must not become the one to roll back to.
         """
         last_trigger, reward = self._counters.last_trigger, self._now.series.get("reward")
         evaluation, kept = self._now.excursions.get(EVALUATION.name), self._kept.get("step")

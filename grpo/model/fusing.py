@@ -141,7 +141,7 @@ def _activation(mlp: nn.Module) -> Activation | None:
         x = torch.randn(4, d_model, dtype=torch.float32)
         try:
             expected = miniature(x)
-        except RuntimeError:  # it takes no other sizes than its own
+        except RuntimeError:  # it takes only its configured sizes
             return None
         for activation in get_args(Activation):
             difference = FusedMLP(miniature, activation)(x) - expected

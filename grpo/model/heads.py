@@ -1,8 +1,8 @@
 """What a transformers model does after its last hidden state, as the kernels' `Head`.
 
-    head = head_of(model)    # weight, soft cap and scale; an adapter on the head is the policy's business
+    head = head_of(model)    # weight, soft cap and scale; the policy handles an adapter on the head
 
-Families name the same thing differently, and one name means a factor here and a divisor there. What is not listed is refused:
+Families name the same thing differently, and one name can mean a factor in one and a divisor in another. Unlisted operations are refused:
 a change to the logits that went unnoticed would train another policy than the one that is sampled.
 """
 
@@ -30,7 +30,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The model's head; its weight is the model's own tensor, detached.
+    """The model's head; its weight is the tensor of the model, detached.
 
     Raises:
         ValueError: the head is no linear layer, or has a bias, or the model changes its logits in a way not implemented here.

@@ -1,4 +1,4 @@
-"""The memory bench: what its instrument counts, that fakes take what real tensors take, and the planner compared with its figures."""
+"""The memory bench: the bytes that its instrument counts, equal for fake and real tensors, and the planner against them."""
 
 from __future__ import annotations
 

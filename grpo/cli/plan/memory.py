@@ -1,4 +1,4 @@
-"""The memory of a run on one device, part by part; whether it fits, what is left for vLLM's KV cache, and what needs less.
+"""The memory of a run on one device, part by part; whether it fits, the rest for vLLM's KV cache, and options that need less.
 
     budget = plan_budget(shape, config, device="cuda", vram=24 * GIB)
     budget.fits, budget.kv_tokens, budget.gpu_memory_utilization

@@ -124,7 +124,7 @@ def test_a_token_of_the_kv_cache(shape: ModelShape):
     ids=["rank 64", "rank 128", "checkpointing"],
 )
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(arguments: list[str]):
-    # In the third update the guards' first snapshot with optimizer state is in memory together with activations: later ones take no more.
+    # In the third update the guards' first snapshot with optimizer state coexists with activations: later ones take no more.
     result = subprocess.run(
         [sys.executable, MEASURE, "--repeats", "3", *arguments], capture_output=True, text=True, timeout=900
     )
