@@ -95,7 +95,7 @@ def _find(spec: str, *, base_dir: Path | None) -> object:
 
 def _call_factory(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) -> object:
     if not callable(factory):
-        raise ValueError(f"reward {spec!r} cannot be given kwargs: it is a {type(factory).__name__}, not a factory")
+        raise ValueError(f"reward {spec!r} does not accept kwargs: it is a {type(factory).__name__}, not a factory")
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:

@@ -62,7 +62,7 @@ class EngineSettings:
     Attributes:
         model: path of the model.
         max_rank: largest LoRA rank that the slots can hold.
-        max_num_seqs: sequences that are sampled at once; used instead of `rollout.max_num_seqs`, which may be None.
+        max_num_seqs: sequences that are sampled concurrently; used instead of `rollout.max_num_seqs`, which may be None.
         keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
         nf4_weights: names of the weights to round to NF4 while loading.
     """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv from an exact lock (requirements/<device>.txt); at once when nothing changed. See --help.
+# Makes .venv from an exact lock (requirements/<device>.txt); does nothing if nothing changed. See --help.
 set -euo pipefail
 
 usage() {
@@ -8,7 +8,7 @@ Usage: scripts/install.sh [cpu|cuda] [--python INTERPRETER] [--check]
 
 Makes .venv in the repository: every version from requirements/<device>.txt, then this project (editable).
 Without a device: the one installed before, otherwise cuda where `nvidia-smi -L` works, otherwise cpu.
-When nothing changed it ends at once. An installation that was cut off is made again from nothing.
+If nothing changed it ends immediately. An interrupted installation is repeated from scratch.
 
   --python INTERPRETER   the Python to use, 3.11 or newer (default: the first such one on PATH)
   --check                change nothing; exit 0 if .venv is complete and up to date, otherwise 1
@@ -179,7 +179,7 @@ install_rest() {
     say "installing $(grep -c '==' "requirements/$device.txt") packages from requirements/$device.txt"
     pip install --no-deps -r "requirements/$device.txt" || fail_pip "cannot install requirements/$device.txt"
     if [[ "$device" == cpu ]]; then
-        # A build for CUDA beside a CPU torch makes `import transformers.models...` fail.
+        # A build for CUDA next to a CPU torch makes `import transformers.models...` fail.
         pip uninstall --yes torchvision torchaudio torchcodec || fail_pip "cannot remove torchvision"
     fi
     say "installing rankup (editable)"

@@ -65,7 +65,7 @@ class _OneDeviceBackend(_TorchBackend):
     share_cuda_visible_devices = False
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Do nothing: the process group ends with the worker. Ray's default would end it under a worker that is still saving."""
+        """Do nothing: the process group ends with the worker. Ray's default would end it while a worker is still saving."""
 
 
 @dataclass

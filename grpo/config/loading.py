@@ -180,7 +180,7 @@ def _describe_yaml_error(error: yaml.YAMLError) -> str:
 def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
     """A new mapping with flat names moved into their sections and `model: "name"` expanded.
 
-    Unknown names are kept; validation reports them. Raises ValueError if a value is given twice.
+    Unknown names are kept; validation reports them. Raises ValueError if a value is set twice.
     """
     nested: dict[str, Any] = {}
     flat: dict[str, Any] = {}

@@ -263,7 +263,7 @@ class Guards:
     def _is_healthy(self, step: int, readings: Sequence[Reading]) -> bool:
         """Whether to take a snapshot: no value outside its limits, reward near its best, the last snapshot old enough.
 
-        Stricter than the alarms: a policy that falls too fast to be distinguished from noise must not become the one to roll back to.
+        Stricter than the alarms: a policy whose decline cannot yet be distinguished from noise must not become a snapshot.
         """
         last_trigger, reward = self._counters.last_trigger, self._now.series.get("reward")
         evaluation, kept = self._now.excursions.get(EVALUATION.name), self._kept.get("step")

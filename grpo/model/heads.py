@@ -2,8 +2,8 @@
 
     head = head_of(model)    # weight, soft cap and scale; the policy handles an adapter on the head
 
-Families name the same thing differently, and one name can mean a factor in one and a divisor in another. Unlisted operations are refused:
-a change to the logits that went unnoticed would train another policy than the one that is sampled.
+Families use different names for the same thing, and one name can mean a factor or a divisor. Unlisted operations are refused:
+an unnoticed change to the logits would train another policy than the one that is sampled.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ class Learner:
         return is_possible
 
     def _trained(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups that have a gradient: those with an advantage (all, if a penalty or bonus acts), without masked completions."""
+        """Groups with a gradient: those with an advantage (all, if a penalty or bonus acts), without masked completions."""
         algorithm = self.config.algorithm
         trained = [group for group in groups if algorithm.needs_every_group or any(group.advantages)]
         return [without_truncated(group) for group in trained] if algorithm.mask_truncated_completions else trained

@@ -94,7 +94,7 @@ class PeftSide:
     """transformers and PEFT: one row a completion, no padding, bf16 autocast as by transformers' Trainer with `bf16=True`.
 
     Attention is torch's, by its flash kernel. Where rows have no padding transformers leaves out the mask, as it can see from
-    values only; without values it would make one of T x T, so it is told.
+    values only; without values it would make one of T x T, so it gets the argument explicitly.
     """
 
     def __init__(self, folder: Path, *, rank: int, gradient_checkpointing: bool) -> None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The peak memory of a training update on CPU beside what `rankup plan` says it is, part by part.
+"""The peak memory of a training update on CPU against the prediction of `rankup plan`, part by part.
 
 Measured is how far resident memory rises (VmHWM, reset) from just before the policy is made to the peak of its updates. There
-is no vLLM: the policy computes with slots of its own. A tiny model is trained before, so that libraries are loaded, as they are
+is no vLLM: the policy allocates its slots. A tiny model is trained before, so that libraries are loaded, as
 in a run. An update takes two full packs: in the second one, gradients and activations meet.
 
-`--return-freed` lets malloc hand freed memory back at once, where a run keeps it: the difference is what lies in gaps.
+`--return-freed` lets malloc return freed memory immediately, where a run keeps it: the difference is what lies in gaps.
 One setting a process; the last line is JSON.
 """
 
@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    # The guards' first snapshot with optimizer state is in the second update, and lies beside activations from the third on.
+    # The guards' first snapshot with optimizer state is in the second update, and coexists with activations from the third on.
     parser = command_line(__doc__, EXAMPLE, repeats=4, what="updates, of which the peak is taken")
     parser.add_argument("--model", default=MODEL, help=f"embedded name, folder or hub id (default {MODEL})")
     parser.add_argument("--rank", type=int, default=64, metavar="R", help="of the adapter, on all seven (default 64)")
     parser.add_argument("--tokens-per-pack", type=int, default=4096, metavar="T", help="a multiple of 512 (default 4096)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--return-freed", action="store_true", help="let malloc hand freed memory back at once")
+    parser.add_argument("--return-freed", action="store_true", help="let malloc return freed memory immediately")
     options = parser.parse_args(arguments)
     if options.tokens_per_pack < 512 or options.tokens_per_pack % 512:
         parser.error("--tokens-per-pack must be a multiple of 512, so that packs are full")
@@ -99,7 +99,7 @@ def _config(options: argparse.Namespace) -> GRPOConfig:
 
     return GRPOConfig(
         lora={"rank": options.rank, "alpha": ALPHA},
-        # Random tokens are far from what a sampler draws: no alarm may ring at that, and a snapshot is taken at every step.
+        # Random tokens are far from what a sampler draws: no alarm may trigger on that, and a snapshot is taken at every step.
         correction={"mode": "none"},
         guards={"snapshot_steps": 1, **_no_limits()},
         optim={
@@ -135,7 +135,7 @@ def _peak_growth(model_path: str, config: GRPOConfig, *, updates: int) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is reset
     _train(model_path, config, groups, updates=updates)
     return _resident_bytes("VmHWM") - before
 

@@ -141,7 +141,7 @@ def test_words_after_the_dashes_go_to_ray(project: Path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "no run file given"),
+        ([], "run file missing"),
         (["no_such.yaml"], "run file not found: no_such.yaml"),
         (["run.yaml", "lora.rnk=3"], "lora.rnk: unknown key"),
         (["--env"], "--env needs the name of a variable"),

@@ -150,8 +150,8 @@ def _size(text: str) -> int:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Everything from the options of the command line. Raises ValueError as `plan` does."""
     targets = None if options.targets is None else _targets(options.targets)
-    given = {"rows": options.rows, "preset": options.preset, "rank": options.rank, "targets": targets}
-    advice = advise(options.task, **given)
+    inputs = {"rows": options.rows, "preset": options.preset, "rank": options.rank, "targets": targets}
+    advice = advise(options.task, **inputs)
     _config(options, advice)  # refuses wrong values before anything is imported, fetched or built
     from .memory import plan_budget, savings
     from .shapes import read_shape
@@ -160,7 +160,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     shape = read_shape(options.model)
     rank = _rank_that_fits(options, advice, shape)
     if rank != advice.rank.value:
-        advice = advise(options.task, **given, tight_rank=rank)
+        advice = advise(options.task, **inputs, tight_rank=rank)
     config = _config(options, advice)
     sized = _with_full_sequences(config)
     budget = plan_budget(shape, sized, device=device, vram=options.vram)

@@ -213,7 +213,7 @@ def test_a_mistyped_mode_is_reported_beside_the_switch(error_of: ErrorOf) -> Non
         assert error.startswith("correction.mode: must be 'none', ")
     error = error_of("", "vllm_importance_sampling_correction=icepop", "vllm_importance_sampling_mode=token_mask")
     assert error == (
-        "correction: vllm_importance_sampling_correction must be true or false when a mode is given too (got 'icepop')"
+        "correction: vllm_importance_sampling_correction must be true or false when a mode is set too (got 'icepop')"
     )
 
 

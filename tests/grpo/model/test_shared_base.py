@@ -155,7 +155,7 @@ print(json.dumps({"resident": resident("VmRSS"), "peak_of_base": peak, "unshared
 
 
 def measured(**model: Any) -> dict[str, Any]:
-    """Of engine and policy on the embedded model, in a separate process."""
+    """Memory of engine and policy on the embedded model, in a separate process."""
     command = [sys.executable, "-c", MEASURE, json.dumps(model)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
