@@ -47,7 +47,7 @@ NameOrMapping = Annotated[
 
 
 class RewardsConfig(Section):
-    """Reward functions: which, where they run, and what a failure does."""
+    """Reward functions, where they run, and the action on a failure."""
 
     functions: list[NameOrMapping] = Field(default=[])
     """Reward functions, `path/to/file.py:name`, `package.module:name` or a built-in's name; or a mapping with `function` and

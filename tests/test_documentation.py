@@ -73,7 +73,7 @@ def problem(words: list[str]) -> str | None:
         ("rankup train configs/quickstart.yaml lora.rnk=128", False),
     ],
 )
-def test_what_counts_as_a_command_that_works(line: str, works: bool):
+def test_recognition_of_commands_that_work(line: str, works: bool):
     (words,) = commands(f"Text.\n\n```bash\n# a comment\n{line}\ncat LICENSE\n```\nrankup is no command here.\n")
     assert (problem(words) is None) is works
 

@@ -164,7 +164,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text that `read_run_file` reads back to the same values, with keys in the given order."""
+    """YAML text that `read_run_file` reads back to the same values, with keys in the order of the mapping."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

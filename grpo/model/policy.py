@@ -84,7 +84,7 @@ class Policy:
         self.layers = {
             name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)
         }
-        self.attach(self._own_slots(lora.max_rank, getattr(torch, dtype)))
+        self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)))
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
         if gradient_checkpointing:
@@ -241,7 +241,7 @@ class Policy:
             with self.peft_model.disable_adapter():
                 yield
 
-    def _own_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
+    def _local_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
         return {
             name: AdapterSlot.empty(
                 max_rank=max_rank,

@@ -15,7 +15,7 @@ from rankup.grpo.config import GRPOConfig, load_config
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., GRPOConfig]:
-    """Load a run file `mine.yaml` with the given text, and overrides."""
+    """Load a run file `mine.yaml` with this text, and overrides."""
 
     def load_text(text: str = "", *overrides: str) -> GRPOConfig:
         path = tmp_path / "mine.yaml"

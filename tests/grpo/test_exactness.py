@@ -194,7 +194,7 @@ def test_loss_and_gradients_equal_those_of_the_plain_layout(
 
 
 ADAPTERS = {
-    "head, own ranks and alphas, rsLoRA": {
+    "head, rank and alpha patterns, rsLoRA": {
         "targets": ["q_proj", "v_proj", "down_proj", "lm_head"],
         "rank_pattern": {"q_proj": 5, "lm_head": 12, "layers.1.mlp.down_proj": 16},
         "alpha_pattern": {"v_proj": 32},

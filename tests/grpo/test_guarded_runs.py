@@ -44,7 +44,7 @@ def test_a_healthy_run_of_forty_steps_is_silent(run):
     assert not notes, notes
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_said(run):
+def test_a_non_finite_gradient_is_skipped_and_reported(run):
     def explodes(completion_ids, trainer_state, **kwargs):
         scale = 1e38 if trainer_state.global_step == 7 else 1.0
         return [scale * reward for reward in low_ids(completion_ids)]
@@ -66,7 +66,7 @@ def test_a_tenfold_gradient_is_skipped(run):
     assert "skipped" in printed
 
 
-def test_an_entropy_that_is_driven_down_rings_and_the_policy_is_taken_back(run):
+def test_falling_entropy_triggers_an_alarm_and_the_policy_is_rolled_back(run):
     """A bonus of the wrong sign drives the entropy down, and the reward has nothing to say about it."""
 
     def noise(completion_ids, **kwargs):
@@ -140,7 +140,7 @@ def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
     assert math.isfinite(steps[-1]["grad_norm"])
 
 
-def test_a_fallen_evaluation_is_noticed_and_the_run_ends_with_the_best(run, tmp_path):
+def test_a_fallen_evaluation_is_detected_and_the_run_ends_with_the_best(run, tmp_path):
     """From step 12 on training rewards the opposite, and the alarms that would detect it are off: only evaluations do."""
 
     def turned(completion_ids, trainer_state, **kwargs):

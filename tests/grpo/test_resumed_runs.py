@@ -104,7 +104,7 @@ def test_a_failure_in_the_backward_pass_loses_nothing(train, tmp_path: Path):
     assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
 
 
-def test_a_run_goes_on_from_a_named_checkpoint_and_sets_later_ones_aside(train, tmp_path: Path, capsys):
+def test_a_run_resumes_from_a_named_checkpoint_and_sets_later_ones_aside(train, tmp_path: Path, capsys):
     train("undisturbed", save_steps=2)
     undisturbed = left_behind(tmp_path / "undisturbed")
     checkpoints = tmp_path / "undisturbed" / "checkpoints"
@@ -144,7 +144,7 @@ def test_without_a_checkpoint_the_run_starts_at_its_first_step(train, tmp_path: 
     assert "no checkpoint in" in capsys.readouterr().out
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(train, tmp_path: Path, capsys):
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(train, tmp_path: Path, capsys):
     train("undisturbed", save_steps=2)
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=failing_at(5, FaultError()), save_steps=2)
@@ -173,7 +173,7 @@ def test_other_data_and_other_rewards_are_refused(make_trainer, run_engine, tmp_
 def test_a_signal_ends_the_run_where_it_can_resume(train, tmp_path: Path, place: str, step: int):
     """After the step; an evaluation is interrupted immediately, and repeated."""
 
-    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+    def requests_a_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         is_at_place = trainer_state.global_step == 2 and (len(completion_ids) > 1) == (place == "a step")
         if is_at_place and not asked:
             asked.append(True)
@@ -181,10 +181,10 @@ def test_a_signal_ends_the_run_where_it_can_resume(train, tmp_path: Path, place:
         return low_ids_with_noise(completion_ids)
 
     asked: list[bool] = []
-    asks_to_stop.__name__ = low_ids_with_noise.__name__
+    requests_a_stop.__name__ = low_ids_with_noise.__name__
     train("undisturbed")
     with pytest.raises(RunInterrupted) as caught:
-        train("stopped", reward=asks_to_stop)
+        train("stopped", reward=requests_a_stop)
     assert caught.value.code == 0 and caught.value.signal == "SIGTERM"
     assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoints" / f"step_{step:06d}"
     train("stopped", resume=True)
@@ -209,7 +209,7 @@ def train_wide(make_trainer, engine_shelf, tiny_model_path, tmp_path: Path):
     return run
 
 
-def test_a_run_with_8_bit_state_goes_on_to_the_bit(train_wide, tmp_path: Path):
+def test_a_run_with_8_bit_state_resumes_bit_exactly(train_wide, tmp_path: Path):
     changes: dict[str, Any] = {"optimizer": "adamw_8bit", "lora_plus_ratio": 2.0}
     train_wide("undisturbed", **changes)
     with pytest.raises(RuntimeError, match="FaultError"):

@@ -106,7 +106,7 @@ def test_a_second_signal_ends_the_command_immediately(no_other_engine, project: 
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_an_error_says_how_to_go_on(no_other_engine, project: Path):
+def test_an_error_shows_the_command_to_resume(no_other_engine, project: Path):
     (project / "fails.py").write_text(REWARD.replace("time.sleep(0.1)", "assert kwargs['trainer_state'].global_step < 2"))
     process = start(
         project, "train", "run.yaml", "logging.output_dir=failed", "rewards.functions=fails.py:low_ids", "data.eval=null",

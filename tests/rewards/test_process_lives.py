@@ -57,7 +57,7 @@ def test_a_process_is_killed_with_its_children(make_scorer, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_to_the_whole_job_are_the_parents_to_answer(make_scorer, number):
+def test_signals_to_the_complete_job_are_handled_by_the_parent(make_scorer, number):
     """Schedulers send them to every process; the current step must still be scored. Programs of the user still end on them."""
 
     def has_variable(completions, number, **kwargs):
@@ -107,7 +107,7 @@ def test_endless_printing_does_not_delay_the_time_limit(make_scorer, capfd, chun
     capfd.readouterr()
 
 
-def test_the_death_of_a_process_is_noticed_while_a_child_holds_its_descriptors(make_scorer):
+def test_the_death_of_a_process_is_detected_while_a_child_holds_its_descriptors(make_scorer):
     def leaves_a_child(completions, **kwargs):
         if os.fork() == 0:
             os.setsid()

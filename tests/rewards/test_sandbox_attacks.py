@@ -298,8 +298,8 @@ def test_a_program_that_takes_too_long_is_killed(where, marked, tmp_path, monkey
     outcome = run_python(program, limits=limits, sandbox=where)
     assert (outcome.stdout, outcome.status, outcome.exit_code) == ("before\n", "timeout", None)
     assert 4 <= outcome.seconds < 34
-    given_up = time.monotonic() + 30
-    while where == "local" and processes_under(limits) and time.monotonic() < given_up:
+    deadline = time.monotonic() + 30
+    while where == "local" and processes_under(limits) and time.monotonic() < deadline:
         time.sleep(0.05)  # killed, but no child of ours that could be waited for
     assert processes_under(limits) == [] and list(tmp_path.iterdir()) == []
 

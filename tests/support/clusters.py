@@ -107,7 +107,7 @@ class ClusterRun:
         assert self.process.poll() is None, self.output
         return [json.loads(mark.read_text()) for mark in marks]
 
-    def let_go_on(self, step: int) -> None:
+    def let_continue(self, step: int) -> None:
         """Past the step where it waits."""
         (self.folder / f"stop_{step}").unlink()
 

@@ -1,6 +1,6 @@
 """The command `rankup plan`: from a model's `config.json` alone, a recommended adapter and the memory of a run.
 
-    rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80                  # what fits, what is left for vLLM, what to change
+    rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80                  # whether it fits, vLLM's share, changes that help
     rankup plan smollm2-135m-instruct --task chat --rows 500 --json
     rankup plan Qwen/Qwen2.5-1.5B-Instruct --vram 24 --write run.yaml
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 SHARING: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
 EXAMPLES = """examples:
-  rankup plan smollm2-135m-instruct                        what is recommended, what it needs, on which devices it fits
+  rankup plan smollm2-135m-instruct                        the recommendation, its memory, devices that it fits on
   rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80           what fits on a device of 80 GiB; only config.json is fetched
   rankup plan path/to/model --task math --rows 20000       another task, and how much data there is
   rankup plan path/to/model --vram 24 --write run.yaml     a run file with the reasons, for rankup train

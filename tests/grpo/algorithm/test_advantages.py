@@ -134,12 +134,12 @@ def test_reinforce_pp_learns_from_groups_of_equals() -> None:
     assert not first.has_variance and not second.has_variance
 
 
-def test_maxrl_weighs_rare_successes_most() -> None:
+def test_maxrl_gives_rare_successes_the_largest_advantages() -> None:
     rare, common = group_advantages([[1.0, 0, 0, 0], [1.0, 1.0, 1.0, 0]], estimator="maxrl", scale_rewards="none")
     assert rare.advantages[0] == pytest.approx(3.0, rel=1e-3) and common.advantages[0] == pytest.approx(1 / 3, rel=1e-3)
 
 
-def test_maxrl_refuses_negative_rewards_with_what_to_do() -> None:
+def test_maxrl_refuses_negative_rewards_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"maxrl reads rewards .* at least 0 \(got -0.5\): shift the rewards, or take another"):
         group_advantages([[1.0, -0.5]], estimator="maxrl", scale_rewards="none")
 

@@ -95,14 +95,14 @@ def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(trai
 
 
 def test_one_trainer_can_be_interrupted_and_resume(make_trainer, run_engine, tmp_path: Path):
-    def asks_to_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+    def requests_a_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and not asked:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGINT)
         return low_ids_with_noise(completion_ids)
 
     asked: list[bool] = []
-    trainer = make_trainer(reward=asks_to_stop_once, max_steps=3)
+    trainer = make_trainer(reward=requests_a_stop_once, max_steps=3)
     with pytest.raises(RunInterrupted):
         trainer.train(engine=run_engine)
     assert trainer.can_resume
@@ -147,13 +147,13 @@ def test_a_failing_view_loses_no_step(make_trainer, run_engine, tmp_path: Path):
 
 
 def test_a_trainer_evaluates_after_an_interruption(make_trainer, engine_shelf, run_engine, tmp_path: Path):
-    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+    def requests_a_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and len(asked) == 0:
             asked.append(os.kill(os.getpid(), signal.SIGTERM))
         return low_ids_with_noise(completion_ids)
 
     asked: list[None] = []
-    trainer = make_trainer(reward=asks_to_stop)
+    trainer = make_trainer(reward=requests_a_stop)
     with pytest.raises(RunInterrupted):
         trainer.train(engine=run_engine)
     engine_shelf.close()

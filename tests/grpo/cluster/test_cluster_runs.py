@@ -71,7 +71,7 @@ def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):
     assert difference / sum((a[name] ** 2).sum().item() for name in a) ** 0.5 < 1e-5
 
 
-def test_their_metrics_are_those_of_the_whole_batch(one: Path, two: Path):
+def test_their_metrics_are_those_of_the_complete_batch(one: Path, two: Path):
     names = ("loss", "reward", "reward_std", "grad_norm", "entropy", "completions/mean_length", "num_tokens", "targets")
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
         assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-6)
@@ -92,19 +92,19 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     run.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "SIGTERM: finishing this step, then saving" in run.output)
     time.sleep(2)  # until the workers have received it
-    run.let_go_on(1)
+    run.let_continue(1)
     assert run.wait() == 0
     assert "to resume: rankup train run.yaml" in run.output and (run.output_dir / "checkpoints" / "step_000002").is_dir()
 
     run = ClusterRun(tmp_path, (*overrides, "--resume"), cluster)
     os.kill(run.until_stopped_at(2)[1]["worker"], signal.SIGKILL)
-    run.let_go_on(2)
+    run.let_continue(2)
     os.kill(run.until_stopped_at(3)[0]["worker"], signal.SIGSTOP)
-    run.let_go_on(3)
+    run.let_continue(3)
     lost = run.until_stopped_at(4)[0]
     os.kill(lost["node"], signal.SIGKILL)
     wait_until(lambda: not is_alive(lost["worker"]))
-    run.let_go_on(4)
+    run.let_continue(4)
     assert run.wait() == 0, run.output
 
     assert timeless(run.output_dir) == timeless(two)

@@ -52,7 +52,7 @@ def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_three_workers_come_to_what_one_comes_to(outcomes: list[dict[str, Any]], name: str):
+def test_three_workers_equal_one(outcomes: list[dict[str, Any]], name: str):
     (masters, metrics), *workers = [outcome[name] for outcome in outcomes]
     first_masters, first_metrics = workers[0]
     for other_masters, other_metrics in workers[1:]:

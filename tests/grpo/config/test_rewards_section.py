@@ -29,7 +29,7 @@ def test_a_dump_reads_back(load, tmp_path):
 
 
 @pytest.mark.parametrize(("value", "meant"), [("stop", "stop"), ("none", "none"), ("0", 0.0), ("-1.5", -1.5)])
-def test_what_a_failure_does(load, value, meant):
+def test_the_action_on_a_failure(load, value, meant):
     assert load("", f"rewards.on_error={value}").rewards.on_error == meant
 
 
@@ -50,7 +50,7 @@ def test_mistakes_are_named_in_one_line(error_of, override, expected):
     assert expected in message and "\n" not in message
 
 
-def test_weights_are_given_once(error_of):
+def test_weights_are_specified_once(error_of):
     text = "rewards: {functions: [{function: a.py:f, weight: 2}], weights: [1]}"
     assert error_of(text) == "rewards.weights: are specified twice: here and with the functions"
 

@@ -36,7 +36,7 @@ def test_without_resampling_all_groups_are_handed_on(make_batch):
     assert "resampling_rounds" not in batch.metrics and "overlong_penalty" not in batch.metrics
 
 
-def test_resampling_goes_on_until_enough_groups_teach(make_batch):
+def test_resampling_continues_until_enough_groups_have_variance(make_batch):
     batch = make_batch(some_prompts_only, max_resampling_rounds=50)
     rounds = int(batch.metrics["resampling_rounds"])
     assert 1 <= rounds < 50

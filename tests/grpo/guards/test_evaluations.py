@@ -138,7 +138,7 @@ def test_after_a_fallen_evaluation_a_step_s_restore_goes_back_to_the_best_one():
     assert "of the evaluation at step 26" in restored.text
 
 
-def test_one_policy_is_put_back_so_many_times_whoever_vouches_for_it():
+def test_restores_of_one_policy_are_limited_across_snapshot_kinds():
     """Every restore is followed by a fall, now in the evaluation, now in the training reward."""
     played = after_calm(max_restores=3)
     for count in (16, 80):
@@ -209,11 +209,11 @@ def test_an_evaluation_that_nothing_leads_on_from_ends_the_run():
     for count in (16, 80):
         played.steps(5)
         played.evaluate(right(count))
-    given_up = []
+    gave_up = []
     for _ in range(5):
         played.steps(5)
-        given_up.append(played.evaluate(right(0)).stop)
-    assert given_up == [False] * 4 + [True]
+        gave_up.append(played.evaluate(right(0)).stop)
+    assert gave_up == [False] * 4 + [True]
     assert "rolled back 4 times to step 10 without recovering" in played.decisions[-1].text
 
 
@@ -258,7 +258,7 @@ def test_evaluations_outrank_the_training_reward_at_the_end():
     assert played.guards.ends_with(right(80)) is None
 
 
-def test_evaluations_go_on_after_a_checkpoint():
+def test_evaluations_resume_from_a_checkpoint():
     undisturbed = Played()
     for count in (16, 80, 70):
         undisturbed.steps(7)

@@ -48,7 +48,7 @@ def test_on_the_weights_of_another_model_it_computes_the_same_bits(tiny_model_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_offered_or_does_not_fit_comes_from_the_files(tiny_model_path, kind: str) -> None:
+def test_weights_that_are_not_offered_or_do_not_fit_come_from_the_files(tiny_model_path, kind: str) -> None:
     other = plain(tiny_model_path(kind))
     offered = {name: p.detach() for name, p in other.named_parameters() if "mlp" not in name}
     offered["model.norm.weight"] = offered["model.norm.weight"].double()
@@ -80,7 +80,7 @@ def test_a_shared_weight_that_is_not_that_of_the_files_is_not_taken(tiny_model_p
 
 
 @pytest.mark.parametrize("load_in", [None, "nf4"])
-def test_a_head_of_its_own_stays_one_whatever_the_configuration_says(tiny_model_path, tmp_path: Path, load_in: Any) -> None:
+def test_an_untied_head_stays_untied_despite_the_configuration(tiny_model_path, tmp_path: Path, load_in: Any) -> None:
     """The configuration ties it, the files have two: transformers and vLLM take them apart, if they differ."""
     for scale in (1.0, 2.0):
         folder = tmp_path / str(scale)
@@ -116,7 +116,7 @@ def test_in_4_bits_it_computes_with_the_rounded_weights(tiny_model_path, kind: s
     assert base.unshared_bytes == sum(nf4_bytes(rounded.get_parameter(name).numel()) for name in names) + 4 * others
 
 
-def test_in_4_bits_what_is_shared_stays_as_it_is_shared(tiny_model_path) -> None:
+def test_shared_weights_are_not_quantised(tiny_model_path) -> None:
     other = plain(tiny_model_path("llama"))
     offered = {name: p.detach() for name, p in other.named_parameters() if "layers.1" not in name}
     base = load_base(tiny_model_path("llama"), dtype=torch.float32, load_in="nf4", shared=offered)
@@ -176,7 +176,7 @@ def test_writes_into_base_weights_are_found(make_policy) -> None:
         policy.write_slots()
 
 
-def test_what_torch_does_not_count_is_found_when_the_adapter_is_saved(make_policy, tmp_path: Path) -> None:
+def test_writes_that_torch_does_not_count_are_found_when_the_adapter_is_saved(make_policy, tmp_path: Path) -> None:
     policy = make_policy()
     policy.save_adapter(tmp_path / "before")
     policy.model.get_submodule("model.layers.1.mlp.up_proj").get_base_layer().weight.data[3, 4] += 1

@@ -86,7 +86,7 @@ def test_only_fp32_masters_are_trained(new_policy: Make, dtype: str) -> None:
     assert {layer.slot.a.dtype for layer in policy.layers.values()} == {getattr(torch, dtype)}
 
 
-def test_every_master_says_what_its_learning_rate_may_depend_on(new_policy: Make) -> None:
+def test_every_master_weight_has_a_role_scale_and_rank(new_policy: Make) -> None:
     targets = ["embed_tokens", "q_proj", "lm_head"]
     policy = new_policy(lora={"targets": targets, "rank_pattern": {"embed_tokens": 2, "lm_head": 4}, "alpha": 8})
     assert all(master.parameter is parameter for master, parameter in zip(policy.master_roles, policy.masters, strict=True))
@@ -248,7 +248,7 @@ def test_a_saved_adapter_is_the_same_policy_in_stock_peft(
             assert not torch.allclose(policy.model(ids).logits, stock(ids).logits, atol=0.1)
 
 
-def test_saving_replaces_what_stood_there(make_policy: Make, tmp_path: Path) -> None:
+def test_saving_replaces_existing_files(make_policy: Make, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     make_policy(rank=32).save_adapter(folder)
     (folder / "stale.txt").write_text("of an earlier run")

@@ -51,7 +51,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_on_vllms_own_weights_the_trainer_computes_the_same_bits(make_engine, tiny_model_path, kind: str) -> None:
+def test_on_vllms_weights_the_trainer_computes_the_same_bits(make_engine, tiny_model_path, kind: str) -> None:
     """Grouped and biased q, k and v, tied and untied heads: all of them are views, and the numbers are those of the files."""
     engine = make_engine(kind, keep_base_weights=True)
     unshared = policy_on(tiny_model_path(kind))
@@ -65,7 +65,7 @@ def test_on_vllms_own_weights_the_trainer_computes_the_same_bits(make_engine, ti
     assert all(proof.gap <= 0.01 * proof.effect for proof in prove_slots(shared, engine))
 
 
-def test_what_vllm_keeps_on_cpu_is_shared_without_asking(make_engine, tiny_model_path) -> None:
+def test_weights_that_vllm_keeps_on_cpu_are_shared_by_default(make_engine, tiny_model_path) -> None:
     engine = make_engine("llama")
     policy = policy_on(tiny_model_path("llama"), shared=engine.base_weights())
     assert all(name.endswith("_proj.weight") for name in policy.base.unshared) and len(policy.base.unshared) == 2 * 7

@@ -235,7 +235,7 @@ def test_a_bonus_acts_on_groups_without_variance(make_learner, mixed: list[Group
     assert metrics["loss"] == pytest.approx(-8 / 17 - 0.1 * metrics["entropy"], rel=1e-5)
 
 
-def test_an_own_objective(make_policy, mixed: list[Group], tmp_path: Path) -> None:
+def test_a_user_supplied_objective(make_policy, mixed: list[Group], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def loss(tokens):\n    return 3 * tokens.advantages + 0 * tokens.logprobs\n")
     (tmp_path / "run.yaml").write_text("algorithm: {loss_type: 'mine.py:loss'}\nguards: {enabled: false}\n")
     learner = Learner(make_policy(), load_config(tmp_path / "run.yaml", ["mode=none", "veto=0"]))
@@ -251,7 +251,7 @@ def groups_of_the_policy(learner: Learner, groups: list[Group]) -> list[Group]:
     return with_logprobs(groups, by_completion(packs, [learner.policy.logprobs(one)[0] for one in packs]))
 
 
-def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: list[Group]) -> None:
+def test_a_batch_of_another_policy_is_skipped_and_reported(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True})
     before = copies(learner.policy)
     update = learner.update(groups, step=0)
@@ -276,7 +276,7 @@ def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: lis
     assert all(map(torch.equal, once, learner.policy.masters)), "Adam's moments went back too"
 
 
-def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: list[Group]) -> None:
+def test_a_restore_of_8_bit_state_is_bit_exact(make_learner, groups: list[Group]) -> None:
     guards = {"enabled": True, "snapshot_steps": 3}
     learner: Learner = make_learner(rank=64, guards=guards, learning_rate=1e-4, optimizer="adamw_8bit")
     outcomes: dict[int, list[torch.Tensor]] = {}
@@ -296,7 +296,7 @@ def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: lis
 # Iterations
 
 
-def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, groups: list[Group]) -> None:
+def test_every_iteration_uses_the_weights_of_the_previous_one(make_learner, groups: list[Group]) -> None:
     """Two iterations: the second one's forward uses the master weights that the first one's step wrote."""
     learner: Learner = make_learner(**PROPORTIONAL, num_iterations=2)
     policy = learner.policy
@@ -386,7 +386,7 @@ def test_metrics(make_learner, groups: list[Group]) -> None:
     assert metrics["grad_norm"] > 0
 
 
-def test_kl_is_told_where_it_is_paid_for(make_learner, groups: list[Group]) -> None:
+def test_kl_is_reported_only_if_it_is_computed_anyway(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(beta=0.1)
     (one,) = learner._packs(groups)
     difference_N = learner.policy.logprobs(one, use_adapter=False)[0] - learner.policy.logprobs(one)[0]

@@ -100,7 +100,7 @@ def test_a_veto_takes_a_completion_out_of_the_policy_s_part(one: Pack, options: 
     assert not torch.allclose(without_N[vetoed_N], kl_slope_N[vetoed_N])
 
 
-def test_the_weights_that_are_told_are_those_of_the_loss(one: Pack) -> None:
+def test_the_reported_weights_are_those_of_the_loss(one: Pack) -> None:
     old_N = logprobs_near_the_sampler(one, width=3.0).detach()
     old_N[4] -= 10.0
     objective = Objective(GRPOConfig(mode="token_mask", cap=1.5))

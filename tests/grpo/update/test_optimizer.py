@@ -108,7 +108,7 @@ def test_lora_plus_multiplies_the_rate_of_b(make_policy: MakePolicy, optimizer: 
         ({"learning_rate": 1e-4, "embedding_learning_rate": 3e-4}, 3e-4),
     ],
 )
-def test_the_embedding_has_its_own_rate(make_policy: MakePolicy, options: dict[str, float], expected: float) -> None:
+def test_the_embedding_has_a_separate_rate(make_policy: MakePolicy, options: dict[str, float], expected: float) -> None:
     """On the same schedule, and neither LoRA+ nor the scale touches it."""
     policy = make_policy(targets=["embed_tokens", "q_proj"])
     optim = OptimConfig(**options, lora_plus_ratio=4, rescale_learning_rate=True)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_the_embedding_has_its_own_rate(make_policy: MakePolicy, options: dict[s
     assert rates["q_proj", "a"] == options["learning_rate"] / 2
 
 
-def test_rescaling_goes_by_each_layer_s_own_scale_and_rank(make_policy: MakePolicy) -> None:
+def test_rescaling_uses_the_scale_and_rank_of_each_layer(make_policy: MakePolicy) -> None:
     policy = make_policy(
         rank=16, alpha=32, alpha_pattern={"q_proj": 128, "up_proj": 8}, rank_pattern={"k_proj": 4, "up_proj": 8}
     )
@@ -281,7 +281,7 @@ def test_bytes_of_state(name: Any, shape: dict[Role, tuple[int, int]], expected:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("begun", [False, True])
-def test_state_is_saved_and_put_back_to_the_bit(name: Any, begun: bool) -> None:
+def test_state_is_saved_and_restored_bit_exactly(name: Any, begun: bool) -> None:
     """Into a new optimizer, and into one that already has state."""
     old, new = (make_masters({"a": A, "b": (5, 64), "embedding": (64, 80)}) for _ in range(2))
     optimizers = [make_optimizer(masters, OptimConfig(optimizer=name, lora_plus_ratio=2)) for masters in (old, new)]

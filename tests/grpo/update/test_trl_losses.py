@@ -1,12 +1,12 @@
 """Losses, corrections and advantages against those of TRL, by calling TRL itself on the same tensors.
 
 `GRPOTrainer._compute_loss` runs on an object that was never initialised: it gets the attributes that the method reads, and the
-given log-probabilities in place of a model. What TRL computes in the midst of long methods (advantages, importance weights) is
+log-probabilities in place of a model. Computations inside TRL's long methods (advantages, importance weights) are
 cut out of them, statement by statement, and run.
 
 TRL's loss types without a counterpart here: `luspo` and `vespo`. Options without one: `use_bias_correction_kl`, the adaptive
 entropy coefficient, RLOO's `normalize_advantages` and its KL in the reward. TRL's sequence modes of the importance weight take
-the product over a completion, ours the geometric mean; there TRL is given our weights.
+the product over a completion, ours the geometric mean; there TRL gets our weights.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def config(changes: dict[str, Any] | None = None) -> GRPOConfig:
     return changed(GRPOConfig(), changes or {})
 
 
-def test_what_is_left_is_the_kv_cache(shape: ModelShape):
+def test_the_rest_of_the_memory_is_the_kv_cache(shape: ModelShape):
     budget = plan_budget(shape, config(), device="cuda", vram=80 * GIB)
     assert budget.fits
     assert budget.kv_per_token == 2 * 28 * 4 * 128 * 2
@@ -58,7 +58,7 @@ def test_vllms_share_holds_its_weights_slots_and_cache(shape: ModelShape):
     assert share * 80 * GIB + sum(budget.training.values()) - budget.training["adapter_slots"] <= 80 * GIB
 
 
-def test_the_smallest_common_size_is_one_that_what_is_needed_goes_into(shape: ModelShape):
+def test_the_smallest_common_size_holds_the_minimum(shape: ModelShape):
     budget = plan_budget(shape, config(), device="cuda")
     assert budget.fits is None and budget.gpu_memory_utilization is None
     smallest = budget.common_sizes[0]
@@ -78,7 +78,7 @@ def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
     assert plan_budget(shape, config(), device="cuda", vram=15 * GIB).fits is False
 
 
-def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
+def test_a_second_copy_of_the_base_can_be_saved(shape: ModelShape):
     separate = config({"model.share_base_weights": False})
     with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB more for the trainer") as caught:
         plan_budget(shape, separate, device="cuda", vram=24 * GIB)
@@ -116,7 +116,7 @@ def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: Device,
     assert sum(one.alone for one in found) == training_parts(shape, held, device).get("base_weights", 0)
 
 
-def test_savings_are_differences_of_what_is_needed(shape: ModelShape):
+def test_savings_are_differences_of_minimum_memory(shape: ModelShape):
     large = config(LARGE)
     found = {saving.change: saving.alone for saving in savings(shape, large, device="cuda")}
     changes = {
@@ -140,7 +140,7 @@ def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
     assert together == sorted(together, reverse=True)
 
 
-def test_what_is_saved_already_is_not_suggested_again(shape: ModelShape):
+def test_savings_in_use_are_not_suggested_again(shape: ModelShape):
     lowest = low_memory(config({"lora.rank": 16}), "cuda")
     assert [saving.change for saving in savings(shape, lowest, device="cuda")] == ["optim.optimizer adamw_8bit"]
     assert savings(shape, changed(lowest, {"optim.optimizer": "paged_adamw_8bit"}), device="cuda") == []
