@@ -86,12 +86,12 @@ class Scorer:
     ):
         if functions is None:
             functions = config.entries()
-        entries = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
-        if not entries:
+        specs = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
+        if not specs:
             raise ValueError("no reward functions: give at least one")
-        if config.weights is not None and len(config.weights) != len(entries):
-            raise ValueError(f"{len(config.weights)} reward weights for {len(entries)} reward functions: give one weight each")
-        entries = [_with_options(function) for function in entries]
+        if config.weights is not None and len(config.weights) != len(specs):
+            raise ValueError(f"{len(config.weights)} reward weights for {len(specs)} reward functions: give one weight each")
+        entries = [_with_options(function) for function in specs]
         self.config = config
         self.weights = config.weights or [1.0 if options.weight is None else options.weight for _, options in entries]
         self._rewards = _load(entries, base_dir=base_dir, isolation=config.isolation)
@@ -164,11 +164,11 @@ class Scorer:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def _with_options(given: RewardSpec | RewardFunction) -> tuple[RewardSpec, RewardFunction]:
+def _with_options(entry: RewardSpec | RewardFunction) -> tuple[RewardSpec, RewardFunction]:
     """A function's spec and its options."""
-    if isinstance(given, RewardFunction):
-        return given.function, given
-    return given, RewardFunction(function=given if isinstance(given, str) else reward_name(given))
+    if isinstance(entry, RewardFunction):
+        return entry.function, entry
+    return entry, RewardFunction(function=entry if isinstance(entry, str) else reward_name(entry))
 
 
 def _load(

@@ -122,7 +122,10 @@ def test_a_small_cap_without_icepop_needs_no_floor_below_it(load: Load) -> None:
         GRPOConfig(mode="icepop", cap=0.4)
 
 
-@pytest.mark.parametrize(("loss_type", "custom"), [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")])
+CASES = [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")]
+
+
+@pytest.mark.parametrize(("loss_type", "custom"), CASES)
 def test_user_supplied_objectives_are_recognised(loss_type: str, custom: str | None) -> None:
     assert AlgorithmConfig(loss_type=loss_type).custom_loss == custom
 
