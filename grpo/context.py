@@ -30,7 +30,7 @@ LOCK_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What the loop works with. `output` is None on all workers but the main process."""
+    """The components of the loop. `output` is None on all workers but the main process."""
 
     setup: RunSetup
     session: Session
@@ -178,7 +178,7 @@ def save_on_error(ctx: RunContext) -> Iterator[None]:
 
 
 def complete(ctx: RunContext) -> dict[str, Any]:
-    """Write what a complete run leaves behind; returns its summary."""
+    """Write the final files of a complete run; returns its summary."""
     ctx.save_adapter()
     ctx.draw()
     summary = ctx.summarize(interrupted=False)

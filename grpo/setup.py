@@ -64,7 +64,7 @@ class RunSetup:
         return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names)}
 
     def stage(self, text: str) -> None:
-        """Show what the run is doing now, outside of its steps."""
+        """Show the current phase of the run, outside of its steps."""
         if self.view is not None:
             self.view.stage(text)
 
@@ -80,10 +80,10 @@ def prepare_run(
     stop_requested: Callable[[], bool] = lambda: False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> RunSetup:
-    """Check and load what a run is made from; arguments that are None come from the configuration. Writes nothing.
+    """Check and load the inputs of a run; arguments that are None come from the configuration. Writes nothing.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
+        ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
     """
     scorer = Scorer(config.rewards, reward_funcs, base_dir=config.base_dir)
     Objective(config)  # reports a user-supplied one that cannot be loaded before anything is started

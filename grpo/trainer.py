@@ -45,7 +45,7 @@ class GRPOTrainer:
         can_resume: whether the last `train` has left a checkpoint to resume from.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
+        ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The section `rewards` of a run's configuration: which functions score completions, where they run, and what a failure does.
+"""The section `rewards` of a run's configuration: reward functions, where they run, and the action on a failure.
 
     RewardsConfig(functions=["last_integer", {"function": "my.py:length", "weight": 0.2}], isolation="process", timeout=10)
 

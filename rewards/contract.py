@@ -1,4 +1,4 @@
-"""TRL's contract for one reward function: what it is called with, and what it may return.
+"""TRL's contract for one reward function: its arguments and its return values.
 
     def correct(completions, answer):
         return [None if expected is None else float(text == expected) for text, expected in zip(completions, answer)]
@@ -198,7 +198,7 @@ def is_async(function: Function) -> bool:
 
 
 class Log:
-    """Collects what a function logs in one call."""
+    """Collects the values that a function logs in one call."""
 
     def __init__(self, *, num_rows: int):
         self.num_rows = num_rows

@@ -92,7 +92,7 @@ def judge(
         max_tokens, temperature: of the judge's reply; None leaves the field out, for models that do not accept it.
         extra_body: further fields of the request, such as `{"max_completion_tokens": 2000}`.
         on_failure: "stop" or "none"; see the module's docstring.
-        name: the reward's name, and the prefix of what it logs.
+        name: the reward's name, and the prefix of its metrics.
 
     Raises ValueError for invalid arguments, such as the name of a variable that is not set.
     """

@@ -48,7 +48,7 @@ class RayPool(Pool):
     wait for calls that wait for a CPU.
 
     Args:
-        functions: what the tasks load; `submit` takes an index into it.
+        functions: loaded by the tasks; `submit` takes an index into it.
         config: `num_workers` (None: the CPUs of the cluster, at most `MAX_WORKERS`), `timeout`, `retries` and `memory_gib`.
 
     Raises:

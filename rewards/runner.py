@@ -1,4 +1,4 @@
-"""Call reward functions by TRL's contract (`contract.py`) and combine what they return.
+"""Call reward functions by TRL's contract (`contract.py`) and combine their results.
 
     config = RewardsConfig(weights=[1.0, 0.5], isolation="process", num_workers=2, timeout=10)
     scorer = Scorer(config, functions=["last_integer", "my.py:length"])
@@ -67,7 +67,7 @@ class Scorer:
     """Loads reward functions once, and scores completions with them.
 
     Args:
-        config: which functions, their weights, where they run and what a failure does.
+        config: which functions, their weights, where they run and the action on a failure.
         functions: one or several user-supplied functions instead of `config.functions`: callables, specs as `load_reward` takes
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `bounds_itself` is true.

@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a reward process loads first. `path`: the parent's `sys.path`; `memory_bytes`: limit on data, None: no limit."""
+    """Loaded first by a reward process. `path`: the parent's `sys.path`; `memory_bytes`: limit on data, None: no limit."""
 
     functions: tuple[Portable, ...]
     path: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""How vLLM is imported, what it must provide, and everything that rankup replaces in it.
+"""How vLLM is imported, which interfaces it must provide, and everything that rankup replaces in it.
 
 No other module changes vLLM. The replacements rely on internals of the versions in `TESTED_VERSIONS`. With another version
 `import_vllm` logs a warning, and missing attributes (`require`) or other parameters (`replaceable`) are an error at start.

@@ -83,7 +83,7 @@ class CheckpointManager:
         self._is_between_steps = False
 
     def end_update(self, steps_done: int, *, is_evaluated: bool) -> None:
-        """The run stands between two steps again: this is what a checkpoint holds until the next update begins.
+        """The run is between two steps again: a checkpoint holds this state until the next update begins.
 
         is_evaluated: whether the evaluation due at this place, if any, was made.
         """

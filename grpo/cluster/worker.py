@@ -62,7 +62,7 @@ class UserInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a worker does.
+    """The task of a worker.
 
     Attributes:
         config: with absolute paths for everything that is written.
@@ -146,7 +146,7 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
         ray.get(mailbox.set_main_is_working.remote(True))
     try:
         _train(task, world, deadline)
-    except Exception as error:  # Ray restarts the workers; what a restart would not help is reported here
+    except Exception as error:  # Ray restarts the workers; errors that a restart would not fix are reported here
         if _is_final(error, has_begun=ray.get(mailbox.has_begun.remote())):
             ray.get(mailbox.end.remote(Outcome(error=explain(error) or str(error))))
         if dist.is_initialized():  # closing vLLM has destroyed it already; no other worker should wait for this one

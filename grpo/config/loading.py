@@ -76,7 +76,7 @@ class KnownKeys:
         return homes[0] if homes else None
 
     def hint(self, name: str) -> str:
-        """What to write instead of the unknown dotted `name`."""
+        """A suggestion for the unknown dotted `name`."""
         section, _, field = name.rpartition(".")
         if field in HINTS:
             return HINTS[field]

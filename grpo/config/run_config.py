@@ -91,7 +91,7 @@ class GRPOConfig(Section):
     """Prompts for training and evaluation."""
 
     logging: LoggingConfig = LoggingConfig()
-    """Run folder, evaluation, and what a run shows."""
+    """Run folder, evaluation and display."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving, so that a run can be resumed."""

@@ -17,7 +17,7 @@ class CompletionsTable:
     Attributes:
         table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens, policy_version.
         rewards: by function, None where it did not apply.
-        extras: what the functions logged. `<function>/error` says why a function that failed gave no reward.
+        extras: values that the functions logged. `<function>/error` says why a function that failed gave no reward.
         data: the data set's columns.
     """
 

@@ -1,4 +1,4 @@
-"""Which modules of the model run as one fused function, recognised by their structure and by what they compute.
+"""Which modules of the model run as one fused function, recognised by their structure and their results.
 
     fusion = fuse(model, forward=lambda: model(...))      # after PEFT's injection; changes no name and no parameter
     fusion.summary       # "fused: 30 q/k/v, 30 MLPs, 30 single layers, 61 norms"; the rest is listed with a reason

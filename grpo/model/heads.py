@@ -1,4 +1,4 @@
-"""What a transformers model does after its last hidden state, as the kernels' `Head`.
+"""The operations of a transformers model after its last hidden state, as the kernels' `Head`.
 
     head = head_of(model)    # weight, soft cap and scale; the policy handles an adapter on the head
 

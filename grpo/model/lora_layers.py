@@ -4,7 +4,7 @@ PEFT injects the layers and owns their names, initialisation, saving and loading
 `FusedLoRALinear` and `FusedLoRAEmbedding` are what it injects. `fusing.py` decides which of the linear layers compute together:
 `SharedInput` (q, k and v) and `FusedMLP`.
 
-    layer.slot = slots[name]            # what the forward multiplies with
+    layer.slot = slots[name]            # the operands of the forward
     layer.masters                       # [Master(parameter, role, scaling, rank), ...], A then B
 """
 
@@ -31,7 +31,7 @@ Role = Literal["a", "b", "embedding"]
 
 
 class Master(NamedTuple):
-    """A trained parameter, and what a learning rate for it may depend on."""
+    """A trained parameter, and the inputs of its learning rate."""
 
     parameter: nn.Parameter
     role: Role
@@ -99,7 +99,7 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen linear layer in 4 bits. Its `weight` is the packed one, uint8; `nf4` is what to multiply with."""
+    """A frozen linear layer in 4 bits. Its `weight` is the packed one, uint8; `nf4` is the operand of products."""
 
     SCALES = "absmax"  # name of the buffer
     absmax: torch.Tensor

@@ -50,7 +50,7 @@ class PackLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepConstants:
-    """What the losses of a step's packs share: the denominators of means, and the entropy that a token must reach.
+    """Constants shared by the losses of a step's packs: the denominators of means, and the entropy that a token must reach.
 
     `entropy_tokens`: how many tokens reach it; the entropy bonus is a mean over them.
     """

@@ -63,7 +63,7 @@ def rate_factor(role: str, *, scaling: float, rank: int, optim: OptimConfig) -> 
 
 
 def describe(config: GRPOConfig) -> list[str]:
-    """What a run says at its start: rank, scale and step, and a warning where the step is far from the reference."""
+    """Notes at the start of a run: rank, scale and step, and a warning where the step is far from the reference."""
     lora, optim = config.lora, config.optim
     formula = "alpha/sqrt(rank)" if lora.use_rslora else "alpha/rank"
     factor = step_factor(lora, optim)

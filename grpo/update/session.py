@@ -1,4 +1,4 @@
-"""vLLM, the policy on its adapter slots, and the learner: what a run holds in memory.
+"""vLLM, the policy on its adapter slots, and the learner: the objects of a run in memory.
 
     with open_session(config, model_path) as session:
         groups = list(session.engine.rollout(prompts, config.rollout))
@@ -84,7 +84,7 @@ def open_session(
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
-    """What the configuration asks of vLLM.
+    """The settings of vLLM from the configuration.
 
     Raises:
         ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.

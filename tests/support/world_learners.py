@@ -1,4 +1,4 @@
-"""Learners that share their steps: what each worker process of `test_peers.py` runs."""
+"""Learners that share their steps: what each worker process of `test_world.py` runs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .findings import Check, Finding
 
 EXAMPLES = """examples:
-  rankup doctor                  device, versions, code paths, a self-test of the kernels, and what vLLM's engine needs
+  rankup doctor                  device, versions, code paths, a self-test of the kernels, requirements of vLLM's engine
   rankup doctor --json           the same as one JSON object
   rankup doctor --traceback      with the traceback of a check that fails
 """

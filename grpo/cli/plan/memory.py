@@ -2,7 +2,7 @@
 
     budget = plan_budget(shape, config, device="cuda", vram=24 * GIB)
     budget.fits, budget.kv_tokens, budget.gpu_memory_utilization
-    for saving in savings(shape, config, device="cuda"): ...    # what to change, that of least harm first
+    for saving in savings(shape, config, device="cuda"): ...    # changes, the least harmful first
 
 Weights, adapter, gradients and optimizer state are counts times bytes. Activations and everything else of a training pass are
 measured on the real code (`step_memory.py`); the rest (the allocator's gaps, the CUDA context, vLLM's workspace) is

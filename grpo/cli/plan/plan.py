@@ -71,7 +71,7 @@ def add_plan_command(commands: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="embedded name, folder with a config.json, or Hub id")
     tasks = "; ".join(f"{name}: {practice.task}" for name, practice in PRACTICE.items())
-    add("--task", choices=list(PRACTICE), default="rl", help=f"what the adapter is for (default rl). {tasks}")
+    add("--task", choices=list(PRACTICE), default="rl", help=f"purpose of the adapter (default rl). {tasks}")
     add("--rows", type=_positive, metavar="N", help="rows of training data")
     add("--vram", type=_size, metavar="GIB", help="memory of the device, in GiB")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default cuda)")

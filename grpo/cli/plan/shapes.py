@@ -56,7 +56,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What a model consists of.
+    """The sizes of a model's parts.
 
     Attributes:
         architecture: transformers' class.
@@ -176,7 +176,7 @@ def _build(model: str, folder: Path, config_keys: dict[str, Any]) -> PreTrainedM
     try:
         config = AutoConfig.from_pretrained(folder)
         written = config_keys | config_keys.get("text_config", {})
-        names = config.get_text_config().attribute_map or {}  # what a family calls them, such as n_embd
+        names = config.get_text_config().attribute_map or {}  # names in some families, such as n_embd
         missing = [key for key in NEEDED_KEYS if key not in written and names.get(key) not in written]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}; take the one that the model was saved with")

@@ -80,7 +80,7 @@ class PeakMemory(TorchDispatchMode):
         self.peak, self.at_peak = self.now, self._by_label.copy()
 
     def label_of(self, tensor: torch.Tensor) -> str:
-        """What the storage of this new tensor is counted as."""
+        """The label under which the storage of this new tensor is counted."""
         return self.label
 
     def __torch_dispatch__(
