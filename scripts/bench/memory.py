@@ -226,7 +226,7 @@ def _name(cell: Cell) -> str:
 
 
 def _quiet() -> None:
-    """No word of what libraries look for in vain, and of fakes' addresses, which a tensor's length is asked with."""
+    """Silence warnings about missing optional libraries, and about addresses of fake tensors."""
     from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()

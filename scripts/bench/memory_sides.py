@@ -81,7 +81,7 @@ class RankupSide:
         backward_pass(self._policy, make_pack(self._policy, sizes, tokens_per_pack=group.shared_tokens), self._config)
 
     def apply_gradients(self) -> None:
-        """And publish: the slots follow the masters."""
+        """And publish: the slots follow the master weights."""
         _step(self._optimizer, self._policy.masters, self._config)
         self._policy.write_slots()
 

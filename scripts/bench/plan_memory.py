@@ -5,7 +5,7 @@ Measured is how far resident memory rises (VmHWM, reset) from just before the po
 is no vLLM: the policy allocates its slots. A tiny model is trained before, so that libraries are loaded, as
 in a run. An update takes two full packs: in the second one, gradients and activations meet.
 
-`--return-freed` lets malloc return freed memory immediately, where a run keeps it: the difference is what lies in gaps.
+`--return-freed` lets malloc return freed memory immediately, where a run keeps it: the difference is memory in gaps.
 One setting a process; the last line is JSON.
 """
 
