@@ -147,7 +147,7 @@ class FusedLoRALinear(FusedLoRALayer, PeftLoraLinear):
 
 
 class FusedLoRAEmbedding(FusedLoRALayer, PeftLoraEmbedding):
-    """PEFT's LoRA embedding whose forward reads the slot instead of the master weights. d_in is V, the vocabulary, and d_out is D.
+    """PEFT's LoRA embedding whose forward reads the slot instead of the master weights. d_in is V (vocabulary), d_out is D.
 
     PEFT begins it with A zero and B normal, the other way round than linear layers. The padding token's column of A gets no
     gradient, as in PEFT. A head that is tied to the embedding keeps the bare weight.

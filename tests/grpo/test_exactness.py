@@ -103,7 +103,7 @@ def groups_near_the_policy(model: PeftModel) -> list[Group]:
 
 
 def accumulate(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_policy: bool) -> float:
-    """Our loss over all packs; leaves the gradients at the masters."""
+    """Our loss over all packs; leaves the gradients at the master weights."""
     sequences, tokens = sum(len(one.lengths_S) for one in packs), sum(len(one.targets_N) for one in packs)
     counts = Counts(sequences=sequences, tokens=tokens, local_tokens=tokens, max_completion_length=100)
     objective, constants = Objective(config), StepConstants(counts=counts, entropy_tokens=tokens)

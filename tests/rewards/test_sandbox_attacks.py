@@ -241,7 +241,7 @@ ATTACKS = {
         60,
         {"error", "memory"},
     ),
-    "allocate at once": ("x = bytearray(1 << 40)", 60, {"memory"}),
+    "allocate in one call": ("x = bytearray(1 << 40)", 60, {"memory"}),
     "allocate without end": ("x = []\nwhile True: x.append(bytearray(1 << 22))", 60, {"memory"}),
     "map memory": ("import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(100)]", 60, {"error", "memory"}),
     "open files without end": ("x = []\nwhile True: x.append(open('/dev/null'))", 60, {"error"}),

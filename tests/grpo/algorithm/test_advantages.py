@@ -66,7 +66,7 @@ def test_a_completion_without_a_reward_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("rewards", [[None, None], [1.0, None], []])
-def test_fewer_than_two_rewards_teach_nothing(rewards: list[float | None]) -> None:
+def test_fewer_than_two_rewards_have_zero_advantages(rewards: list[float | None]) -> None:
     (result,) = group_advantages([rewards], scale_rewards="group")
     assert result.advantages == (0.0,) * len(rewards)
     assert (result.std, result.has_variance) == (0.0, False)
@@ -123,7 +123,7 @@ def test_estimators(rewards: list[list[float | None]], estimator: str, scale: Sc
 
 @pytest.mark.parametrize("estimator", ["group", "rloo", "maxrl"])
 @pytest.mark.parametrize("group", [[0.1] * 7, [0.0] * 4, [1 / 3] * 3, [None, 0.7, 0.7]])
-def test_a_group_of_equals_teaches_exactly_nothing(estimator: str, group: list[float | None]) -> None:
+def test_a_group_of_equal_rewards_has_exactly_zero_advantages(estimator: str, group: list[float | None]) -> None:
     (result,) = group_advantages([group], estimator=estimator, scale_rewards="group")
     assert result.advantages == (0.0,) * len(group) and not result.has_variance
 
@@ -180,7 +180,7 @@ def test_normalised_sums_are_gdpo_as_trl_has_it(groups: list[list[list[float | N
     torch.testing.assert_close(advantages_BG, expected_BG, rtol=1e-6, atol=1e-6)
 
 
-def test_no_function_drowns_another_and_equals_teach_nothing():
+def test_no_function_drowns_another_and_equal_rewards_have_zero_advantages():
     large_and_small = [[[0.0, 100.0, 0.0, 100.0], [0.0, 0.0, 0.1, 0.1]], [[5.0] * 4, [0.3] * 4]]
     sums = normalized_sums(large_and_small, [1.0, 1.0])
     assert sums[0][3] is not None

@@ -43,11 +43,11 @@ def test_resampling_continues_until_enough_groups_have_variance(make_batch):
     assert len(batch.groups) == 3 * (rounds + 1)
     assert len(batch.trained) == 3
     assert all(any(group.advantages) for group in batch.trained)
-    taught = sum(group.has_variance for group in batch.groups)
+    varied = sum(group.has_variance for group in batch.groups)
     before = sum(group.has_variance for group in batch.groups[:-3])
-    assert taught >= 3 and before < 3, "it stops at the first round that suffices"
+    assert varied >= 3 and before < 3, "it stops at the first round that suffices"
     # All sampled groups count in the metrics, whether they are trained on or not.
-    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - taught / len(batch.groups))
+    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - varied / len(batch.groups))
 
 
 def test_resampling_is_bounded(make_batch):

@@ -157,7 +157,7 @@ def test_restoring_an_evaluation_replaces_the_step_snapshot_by_the_same_policy()
     assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 20)
 
 
-def test_a_fall_beyond_stop_restores_the_best_and_halves():
+def test_a_fall_above_the_hard_limit_restores_the_best_and_halves():
     played = Played()
     for count in (16, 80):
         played.steps(10)

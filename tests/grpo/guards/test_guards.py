@@ -58,7 +58,7 @@ def test_a_limit_can_be_switched_off(name: str, watch: float, stop: float | None
 
 @pytest.mark.parametrize("name", ["sampler_kl", "sampler_ratio", "effective_sample_size", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_batch_that_is_not_finite_is_beyond_stop(calm: Played, name: str, value: float):
+def test_a_non_finite_batch_is_above_the_hard_limit(calm: Played, name: str, value: float):
     (decision,) = calm.steps(**{name: value})
     assert triggered([decision]) == [(name, Level.STOP)]
     assert decision.skip
@@ -220,7 +220,7 @@ def test_advice_is_shown_and_nothing_follows(calm: Played):
     assert sum(decision.snapshot is not None for decision in decisions) == 12
 
 
-def test_a_batch_beyond_stop_is_skipped_for_as_long_as_it_is(calm: Played):
+def test_batches_above_the_hard_limit_are_skipped(calm: Played):
     decisions = calm.steps(4, sampler_kl=0.2)
     assert all(decision.skip and not decision.snapshot for decision in decisions)
     assert triggered(decisions) == [("sampler_kl", Level.STOP)]

@@ -1,4 +1,4 @@
-"""The policy: masters and slots, the scale, ranks, saving and loading, seeds, and what it refuses."""
+"""The policy: master weights and slots, the scale, ranks, saving and loading, seeds, and what it refuses."""
 
 from __future__ import annotations
 

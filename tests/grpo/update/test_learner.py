@@ -185,15 +185,15 @@ def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list
     assert not any(map(torch.equal, before, learner.policy.masters))
 
 
-# What the loss is a mean over
+# Denominators of the loss
 
 
 @pytest.fixture
 def mixed() -> list[Group]:
     """A group of 10 tokens in 3 completions, one of them empty and one of 4 cut off, and one of 7 in 2 without variance."""
-    taught, equal = random_groups([(5, [6, 4, 0]), (3, [5, 2])], truncated=(1,))
+    trained, equal = random_groups([(5, [6, 4, 0]), (3, [5, 2])], truncated=(1,))
     return [
-        replace(taught, advantages=(2.0, -1.0, 0.5)),
+        replace(trained, advantages=(2.0, -1.0, 0.5)),
         replace(equal, advantages=(0.0, 0.0)),
     ]
 
@@ -260,7 +260,7 @@ def test_a_batch_of_another_policy_is_skipped_and_reported(make_learner, groups:
     assert any("skipped the update" in note for note in update.notes)
 
 
-def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[Group]) -> None:
+def test_the_last_healthy_policy_is_restored_bit_exactly(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True}, learning_rate=1e-3)
     assert learner.snapshots.by_kind["step"].step is None
     sampled = groups_of_the_policy(learner, groups)

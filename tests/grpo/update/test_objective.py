@@ -220,7 +220,7 @@ def near_the_policy(policy: Policy) -> list[Group]:
 
 
 def loss_and_gradients(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_policy: bool) -> torch.Tensor:
-    """The step's loss and all gradients of the masters, in one vector; the policy is left without gradients."""
+    """The step's loss and all gradients of the master weights, in one vector; the policy is left without gradients."""
     algorithm, objective = config.algorithm, Objective(config)
     entropies = torch.cat([policy.logprobs(one)[1] for one in packs])
     constants = constants_of(packs)

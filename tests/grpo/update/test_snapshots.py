@@ -1,4 +1,4 @@
-"""A snapshot holds every bit of masters and optimizer, goes back into the same tensors, and survives a checkpoint."""
+"""A snapshot holds every bit of master weights and optimizer, goes back into the same tensors, and survives a checkpoint."""
 
 from __future__ import annotations
 
