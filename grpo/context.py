@@ -31,7 +31,7 @@ LOCK_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What the loop works with. `output` is None on all workers but the main process."""
+    """The components of the loop. `output` is None on all workers but the main process."""
 
     setup: RunSetup
     session: Session
@@ -123,7 +123,7 @@ def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterato
 
 @contextmanager
 def run_folder_owned(setup: RunSetup, *, resumes: bool) -> Iterator[None]:
-    """Lock the run folder; a run that resumes first fetches what is missing from its storage. Only the main process does it.
+    """Lock the run folder; a run that resumes first fetches missing files from its storage. Only the main process does it.
 
     Raises:
         ValueError: another process writes to the folder.
@@ -159,7 +159,7 @@ def _open_recorder(setup: RunSetup, resumption: Resumption | None) -> Iterator[R
 
 @contextmanager
 def save_on_error(ctx: RunContext) -> Iterator[None]:
-    """Whatever ends the block (a signal, an error of a reward function, a full disk): save what can be saved."""
+    """If an exception (a signal, an error of a reward function, a full disk) ends the block: save as much as possible."""
     try:
         yield
     except BaseException as error:  # raised again
@@ -181,7 +181,7 @@ def save_on_error(ctx: RunContext) -> Iterator[None]:
 
 
 def complete(ctx: RunContext) -> dict[str, Any]:
-    """Write what a complete run leaves behind; returns its summary."""
+    """Write the final files of a complete run; returns its summary."""
     ctx.save_adapter()
     ctx.draw()
     summary = ctx.summarize(interrupted=False)

@@ -170,7 +170,7 @@ def finish(ctx: RunContext) -> None:
 
 
 def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
-    """Evaluate the current policy after `step` updates. A signal interrupts it at once: it can be repeated."""
+    """Evaluate the current policy after `step` updates. A signal interrupts it immediately: it can be repeated."""
     setup = ctx.setup
     assert setup.eval_prompts is not None
     setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")

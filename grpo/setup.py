@@ -69,11 +69,11 @@ class RunSetup:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the run is made from besides its configuration, to compare when it resumes."""
+        """The run's inputs besides its configuration, to compare when it resumes."""
         return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names)}
 
     def stage(self, text: str) -> None:
-        """Show what the run is doing now, outside of its steps."""
+        """Show the current phase of the run, outside of its steps."""
         if self.view is not None:
             self.view.stage(text)
 
@@ -90,7 +90,7 @@ def prepare_run(
     """Check and load what a run is made from. Writes nothing.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
+        ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
     """
     if view is None and world.is_main:
         raise ValueError("the main process needs a view: it records the run and shows it")

@@ -45,7 +45,7 @@ class GRPOTrainer:
         can_resume: whether the last `train` has left a checkpoint to resume from.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, data or reward functions, with what to do about it.
+        ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class GRPOTrainer:
         complete step.
 
         SIGINT (Ctrl-C) and SIGTERM let the step finish, save a checkpoint and raise `RunInterrupted`; a second one kills. A
-        signal that comes too late to stop anything sets `interrupted` in what is returned.
+        signal that comes too late to stop anything sets `interrupted` in the returned summary.
 
         Args:
             resume_from_checkpoint: True: resume from the newest complete checkpoint of `output_dir`, or start from scratch if

@@ -1,7 +1,7 @@
 """Attention over shared prompts in plain torch, for any dtype and device: a few batched products for each unit of sequences.
 
 One gather collects the queries of all units, one their keys (each completion's behind its prompt's), and one restores the
-pack's order of the results; a unit that is computed at once copies nothing in between. With weights
+pack's order of the results; a unit that is computed in one piece copies nothing in between. With weights
 W = softmax(scaling * q k^T + mask) and the gradient g of the result,
 
     out = W v        dv = W^T g        ds = W (g v^T - rowsum(W g v^T))        dq = scaling * ds k        dk = scaling * ds^T q

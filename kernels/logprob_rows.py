@@ -81,7 +81,7 @@ class TorchRows:
     def gradient_in_place(self, p_nV: torch.Tensor, targets_n: torch.Tensor, rows: Rows, slopes: Slopes) -> torch.Tensor:
         """Replace the probabilities by the gradient of the logits y, up to a factor of each row; returns the factors [n, 1]."""
         if slopes.logprob_n is not None and slopes.entropy_n is None and self.softcap is None:
-            # Not scatter_, which on CPU in bf16 copies the whole chunk to fp32 and back.
+            # Not scatter_, which on CPU in bf16 copies the complete chunk to fp32 and back.
             rows_n = torch.arange(len(p_nV), device=p_nV.device)
             p_nV.index_put_((rows_n, targets_n), rows.logprobs_n.expm1().to(p_nV.dtype))
             return -self.factor * slopes.logprob_n[:, None]

@@ -42,7 +42,7 @@ class Nf4Weight:
         """Round `weight`, of any shape in fp32, bf16 or fp16, on its device."""
         from bitsandbytes.functional import quantize_4bit  # this import takes a second
 
-        # In pieces on CPU, where bitsandbytes compares each value with all 16 codes at once, taking some 200 bytes a value.
+        # In pieces on CPU, where bitsandbytes compares each value with all 16 codes together, taking some 200 bytes a value.
         flat = weight.reshape(-1)
         pieces = flat.split(PIECE) if flat.device.type == "cpu" else (flat,)
         packed, states = zip(*(quantize_4bit(p, blocksize=BLOCKSIZE, quant_type=QUANT_TYPE) for p in pieces), strict=True)

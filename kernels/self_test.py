@@ -41,7 +41,7 @@ Normal = Callable[..., Tensor]  # (*shape, scale=1.0) -> random values that are 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A kernel and what it is compared with.
+    """A kernel and its reference.
 
     inputs: gradients are compared for those that require one.
     kernel, reference: called with the inputs, return tensors. `reference` is plain torch and is also called with fp64 inputs. A

@@ -155,13 +155,13 @@ class _StdinStdout(_Executed):
         self, completions: Sequence[Completion], inputs: Sequence[Any], outputs: Sequence[Any], **kwargs: Any
     ) -> list[float | None]:
         jobs: list[Callable[[], float] | None] = []
-        for row, (completion, given, expected) in enumerate(zip(completions, inputs, outputs, strict=True)):
-            pairs = None if given is None or expected is None else self._pairs(row, given, expected)
+        for row, (completion, stdin, expected) in enumerate(zip(completions, inputs, outputs, strict=True)):
+            pairs = None if stdin is None or expected is None else self._pairs(row, stdin, expected)
             jobs.append(None if pairs is None else functools.partial(self._score, program_of(text_of(completion)), pairs))
         return self._concurrently(jobs)
 
-    def _pairs(self, row: int, given: Any, expected: Any) -> list[tuple[str, str]]:
-        inputs, outputs = _strings(row, "inputs", given), _strings(row, "outputs", expected)
+    def _pairs(self, row: int, stdin: Any, expected: Any) -> list[tuple[str, str]]:
+        inputs, outputs = _strings(row, "inputs", stdin), _strings(row, "outputs", expected)
         if len(inputs) != len(outputs):
             raise ValueError(f"row {row} has {len(inputs)} inputs and {len(outputs)} outputs: give one output for each input")
         longest = max(len(output.encode()) for output in outputs)
@@ -171,8 +171,8 @@ class _StdinStdout(_Executed):
 
     def _score(self, program: str, pairs: list[tuple[str, str]]) -> float:
         num_correct = 0
-        for given, expected in pairs:
-            succeeded, printed = self._run(program, given, self.limits)
+        for stdin, expected in pairs:
+            succeeded, printed = self._run(program, stdin, self.limits)
             if succeeded and _without_trailing_space(printed) == _without_trailing_space(expected):
                 num_correct += 1
             elif not self.partial_credit:

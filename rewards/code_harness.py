@@ -1,4 +1,4 @@
-"""What a sandbox runs for `rankup.rewards.code.unit_tests`: the program, and then each test in a separate fork.
+"""The program that a sandbox runs for `rankup.rewards.code.unit_tests`: the program, and then each test in a separate fork.
 
 It is passed to the sandbox as text. Its standard input is a file: the header's length in 20 characters, the header in JSON, and
 then the program, the tests and their marks, at offsets that the header lists. A mark is a random word that is printed if a test

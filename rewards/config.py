@@ -1,4 +1,4 @@
-"""The section `rewards` of a run's configuration: which functions score completions, where they run, and what a failure does.
+"""The section `rewards` of a run's configuration: reward functions, where they run, and the action on a failure.
 
     RewardsConfig(functions=["last_integer", {"function": "my.py:length", "weight": 0.2}], isolation="process", timeout=10)
 
@@ -37,7 +37,7 @@ class RewardFunction(Section):
 
 
 def _form(value: object) -> str:
-    """Which form a function is given in, so that an error message is about that form only."""
+    """The form in which a function is specified, so that an error message is about that form only."""
     return "<mapping>" if isinstance(value, dict | RewardFunction) else "<name>"
 
 
@@ -47,7 +47,7 @@ NameOrMapping = Annotated[
 
 
 class RewardsConfig(Section):
-    """Reward functions: which, where they run, and what a failure does."""
+    """Reward functions, where they run, and the action on a failure."""
 
     functions: list[NameOrMapping] = Field(default=[])
     """Reward functions, `path/to/file.py:name`, `package.module:name` or a built-in's name; or a mapping with `function` and
@@ -107,7 +107,7 @@ class RewardsConfig(Section):
         if weights is not None and functions and len(weights) != len(functions):
             raise ValueError(f"must have one weight per function: {len(functions)} (got {len(weights)})")
         if weights is not None and any(isinstance(f, RewardFunction) and f.weight is not None for f in functions):
-            raise ValueError("are given twice: here and with the functions")
+            raise ValueError("are specified twice: here and with the functions")
         return weights
 
     @property
@@ -116,5 +116,5 @@ class RewardsConfig(Section):
         return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
     def entries(self) -> list[RewardFunction]:
-        """The functions, those that are given by their name alone as a `RewardFunction` too."""
+        """The functions, those specified by name only as a `RewardFunction` too."""
         return [RewardFunction(function=f) if isinstance(f, str) else f for f in self.functions]

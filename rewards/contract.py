@@ -1,4 +1,4 @@
-"""TRL's contract for one reward function: what it is called with, and what it may return.
+"""TRL's contract for one reward function: its arguments and its return values.
 
     def correct(completions, answer):
         return [None if expected is None else float(text == expected) for text, expected in zip(completions, answer)]
@@ -135,7 +135,7 @@ def failure_of(error: BaseException) -> Failure:
     """The failure of a call that raised `error`; the traceback shows only frames of the user's code."""
     if isinstance(error, BadValueError):
         return Failure(reason=str(error), is_bad_value=True)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _OWN_FILES]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _RANKUP_FILES]
     details = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
     hint = MESSAGES_HINT if isinstance(error, AttributeError) and _is_conversation(error.obj) else ""
     return Failure(reason=describe(error) + hint, details=f"Traceback (most recent call last):\n{details}")
@@ -145,7 +145,7 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[-1], Mapping) and "content" in value[-1]
 
 
-_OWN_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
+_RANKUP_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
 
 
 def arguments_of(name: str, function: Function, inputs: Inputs, log: Log) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def is_async(function: Function) -> bool:
 
 
 class Log:
-    """Collects what a function logs in one call."""
+    """Collects the values that a function logs in one call."""
 
     def __init__(self, *, num_rows: int):
         self.num_rows = num_rows

@@ -41,7 +41,7 @@ def _is_think_format(text: str) -> float:
 
 
 def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = False) -> RewardFunction:
-    """Make a reward: 1.0 if the completion is `<a>...</a> <b>...</b>` for the given names, else 0.0.
+    """Make a reward: 1.0 if the completion is `<a>...</a> <b>...</b>` for the names, else 0.0.
 
     names: the tags, in order. Each pair must occur exactly once, with only white space before, between and after the pairs.
     A pair may contain anything, or nothing.

@@ -84,7 +84,7 @@ def judge(
         base_url: the endpoint, up to and including `/v1`; None: OpenAI's.
         api_key_variable: name of the environment variable that holds the key. It may be unset if `base_url` is this machine
             or a private address; None: no key is needed.
-        prompt: what the judge is asked; the module's docstring says how it is filled.
+        prompt: the question for the judge; the module's docstring says how it is filled.
         scale: lowest and highest score.
         concurrency: maximum number of concurrent requests, over all calls.
         timeout: seconds without an answer after which a request has failed.
@@ -92,7 +92,7 @@ def judge(
         max_tokens, temperature: of the judge's reply; None leaves the field out, for models that do not accept it.
         extra_body: further fields of the request, such as `{"max_completion_tokens": 2000}`.
         on_failure: "stop" or "none"; see the module's docstring.
-        name: the reward's name, and the prefix of what it logs.
+        name: the reward's name, and the prefix of its metrics.
 
     Raises ValueError for invalid arguments, such as the name of a variable that is not set.
     """

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint that is asked one question at a time.
+"""An OpenAI-compatible chat endpoint that gets one question at a time.
 
     endpoint = Endpoint(url="http://localhost:8000/v1", key_variable=None, request={"model": "Qwen/Qwen3-8B"},
                         concurrency=16, timeout=60.0, retries=3)

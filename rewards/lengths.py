@@ -26,7 +26,7 @@ def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None
     if tokens < 1 or tolerance < 0 or falloff < 1:
         raise ValueError(
             f"target_length(tokens={tokens}, tolerance={tolerance}, falloff={falloff}): tokens and falloff must be at "
-            "least 1, tolerance at least 0, and less than tokens if falloff is not given"
+            "least 1, tolerance at least 0, and less than tokens if falloff is not set"
         )
 
     def reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float | None]:

@@ -95,12 +95,12 @@ def _find(spec: str, *, base_dir: Path | None) -> object:
 
 def _call_factory(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) -> object:
     if not callable(factory):
-        raise ValueError(f"reward {spec!r} cannot be given kwargs: it is a {type(factory).__name__}, not a factory")
+        raise ValueError(f"reward {spec!r} does not accept kwargs: it is a {type(factory).__name__}, not a factory")
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
-        given = ", ".join(kwargs) or "none"
-        raise ValueError(f"reward {spec!r} does not accept its kwargs ({given}): {error}") from error
+        names = ", ".join(kwargs) or "none"
+        raise ValueError(f"reward {spec!r} does not accept its kwargs ({names}): {error}") from error
     return factory(**kwargs)
 
 

@@ -90,7 +90,7 @@ class Pool:
             thread.join()
 
     def _serve(self) -> None:
-        """What each thread runs."""
+        """The loop of each thread."""
         lane = self._make_lane()
         with self._lock:
             self._lanes.append(lane)

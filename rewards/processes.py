@@ -6,7 +6,7 @@
     pool.close()
 
 A process that exceeds its time limit is killed with its children and replaced, and so is one that died; the other processes
-are not affected. What the functions print is printed here, line by line.
+are not affected. Output of the functions is printed here, line by line.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WorkerPool(Pool):
     """`config.num_workers` processes with the same functions. See the module's docstring.
 
     Args:
-        functions: what the processes load; `submit` takes an index into it.
+        functions: loaded by the processes; `submit` takes an index into it.
         config: `num_workers` (None: one per core, at most `MAX_WORKERS`), `timeout`, `retries` and `memory_gib`.
     """
 
@@ -66,7 +66,7 @@ class Worker:
     """A process that answers calls, and is replaced when it fails. It dies with the thread that created this object.
 
     Args:
-        setup: what a process loads first.
+        setup: loaded first by a process.
         timeout: seconds for one call; None: no limit.
     """
 

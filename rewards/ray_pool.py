@@ -6,11 +6,11 @@
     pool.close()
 
 A task passes its call to a reward process (`processes.py`) next to the Ray worker that runs it. So time limits, memory limits,
-crashes and printed output are handled on the node as they are here, and a function that hangs or crashes costs no Ray worker.
+crashes and printed output are handled on the node as in a local run, and a function that hangs or crashes costs no Ray worker.
 The process, with the functions it has loaded, lives as long as the Ray worker. At most `num_workers` tasks exist at a time;
 further calls wait here, so a shared cluster never sees more of them.
 
-Ray repeats a task whose worker or node was lost, at most `LOST_WORKERS` times. A function's own failure is not a loss to Ray:
+Ray repeats a task whose worker or node was lost, at most `LOST_WORKERS` times. A failure of the function is not a loss to Ray:
 `retries` decides about that, here. In both cases one thread waits for one result, so no call is lost and none counts twice.
 
 If this process has no connection to Ray yet, the first pool makes one, to the cluster in Ray's `RAY_ADDRESS` or to a new one on
@@ -48,7 +48,7 @@ class RayPool(Pool):
     wait for calls that wait for a CPU.
 
     Args:
-        functions: what the tasks load; `submit` takes an index into it.
+        functions: loaded by the tasks; `submit` takes an index into it.
         config: `num_workers` (None: the CPUs of the cluster, at most `MAX_WORKERS`), `timeout`, `retries` and `memory_gib`.
 
     Raises:

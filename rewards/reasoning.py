@@ -95,10 +95,10 @@ def _score_rows(
     return scores
 
 
-def _score(scorer: Callable[[Any, dict[str, Any]], Any], given: str, entry: dict[str, Any], where: str) -> float | None:
+def _score(scorer: Callable[[Any, dict[str, Any]], Any], answer: str, entry: dict[str, Any], where: str) -> float | None:
     """The task's score of the answer; None if its scorer fails on this answer, but not on the correct one."""
     try:
-        return float(scorer(given, entry))
+        return float(scorer(answer, entry))
     except Exception:  # scorers parse the model's text, and may raise anything if they cannot
         if entry["answer"] is not None:  # a few tasks have only a scorer, no answer
             try:

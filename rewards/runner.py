@@ -1,4 +1,4 @@
-"""Call reward functions by TRL's contract (`contract.py`) and combine what they return.
+"""Call reward functions by TRL's contract (`contract.py`) and combine their results.
 
     config = RewardsConfig(weights=[1.0, 0.5], isolation="process", num_workers=2, timeout=10)
     scorer = Scorer(config, functions=["last_integer", "my.py:length"])
@@ -67,7 +67,7 @@ class Scorer:
     """Loads reward functions once, and scores completions with them.
 
     Args:
-        config: which functions, their weights, where they run and what a failure does.
+        config: which functions, their weights, where they run and the action on a failure.
         functions: one or several user-supplied functions instead of `config.functions`: callables, specs as `load_reward` takes
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `bounds_itself` is true.
@@ -80,21 +80,21 @@ class Scorer:
     def __init__(
         self,
         config: RewardsConfig,
-        functions: RewardSpec | RewardFunction | Sequence[RewardSpec | RewardFunction] | None = None,
+        functions: RewardSpec | RewardFunction | Iterable[RewardSpec | RewardFunction] | None = None,
         *,
         base_dir: Path | None = None,
     ):
         if functions is None:
             functions = config.entries()
-        is_one = isinstance(functions, str | RewardFunction) or callable(functions) or not isinstance(functions, Iterable)
-        given = [functions] if is_one else list(functions)
-        if not given:
-            raise ValueError("no reward functions: give at least one")
-        if config.weights is not None and len(config.weights) != len(given):
-            raise ValueError(f"{len(config.weights)} reward weights for {len(given)} reward functions: give one weight each")
-        entries = [_with_options(function) for function in given]
+        if isinstance(functions, str | RewardFunction) or callable(functions) or not isinstance(functions, Iterable):
+            functions = [functions]
+        entries = [_with_options(function) for function in functions]
+        if not entries:
+            raise ValueError("no reward functions: specify at least one")
+        if config.weights is not None and len(config.weights) != len(entries):
+            raise ValueError(f"{len(config.weights)} reward weights for {len(entries)} functions: specify one weight each")
         if config.weights is not None and any(options.weight is not None for _, options in entries):
-            raise ValueError("reward weights are given twice: in the list of weights and with the functions")
+            raise ValueError("reward weights are specified twice: in the list of weights and with the functions")
         self.config = config
         self.weights = config.weights or [1.0 if options.weight is None else options.weight for _, options in entries]
         self._rewards = _load(entries, base_dir=base_dir, isolation=config.isolation)
@@ -167,11 +167,11 @@ class Scorer:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def _with_options(given: RewardSpec | RewardFunction) -> tuple[RewardSpec, RewardFunction]:
+def _with_options(entry: RewardSpec | RewardFunction) -> tuple[RewardSpec, RewardFunction]:
     """A function's spec and its options."""
-    if isinstance(given, RewardFunction):
-        return given.function, given
-    return given, RewardFunction(function=given if isinstance(given, str) else reward_name(given))
+    if isinstance(entry, RewardFunction):
+        return entry.function, entry
+    return entry, RewardFunction(function=entry if isinstance(entry, str) else reward_name(entry))
 
 
 def _load(
@@ -216,7 +216,7 @@ async def _attempts(reward: _Reward, inputs: Inputs, timeout: float | None, retr
                 return await call_async(reward.name, reward.function, inputs)
         except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # cancelled from outside: nobody waits for the result any more
+            if task is not None and task.cancelling():  # cancelled from outside: no caller waits for the result any more
                 raise
             failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
             result = dataclasses.replace(failure, cause=error)

@@ -11,7 +11,7 @@ The program runs under bubblewrap (`bwrap`) in separate namespaces, and as a sep
 - limits on wall time, CPU time, memory, processes, open files, file sizes and the length of the output (`Limits`);
 - a filter of system calls (`seccomp`) blocks mounts, namespaces, ptrace, memory that no limit counts, and rare sockets.
 
-What it does not do: the memory limit applies to each process, so all processes of the program together may use `processes`
+Limitations: the memory limit applies to each process, so all processes of the program together may use `processes`
 times as much while it runs; and it shares the kernel, so a vulnerability in Linux is a vulnerability of the sandbox.
 """
 
@@ -62,7 +62,7 @@ _SHARED_MIB = 16  # of /dev/shm, which multiprocessing needs for its locks
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Limits on a program.
 
     seconds: wall time, including Python's start. Each process gets the same CPU time, rounded up, plus one second.
     memory_mib: address space of each process in MiB; Python itself takes about 30.
@@ -110,7 +110,7 @@ class Outcome:
 def choose_sandbox(*, unsafe_local: bool = False) -> Sandbox:
     """ "bubblewrap" if it works, else "local" if `unsafe_local` allows it.
 
-    Raises ValueError, with the reason and what to install, if bubblewrap does not work and `unsafe_local` is false.
+    Raises ValueError, with the reason and the package to install, if bubblewrap does not work and `unsafe_local` is false.
     """
     problem = bubblewrap_problem()
     if problem is None:
@@ -170,7 +170,7 @@ def run_python(
 def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_packages: bool) -> Outcome:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        text, given = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
+        text, standard_input = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
         ready, says_ready = stack.enter_context(pipe())
         info, says_info = stack.enter_context(pipe())
         user = _unused_user() if bwrap else None
@@ -190,7 +190,7 @@ def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_pac
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-", ignore_cleanup_errors=True))
         running = Running(
             command,
-            stdin=given,
+            stdin=standard_input,
             passed=passed,
             folder=folder,
             environment=_ENVIRONMENT,

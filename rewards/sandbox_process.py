@@ -108,7 +108,7 @@ class Running:
         return "timeout"
 
     def drain(self) -> Stop | None:
-        """Read what is left in the pipes, without waiting: a process that detached itself ("local") may keep them open."""
+        """Read the rest of the pipes, without waiting: a process that detached itself ("local") may keep them open."""
         for source in self._printed:
             os.set_blocking(source, False)
             with contextlib.suppress(BlockingIOError):

@@ -1,4 +1,4 @@
-"""What the modules of this folder share: the text of a completion, and values, errors and names in messages.
+"""Shared by the modules of this folder: the text of a completion, and values, errors and names in messages.
 
     text_of("42")                                         # "42"
     text_of([{"role": "assistant", "content": "42"}])     # "42"

@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a reward process loads first. `path`: the parent's `sys.path`; `memory_bytes`: limit on data, None: no limit."""
+    """Loaded first by a reward process. `path`: the parent's `sys.path`; `memory_bytes`: limit on data, None: no limit."""
 
     functions: tuple[Portable, ...]
     path: tuple[str, ...]
@@ -73,7 +73,7 @@ def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
     try:
         loaded: Inputs = pickle.loads(inputs)
         answer = call(name, function, loaded)
-        return pickle.dumps(answer)  # inside the try: `log_extra` may have been given anything
+        return pickle.dumps(answer)  # inside the try: `log_extra` accepts any object
     except Exception as error:  # a user's function may raise anything
         return pickle.dumps(failure_of(error))
 

@@ -1,7 +1,7 @@
 """vLLM's base weights: how they are loaded, and views of them.
 
     EngineArgs(**loading(nf4_weights=("model.layers.0.self_attn.q_proj.weight", ...), keep_linear_weights=False), ...)
-    find_base_weights(vllm_model)["model.layers.0.self_attn.q_proj.weight"]   # a view of vLLM's own memory, [d_out, d_in]
+    find_base_weights(vllm_model)["model.layers.0.self_attn.q_proj.weight"]   # a view of vLLM's memory, [d_out, d_in]
 
 `find_base_weights` uses the names of transformers: q, k, v (or gate, up) for the rows of a packed layer. The loader is vLLM's
 default loader with two additions. It can round weights to NF4 and back, because vLLM (0.32) cannot serve weights packed by

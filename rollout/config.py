@@ -54,7 +54,7 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(SamplingConfig):
-    """Sampling with vLLM, in this process: how training samples, and what the engine is started with."""
+    """Sampling with vLLM, in this process: sampling options of training, and settings of the engine."""
 
     num_generations: int = Field(default=8, ge=2)
     """Completions for each prompt (the group size G), at least 2."""
@@ -63,7 +63,7 @@ class RolloutConfig(SamplingConfig):
     """Sampling temperature in training, above 0. Evaluation is greedy."""
 
     max_num_seqs: int | None = Field(default=None, ge=1)
-    """Sequences that are sampled at once. None: all completions of a step, at most 256."""
+    """Sequences that are sampled concurrently. None: all completions of a step, at most 256."""
 
     gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
     """Share of the GPU's memory for vLLM, (0, 1]; the trainer needs the rest. CUDA only."""
@@ -75,7 +75,7 @@ class RolloutConfig(SamplingConfig):
     """Run vLLM without graphs and compilation. None: decided by the device."""
 
     lora_path: Literal["auto", "dense", "punica"] = "auto"
-    """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's own kernels), `auto`
+    """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's kernels), `auto`
     (dense on CPU, punica on CUDA)."""
 
     def greedy(self) -> SamplingConfig:

@@ -44,7 +44,7 @@ def _invert(weights_NC: torch.Tensor, uniform_N1: torch.Tensor) -> tuple[torch.T
     """The first column [N, 1] at which the cumulative weight exceeds `uniform` of the total, and the position in it, 0 to 1."""
     cumulated_NC = weights_NC.cumsum(-1, dtype=torch.float64)
     total_N1 = cumulated_NC[:, -1:]
-    # Strictly below the total, whatever is rounded: at the total the search would return a column behind the row.
+    # Strictly below the total despite rounding: at the total the search would return a column behind the row.
     target_N1 = torch.minimum(uniform_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
     column_N1 = torch.searchsorted(cumulated_NC, target_N1, right=True)
     weight_N1 = weights_NC.gather(1, column_N1).double()

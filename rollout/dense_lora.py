@@ -1,6 +1,6 @@
-"""One adapter for the whole batch: two dense products instead of a gather per token.
+"""One adapter for the complete batch: two dense products instead of a gather per token.
 
-vLLM's LoRA kernels serve many adapters at once. A policy has one, so `y += (x a^T) b^T` for all rows gives the same result. On
+vLLM's LoRA kernels serve many adapters. A policy has one, so `y += (x a^T) b^T` for all rows gives the same result. On
 CPU, where vLLM copies A and B once per token, this is as fast as the base model.
 
 On the LM head vLLM's kernels (0.32) are also wrong for the log-probabilities of prompts: they apply the adapters of the

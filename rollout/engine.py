@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 ADAPTER_ID = 1
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
-# vLLM packs these projections into one layer, which is what has to be named as a LoRA target. Without names vLLM would wrap
+# vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
 # every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
 PACKED_NAMES = {
     "q_proj": "qkv_proj",
@@ -62,7 +62,7 @@ class EngineSettings:
     Attributes:
         model: path of the model.
         max_rank: largest LoRA rank that the slots can hold.
-        max_num_seqs: sequences that are sampled at once; used instead of `rollout.max_num_seqs`, which may be None.
+        max_num_seqs: sequences that are sampled concurrently; used instead of `rollout.max_num_seqs`, which may be None.
         keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
         nf4_weights: names of the weights to round to NF4 while loading.
     """
@@ -162,7 +162,7 @@ class RolloutEngine:
         return self.policy_version
 
     def _ensure_active(self) -> None:
-        """Activate and rewrite the adapter if it was evicted. vLLM itself would reload the zero adapter that it was given."""
+        """Activate and rewrite the adapter if it was evicted. vLLM itself would reload the zero adapter of the request."""
 
         def activate(model: nn.Module) -> bool:
             manager = require(model, "lora_manager", purpose="check whether the adapter is active")

@@ -1,6 +1,6 @@
 """Self-test of everything that rankup uses of vLLM's internals, without starting an engine.
 
-    vllm_device()                                                  # "cpu" or "cuda": what the installed vLLM is for
+    vllm_device()                                                  # "cpu" or "cuda": the device of the installed vLLM
     {use: error for use, error in self_test().items() if error}    # empty with a supported vLLM
 
 The functions that build an engine and sample with it are called as in a run, on empty modules: each asks for the attributes

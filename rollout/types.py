@@ -15,7 +15,7 @@ class Completion:
     """One sampled answer, or on a worker that did not sample it its metadata, without tokens, log-probabilities and text.
 
     Attributes:
-        token_ids: what was sampled, including the end-of-sequence token if the model ended the completion.
+        token_ids: the sampled tokens, including the end-of-sequence token if the model ended the completion.
         logprobs: the sampler's log-probability of each token, after temperature and the other sampling options.
         text: `token_ids` decoded without special tokens and the token that ended the completion; if stop strings are
             configured, it ends before the first of them.

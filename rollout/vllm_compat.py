@@ -1,7 +1,7 @@
-"""How vLLM is imported, what it must provide, and everything that rankup replaces in it.
+"""How vLLM is imported, which interfaces it must provide, and everything that rankup replaces in it.
 
 No other module changes vLLM. The replacements rely on internals of the versions in `TESTED_VERSIONS`. With another version
-`import_vllm` logs a warning, and what is missing (`require`) or has other parameters (`replaceable`) is an error at start.
+`import_vllm` logs a warning, and missing attributes (`require`) or other parameters (`replaceable`) are an error at start.
 
 | replaced | by | why |
 |---|---|---|
@@ -134,7 +134,7 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
 
 
 def cpu_norms() -> dict[str, list[str]]:
-    """Register vLLM's own kernels for norms on CPU too (`vllm.ir`); returns the engine argument that selects them."""
+    """Register vLLM's kernels for norms on CPU too (`vllm.ir`); returns the engine argument that selects them."""
     import_vllm()
     import torch
     from vllm import ir

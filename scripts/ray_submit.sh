@@ -71,7 +71,7 @@ while (($#)); do
     shift
 done
 ray_options=("$@")
-((${#arguments[@]})) || fail "no run file given: scripts/ray_submit.sh FILE [section.field=value ...]"
+((${#arguments[@]})) || fail "run file missing: scripts/ray_submit.sh FILE [section.field=value ...]"
 
 # The active environment, otherwise that of the repository.
 rankup=$(command -v rankup) || rankup="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/rankup"

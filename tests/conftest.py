@@ -60,7 +60,7 @@ def engine_shelf() -> Iterator[EngineShelf]:
 
 @pytest.fixture
 def make_engine(engine_shelf: EngineShelf, tiny_model_path):
-    """A function that gives the engine for a kind of tiny model, in fp32 unless told otherwise."""
+    """A function that gives the engine for a kind of tiny model, in fp32 by default."""
     from rankup.rollout.config import RolloutConfig
     from rankup.rollout.engine import EngineSettings
 

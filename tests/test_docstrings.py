@@ -57,7 +57,7 @@ def module_name(path: Path) -> str:
 
 
 def wrong_calls(docstring: str, module: ModuleType) -> tuple[int, list[str]]:
-    """How many calls of the examples were checked, and what is wrong with them."""
+    """How many calls of the examples were checked, and the errors in them."""
     checked, problems = 0, []
     for example in examples(docstring):
         made: dict[str, type] = {}  # variables that hold an object of a class of ours

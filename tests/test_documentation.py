@@ -34,7 +34,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def problem(words: list[str]) -> str | None:
-    """What is wrong with a command line; None if it works."""
+    """The error in a command line; None if it works."""
     name, *arguments = words
     if name != "rankup":
         is_script = (ROOT / name).is_file() and os.access(ROOT / name, os.X_OK)
@@ -43,7 +43,7 @@ def problem(words: list[str]) -> str | None:
         options = parse(arguments)
     except SystemExit as exit_:  # 0 after --help
         return "rankup does not understand it" if exit_.code else None
-    # A file in a folder is one of the repository's; a bare name, such as run.yaml, is the reader's own; so is a run.
+    # A file in a folder is one of the repository's; a bare name, such as run.yaml, is a file of the reader's; so is a run.
     if not hasattr(options, "file"):  # `rankup plan` takes a model
         return None
     is_ours = options.file.suffix == ".yaml" and len(options.file.parts) > 1
@@ -73,7 +73,7 @@ def problem(words: list[str]) -> str | None:
         ("rankup train configs/quickstart.yaml lora.rnk=128", False),
     ],
 )
-def test_what_counts_as_a_command_that_works(line: str, works: bool):
+def test_recognition_of_commands_that_work(line: str, works: bool):
     (words,) = commands(f"Text.\n\n```bash\n# a comment\n{line}\ncat LICENSE\n```\nrankup is no command here.\n")
     assert (problem(words) is None) is works
 

@@ -1,7 +1,7 @@
 """Weights for the gap between the policy that sampled and the one that is trained.
 
 Both have the same weights, but two programs round differently: w = exp(trainer's log-probability - sampler's) is not 1.
-Weighing each token's loss by w makes the gradient that of the trainer's policy again (importance sampling); bounds keep its
+Weighting each token's loss by w makes the gradient that of the trainer's policy again (importance sampling); bounds keep its
 variance finite. All functions are constant in the trained parameters.
 
 Legend: n tokens, S completions.
@@ -23,13 +23,13 @@ def correction_weights(log_w_n: torch.Tensor, lengths_S: torch.Tensor | None, co
 
     Args:
         log_w_n: trainer's minus sampler's log-probability of each token.
-        lengths_S: of whole completions that stand one after the other; the sequence modes need it.
+        lengths_S: of complete completions, concatenated; the sequence modes need it.
         config: says which weight, see there for the papers.
     """
     if config.mode == "none":
         return torch.ones_like(log_w_n)
     if config.mode.startswith("sequence"):
-        assert lengths_S is not None, "a completion's mean needs whole completions"
+        assert lengths_S is not None, "a completion's mean needs complete completions"
         # The geometric mean and not the product, which falls with the length.
         log_w_n = sequence_mean(log_w_n, lengths_S).repeat_interleave(lengths_S, output_size=len(log_w_n))
     w_n = log_w_n.exp()
@@ -46,7 +46,7 @@ def veto_keep(log_w_n: torch.Tensor, lengths_S: torch.Tensor, *, veto: float) ->
 
 
 def gap_tally(logprobs_N: torch.Tensor, sampler_logprobs_N: torch.Tensor, weights_N: torch.Tensor) -> Tally:
-    """What `gap_metrics` needs of these tokens. `weights_N` are the correction's, as they were used."""
+    """The sums that `gap_metrics` needs of these tokens. `weights_N`: the correction weights that were applied."""
     log_w_N = logprobs_N - sampler_logprobs_N
     difference_N, w_N = log_w_N.abs(), log_w_N.exp()
     return Tally.of(
@@ -83,7 +83,7 @@ def gap_metrics(tally: Tally) -> dict[str, float]:
 
 
 def sampling_warnings(*, temperature: float, top_p: float, top_k: int, min_p: float) -> list[str]:
-    """What is said about sampling settings under which the policy that samples is not the one that is trained."""
+    """Warnings about sampling settings under which the sampled policy differs from the trained one."""
     truncated = [
         f"{name} {value:g}"
         for name, value, off in (("top_p", top_p, 1.0), ("top_k", top_k, -1), ("min_p", min_p, 0.0))
@@ -92,12 +92,12 @@ def sampling_warnings(*, temperature: float, top_p: float, top_k: int, min_p: fl
     warnings = []
     if truncated:
         warnings.append(
-            f"rollout.{' and rollout.'.join(truncated)}: tokens are drawn from a part of the distribution that is trained, so "
-            "every ratio is biased, and guards may skip every update; RL samples from all of it (top_p 1, top_k -1, min_p 0)"
+            f"rollout.{' and rollout.'.join(truncated)}: tokens are drawn from a truncated distribution, "
+            "so every ratio is biased, and guards may skip every update; sample without truncation (top_p 1, top_k -1, min_p 0)"
         )
     if temperature != 1.0:
         warnings.append(
-            f"rollout.temperature {temperature:g}: the policy is trained as it is at this temperature; evaluation is greedy, "
-            "and who samples from the adapter at another temperature samples from another policy"
+            f"rollout.temperature {temperature:g}: the policy is trained for sampling at this temperature; "
+            "evaluation is greedy, and sampling from the adapter at another temperature samples from another policy"
         )
     return warnings

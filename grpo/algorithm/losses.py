@@ -22,7 +22,7 @@ UserLoss = Callable[["LossInputs"], torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What an objective gets: complete completions, their tokens one after the other.
+    """Input of an objective: complete completions, their tokens concatenated.
 
     Attributes:
         logprobs, entropies: [n], with gradient.
@@ -129,7 +129,7 @@ def entropy_bound(entropies: torch.Tensor, *, quantile: float) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What the step's loss is a mean over.
+    """Denominators of the step's loss.
 
     Attributes:
         sequences, tokens: completions and their tokens, of all workers.

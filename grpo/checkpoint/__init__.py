@@ -1,1 +1,1 @@
-"""What a run can be resumed from."""
+"""Checkpoints: the state to resume a run from."""

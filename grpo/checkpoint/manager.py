@@ -38,7 +38,7 @@ class CheckpointManager:
 
     Args:
         output: the main process's; None on the others.
-        inputs: what the run is made from besides its configuration, as plain data.
+        inputs: the inputs of the run besides its configuration, as plain data.
 
     Attributes:
         position: where the run stands between two steps.
@@ -100,7 +100,7 @@ class CheckpointManager:
     def resume(self, resumption: Resumption) -> None:
         """Restore everything from a checkpoint. Checkpoints of later steps are set aside."""
         checkpoint, state = resumption.checkpoint, resumption.state
-        # What can fail comes first: nothing in the folder changes before the run is known to resume.
+        # Steps that can fail come first: nothing in the folder changes before the run is known to resume.
         self._run_id = checkpoint.run or self._run_id
         with self._local_copy(checkpoint.path) as path:
             has_optimizer_state = load_state(path, state, self._session)

@@ -54,7 +54,7 @@ def find_resumption(
 
     Raises:
         ValueError: configuration, data or reward functions differ, with every difference; the checkpoint has more steps than
-            `optim.max_steps`; or the given checkpoint is damaged or has another format.
+            `optim.max_steps`; or the selected checkpoint is damaged or has another format.
     """
     if not source:  # TRL's scripts hand None through
         return None

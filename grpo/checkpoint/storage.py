@@ -2,7 +2,7 @@
 
     storage = Storage("s3://bucket/runs/mine", Path("runs/mine"))
     storage.move_aside()                                    # a new run: rename the copy of an older one
-    storage.pull()                                          # a resumed run: fetch what is newer in the copy
+    storage.pull()                                          # a resumed run: fetch files that are newer in the copy
     storage.push()                                          # after every checkpoint, and at the end
     storage.pull_checkpoint("step_000010", Path("mine"))    # for a worker that does not see the run folder
 
@@ -93,7 +93,7 @@ class Storage:
     # ---------------------------------------------------------------------------------------------- to the copy
 
     def push(self) -> None:
-        """Upload what is new or changed, and remove the checkpoints that are no longer in the run folder.
+        """Upload new and changed files, and remove the checkpoints that are no longer in the run folder.
 
         Nothing is removed while the run folder has no checkpoint.
 

@@ -252,7 +252,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _reward_of(path: Path) -> float | None:
-    """What a checkpoint is ranked by; None for a damaged one, so that it is never the best."""
+    """The value that ranks a checkpoint; None for a damaged one, so that it is never the best."""
     try:
         return read_manifest(path)["reward"]
     except ValueError:

@@ -59,7 +59,7 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 '''
 
-TEST_TEMPLATE = '''"""Completions with a known reward. A wrong reward trains the wrong behavior, and nothing else tells you."""
+TEST_TEMPLATE = '''"""Completions with a known reward. A wrong reward trains the wrong behavior, and no other check finds it."""
 
 from {name} import {name}
 

@@ -4,7 +4,7 @@
         config, inputs, storage=None, view=view, interrupts=interrupts, resume=True, allow_changes=False
     )
 
-Every worker (`worker.py`) runs the single-device loop, with vLLM, policy and optimizer on a device of its own and a shard of
+Every worker (`worker.py`) runs the single-device loop, with vLLM, policy and optimizer on its own device and a shard of
 each step's prompts; `common/world.py` has the collectives. The main worker records and saves, and what it shows arrives here
 through a mailbox. When a worker is lost, Ray restarts all of them, and they resume from the newest checkpoint.
 """
@@ -53,7 +53,7 @@ def train_on_cluster(
 ) -> dict[str, Any]:
     """Start the workers, show their events, and wait for the end; returns the content of `summary.json`.
 
-    Joins the cluster of Ray's own variable `RAY_ADDRESS`; if that is not set, starts a cluster of this machine for the run.
+    Joins the cluster of Ray's variable `RAY_ADDRESS`; if that is not set, starts a cluster of this machine for the run.
 
     Args:
         config: with `cluster.workers` above 1.
@@ -105,7 +105,7 @@ def train_on_cluster(
 
 @contextmanager
 def _connected(view: View, cluster: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray inside the block, and tell the user to what.
+    """Connect to Ray inside the block, and show the user its address.
 
     Raises:
         ConnectionError: no cluster answers where `RAY_ADDRESS` says.

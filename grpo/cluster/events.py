@@ -1,4 +1,4 @@
-"""What the main worker of a cluster run sends to the process that shows it: one event for each call of the view.
+"""Events that the main worker of a cluster run sends to the process that shows it: one for each call of the view.
 
     EventView(send)                 # a `terminal.View` on the worker, which sends its calls as events
     event.show(view)                # in the process that started the run

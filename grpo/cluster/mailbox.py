@@ -5,7 +5,7 @@
     reader = Reader(mailbox, real_view)     # in the process that started the run
     reader.show()                           # again and again
 
-The mailbox lives beside the process that opened it, so it and its events survive lost workers.
+The mailbox runs on the node of the process that opened it, so it and its events survive lost workers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Mailbox:
         return events
 
     def report_failure(self, text: str) -> None:
-        """Workers were lost: show it unless the run has ended. Until they restart, nobody subscribes to stop requests."""
+        """Workers were lost: show it unless the run has ended. Until they restart, stop requests have no subscriber."""
         self._has_subscriber = False
         if self._outcome is None:
             self._events.append(NoteEvent(text))
@@ -123,7 +123,7 @@ class Reader:
         self._last: FinishEvent | None = None
 
     def show(self) -> None:
-        """Show what was posted since the last call."""
+        """Show the events posted since the last call."""
         for event in ray.get(self._mailbox.take.remote()):
             if isinstance(event, FinishEvent):
                 self._last = event

@@ -41,7 +41,7 @@ def fit(task: Task, resources: Mapping[str, float]) -> str | None:
 
 
 def _trainer(task: Task, resources: dict[str, float], folder: str) -> TorchTrainer:
-    """`folder`: for Ray Train's own state. Our checkpoints do not go through it."""
+    """`folder`: for Ray Train's state. Our checkpoints do not go through it."""
     cluster = task.config.cluster
     # Later than the deadline of a step, which reports where it hung.
     timeout = int(cluster.step_timeout + GRACE_SECONDS)
@@ -65,12 +65,12 @@ class _OneDeviceBackend(_TorchBackend):
     share_cuda_visible_devices = False
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Do nothing: the process group ends with the worker. Ray's own would take it from a worker that is still saving."""
+        """Do nothing: the process group ends with the worker. Ray's default would end it while a worker is still saving."""
 
 
 @dataclass
 class OneDeviceEach(TorchConfig):
-    """Ray Train's own, but a worker sees only its own GPU, as device 0: vLLM and the policy use that one."""
+    """Ray Train's default, but a worker sees only its own GPU, as device 0: vLLM and the policy use that one."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -78,7 +78,7 @@ class OneDeviceEach(TorchConfig):
 
 
 class ReportsFailures(ray.train.UserCallback):
-    """Reports lost workers to the mailbox. Ray Train calls it in a process of its own."""
+    """Reports lost workers to the mailbox. Ray Train calls it in a separate process."""
 
     def __init__(self, mailbox: Any, max_failures: int) -> None:
         self._mailbox = mailbox

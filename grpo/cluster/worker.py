@@ -51,7 +51,7 @@ REPORT_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a worker does.
+    """The task of a worker.
 
     Attributes:
         config: with absolute paths for everything that is written.

@@ -1,4 +1,4 @@
-"""Error messages for users: one paragraph that says what is wrong and what to do.
+"""Error messages for users: one paragraph with the error and the remedy.
 
     try:
         trainer.train()

@@ -24,7 +24,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` with the same suffix, which replaces `path` when the block ends without an error."""
+    """A temporary path next to `path` with the same suffix, which replaces `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
@@ -39,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new hidden folder `.<name>.partial` beside `folder`, which replaces it when the block ends without an error."""
+    """A new hidden folder `.<name>.partial` next to `folder`, which replaces it when the block ends without an error."""
     partial, replaced = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

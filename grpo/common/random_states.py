@@ -3,7 +3,7 @@
     state = random_states()         # JSON-serializable
     set_random_states(state)        # the generators continue from there
 
-Data order and sampling have seeds of their own; the global generators matter to users' reward functions.
+Data order and sampling have separate seeds; the global generators matter to users' reward functions.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class AlgorithmConfig(Section):
         return delta
 
     @property
-    def own_loss(self) -> str | None:
+    def custom_loss(self) -> str | None:
         """`loss_type` if it is a user-supplied function; None for a built-in objective."""
         return None if self.loss_type in OBJECTIVES else self.loss_type
 
@@ -199,7 +199,7 @@ class CorrectionConfig(Section):
         switch = values[TRL_SWITCH]
         if not isinstance(switch, bool):
             if "mode" in rest:
-                raise ValueError(f"{TRL_SWITCH} must be true or false when a mode is given too (got {switch!r})")
+                raise ValueError(f"{TRL_SWITCH} must be true or false when a mode is set too (got {switch!r})")
             return {**rest, "mode": switch}
         is_valid = rest.get("mode", "none") in CORRECTION_MODES  # a mistyped mode is reported even if the switch is off
         return {**rest, "mode": "none"} if is_valid and not switch else rest

@@ -3,7 +3,7 @@
     guards = GuardsConfig(entropy_stop=None, restore=False)   # no hard limit for entropy; the policy is never restored
     guards.limits("entropy")                                  # (0.5, None)
 
-`guards.py` defines what the alarms measure and which actions follow. Nothing here imports torch.
+`guards.py` defines the alarms and their actions. Nothing here imports torch.
 """
 
 from pydantic import Field, ValidationInfo, field_validator

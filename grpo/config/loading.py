@@ -29,7 +29,7 @@ TRL_NAMES = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.targets",
-    "vllm_importance_sampling_correction": "correction.vllm_importance_sampling_correction",  # a switch beside the mode
+    "vllm_importance_sampling_correction": "correction.vllm_importance_sampling_correction",  # a switch in addition to the mode
     "vllm_importance_sampling_mode": "correction.mode",
     "vllm_importance_sampling_clip_max": "correction.cap",
     "save_total_limit": "checkpoint.keep_last",
@@ -76,7 +76,7 @@ class KnownKeys:
         return homes[0] if homes else None
 
     def hint(self, name: str) -> str:
-        """What to write instead of the unknown dotted `name`."""
+        """A suggestion for the unknown dotted `name`."""
         section, _, field = name.rpartition(".")
         if field in HINTS:
             return HINTS[field]
@@ -164,7 +164,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text that `read_run_file` reads back to the same values, with keys in the given order."""
+    """YAML text that `read_run_file` reads back to the same values, with keys in the order of the mapping."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -180,7 +180,7 @@ def _describe_yaml_error(error: yaml.YAMLError) -> str:
 def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
     """A new mapping with flat names moved into their sections and `model: "name"` expanded.
 
-    Unknown names are kept; validation reports them. Raises ValueError if a value is given twice.
+    Unknown names are kept; validation reports them. Raises ValueError if a value is set twice.
     """
     nested: dict[str, Any] = {}
     flat: dict[str, Any] = {}

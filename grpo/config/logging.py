@@ -1,4 +1,4 @@
-"""The section `logging`: run folder, evaluation, and what a run shows. Imports no torch."""
+"""The section `logging`: run folder, evaluation and display. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from ...section import Section
 
 
 class LoggingConfig(Section):
-    """Run folder, evaluation, and what a run shows."""
+    """Run folder, evaluation and display."""
 
     run_name: str = Field(default="run", min_length=1, coerce_numbers_to_str=True)
     """Name of the run. None: the run file's name, else the last part of `output_dir`, else `run`."""

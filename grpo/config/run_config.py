@@ -91,7 +91,7 @@ class GRPOConfig(Section):
     """Prompts for training and evaluation."""
 
     logging: LoggingConfig = LoggingConfig()
-    """Run folder, evaluation, and what a run shows."""
+    """Run folder, evaluation and display."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving, so that a run can be resumed."""
@@ -125,7 +125,7 @@ class GRPOConfig(Section):
             return self
         if self.algorithm.advantage_estimator != "group":
             raise ValueError(
-                "rewards.multi_objective_aggregation: normalize_then_sum computes advantages in its own way: leave "
+                "rewards.multi_objective_aggregation: normalize_then_sum has a different advantage formula: leave "
                 f"algorithm.advantage_estimator at group (got {self.algorithm.advantage_estimator})"
             )
         if self.algorithm.soft_overlong_tokens:

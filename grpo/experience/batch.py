@@ -69,7 +69,7 @@ def collect_batch(
         metrics["resampling_rounds"] = float(len(rounds) - 1)
     return Batch(
         groups=groups,
-        # Without resampling all of them: the learner leaves out what has no gradient.
+        # Without resampling all of them: the learner leaves out groups without a gradient.
         trained=groups if len(rounds) == 1 else [group for group in groups if group.has_variance][:wanted],
         metrics=metrics,
         rollout_seconds=sum(one.rollout_seconds for one in rounds),
@@ -118,7 +118,7 @@ def _collect_round(
     number: int,
     world: World,
 ) -> Collected:
-    """The step's own prompts (number 0), or those of a resampling round: this worker's shard, and metadata of the others."""
+    """The step's prompts (number 0), or those of a resampling round: this worker's shard, and metadata of the others."""
     prompts = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
     shard = world.shard(len(prompts))
     local = collect(

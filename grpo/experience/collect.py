@@ -67,7 +67,7 @@ def collect(
         sampled_all = time.perf_counter()
         scores |= {index: pending.result() for index, pending in waiting.items()}
         reward_seconds += time.perf_counter() - sampled_all
-    except BaseException:  # the rollout failed or was interrupted: nobody awaits these any more
+    except BaseException:  # the rollout failed or was interrupted: no caller awaits these any more
         for pending in waiting.values():
             pending.cancel()
         raise
@@ -99,7 +99,7 @@ def gather_groups(local: Collected, prompts: Sequence[Prompt], world: World) -> 
 
 
 def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:
-    """Remove what is finished from `waiting`; returns its scores."""
+    """Remove finished calls from `waiting`; returns its scores."""
     finished = [index for index, pending in waiting.items() if pending.is_finished()]
     return {index: waiting.pop(index).result() for index in finished}
 

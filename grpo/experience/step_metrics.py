@@ -17,7 +17,7 @@ class CompletionsTable:
     Attributes:
         table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens, policy_version.
         rewards: by function, None where it did not apply.
-        extras: what the functions logged. `<function>/error` says why a function that failed gave no reward.
+        extras: values that the functions logged. `<function>/error` says why a function that failed gave no reward.
         data: the data set's columns.
     """
 
@@ -28,7 +28,7 @@ class CompletionsTable:
 
 
 def reward_metrics(groups: Sequence[Group], function_names: Sequence[str]) -> dict[str, float]:
-    """Mean reward, its spread within groups, each function's own statistics, and the metrics that the functions logged.
+    """Mean reward, its spread within groups, each function's statistics, and the metrics that the functions logged.
 
     `advantage_scale` is the spread in the groups that have one: the scale of advantages before anything divides them.
     """

@@ -1,4 +1,4 @@
-"""What the guards decide, and the snapshots that they decide about."""
+"""The guards' decisions, and the kinds of snapshots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SnapshotStore(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do with a step's update, or after an evaluation. `Guards.apply` carries out the snapshots' part."""
+    """The decision about a step's update, or after an evaluation. `Guards.apply` carries out the snapshots' part."""
 
     step: int = 0
     """Steps done when this was decided."""
@@ -53,5 +53,5 @@ class Decision:
 
     @property
     def notes(self) -> list[str]:
-        """What to tell the user, apart from `stop_reason`."""
+        """Messages for the user, apart from `stop_reason`."""
         return [*(alarm.text for alarm in self.alarms), *([self.text] if self.text and not self.stop else [])]

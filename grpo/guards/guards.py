@@ -23,7 +23,7 @@ triggers when its value crosses a limit, and again only after the value has been
 the learning rate, three roll the policy back.
 
 Noise must not trigger anything: a step's reward is a mean over few completions, so only a fall of more than 3 standard errors
-counts; a gradient norm is compared with its own scatter, the sampler's gap with its value at the start. Otherwise healthy runs
+counts; a gradient norm is compared with its scatter, the sampler's gap with its value at the start. Without this, healthy runs
 would be halved and rolled back, most of all at low success rates.
 
 All of it is arithmetic on a dozen Python floats (`trackers.py`, `evaluations.py`); `rules.py` lists the alarms,
@@ -263,7 +263,7 @@ class Guards:
     def _is_healthy(self, step: int, readings: Sequence[Reading]) -> bool:
         """Whether to take a snapshot: no value outside its limits, reward near its best, the last snapshot old enough.
 
-        Stricter than the alarms: a policy that falls too fast to be told from noise must not become the one to roll back to.
+        Stricter than the alarms: a policy whose decline cannot yet be distinguished from noise must not become a snapshot.
         """
         last_trigger, reward = self._counters.last_trigger, self._now.series.get("reward")
         evaluation, kept = self._now.excursions.get(EVALUATION.name), self._kept.get("step")

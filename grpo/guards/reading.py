@@ -17,7 +17,7 @@ NORM_SPIKE = 3.0
 def read(rule: Rule, step: int, quantities: Mapping[str, float | None], trackers: Trackers, config: GuardsConfig) -> Reading:
     """Record the step's value and compare it with the limits. An alarm triggers if a limit was crossed."""
     metric = quantities.get(rule.metric)
-    watch, stop = limits(rule, trackers, config)  # before the value is recorded: it must not move its own limits
+    watch, stop = limits(rule, trackers, config)  # before the value is recorded: it must not change its limits
     value = None if metric is None else _measure(rule, metric, trackers, config)
     if metric is None or value is None:
         return Reading(rule, Level.INSIDE)
@@ -86,7 +86,7 @@ def _over_running_mean(series: Series, metric: float, baseline_steps: int) -> fl
 
 
 def limits(rule: Rule, trackers: Trackers, config: GuardsConfig) -> tuple[float | None, float | None]:
-    """The configured limits, raised to what is usual in this run if the rule is relative."""
+    """The configured limits, raised to this run's usual values if the rule is relative."""
     watch, stop = config.limits(rule.name)
     series = trackers.series.get(rule.metric, Series())
     if rule.measure == "over_running_mean":

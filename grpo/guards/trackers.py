@@ -1,4 +1,4 @@
-"""What the guards of a run remember of its metrics: running means, noise, the best so far, and which alarms have triggered.
+"""The guards' statistics of a run's metrics: running means, noise, the best so far, and which alarms have triggered.
 
     series = Series()
     for reward in rewards:
@@ -169,7 +169,7 @@ class Counters:
 
 @dataclass(slots=True)
 class Kept:
-    """What the guards keep along with a snapshot: its step (updates done) and the trackers of then."""
+    """The guards' data about a snapshot: its step (updates done) and the trackers of then."""
 
     step: int
     trackers: Trackers

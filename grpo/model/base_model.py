@@ -3,7 +3,7 @@
     base = load_base(path, dtype=torch.bfloat16)                                  # a separate copy
     base = load_base(path, dtype=torch.bfloat16, load_in="nf4")                   # linear layers in 4 bits
     base = load_base(path, dtype=torch.bfloat16, shared=engine.base_weights())    # on the sampler's weights where possible
-    base.model, base.own_bytes, base.shared_bytes
+    base.model, base.unshared_bytes, base.shared_bytes
 
 A shared parameter is a view of vLLM's: nothing is loaded for it. A layer in 4 bits is read, rounded and freed before the next
 one is read. `nf4_names` lists the weights that are rounded, so that the sampler rounds the same (`rollout/base_weights.py`).
@@ -38,13 +38,13 @@ class BaseModel:
     """A loaded base.
 
     weights: its parameters by name, and the scales of those in 4 bits. They are read-only for as long as the base is used.
-    own: names of the weights that only the trainer holds, `own_bytes` in all; the others are shared with the sampler.
+    unshared: names of those that only the trainer holds, `unshared_bytes` in total; the others are shared with the sampler.
     """
 
     model: PreTrainedModel
     weights: Mapping[str, torch.Tensor]
-    own: tuple[str, ...]
-    own_bytes: int
+    unshared: tuple[str, ...]
+    unshared_bytes: int
     shared_bytes: int
     versions: tuple[int, ...]
     """torch's write counter of each weight at the time of loading."""
@@ -92,15 +92,15 @@ def load_base(
     fitting = {name: shared[name] for name, p in model.named_parameters() if name in shared and _fits(shared[name], p, device)}
     for name in _changed_by_loading({n: t for n, t in fitting.items() if n not in rounded}, files):
         del fitting[name]
-    own = [name for name, _ in model.named_parameters() if name not in fitting]
-    unknown = [name for name in own if name not in files] + _saved_buffers(model)
+    unshared = [name for name, _ in model.named_parameters() if name not in fitting]
+    unknown = [name for name in unshared if name not in files] + _saved_buffers(model)
     if unknown and load_in is not None:
         raise ValueError(_not_found(model_path, unknown[0], files))
     if unknown:
         return _loaded_plainly(model_path, dtype, device)
     for name, tensor in fitting.items():
         _set_parameter(model, name, tensor)
-    for name, tensor in _read(files, own, device):
+    for name, tensor in _read(files, unshared, device):
         if name in rounded:
             _set_nf4(model, name, Nf4Weight.quantise(tensor.to(dtype)))
         else:
@@ -184,12 +184,12 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
     scales = {name: buffer for name, buffer in model.named_buffers() if name.endswith(f".{Nf4Linear.SCALES}")}
     weights = {**dict(model.named_parameters()), **scales}
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
-    own = tuple(name for name in weights if name not in shared)
+    unshared = tuple(name for name in weights if name not in shared)
     return BaseModel(
         model=model,
         weights=weights,
-        own=own,
-        own_bytes=sum(sizes[name] for name in own),
+        unshared=unshared,
+        unshared_bytes=sum(sizes[name] for name in unshared),
         shared_bytes=sum(sizes[name] for name in shared),
         versions=tuple(tensor._version for tensor in weights.values()),
         checksums=tuple(_checksum(tensor) for tensor in weights.values()) if detect_fake_mode() is None else (),

@@ -31,7 +31,7 @@ Role = Literal["a", "b", "embedding"]
 
 
 class Master(NamedTuple):
-    """A trained parameter, and what a learning rate for it may depend on."""
+    """A trained parameter, and the inputs of its learning rate."""
 
     parameter: nn.Parameter
     role: Role

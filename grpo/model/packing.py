@@ -34,7 +34,7 @@ class Pack:
         advantages_N, sampler_logprobs_N: float32, for each target.
         sequence_N: which completion of the pack each target belongs to.
         lengths_S: the completions' lengths in tokens.
-        origins: where each of the S completions stood in what was packed: (place of the group, place in the group).
+        origins: origin of each of the S completions: (index of its group, index in the group).
     """
 
     input_ids: torch.Tensor
@@ -58,7 +58,7 @@ def pack(groups: Iterable[Group], *, tokens_per_pack: int, device: str = "cpu") 
     A group beyond the budget is split; only then is its prompt repeated. Only a single completion that alone with its prompt
     exceeds the budget makes a pack larger than `tokens_per_pack`.
     """
-    parts = [part for whole in _parts(groups) for part in _split(whole, tokens_per_pack)]
+    parts = [part for group in _parts(groups) for part in _split(group, tokens_per_pack)]
     return [_shared_pack(batch, device) for batch in _first_fit_decreasing(parts, tokens_per_pack)]
 
 
@@ -114,7 +114,7 @@ def _inputs(completion: Completion) -> Sequence[int]:
 
 
 def _parts(groups: Iterable[Group]) -> Iterator[_Part]:
-    """One part for each group. Completions without tokens (aborted at once) are left out."""
+    """One part for each group. Completions without tokens (aborted immediately) are left out."""
     for place, group in enumerate(groups):
         picks = tuple(i for i, completion in enumerate(group.completions) if completion.token_ids)
         if picks:

@@ -1,8 +1,8 @@
 """The trained policy: a frozen base model, fp32 adapter masters, and the slots they are published to.
 
     policy = Policy("path/to/model", lora=config.lora, dtype="bfloat16", seed=0)
-    policy.attach(engine.slots)                     # from here on its forward multiplies with vLLM's own buffers
-    engine.publish(policy.write_slots)              # masters -> slots: the engine samples with this policy now
+    policy.attach(engine.slots)                     # from here on its forward multiplies with vLLM's buffers
+    engine.publish(policy.write_slots)              # master weights -> slots: the engine samples with this policy now
     loss, logprobs, entropy = policy.backward(pack, token_loss)
     policy.save_adapter(Path("adapter"))            # PEFT's format
 
@@ -46,14 +46,14 @@ class Policy:
         load_in, shared: in which form and in whose memory the base is held, see `load_base`.
 
     Attributes:
-        base: the base model, and how much of it is memory of its own.
+        base: the base model, and how much of it only the trainer holds.
         model: the transformers model with PEFT's layers inside.
         layers: the adapted layers by their name in the model.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
-        fusion: which layers compute together, and what does not and why.
+        fusion: which layers compute together, which do not, and why.
 
     Raises:
-        ValueError: the model cannot be adapted as asked, or does something after its head that is not implemented.
+        ValueError: the model cannot be adapted as configured, or does something after its head that is not implemented.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Policy:
         self.layers = {
             name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)
         }
-        self.attach(self._own_slots(lora.max_rank, getattr(torch, dtype)))
+        self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)))
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
         if gradient_checkpointing:
@@ -133,7 +133,7 @@ class Policy:
 
     @torch.no_grad()
     def write_slots(self) -> None:
-        """Masters to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. The masters do not change."""
+        """Master weights to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. They do not change."""
         self._check_base_weights(thoroughly=False)
         layers = self.layers.values()
         torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ class Policy:
             self.peft_model.save_pretrained(str(partial), save_embedding_layers=False)
 
     def load_adapter(self, folder: Path) -> None:
-        """Read masters from an adapter in PEFT's format. Publish afterwards.
+        """Read the master weights from an adapter in PEFT's format. Publish afterwards.
 
         Raises:
             ValueError: no adapter there, or one of another kind, scale or shapes. Nothing was read then.
@@ -175,12 +175,12 @@ class Policy:
         token_loss: TokenLoss,
         *,
         temperature: float = 1.0,
-        visits: Literal[1, 2] = 1,
+        passes: Literal[1, 2] = 1,
         factor: TokenFactor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One forward and one backward; gradients are added to the masters'. Returns loss, logprobs [N], entropy [N].
+        """One forward and one backward; gradients are added to the master weights'. Returns loss, logprobs [N], entropy [N].
 
-        `visits`: to the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
+        `passes`: over the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
         once all log-probabilities are. See `linear_logprob_loss` for both.
         """
         loss, logprobs_N, entropy_N = linear_logprob_loss(
@@ -190,7 +190,7 @@ class Policy:
             token_loss,
             temperature=temperature,
             chunk_bytes=self._logits_bytes,
-            passes=visits,
+            passes=passes,
             factor=factor,
         )
         loss.backward()
@@ -241,7 +241,7 @@ class Policy:
             with self.peft_model.disable_adapter():
                 yield
 
-    def _own_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
+    def _local_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
         return {
             name: AdapterSlot.empty(
                 max_rank=max_rank,

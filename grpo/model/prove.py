@@ -5,7 +5,7 @@ So strong random adapters are published, and the engine's log-probabilities of s
 trainer's. Rounding causes small differences. A misplaced, unscaled or stale adapter causes differences about as large as the
 effect of the adapter, so that effect is the unit.
 
-    prove_slots(policy, engine)                    # all projections at once, distinct adapters; about a second
+    prove_slots(policy, engine)                    # all projections together, distinct adapters; about a second
     prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
 """
 

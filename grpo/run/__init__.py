@@ -1,1 +1,1 @@
-"""What a run writes while it trains: metrics, completions, trackers, plots."""
+"""Output of a run: metrics, completions, trackers, plots."""

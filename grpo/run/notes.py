@@ -1,4 +1,4 @@
-"""Notes for the user beside a run's numbers: before the first step, and after a step that had problems."""
+"""Notes for the user in addition to a run's metrics: before the first step, and after a step that had problems."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..update.ranks import describe
 
 
 def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
-    """What is known about the run before it starts."""
+    """Notes about the run before it starts."""
     yield from describe(config)
     rollout = config.rollout
     yield from sampling_warnings(

@@ -1,4 +1,4 @@
-"""What the main process of a run shows and writes: terminal view, run folder, trackers, notes. The other processes have none.
+"""Output of a run's main process: terminal view, run folder, trackers, notes. The other processes have none.
 
     output = RunOutput(config, view, recorder)
     output.show_step(step, groups, metrics, seconds_by_phase, notes)

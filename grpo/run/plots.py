@@ -184,7 +184,7 @@ def _window(curve: Curve) -> int:
 
 
 def _write_values(axes: Any, curve: Curve) -> None:
-    """The first and the last evaluation as numbers beside their markers."""
+    """The first and the last evaluation as numbers next to their markers."""
     ends = dict.fromkeys(curve.evaluations[:1] + curve.evaluations[-1:])
     for step, reward in ends:
         text = axes.annotate(f"{reward:.2f}", (step, reward), xytext=(0, 9), textcoords="offset points", ha="center")

@@ -30,7 +30,7 @@ def trace_path(logging: LoggingConfig, step: int, *, rank: int = 0) -> Path | No
 
 @contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """Profile the block on the CPU, and on the GPU if there is one; write the trace to `path` and a table beside it.
+    """Profile the block on the CPU, and on the GPU if there is one; write the trace to `path` and a table next to it.
 
     `path` ends in `.json.gz`; its folder is created. None: no profile. If the block raises, no files are written. Shapes and
     call stacks are not recorded, since they multiply the size of the trace and slow down the profiled step.

@@ -149,7 +149,7 @@ class RunRecorder:
     # ------------------------------------------------------------------------------------------- checkpoints and resuming
 
     def reward_at(self, step: int, *, by_evaluation: bool) -> float | None:
-        """What a checkpoint after `step` steps is ranked by: its evaluation, or the mean reward of the last steps.
+        """The value that ranks a checkpoint after `step` steps: its evaluation, or the mean reward of the last steps.
 
         None if that is not known.
         """

@@ -156,7 +156,7 @@ class TensorBoardReport(Report):
     def _write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # so that a killed run keeps its rows, and a full disk is an error at once
+        self._writer.flush()  # so that a killed run keeps its rows, and a full disk is an error immediately
 
     def _end(self, failed: bool) -> None:
         self._writer.close()

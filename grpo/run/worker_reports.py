@@ -1,4 +1,4 @@
-"""What each worker reports about a step: its times, its tokens, and which policy it holds.
+"""Reports of each worker about a step: its times, its tokens, and which policy it holds.
 
     reports = exchange_reports(world, session, clock.seconds, groups)
     metrics |= time_metrics(reports, trained_tokens=4096)

@@ -201,7 +201,7 @@ class Learner:
                     one,
                     loss.token_loss,
                     temperature=self.config.rollout.temperature,
-                    visits=loss.visits,
+                    passes=loss.passes,
                     factor=loss.factor,
                 )
             )
@@ -281,7 +281,7 @@ class Learner:
         return is_possible
 
     def _trained(self, groups: Sequence[Group]) -> list[Group]:
-        """What has a gradient: groups with an advantage (all, if a penalty or bonus acts), without masked completions."""
+        """Groups with a gradient: those with an advantage (all, if a penalty or bonus acts), without masked completions."""
         algorithm = self.config.algorithm
         trained = [group for group in groups if algorithm.needs_every_group or any(group.advantages)]
         return [without_truncated(group) for group in trained] if algorithm.mask_truncated_completions else trained

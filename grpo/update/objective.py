@@ -45,12 +45,12 @@ class PackLoss:
 
     token_loss: TokenLoss
     factor: TokenFactor | None
-    visits: Literal[1, 2]
+    passes: Literal[1, 2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepConstants:
-    """What the losses of a step's packs share: the denominators of means, and the entropy that a token must reach.
+    """Constants shared by the losses of a step's packs: the denominators of means, and the entropy that a token must reach.
 
     `entropy_tokens`: how many tokens reach it; the entropy bonus is a mean over them.
     """
@@ -71,10 +71,10 @@ class Objective:
         self.algorithm = config.algorithm
         self.correction = config.correction
         self._user_loss: UserLoss | None = None
-        if self.algorithm.own_loss is not None:
-            user_loss = load_object(self.algorithm.own_loss, base_dir=config.base_dir)
+        if self.algorithm.custom_loss is not None:
+            user_loss = load_object(self.algorithm.custom_loss, base_dir=config.base_dir)
             if not callable(user_loss):
-                raise ValueError(f"algorithm.loss_type: {self.algorithm.own_loss} is not a function")
+                raise ValueError(f"algorithm.loss_type: {self.algorithm.custom_loss} is not a function")
             self._user_loss = cast(UserLoss, user_loss)
         self._sequence_level = (
             self.algorithm.importance_sampling_level == "sequence"
@@ -84,7 +84,7 @@ class Objective:
         self._switches_off = self.correction.veto > 0 or self.algorithm.off_policy_mask_threshold is not None
         # A KL penalty or entropy bonus also applies to completions that are switched off, so one factor cannot serve both.
         needs_both_terms = self._switches_off and self.algorithm.needs_every_group
-        self._visits: Literal[1, 2] = 2 if self._sequence_level or needs_both_terms else 1
+        self._passes: Literal[1, 2] = 2 if self._sequence_level or needs_both_terms else 1
 
     def of(
         self,
@@ -111,7 +111,7 @@ class Objective:
             active_n = None if constants.entropy_bound is None else entropy_n.detach() >= constants.entropy_bound
             if active_n is not None:
                 loss_n = loss_n * active_n
-            if self._visits == 2 and self._switches_off:
+            if self._passes == 2 and self._switches_off:
                 loss_n = loss_n * self._keep(tokens)
             if base_logprobs_N is not None:
                 loss_n = loss_n + algorithm.beta * kl_k3(logprobs_n, base_logprobs_N[chunk])
@@ -126,7 +126,7 @@ class Objective:
             return self._keep(_tokens(pack, slice(None), logprobs_N, entropy_N, old_N)).to(logprobs_N.dtype)
 
         return PackLoss(
-            token_loss=loss, factor=factor if self._switches_off and self._visits == 1 else None, visits=self._visits
+            token_loss=loss, factor=factor if self._switches_off and self._passes == 1 else None, passes=self._passes
         )
 
     def weights(self, pack: Pack, old_logprobs_N: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ class Objective:
             loss_n = self._user_loss(tokens)
             if not isinstance(loss_n, torch.Tensor) or loss_n.shape != tokens.logprobs.shape:
                 raise ValueError(
-                    f"{self.algorithm.own_loss} must return one loss for each token: a tensor of shape "
+                    f"{self.algorithm.custom_loss} must return one loss for each token: a tensor of shape "
                     f"{list(tokens.logprobs.shape)}"
                 )
         else:

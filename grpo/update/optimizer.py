@@ -1,11 +1,11 @@
-"""AdamW over the policy's masters, each with the learning rate that its role, rank and scale ask for, and the schedule.
+"""AdamW over the fp32 master weights, each with the learning rate that its role, rank and scale ask for, and the schedule.
 
     optimizer = make_optimizer(policy.master_roles, config.optim)
     set_learning_rate(optimizer, learning_rate(config.optim, step))
     optimizer.step()
 
-The schedule is a pure function of the step, so nothing but the optimizer's state and the masters needs to be saved:
-`optimizer_tensors` names the state, `set_optimizer_tensors` puts it back.
+The schedule is a pure function of the step, so only the optimizer's state and the master weights need to be saved:
+`optimizer_tensors` names the state, `set_optimizer_tensors` restores it.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def check_device(optim: OptimConfig, device: str) -> None:
 
 
 def make_optimizer(masters: Sequence[Master], optim: OptimConfig) -> torch.optim.Optimizer:
-    """The AdamW of `optim.optimizer`, one parameter group for each `factor` that the masters' learning rates are multiplied by.
+    """The AdamW of `optim.optimizer`, one parameter group for each `factor` of the master weights' learning rates.
 
     Raises:
-        ValueError: it does not run on the masters' device.
+        ValueError: it does not run on the master weights' device.
     """
     check_device(optim, masters[0].parameter.device.type)
     by_factor: defaultdict[float, list[nn.Parameter]] = defaultdict(list)
@@ -86,8 +86,8 @@ def _make_8bit_state(optimizer: Any, *, in_32_bits: set[nn.Parameter]) -> None:
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             if parameter in in_32_bits:
-                # Most tokens have no gradient in a step. Beside one that has, 8 bits hold no second moment of theirs, and what
-                # is left of their first is divided by zero (arXiv 2110.02861 keeps embeddings in 32 bits for that).
+                # Most tokens have no gradient in a step. In a block with a token that has one, their second moment rounds to
+                # zero in 8 bits, and their first is divided by it (arXiv 2110.02861 keeps embeddings in 32 bits for that).
                 moments = {name: optimizer.get_state_buffer(parameter, torch.float32) for name in ("state1", "state2")}
                 optimizer.state[parameter] = {"step": 0, **moments}
             else:
@@ -109,23 +109,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Sequence[tor
         f"{index}.{name}": torch.as_tensor(value)
         for index, parameter in enumerate(parameters)
         for name, value in optimizer.state.get(parameter, {}).items()
-        if name in ADAMW_STATE | EIGHT_BIT_STATE  # what 8 bits stand for is the same for all, and no state
+        if name in ADAMW_STATE | EIGHT_BIT_STATE  # the 8-bit code table is the same for all, and no state
     }
 
 
 def is_state_of(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether `tensors` are named as this kind of optimizer names its state. Where there are none, they are."""
-    own = ADAMW_STATE if isinstance(optimizer, torch.optim.AdamW) else EIGHT_BIT_STATE
-    return {key.partition(".")[2] for key in tensors} <= own
+    names = ADAMW_STATE if isinstance(optimizer, torch.optim.AdamW) else EIGHT_BIT_STATE
+    return {key.partition(".")[2] for key in tensors} <= names
 
 
 @torch.no_grad()
 def set_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Make `tensors` the optimizer's whole state: in place, or as copies on the parameter's device where it has none yet.
+    """Make `tensors` the optimizer's complete state: in place, or as copies on the parameter's device where it has none yet.
 
-    State that is not among them becomes zero, as it is before the first update.
+    State that is not among them becomes zero, as before the first update.
     """
     assert is_state_of(optimizer, tensors), "the state of another kind of optimizer"
     for key in dict.fromkeys([*optimizer_tensors(optimizer, parameters), *tensors]):

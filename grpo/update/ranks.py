@@ -1,4 +1,4 @@
-"""Rank, scale and learning rate in reinforcement learning: what the defaults are, why, and what a configuration means beside
+"""Rank, scale and learning rate in reinforcement learning: the defaults, their reasons, and a configuration compared with
 them.
 
 An adapter adds `s B A` to a weight, s = alpha / rank, or alpha / sqrt(rank) with rsLoRA. Adam moves every entry of B by about
@@ -49,7 +49,7 @@ def equivalent_rate(lora: LoraConfig, optim: OptimConfig) -> float:
 
 
 def rate_factor(role: str, *, scaling: float, rank: int, optim: OptimConfig) -> float:
-    """What the scheduled learning rate is multiplied by for a master.
+    """The factor of the scheduled learning rate for a master weight.
 
     role: `a`, `b` (LoRA+'s ratio, arXiv 2402.12354, and the scale's part if asked for), or `embedding` (its own rate).
     """
@@ -63,7 +63,7 @@ def rate_factor(role: str, *, scaling: float, rank: int, optim: OptimConfig) -> 
 
 
 def describe(config: GRPOConfig) -> list[str]:
-    """What a run says at its start: rank, scale and step, and a warning where the step is far from the reference."""
+    """Notes at the start of a run: rank, scale and step, and a warning where the step is far from the reference."""
     lora, optim = config.lora, config.optim
     formula = "alpha/sqrt(rank)" if lora.use_rslora else "alpha/rank"
     factor = step_factor(lora, optim)

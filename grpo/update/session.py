@@ -1,4 +1,4 @@
-"""vLLM, the policy on its adapter slots, and the learner: what a run holds in memory.
+"""vLLM, the policy on its adapter slots, and the learner: the objects of a run in memory.
 
     with open_session(config, model_path) as session:
         groups = list(session.engine.rollout(prompts, config.rollout))
@@ -84,7 +84,7 @@ def open_session(
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
-    """What the configuration asks of vLLM.
+    """The settings of vLLM from the configuration.
 
     Raises:
         ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
@@ -120,19 +120,20 @@ def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine) -> P
         load_in=config.model.load_in,
         shared=engine.base_weights() if share else None,
     )
-    if share is True and policy.base.own:
+    if share is True and policy.base.unshared:
         raise ValueError(
-            f"model.share_base_weights: vLLM does not hold {policy.base.own[0]} as the trainer needs it "
-            f"({len(policy.base.own)} weights in all): set it to auto or false"
+            f"model.share_base_weights: vLLM does not hold {policy.base.unshared[0]} as the trainer needs it "
+            f"({len(policy.base.unshared)} weights in all): set it to auto or false"
         )
     policy.attach(engine.slots)
     return policy
 
 
 def base_note(policy: Policy) -> str:
-    """Where the base weights lie, in a line."""
+    """One line about where the base weights are in memory."""
     base = policy.base
-    shared, own = (f"{size / 2**20:,.0f} MiB" for size in (base.shared_bytes, base.own_bytes))
+    shared, unshared = (f"{size / 2**20:,.0f} MiB" for size in (base.shared_bytes, base.unshared_bytes))
     if not base.shared_bytes:
-        return f"base weights: {own} of the trainer's own, beside vLLM's"
-    return f"base weights: {shared} held once for trainer and vLLM" + (f", {own} of the trainer's own" if base.own else "")
+        return f"base weights: {unshared} held by the trainer, in addition to vLLM's copy"
+    rest = f", {unshared} held by the trainer only" if base.unshared else ""
+    return f"base weights: {shared} held once for trainer and vLLM{rest}"

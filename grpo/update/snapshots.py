@@ -91,8 +91,8 @@ class Snapshot:
         """
         masters = {name: tensor for name, tensor in tensors.items() if name.endswith(MASTER)}
         state = {name: tensor for name, tensor in tensors.items() if name not in masters and name != STEP}
-        own = {f"{index}{MASTER}": parameter.shape for index, parameter in enumerate(self._parameters)}
-        if tensors and own != {name: tensor.shape for name, tensor in masters.items()}:
+        expected = {f"{index}{MASTER}": parameter.shape for index, parameter in enumerate(self._parameters)}
+        if tensors and expected != {name: tensor.shape for name, tensor in masters.items()}:
             raise ValueError("the snapshot belongs to another adapter: resume with the configuration that it was made with")
         self.step = int(tensors[STEP]) if tensors else None
         self._copy_to_host(masters | (state if is_state_of(self._optimizer, state) else {}))

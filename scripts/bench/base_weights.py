@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What sharing the base weights, or storing them in NF4, costs and saves: sampling, training and memory of the quick start.
+"""Costs and savings of sharing the base weights, or of storing them in NF4: sampling, training and memory of the quick start.
 
-Four sides of the embedded model, each in a process of its own: `own` (`model.share_base_weights=false`), `auto`, `shared`
+Four sides of the embedded model, each in a separate process: `own` (`model.share_base_weights=false`), `auto`, `shared`
 (`true`) and `nf4` (`model.load_in=nf4`, shared as `auto` does). A repeat samples 8 prompts x 16 completions of 24 tokens and
 trains on them. Seconds are medians of interleaved repeats, next to the speed relative to `own`; memory is that of the
 process after one step.
@@ -83,7 +83,7 @@ class BaseSide:
 
         return_freed_memory()
         base = self._side.policy.base
-        return {"resident": resident_bytes("VmRSS"), "own": base.own_bytes, "shared": base.shared_bytes}
+        return {"resident": resident_bytes("VmRSS"), "own": base.unshared_bytes, "shared": base.shared_bytes}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@
     times = interleave(["a", "b"], 5, measure_one)  # {"a": [...], "b": [...]}
     summarise(times["a"])                           # {"median": ..., "min": ..., "max": ..., "all": [...]}
 
-Processes are in `workers.py`. Heavy packages are imported only where they are needed, so that `--help` answers at once.
+Processes are in `workers.py`. Heavy packages are imported only where they are needed, so that `--help` answers immediately.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def command_line(description: str | None, examples: str, *, repeats: int, what: 
         description: the help text. It is also stored in the result, as "what".
         examples: shown below the options.
         repeats: default of `--repeats`.
-        what: what is repeated, for the help of `--repeats`.
+        what: the repeated unit, for the help of `--repeats`.
     """
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -3,8 +3,8 @@
 
 `adapter` is rankup's engine on the base model with the run's adapter, `merged` the same engine on the output of
 `rankup export --merge`, without any adapter. Both compute in fp32, so that only the order of operations differs; each engine
-has a process of its own, one after the other. `base` is how many of the completions the base model gives too: what a lost
-adapter would score. Exits with 1 if a completion differs.
+has a separate process, one after the other. `base` is how many of the completions the base model gives too: the score of
+a lost adapter. Exits with 1 if a completion differs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The peak memory of one training step, without a GPU and without weights: rankup beside PEFT, 8B to 32B, 2k to 64k tokens.
+"""The peak memory of one training step, without a GPU and without weights: rankup against PEFT, 8B to 32B, 2k to 64k tokens.
 
     scripts/bench/memory.py --json docs/performance/memory.json                 # measure, about ten minutes of one core
     scripts/bench/memory.py --read docs/performance/memory.json --page docs/memory.md --plot docs/memory.png
@@ -7,7 +7,7 @@
 The real code runs on fake tensors, which have sizes and no memory. Every tensor's bytes are counted from the operation that
 makes it to its end (`grpo/cli/plan/step_memory.py`, with which `rankup plan` measures too). A measurement is the last pass of
 an update, over one prompt with its completions, and the optimizer's step, by the sides of `memory_sides.py`: gradients of
-earlier passes and the optimizer's state are in memory. The tables show what `rankup plan` computes beside rankup's peak.
+earlier passes and the optimizer's state are in memory. The tables show what `rankup plan` computes next to rankup's peak.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ COMPLETIONS = ((512, 8), (1024, 4), (1024, 8), (1024, 16), (2048, 8), (4096, 8))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One measurement. `part`: of the page. `vocabulary` None: the model's own."""
+    """One measurement. `part`: of the page. `vocabulary` None: that of the model."""
 
     part: str
     model: str
@@ -127,7 +127,7 @@ def _of_length(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure or read; print, write and draw what was asked for."""
+    """Measure or read; print, write and draw the requested outputs."""
     options = _parse(arguments)
     if options.read is not None:
         result = json.loads(options.read.read_text())
@@ -181,7 +181,7 @@ def measure_all(chosen: Iterable[Cell]) -> list[dict[str, Any]]:
 
 
 def shape_of(model: str, vocabulary: int | None = None) -> dict[str, Any]:
-    """The `config.json` of a model, with another vocabulary if one is given."""
+    """The `config.json` of a model, with `vocabulary` unless it is None."""
     return MODELS[model] | OF_ALL | ({} if vocabulary is None else {"vocab_size": vocabulary})
 
 
@@ -226,7 +226,7 @@ def _name(cell: Cell) -> str:
 
 
 def _quiet() -> None:
-    """No word of what libraries look for in vain, and of fakes' addresses, which a tensor's length is asked with."""
+    """Silence warnings about missing optional libraries, and about addresses of fake tensors."""
     from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()

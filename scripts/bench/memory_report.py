@@ -4,7 +4,7 @@
     renew(Path("docs/memory.md"), tables(figures["cells"])) # between the page's markers
     draw(figures["cells"], Path("docs/memory.png"))
 
-What `rankup plan` says is computed here, so that the page shows today's planner beside the measured figures.
+The predictions of `rankup plan` are computed here, so that the page compares the current planner with the measured figures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _shape(model: str, vocabulary: int | None) -> ModelShape:
 
 
 def planned(row: Row) -> int:
-    """What `rankup plan` counts of what is measured, in bytes. The base counts once: in a run the one copy is vLLM's."""
+    """The prediction of `rankup plan` for the measured parts, in bytes. The base counts once: in a run it is vLLM's copy."""
     config = GRPOConfig(
         model={"share_base_weights": False},
         lora={"rank": row["rank"]},

@@ -81,7 +81,7 @@ class RankupSide:
         backward_pass(self._policy, make_pack(self._policy, sizes, tokens_per_pack=group.shared_tokens), self._config)
 
     def apply_gradients(self) -> None:
-        """And publish: the slots follow the masters."""
+        """And publish: the slots follow the master weights."""
         _step(self._optimizer, self._policy.masters, self._config)
         self._policy.write_slots()
 
@@ -94,7 +94,7 @@ class PeftSide:
     """transformers and PEFT: one row a completion, no padding, bf16 autocast as by transformers' Trainer with `bf16=True`.
 
     Attention is torch's, by its flash kernel. Where rows have no padding transformers leaves out the mask, as it can see from
-    values only; without values it would make one of T x T, so it is told.
+    values only; without values it would make one of T x T, so it gets the argument explicitly.
     """
 
     def __init__(self, folder: Path, *, rank: int, gradient_checkpointing: bool) -> None:

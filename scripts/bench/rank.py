@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How the training phase of a step slows down as the rank grows, beside the growth of its operations.
+"""How the training phase of a step slows down as the rank grows, compared with the growth of its operations.
 
 The phase is the one of `train_step.py` (`Learner.update`: forward, backward, clipping, AdamW), SmolLM2-135M-Instruct in bf16,
 adapters on all seven projections, alpha 32, ranks from 8 to 128. Two cases: "64+64", 2 prompts of 64 tokens with 8 completions

@@ -1,7 +1,7 @@
 """The pictures of `report.py`, one for each benchmark's result, and what other pictures share with them.
 
     PLOTS["rank"](json.loads(text), Path("rank.png"))
-    with picture(Path("scaling.png"), "A title", "what was assumed", panels=2) as (left, right): ...
+    with picture(Path("scaling.png"), "A title", "the assumptions", panels=2) as (left, right): ...
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ adapter takes minutes for a rollout, so it is measured once.
 `decoding` uses one-token prompts, so that a run is decoding only and no side gains or loses by how it computes prompts. There
 the base model benefits from vLLM's compiled graph, which vLLM disables on CPU when LoRA is on.
 
-Repeats are interleaved. Each engine has a process of its own that sleeps while another is measured; the processor time of the
+Repeats are interleaved. Each engine has a separate process that sleeps while another is measured; the processor time of the
 sleeping ones is in the result. Before measuring, rankup and stock vLLM must agree on the log-probabilities under the adapter,
 and differ from the base model.
 """

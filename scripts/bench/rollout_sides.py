@@ -1,8 +1,8 @@
-"""The three engines of `rollout.py`, each in a process of its own: rankup's, and stock vLLM with and without LoRA.
+"""The three engines of `rollout.py`, each in a separate process: rankup's, and stock vLLM with and without LoRA.
 
-All run inside their process on all cores (an engine process of vLLM's own would leave one core to the caller: half the speed
+All run inside their process on all cores (a separate engine process of vLLM would leave one core to the caller: half the speed
 on two) with the same sampling parameters. rankup and the base model keep freed memory (`kernels/cpu_memory.py`); stock vLLM
-with the adapter is left as its users have it.
+with the adapter has its defaults.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class StockSide:
         return sum(len(c.token_ids) for output in outputs for c in output.outputs), seconds
 
     def clear_prefix_cache(self) -> None:
-        """By vLLM's own method."""
+        """By vLLM's method."""
         assert self._llm.reset_prefix_cache()
 
     def prompt_logprobs(self, sequence: list[int]) -> list[float]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BF16, FP32 = 2, 4
 RECORD_BYTES = 100  # rewards and lengths of one completion
 CHECKSUM_BYTES = 8
-SLOTS = 256  # sequences that vLLM decodes at once: its max_num_seqs, as in `rankup plan`
+SLOTS = 256  # sequences that vLLM decodes concurrently: its max_num_seqs, as in `rankup plan`
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""The sides of the training benchmarks, each in a process of its own: rankup's learner, and stock transformers with PEFT.
+"""The sides of the training benchmarks, each in a separate process: rankup's learner, and stock transformers with PEFT.
 
 Both take the same groups, adapter values, objective (DAPO, on-policy, no KL penalty), clipping and AdamW.
 

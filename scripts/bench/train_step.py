@@ -15,7 +15,7 @@ a process in its first two steps (optimizer state, gradients, activations, and w
 memory after model and adapter were loaded, all weights read, and freed memory returned to the kernel. Below 1 rankup needs
 less.
 
-To see where the gain comes from, variants of the stock side run with fewer repeats, each beside rankup: freed memory kept
+To see where the gain comes from, variants of the stock side run with fewer repeats, each against rankup: freed memory retained
 (`kernels/cpu_memory.py`), logits of completions only (`logits_to_keep`), bf16 autocast (as in transformers' Trainer with
 bf16=True), and all three.
 """
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 class TrainStepBench:
-    """rankup's side beside one stock side after another. `results` holds the figures of each case."""
+    """rankup's side against one stock side after another. `results` holds the figures of each case."""
 
     def __init__(self, rankup: Worker, folder: Path, cases: Mapping[str, Case]) -> None:
         self._rankup = rankup
@@ -106,7 +106,7 @@ class TrainStepBench:
             times = self._measure_times(case, name, stock, repeats)
             ours, theirs = (statistics.median(times[side]) for side in ("rankup", name))
             result["speedup" if name == "stock" else f"speedup_over_{name}"] = theirs / ours
-            result["seconds"].setdefault("rankup", summarise(times["rankup"]))  # beside a variant only for the ratio
+            result["seconds"].setdefault("rankup", summarise(times["rankup"]))  # with a variant only for the ratio
             result["seconds"][name] = summarise(times[name])
             print(f"{case_name}: rankup {ours:.2f} s, {name} {theirs:.2f} s", flush=True)
 

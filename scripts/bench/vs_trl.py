@@ -7,7 +7,7 @@ All of it is timed: the new weights go to vLLM, completions are sampled and scor
 optimizer, and what a trainer does between two steps. The reward is a hash of the token ids, so every group has reward variance
 and neither side can skip work.
 
-Both sides run the `train()` of their public trainer in a process of its own, paused between steps. Repeats are interleaved:
+Both sides run the `train()` of their public trainer in a separate process, paused between steps. Repeats are interleaved:
 one side sleeps while the other is measured (the processor time of the sleeping one is in the result), and its first step after
 sleeping is not measured. `trl` is TRL with its defaults, which include gradient checkpointing; `trl_tuned` is TRL without
 checkpointing and with freed memory kept as in rankup (`kernels/cpu_memory.py`). Each is compared with the steps of rankup that
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """rankup beside each of TRL's sides; both of those at once would not fit in memory."""
+    """rankup against each of TRL's sides in turn; both of those together would not fit in memory."""
     turns = Turns()
     steps: dict[str, list[Result]] = {name: [] for name in SIDES}
     speedups: dict[str, float] = {}

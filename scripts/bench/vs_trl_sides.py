@@ -1,4 +1,4 @@
-"""The two sides of `vs_trl.py`, each in a process of its own: rankup's GRPOTrainer, and TRL's as its users start it."""
+"""The two sides of `vs_trl.py`, each in a separate process: rankup's GRPOTrainer, and TRL's as its users start it."""
 
 from __future__ import annotations
 

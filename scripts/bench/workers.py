@@ -1,4 +1,4 @@
-"""Sides of a benchmark in processes of their own, measured one at a time.
+"""Sides of a benchmark in separate processes, measured one at a time.
 
     with Worker("base", "rollout_sides:StockSide", model_path=path) as base:
         base.call("sample", prompts)
@@ -26,7 +26,7 @@ Measurement = TypeVar("Measurement")
 
 
 class Worker:
-    """An object in a process of its own, which sleeps until one of its methods is called.
+    """An object in a separate process, which sleeps until one of its methods is called.
 
     Args:
         name: for messages.
@@ -83,7 +83,7 @@ class Turns:
     def interleave(
         self, workers: Mapping[str, Worker], repeats: int, measure: Callable[[str], Measurement]
     ) -> dict[str, list[Measurement]]:
-        """`common.interleave` over the names of the workers. `measure` must call only the worker of the name it is given."""
+        """`common.interleave` over the names of the workers. `measure` must call only the worker of that name."""
 
         def measure_alone(name: str) -> Measurement:
             idle = [worker for other, worker in workers.items() if other != name]

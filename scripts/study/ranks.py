@@ -64,7 +64,7 @@ class Run:
 
 
 def varied(run: Run) -> Run:
-    """A run with the settings that its rank, scaling, learning rate and guards stand for, at a constant rate."""
+    """A run with the settings that its rank, scaling, learning rate and guards require, at a constant rate."""
     alpha = {"alpha 32": 32, "alpha r": run.rank, "alpha 2r": 2 * run.rank, "rslora 32": 32}[run.scaling]
     settings = {
         "lora.rank": run.rank,

@@ -1,4 +1,4 @@
-"""The memory bench: what its instrument counts, that fakes take what real tensors take, and the planner beside its figures."""
+"""The memory bench: the bytes that its instrument counts, equal for fake and real tensors, and the planner against them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_storage_counts_once_and_until_nothing_refers_to_it():
         assert counted.now == KIB
         view, same = a[:8].reshape(2, 4), a.mul_(2)
         assert counted.now == KIB and same is a
-        b = (a + 1) * 2  # a + 1 lives until the product is there
+        b = (a + 1) * 2  # a + 1 lives until the product exists
         assert (counted.now, counted.peak) == (2 * KIB, 3 * KIB)
         counted.begin()
         del a, same
@@ -80,8 +80,8 @@ def test_a_storage_counts_once_and_until_nothing_refers_to_it():
         assert (counted.now, counted.peak) == (0, 2 * KIB)
 
 
-def test_what_autograd_keeps_gradients_and_the_optimizers_state_count():
-    """y = (x w)^2: x w is kept, 1 KiB; its gradient comes beside it, that of w, 4 bytes, and AdamW's three numbers."""
+def test_saved_tensors_gradients_and_optimizer_state_count():
+    """y = (x w)^2: x w is kept, 1 KiB; its gradient is added, that of w, 4 bytes, and AdamW's three numbers."""
     with PeakMemory() as counted:
         w, x = torch.ones(1, requires_grad=True), torch.ones(256)
         start = counted.now
@@ -109,7 +109,7 @@ def _mlp_step() -> None:
         optimizer.step()
 
 
-def test_the_peak_is_what_torchs_allocator_gives_out():
+def test_the_peak_equals_that_of_torchs_allocator():
     """Every allocation and every free of a real step, as torch's profiler records them."""
     gc.collect()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -125,7 +125,7 @@ def test_the_peak_is_what_torchs_allocator_gives_out():
 
 
 def test_flash_attention_takes_fp32_and_expanded_gradients_inside():
-    """2 sequences of 300 queries and 500 keys in all, 8 heads of 64 over 2: queries in blocks of 128 more, a number beside."""
+    """2 sequences of 300 queries and 500 keys in all, 8 heads of 64 over 2: queries in blocks of 128 more, one number more."""
     rows = 300 + 2 * 128
     assert flash_workspace(300, 2, 500, (8, 64), 2) == 4 * rows * 8 * 65 + 2 * 2 * 500 * 8 * 64
     assert flash_workspace(300, 2, 500, (8, 64), 8) == 4 * rows * 8 * 65
@@ -144,7 +144,7 @@ def _peak(counted: Any, side: Any, group: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["rankup", "trl", "peft"])
-def test_fakes_take_what_real_tensors_take(
+def test_fakes_count_the_bytes_of_real_tensors(
     sides: Any, tiny_model_path: Callable[[str], Path], name: str, gradient_checkpointing: bool
 ):
     """The same step on the path of the CPU, with numbers and without."""
@@ -177,7 +177,7 @@ def test_trls_head_is_called_as_trl_calls_it(sides: Any, tiny_model_path: Callab
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_the_plan_is_within_a_tenth_of_what_is_measured(
+def test_the_plan_is_within_a_tenth_of_the_measurement(
     memory: Any,
     sides: Any,
     report: Any,
@@ -213,7 +213,7 @@ def test_the_plan_is_within_a_tenth_of_every_cell(report: Any, cells: list[dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["rankup", "trl", "peft"])
-def test_the_figures_are_what_is_measured(memory: Any, cells: list[dict[str, Any]], side: str):
+def test_the_figures_equal_a_new_measurement(memory: Any, cells: list[dict[str, Any]], side: str):
     first = next(row for row in cells if row["side"] == side)
     (cell,) = [c for c in memory.cells() if all(getattr(c, key) == first[key] for key in c.__dataclass_fields__)]
     with quiet_stderr():

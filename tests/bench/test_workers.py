@@ -1,4 +1,4 @@
-"""The skeleton of the benchmarks: the order of interleaved repeats, sides in processes of their own, and paced trainers."""
+"""The skeleton of the benchmarks: the order of interleaved repeats, sides in separate processes, and paced trainers."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resumed import OPTIONS, low_ids_with_luck
+from resumed import OPTIONS, low_ids_with_noise
 from tiny_runs import ROWS, many_low_ids, tiny_config
 
 from rankup.grpo.config import GRPOConfig, load_config
@@ -15,7 +15,7 @@ from rankup.grpo.config import GRPOConfig, load_config
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., GRPOConfig]:
-    """Load a run file `mine.yaml` with the given text, and overrides."""
+    """Load a run file `mine.yaml` with this text, and overrides."""
 
     def load_text(text: str = "", *overrides: str) -> GRPOConfig:
         path = tmp_path / "mine.yaml"
@@ -68,7 +68,7 @@ def run_engine(engine_shelf, tiny_model_path):
 def train(make_trainer, run_engine, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Make a run in a folder of that name, from the same seed of Python's generator unless it is resumed."""
 
-    def run(name: str, *, reward=low_ids_with_luck, resume: Any = False, allow_changes: bool = False, **changes: Any):
+    def run(name: str, *, reward=low_ids_with_noise, resume: Any = False, allow_changes: bool = False, **changes: Any):
         random.seed(99 if resume else 7)
         options = OPTIONS | changes
         trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **options)

@@ -1,7 +1,7 @@
 """Loss and adapter gradients of our layouts against the plain one: stock PEFT, one padded row a completion, full logits.
 
 Everything that makes training cheap is in play on our side: each prompt once (or right padding), groups split over packs, the
-fused adapter, log-probabilities in one visit to the logits. All of it must be exact: fp32, relative error at most 1e-5.
+fused adapter, log-probabilities in one pass over the logits. All of it must be exact: fp32, relative error at most 1e-5.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def groups_near_the_policy(model: PeftModel) -> list[Group]:
 
 
 def accumulate(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_policy: bool) -> float:
-    """Our loss over all packs; leaves the gradients at the masters."""
+    """Our loss over all packs; leaves the gradients at the master weights."""
     sequences, tokens = sum(len(one.lengths_S) for one in packs), sum(len(one.targets_N) for one in packs)
     counts = Counts(sequences=sequences, tokens=tokens, local_tokens=tokens, max_completion_length=100)
     objective, constants = Objective(config), StepConstants(counts=counts, entropy_tokens=tokens)
@@ -114,7 +114,7 @@ def accumulate(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_pol
         old_N = one.sampler_logprobs_N if off_policy else None
         loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
         total += policy.backward(
-            one, loss.token_loss, temperature=TEMPERATURE, visits=loss.visits, factor=loss.factor
+            one, loss.token_loss, temperature=TEMPERATURE, passes=loss.passes, factor=loss.factor
         )[0].item()
     return total
 
@@ -194,7 +194,7 @@ def test_loss_and_gradients_equal_those_of_the_plain_layout(
 
 
 ADAPTERS = {
-    "head, own ranks and alphas, rsLoRA": {
+    "head, rank and alpha patterns, rsLoRA": {
         "targets": ["q_proj", "v_proj", "down_proj", "lm_head"],
         "rank_pattern": {"q_proj": 5, "lm_head": 12, "layers.1.mlp.down_proj": 16},
         "alpha_pattern": {"v_proj": 32},

@@ -1,4 +1,4 @@
-"""Alarms in whole runs with real vLLM: each rings on a fault that is made, acts, and stays silent over a healthy run."""
+"""Alarms in complete runs with real vLLM: each triggers on an injected fault, acts, and stays silent over a healthy run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def low_ids(completion_ids, **kwargs):
 
 @pytest.fixture
 def run(make_trainer, tmp_path, run_engine, capsys):
-    """Train with changes; returns the steps' metrics and what was printed."""
+    """Train with changes; returns the steps' metrics and the printed output."""
 
     def train(reward=low_ids, **changes):
         changes = {"max_num_seqs": run_engine.settings.max_num_seqs, **changes}
@@ -44,7 +44,7 @@ def test_a_healthy_run_of_forty_steps_is_silent(run):
     assert not notes, notes
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_said(run):
+def test_a_non_finite_gradient_is_skipped_and_reported(run):
     def explodes(completion_ids, trainer_state, **kwargs):
         scale = 1e38 if trainer_state.global_step == 7 else 1.0
         return [scale * reward for reward in low_ids(completion_ids)]
@@ -66,7 +66,7 @@ def test_a_tenfold_gradient_is_skipped(run):
     assert "skipped" in printed
 
 
-def test_an_entropy_that_is_driven_down_rings_and_the_policy_is_taken_back(run):
+def test_falling_entropy_triggers_an_alarm_and_the_policy_is_rolled_back(run):
     """A bonus of the wrong sign drives the entropy down, and the reward has nothing to say about it."""
 
     def noise(completion_ids, **kwargs):
@@ -129,7 +129,7 @@ def test_guards_that_are_off_leave_the_run_alone(run):
 
 
 def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
-    """From step 15 on the reward is turned round: what was learned is unlearned, and the run does not end there."""
+    """From step 15 on the reward is inverted: the policy unlearns, and the run does not end with that policy."""
 
     def turns(completion_ids, trainer_state, **kwargs):
         sign = 1 if trainer_state.global_step < 15 else -1
@@ -140,8 +140,8 @@ def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
     assert math.isfinite(steps[-1]["grad_norm"])
 
 
-def test_a_fallen_evaluation_is_noticed_and_the_run_ends_with_the_best(run, tmp_path):
-    """From step 12 on training rewards the opposite, and the alarms that would see it are off: only evaluations tell."""
+def test_a_fallen_evaluation_is_detected_and_the_run_ends_with_the_best(run, tmp_path):
+    """From step 12 on training rewards the opposite, and the alarms that would detect it are off: only evaluations do."""
 
     def turned(completion_ids, trainer_state, **kwargs):
         is_evaluation = len(completion_ids) == 1

@@ -1,4 +1,4 @@
-"""A run that was interrupted and taken up again is, to the bit, the run that was not: real vLLM on a tiny model."""
+"""A run that was interrupted and resumed is bit-exactly the run without an interruption: real vLLM on a tiny model."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from resumed import OPTIONS, FaultError, failing_at, left_behind, low_ids_with_luck
+from resumed import OPTIONS, FaultError, failing_at, left_behind, low_ids_with_noise
 from safetensors.torch import load_file
 from tiny_runs import ROWS, metrics_of, tiny_config
 
@@ -20,7 +20,7 @@ from rankup.grpo.update.session import engine_settings
 pytestmark = pytest.mark.engine
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    "defaults": {},
     "two updates a step, two learning rates": {"num_iterations": 2, "lora_plus_ratio": 4.0, "lr_scheduler_type": "cosine"},
     "guards that act": {
         "learning_rate": 0.05, "max_steps": 10, "baseline_steps": 2, "entropy_watch": 0.95, "entropy_stop": 0.9,
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("failing_step", [3, 5])
-def test_a_run_that_failed_and_goes_on_is_the_undisturbed_one(train, tmp_path: Path, changes: dict, failing_step: int):
+def test_a_resumed_run_equals_the_undisturbed_one(train, tmp_path: Path, changes: dict, failing_step: int):
     train("undisturbed", **changes)
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=failing_at(failing_step, FaultError()), **changes)
@@ -45,7 +45,7 @@ def test_a_run_that_failed_and_goes_on_is_the_undisturbed_one(train, tmp_path: P
         assert one["summary"]["guards"]["guards/restores"] > 0
 
 
-def test_the_checkpoint_holds_the_last_whole_step(train, tmp_path: Path):
+def test_the_checkpoint_holds_the_last_complete_step(train, tmp_path: Path):
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=failing_at(5, FaultError()))
     assert sorted(path.name for path in (tmp_path / "failed" / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
@@ -68,9 +68,9 @@ def test_a_failure_in_an_evaluation_loses_nothing(train, tmp_path: Path):
         calls += 1
         if calls == 4 + 2 * 3 + 2:  # the first evaluation, two steps, one prompt of the second evaluation
             raise FaultError
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
-    fails_in_the_evaluation_after_two_steps.__name__ = low_ids_with_luck.__name__
+    fails_in_the_evaluation_after_two_steps.__name__ = low_ids_with_noise.__name__
     train("undisturbed")
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=fails_in_the_evaluation_after_two_steps)
@@ -93,24 +93,24 @@ def loss(inputs):
 
 def test_a_failure_in_the_backward_pass_loses_nothing(train, tmp_path: Path):
     """Out of memory comes there, before the update has changed anything."""
-    whole, fails = tmp_path / "whole.py", tmp_path / "fails.py"
-    whole.write_text(LOSS.replace("FAILS_AT", "-1"))
+    works, fails = tmp_path / "works.py", tmp_path / "fails.py"
+    works.write_text(LOSS.replace("FAILS_AT", "-1"))
     fails.write_text(LOSS.replace("FAILS_AT", "4"))
-    train("undisturbed", loss_type=f"{whole}:loss")
+    train("undisturbed", loss_type=f"{works}:loss")
     with pytest.raises(MemoryError):
         train("failed", loss_type=f"{fails}:loss")
     assert (tmp_path / "failed" / "checkpoints" / "step_000003").is_dir()
-    train("failed", resume=True, loss_type=f"{whole}:loss", allow_changes=True)
+    train("failed", resume=True, loss_type=f"{works}:loss", allow_changes=True)
     assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
 
 
-def test_a_run_goes_on_from_a_named_checkpoint_and_sets_later_ones_aside(train, tmp_path: Path, capsys):
+def test_a_run_resumes_from_a_named_checkpoint_and_sets_later_ones_aside(train, tmp_path: Path, capsys):
     train("undisturbed", save_steps=2)
-    whole = left_behind(tmp_path / "undisturbed")
+    undisturbed = left_behind(tmp_path / "undisturbed")
     checkpoints = tmp_path / "undisturbed" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000004", "step_000006"]
     train("undisturbed", save_steps=2, resume=checkpoints / "step_000004")
-    assert left_behind(tmp_path / "undisturbed") == whole
+    assert left_behind(tmp_path / "undisturbed") == undisturbed
     assert "step_000006.aside.1" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no checkpoint of this run"):
         train("other", resume=checkpoints / "step_000004")
@@ -144,7 +144,7 @@ def test_without_a_checkpoint_the_run_starts_at_its_first_step(train, tmp_path: 
     assert "no checkpoint in" in capsys.readouterr().out
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(train, tmp_path: Path, capsys):
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(train, tmp_path: Path, capsys):
     train("undisturbed", save_steps=2)
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=failing_at(5, FaultError()), save_steps=2)
@@ -159,32 +159,32 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tr
 def test_other_data_and_other_rewards_are_refused(make_trainer, run_engine, tmp_path: Path):
     with pytest.raises(RuntimeError, match="FaultError"):
         make_trainer(save_steps=1, reward=failing_at(1, FaultError())).train(engine=run_engine)
-    reward = low_ids_with_luck
+    reward = low_ids_with_noise
     changed = make_trainer(save_steps=1, reward=reward, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
     with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now") as caught:
         changed.train(engine=run_engine, resume_from_checkpoint=True)
     assert "--allow-changes" in str(caught.value)
     other = make_trainer(save_steps=1)
-    with pytest.raises(ValueError, match=r"\['low_ids_with_luck'\] in the checkpoint, \['many_low_ids'\] now"):
+    with pytest.raises(ValueError, match=r"\['low_ids_with_noise'\] in the checkpoint, \['many_low_ids'\] now"):
         other.train(engine=run_engine, resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("place", "step"), [("a step", 3), ("an evaluation", 2)])
-def test_a_signal_ends_the_run_where_it_can_go_on(train, tmp_path: Path, place: str, step: int):
-    """After the step; an evaluation is left at once, and made again."""
+def test_a_signal_ends_the_run_where_it_can_resume(train, tmp_path: Path, place: str, step: int):
+    """After the step; an evaluation is interrupted immediately, and repeated."""
 
-    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
-        is_there = trainer_state.global_step == 2 and (len(completion_ids) > 1) == (place == "a step")
-        if is_there and not asked:
+    def requests_a_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+        is_at_place = trainer_state.global_step == 2 and (len(completion_ids) > 1) == (place == "a step")
+        if is_at_place and not asked:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
     asked: list[bool] = []
-    asks_to_stop.__name__ = low_ids_with_luck.__name__
+    requests_a_stop.__name__ = low_ids_with_noise.__name__
     train("undisturbed")
     with pytest.raises(RunInterrupted) as caught:
-        train("stopped", reward=asks_to_stop)
+        train("stopped", reward=requests_a_stop)
     assert caught.value.code == 0 and caught.value.signal == "SIGTERM"
     assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoints" / f"step_{step:06d}"
     train("stopped", resume=True)
@@ -201,7 +201,7 @@ def train_wide(make_trainer, engine_shelf, tiny_model_path, tmp_path: Path):
     settings = engine_settings(tiny_config(tmp_path, **WIDE), str(tiny_model_path("llama")))
     engine = engine_shelf.get(settings)
 
-    def run(name: str, *, reward: Any = low_ids_with_luck, allow_changes: bool = False, resume: bool = False, **changes: Any):
+    def run(name: str, *, reward: Any = low_ids_with_noise, allow_changes: bool = False, resume: bool = False, **changes: Any):
         random.seed(99 if resume else 7)
         trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **OPTIONS, **WIDE, **changes)
         return trainer.train(engine=engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
@@ -209,7 +209,7 @@ def train_wide(make_trainer, engine_shelf, tiny_model_path, tmp_path: Path):
     return run
 
 
-def test_a_run_with_8_bit_state_goes_on_to_the_bit(train_wide, tmp_path: Path):
+def test_a_run_with_8_bit_state_resumes_bit_exactly(train_wide, tmp_path: Path):
     changes: dict[str, Any] = {"optimizer": "adamw_8bit", "lora_plus_ratio": 2.0}
     train_wide("undisturbed", **changes)
     with pytest.raises(RuntimeError, match="FaultError"):
@@ -222,18 +222,18 @@ def test_a_run_with_8_bit_state_goes_on_to_the_bit(train_wide, tmp_path: Path):
 
 
 @pytest.mark.parametrize("names", [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
-def test_another_optimizer_is_refused_or_begins_anew(train_wide, capsys, names: tuple[str, str]):
+def test_another_optimizer_is_refused_or_starts_from_scratch(train_wide, capsys, names: tuple[str, str]):
     with pytest.raises(RuntimeError, match="FaultError"):
         train_wide("run", reward=failing_at(4, FaultError()), optimizer=names[0])
     with pytest.raises(ValueError, match=f"optim.optimizer: {names[0]} in the checkpoint, {names[1]} now"):
         train_wide("run", resume=True, optimizer=names[1])
     summary = train_wide("run", resume=True, allow_changes=True, optimizer=names[1])
     assert summary["steps"] == 6
-    assert f"optim.optimizer={names[1]} begins anew" in " ".join(capsys.readouterr().out.split())
+    assert f"optim.optimizer={names[1]} starts from scratch" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_full_disk_is_told_and_costs_no_more_than_that_checkpoint(train, small_disk, tmp_path: Path, capsys):
-    """The run goes on while only checkpoints do not fit; what was saved before stays whole."""
+def test_a_full_disk_is_reported_and_costs_only_that_checkpoint(train, small_disk, tmp_path: Path, capsys):
+    """The run continues while only checkpoints do not fit; earlier checkpoints stay complete."""
     changes: dict[str, Any] = {"save_steps": 1, "keep_last": 20, "keep_best": 0, "max_steps": 20, "completions_steps": 0}
     train("undisturbed", **changes)
     disk = small_disk("4m")  # room for a few checkpoints

@@ -1,4 +1,4 @@
-"""Rewards in processes during a run with real vLLM: what hangs costs its rows, which are marked, and the run goes on."""
+"""Rewards in processes during a run with real vLLM: a call that hangs costs its rows, marked as failed; the run continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 PROCESS = {"isolation": "process", "num_workers": 2}
 
 
-def test_a_reward_that_hangs_costs_its_rows_and_the_run_goes_on(make_trainer, run_engine, tmp_path, capsys):
+def test_a_reward_that_hangs_costs_its_rows_and_the_run_continues(make_trainer, run_engine, tmp_path, capsys):
     def hangs_on_three(completion_ids, target, **kwargs):
         if target[0] == 3:
             time.sleep(600)
@@ -51,7 +51,7 @@ def test_the_same_run_in_processes_and_in_ray_as_inline(make_trainer, run_engine
     assert rewards[0] == rewards[1] == rewards[2]
 
 
-def test_a_process_that_dies_stops_the_run_with_what_it_said(make_trainer, run_engine, tmp_path):
+def test_a_process_that_dies_stops_the_run_with_its_message(make_trainer, run_engine, tmp_path):
     def dies(completions, **kwargs):
         print("no licence for the verifier")
         os._exit(7)

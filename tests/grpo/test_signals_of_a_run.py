@@ -1,4 +1,4 @@
-"""The command itself, with real signals: it ends with status 0 and says how to go on, and then goes on to the same end."""
+"""The command with real signals: it ends with status 0, prints the command to resume, and resumes to the same result."""
 
 import json
 import shlex
@@ -46,7 +46,7 @@ def project(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_other_engine(engine_shelf) -> None:
-    """These runs start engines of their own, and two do not fit."""
+    """These runs start further engines, and two do not fit."""
     engine_shelf.close()
 
 
@@ -65,10 +65,10 @@ def lines_until(process: subprocess.Popen[str], part: str) -> Iterator[str]:
     raise AssertionError(f"the run ended without {part!r}: {process.communicate()[1]}")
 
 
-def test_a_signal_ends_the_command_with_status_0_and_it_goes_on_to_the_same_end(no_other_engine, project: Path):
-    whole = start(project, "train", "run.yaml", "logging.output_dir=whole")
-    out, error = whole.communicate(timeout=300)
-    assert whole.returncode == 0, error
+def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_result(no_other_engine, project: Path):
+    undisturbed = start(project, "train", "run.yaml", "logging.output_dir=undisturbed")
+    out, error = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, error
 
     stopped = start(project, "train", "run.yaml", "logging.output_dir=stopped")
     list(lines_until(stopped, "step  2/12"))
@@ -86,13 +86,13 @@ def test_a_signal_ends_the_command_with_status_0_and_it_goes_on_to_the_same_end(
     resumed = start(project, *words)
     out, error = resumed.communicate(timeout=300)
     assert (resumed.returncode, error) == (0, "")
-    assert "going on after step" in out
+    assert "resuming after step" in out
     adapter = Path("adapter") / "adapter_model.safetensors"
-    assert (project / "stopped" / adapter).read_bytes() == (project / "whole" / adapter).read_bytes()
-    assert timeless(project / "stopped") == timeless(project / "whole")
+    assert (project / "stopped" / adapter).read_bytes() == (project / "undisturbed" / adapter).read_bytes()
+    assert timeless(project / "stopped") == timeless(project / "undisturbed")
 
 
-def test_a_second_signal_ends_the_command_at_once(no_other_engine, project: Path):
+def test_a_second_signal_ends_the_command_immediately(no_other_engine, project: Path):
     (project / "slow.py").write_text(REWARD.replace("time.sleep(0.1)", "open('called', 'w').close(); time.sleep(60)"))
     process = start(
         project, "train", "run.yaml", "logging.output_dir=second", "rewards.functions=slow.py:low_ids", "data.eval=null"
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_the_command_at_once(no_other_engine, project: Path
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_an_error_says_how_to_go_on(no_other_engine, project: Path):
+def test_an_error_shows_the_command_to_resume(no_other_engine, project: Path):
     (project / "fails.py").write_text(REWARD.replace("time.sleep(0.1)", "assert kwargs['trainer_state'].global_step < 2"))
     process = start(
         project, "train", "run.yaml", "logging.output_dir=failed", "rewards.functions=fails.py:low_ids", "data.eval=null",

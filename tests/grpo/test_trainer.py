@@ -1,4 +1,4 @@
-"""Whole runs on a tiny random model with real vLLM: what they leave behind, and what they do when disturbed."""
+"""Complete runs on a tiny random model with real vLLM: the files they write, and how they react to failures."""
 
 import json
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(autouse=True)
 def no_other_engine(engine_shelf):
-    """These runs start engines of their own, and two do not fit."""
+    """These runs start further engines, and two do not fit."""
     engine_shelf.close()
 
 
@@ -94,7 +94,7 @@ def test_groups_without_variance_are_left_out_unless_a_penalty_reads_them(make_t
     assert step["kl"] == pytest.approx(0.0, abs=1e-6) and "loss" in step  # the adapter starts at zero
 
 
-def test_completions_that_no_function_scores_are_told_and_teach_nothing(make_trainer, capsys):
+def test_completions_that_no_function_scores_are_reported_and_have_no_gradient(make_trainer, capsys):
     def silent(completions, **kwargs):
         return [None] * len(completions)
 
@@ -122,7 +122,7 @@ def test_other_objectives_and_layouts_run(make_trainer, tmp_path):
     assert all("q_proj" in key or "up_proj" in key for key in adapter)
 
 
-def test_an_error_in_a_reward_function_keeps_what_was_learned(make_trainer, tmp_path):
+def test_an_error_in_a_reward_function_saves_the_progress(make_trainer, tmp_path):
     def fails_in_the_second_step(completion_ids, trainer_state, **kwargs):
         if trainer_state.global_step == 1:
             raise KeyError("no such answer")

@@ -288,8 +288,8 @@ def test_no_tensor_of_tokens_by_vocabulary(passes: Literal[1, 2]) -> None:
         loss.backward()
         linear_logprobs(*case, chunk_bytes=ONE_CHUNK_IS_16_ROWS)
     assert most.rows == 16
-    beside_the_loss = [t.shape for t in kept if t.dim() == 2]
-    assert beside_the_loss == [t.shape for t in leaves(*case[:2])] and all(t.numel() <= 200 for t in kept if t.dim() < 2)
+    besides_the_loss = [t.shape for t in kept if t.dim() == 2]
+    assert besides_the_loss == [t.shape for t in leaves(*case[:2])] and all(t.numel() <= 200 for t in kept if t.dim() < 2)
 
 
 def test_a_bf16_chunk_is_not_copied_to_fp32() -> None:

@@ -130,7 +130,7 @@ def test_nothing_is_left_to_train(classifiers):
 
     classifier = SequenceClassifier(str(classifiers["bert"]), device="cpu")
     rewards = [classifier(prompts=["p"], completions=["c"]) for _ in range(2)]
-    assert rewards[0] == rewards[1]  # dropout would tell them apart
+    assert rewards[0] == rewards[1]  # dropout would make them differ
     assert classifier._loaded is not None
     model, _ = classifier._loaded
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())

@@ -92,7 +92,7 @@ PROGRAMS = {
         0.0,
         2 / 3,
     ),
-    "hangs at once": ("while True: pass", 0.0, 0.0),
+    "hangs immediately": ("while True: pass", 0.0, 0.0),
     "no program": ("def f(x) return 2 * x", 0.0, 0.0),
     "nothing": ("", 0.0, 0.0),
     "half a character": ("\udc80", 0.0, 0.0),
@@ -197,7 +197,7 @@ def trace(frame, event, argument):
 sys.settrace(trace)
 def f(x): return 0
 """,
-    "go on in a fork": "import os\ndef f(x):\n    if os.fork(): os._exit(0)\n    return 0",
+    "continue in a fork": "import os\ndef f(x):\n    if os.fork(): os._exit(0)\n    return 0",
     "ignore the end": "import signal\nfor n in (2, 14, 15): signal.signal(n, signal.SIG_IGN)\ndef f(x): return 0",
     "swallow the error": "try:\n    f\nexcept NameError:\n    pass",
 }

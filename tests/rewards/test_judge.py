@@ -123,7 +123,7 @@ def test_a_judge_that_never_gives_a_score_stops_the_run(echo):
     assert ask(make(echo, on_failure="none"), ["x"] * 32).rewards == [None] * 32
 
 
-def test_a_judge_that_has_given_scores_continues(echo):
+def test_a_judge_that_has_scored_before_continues(echo):
     reward = make(echo)
     assert ask(reward, ["1"]).rewards == [0.1]
     assert ask(reward, ["x"] * 40).rewards == [None] * 40
@@ -233,7 +233,7 @@ def test_invalid_arguments(options, message):
 # ------------------------------------------------------------------------------------------ keys
 
 
-def test_the_key_comes_from_the_given_variable(server, monkeypatch):
+def test_the_key_comes_from_the_configured_variable(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     monkeypatch.setenv("OPENAI_API_KEY", "other")
     for options in ({"api_key_variable": "JUDGE_KEY"}, {}, {"api_key_variable": None}):

@@ -212,7 +212,7 @@ def test_kwargs_make_the_reward_function(tmp_path):
     assert load_reward(f"{tmp_path}/made.py:Above", kwargs={"limit": 0})(completions=["a", ""]) == [True, False]
     with pytest.raises(ValueError, match=r"does not accept its kwargs \(lmit\): .*'limit'"):
         load_reward(f"{tmp_path}/made.py:above", kwargs={"lmit": 1})
-    with pytest.raises(ValueError, match="cannot be given kwargs: it is a int, not a factory"):
+    with pytest.raises(ValueError, match="does not accept kwargs: it is a int, not a factory"):
         load_reward(f"{tmp_path}/made.py:number", kwargs={})
     with pytest.raises(ValueError, match="is a class: name an instance of it or a function, or give its kwargs"):
         load_reward(f"{tmp_path}/made.py:Above")

@@ -57,17 +57,17 @@ def test_a_process_is_killed_with_its_children(make_scorer, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_to_the_whole_job_are_the_parents_to_answer(make_scorer, number):
+def test_signals_to_the_complete_job_are_handled_by_the_parent(make_scorer, number):
     """Schedulers send them to every process; the current step must still be scored. Programs of the user still end on them."""
 
-    def is_told(completions, number, **kwargs):
+    def has_variable(completions, number, **kwargs):
         with subprocess.Popen(["sleep", "600"]) as child:
             child.terminate()
         os.kill(os.getpid(), number[0])
         time.sleep(0.2)
         return [float(child.returncode == -signal.SIGTERM)]
 
-    assert make_scorer(is_told, num_workers=1).score(inputs("a", number=[int(number)])).total == [1.0]
+    assert make_scorer(has_variable, num_workers=1).score(inputs("a", number=[int(number)])).total == [1.0]
 
 
 def test_processes_that_a_function_forks_end_on_signals_as_usual(make_scorer):
@@ -107,7 +107,7 @@ def test_endless_printing_does_not_delay_the_time_limit(make_scorer, capfd, chun
     capfd.readouterr()
 
 
-def test_the_death_of_a_process_is_noticed_while_a_child_holds_its_descriptors(make_scorer):
+def test_the_death_of_a_process_is_detected_while_a_child_holds_its_descriptors(make_scorer):
     def leaves_a_child(completions, **kwargs):
         if os.fork() == 0:
             os.setsid()
@@ -153,7 +153,7 @@ def test_output_that_cannot_be_shown_does_not_fail_a_call(make_scorer, monkeypat
     assert scorer.score(inputs("a")).total == [1.0]
     assert ascii_only.buffer.getvalue() == b"gr??er\n"
     ascii_only.close()
-    assert scorer.score(inputs("a")).total == [1.0], "nobody reads any more"
+    assert scorer.score(inputs("a")).total == [1.0], "no reader is left"
 
 
 def test_closing_completes_every_future(make_scorer):

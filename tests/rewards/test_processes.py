@@ -162,7 +162,7 @@ def test_retries(make_scorer, tmp_path):
         make_scorer(at_last, retries=1).score(inputs("a", path=path))
 
 
-def test_a_function_that_cannot_be_loaded_there_fails_its_own_calls_only(make_scorer, tmp_path):
+def test_a_function_that_cannot_be_loaded_there_fails_only_its_calls(make_scorer, tmp_path):
     (tmp_path / "only_here.py").write_text(
         f"import os\nif os.getpid() != {os.getpid()}: raise RuntimeError('not in this process')\ndef f(**kw): return [0.0]\n"
     )

@@ -63,6 +63,6 @@ def environment(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
             head.communicate(timeout=60)
 
 
-def test_a_cluster_is_joined_whether_it_asks_for_a_token_or_not(environment: dict[str, str]):
+def test_a_cluster_is_joined_with_and_without_a_token(environment: dict[str, str]):
     result = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120)
     assert (result.stdout, result.stderr) == ("1\nconnected: False\n", "")

@@ -303,7 +303,7 @@ def test_calls_end_with_a_trainer_that_is_killed(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_is_quiet_and_ends_with_the_scorer(tmp_path, monkeypatch):
+def test_a_cluster_started_by_the_scorer_is_quiet_and_ends_with_it(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "go").touch()
     lines = """

@@ -19,7 +19,7 @@ def columns_of(task, size=4, **options):
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "countdown", "prime_factorization", "futoshiki", "rearc"])
-def test_the_tasks_own_answers_score_fully(task):
+def test_the_answers_of_the_task_score_fully(task):
     columns = columns_of(task)
     tagged = [f"<answer>1</answer> no: <answer>\n{answer}\n</answer> so it is" for answer in columns["answer"]]
     for reward in (reasoning_gym_score(), reasoning_gym_score(task)):

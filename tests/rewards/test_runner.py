@@ -309,7 +309,7 @@ def test_an_extra_column_of_the_wrong_length_is_an_error():
         score(reward)
 
 
-# ------------------------------------------------------------------------------------------ TRL's own
+# ------------------------------------------------------------------------------------------ TRL's functions
 
 
 def conversation(text):

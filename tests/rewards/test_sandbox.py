@@ -70,7 +70,7 @@ def test_packages_are_visible_on_demand(where):
 
 
 @needs_bubblewrap
-def test_threads_may_call_at_once():
+def test_threads_may_call_concurrently():
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(lambda n: run_python("print(int(input()) * 2)", stdin=str(n), limits=PATIENT), range(12)))
@@ -102,7 +102,7 @@ def test_limits_that_make_no_sense(wrong):
         Limits(**wrong)
 
 
-def test_without_bubblewrap_the_error_says_what_to_install(monkeypatch, tmp_path):
+def test_without_bubblewrap_the_error_names_the_package_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"bwrap is not installed.*apt install bubblewrap.*unsafe_local: true"):
         run_python("print(1)")

@@ -1,6 +1,6 @@
 """Programs that try to leave the sandbox, or to use it up.
 
-The attacks of ATTEMPTS each try one forbidden thing and are told no; they run in one program. Those of ATTACKS are destructive
+The attacks of ATTEMPTS each try one forbidden thing and fail; they run in one program. Those of ATTACKS are destructive
 and have a run each. None is run before it is certain that the sandbox separates anything at all.
 """
 
@@ -241,7 +241,7 @@ ATTACKS = {
         60,
         {"error", "memory"},
     ),
-    "allocate at once": ("x = bytearray(1 << 40)", 60, {"memory"}),
+    "allocate in one call": ("x = bytearray(1 << 40)", 60, {"memory"}),
     "allocate without end": ("x = []\nwhile True: x.append(bytearray(1 << 22))", 60, {"memory"}),
     "map memory": ("import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(100)]", 60, {"error", "memory"}),
     "open files without end": ("x = []\nwhile True: x.append(open('/dev/null'))", 60, {"error"}),
@@ -298,8 +298,8 @@ def test_a_program_that_takes_too_long_is_killed(where, marked, tmp_path, monkey
     outcome = run_python(program, limits=limits, sandbox=where)
     assert (outcome.stdout, outcome.status, outcome.exit_code) == ("before\n", "timeout", None)
     assert 4 <= outcome.seconds < 34
-    given_up = time.monotonic() + 30
-    while where == "local" and processes_under(limits) and time.monotonic() < given_up:
+    deadline = time.monotonic() + 30
+    while where == "local" and processes_under(limits) and time.monotonic() < deadline:
         time.sleep(0.05)  # killed, but no child of ours that could be waited for
     assert processes_under(limits) == [] and list(tmp_path.iterdir()) == []
 

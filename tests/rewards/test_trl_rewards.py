@@ -10,7 +10,7 @@ from scored import scorer_of
 
 from rankup.rewards import Inputs, RewardFunction, load_object
 
-# ------------------------------------------------------------------------------------------ TRL's own
+# ------------------------------------------------------------------------------------------ TRL's functions
 
 TEXTS = [
     r"\boxed{\frac{1}{3}}",

@@ -40,5 +40,5 @@ def test_an_engine_serves_runs_that_sample_differently():
         ({"nf4_weights": ("w" * 99,)}, f"nf4_weights () instead of ('{'w' * 78} ..."),
     ],
 )
-def test_an_engine_with_other_settings_says_what_differs(needed: dict, difference: str):
+def test_an_engine_with_other_settings_names_the_differences(needed: dict, difference: str):
     assert SETTINGS.differences(dataclasses.replace(SETTINGS, **needed)) == [difference]

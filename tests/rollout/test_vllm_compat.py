@@ -1,4 +1,4 @@
-"""What rankup needs of vLLM exists in the installed version, and errors name what is missing."""
+"""The parts of vLLM that rankup needs exist in the installed version, and errors name missing ones."""
 
 import types
 

@@ -65,7 +65,7 @@ def run_script(folder: Path, *words: str, **environment: str) -> subprocess.Comp
 
 
 def dry_run(folder: Path, *words: str, **environment: str) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The runtime environment, what is asked of `ray job submit`, and the command of the job."""
+    """The runtime environment, the arguments of `ray job submit`, and the command of the job."""
     result = run_script(folder, "--dry-run", *words, **environment)
     assert result.returncode == 0, result.stderr
     *runtime_env, command = result.stdout.splitlines()
@@ -142,7 +142,7 @@ def test_words_after_the_dashes_go_to_ray(project: Path):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ([], "no run file given"),
+        ([], "run file missing"),
         (["no_such.yaml"], "run file not found: no_such.yaml"),
         (["run.yaml", "lora.rnk=3"], "lora.rnk: unknown key"),
         (["--env"], "--env needs the name of a variable"),
@@ -210,7 +210,7 @@ def test_the_quick_start_submitted_for_two_workers_leaves_its_folder_where_the_f
     tmp_path: Path, engine_shelf, dashboard: str
 ):
     """With rewards that are computed in the cluster too."""
-    engine_shelf.close()  # the run starts engines of its own, and no further one fits
+    engine_shelf.close()  # the run starts further engines, and no further one fits
     shutil.copy(QUICKSTART, tmp_path / "quickstart.yaml")
     ray = {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_AUTH_MODE": "disabled"}
     smaller = (f"model.dtype={fast_dtype()}", "optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null")

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster of several nodes on this machine, which a test can stop at a step, disturb, and let go on."""
+"""Runs on a Ray cluster of several nodes on this machine, which a test can stop at a step, disturb, and let continue."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def write_run_file(folder: Path, model: Path, **changes: Any) -> Path:
-    """`run.yaml` with its reward function and data, in a folder of their own; `changes` are of a section each."""
+    """`run.yaml` with its reward function and data, in a separate folder; `changes` are of a section each."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reward.py").write_text(REWARD)
     rows = [{"prompt": f"count to {n}", "target": n} for n in range(12)]
@@ -107,7 +107,7 @@ class ClusterRun:
         assert self.process.poll() is None, self.output
         return [json.loads(mark.read_text()) for mark in marks]
 
-    def let_go_on(self, step: int) -> None:
+    def let_continue(self, step: int) -> None:
         """Past the step where it waits."""
         (self.folder / f"stop_{step}").unlink()
 

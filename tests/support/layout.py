@@ -75,7 +75,7 @@ def modules_of(root: Path) -> dict[str, Module]:
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a module is imported: no function bodies, and not what is under `if TYPE_CHECKING`."""
+    """The statements that run when a module is imported: no function bodies, nothing under `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -124,7 +124,7 @@ def untyped_arguments(modules: dict[str, Module]) -> list[str]:
     """Calls of our functions and classes that pass `**values` where `values` is annotated `dict[str, Any]`.
 
     An annotation is found by name: that of a parameter, a variable, a field, or a function that returns it. The syntax alone
-    does not tell the type of a mapping without an annotation, nor the class of the object whose method is called.
+    does not know the type of a mapping without an annotation, nor the class of the object whose method is called.
     """
     bags = {"dict[str, Any]", "Mapping[str, Any]"}
     nodes = [node for module in modules.values() for node in ast.walk(module.tree)]

@@ -37,7 +37,7 @@ def make_case(
 
 
 def make_adapter(a_RD: torch.Tensor, b_VR: torch.Tensor, scaling: float) -> Adapter:
-    """Operands in the given dtype, b scaled; master weights in fp32 or fp64."""
+    """Operands in `dtype`, b scaled; master weights in fp32 or fp64."""
     accumulator = torch.promote_types(a_RD.dtype, torch.float32)
     masters = (a_RD.to(accumulator).requires_grad_(), b_VR.to(accumulator).requires_grad_())
     return Adapter(*masters, a_RD.detach(), b_VR.detach() * scaling, scaling)

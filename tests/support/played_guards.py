@@ -39,7 +39,7 @@ class StepsOnly:
 
 
 class Played:
-    """Guards that inspect one made-up step after another, with calm values unless others are given, and apply the decisions."""
+    """Guards that inspect one made-up step after another, with calm values by default, and apply the decisions."""
 
     def __init__(self, **config: Any) -> None:
         self.snapshots = StepsOnly()

@@ -1,4 +1,4 @@
-"""Runs that fail on purpose and are resumed: a reward with luck, how it fails, and what must be the same in the end."""
+"""Runs that fail on purpose and are resumed: a noisy reward, how it fails, and the files that must be equal in the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FaultError(Exception):
     """What a reward function raises in these tests."""
 
 
-def low_ids_with_luck(completion_ids: list, **kwargs: Any) -> list[float]:
+def low_ids_with_noise(completion_ids: list, **kwargs: Any) -> list[float]:
     """A reward that also draws from Python's global generator."""
     return [sum(token < 130 for token in ids) / len(ids) + 0.01 * random.random() for ids in completion_ids]
 
@@ -26,13 +26,13 @@ def low_ids_with_luck(completion_ids: list, **kwargs: Any) -> list[float]:
 def failing_at(step: int, error: BaseException) -> Callable[..., list[float]]:
     """The same reward under the same name, that raises in a step (from 0)."""
 
-    def low_ids_with_luck_until(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+    def low_ids_with_noise_until(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == step:
             raise error
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
-    low_ids_with_luck_until.__name__ = low_ids_with_luck.__name__
-    return low_ids_with_luck_until
+    low_ids_with_noise_until.__name__ = low_ids_with_noise.__name__
+    return low_ids_with_noise_until
 
 
 def left_behind(run: Path) -> dict[str, Any]:

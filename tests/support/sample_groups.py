@@ -33,7 +33,7 @@ def make_group(
     logprobs: Sequence[Sequence[float]] | None = None,
     truncated: Sequence[int] = (),
 ) -> Group:
-    """A group of these tokens; advantages 0 and log-probabilities -1 unless given. `truncated`: which ones were cut off."""
+    """A group of these tokens; by default advantages 0 and log-probabilities -1. `truncated`: which ones were cut off."""
     drawn = [[-1.0] * len(ids) for ids in completions] if logprobs is None else logprobs
     reasons: list[Literal["stop", "length"]] = ["length" if i in truncated else "stop" for i in range(len(completions))]
     return Group(
@@ -85,11 +85,11 @@ def with_logprobs(groups: Sequence[Group], logprobs: Sequence[torch.Tensor]) -> 
 
 
 def loss_on_leaves(loss: PackLoss, logprobs_N: torch.Tensor, entropies_N: torch.Tensor) -> torch.Tensor:
-    """The loss (scalar, differentiable) as `linear_logprob_loss` forms it: by chunks or at once, and the factor last."""
+    """The loss (scalar, differentiable) as `linear_logprob_loss` forms it: in chunks or in one piece, and the factor last."""
     import torch
 
     tokens = len(logprobs_N)
-    step = CHUNK if loss.visits == 1 else tokens
+    step = CHUNK if loss.passes == 1 else tokens
     chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
     loss_N = torch.cat([loss.token_loss(logprobs_N[chunk], entropies_N[chunk], chunk) for chunk in chunks])
     if loss.factor is not None:

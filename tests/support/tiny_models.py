@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 # What each kind adds to the common sizes. `mistral` and `gemma3` have a window shorter than the tests' sequences.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True}),
-    "llama64": ("LlamaConfig", {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}),  # rows of whole NF4 blocks
+    "llama64": ("LlamaConfig", {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}),  # rows of complete NF4 blocks
     "qwen2": ("Qwen2Config", {"hidden_size": 128, "tie_word_embeddings": True}),  # its heads divide the hidden size
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
     "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": 6}),

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model, for tests: rows, a reward with variance, a configuration of seconds, and what a run wrote."""
+"""Complete runs of a tiny model, for tests: rows, a reward with variance, a configuration of seconds, and what a run wrote."""
 
 from __future__ import annotations
 

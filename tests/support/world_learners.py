@@ -1,4 +1,4 @@
-"""Learners that share their steps: what each worker process of `test_peers.py` runs."""
+"""Learners that share their steps: what each worker process of `test_world.py` runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 3
 OPTIONS: dict[str, Any] = {"mode": "none", "veto": 0.0, "learning_rate": 1e-3, "guards": {"enabled": False}}
 
 Outcome = tuple[torch.Tensor, list[dict[str, float]]]
-"""All masters in one vector, and the metrics of each step."""
+"""All master weights in one vector, and the metrics of each step."""
 
 
 def as_remote(group: Group) -> Group:

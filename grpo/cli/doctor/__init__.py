@@ -1,1 +1,1 @@
-"""`rankup doctor`: what is installed, and whether it works."""
+"""`rankup doctor`: shows installed versions and tests them."""

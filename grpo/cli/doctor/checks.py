@@ -60,7 +60,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def sampler() -> Iterator[Finding]:
-    """What vLLM shares with the trainer, how it computes the adapter, and whether it compiles the model."""
+    """The weights shared with vLLM, its code path for the adapter, and whether it compiles the model."""
     if engine_self_test.vllm_device() == "cpu":
         note = "vLLM repacks linear layers on CPU; model.share_base_weights: true shares them too, but sampling is slower"
         yield Finding("base weights", "embeddings, head and norms shared", note)
@@ -176,7 +176,7 @@ def vllm_internals() -> Iterator[Finding]:
 
 
 def vllm_memory() -> Iterator[Finding]:
-    """Memory for what the defaults of `rollout` give vLLM."""
+    """Memory for vLLM with the defaults of `rollout`."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         wanted = needed = RolloutConfig().gpu_memory_utilization * total

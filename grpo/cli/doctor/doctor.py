@@ -1,4 +1,4 @@
-"""The command `rankup doctor`: what is installed, which code paths a run will use, and whether kernels and vLLM work.
+"""The command `rankup doctor`: installed versions, the code paths of a run, and tests of kernels and vLLM.
 
     rankup doctor             # exit status 0 if runs work on this machine, 1 if there is a problem
     rankup doctor --json      # the same as one JSON object
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .findings import Check, Finding
 
 EXAMPLES = """examples:
-  rankup doctor                  device, versions, code paths, a self-test of the kernels, and what vLLM's engine needs
+  rankup doctor                  device, versions, code paths, a self-test of the kernels, requirements of vLLM's engine
   rankup doctor --json           the same as one JSON object
   rankup doctor --traceback      with the traceback of a check that fails
 """
@@ -37,7 +37,7 @@ TITLES = {
 
 def add_doctor_command(commands: Any) -> None:
     """Add `doctor` to the subcommands of a parser (what `add_subparsers` returns)."""
-    text = "show what is installed, which code paths a run will use, and whether kernels and vLLM work"
+    text = "show installed versions and the code paths of a run; test kernels and vLLM"
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor", help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -38,7 +38,7 @@ MARKS: dict[Level, tuple[str, str]] = {
 class Finding:
     """One line of the report.
 
-    note: the reason, and what to do about a warning or problem.
+    note: the reason, and the remedy for a warning or problem.
     level: a `problem` makes runs fail, a `warning` does not, `info` is no judgement.
     figures: the numbers behind the value, in the units of their names.
     """

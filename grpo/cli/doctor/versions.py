@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from .findings import Check, Finding
 
 INSTALL = "run scripts/install.sh"
-# What a package is needed for; empty: every run.
+# The purpose of a package; empty: every run.
 NEEDED_FOR = {
     "torch": "",
     "triton": "the kernels on a GPU",

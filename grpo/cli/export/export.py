@@ -65,7 +65,7 @@ def add_export_command(commands: Any) -> None:
 def export(options: argparse.Namespace) -> int:
     """`rankup export RUN [--merge] [--output FOLDER] [--dtype DTYPE] [--overwrite]`"""
     if options.dtype != "auto" and not options.merge:
-        raise ValueError("--dtype needs --merge: an adapter is exported in float32, as it was trained")
+        raise ValueError("--dtype needs --merge: an adapter is exported in float32, the dtype of training")
     trained = read_run(options.run)
     output: Path = options.output or default_output(trained, options.run, merged=options.merge)
     with log_to(lambda text: print(f"{text} ...", flush=True)):

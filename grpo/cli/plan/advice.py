@@ -112,7 +112,7 @@ def advise(
     of_preset = f"the preset {preset}"
     chosen_rank = _rank(task, practice, rows, tight_rank)
     if rank is not None:
-        chosen_rank = Choice(rank, _given_rank(rank, task, practice))
+        chosen_rank = Choice(rank, _requested_rank(rank, task, practice))
     elif named is not None:
         chosen_rank = Choice(named.rank, of_preset)
     chosen_targets = Choice(practice.targets, _why_targets(task, practice))
@@ -170,7 +170,7 @@ def _rank(task: str, practice: Practice, rows: int | None, tight_rank: int | Non
     return Choice(practice.usual, f"{takes}, mostly {practice.usual}")
 
 
-def _given_rank(rank: int, task: str, practice: Practice) -> str:
+def _requested_rank(rank: int, task: str, practice: Practice) -> str:
     where = "within" if practice.low <= rank <= practice.high else "below" if rank < practice.low else "above"
     return f"user-supplied; {where} the usual {_range(practice)} for {task}"
 

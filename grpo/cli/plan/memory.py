@@ -1,8 +1,8 @@
-"""The memory of a run on one device, part by part; whether it fits, what is left for vLLM's KV cache, and what needs less.
+"""The memory of a run on one device, part by part; whether it fits, the rest for vLLM's KV cache, and options that need less.
 
     budget = plan_budget(shape, config, device="cuda", vram=24 * GIB)
     budget.fits, budget.kv_tokens, budget.gpu_memory_utilization
-    for saving in savings(shape, config, device="cuda"): ...    # what to change, that of least harm first
+    for saving in savings(shape, config, device="cuda"): ...    # changes, the least harmful first
 
 Weights, adapter, gradients and optimizer state are counts times bytes. Activations and everything else of a training pass are
 measured on the real code (`step_memory.py`). The allocator's gaps, the CUDA context and vLLM's working memory are not in any
@@ -27,7 +27,7 @@ NF4 = 0.5 + FP32 / 64  # bytes a parameter: four bits, and a scale for each 64
 # Both moments of a parameter of the adapter; in 8 bits with an fp32 scale for each 256. Paged state may leave the device, but
 # counts here.
 OPTIMIZERS = {"adamw": 2 * FP32, "adamw_8bit": 2 * (1 + FP32 / 256), "paged_adamw_8bit": 2 * (1 + FP32 / 256)}
-# Beside the tensors. CPU: Python's modules, kernels that oneDNN compiles and its scratch, measured. CUDA: the context with its
+# Besides the tensors. CPU: Python's modules, kernels that oneDNN compiles and its scratch, measured. CUDA: the context with its
 # libraries, assumed.
 RUNTIME_BYTES = {"cpu": 64 * 2**20, "cuda": 768 * 2**20}
 CUDA_GAPS = 0.10  # share of the activations that torch's caching allocator loses in blocks, assumed
@@ -63,7 +63,7 @@ def base_bytes(shape: ModelShape, load_in: str | None) -> int:
     return round(packed * NF4) + (shape.parameters - packed) * BF16
 
 
-def own_base_bytes(shape: ModelShape, config: GRPOConfig, device: Device) -> int:
+def unshared_base_bytes(shape: ModelShape, config: GRPOConfig, device: Device) -> int:
     """The trainer's base weights that are not shared with vLLM, which holds bf16 always.
 
     By default all are shared on CUDA, and on CPU all but the linear layers, which vLLM lays out differently.
@@ -79,9 +79,9 @@ def own_base_bytes(shape: ModelShape, config: GRPOConfig, device: Device) -> int
 
 def pass_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dict[str, int]:
     """Activations and what comes on top of them at the peak of a forward and backward, measured. See `measure_pass`."""
-    own_is_packed = own_base_bytes(shape, config, device) > 0
+    unshared_is_packed = unshared_base_bytes(shape, config, device) > 0
     relevant = GRPOConfig(
-        model={"load_in": config.model.load_in if own_is_packed else None},
+        model={"load_in": config.model.load_in if unshared_is_packed else None},
         lora=config.lora,
         rollout=config.rollout,
         optim={name: getattr(config.optim, name) for name in ("tokens_per_pack", "gradient_checkpointing", "logits_mib")},
@@ -120,7 +120,7 @@ def training_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dic
     optimizer = round(OPTIMIZERS[config.optim.optimizer] * adapter)
     of_pass = pass_parts(shape, config, device)
     parts = {
-        "base_weights": own_base_bytes(shape, config, device),
+        "base_weights": unshared_base_bytes(shape, config, device),
         "adapter_slots": config.lora.max_rank * per_rank * BF16,
         "adapter_masters": FP32 * adapter,
         "adapter_gradients": FP32 * adapter,
@@ -242,9 +242,9 @@ def plan_budget(shape: ModelShape, config: GRPOConfig, *, device: Device, vram: 
     Raises:
         ValueError: the device cannot even hold the base weights.
     """
-    own, sampler = own_base_bytes(shape, config, device), base_bytes(shape, None)
-    if vram is not None and own + sampler > vram:
-        raise ValueError(_too_small(vram, sampler=sampler, own=own))
+    unshared, sampler = unshared_base_bytes(shape, config, device), base_bytes(shape, None)
+    if vram is not None and unshared + sampler > vram:
+        raise ValueError(_too_small(vram, sampler=sampler, unshared=unshared))
     return Budget(
         training=training_parts(shape, config, device),
         engine=engine_parts(shape, device),
@@ -256,12 +256,12 @@ def plan_budget(shape: ModelShape, config: GRPOConfig, *, device: Device, vram: 
     )
 
 
-def _too_small(vram: int, *, sampler: int, own: int) -> str:
+def _too_small(vram: int, *, sampler: int, unshared: int) -> str:
     what, instead = f"{gib(sampler)} for vLLM in bf16", ""
-    if own:
-        what += f" and {gib(own)} for the trainer besides"
+    if unshared:
+        what += f" and {gib(unshared)} more for the trainer"
         instead = f", or let both use one copy ({gib(sampler)}) with --share-base-weights true"
-    least = math.ceil((sampler + own) / GIB)
+    least = math.ceil((sampler + unshared) / GIB)
     return (
         f"--vram {vram / GIB:g}: too small for the base weights, {what}; take a smaller model or a device of at least {least} "
         f"GiB{instead}"

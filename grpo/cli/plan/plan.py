@@ -1,6 +1,6 @@
 """The command `rankup plan`: from a model's `config.json` alone, a recommended adapter and the memory of a run.
 
-    rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80                  # what fits, what is left for vLLM, what to change
+    rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80                  # whether it fits, vLLM's share, changes that help
     rankup plan smollm2-135m-instruct --task chat --rows 500 --json
     rankup plan Qwen/Qwen2.5-1.5B-Instruct --vram 24 --write run.yaml
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 SHARING: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
 EXAMPLES = """examples:
-  rankup plan smollm2-135m-instruct                        what is recommended, what it needs, on which devices it fits
+  rankup plan smollm2-135m-instruct                        the recommendation, its memory, devices that it fits on
   rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80           what fits on a device of 80 GiB; only config.json is fetched
   rankup plan path/to/model --task math --rows 20000       another task, and how much data there is
   rankup plan path/to/model --vram 24 --write run.yaml     a run file with the reasons, for rankup train
@@ -71,7 +72,7 @@ def add_plan_command(commands: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="embedded name, folder with a config.json, or Hub id")
     tasks = "; ".join(f"{name}: {practice.task}" for name, practice in PRACTICE.items())
-    add("--task", choices=list(PRACTICE), default="rl", help=f"what the adapter is for (default rl). {tasks}")
+    add("--task", choices=list(PRACTICE), default="rl", help=f"purpose of the adapter (default rl). {tasks}")
     add("--rows", type=_positive, metavar="N", help="rows of training data")
     add("--vram", type=_size, metavar="GIB", help="memory of the device, in GiB")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default cuda)")
@@ -150,8 +151,10 @@ def _size(text: str) -> int:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Everything from the options of the command line. Raises ValueError as `plan` does."""
     targets = None if options.targets is None else _targets(options.targets)
-    given = {"rows": options.rows, "preset": options.preset, "rank": options.rank, "targets": targets}
-    advice = advise(options.task, **given)
+    advise_for = functools.partial(
+        advise, options.task, rows=options.rows, preset=options.preset, rank=options.rank, targets=targets
+    )
+    advice = advise_for()
     _config(options, advice)  # raises on wrong values before anything is imported, fetched or built
     from .memory import plan_budget, savings
     from .shapes import read_shape
@@ -160,7 +163,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     shape = read_shape(options.model)
     rank = _rank_that_fits(options, advice, shape)
     if rank != advice.rank.value:
-        advice = advise(options.task, **given, tight_rank=rank)
+        advice = advise_for(tight_rank=rank)
     config = _config(options, advice)
     sized = _with_full_sequences(config)
     budget = plan_budget(shape, sized, device=device, vram=options.vram)
@@ -239,7 +242,7 @@ def _rank_that_fits(options: argparse.Namespace, advice: Advice, shape: ModelSha
 
 
 def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Advice, device: Device) -> tuple[str, ...]:
-    from .memory import own_base_bytes
+    from .memory import unshared_base_bytes
 
     notes = list(shape.unknown)
     if shape.plain_reason is not None:
@@ -247,7 +250,7 @@ def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Adv
     tokens = sized.optim.tokens_per_pack
     if tokens > config.optim.tokens_per_pack:
         notes.append(f"a prompt and a completion are longer than tokens_per_pack: the budget is for packs of {tokens:,} tokens")
-    if config.model.load_in == "nf4" and own_base_bytes(shape, config, device) == 0:
+    if config.model.load_in == "nf4" and unshared_base_bytes(shape, config, device) == 0:
         notes.append(
             "NF4 saves no memory here: vLLM holds the dequantized weights in bf16, and the trainer uses that copy. It is for "
             "training on the rounded weights that will be served"
@@ -255,7 +258,7 @@ def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Adv
     if advice.dropout.value > 0:
         notes.append(f"a run file takes no dropout but 0; {advice.dropout.value:g} is usual in supervised training")
     if device == "cuda":
-        notes.append("on CUDA the context, the allocator's gaps and vLLM's own work are assumed, not measured")
+        notes.append("on CUDA the context, the allocator's gaps and vLLM's workspace are assumed, not measured")
     return tuple(notes)
 
 

@@ -66,7 +66,7 @@ class ModelShape:
         parameters: of the base, tied weights once.
         quantisable: parameters of linear layers other than the head, which is what NF4 compresses.
         matrices: every linear layer and the input embedding.
-        measured_config: the `config.json` with which a training pass is measured: the model's own, or that of a Llama of its
+        measured_config: the `config.json` with which a training pass is measured: that of the model, or that of a Llama of its
             sizes if the model is `unknown`.
         plain_reason: why prompts cannot be shared in training, None if they can.
         unknown: parts of the model whose memory is a guess, in words.
@@ -176,7 +176,7 @@ def _build(model: str, folder: Path, config_keys: dict[str, Any]) -> PreTrainedM
     try:
         config = AutoConfig.from_pretrained(folder)
         written = config_keys | config_keys.get("text_config", {})
-        names = config.get_text_config().attribute_map or {}  # what a family calls them, such as n_embd
+        names = config.get_text_config().attribute_map or {}  # names in some families, such as n_embd
         missing = [key for key in NEEDED_KEYS if key not in written and names.get(key) not in written]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}; take the one that the model was saved with")

@@ -80,7 +80,7 @@ class PeakMemory(TorchDispatchMode):
         self.peak, self.at_peak = self.now, self._by_label.copy()
 
     def label_of(self, tensor: torch.Tensor) -> str:
-        """What the storage of this new tensor is counted as."""
+        """The label under which the storage of this new tensor is counted."""
         return self.label
 
     def __torch_dispatch__(
@@ -212,7 +212,7 @@ def _group(prompt: int, lengths: Sequence[int]) -> Group:
 
 
 def backward_pass(policy: Policy, one: Pack, config: GRPOConfig) -> None:
-    """Forward and backward of one pack with the configured objective; gradients are added to the masters'."""
+    """Forward and backward of one pack with the configured objective; gradients are added to those of the master weights."""
     tokens, sequences = len(one.targets_N), len(one.lengths_S)
     counts = Counts(
         sequences=sequences,
@@ -222,7 +222,7 @@ def backward_pass(policy: Policy, one: Pack, config: GRPOConfig) -> None:
     )
     constants = StepConstants(counts=counts, entropy_tokens=tokens)
     loss = Objective(config).of(one, constants, old_logprobs_N=None, base_logprobs_N=None)
-    policy.backward(one, loss.token_loss, visits=loss.visits, factor=loss.factor)
+    policy.backward(one, loss.token_loss, passes=loss.passes, factor=loss.factor)
 
 
 # ----------------------------------------------------------------------------------------------------- a measured pass
@@ -242,7 +242,7 @@ class _PassMemory(PeakMemory):
         return "logits_chunk" if is_logits else self.label
 
     def end_phase(self, label: str) -> None:
-        """Keep what there is at the peak so far; go on with another label."""
+        """Record the allocations at the peak so far; continue with another label."""
         self.at_peaks.append(self.at_peak)
         self.label = label
         self.begin()

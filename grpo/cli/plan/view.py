@@ -123,7 +123,7 @@ def _sampling(plan: Plan) -> Table:
         return table
     table.add_row("", Text("left for the KV cache", "dim"), gib(budget.kv_bytes))
     table.add_row("", Text("tokens in it", "dim"), f"{budget.kv_tokens:,}")
-    table.add_row("", Text("sequences at once", "dim"), f"{budget.concurrent_sequences:,}")
+    table.add_row("", Text("concurrent sequences", "dim"), f"{budget.concurrent_sequences:,}")
     if budget.device == "cuda":
         table.add_row("", Text("gpu_memory_utilization", "dim"), Text(f"{budget.gpu_memory_utilization:.2f}", "bold"))
     return table

@@ -22,7 +22,7 @@ GROUPS = st.integers(2, 6).flatmap(
 
 
 def nan_std(rewards: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Standard deviation of a sample (n - 1) over what is not nan; nan below two values."""
+    """Standard deviation of a sample (n - 1) over the values that are not nan; nan below two values."""
     count = rewards.isfinite().sum(dim)
     mean = rewards.nanmean() if dim is None else rewards.nanmean(dim, keepdim=True)
     return (((rewards - mean) ** 2).nansum(dim) / (count - 1).clamp(min=0)).sqrt()
@@ -66,7 +66,7 @@ def test_a_completion_without_a_reward_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("rewards", [[None, None], [1.0, None], []])
-def test_fewer_than_two_rewards_teach_nothing(rewards: list[float | None]) -> None:
+def test_fewer_than_two_rewards_have_zero_advantages(rewards: list[float | None]) -> None:
     (result,) = group_advantages([rewards], scale_rewards="group")
     assert result.advantages == (0.0,) * len(rewards)
     assert (result.std, result.has_variance) == (0.0, False)
@@ -123,7 +123,7 @@ def test_estimators(rewards: list[list[float | None]], estimator: str, scale: Sc
 
 @pytest.mark.parametrize("estimator", ["group", "rloo", "maxrl"])
 @pytest.mark.parametrize("group", [[0.1] * 7, [0.0] * 4, [1 / 3] * 3, [None, 0.7, 0.7]])
-def test_a_group_of_equals_teaches_exactly_nothing(estimator: str, group: list[float | None]) -> None:
+def test_a_group_of_equal_rewards_has_exactly_zero_advantages(estimator: str, group: list[float | None]) -> None:
     (result,) = group_advantages([group], estimator=estimator, scale_rewards="group")
     assert result.advantages == (0.0,) * len(group) and not result.has_variance
 
@@ -134,12 +134,12 @@ def test_reinforce_pp_learns_from_groups_of_equals() -> None:
     assert not first.has_variance and not second.has_variance
 
 
-def test_maxrl_weighs_rare_successes_most() -> None:
+def test_maxrl_gives_rare_successes_the_largest_advantages() -> None:
     rare, common = group_advantages([[1.0, 0, 0, 0], [1.0, 1.0, 1.0, 0]], estimator="maxrl", scale_rewards="none")
     assert rare.advantages[0] == pytest.approx(3.0, rel=1e-3) and common.advantages[0] == pytest.approx(1 / 3, rel=1e-3)
 
 
-def test_maxrl_refuses_negative_rewards_with_what_to_do() -> None:
+def test_maxrl_refuses_negative_rewards_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"maxrl reads rewards .* at least 0 \(got -0.5\): shift the rewards, or take another"):
         group_advantages([[1.0, -0.5]], estimator="maxrl", scale_rewards="none")
 
@@ -180,10 +180,10 @@ def test_normalised_sums_are_gdpo_as_trl_has_it(groups: list[list[list[float | N
     torch.testing.assert_close(advantages_BG, expected_BG, rtol=1e-6, atol=1e-6)
 
 
-def test_no_function_drowns_another_and_equals_teach_nothing():
+def test_no_function_drowns_another_and_equal_rewards_have_zero_advantages():
     large_and_small = [[[0.0, 100.0, 0.0, 100.0], [0.0, 0.0, 0.1, 0.1]], [[5.0] * 4, [0.3] * 4]]
     sums = normalized_sums(large_and_small, [1.0, 1.0])
     assert sums[0][3] is not None
     assert sums[0][0] == pytest.approx(-sums[0][3]) and sums[0][1] == pytest.approx(sums[0][2], abs=1e-2)
     result = group_advantages(sums, estimator="group", scale_rewards="batch")
-    assert result[1].advantages == (0.0,) * 4, "exactly: the learner leaves out what has no advantage"
+    assert result[1].advantages == (0.0,) * 4, "exactly: the learner leaves out completions without an advantage"

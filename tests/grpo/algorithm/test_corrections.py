@@ -58,7 +58,7 @@ def test_weights_are_those_of_the_definition(mode: str, lengths: list[int], seed
 
 
 @pytest.mark.parametrize("mode", ["none", "token_truncate", "token_mask", "icepop"])
-def test_weights_of_tokens_need_no_whole_completions(mode: str) -> None:
+def test_token_weights_need_no_complete_completions(mode: str) -> None:
     config = CorrectionConfig(mode=mode)  # type: ignore[arg-type]
     log_w_n = log_weights([9], 0)
     chunks = [correction_weights(part, None, config) for part in log_w_n.split([2, 4, 3])]
@@ -128,7 +128,7 @@ def test_the_divergence_is_from_sampler_to_trainer() -> None:
     assert measured == pytest.approx((sampler.exp() * (sampler - trainer)).sum().item(), rel=0.02)
 
 
-def test_sampling_from_the_whole_distribution_needs_no_warning() -> None:
+def test_sampling_without_truncation_needs_no_warning() -> None:
     assert sampling_warnings(temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0) == []
 
 
@@ -141,8 +141,8 @@ def test_sampling_from_the_whole_distribution_needs_no_warning() -> None:
     ],
 )
 def test_sampling_from_a_part_is_warned_of(settings: dict[str, float], parts: list[str]) -> None:
-    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
-    (warning,) = sampling_warnings(**(whole | settings))  # type: ignore[arg-type]
+    untruncated = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    (warning,) = sampling_warnings(**(untruncated | settings))  # type: ignore[arg-type]
     assert all(part in warning for part in parts), warning
 
 

@@ -61,7 +61,7 @@ def counts_of(lengths: list[int], *, local: int | None = None, longest: int = 20
         (1.5, -2.0, 3.0, 2.0),  # bad and become likelier: not held
     ],
 )
-def test_clipping_holds_back_only_what_went_far_enough(ratio: float, advantage: float, loss: float, slope: float) -> None:
+def test_clipping_stops_only_ratios_outside_the_bounds(ratio: float, advantage: float, loss: float, slope: float) -> None:
     ratio_n = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
     loss_n = clipped_surrogate(ratio_n, torch.tensor([advantage], dtype=torch.float64), epsilon=0.2, epsilon_high=0.28)
     assert loss_n.item() == pytest.approx(loss)
@@ -70,7 +70,7 @@ def test_clipping_holds_back_only_what_went_far_enough(ratio: float, advantage: 
 
 
 @pytest.mark.parametrize(("ratio", "slope"), [(2.9, 2.0), (3.1, 0.0), (50.0, 0.0)])
-def test_delta_bounds_what_a_negative_advantage_can_do(ratio: float, slope: float) -> None:
+def test_delta_bounds_the_loss_of_negative_advantages(ratio: float, slope: float) -> None:
     ratio_n = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
     loss_n = clipped_surrogate(
         ratio_n, torch.tensor([-2.0], dtype=torch.float64), epsilon=0.2, epsilon_high=0.28, delta=3.0
@@ -184,7 +184,7 @@ def test_the_entropy_bound_is_torch_s_quantile(entropies: list[float], quantile:
 
 
 @pytest.mark.parametrize(("quantile", "reached"), [(0.2, 20), (0.5, 50), (0.01, 1), (1.0, 100)])
-def test_the_share_asked_for_reaches_the_bound(quantile: float, reached: int) -> None:
+def test_the_requested_share_reaches_the_bound(quantile: float, reached: int) -> None:
     entropies = doubles(100, low=0, high=5).float()
     assert int((entropies >= entropy_bound(entropies, quantile=quantile)).sum()) == reached
 

@@ -17,7 +17,7 @@ def tally_of(x: list[float]) -> Tally:
 
 
 @given(st.lists(values, min_size=1, max_size=4))
-def test_parts_together_are_the_whole(parts: list[list[float]]):
+def test_merged_parts_equal_the_total(parts: list[list[float]]):
     together = Tally.merge([Tally(), *(tally_of(part) for part in parts)])
     x = [value for part in parts for value in part]
     assert together.count == len(x)

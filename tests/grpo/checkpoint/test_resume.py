@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resumed import FaultError, left_behind, low_ids_with_luck
+from resumed import FaultError, left_behind, low_ids_with_noise
 from tiny_runs import ROWS
 
 from rankup.grpo.cluster.events import EventView
@@ -27,9 +27,9 @@ def test_an_outdated_summary_does_not_finish_a_run(train, tmp_path: Path):
     def is_killed_in_the_last_evaluation(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 6 and not (tmp_path / "killed").exists():
             shutil.copytree(tmp_path / "run", tmp_path / "killed")  # as a SIGKILL would leave it now
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
-    is_killed_in_the_last_evaluation.__name__ = low_ids_with_luck.__name__
+    is_killed_in_the_last_evaluation.__name__ = low_ids_with_noise.__name__
     longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
     train("run", max_steps=4, eval_steps=0)
     train("run", reward=is_killed_in_the_last_evaluation, resume=True, allow_changes=True, **longer)
@@ -44,10 +44,10 @@ def test_resuming_removes_the_outdated_summary(train, tmp_path: Path):
 
     def looks(completion_ids: list, **kwargs: Any) -> list[float]:
         seen.append((tmp_path / "run" / "summary.json").exists())
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
     seen: list[bool] = []
-    looks.__name__ = low_ids_with_luck.__name__
+    looks.__name__ = low_ids_with_noise.__name__
     train("run", reward=looks, resume=True, allow_changes=True, max_steps=6, eval_steps=0)
     assert seen and not any(seen)
 
@@ -80,10 +80,10 @@ def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(trai
             if asked.append(True) or (name == "stopped" and len(asked) == 2):
                 os.kill(os.getpid(), signal.SIGTERM)
             return [1.0]
-        return [0.1] if is_evaluation else low_ids_with_luck(completion_ids)
+        return [0.1] if is_evaluation else low_ids_with_noise(completion_ids)
 
     kept = {}
-    best_after_two_steps.__name__ = low_ids_with_luck.__name__
+    best_after_two_steps.__name__ = low_ids_with_noise.__name__
     for name in ("undisturbed", "stopped"):
         asked: list[bool] = []
         if name == "stopped":
@@ -95,14 +95,14 @@ def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(trai
 
 
 def test_one_trainer_can_be_interrupted_and_resume(make_trainer, run_engine, tmp_path: Path):
-    def asks_to_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+    def requests_a_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and not asked:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
     asked: list[bool] = []
-    trainer = make_trainer(reward=asks_to_stop_once, max_steps=3)
+    trainer = make_trainer(reward=requests_a_stop_once, max_steps=3)
     with pytest.raises(RunInterrupted):
         trainer.train(engine=run_engine)
     assert trainer.can_resume
@@ -124,7 +124,7 @@ def test_a_failed_save_does_not_replace_the_original_error(make_trainer, run_eng
             (tmp_path / "run" / "checkpoints").write_text("in the way")
             (tmp_path / "run" / "in the way").rename(tmp_path / "run" / "learning_curve.png")
             raise FaultError
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
     with pytest.raises(RuntimeError, match="FaultError"):
         make_trainer(reward=fails, max_steps=4).train(engine=run_engine)
@@ -139,7 +139,7 @@ def test_a_failing_view_loses_no_step(make_trainer, run_engine, tmp_path: Path):
             if step == 2:
                 raise BrokenPipeError(32, "Broken pipe")
 
-    trainer = make_trainer(reward=low_ids_with_luck, max_steps=4, save_steps=0)
+    trainer = make_trainer(reward=low_ids_with_noise, max_steps=4, save_steps=0)
     trainer.view = DeadView(lambda event: None)
     with pytest.raises(BrokenPipeError):
         trainer.train(engine=run_engine)
@@ -147,13 +147,13 @@ def test_a_failing_view_loses_no_step(make_trainer, run_engine, tmp_path: Path):
 
 
 def test_a_trainer_evaluates_after_an_interruption(make_trainer, engine_shelf, run_engine, tmp_path: Path):
-    def asks_to_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
+    def requests_a_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and len(asked) == 0:
             asked.append(os.kill(os.getpid(), signal.SIGTERM))
-        return low_ids_with_luck(completion_ids)
+        return low_ids_with_noise(completion_ids)
 
     asked: list[None] = []
-    trainer = make_trainer(reward=asks_to_stop)
+    trainer = make_trainer(reward=requests_a_stop)
     with pytest.raises(RunInterrupted):
         trainer.train(engine=run_engine)
     engine_shelf.close()

@@ -25,10 +25,10 @@ NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 @pytest.fixture(scope="module")
 def cluster(engine_shelf) -> Iterator[dict[str, str]]:
-    """Three nodes of one CPU each beside the head; what joins them has this in its environment."""
+    """Three nodes of one CPU each besides the head; the environment variables with which a run joins them."""
     from ray.cluster_utils import Cluster
 
-    engine_shelf.close()  # these processes start engines of their own
+    engine_shelf.close()  # these processes start further engines
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         nodes.add_node(**NODE)
@@ -71,7 +71,7 @@ def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):
     assert difference / sum((a[name] ** 2).sum().item() for name in a) ** 0.5 < 1e-5
 
 
-def test_their_metrics_are_those_of_the_whole_batch(one: Path, two: Path):
+def test_their_metrics_are_those_of_the_complete_batch(one: Path, two: Path):
     names = ("loss", "reward", "reward_std", "grad_norm", "entropy", "completions/mean_length", "num_tokens", "targets")
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
         assert {name: b[name] for name in names} == pytest.approx({name: a[name] for name in names}, rel=1e-4, abs=1e-6)
@@ -91,20 +91,20 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     run.until_stopped_at(1)
     run.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "SIGTERM: finishing this step, then saving" in run.output)
-    time.sleep(2)  # until the workers have heard of it
-    run.let_go_on(1)
+    time.sleep(2)  # until the workers have received it
+    run.let_continue(1)
     assert run.wait() == 0
     assert "to resume: rankup train run.yaml" in run.output and (run.output_dir / "checkpoints" / "step_000002").is_dir()
 
     run = ClusterRun(tmp_path, (*overrides, "--resume"), cluster)
     os.kill(run.until_stopped_at(2)[1]["worker"], signal.SIGKILL)
-    run.let_go_on(2)
+    run.let_continue(2)
     os.kill(run.until_stopped_at(3)[0]["worker"], signal.SIGSTOP)
-    run.let_go_on(3)
+    run.let_continue(3)
     lost = run.until_stopped_at(4)[0]
     os.kill(lost["node"], signal.SIGKILL)
     wait_until(lambda: not is_alive(lost["worker"]))
-    run.let_go_on(4)
+    run.let_continue(4)
     assert run.wait() == 0, run.output
 
     assert timeless(run.output_dir) == timeless(two)
@@ -116,7 +116,7 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
 
 
 def test_workers_that_hold_two_policies_stop_with_both(tmp_path: Path, model: Path):
-    """On a cluster of its own, which ends with the run. What is final is told once, and not tried again."""
+    """On a cluster started for the run, which ends with it. A final error is reported once, and not retried."""
     write_run_file(tmp_path, model, logging={"eval_before": False})
     (tmp_path / "drift_2").touch()
     run = ClusterRun(tmp_path, ("cluster.workers=2",))
@@ -129,7 +129,7 @@ def test_workers_that_hold_two_policies_stop_with_both(tmp_path: Path, model: Pa
     assert [row["step"] for row in steps_of(run.output_dir)] == [1, 2]
 
 
-def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path: Path, model: Path, cluster: dict[str, str]):
+def test_a_signal_before_the_first_step_ends_a_run_immediately(tmp_path: Path, model: Path, cluster: dict[str, str]):
     write_run_file(tmp_path, model)
     run = ClusterRun(tmp_path, ("cluster.workers=2",), cluster)
     wait_until(lambda: "starting vLLM" in run.output)
@@ -138,7 +138,7 @@ def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path: Path, model
     assert not run.output_dir.exists()
 
 
-def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path, model: Path):
+def test_a_machine_that_is_too_small_is_reported_immediately(tmp_path: Path, model: Path):
     write_run_file(tmp_path, model)
     run = ClusterRun(tmp_path, ("cluster.workers=2", "cluster.cpus_per_worker=1000"))
     assert run.wait() == 1

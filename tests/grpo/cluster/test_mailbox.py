@@ -35,7 +35,7 @@ def every_call(view: View) -> None:
     view.finish({"steps": 2, "evaluation": {"before": {"reward": 0.1}, "after": {"reward": 0.5}}, "seconds": {"total": 3.0}})
 
 
-def test_a_view_that_sends_events_shows_what_the_real_view_shows():
+def test_a_view_that_sends_events_equals_the_real_view():
     events: list[Event] = []
     every_call(EventView(events.append))
 

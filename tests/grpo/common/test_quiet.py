@@ -60,7 +60,7 @@ def test_earlier_output_is_not_held_back(capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, SystemExit, KeyboardInterrupt])
-def test_a_failure_shows_what_was_held_back(capfd: pytest.CaptureFixture[str], failure: type[BaseException]) -> None:
+def test_a_failure_shows_the_captured_output(capfd: pytest.CaptureFixture[str], failure: type[BaseException]) -> None:
     with real_stderr():
         with pytest.raises(failure), quiet_stderr():
             print("by python", file=sys.stderr)

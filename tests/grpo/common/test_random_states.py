@@ -15,7 +15,7 @@ def draws() -> list[float]:
     return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), *of_torch]
 
 
-def test_all_generators_go_on_where_they_were():
+def test_all_generators_resume_at_their_state():
     before = random_states()
     try:
         draws()  # an odd number of normal ones: the second of a pair is waiting

@@ -52,7 +52,7 @@ def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_three_workers_come_to_what_one_comes_to(outcomes: list[dict[str, Any]], name: str):
+def test_three_workers_equal_one(outcomes: list[dict[str, Any]], name: str):
     (masters, metrics), *workers = [outcome[name] for outcome in outcomes]
     first_masters, first_metrics = workers[0]
     for other_masters, other_metrics in workers[1:]:
@@ -60,7 +60,7 @@ def test_three_workers_come_to_what_one_comes_to(outcomes: list[dict[str, Any]],
         assert first_metrics == other_metrics
     assert ((first_masters - masters).norm() / masters.norm()).item() < 1e-5
     for alone, shared in zip(metrics, first_metrics, strict=True):
-        # Packs are a worker's own.
+        # Packs are local to a worker.
         packing = {"packing/packs", "packing/tokens", "packing/token_ratio", "packing/padding_ratio"}
         names = [metric for metric in alone if metric not in packing]
         assert {metric: shared[metric] for metric in names} == pytest.approx(

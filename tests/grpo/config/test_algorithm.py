@@ -95,7 +95,7 @@ def test_a_dump_reads_back_to_the_same(load: Load, loss_type: str, mode: str) ->
     assert (again.algorithm, again.correction) == (config.algorithm, config.correction)
 
 
-def test_another_objective_over_a_dumped_file_brings_its_own_values(load: Load) -> None:
+def test_another_objective_over_a_dumped_file_brings_its_defaults(load: Load) -> None:
     dumped = dump_config(GRPOConfig(loss_type="cispo", mode="icepop", epsilon=0.1))
     config = load(dumped, "algorithm.loss_type=gspo", "correction.mode=none")
     assert config.algorithm.importance_sampling_level == "sequence" and config.algorithm.epsilon_high == 4e-4
@@ -122,9 +122,12 @@ def test_a_small_cap_without_icepop_needs_no_floor_below_it(load: Load) -> None:
         GRPOConfig(mode="icepop", cap=0.4)
 
 
-@pytest.mark.parametrize(("loss_type", "own"), [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")])
-def test_user_supplied_objectives_are_recognised(loss_type: str, own: str | None) -> None:
-    assert AlgorithmConfig(loss_type=loss_type).own_loss == own
+CASES = [("dapo", None), ("a/mine.py:loss", "a/mine.py:loss"), ("my.mod:f", "my.mod:f")]
+
+
+@pytest.mark.parametrize(("loss_type", "custom"), CASES)
+def test_user_supplied_objectives_are_recognised(loss_type: str, custom: str | None) -> None:
+    assert AlgorithmConfig(loss_type=loss_type).custom_loss == custom
 
 
 @pytest.mark.parametrize(
@@ -207,13 +210,13 @@ def test_switch_and_mode_of_trl_together_have_the_meaning_of_trl(load: Load, swi
     assert load("\n".join(lines), "correction.mode=icepop").correction.mode == ("icepop" if switch else "none")
 
 
-def test_a_mistyped_mode_is_reported_beside_the_switch(error_of: ErrorOf) -> None:
+def test_a_mistyped_mode_is_reported_with_the_switch(error_of: ErrorOf) -> None:
     for switch in ("true", "false"):
         error = error_of("", f"vllm_importance_sampling_correction={switch}", "vllm_importance_sampling_mode=token")
         assert error.startswith("correction.mode: must be 'none', ")
     error = error_of("", "vllm_importance_sampling_correction=icepop", "vllm_importance_sampling_mode=token_mask")
     assert error == (
-        "correction: vllm_importance_sampling_correction must be true or false when a mode is given too (got 'icepop')"
+        "correction: vllm_importance_sampling_correction must be true or false when a mode is set too (got 'icepop')"
     )
 
 

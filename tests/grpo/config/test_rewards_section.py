@@ -29,14 +29,14 @@ def test_a_dump_reads_back(load, tmp_path):
 
 
 @pytest.mark.parametrize(("value", "meant"), [("stop", "stop"), ("none", "none"), ("0", 0.0), ("-1.5", -1.5)])
-def test_what_a_failure_does(load, value, meant):
+def test_the_action_on_a_failure(load, value, meant):
     assert load("", f"rewards.on_error={value}").rewards.on_error == meant
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rewards.on_error=go on", "rewards.on_error"),
+        ("rewards.on_error=continue", "rewards.on_error"),
         ("rewards.isolation=thread", "rewards.isolation: must be 'inline', 'process' or 'ray' (got 'thread')"),
         ("rewards.timeout=0", "rewards.timeout"),
         ("rewards.functions=[{function: a.py:f, wieght: 2}]", "wieght"),
@@ -50,9 +50,9 @@ def test_mistakes_are_named_in_one_line(error_of, override, expected):
     assert expected in message and "\n" not in message
 
 
-def test_weights_are_given_once(error_of):
+def test_weights_are_specified_once(error_of):
     text = "rewards: {functions: [{function: a.py:f, weight: 2}], weights: [1]}"
-    assert error_of(text) == "rewards.weights: are given twice: here and with the functions"
+    assert error_of(text) == "rewards.weights: are specified twice: here and with the functions"
 
 
 def test_trl_s_names():

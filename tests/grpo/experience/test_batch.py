@@ -1,4 +1,4 @@
-"""A step's batch: what is sampled again, what is taken off rewards, and what is trained on."""
+"""A step's batch: resampling, penalties on rewards, and the selection of trained groups."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_without_resampling_all_groups_are_handed_on(make_batch):
     assert "resampling_rounds" not in batch.metrics and "overlong_penalty" not in batch.metrics
 
 
-def test_resampling_goes_on_until_enough_groups_teach(make_batch):
+def test_resampling_continues_until_enough_groups_have_variance(make_batch):
     batch = make_batch(some_prompts_only, max_resampling_rounds=50)
     rounds = int(batch.metrics["resampling_rounds"])
     assert 1 <= rounds < 50
     assert len(batch.groups) == 3 * (rounds + 1)
     assert len(batch.trained) == 3
     assert all(any(group.advantages) for group in batch.trained)
-    taught = sum(group.has_variance for group in batch.groups)
+    varied = sum(group.has_variance for group in batch.groups)
     before = sum(group.has_variance for group in batch.groups[:-3])
-    assert taught >= 3 and before < 3, "it stops at the first round that suffices"
-    # What was sampled counts in what is reported, whether it is trained on or not.
-    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - taught / len(batch.groups))
+    assert varied >= 3 and before < 3, "it stops at the first round that suffices"
+    # All sampled groups count in the metrics, whether they are trained on or not.
+    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(1 - varied / len(batch.groups))
 
 
 def test_resampling_is_bounded(make_batch):
@@ -89,7 +89,7 @@ def test_long_completions_lose_reward(make_batch):
         shaped = [1.0 - max(0, length - 4) / 4 for length in lengths]
         assert group.reward_std == pytest.approx(statistics.stdev(shaped))
     assert batch.metrics["overlong_penalty"] > 0
-    assert batch.metrics["reward"] == 1.0, "what the functions gave is what is reported"
+    assert batch.metrics["reward"] == 1.0, "the metric is the functions' reward, without the penalty"
 
 
 def test_a_run_with_dynamic_sampling_trains_and_reports_it(run_engine, make_trainer, tmp_path):

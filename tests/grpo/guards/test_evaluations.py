@@ -1,4 +1,4 @@
-"""Evaluations as a witness: what they have gained and lost, what follows from a fall, and with which policy a run ends."""
+"""Alarms on evaluation rewards: gains and losses, actions after a decline, and the policy with which a run ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluated(*counts: int) -> Evaluations:
     return evaluations
 
 
-# What is lost
+# Losses
 
 
 def test_the_share_of_the_gain_that_is_lost():
@@ -138,7 +138,7 @@ def test_after_a_fallen_evaluation_a_step_s_restore_goes_back_to_the_best_one():
     assert "of the evaluation at step 26" in restored.text
 
 
-def test_one_policy_is_put_back_so_many_times_whoever_vouches_for_it():
+def test_restores_of_one_policy_are_limited_across_snapshot_kinds():
     """Every restore is followed by a fall, now in the evaluation, now in the training reward."""
     played = after_calm(max_restores=3)
     for count in (16, 80):
@@ -157,7 +157,7 @@ def test_restoring_an_evaluation_replaces_the_step_snapshot_by_the_same_policy()
     assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 20)
 
 
-def test_a_fall_beyond_stop_restores_the_best_and_halves():
+def test_a_fall_above_the_hard_limit_restores_the_best_and_halves():
     played = Played()
     for count in (16, 80):
         played.steps(10)
@@ -209,11 +209,11 @@ def test_an_evaluation_that_nothing_leads_on_from_ends_the_run():
     for count in (16, 80):
         played.steps(5)
         played.evaluate(right(count))
-    given_up = []
+    gave_up = []
     for _ in range(5):
         played.steps(5)
-        given_up.append(played.evaluate(right(0)).stop)
-    assert given_up == [False] * 4 + [True]
+        gave_up.append(played.evaluate(right(0)).stop)
+    assert gave_up == [False] * 4 + [True]
     assert "rolled back 4 times to step 10 without recovering" in played.decisions[-1].text
 
 
@@ -258,16 +258,16 @@ def test_evaluations_outrank_the_training_reward_at_the_end():
     assert played.guards.ends_with(right(80)) is None
 
 
-def test_evaluations_go_on_after_a_checkpoint():
-    whole = Played()
+def test_evaluations_resume_from_a_checkpoint():
+    undisturbed = Played()
     for count in (16, 80, 70):
-        whole.steps(7)
-        whole.evaluate(right(count))
+        undisturbed.steps(7)
+        undisturbed.evaluate(right(count))
     resumed = Played()
-    resumed.guards.load_state_dict(json.loads(json.dumps(whole.guards.state_dict(), allow_nan=False)))
-    resumed.step, resumed.snapshots.steps = whole.step, dict(whole.snapshots.steps)
-    for played in (whole, resumed):
+    resumed.guards.load_state_dict(json.loads(json.dumps(undisturbed.guards.state_dict(), allow_nan=False)))
+    resumed.step, resumed.snapshots.steps = undisturbed.step, dict(undisturbed.snapshots.steps)
+    for played in (undisturbed, resumed):
         played.steps(7)
         played.evaluate(right(20))
-    assert resumed.decisions[-1] == whole.decisions[-1]
-    assert resumed.guards.state_dict() == whole.guards.state_dict()
+    assert resumed.decisions[-1] == undisturbed.decisions[-1]
+    assert resumed.guards.state_dict() == undisturbed.guards.state_dict()

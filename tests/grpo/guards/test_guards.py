@@ -1,4 +1,4 @@
-"""Alarms ring on their faults and only on them, and actions follow from them."""
+"""Each alarm triggers on its fault and only on it, and actions follow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "harmless", "watch", "stop"), FAULTS)
-def test_each_alarm_rings_on_its_fault_and_on_no_other(name: str, harmless: float, watch: float, stop: float | None):
+def test_each_alarm_triggers_on_its_fault_and_on_no_other(name: str, harmless: float, watch: float, stop: float | None):
     levels: dict[float, Level] = {harmless: Level.INSIDE, watch: Level.WATCH}
     if stop is not None:
         levels[stop] = Level.STOP
@@ -58,7 +58,7 @@ def test_a_limit_can_be_switched_off(name: str, watch: float, stop: float | None
 
 @pytest.mark.parametrize("name", ["sampler_kl", "sampler_ratio", "effective_sample_size", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_batch_that_is_not_finite_is_beyond_stop(calm: Played, name: str, value: float):
+def test_a_non_finite_batch_is_above_the_hard_limit(calm: Played, name: str, value: float):
     (decision,) = calm.steps(**{name: value})
     assert triggered([decision]) == [(name, Level.STOP)]
     assert decision.skip
@@ -68,7 +68,7 @@ def test_a_batch_that_is_not_finite_is_beyond_stop(calm: Played, name: str, valu
 
 @pytest.mark.parametrize("name", ["reward", "entropy", "advantage_scale", "length", "zero_variance"])
 @pytest.mark.parametrize("value", [math.nan, None])
-def test_what_says_nothing_of_the_policy_is_not_judged(calm: Played, name: str, value: float | None):
+def test_metrics_without_information_on_the_policy_are_ignored(calm: Played, name: str, value: float | None):
     assert triggered(calm.steps(10, **{name: value}) + calm.steps(10)) == []
 
 
@@ -77,14 +77,14 @@ def test_absent_quantities_are_not_judged():
     assert all(guards.inspect(step, {}).alarms == () for step in range(30))
 
 
-def test_what_needs_a_start_is_silent_until_there_is_one():
+def test_alarms_that_need_a_baseline_are_silent_without_one():
     played = Played()
     first = played.steps(4)
     fifth = played.steps(1, sampler_kl=0.02, entropy=0.01, length=900.0, grad_norm=5.0, reward=0.0)
     assert triggered(first + fifth) == []
 
 
-def test_a_sampler_that_is_always_far_off_rings_only_beyond_its_own_start():
+def test_a_sampler_with_a_large_gap_triggers_only_above_its_baseline():
     played = Played()
     assert triggered(played.steps(30, sampler_kl=0.03, sampler_ratio=1.1)) == []
     assert triggered(played.steps(sampler_kl=0.07, sampler_ratio=1.16)) == [
@@ -93,7 +93,7 @@ def test_a_sampler_that_is_always_far_off_rings_only_beyond_its_own_start():
     ]
 
 
-def test_a_norm_that_always_scatters_rings_later():
+def test_a_norm_with_large_variance_triggers_later():
     played = Played()
     for step in range(40):
         played.steps(grad_norm=0.2 * 2 ** (0.5 * (-1) ** step))
@@ -114,8 +114,8 @@ def test_a_new_level_of_the_norm_is_accepted_before_the_run_gives_up(calm: Playe
     assert not any(decision.stop for decision in decisions)
 
 
-def test_an_alarm_rings_once_an_excursion():
-    calm = after_calm(restore=False)  # a restore would begin anew
+def test_an_alarm_triggers_once_per_excursion():
+    calm = after_calm(restore=False)  # a restore would reset the statistics
     assert triggered(calm.steps(3, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
     assert triggered(calm.steps(2, sampler_kl=0.2)) == [("sampler_kl", Level.STOP)]
     assert triggered(calm.steps(2, sampler_kl=0.02)) == []
@@ -123,7 +123,7 @@ def test_an_alarm_rings_once_an_excursion():
     assert triggered(calm.steps(2, sampler_kl=0.02)) == [("sampler_kl", Level.WATCH)]
 
 
-def test_a_mean_has_to_be_inside_for_some_steps_before_it_rings_again():
+def test_a_mean_has_to_be_inside_for_some_steps_before_it_triggers_again():
     played = after_calm(restore=False)
     assert triggered(played.steps(20, entropy=0.3)) == [("entropy", Level.WATCH)]
     # The mean swings around the limit.
@@ -145,7 +145,7 @@ def test_length_is_not_held_back():
     assert ("length", Level.WATCH) in triggered(rise(Played(), length=400.0))
 
 
-def test_entropy_rings_where_nothing_was_gained(calm: Played):
+def test_entropy_triggers_without_a_reward_gain(calm: Played):
     assert ("entropy", Level.STOP) in triggered(calm.steps(20, entropy=0.01))
 
 
@@ -156,7 +156,7 @@ def test_entropy_is_no_longer_held_back_once_the_reward_falls():
     assert {"reward", "entropy"} <= {name for name, _ in alarms}
 
 
-def test_the_reward_is_judged_by_what_it_lost_of_its_gain():
+def test_the_reward_alarm_measures_the_lost_share_of_the_gain():
     played = Played(restore=False, halve=False)
     rise(played)
     played.steps(40, reward=0.8)
@@ -220,7 +220,7 @@ def test_advice_is_shown_and_nothing_follows(calm: Played):
     assert sum(decision.snapshot is not None for decision in decisions) == 12
 
 
-def test_a_batch_beyond_stop_is_skipped_for_as_long_as_it_is(calm: Played):
+def test_batches_above_the_hard_limit_are_skipped(calm: Played):
     decisions = calm.steps(4, sampler_kl=0.2)
     assert all(decision.skip and not decision.snapshot for decision in decisions)
     assert triggered(decisions) == [("sampler_kl", Level.STOP)]
@@ -229,7 +229,7 @@ def test_a_batch_beyond_stop_is_skipped_for_as_long_as_it_is(calm: Played):
     assert calm.metric("skipped_steps") == 4
 
 
-def test_a_policy_beyond_stop_is_restored_at_once(calm: Played):
+def test_a_policy_above_the_hard_limit_is_restored_immediately(calm: Played):
     decisions = calm.steps(12, reward=0.0)
     (restored,) = [decision for decision in decisions if decision.restore][:1]
     assert triggered([restored]) == [("reward", Level.STOP)]

@@ -1,4 +1,4 @@
-"""When a snapshot is due, what a restore puts back, checkpoints of the guards, and a run that was healthy stays silent."""
+"""When snapshots are due, the values that a restore resets, checkpoints of the guards, and no alarms in a healthy run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_snapshot_while_the_reward_is_below_its_best():
     assert any(decision.snapshot for decision in played.steps(30, reward=0.8))
 
 
-def test_a_fall_that_is_too_fast_to_be_told_from_noise_is_not_taken_for_healthy():
+def test_a_decline_within_the_noise_is_not_healthy():
     """Rewards of a run whose rate rose too high: at its best in step 10, fallen from step 12 on."""
     rewards = [0.031, 0.016, 0.031, 0.094, 0.156, 0.141, 0.188, 0.297, 0.516, 0.203, 0.516, 0.328, 0.109, 0.25, 0.141, 0.078]
     played = Played()
@@ -98,20 +98,20 @@ def step_values() -> st.SearchStrategy[dict[str, float | None]]:
 
 @settings(max_examples=40, deadline=None)
 @given(trace=st.lists(step_values(), min_size=2, max_size=40), data=st.data())
-def test_judging_goes_on_after_a_checkpoint_as_if_there_had_been_none(
+def test_guards_resume_from_a_checkpoint_without_a_difference(
     trace: list[dict[str, float | None]], data: st.DataObject
 ):
     cut = data.draw(st.integers(1, len(trace) - 1))
-    whole = Played(baseline_steps=2, snapshot_steps=2)
+    undisturbed = Played(baseline_steps=2, snapshot_steps=2)
     for values in trace[:cut]:
-        whole.steps(**values)
+        undisturbed.steps(**values)
     resumed = Played(baseline_steps=2, snapshot_steps=2)
-    resumed.guards.load_state_dict(json.loads(json.dumps(whole.guards.state_dict(), allow_nan=False)))
-    resumed.step, resumed.snapshots.steps = whole.step, dict(whole.snapshots.steps)
+    resumed.guards.load_state_dict(json.loads(json.dumps(undisturbed.guards.state_dict(), allow_nan=False)))
+    resumed.step, resumed.snapshots.steps = undisturbed.step, dict(undisturbed.snapshots.steps)
     for values in trace[cut:]:
-        assert repr(resumed.steps(**values)) == repr(whole.steps(**values))  # repr: NaN is not equal to itself
-    assert resumed.guards.state_dict() == whole.guards.state_dict()
-    assert resumed.guards.metrics() == whole.guards.metrics()
+        assert repr(resumed.steps(**values)) == repr(undisturbed.steps(**values))  # repr: NaN is not equal to itself
+    assert resumed.guards.state_dict() == undisturbed.guards.state_dict()
+    assert resumed.guards.metrics() == undisturbed.guards.metrics()
 
 
 def test_a_recorded_healthy_run_is_silent():

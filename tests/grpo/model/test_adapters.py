@@ -1,4 +1,4 @@
-"""PEFT's side of the policy: targets, patterns, inits, and whether what is saved is the same function elsewhere."""
+"""PEFT's side of the policy: targets, patterns, inits, and whether saved adapters compute the same function in PEFT."""
 
 from __future__ import annotations
 

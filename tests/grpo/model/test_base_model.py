@@ -40,31 +40,32 @@ def test_on_the_weights_of_another_model_it_computes_the_same_bits(tiny_model_pa
     weights = {name: p.detach() for name, p in other.named_parameters()}
     base = load_base(tiny_model_path(kind), dtype=torch.float32, shared=weights)
     assert torch.equal(logits(base.model), logits(other))
-    assert base.own == () and base.own_bytes == 0 and base.shared_bytes == sum(4 * p.numel() for p in weights.values())
+    assert base.unshared == () and base.unshared_bytes == 0
+    assert base.shared_bytes == sum(4 * p.numel() for p in weights.values())
     assert {name: p.data_ptr() for name, p in base.model.named_parameters()} == {n: w.data_ptr() for n, w in weights.items()}
     assert base.model.config.to_dict() == other.config.to_dict()
     assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_offered_or_does_not_fit_comes_from_the_files(tiny_model_path, kind: str) -> None:
+def test_weights_that_are_not_offered_or_do_not_fit_come_from_the_files(tiny_model_path, kind: str) -> None:
     other = plain(tiny_model_path(kind))
     offered = {name: p.detach() for name, p in other.named_parameters() if "mlp" not in name}
     offered["model.norm.weight"] = offered["model.norm.weight"].double()
     wrong = next(name for name in offered if name.endswith("o_proj.weight"))
     offered[wrong] = offered[wrong][:-1]
     base = load_base(tiny_model_path(kind), dtype=torch.float32, shared=offered)
-    assert {name for name in base.own if "mlp" not in name} == {"model.norm.weight", wrong}
+    assert {name for name in base.unshared if "mlp" not in name} == {"model.norm.weight", wrong}
     assert torch.equal(logits(base.model), logits(other))
-    assert base.own_bytes + base.shared_bytes == sum(4 * p.numel() for p in other.parameters())
+    assert base.unshared_bytes + base.shared_bytes == sum(4 * p.numel() for p in other.parameters())
 
 
 def test_weights_in_several_files(tiny_model_path, tmp_path: Path) -> None:
     plain(tiny_model_path("qwen2")).save_pretrained(tmp_path / "parts", max_shard_size="100KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     base = load_base(str(tmp_path / "parts"), dtype=torch.float32, load_in="nf4")
-    whole = load_base(tiny_model_path("qwen2"), dtype=torch.float32, load_in="nf4")
-    assert torch.equal(logits(base.model), logits(whole.model))
+    from_files = load_base(tiny_model_path("qwen2"), dtype=torch.float32, load_in="nf4")
+    assert torch.equal(logits(base.model), logits(from_files.model))
 
 
 def test_a_shared_weight_that_is_not_that_of_the_files_is_not_taken(tiny_model_path) -> None:
@@ -74,12 +75,12 @@ def test_a_shared_weight_that_is_not_that_of_the_files_is_not_taken(tiny_model_p
     offered["model.norm.weight"] += 1
     offered["model.layers.1.mlp.up_proj.weight"][-1] = 0
     base = load_base(tiny_model_path("llama"), dtype=torch.float32, shared=offered)
-    assert set(base.own) == {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert set(base.unshared) == {"model.norm.weight", "model.layers.1.mlp.up_proj.weight"}
     assert torch.equal(logits(base.model), logits(other))
 
 
 @pytest.mark.parametrize("load_in", [None, "nf4"])
-def test_a_head_of_its_own_stays_one_whatever_the_configuration_says(tiny_model_path, tmp_path: Path, load_in: Any) -> None:
+def test_an_untied_head_stays_untied_despite_the_configuration(tiny_model_path, tmp_path: Path, load_in: Any) -> None:
     """The configuration ties it, the files have two: transformers and vLLM take them apart, if they differ."""
     for scale in (1.0, 2.0):
         folder = tmp_path / str(scale)
@@ -112,10 +113,10 @@ def test_in_4_bits_it_computes_with_the_rounded_weights(tiny_model_path, kind: s
     assert torch.equal(logits(base.model), logits(rounded))
     of_linear = sum(rounded.get_parameter(name).numel() for name in names)
     others = sum(p.numel() for p in rounded.parameters()) - of_linear
-    assert base.own_bytes == sum(nf4_bytes(rounded.get_parameter(name).numel()) for name in names) + 4 * others
+    assert base.unshared_bytes == sum(nf4_bytes(rounded.get_parameter(name).numel()) for name in names) + 4 * others
 
 
-def test_in_4_bits_what_is_shared_stays_as_it_is_shared(tiny_model_path) -> None:
+def test_shared_weights_are_not_quantised(tiny_model_path) -> None:
     other = plain(tiny_model_path("llama"))
     offered = {name: p.detach() for name, p in other.named_parameters() if "layers.1" not in name}
     base = load_base(tiny_model_path("llama"), dtype=torch.float32, load_in="nf4", shared=offered)
@@ -162,10 +163,10 @@ def test_files_that_name_weights_otherwise(tiny_model_path, tmp_path: Path) -> N
         nf4_names(str(tmp_path / "other") + "/.")
 
 
-# ------------------------------------------------------------------------------------------------- nobody writes there
+# -------------------------------------------------------------------------------------------- writes into base weights
 
 
-def test_whoever_writes_into_base_weights_is_found(make_policy) -> None:
+def test_writes_into_base_weights_are_found(make_policy) -> None:
     policy = make_policy()
     policy.write_slots()
     assert policy.base.written() == []
@@ -175,7 +176,7 @@ def test_whoever_writes_into_base_weights_is_found(make_policy) -> None:
         policy.write_slots()
 
 
-def test_what_torch_does_not_count_is_found_when_the_adapter_is_saved(make_policy, tmp_path: Path) -> None:
+def test_writes_that_torch_does_not_count_are_found_when_the_adapter_is_saved(make_policy, tmp_path: Path) -> None:
     policy = make_policy()
     policy.save_adapter(tmp_path / "before")
     policy.model.get_submodule("model.layers.1.mlp.up_proj").get_base_layer().weight.data[3, 4] += 1

@@ -158,7 +158,7 @@ def test_an_mlp_that_takes_one_width_only_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()])
-def test_activations_are_told_apart(act: nn.Module) -> None:
+def test_activations_are_distinguished(act: nn.Module) -> None:
     mlp = GatedMLP(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2))
     mlp.act_fn = act
     expected = {"SiLU()": "silu", "GELU(approximate='none')": "gelu", "GELU(approximate='tanh')": "gelu_tanh"}
@@ -184,7 +184,7 @@ def test_projections_of_different_tensors_are_left_alone_and_listed() -> None:
     ("norm", "fused"),
     [(LlamaRMSNorm(8), True), (Gemma3RMSNorm(8), True), (nn.LayerNorm(8, bias=False), False)],
 )
-def test_norms_are_fused_where_they_are_what_they_look_like(norm: nn.Module, fused: bool) -> None:
+def test_norms_are_fused_only_if_they_compute_rms_norm(norm: nn.Module, fused: bool) -> None:
     model = nn.Sequential(norm).bfloat16().requires_grad_(False)
     nn.init.normal_(norm.weight)  # type: ignore[arg-type]
     x = torch.randn(5, 8).bfloat16()

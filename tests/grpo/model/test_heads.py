@@ -1,4 +1,4 @@
-"""Head discovery: weight, soft cap and scale give the model's own log-probabilities, or the model is refused."""
+"""Head discovery: weight, soft cap and scale give the log-probabilities of the model itself, or the model is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def assert_head_gives_the_models_logprobs(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3", "cohere", "granite", "hyperclovax"])
-def test_the_head_gives_the_models_own_logprobs(load, kind: str) -> None:
+def test_the_head_gives_the_logprobs_of_the_model(load, kind: str) -> None:
     assert_head_gives_the_models_logprobs(load(kind))
 
 
@@ -44,7 +44,7 @@ def test_the_head_gives_the_models_own_logprobs(load, kind: str) -> None:
         ("hyperclovax", "logits_scaling", None, 5.0),
     ],
 )
-def test_what_the_configuration_says_of_the_logits(
+def test_logit_options_of_the_configuration(
     load, kind: str, field: str | None, softcap: float | None, scale: float
 ) -> None:
     model = load(kind, **{field: 5.0} if field else {})

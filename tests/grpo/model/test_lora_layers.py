@@ -1,4 +1,4 @@
-"""The embedding's LoRA layer against PEFT's own, with tokens that repeat and with the padding token among them."""
+"""The embedding's LoRA layer against PEFT's, with tokens that repeat and with the padding token among them."""
 
 from __future__ import annotations
 

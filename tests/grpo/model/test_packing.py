@@ -148,7 +148,7 @@ def test_by_completion_restores_the_order(shapes: list[tuple[int, list[int]]], b
 @settings(deadline=None)
 @given(shapes=SHAPES, budget=st.integers(1, 60))
 def test_little_is_wasted(shapes: list[tuple[int, list[int]]], budget: int) -> None:
-    """Two packs that would fit into one are never left apart, and no row stands beside one more than it must."""
+    """Two packs that would fit into one are never left apart, and no row is packed with more rows than necessary."""
     groups = random_groups(shapes)
     sizes = [one.num_input_tokens for one in pack(groups, tokens_per_pack=budget)]
     assert all(a + b > budget for a, b in itertools.combinations(sizes, 2))

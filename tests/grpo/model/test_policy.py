@@ -1,4 +1,4 @@
-"""The policy: masters and slots, the scale, ranks, saving and loading, seeds, and what it refuses."""
+"""The policy: master weights and slots, the scale, ranks, saving and loading, seeds, and what it refuses."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def storages(tensors: list[torch.Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-# Masters and slots
+# Master weights and slots
 
 
 def test_a_new_policy_is_the_base_model(new_policy: Make, one: Pack) -> None:
@@ -86,7 +86,7 @@ def test_only_fp32_masters_are_trained(new_policy: Make, dtype: str) -> None:
     assert {layer.slot.a.dtype for layer in policy.layers.values()} == {getattr(torch, dtype)}
 
 
-def test_every_master_says_what_its_learning_rate_may_depend_on(new_policy: Make) -> None:
+def test_every_master_weight_has_a_role_scale_and_rank(new_policy: Make) -> None:
     targets = ["embed_tokens", "q_proj", "lm_head"]
     policy = new_policy(lora={"targets": targets, "rank_pattern": {"embed_tokens": 2, "lm_head": 4}, "alpha": 8})
     assert all(master.parameter is parameter for master, parameter in zip(policy.master_roles, policy.masters, strict=True))
@@ -163,13 +163,13 @@ def test_rank_16_in_slots_of_64_that_held_another_adapter(make_policy: Make, one
         policy.write_slots()
         assert torch.equal(logprobs(policy, one), expected)
         assert not any(slot.a[16:].any() or slot.b[:, 16:].any() for slot in slots.values())
-    # What is multiplied with are the given slots themselves.
+    # The forward multiplies with the attached slots themselves.
     slots["model.layers.0.self_attn.v_proj"].b.zero_()
     assert not torch.allclose(logprobs(policy, one), expected, atol=1e-3)
 
 
 def test_slots_of_projections_that_are_not_trained_are_emptied(new_policy: Make, make_policy: Make) -> None:
-    """Else the sampler would go on with what an adapter of other targets left there."""
+    """Otherwise the sampler would continue with values left by an adapter of other targets."""
     slots = foreign_slots(make_policy())
     policy = new_policy(lora={"targets": "qkv"})
     for layer in policy.layers.values():
@@ -248,7 +248,7 @@ def test_a_saved_adapter_is_the_same_policy_in_stock_peft(
             assert not torch.allclose(policy.model(ids).logits, stock(ids).logits, atol=0.1)
 
 
-def test_saving_replaces_what_stood_there(make_policy: Make, tmp_path: Path) -> None:
+def test_saving_replaces_existing_files(make_policy: Make, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     make_policy(rank=32).save_adapter(folder)
     (folder / "stale.txt").write_text("of an earlier run")
@@ -324,7 +324,7 @@ def test_gradients_add_up(make_policy: Make, one: Pack) -> None:
 )
 def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str, targets: str | list[str]) -> None:
     groups = random_groups([(5, [4, 1, 6]), (3, [7])])
-    gradients, visits = [], []
+    gradients, passes = [], []
     for gradient_checkpointing in (False, True):
         policy = new_policy(kind, lora={"targets": targets}, gradient_checkpointing=gradient_checkpointing)
         with torch.no_grad():
@@ -338,9 +338,9 @@ def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str
         for one in packs:
             policy.backward(one, minus_logprob)
         gradients.append([parameter.grad for parameter in policy.masters])
-        visits.append(len(count))
+        passes.append(len(count))
     torch.testing.assert_close(gradients[0], gradients[1])
-    assert visits[1] == 2 * visits[0], "activations are computed again in the backward"
+    assert passes[1] == 2 * passes[0], "activations are computed again in the backward"
 
 
 # Models

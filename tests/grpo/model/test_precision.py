@@ -1,4 +1,4 @@
-"""Gradients of the whole training step in bf16 against fp64, beside those of plain PEFT in bf16.
+"""Gradients of the complete training step in bf16 against fp64, compared with those of plain PEFT in bf16.
 
 The oracle is stock PEFT in fp64 on the same numbers (weights, adapters that bf16 can hold), one row a completion, full
 logits, plain autograd. bf16 rounds at every layer, so neither side is close; ours may be off by at most 1.5 times as much.
@@ -48,7 +48,7 @@ def test_bf16_gradients_are_as_exact_as_those_of_plain_peft(
 ) -> None:
     """`fp32_adapter`: PEFT's default for a bf16 model, where the adapter's products are computed in fp32."""
     policy: Policy = make_policy(kind, dtype="bfloat16", rank=16, alpha=16)
-    with torch.no_grad():  # the policy multiplies with masters that are rounded to bf16: let all sides begin with those
+    with torch.no_grad():  # the policy multiplies with master weights rounded to bf16: let all sides start from those
         for master in policy.masters:
             master.copy_(master.bfloat16().float())
     policy.write_slots()

@@ -51,12 +51,12 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_on_vllms_own_weights_the_trainer_computes_the_same_bits(make_engine, tiny_model_path, kind: str) -> None:
+def test_on_vllms_weights_the_trainer_computes_the_same_bits(make_engine, tiny_model_path, kind: str) -> None:
     """Grouped and biased q, k and v, tied and untied heads: all of them are views, and the numbers are those of the files."""
     engine = make_engine(kind, keep_base_weights=True)
     unshared = policy_on(tiny_model_path(kind))
     shared = policy_on(tiny_model_path(kind), shared=engine.base_weights())
-    assert shared.base.own == () and shared.base.shared_bytes == unshared.base.own_bytes
+    assert shared.base.unshared == () and shared.base.shared_bytes == unshared.base.unshared_bytes
     of_vllm = {w.untyped_storage().data_ptr() for w in engine._apply_model(lambda model: list(model.parameters()))}
     assert {w.untyped_storage().data_ptr() for w in shared.base.weights.values()} <= of_vllm
     results_of_both = zip(results(unshared), results(shared), strict=True)
@@ -65,10 +65,10 @@ def test_on_vllms_own_weights_the_trainer_computes_the_same_bits(make_engine, ti
     assert all(proof.gap <= 0.01 * proof.effect for proof in prove_slots(shared, engine))
 
 
-def test_what_vllm_keeps_on_cpu_is_shared_without_asking(make_engine, tiny_model_path) -> None:
+def test_weights_that_vllm_keeps_on_cpu_are_shared_by_default(make_engine, tiny_model_path) -> None:
     engine = make_engine("llama")
     policy = policy_on(tiny_model_path("llama"), shared=engine.base_weights())
-    assert all(name.endswith("_proj.weight") for name in policy.base.own) and len(policy.base.own) == 2 * 7
+    assert all(name.endswith("_proj.weight") for name in policy.base.unshared) and len(policy.base.unshared) == 2 * 7
     assert policy.base.shared_bytes == 4 * (260 * 96 + 5 * 96)
     assert all(torch.equal(a, b) for a, b in zip(results(policy), results(policy_on(tiny_model_path("llama"))), strict=True))
 
@@ -79,7 +79,7 @@ def test_trainer_and_sampler_round_to_the_same_4_bits(make_engine, tiny_model_pa
     engine = make_engine(kind, keep_base_weights=keep, nf4_weights=nf4_names(str(path)))
     plain, packed = policy_on(path), policy_on(path, load_in="nf4")
     shared = policy_on(path, load_in="nf4", shared=engine.base_weights())
-    assert packed.base.own_bytes < plain.base.own_bytes / 2 and bool(shared.base.own) != keep
+    assert packed.base.unshared_bytes < plain.base.unshared_bytes / 2 and bool(shared.base.unshared) != keep
     assert all(torch.equal(a, b) for a, b in zip(results(packed), results(shared), strict=True))
     of_engine, of_packed, of_plain = (
         torch.tensor([lp for sequence in logprobs for lp in sequence])
@@ -104,7 +104,7 @@ def test_a_run_on_shared_weights_leaves_them_as_they_were(
     before = fingerprint(engine.base_weights())
     make_trainer(**changes).train(engine=engine)
     assert fingerprint(engine.base_weights()) == before
-    assert "held once for trainer and vLLM\n" in capsys.readouterr().out, "and nothing of the trainer's own"
+    assert "held once for trainer and vLLM\n" in capsys.readouterr().out, "and the trainer holds no other weights"
     assert all(step["updates"] == 1 and step["grad_norm"] > 0 for step in steps_of(tmp_path / "run"))
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
@@ -135,13 +135,13 @@ with quiet_stderr():
     Nf4Weight.quantise(torch.randn(64, 64))  # libraries are loaded
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is reset
 engine_alone = resident("VmRSS")
 from rankup.grpo.model.base_model import load_base
 shared = engine.base_weights() if config.model.share_base_weights else None
 base = load_base(model_path, dtype=torch.bfloat16, load_in=config.model.load_in, shared=shared)
 peak = resident("VmHWM") - engine_alone
-assert sum(weight.float().sum().item() for weight in base.weights.values()) != 0  # what is mapped is resident once it is read
+assert sum(weight.float().sum().item() for weight in base.weights.values()) != 0  # mapped memory is resident once it is read
 del base
 gc.collect()
 with quiet_stderr():
@@ -149,12 +149,13 @@ with quiet_stderr():
     logprobs = trainer_logprobs(policy, [[1, 504, 3575, 282, 4649, 314], [1, 19556, 28]])
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
-print(json.dumps({"resident": resident("VmRSS"), "peak_of_base": peak, "own": policy.base.own_bytes, "logprobs": logprobs}))
+unshared = policy.base.unshared_bytes
+print(json.dumps({"resident": resident("VmRSS"), "peak_of_base": peak, "unshared": unshared, "logprobs": logprobs}))
 """
 
 
 def measured(**model: Any) -> dict[str, Any]:
-    """Of engine and policy on the embedded model, in a process of its own."""
+    """Memory of engine and policy on the embedded model, in a separate process."""
     command = [sys.executable, "-c", MEASURE, json.dumps(model)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
@@ -165,5 +166,5 @@ def test_memory_of_the_embedded_model() -> None:
     unshared, shared, nf4 = measured(share_base_weights=False), measured(share_base_weights=True), measured(load_in="nf4")
     assert unshared["resident"] - shared["resident"] >= 0.9 * base
     assert unshared["logprobs"] == shared["logprobs"]
-    assert (unshared["own"], shared["own"]) == (base, 0)
+    assert (unshared["unshared"], shared["unshared"]) == (base, 0)
     assert nf4["peak_of_base"] < 0.35 * base

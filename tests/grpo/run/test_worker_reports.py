@@ -31,7 +31,7 @@ def test_a_number_in_another_tensor_is_another_policy():
     assert checksum([first, second]) != checksum([second, first])
 
 
-def test_two_policies_are_told_with_versions_and_checksums():
+def test_two_policies_are_reported_with_versions_and_checksums():
     check_same_policy([REPORT, SLOWER])
     for change, words in (
         ({"checksum": 16}, "worker 1 .* version 7, adapter 0000000000000010, instead of version 7, adapter 00000000000000ff"),
@@ -41,7 +41,7 @@ def test_two_policies_are_told_with_versions_and_checksums():
             check_same_policy([REPORT, dataclasses.replace(REPORT, **change)])
 
 
-def test_a_step_takes_what_its_slowest_worker_takes():
+def test_a_step_takes_as_long_as_its_slowest_worker():
     assert slowest([REPORT, SLOWER]) == {"rollout": 4.0, "train": 1.0}
     metrics = time_metrics([REPORT, SLOWER], trained_tokens=50)
     assert metrics["tokens_per_second/rollout"] == 180 / 4

@@ -31,7 +31,7 @@ PROPORTIONAL = {"adam_epsilon": 1e4, "learning_rate": 1e3}
 def make_learner(make_policy) -> Callable[..., Learner]:
     """A learner on a policy with a strong adapter, published; `options` are `GRPOConfig`'s.
 
-    The groups' log-probabilities are made up: by default no weight corrects them and no guard minds.
+    The groups' log-probabilities are made up: by default no weight corrects them and no guard triggers.
     """
 
     def make(kind: str = "llama", *, rank: int = 16, **options: Any) -> Learner:
@@ -61,7 +61,7 @@ def base_hash(policy: Policy) -> str:
 
 
 def moved(policy: Policy, before: list[torch.Tensor]) -> torch.Tensor:
-    """All changes of the masters in one vector."""
+    """All changes of the master weights in one vector."""
     return torch.cat([(p - q).detach().flatten() for p, q in zip(policy.masters, before, strict=True)])
 
 
@@ -157,7 +157,7 @@ def test_gradients_are_clipped_to_the_norm(make_learner, groups: list[Group]) ->
         [make_group([5, 6], [[7, 8], [9]])],  # without variance
         [make_group([5, 6], [[7, 8], [9]], advantages=[1.0, -1.0], truncated=(0, 1))],
     ],
-    ids=["no groups", "no tokens", "no advantages", "nothing whole"],
+    ids=["no groups", "no tokens", "no advantages", "nothing complete"],
 )
 def test_nothing_to_train_on_is_no_update(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(mask_truncated_completions=True)
@@ -185,7 +185,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(make_learner, groups: list
     assert not any(map(torch.equal, before, learner.policy.masters))
 
 
-# What the loss is a mean over
+# Denominators of the loss
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ def test_denominators(make_learner, mixed: list[Group], options: dict[str, Any],
     learner: Learner = make_learner(max_completion_length=20, **options)
     metrics = learner.update(mixed, step=0).metrics
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    whole = options.get("mask_truncated_completions", False)
-    assert metrics["packing/completion_tokens"] == (6 if whole else 10), "groups without variance cost nothing"
+    masks_truncated = options.get("mask_truncated_completions", False)
+    assert metrics["packing/completion_tokens"] == (6 if masks_truncated else 10), "groups without variance cost nothing"
 
 
 @pytest.mark.parametrize("filtered", [True, False])
@@ -232,7 +232,7 @@ def test_a_bonus_acts_on_groups_without_variance(make_learner, mixed: list[Group
     assert metrics["loss"] == pytest.approx(-8 / 17 - 0.1 * metrics["entropy"], rel=1e-5)
 
 
-def test_an_own_objective(make_policy, mixed: list[Group], tmp_path: Path) -> None:
+def test_a_user_supplied_objective(make_policy, mixed: list[Group], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def loss(tokens):\n    return 3 * tokens.advantages + 0 * tokens.logprobs\n")
     (tmp_path / "run.yaml").write_text("algorithm: {loss_type: 'mine.py:loss'}\nguards: {enabled: false}\n")
     learner = Learner(make_policy(), load_config(tmp_path / "run.yaml", ["mode=none", "veto=0"]))
@@ -248,7 +248,7 @@ def groups_of_the_policy(learner: Learner, groups: list[Group]) -> list[Group]:
     return with_logprobs(groups, by_completion(packs, [learner.policy.logprobs(one)[0] for one in packs]))
 
 
-def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: list[Group]) -> None:
+def test_a_batch_of_another_policy_is_skipped_and_reported(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True})
     before = copies(learner.policy)
     update = learner.update(groups, step=0)
@@ -257,7 +257,7 @@ def test_a_batch_of_another_policy_is_skipped_and_told(make_learner, groups: lis
     assert any("skipped the update" in note for note in update.notes)
 
 
-def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: list[Group]) -> None:
+def test_the_last_healthy_policy_is_restored_bit_exactly(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(guards={"enabled": True}, learning_rate=1e-3)
     assert learner.snapshots.by_kind["step"].step is None
     sampled = groups_of_the_policy(learner, groups)
@@ -273,7 +273,7 @@ def test_the_last_healthy_policy_comes_back_to_the_bit(make_learner, groups: lis
     assert all(map(torch.equal, once, learner.policy.masters)), "Adam's moments went back too"
 
 
-def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: list[Group]) -> None:
+def test_a_restore_of_8_bit_state_is_bit_exact(make_learner, groups: list[Group]) -> None:
     guards = {"enabled": True, "snapshot_steps": 3}
     learner: Learner = make_learner(rank=64, guards=guards, learning_rate=1e-4, optimizer="adamw_8bit")
     outcomes: dict[int, list[torch.Tensor]] = {}
@@ -293,8 +293,8 @@ def test_a_restore_goes_on_to_the_bit_from_8_bit_state(make_learner, groups: lis
 # Iterations
 
 
-def test_every_iteration_is_a_step_with_what_was_just_learnt(make_learner, groups: list[Group]) -> None:
-    """Two iterations: the second one's forward has the masters that the first one's step made."""
+def test_every_iteration_uses_the_weights_of_the_previous_one(make_learner, groups: list[Group]) -> None:
+    """Two iterations: the second one's forward uses the master weights that the first one's step wrote."""
     learner: Learner = make_learner(**PROPORTIONAL, num_iterations=2)
     policy = learner.policy
     first: Learner = make_learner(**PROPORTIONAL)
@@ -383,7 +383,7 @@ def test_metrics(make_learner, groups: list[Group]) -> None:
     assert metrics["grad_norm"] > 0
 
 
-def test_kl_is_told_where_it_is_paid_for(make_learner, groups: list[Group]) -> None:
+def test_kl_is_reported_only_if_it_is_computed_anyway(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(beta=0.1)
     (one,) = learner._packs(groups)
     difference_N = learner.policy.logprobs(one, use_adapter=False)[0] - learner.policy.logprobs(one)[0]

@@ -1,4 +1,4 @@
-"""The configured objective: what it needs from the logits, own functions, and independence of packs and chunks."""
+"""The configured objective: passes over the logits, user-supplied functions, and independence of packs and chunks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def one() -> Pack:
 
 
 def constants_of(packs: list[Pack], *, bound: torch.Tensor | None = None, reaching: int | None = None) -> StepConstants:
-    """What the packs have in common; all their tokens reach the bound unless told otherwise."""
+    """What the packs have in common; by default all their tokens reach the bound."""
     tokens = sum(len(one.targets_N) for one in packs)
     sequences = sum(len(one.lengths_S) for one in packs)
     counts = Counts(sequences=sequences, tokens=tokens, local_tokens=tokens, max_completion_length=30)
@@ -44,40 +44,40 @@ def logprobs_near_the_sampler(one: Pack, width: float = 1.0) -> torch.Tensor:
     return (one.sampler_logprobs_N + noise_N).requires_grad_()
 
 
-# --------------------------------------------------------------------------------------------- visits and factors
+# --------------------------------------------------------------------------------------------- passes and factors
 
 
 @pytest.mark.parametrize(
-    ("options", "visits", "has_factor"),
+    ("options", "passes", "has_factor"),
     [
         (NO_CORRECTION, 1, False),
         ({"veto": 0.0, "mode": "icepop"}, 1, False),
         ({}, 1, True),  # the veto is on
         ({"veto": 0.0, "off_policy_mask_threshold": 0.1}, 1, True),
         ({**NO_CORRECTION, "beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.2}, 1, False),
-        ({"beta": 0.1}, 2, False),  # the penalty goes on where the veto switches the rest off
+        ({"beta": 0.1}, 2, False),  # the penalty still acts where the veto switches the rest off
         ({"off_policy_mask_threshold": 0.1, "entropy_coef": 0.1}, 2, False),
         ({**NO_CORRECTION, "importance_sampling_level": "sequence"}, 2, False),
         ({"veto": 0.0, "mode": "sequence_truncate"}, 2, False),
         ({"veto": 0.0, "mode": "sequence_mask"}, 2, False),
     ],
 )
-def test_logits_are_visited_twice_only_where_a_token_depends_on_others(
-    one: Pack, options: dict[str, Any], visits: int, has_factor: bool
+def test_two_passes_over_the_logits_only_where_a_token_depends_on_others(
+    one: Pack, options: dict[str, Any], passes: int, has_factor: bool
 ) -> None:
     base_N = one.sampler_logprobs_N if "beta" in options else None
     loss = Objective(GRPOConfig(**options)).of(one, constants_of([one]), old_logprobs_N=None, base_logprobs_N=base_N)
-    assert (loss.visits, loss.factor is not None) == (visits, has_factor)
+    assert (loss.passes, loss.factor is not None) == (passes, has_factor)
 
 
 @pytest.mark.parametrize("loss_type", sorted(OBJECTIVES))
-def test_only_gspo_is_visited_twice(one: Pack, loss_type: str) -> None:
+def test_only_gspo_takes_two_passes(one: Pack, loss_type: str) -> None:
     config = GRPOConfig(loss_type=loss_type, veto=0.0)
     loss = Objective(config).of(one, constants_of([one]), old_logprobs_N=None, base_logprobs_N=None)
-    assert loss.visits == (2 if loss_type == "gspo" else 1)
+    assert loss.passes == (2 if loss_type == "gspo" else 1)
 
 
-# ------------------------------------------------------------------------------------------ what is switched off
+# --------------------------------------------------------------------------------- switched-off completions
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.3}, {"mode": "sequence_truncate"}], ids=["once", "kl", "twice"])
@@ -100,7 +100,7 @@ def test_a_veto_takes_a_completion_out_of_the_policy_s_part(one: Pack, options: 
     assert not torch.allclose(without_N[vetoed_N], kl_slope_N[vetoed_N])
 
 
-def test_the_weights_that_are_told_are_those_of_the_loss(one: Pack) -> None:
+def test_the_reported_weights_are_those_of_the_loss(one: Pack) -> None:
     old_N = logprobs_near_the_sampler(one, width=3.0).detach()
     old_N[4] -= 10.0
     objective = Objective(GRPOConfig(mode="token_mask", cap=1.5))
@@ -113,12 +113,12 @@ def test_the_weights_that_are_told_are_those_of_the_loss(one: Pack) -> None:
     assert not weights_N[one.sequence_N == one.sequence_N[4]].any(), "the veto is among them"
 
 
-# ------------------------------------------------------------------------------------------------- own functions
+# --------------------------------------------------------------------------------------- user-supplied functions
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Callable[..., Objective]:
-    """The objective of a run file whose `loss_type` is the function `mine` of a file beside it."""
+def custom(tmp_path: Path) -> Callable[..., Objective]:
+    """The objective of a run file whose `loss_type` is the function `mine` of a file next to it."""
 
     def objective(body: str, **options: Any) -> Objective:
         (tmp_path / "losses.py").write_text(f"import torch\n\n\n{body}\n", encoding="utf-8")
@@ -132,18 +132,18 @@ def own(tmp_path: Path) -> Callable[..., Objective]:
 def gradient_of(objective: Objective, one: Pack, old_N: torch.Tensor | None = None) -> torch.Tensor:
     logprobs_N = logprobs_near_the_sampler(one)
     loss = objective.of(one, constants_of([one]), old_logprobs_N=old_N, base_logprobs_N=None)
-    assert loss.visits == 2, "it may look at whole completions"
+    assert loss.passes == 2, "it may depend on complete completions"
     return torch.autograd.grad(loss_on_leaves(loss, logprobs_N, torch.ones_like(logprobs_N)), logprobs_N)[0]
 
 
-def test_an_own_objective_from_a_file_beside_the_run_file(own: Callable[..., Objective], one: Pack) -> None:
-    objective = own("def mine(tokens):\n    return -tokens.advantages * tokens.logprobs", loss_aggregation="sequence_mean")
+def test_a_user_supplied_objective_from_a_file_next_to_the_run_file(custom: Callable[..., Objective], one: Pack) -> None:
+    objective = custom("def mine(tokens):\n    return -tokens.advantages * tokens.logprobs", loss_aggregation="sequence_mean")
     weights_N = token_weights("sequence_mean", one.lengths_S, constants_of([one]).counts)[one.sequence_N]
     torch.testing.assert_close(gradient_of(objective, one), -one.advantages_N * weights_N)
     assert objective.clip_counts(one, one.sampler_logprobs_N, one.sampler_logprobs_N).tolist() == [0.0, 0.0]
 
 
-OWN_GSPO = """
+CUSTOM_GSPO = """
 def mine(tokens):
     log_ratio = tokens.logprobs - tokens.old_logprobs
     sums = torch.zeros(len(tokens.lengths)).index_add(0, tokens.sequence, log_ratio)
@@ -153,10 +153,10 @@ def mine(tokens):
 """
 
 
-def test_an_own_objective_sees_whole_completions(own: Callable[..., Objective], one: Pack) -> None:
+def test_a_user_supplied_objective_sees_complete_completions(custom: Callable[..., Objective], one: Pack) -> None:
     """GSPO as somebody else would write it, with the corrections that all objectives get."""
     correction = {"mode": "sequence_truncate", "veto": 0.01}
-    objective = own(OWN_GSPO, loss_aggregation="sequence_mean", **correction)
+    objective = custom(CUSTOM_GSPO, loss_aggregation="sequence_mean", **correction)
     old_N = logprobs_near_the_sampler(one).detach() + 1e-3 * torch.sin(torch.arange(len(one.targets_N)))
     expected = gradient_of(Objective(GRPOConfig(loss_type="gspo", **correction)), one, old_N)
     assert expected.any()
@@ -166,16 +166,16 @@ def test_an_own_objective_sees_whole_completions(own: Callable[..., Objective], 
 @pytest.mark.parametrize(
     "result", ["(tokens.logprobs * tokens.advantages).mean()", "tokens.logprobs[:-1]", "0.0", "tokens.logprobs[:, None]"]
 )
-def test_a_wrong_result_of_an_own_objective_is_told(own: Callable[..., Objective], one: Pack, result: str) -> None:
+def test_a_wrong_result_of_an_objective_is_an_error(custom: Callable[..., Objective], one: Pack, result: str) -> None:
     with pytest.raises(ValueError, match=r"losses.py:mine must return one loss for each token: a tensor of shape \[23\]"):
-        gradient_of(own(f"def mine(tokens):\n    return {result}"), one)
+        gradient_of(custom(f"def mine(tokens):\n    return {result}"), one)
 
 
-def test_what_is_no_function_is_told(own: Callable[..., Objective]) -> None:
+def test_an_object_that_is_not_a_function_is_an_error(custom: Callable[..., Objective]) -> None:
     with pytest.raises(ValueError, match=r"algorithm.loss_type: losses.py:mine is not a function"):
-        own("mine = 3")
+        custom("mine = 3")
     with pytest.raises(ValueError, match=r"losses.py has no 'mine': did you mean mime\?"):
-        own("def mime(tokens):\n    return tokens.logprobs")
+        custom("def mime(tokens):\n    return tokens.logprobs")
     with pytest.raises(FileNotFoundError, match=r"no file nowhere/losses.py"):
         Objective(GRPOConfig(loss_type="nowhere/losses.py:mine"))
 
@@ -220,7 +220,7 @@ def near_the_policy(policy: Policy) -> list[Group]:
 
 
 def loss_and_gradients(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_policy: bool) -> torch.Tensor:
-    """The step's loss and all gradients of the masters, in one vector; the policy is left without gradients."""
+    """The step's loss and all gradients of the master weights, in one vector; the policy is left without gradients."""
     algorithm, objective = config.algorithm, Objective(config)
     entropies = torch.cat([policy.logprobs(one)[1] for one in packs])
     constants = constants_of(packs)
@@ -232,7 +232,7 @@ def loss_and_gradients(policy: Policy, packs: list[Pack], config: GRPOConfig, *,
         base_N = policy.logprobs(one, use_adapter=False)[0] if algorithm.beta else None
         old_N = one.sampler_logprobs_N - 0.05 if off_policy else None
         loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
-        total += policy.backward(one, loss.token_loss, visits=loss.visits, factor=loss.factor)[0]
+        total += policy.backward(one, loss.token_loss, passes=loss.passes, factor=loss.factor)[0]
     gradients = [master.grad.flatten() for master in policy.masters if master.grad is not None]
     for master in policy.masters:
         master.grad = None

@@ -1,5 +1,5 @@
 """Learning rates by role, rank and scale, the schedule, what rescaling the rate promises (the same run at another scale), and
-the optimizers: 8-bit state beside exact AdamW, what it takes, and that it is kept and put back to the bit."""
+the optimizers: 8-bit state compared with exact AdamW, its memory, and that it is saved and restored bit-exactly."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_lora_plus_multiplies_the_rate_of_b(make_policy: MakePolicy, optimizer: 
         ({"learning_rate": 1e-4, "embedding_learning_rate": 3e-4}, 3e-4),
     ],
 )
-def test_the_embedding_has_its_own_rate(make_policy: MakePolicy, options: dict[str, float], expected: float) -> None:
+def test_the_embedding_has_a_separate_rate(make_policy: MakePolicy, options: dict[str, float], expected: float) -> None:
     """On the same schedule, and neither LoRA+ nor the scale touches it."""
     policy = make_policy(targets=["embed_tokens", "q_proj"])
     optim = OptimConfig(**options, lora_plus_ratio=4, rescale_learning_rate=True)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_the_embedding_has_its_own_rate(make_policy: MakePolicy, options: dict[s
     assert rates["q_proj", "a"] == options["learning_rate"] / 2
 
 
-def test_rescaling_goes_by_each_layer_s_own_scale_and_rank(make_policy: MakePolicy) -> None:
+def test_rescaling_uses_the_scale_and_rank_of_each_layer(make_policy: MakePolicy) -> None:
     policy = make_policy(
         rank=16, alpha=32, alpha_pattern={"q_proj": 128, "up_proj": 8}, rank_pattern={"k_proj": 4, "up_proj": 8}
     )
@@ -149,7 +149,7 @@ def trained(make_policy: MakePolicy, *, rescale: bool = False, **lora: Any) -> d
     for _ in range(5):
         policy.write_slots()
         loss = Objective(config).of(one, constants, old_logprobs_N=None, base_logprobs_N=None)
-        policy.backward(one, loss.token_loss, visits=loss.visits)
+        policy.backward(one, loss.token_loss, passes=loss.passes)
         optimizer.step()
         optimizer.zero_grad()
     return {
@@ -190,7 +190,7 @@ ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 
 def make_masters(shapes: Mapping[Role, tuple[int, int]], *, device: str = "cpu") -> list[Master]:
-    """Random masters of rank 64 and scale 1/2."""
+    """Random master weights of rank 64 and scale 1/2."""
     generator = torch.Generator().manual_seed(0)
     return [
         Master(torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)), role, scaling=0.5, rank=64)
@@ -249,7 +249,7 @@ def exact_movement(**settings: float) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("adamw_8bit", 0.015)])
 def test_each_optimizer_is_adamw(name: Any, tolerance: float) -> None:
-    """Beside fp64; each wrong setting is at least twice as far away as 8 bits may be."""
+    """Compared with fp64; each wrong setting is at least twice as far away as 8 bits may be."""
     masters = make_masters({"a": A, "b": B})
     before = [parameter.detach().clone() for parameter in parameters_of(masters)]
     train(make_optimizer(masters, OptimConfig(optimizer=name, **SETTINGS)), masters, steps=range(40))
@@ -281,8 +281,8 @@ def test_bytes_of_state(name: Any, shape: dict[Role, tuple[int, int]], expected:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("begun", [False, True])
-def test_state_is_saved_and_put_back_to_the_bit(name: Any, begun: bool) -> None:
-    """Into a new optimizer, and into one that has state of its own."""
+def test_state_is_saved_and_restored_bit_exactly(name: Any, begun: bool) -> None:
+    """Into a new optimizer, and into one that already has state."""
     old, new = (make_masters({"a": A, "b": (5, 64), "embedding": (64, 80)}) for _ in range(2))
     optimizers = [make_optimizer(masters, OptimConfig(optimizer=name, lora_plus_ratio=2)) for masters in (old, new)]
     train(optimizers[0], old, steps=range(5))
@@ -314,7 +314,7 @@ def test_the_state_of_another_kind_is_known_and_not_taken() -> None:
 
 
 def test_tokens_without_gradient_do_not_move_an_embedding() -> None:
-    """8 bits hold no zero beside other numbers (on CPU), or a zero for what is small (on CUDA)."""
+    """8 bits hold no zero next to other numbers (on CPU), or a zero for small numbers (on CUDA)."""
     masters = make_masters({"embedding": (16, 1024)})
     optimizer = make_optimizer(masters, OptimConfig(optimizer="adamw_8bit"))
     (parameter,) = parameters_of(masters)

@@ -14,7 +14,7 @@ from rankup.grpo.update.ranks import describe, equivalent_rate, rate_factor, ste
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
-# Scales at rank 128, and the step beside that of alpha 32 at the same learning rate.
+# Scales at rank 128, and the step relative to that of alpha 32 at the same learning rate.
 AT_RANK_128 = [
     ({"alpha": 32}, 0.25, 1.0),
     ({"alpha": 128}, 1.0, 4.0),
@@ -68,7 +68,7 @@ def test_the_quick_start() -> None:
     )
 
 
-def test_a_jump_is_said_with_what_to_write_instead() -> None:
+def test_a_large_step_is_reported_with_a_remedy() -> None:
     line, warning = describe(GRPOConfig(rank=128, alpha=128, use_rslora=True, learning_rate=1e-4))
     assert line.startswith("adapter: rank 128, scale 11.3 (alpha/sqrt(rank), alpha 128), learning rate 0.0001: 45.3 times")
     assert "far above" in warning and "45.3 times the reference" in warning
@@ -80,7 +80,7 @@ def test_a_high_rate_at_alpha_32_is_not_a_matter_of_scale() -> None:
     assert "far above" in warning and "optim.learning_rate=0.0001" in warning and "rescale" not in warning
 
 
-def test_a_tiny_step_is_said_too() -> None:
+def test_a_tiny_step_is_reported_too() -> None:
     _, warning = describe(GRPOConfig(alpha=1, learning_rate=1e-6))
     assert "far below" in warning and "rescale_learning_rate" in warning
     assert "optim.learning_rate=3.2e-05" in warning, "what 1e-6 is at alpha 32"

@@ -1,4 +1,4 @@
-"""A snapshot holds every bit of masters and optimizer, goes back into the same tensors, and survives a checkpoint."""
+"""A snapshot holds every bit of master weights and optimizer, goes back into the same tensors, and survives a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MakeRun = Callable[[], "Run"]
 
 @dataclass
 class Run:
-    """Masters, their optimizer, and a snapshot of both; step n always has the same gradients."""
+    """Master weights, their optimizer, and a snapshot of both; step n always has the same gradients."""
 
     masters: list[torch.Tensor]
     optimizer: torch.optim.Optimizer
@@ -38,12 +38,12 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Masters and optimizer state: the tensors themselves."""
+        """Master weights and optimizer state: the tensors themselves."""
         state = [value for master in self.masters for value in self.optimizer.state.get(master, {}).values()]
         return [*self.masters, *(value for value in state if isinstance(value, torch.Tensor))]
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Copies of masters and optimizer state."""
+        """Copies of master weights and optimizer state."""
         masters = {str(index): master for index, master in enumerate(self.masters)}
         now = masters | optimizer_tensors(self.optimizer, self.masters)
         return {name: tensor.detach().clone() for name, tensor in now.items()}

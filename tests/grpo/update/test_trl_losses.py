@@ -1,12 +1,12 @@
 """Losses, corrections and advantages against those of TRL, by calling TRL itself on the same tensors.
 
 `GRPOTrainer._compute_loss` runs on an object that was never initialised: it gets the attributes that the method reads, and the
-given log-probabilities in place of a model. What TRL computes in the midst of long methods (advantages, importance weights) is
+log-probabilities in place of a model. Computations inside TRL's long methods (advantages, importance weights) are
 cut out of them, statement by statement, and run.
 
 TRL's loss types without a counterpart here: `luspo` and `vespo`. Options without one: `use_bias_correction_kl`, the adaptive
 entropy coefficient, RLOO's `normalize_advantages` and its KL in the reward. TRL's sequence modes of the importance weight take
-the product over a completion, ours the geometric mean; there TRL is given our weights.
+the product over a completion, ours the geometric mean; there TRL gets our weights.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def statement(method: Any, test: str, *, assigns: str) -> Any:
 
 
 def importance_weights(trl: Any, case: Case, mask_ST: torch.Tensor) -> torch.Tensor:
-    """TRL's own, [S, T]; those of a sequence are ours, see the module's docstring."""
+    """TRL's weights, [S, T]; those of a sequence are ours, see the module's docstring."""
     correction, old_M = case.config.correction, case.logprobs_M.detach() if case.old_M is None else case.old_M
     if correction.mode.startswith("sequence"):
         weights_M = correction_weights(old_M - case.sampler_M, torch.tensor(case.lengths), correction)

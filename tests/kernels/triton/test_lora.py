@@ -178,7 +178,7 @@ def test_the_tile_of_other_chips_fits_the_smallest(what: str) -> None:
 
 
 @triton.jit
-def whole_rank_at_once(
+def complete_rank_in_one_step(
     x_ptr,
     w_ptr,
     h_ptr,
@@ -211,10 +211,10 @@ def test_holding_the_complete_rank_would_not_launch_at_rank_128(capability: int)
     tensors = {"x_ptr": bf16(tokens, width), "w_ptr": bf16(out, width), "h_ptr": bf16(tokens, rank), "b_ptr": bf16(out, rank)}
     cut = {"BLOCK_T": tile.tokens, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
     sizes = {"out_ptr": bf16(tokens, out), "K": width, "N": out, "R": rank, "num_warps": tile.warps, "num_stages": tile.stages}
-    at_once = compile_for(capability, whole_rank_at_once, **tensors, **cut, **sizes)
+    in_one_step = compile_for(capability, complete_rank_in_one_step, **tensors, **cut, **sizes)
     in_steps = build(capability, rank, "forward", tile)
-    assert at_once.shared > SHARED_MEMORY[capability] >= in_steps.shared
-    assert not at_once.fits and in_steps.fits
+    assert in_one_step.shared > SHARED_MEMORY[capability] >= in_steps.shared
+    assert not in_one_step.fits and in_steps.fits
     # The rank needs no additional shared memory.
     assert in_steps.shared == build(capability, 16, "forward", tile).shared
 

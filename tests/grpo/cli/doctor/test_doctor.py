@@ -218,7 +218,7 @@ def test_a_check_that_raises_is_a_problem_of_its_name_and_the_other_checks_still
     assert "in fails" in capfd.readouterr().err
 
 
-def test_what_a_check_found_before_it_raised_is_kept() -> None:
+def test_findings_before_an_exception_are_shown() -> None:
     def fails_late():
         yield Finding("first", "found")
         raise RuntimeError

@@ -328,7 +328,7 @@ def test_the_command_prints_the_folder_and_how_to_serve_it(
 def test_a_checkpoint_of_a_run(save_run: SaveRun, tmp_path: Path) -> None:
     checkpoint = save_run(folder=tmp_path / "run" / "checkpoints" / "step_000010")
     assert main(["export", str(checkpoint), "--merge"]) == 0
-    # Beside the checkpoints: the run deletes old ones.
+    # Next to the checkpoints: the run deletes old ones.
     merged = tmp_path / "run" / "export" / "step_000010-merged"
     assert "- steps: 10, a checkpoint" in (merged / "README.md").read_text()
 

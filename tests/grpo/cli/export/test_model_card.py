@@ -129,7 +129,7 @@ def test_results_of_a_run(make_run: MakeRun) -> None:
 
 
 def test_results_of_a_merged_model_are_marked_as_those_of_the_adapter(make_run: MakeRun) -> None:
-    note = "Measured with the adapter beside the base model in bfloat16, before it was merged."
+    note = "Measured with the adapter next to the base model in bfloat16, before it was merged."
     run = make_run()
     assert note in card_of(run, merged_dtype="bfloat16") and note not in card_of(run)
 

@@ -1,4 +1,4 @@
-"""What fits on a device, what is left for vLLM, and what would need less."""
+"""Whether a run fits on a device, vLLM's share, and changes that would need less memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def config(changes: dict[str, Any] | None = None) -> GRPOConfig:
     return changed(GRPOConfig(), changes or {})
 
 
-def test_what_is_left_is_the_kv_cache(shape: ModelShape):
+def test_the_rest_of_the_memory_is_the_kv_cache(shape: ModelShape):
     budget = plan_budget(shape, config(), device="cuda", vram=80 * GIB)
     assert budget.fits
     assert budget.kv_per_token == 2 * 28 * 4 * 128 * 2
@@ -58,7 +58,7 @@ def test_vllms_share_holds_its_weights_slots_and_cache(shape: ModelShape):
     assert share * 80 * GIB + sum(budget.training.values()) - budget.training["adapter_slots"] <= 80 * GIB
 
 
-def test_the_smallest_common_size_is_one_that_what_is_needed_goes_into(shape: ModelShape):
+def test_the_smallest_common_size_holds_the_minimum(shape: ModelShape):
     budget = plan_budget(shape, config(), device="cuda")
     assert budget.fits is None and budget.gpu_memory_utilization is None
     smallest = budget.common_sizes[0]
@@ -78,9 +78,9 @@ def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
     assert plan_budget(shape, config(), device="cuda", vram=15 * GIB).fits is False
 
 
-def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
+def test_a_second_copy_of_the_base_can_be_saved(shape: ModelShape):
     separate = config({"model.share_base_weights": False})
-    with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB for the trainer besides") as caught:
+    with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB more for the trainer") as caught:
         plan_budget(shape, separate, device="cuda", vram=24 * GIB)
     assert "at least 29 GiB, or let both use one copy (14.2 GiB) with --share-base-weights true" in str(caught.value)
     plan_budget(shape, config({"model.share_base_weights": True}), device="cuda", vram=24 * GIB)
@@ -89,8 +89,8 @@ def test_a_second_copy_of_the_base_can_be_given_up(shape: ModelShape):
 
 def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
     separate, packed = config({"model.share_base_weights": False}), {"model.load_in": "nf4"}
-    shared, own = ({s.change for s in savings(shape, one, device="cuda")} for one in (config(), separate))
-    assert "model.load_in nf4" in own - shared
+    shared, unshared = ({s.change for s in savings(shape, one, device="cuda")} for one in (config(), separate))
+    assert "model.load_in nf4" in unshared - shared
 
     def minimum(one: GRPOConfig) -> int:
         return plan_budget(shape, one, device="cuda").minimum
@@ -116,7 +116,7 @@ def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: Device,
     assert sum(one.alone for one in found) == training_parts(shape, held, device).get("base_weights", 0)
 
 
-def test_savings_are_differences_of_what_is_needed(shape: ModelShape):
+def test_savings_are_differences_of_minimum_memory(shape: ModelShape):
     large = config(LARGE)
     found = {saving.change: saving.alone for saving in savings(shape, large, device="cuda")}
     changes = {
@@ -140,7 +140,7 @@ def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
     assert together == sorted(together, reverse=True)
 
 
-def test_what_is_saved_already_is_not_suggested_again(shape: ModelShape):
+def test_savings_in_use_are_not_suggested_again(shape: ModelShape):
     lowest = low_memory(config({"lora.rank": 16}), "cuda")
     assert [saving.change for saving in savings(shape, lowest, device="cuda")] == ["optim.optimizer adamw_8bit"]
     assert savings(shape, changed(lowest, {"optim.optimizer": "paged_adamw_8bit"}), device="cuda") == []

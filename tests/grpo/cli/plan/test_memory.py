@@ -1,4 +1,4 @@
-"""The parts of a run's memory that are counted, and the peak of real updates on CPU beside the sum of all parts."""
+"""The parts of a run's memory that are counted, and the peak of real updates on CPU compared with the sum of all parts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from rankup.grpo.cli.plan.memory import (
     changed,
     engine_parts,
     kv_bytes_per_token,
-    own_base_bytes,
     training_parts,
+    unshared_base_bytes,
 )
 from rankup.grpo.cli.plan.shapes import Matrix, ModelShape
 from rankup.grpo.config import GRPOConfig
@@ -83,7 +83,7 @@ def test_nf4_leaves_embeddings_head_and_norms_in_bf16(shape: ModelShape):
 
 
 @pytest.mark.parametrize(
-    ("device", "sharing", "load_in", "own"),
+    ("device", "sharing", "load_in", "unshared"),
     [
         ("cuda", "auto", None, 0),
         ("cuda", "auto", "nf4", 0),
@@ -95,17 +95,17 @@ def test_nf4_leaves_embeddings_head_and_norms_in_bf16(shape: ModelShape):
         ("cpu", False, None, 2 * 1_500),
     ],
 )
-def test_the_trainer_holds_what_it_does_not_share_with_vllm(
-    shape: ModelShape, device: Device, sharing: Any, load_in: str | None, own: int
+def test_the_trainer_holds_the_weights_that_it_does_not_share_with_vllm(
+    shape: ModelShape, device: Device, sharing: Any, load_in: str | None, unshared: int
 ):
     with_biases = dataclasses.replace(shape, biases=("q_proj", "k_proj"))
     held = {"model.share_base_weights": sharing, "model.load_in": load_in}
-    assert own_base_bytes(with_biases, changed(GRPOConfig(), held), device) == own
-    assert parts(with_biases, held, device).get("base_weights", 0) == own
+    assert unshared_base_bytes(with_biases, changed(GRPOConfig(), held), device) == unshared
+    assert parts(with_biases, held, device).get("base_weights", 0) == unshared
     assert engine_parts(with_biases, device)["base_weights"] == 2 * 1_500
 
 
-def test_what_a_pass_takes_is_part_of_the_sum(shape: ModelShape):
+def test_the_memory_of_a_pass_is_part_of_the_sum(shape: ModelShape):
     assert parts(shape, {}, "cuda").items() >= PASS.items()
     assert parts(shape, {}, "cuda")["gaps"] == 100
 
@@ -126,7 +126,7 @@ def test_a_token_of_the_kv_cache(shape: ModelShape):
     ids=["rank 64", "rank 128", "checkpointing"],
 )
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(arguments: list[str]):
-    # In the third update the guards' first snapshot with optimizer state lies beside activations: later ones take no more.
+    # In the third update the guards' first snapshot with optimizer state coexists with activations: later ones take no more.
     result = subprocess.run(
         [sys.executable, MEASURE, "--repeats", "3", *arguments],
         capture_output=True,

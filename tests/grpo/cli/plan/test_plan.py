@@ -112,7 +112,7 @@ def test_a_narrow_terminal_loses_no_number(plan: Planner):
     assert "\x1b[" in buffer.getvalue() and "19,537,920" in buffer.getvalue()
 
 
-def test_what_does_not_fit_says_what_to_change(plan: Planner):
+def test_a_plan_that_does_not_fit_suggests_changes(plan: Planner):
     text = plan("--vram", "4", "--tokens-per-pack", "16384")
     assert "too small" in text and "more are needed" in text
     assert "optim.gradient_checkpointing true" in text and ", which fits" in text
@@ -120,7 +120,7 @@ def test_what_does_not_fit_says_what_to_change(plan: Planner):
 
 
 @pytest.mark.parametrize("task", PRACTICE)
-def test_a_written_run_file_loads_to_what_was_planned(plan: Planner, task: str):
+def test_a_written_run_file_loads_to_the_plan(plan: Planner, task: str):
     file = plan.folder / "runs" / "run.yaml"
     made = plan.json("--task", task, "--vram", "24", "--gradient-checkpointing", "--write", str(file))
     config = load_config(file)
@@ -212,11 +212,11 @@ def test_help_shows_examples_that_parse(capsys: pytest.CaptureFixture[str]):
 
 def test_how_the_base_is_held_and_the_optimizer_go_into_the_budget(plan: Planner):
     assert "base_weights" not in plan.json()["memory"]["training"]
-    own = plan.json("--share-base-weights", "false")["memory"]
-    assert own["training"]["base_weights"] == own["engine"]["base_weights"] == 2 * 134_515_008
+    unshared = plan.json("--share-base-weights", "false")["memory"]
+    assert unshared["training"]["base_weights"] == unshared["engine"]["base_weights"] == 2 * 134_515_008
     assert plan.json("--share-base-weights", "false")["workload"]["share_base_weights"] is False
     packed = plan.json("--share-base-weights", "false", "--load-in", "nf4")
-    assert packed["memory"]["training"]["base_weights"] < 0.6 * own["training"]["base_weights"]
+    assert packed["memory"]["training"]["base_weights"] < 0.6 * unshared["training"]["base_weights"]
     assert not any("NF4" in note for note in packed["notes"])
     assert any("NF4 saves no memory here" in note for note in plan.json("--load-in", "nf4")["notes"])
     in_8_bits = plan.json("--optimizer", "adamw_8bit")["memory"]["training"]
@@ -225,7 +225,7 @@ def test_how_the_base_is_held_and_the_optimizer_go_into_the_budget(plan: Planner
 
 HELD: dict[str, tuple[list[str], dict[str, Any]]] = {
     "as by default": ([], {"load_in": None, "share_base_weights": "auto", "optimizer": "adamw"}),
-    "its own, packed": (
+    "not shared, packed": (
         ["--share-base-weights", "false", "--load-in", "nf4", "--optimizer", "adamw_8bit"],
         {"load_in": "nf4", "share_base_weights": False, "optimizer": "adamw_8bit"},
     ),

@@ -43,7 +43,7 @@ def config(*, checkpointing: bool = False, targets: Any = "all-linear", load_in:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
-def test_two_layers_give_what_all_layers_give_to_the_byte(changes: dict[str, Any], checkpointing: bool, device: Any):
+def test_two_layers_predict_all_layers_byte_exactly(changes: dict[str, Any], checkpointing: bool, device: Any):
     with quiet_stderr():
         two, five = (
             measure_pass(LLAMA | changes, config(checkpointing=checkpointing), device=device, depth=depth) for depth in (2, 5)
