@@ -1,4 +1,4 @@
-"""The command with real signals: it ends with status 0, prints the command to resume, and resumes to the same result."""
+"""The command itself, with real signals: it ends with status 0, says how to resume, and then resumes to the same result."""
 
 import json
 import shlex
@@ -101,7 +101,7 @@ def test_a_second_signal_ends_the_command_immediately(no_other_engine, project: 
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    list(lines_until(process, "SIGTERM: this step"))
+    list(lines_until(process, "SIGTERM: finishing this step"))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
 
