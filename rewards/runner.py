@@ -92,7 +92,8 @@ class Scorer:
         if not entries:
             raise ValueError("no reward functions: specify at least one")
         if config.weights is not None and len(config.weights) != len(entries):
-            raise ValueError(f"{len(config.weights)} reward weights for {len(entries)} functions: specify one weight each")
+            counts = f"{len(config.weights)} reward weights for {len(entries)} reward functions"
+            raise ValueError(f"{counts}: specify one weight each")
         if config.weights is not None and any(options.weight is not None for _, options in entries):
             raise ValueError("reward weights are specified twice: in the list of weights and with the functions")
         self.config = config
