@@ -112,7 +112,7 @@ def test_a_run_resumes_from_a_named_checkpoint_and_sets_later_ones_aside(train, 
     train("undisturbed", save_steps=2, resume=checkpoints / "step_000004")
     assert left_behind(tmp_path / "undisturbed") == undisturbed
     assert "step_000006.aside.1" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no checkpoint of this run"):
+    with pytest.raises(ValueError, match="is not a checkpoint of this run"):
         train("other", resume=checkpoints / "step_000004")
 
 
@@ -120,7 +120,7 @@ def test_a_finished_run_is_left_as_it_is(train, tmp_path: Path, capsys):
     first = train("run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert train("run", resume=True) == first
-    assert "nothing left to do" in capsys.readouterr().out
+    assert "already finished: there is nothing to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
