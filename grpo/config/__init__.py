@@ -1,5 +1,6 @@
 """The configuration of a run. Imports no torch; see `run_config.py`."""
 
+from ...rewards.config import RewardFunction
 from .run_config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -12,7 +13,6 @@ from .run_config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
-    RewardFunction,
     RewardsConfig,
     RolloutConfig,
     dump_config,

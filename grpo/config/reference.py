@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ...rewards.config import RewardFunction
 from ...section import Section
 from .loading import TRL_NAMES
-from .run_config import DERIVED_DEFAULTS, GRPOConfig, RewardFunction
+from .run_config import DERIVED_DEFAULTS, GRPOConfig
 
 INTRODUCTION = """# Options
 

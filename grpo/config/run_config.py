@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from ...rewards.config import RewardFunction, RewardsConfig
+from ...rewards.config import RewardsConfig
 from ...rollout.config import RolloutConfig
 from ...section import Section
 from .algorithm import COMMON, AlgorithmConfig, CorrectionConfig
@@ -27,25 +27,6 @@ from .logging import LoggingConfig
 from .lora import LoraConfig
 from .model import ModelConfig
 from .optim import OptimConfig
-
-__all__ = [
-    "AlgorithmConfig",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "CorrectionConfig",
-    "DataConfig",
-    "GRPOConfig",
-    "GuardsConfig",
-    "LoggingConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RewardFunction",
-    "RewardsConfig",
-    "RolloutConfig",
-    "dump_config",
-    "load_config",
-]
 
 MAX_NUM_SEQS = 256
 """Upper bound of the default of `rollout.max_num_seqs`."""
