@@ -1,6 +1,6 @@
 """A running run: engine, policy, records and checkpoints, opened from its setup and closed again.
 
-    with open_run(setup, resumption, is_evaluated=False, engine=None) as ctx:
+    with open_run(setup, resumption, evaluation_pending=True, engine=None) as ctx:
         loop.run(ctx)
 """
 
@@ -65,12 +65,12 @@ class RunContext:
 
 @contextmanager
 def open_run(
-    setup: RunSetup, resumption: Resumption | None, *, is_evaluated: bool, engine: RolloutEngine | None
+    setup: RunSetup, resumption: Resumption | None, *, evaluation_pending: bool, engine: RolloutEngine | None
 ) -> Iterator[RunContext]:
     """Start reward processes, vLLM and the policy; then start the run from scratch or resume it.
 
     Args:
-        is_evaluated: of a new run: whether no evaluation is due before its first step.
+        evaluation_pending: of a new run: whether an evaluation is due before its first step.
         engine: a user-supplied one, which stays open; None: one for this run.
     """
     for note in start_notes(setup.config, setup.inputs):
@@ -94,7 +94,7 @@ def open_run(
         )
         ctx = RunContext(setup=setup, session=session, checkpoints=checkpoints, output=output)
         if resumption is None:
-            checkpoints.start(is_evaluated=is_evaluated)
+            checkpoints.start(evaluation_pending=evaluation_pending)
         else:
             checkpoints.resume(resumption)
             if output is not None:
@@ -180,7 +180,7 @@ def save_on_error(ctx: RunContext) -> Iterator[None]:
         raise
 
 
-def complete(ctx: RunContext) -> dict[str, Any]:
+def write_final_files(ctx: RunContext) -> dict[str, Any]:
     """Write the final files of a complete run; returns its summary."""
     ctx.save_adapter()
     ctx.draw()

@@ -18,7 +18,7 @@ from .common.errors import TrainingStoppedError
 from .common.log import log_to, logger
 from .common.memory import resident_mib
 from .common.timing import Clock
-from .context import RunContext, complete, open_run, run_folder_owned, save_on_error
+from .context import RunContext, open_run, run_folder_owned, save_on_error, write_final_files
 from .display.view_text import When
 from .experience.batch import Batch, collect_batch
 from .experience.evaluation import Evaluation, evaluate
@@ -51,12 +51,12 @@ def train(
                 resume, setup.config, setup.store, inputs=setup.fingerprint, allow_changes=allow_changes
             )
         )
-        is_evaluated = not evaluation_is_due(setup, 0)
-        ctx = stack.enter_context(open_run(setup, resumption, is_evaluated=is_evaluated, engine=engine))
+        pending = evaluation_is_due(setup, 0)
+        ctx = stack.enter_context(open_run(setup, resumption, evaluation_pending=pending, engine=engine))
         with save_on_error(ctx):
             setup.on_ready()
             run(ctx)
-        return complete(ctx)
+        return write_final_files(ctx)
 
 
 def run(ctx: RunContext) -> None:
@@ -67,7 +67,7 @@ def run(ctx: RunContext) -> None:
         with profiled(trace_path(ctx.setup.config.logging, step + 1, rank=ctx.setup.world.rank)):
             train_step(ctx, step)
     evaluate_and_save_if_due(ctx, max_steps)
-    finish(ctx)
+    end_with_best_policy(ctx)
 
 
 def train_step(ctx: RunContext, step: int) -> None:
@@ -77,7 +77,7 @@ def train_step(ctx: RunContext, step: int) -> None:
     clock.seconds |= {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds}
     with clock.phase("train"):
         gradients = learner.backward(batch.trained)
-        ctx.checkpoints.begin_update()
+        ctx.checkpoints.leave_position()
         decision = learner.guards.inspect(step, {**batch.metrics, **gradients.metrics()})
         update = learner.apply(decision, gradients, step=step)
     with clock.phase("publish"):
@@ -112,7 +112,7 @@ def record(
     if ctx.output is not None:
         ctx.output.recorder.step(step + 1, metrics)
     if is_complete:
-        checkpoints.end_update(step + 1, is_evaluated=not evaluation_is_due(ctx.setup, step + 1))
+        checkpoints.set_position(step + 1, evaluation_pending=evaluation_is_due(ctx.setup, step + 1))
     if ctx.output is not None:
         ctx.output.show_step(step, batch.groups, metrics, slowest(reports), update.notes)
 
@@ -120,7 +120,7 @@ def record(
 def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:
     """Between two steps, after `step` updates."""
     ctx.stop_if_requested()
-    if not ctx.checkpoints.position.is_evaluated:
+    if ctx.checkpoints.position.evaluation_pending:
         evaluate_between_steps(ctx, step)
     save_steps = ctx.setup.config.checkpoint.save_steps
     if is_due(step, save_steps) or (step == ctx.setup.config.optim.max_steps and save_steps):
@@ -134,21 +134,21 @@ def evaluate_between_steps(ctx: RunContext, step: int) -> None:
     decision = None
     # A failed reward function says nothing about the policy.
     if ctx.setup.config.logging.eval_steps > 0 and not evaluation.failures:
-        ctx.checkpoints.begin_update()
+        ctx.checkpoints.leave_position()
         decision = guards.inspect_evaluation(step, evaluation.rewards)
         guards.apply(decision)
         if decision.restore is not None:
             ctx.session.publish()
     record_evaluation(ctx, step, evaluation, "during" if step else "before")
     if decision is None or not decision.stop:
-        ctx.checkpoints.end_update(step, is_evaluated=True)
+        ctx.checkpoints.set_position(step, evaluation_pending=False)
     for note in decision.notes if decision is not None else ():
         logger.info(note)
     if decision is not None and decision.stop_reason is not None:
         raise TrainingStoppedError(decision.stop_reason)
 
 
-def finish(ctx: RunContext) -> None:
+def end_with_best_policy(ctx: RunContext) -> None:
     """The last evaluation. A run that has fallen from its best ends with the adapter of its best."""
     max_steps, guards = ctx.setup.config.optim.max_steps, ctx.session.learner.guards
     last = None
@@ -160,7 +160,7 @@ def finish(ctx: RunContext) -> None:
         if last is not None:
             record_evaluation(ctx, max_steps, last, "during")
             last = None
-        ctx.checkpoints.begin_update()
+        ctx.checkpoints.leave_position()
         step = guards.restore(kind)
         ctx.session.publish()
         whose = f"that sampled step {step + 1}" if kind == "step" else f"of the evaluation at step {step}"
@@ -185,7 +185,7 @@ def record_evaluation(ctx: RunContext, step: int, evaluation: Evaluation, when: 
 
 
 def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
-    """Whether to evaluate between two steps; after the last step, `finish` does."""
+    """Whether to evaluate between two steps; after the last step, `end_with_best_policy` does."""
     logging = setup.config.logging
     if setup.eval_prompts is None or steps_done == setup.config.optim.max_steps:
         return False

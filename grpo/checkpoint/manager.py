@@ -1,10 +1,10 @@
 """Where a run stands between two steps, and its checkpoints: saved when due, resumed later.
 
     manager = CheckpointManager(config, session, store, output=output, inputs=inputs)
-    manager.resume(resumption)                      # or manager.start(is_evaluated=False) for a new run
-    manager.begin_update()
+    manager.resume(resumption)                      # or manager.start(evaluation_pending=True) for a new run
+    manager.leave_position()
     ... the update, publish, metrics ...
-    manager.end_update(1, is_evaluated=True)
+    manager.set_position(1, evaluation_pending=False)
     manager.save()
 """
 
@@ -70,28 +70,28 @@ class CheckpointManager:
         self._storage = storage
         self._run_id = uuid.uuid4().hex
         self._is_between_steps = True
-        self._saved: tuple[int, bool] | None = None  # steps_done and is_evaluated of `last`
+        self._saved: tuple[int, bool] | None = None  # steps_done and evaluation_pending of `last`
         self._records: dict[str, Any] = {}
 
-    def start(self, *, is_evaluated: bool) -> None:
+    def start(self, *, evaluation_pending: bool) -> None:
         """A new run, before its first step."""
         if self._output is not None:
             self._output.open_trackers(None)
-        self.end_update(0, is_evaluated=is_evaluated)
+        self.set_position(0, evaluation_pending=evaluation_pending)
 
-    def begin_update(self) -> None:
-        """From here to `end_update` weights, optimizer and guards are those of no complete step: nothing can be saved."""
+    def leave_position(self) -> None:
+        """From here to `set_position` weights, optimizer and guards are those of no complete step: nothing can be saved."""
         self._is_between_steps = False
 
-    def end_update(self, steps_done: int, *, is_evaluated: bool) -> None:
-        """The state is that of a complete step again: this is what a checkpoint holds until the next update begins.
+    def set_position(self, steps_done: int, *, evaluation_pending: bool) -> None:
+        """The run stands between two steps: this is what a checkpoint holds until `leave_position`.
 
-        is_evaluated: whether the evaluation due at this place, if any, was made.
+        evaluation_pending: whether an evaluation is due here and not done yet.
         """
         self._is_between_steps = True
         self.position = Position(
             steps_done=steps_done,
-            is_evaluated=is_evaluated,
+            evaluation_pending=evaluation_pending,
             num_tokens=self.num_tokens,
             random_states=[random_states()],
         )
@@ -113,10 +113,10 @@ class CheckpointManager:
         for change in software_changes(state, self._session.policy.device):
             logger.info(f"results may differ in the last bits from an uninterrupted run: {change}")
         self.num_tokens, self.last = state.position.num_tokens, checkpoint.path
-        self._saved = (state.position.steps_done, state.position.is_evaluated)
+        self._saved = (state.position.steps_done, state.position.evaluation_pending)
         states = state.position.random_states  # of all workers that there were
         set_random_states(states[self._world.rank % len(states)])
-        self.end_update(state.position.steps_done, is_evaluated=state.position.is_evaluated)
+        self.set_position(state.position.steps_done, evaluation_pending=state.position.evaluation_pending)
 
     def save(self) -> None:
         """Write a checkpoint. A failure is reported and the run continues: the next one may succeed."""
@@ -134,7 +134,7 @@ class CheckpointManager:
             CheckpointError: it could not be written.
         """
         position = self.position
-        if self._saved == (position.steps_done, position.is_evaluated):
+        if self._saved == (position.steps_done, position.evaluation_pending):
             return self.last
         if position.steps_done == 0 or not self._is_between_steps:
             return None
@@ -147,7 +147,7 @@ class CheckpointManager:
             except CheckpointError as failure:
                 error = failure
         if self._world.broadcast_from_main(lambda: error is None):  # so that all workers skip or repeat it together
-            self._saved = (position.steps_done, position.is_evaluated)
+            self._saved = (position.steps_done, position.evaluation_pending)
         if error is not None:
             raise error
         return self.last

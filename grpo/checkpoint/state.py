@@ -45,13 +45,13 @@ class Position:
 
     Attributes:
         steps_done: number of steps.
-        is_evaluated: whether no evaluation is due after them, or it is done.
+        evaluation_pending: whether an evaluation is due after them and not done yet.
         num_tokens: tokens so far: those sampled, and each prompt once per completion.
         random_states: the result of `random_states()` on every worker.
     """
 
     steps_done: int
-    is_evaluated: bool
+    evaluation_pending: bool
     num_tokens: int
     random_states: Sequence[Mapping[str, Any]]
 

@@ -43,7 +43,7 @@ from .decision import Decision, SnapshotKind, SnapshotStore
 from .evaluations import AT_BEST, Evaluations, Rewards
 from .reading import clamped_exp, limits, read, read_evaluation, reward_is_at_best
 from .rules import EVALUATION, RULES, Reading
-from .trackers import Counters, Kept, Level, Series, Trackers
+from .trackers import Counters, Level, Series, TakenSnapshot, Trackers
 
 QUIET_STEPS = 3
 """No snapshot is taken within this many steps after an alarm: a fault may show in one quantity before the others."""
@@ -61,8 +61,8 @@ class Guards:
     def __init__(self, config: GuardsConfig, snapshots: SnapshotStore) -> None:
         self.config = config
         self._snapshots = snapshots
-        self._now = Trackers()
-        self._kept: dict[SnapshotKind, Kept] = {}
+        self._trackers = Trackers()
+        self._taken: dict[SnapshotKind, TakenSnapshot] = {}
         self._evaluations = Evaluations()
         self._counters = Counters()
 
@@ -76,7 +76,7 @@ class Guards:
 
         quantities: metrics by name; absent ones are not judged.
         """
-        readings = [read(rule, step, quantities, self._now, self.config) for rule in RULES] if self.config.enabled else []
+        readings = [read(rule, step, quantities, self._trackers, self.config) for rule in RULES] if self.config.enabled else []
         counted = [reading for reading in readings if reading.rule.kind != "advice"]
         restore, halve = self._count_triggers(step, counted, self._kind_to_restore())
         halved = halve and self._halve()
@@ -104,7 +104,7 @@ class Guards:
         if not self.config.enabled or not self._evaluations.accepts(rewards):
             return Decision(step=step)
         self._evaluations.add(rewards)
-        reading = read_evaluation(step, rewards, self._evaluations, self._now, self.config)
+        reading = read_evaluation(step, rewards, self._evaluations, self._trackers, self.config)
         restore, halve = self._count_triggers(step, [reading], "evaluation")
         halved = halve and self._halve()
         stop_reason = self._reason_to_give_up_on(restore)
@@ -124,7 +124,7 @@ class Guards:
             self.restore(decision.restore)
         elif decision.snapshot is not None:
             self._snapshots.take(decision.snapshot, decision.step)
-            self._kept[decision.snapshot] = Kept(decision.step, copy.deepcopy(self._now))
+            self._taken[decision.snapshot] = TakenSnapshot(decision.step, copy.deepcopy(self._trackers))
 
     def restore(self, kind: SnapshotKind) -> int:
         """Restore a snapshot: adapter, optimizer and all running means are those of its step, which is returned.
@@ -132,30 +132,30 @@ class Guards:
         Halvings and totals stay; the window of recent alarms is cleared.
         """
         step = self._snapshots.restore(kind)
-        kept = self._kept[kind]
-        self._now = copy.deepcopy(kept.trackers)
-        kept.restores += 1
+        taken = self._taken[kind]
+        self._trackers = copy.deepcopy(taken.trackers)
+        taken.restores += 1
         if kind == "evaluation":
             # A later snapshot of a step looked healthy to the training reward, but the evaluation disagrees: replace it.
             self._snapshots.take("step", step)
-            self._kept["step"] = Kept(step, copy.deepcopy(kept.trackers), kept.restores, is_evaluated=True)
-        elif kept.is_evaluated:  # the same policy: its restores are counted together
-            self._kept["evaluation"].restores = kept.restores
+            self._taken["step"] = TakenSnapshot(step, copy.deepcopy(taken.trackers), taken.restores, is_evaluated=True)
+        elif taken.is_evaluated:  # the same policy: its restores are counted together
+            self._taken["evaluation"].restores = taken.restores
         self._counters.triggers.clear()
         self._counters.restores += 1
         return step
 
-    def allows(self, step: int, grad_norm: float) -> str:
-        """Decide about a further update within the step: empty if it may be applied, else a note. The skip is counted."""
+    def objection_to(self, step: int, grad_norm: float) -> str | None:
+        """Decide about a further update within the step: None if it may be applied, else a note. The skip is counted."""
         reason = "the gradient is not finite" if not math.isfinite(grad_norm) else ""
         rule = next(rule for rule in RULES if rule.name == "grad_norm")
-        series, (_, stop) = self._now.series.get(rule.metric, Series()), limits(rule, self._now, self.config)
+        series, (_, stop) = self._trackers.series.get(rule.metric, Series()), limits(rule, self._trackers, self.config)
         is_known = series.count >= self.config.baseline_steps and grad_norm > 0
         if not reason and self.config.enabled and self.config.skip and stop is not None and is_known:
             ratio = clamped_exp(math.log(grad_norm) - series.long)
             reason = f"grad_norm {grad_norm:.3g} is {ratio:.1f} times its running mean" if ratio > stop else ""
         self._counters.skipped_steps += bool(reason)
-        return f"step {step + 1}: skipped a further update ({reason})" if reason else ""
+        return f"step {step + 1}: skipped a further update ({reason})" if reason else None
 
     def ends_with(self, rewards: Rewards | None = None) -> SnapshotKind | None:
         """The snapshot that the run should end with; None: the current policy. `rewards`: of the last evaluation.
@@ -166,7 +166,7 @@ class Guards:
         if rewards is not None and self._can_restore("evaluation"):
             is_judged = self.config.evaluation_watch is not None and self._evaluations.accepts(rewards)
             return "evaluation" if is_judged and self._evaluations.lost(rewards, standard_errors=1) > AT_BEST else None
-        limit, reward = self.config.reward_watch, self._now.series.get("reward")
+        limit, reward = self.config.reward_watch, self._trackers.series.get("reward")
         if limit is None or reward is None or not self._can_restore("step"):
             return None
         return "step" if reward.lost(standard_errors=3) > limit else None
@@ -185,36 +185,36 @@ class Guards:
     def state_dict(self) -> dict[str, Any]:
         """Everything that later decisions depend on, as plain data that JSON holds without loss."""
         return {
-            "now": asdict(self._now),
-            "kept": {kind: asdict(kept) for kind, kept in self._kept.items()},
+            "trackers": asdict(self._trackers),
+            "taken": {kind: asdict(taken) for kind, taken in self._taken.items()},
             "evaluations": asdict(self._evaluations),
             "counters": asdict(self._counters),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of `state_dict`, under the same configuration."""
-        self._now = Trackers.from_dict(state["now"])
-        self._kept = {kind: Kept.from_dict(kept) for kind, kept in state["kept"].items()}
+        self._trackers = Trackers.from_dict(state["trackers"])
+        self._taken = {kind: TakenSnapshot.from_dict(taken) for kind, taken in state["taken"].items()}
         self._evaluations = Evaluations(**copy.deepcopy(dict(state["evaluations"])))
         self._counters = Counters(**copy.deepcopy(dict(state["counters"])))
 
     # --------------------------------------------------------------------------------------------- deciding
 
     def _can_restore(self, kind: SnapshotKind) -> bool:
-        return self.config.enabled and self.config.restore and kind in self._kept
+        return self.config.enabled and self.config.restore and kind in self._taken
 
     def _kind_to_restore(self) -> SnapshotKind:
         """Which snapshot a step restores: after an evaluation that has fallen, no step's snapshot can be trusted."""
-        evaluation = self._now.excursions.get(EVALUATION.name)
+        evaluation = self._trackers.excursions.get(EVALUATION.name)
         has_fallen = evaluation is not None and evaluation.worst > Level.INSIDE
         return "evaluation" if has_fallen and self._can_restore("evaluation") else "step"
 
     def _reason_to_give_up_on(self, restore: SnapshotKind | None) -> str:
         """Why the run should stop after this restore; empty if it should not."""
-        if restore is None or self._kept[restore].restores < self.config.max_restores:
+        if restore is None or self._taken[restore].restores < self.config.max_restores:
             return ""
-        kept, again = self._kept[restore], self.config.max_restores
-        return f"stopping: rolled back {again} times to step {_shown(restore, kept)} without recovering, {RESTORE_REMEDY}"
+        taken, again = self._taken[restore], self.config.max_restores
+        return f"stopping: rolled back {again} times to step {_shown(restore, taken)} without recovering, {RESTORE_REMEDY}"
 
     def _count_triggers(
         self, step: int, readings: Sequence[Reading], kind: SnapshotKind
@@ -265,22 +265,22 @@ class Guards:
 
         Stricter than the alarms: a policy whose decline cannot yet be distinguished from noise must not become a snapshot.
         """
-        last_trigger, reward = self._counters.last_trigger, self._now.series.get("reward")
-        evaluation, kept = self._now.excursions.get(EVALUATION.name), self._kept.get("step")
+        last_trigger, reward = self._counters.last_trigger, self._trackers.series.get("reward")
+        evaluation, taken = self._trackers.excursions.get(EVALUATION.name), self._taken.get("step")
         return (
             self.config.restore
             and all(reading.level == Level.INSIDE for reading in readings)
             and not self._entropy_has_dropped()
             and (evaluation is None or evaluation.worst == Level.INSIDE)
             and (last_trigger is None or step - last_trigger > QUIET_STEPS)
-            and (kept is None or step - kept.step >= self.config.snapshot_steps)
+            and (taken is None or step - taken.step >= self.config.snapshot_steps)
             and (reward is None or reward.is_near_its_best())
         )
 
     def _entropy_has_dropped(self) -> bool:
         """Whether the entropy of this step alone is below the limit, though its mean is not yet."""
-        series, watch = self._now.series.get("entropy"), self.config.entropy_watch
-        if series is None or watch is None or series.count < self.config.baseline_steps or reward_is_at_best(self._now):
+        series, watch = self._trackers.series.get("entropy"), self.config.entropy_watch
+        if series is None or watch is None or series.count < self.config.baseline_steps or reward_is_at_best(self._trackers):
             return False
         return series.last < watch * series.start
 
@@ -296,7 +296,7 @@ class Guards:
         parts = []
         if restore is not None:
             whose = "that sampled step" if restore == "step" else "of the evaluation at step"
-            parts.append(f"restored the adapter and optimizer {whose} {_shown(restore, self._kept[restore])}")
+            parts.append(f"restored the adapter and optimizer {whose} {_shown(restore, self._taken[restore])}")
         if reasons:
             parts.append(f"skipped the update ({', '.join(reasons)})")
         if halved:
@@ -306,6 +306,6 @@ class Guards:
         return f"{subject}: {', '.join(parts)}" if parts else ""
 
 
-def _shown(kind: SnapshotKind, kept: Kept) -> int:
+def _shown(kind: SnapshotKind, taken: TakenSnapshot) -> int:
     """The number of the step that the snapshot's policy sampled, or of the updates before its evaluation."""
-    return kept.step + 1 if kind == "step" else kept.step
+    return taken.step + 1 if kind == "step" else taken.step

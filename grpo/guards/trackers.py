@@ -168,7 +168,7 @@ class Counters:
 
 
 @dataclass(slots=True)
-class Kept:
+class TakenSnapshot:
     """The guards' data about a snapshot: its step (updates done) and the trackers of then."""
 
     step: int
@@ -179,5 +179,5 @@ class Kept:
     """Whether the evaluation snapshot holds the same policy."""
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Kept:
+    def from_dict(cls, state: Mapping[str, Any]) -> TakenSnapshot:
         return cls(**{**state, "trackers": Trackers.from_dict(state["trackers"])})

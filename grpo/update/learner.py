@@ -178,8 +178,8 @@ class Learner:
                 gradients.packs, gradients.constants, gradients.old_logprobs, gradients.base_logprobs
             )
             metrics |= stats.off_policy_metrics()
-            objection = self.guards.allows(step, stats.grad_norm)
-            if objection:
+            objection = self.guards.objection_to(step, stats.grad_norm)
+            if objection is not None:
                 notes.append(objection)
                 return
             metrics["updates"] += self._optimizer_step(stats)

@@ -30,7 +30,7 @@ def config(output_dir: Path, **options: Any) -> GRPOConfig:
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
     """With a checkpoint of step 4 of a run with rank 32."""
-    position = Position(steps_done=4, is_evaluated=True, num_tokens=100, random_states=[])
+    position = Position(steps_done=4, evaluation_pending=False, num_tokens=100, random_states=[])
     state = RunState(position=position, policy_version=5, guards={}, recorder={}, inputs=INPUTS, made_with={})
 
     def fill(folder: Path) -> None:

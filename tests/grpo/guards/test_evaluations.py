@@ -153,7 +153,7 @@ def test_restoring_an_evaluation_replaces_the_step_snapshot_by_the_same_policy()
     played = after_calm()
     for count in (16, 80, 0):
         played.evaluate(right(count))
-    state = played.guards.state_dict()["kept"]
+    state = played.guards.state_dict()["taken"]
     assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 20)
 
 
@@ -169,7 +169,7 @@ def test_a_fall_above_the_hard_limit_restores_the_best_and_halves():
     assert decision.text == "step 30: restored the adapter and optimizer of the evaluation at step 20, learning rate x 0.5"
     assert decision.alarms[0].text.startswith("step 30: evaluation 0.234: ")
     state = played.guards.state_dict()
-    assert state["now"] == state["kept"]["evaluation"]["trackers"] == state["kept"]["step"]["trackers"]
+    assert state["trackers"] == state["taken"]["evaluation"]["trackers"] == state["taken"]["step"]["trackers"]
     assert (played.metric("alarms"), played.metric("restores"), played.metric("halvings")) == (1, 1, 1)
     played.steps(10)
     assert triggered([played.evaluate(right(80))]) == []

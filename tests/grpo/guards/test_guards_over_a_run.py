@@ -66,11 +66,11 @@ def test_a_restore_puts_the_running_means_back():
     played = Played()
     rise(played)
     played.steps(5, reward=0.8, entropy=0.05)
-    saved = json.loads(json.dumps(played.guards.state_dict()))["kept"]["step"]["trackers"]
+    saved = json.loads(json.dumps(played.guards.state_dict()))["taken"]["step"]["trackers"]
     assert any(decision.restore for decision in played.steps(10, reward=0.1, entropy=0.05)[:5])
     played.guards.restore("step")
     state = played.guards.state_dict()
-    assert state["now"] == saved == state["kept"]["step"]["trackers"]
+    assert state["trackers"] == saved == state["taken"]["step"]["trackers"]
     assert played.guards.learning_rate_factor < 1
     assert triggered(played.steps(20, reward=0.8, entropy=0.05)) == []
 
