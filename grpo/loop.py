@@ -4,7 +4,7 @@
 
 A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; compute gradients on the groups
 that have variance, each prompt once; let the guards decide; update; publish the adapter to vLLM in place; record. Steps count
-from 0; only what is displayed adds one.
+from 0; the display adds one.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from .update.objective import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class UserInputs:
-    """Reward functions and data sets as the user passed them; what is None comes from the configuration."""
+    """Reward functions and data sets as the user passed them; None: those of the configuration."""
 
     reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
     train_dataset: DataSource | None = None
@@ -87,7 +87,7 @@ def prepare_run(
     stop_requested: Callable[[], bool] = lambda: False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> RunSetup:
-    """Check and load what a run is made from. Writes nothing.
+    """Check and load all inputs of a run. Writes nothing.
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.

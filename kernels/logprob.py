@@ -215,7 +215,7 @@ class _Logits:
         return logprobs_N, entropy_N
 
     def form(self, chunk: slice, *, keep: bool = True) -> tuple[torch.Tensor, Rows]:
-        """The buffer [n, V] with what the chunk's gradient is formed from (if `keep`), and the chunk's rows."""
+        """The buffer [n, V] from which the chunk's gradient is formed (if `keep`), and the chunk's rows."""
         hidden_nD, adapter = self.hidden_ND[chunk], self.head.adapter
         buffer_nV = self.buffer_nV[: hidden_nD.shape[0]]
         torch.mm(hidden_nD, self.head.weight_VD.t(), out=buffer_nV)

@@ -330,7 +330,7 @@ TENSORS_PER_LAYER = 6
 
 
 class Constants(NamedTuple):
-    """What of a layer is no tensor, or one that is held by what it belongs to."""
+    """A layer's data that is not a tensor, or a tensor that its owner keeps alive."""
 
     scaling: float
     nf4: Nf4Weight | None

@@ -84,7 +84,7 @@ class CheckpointManager:
         self._is_between_steps = False
 
     def set_position(self, steps_done: int, *, evaluation_pending: bool) -> None:
-        """The run stands between two steps: this is what a checkpoint holds until `leave_position`.
+        """The run is between two steps: checkpoints hold this position until `leave_position`.
 
         evaluation_pending: whether an evaluation is due here and not done yet.
         """

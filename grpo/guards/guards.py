@@ -160,7 +160,7 @@ class Guards:
     def ends_with(self, rewards: Rewards | None = None) -> SnapshotKind | None:
         """The snapshot that the run should end with; None: the current policy. `rewards`: of the last evaluation.
 
-        Among evaluations the best is known: the last one may have lost what a standard error explains, and 0.05 of the gain.
+        Among evaluations the best is known: the last one may be lower by one standard error and 5 % of the gain.
         Without evaluations the training reward decides: it must have lost as much of its gain as triggers its alarm.
         """
         if rewards is not None and self._can_restore("evaluation"):
@@ -219,7 +219,7 @@ class Guards:
     def _count_triggers(
         self, step: int, readings: Sequence[Reading], kind: SnapshotKind
     ) -> tuple[SnapshotKind | None, bool]:
-        """Count this step's triggered alarms; returns what to restore (`kind`, or None) and whether to halve."""
+        """Count this step's triggered alarms; returns the snapshot to restore (`kind`, or None) and whether to halve."""
         triggered = [reading for reading in readings if reading.alarm is not None]
         if not triggered:
             return None, False

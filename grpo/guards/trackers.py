@@ -5,7 +5,7 @@
         series.add(reward, baseline_steps=5)
     series.lost(standard_errors=3)          # 0.4: 40 % of the gain is lost again beyond noise
 
-Plain Python numbers; `dataclasses.asdict` of a `Trackers` is what a checkpoint keeps, and `Trackers.from_dict` reads it back.
+Plain Python numbers; a checkpoint holds `dataclasses.asdict` of a `Trackers`, and `Trackers.from_dict` reads it back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import IntEnum
 from typing import Any
 
 SHORT_SPAN, LONG_SPAN = 5, 20
-"""Spans, in steps, of the running means: of what the policy does now, and of what it is compared with."""
+"""Spans, in steps, of the running means: the short one describes the current policy, the long one is its reference."""
 
 SHORT_VARIANCE, LONG_VARIANCE = 1 / 5, 1 / 20
 """Variances of these means over that of one value: w / (2 - w) with w = 2 / (span + 1). A start of 5 steps has 1/5 too."""

@@ -62,7 +62,7 @@ class GradientStats:
         }
 
     def off_policy_metrics(self) -> dict[str, float]:
-        """What a further iteration replaces. Metrics that compare with the sampler stay those of the first iteration."""
+        """Those that a further iteration replaces. Metrics that compare with the sampler stay those of the first iteration."""
         return {"loss": self.loss, "grad_norm": self.grad_norm, **self._clip_metrics()}
 
     def _clip_metrics(self) -> dict[str, float]:
