@@ -8,6 +8,7 @@ If they differ, resuming is refused with the list of differences, unless the use
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ Resume = bool | str | Path | None
 `resume_from_checkpoint`)."""
 
 HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
-"""Options of these sections do not affect training, except:"""
+"""Options of these sections do not affect training, except those below. At a constant learning rate, neither do more steps."""
 TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
@@ -113,11 +114,8 @@ class Change:
     option: str
     before: Any
     now: Any
-
-    @property
-    def affects_training(self) -> bool:
-        """Whether it can change the trained adapter."""
-        return not self.option.startswith(HARMLESS_SECTIONS) or self.option in TRAINING_OPTIONS
+    affects_training: bool = True
+    """Whether it can change the steps that are left, or those that were done."""
 
     def __str__(self) -> str:
         return f"{self.option}: {self.before} in the checkpoint, {self.now} now"
@@ -127,7 +125,11 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
     """Options that differ from the configuration in the folder of a checkpoint or a run."""
     before = _flat(read_run_file(folder / CONFIG_FILE))
     now = _flat(parse_yaml(dump_config(config)))
-    yield from _changes(before, now)
+    has_constant_rate = config.optim.lr_scheduler_type == "constant"
+    for change in _changes(before, now):
+        is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
+        is_harmless |= change.option == "optim.max_steps" and has_constant_rate
+        yield dataclasses.replace(change, affects_training=not is_harmless)
 
 
 def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:

@@ -75,6 +75,17 @@ def test_changes_are_refused_with_all_differences_and_allowed_with_the_option(
     assert caplog.messages == [f"changed since the checkpoint: {change}" for change in changes]
 
 
+def test_more_steps_need_no_permission_if_the_learning_rate_is_constant(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+):
+    longer = config(store.folder.parent, rank=32, max_steps=8)
+    assert find_resumption(True, longer, store, inputs=INPUTS, allow_changes=False) is not None
+    assert caplog.messages == ["changed since the checkpoint: optim.max_steps: 6 in the checkpoint, 8 now"]
+    decaying = config(store.folder.parent, rank=32, max_steps=8, lr_scheduler_type="linear")
+    with pytest.raises(ValueError, match=r"optim.max_steps: 6 in the checkpoint, 8 now"):
+        find_resumption(True, decaying, store, inputs=INPUTS, allow_changes=False)
+
+
 @pytest.mark.parametrize(
     ("options", "difference"),
     [

@@ -32,7 +32,7 @@ def test_an_outdated_summary_does_not_finish_a_run(train, tmp_path: Path):
     is_killed_in_the_last_evaluation.__name__ = low_ids_with_noise.__name__
     longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
     train("run", max_steps=4, eval_steps=0)
-    train("run", reward=is_killed_in_the_last_evaluation, resume=True, allow_changes=True, **longer)
+    train("run", reward=is_killed_in_the_last_evaluation, resume=True, **longer)
     assert (tmp_path / "killed" / "checkpoints" / "step_000006").is_dir()
     summary = train("killed", resume=True, **longer)
     assert summary["steps"] == 6
@@ -48,7 +48,7 @@ def test_resuming_removes_the_outdated_summary(train, tmp_path: Path):
 
     seen: list[bool] = []
     looks.__name__ = low_ids_with_noise.__name__
-    train("run", reward=looks, resume=True, allow_changes=True, max_steps=6, eval_steps=0)
+    train("run", reward=looks, resume=True, max_steps=6, eval_steps=0)
     assert seen and not any(seen)
 
 
