@@ -94,7 +94,7 @@ def prepare_run(
     """
     if view is None and world.is_main:
         raise ValueError("the main process needs a view: it records the run and shows it")
-    scorer = Scorer(config.rewards, inputs.reward_funcs, base_dir=config.base_dir)
+    scorer = Scorer(config.rewards, inputs.reward_funcs)
     Objective(config)  # reports a user-supplied one that cannot be loaded before anything is started
     with log_to(lambda text: None if view is None else view.stage(text)):
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)

@@ -43,7 +43,7 @@ def main() -> None:
 
 def score(config: GRPOConfig, rows: Sequence[Prompt], texts: Sequence[str]) -> float:
     """Mean reward of one completion per row."""
-    scores = Scorer(config.rewards, base_dir=config.base_dir).score(
+    scores = Scorer(config.rewards).score(
         Inputs(
             prompts=[row.content for row in rows],
             completions=[[{"role": "assistant", "content": text}] for text in texts],

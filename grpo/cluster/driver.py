@@ -165,9 +165,7 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
 
 def _task(config: GRPOConfig, inputs: UserInputs, mailbox: Any, *, resume: Resume, allow_changes: bool) -> Task:
     """The workers' task. Their working directory may differ, so the paths that they write to are absolute."""
-    folder, base_dir, storage = Path.cwd(), config.base_dir, config.checkpoint.storage
-    if base_dir is not None and base_dir.is_relative_to(folder):
-        base_dir = base_dir.relative_to(folder)
+    storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:
         storage = str(Path(storage).absolute())
     output_dir = config.logging.output_dir.absolute()
@@ -180,8 +178,7 @@ def _task(config: GRPOConfig, inputs: UserInputs, mailbox: Any, *, resume: Resum
     return Task(
         config=config,
         inputs=inputs,
-        folder=folder,
-        base_dir=base_dir,
+        folder=Path.cwd(),
         mailbox=mailbox,
         resume=resume,
         allow_changes=allow_changes,

@@ -56,14 +56,13 @@ class Task:
     Attributes:
         config: with absolute paths for everything that is written.
         inputs: reward functions and data sets of the user.
-        folder: the folder that relative paths start from; `base_dir`: the run file's folder, relative to it.
+        folder: the folder that relative paths start from.
         mailbox: the actor's handle.
     """
 
     config: GRPOConfig
     inputs: UserInputs
     folder: Path
-    base_dir: Path | None
     mailbox: Any
     resume: Resume
     allow_changes: bool
@@ -151,7 +150,7 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
 
 def _train(task: Task, world: World, deadline: Deadline) -> None:
     mailbox = task.mailbox
-    config = task.config.seen_from(task.base_dir)
+    config = task.config
     _check_folder_is_shared(config, world)
 
     def start_deadline() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ...rewards.config import RewardsConfig
 from ...rollout.config import RolloutConfig
@@ -27,6 +27,7 @@ from .logging import LoggingConfig
 from .lora import LoraConfig
 from .model import ModelConfig
 from .optim import OptimConfig
+from .paths import resolve_files
 
 MAX_NUM_SEQS = 256
 """Upper bound of the default of `rollout.max_num_seqs`."""
@@ -83,8 +84,6 @@ class GRPOConfig(Section):
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed for the data order, the adapter's initialisation and sampling, 0 to 2**32 - 1."""
 
-    _base_dir: Path | None = PrivateAttr(default=None)
-
     @model_validator(mode="after")
     def _penalty_is_within_the_length_limit(self) -> "GRPOConfig":
         soft_tokens, longest = self.algorithm.soft_overlong_tokens, self.rollout.max_completion_length
@@ -133,18 +132,6 @@ class GRPOConfig(Section):
             raise ValueError(describe_errors(error, keys)) from None
 
     @property
-    def base_dir(self) -> Path | None:
-        """Folder of the run file, where reward and data paths are looked up after the working directory.
-        None for a configuration built in Python; not part of the dump."""
-        return self._base_dir
-
-    def seen_from(self, base_dir: Path | None) -> "GRPOConfig":
-        """A copy with another `base_dir`: the folder of the run file may have a different path on another machine."""
-        copy = self.model_copy()
-        copy._base_dir = None if base_dir is None else base_dir.resolve()
-        return copy
-
-    @property
     def max_num_seqs(self) -> int:
         """Sequences that vLLM samples concurrently: `rollout.max_num_seqs`, else the completions of a step, at most 256."""
         completions_per_step = self.optim.prompts_per_step * self.rollout.num_generations
@@ -167,7 +154,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     """Read a run file (YAML) and apply overrides of the form `section.field=value` with a value in YAML.
 
     `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
-    of a key takes precedence. The name of a run defaults to that of its file.
+    of a key takes precedence. The name of a run defaults to that of its file. Data, reward functions and a loss
+    that exist only beside the run file are found there.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -181,9 +169,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     logging = values.setdefault("logging", {})
     if logging.get("run_name") is None:
         logging["run_name"] = path.stem
-    config = GRPOConfig(**values)
-    config._base_dir = path.resolve().parent
-    return config
+    return resolve_files(GRPOConfig(**values), path.resolve().parent)
 
 
 def dump_config(config: GRPOConfig) -> str:

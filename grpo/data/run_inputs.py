@@ -89,7 +89,6 @@ def _rows(config: GRPOConfig, dataset: Any, configured: str | None, *, split: st
         split=split,
         subset=config.data.subset,
         options=config.data.options if takes_options else None,
-        base_dir=config.base_dir,
     )
 
 

@@ -21,12 +21,12 @@ from datasets.exceptions import DatasetsError
 
 from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
+from ..config.paths import DATA_FORMATS
 
 Row = Mapping[str, Any]
 DataSource = str | datasets.Dataset | Iterable[Row]
 """A source of rows by name, a data set, or rows in memory; see `load_rows`."""
 
-_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _REASONING_GYM = "reasoning_gym:"
 _DEFAULT_SEED = 42
 _SILENT = logging.CRITICAL + 1
@@ -38,12 +38,11 @@ def load_rows(
     split: str,
     subset: str | None = None,
     options: Mapping[str, Any] | None = None,
-    base_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Read all rows of a data set into memory. `source` is one of:
 
-    - a path ending in .json, .jsonl, .parquet or .csv, relative to the working directory or to `base_dir` (files have no
-      splits: all rows are read);
+    - a path ending in .json, .jsonl, .parquet or .csv, relative to the working directory (files have no splits: all rows are
+      read);
     - the id of a data set on the Hub (with `split`, and `subset` if it has several);
     - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the options of the
       task. Every split has a different seed, so that training and test rows differ;
@@ -60,13 +59,13 @@ def load_rows(
     if source.startswith(_REASONING_GYM):
         return _reasoning_gym_rows(source.removeprefix(_REASONING_GYM), split=split, options=options)
     if ":" in source:
-        return _function_rows(source, split=split, options=options, base_dir=base_dir)
+        return _function_rows(source, split=split, options=options)
     if options:
         raise ValueError(
             f"data.options ({', '.join(options)}) are for reasoning_gym tasks and functions only: remove them for {source!r}"
         )
-    if Path(source).suffix in _FILE_BUILDERS:
-        return _file_rows(find_file(source, base_dir=base_dir))
+    if Path(source).suffix in DATA_FORMATS:
+        return _file_rows(find_file(source))
     return _hub_rows(source, split=split, subset=subset)
 
 
@@ -76,7 +75,7 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     with _quiet_datasets(), tempfile.TemporaryDirectory() as cache:
         try:
             loaded = datasets.load_dataset(
-                _FILE_BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                DATA_FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
             )
         except (DatasetsError, ValueError) as error:
             if "corresponds to no data" in str(error):
@@ -92,15 +91,15 @@ def _hub_rows(source: str, *, split: str, subset: str | None) -> list[dict[str, 
         except ConnectionError as error:
             raise ValueError(
                 f"cannot reach the Hub for data set {source!r}, and it is not in the local cache: go online once, or "
-                f"name a file ({', '.join(_FILE_BUILDERS)})"
+                f"name a file ({', '.join(DATA_FORMATS)})"
             ) from error
         except (DatasetsError, OSError, ValueError) as error:
             raise ValueError(f"cannot load data set {source!r}: {first_line(error)}") from error
         return _as_rows(loaded, source=source, split=split)
 
 
-def _function_rows(source: str, *, split: str, options: dict[str, Any], base_dir: Path | None) -> list[dict[str, Any]]:
-    function = load_object(source, base_dir=base_dir)
+def _function_rows(source: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    function = load_object(source)
     if not callable(function):
         return _as_rows(function, source=source, split=split)
     try:

@@ -72,7 +72,7 @@ class Objective:
         self.correction = config.correction
         self._user_loss: UserLoss | None = None
         if self.algorithm.custom_loss is not None:
-            user_loss = load_object(self.algorithm.custom_loss, base_dir=config.base_dir)
+            user_loss = load_object(self.algorithm.custom_loss)
             if not callable(user_loss):
                 raise ValueError(f"algorithm.loss_type: {self.algorithm.custom_loss} is not a function")
             self._user_loss = cast(UserLoss, user_loss)

@@ -38,7 +38,7 @@ def test_local_files_train_by_the_same_run_file(tmp_path):
     assert [message["role"] for message in messages] == ["system", "user"]
     assert "pens" in messages[1]["content"]
     completions = [[{"role": "assistant", "content": text}] for text in ("They cost $1,234.", "He has 3.")]
-    scores = Scorer(config.rewards, base_dir=config.base_dir).score(
+    scores = Scorer(config.rewards).score(
         Inputs(
             prompts=[row.content for row in prompts],
             completions=completions,

@@ -78,8 +78,8 @@ def test_files_of_all_kinds_are_read_without_noise(tmp_path, monkeypatch, capfd,
     write(path, ROWS)
     capfd.readouterr()
     assert load_rows(str(path), split="test") == ROWS
-    monkeypatch.chdir("/")
-    assert load_rows(f"rows{suffix}", split="train", base_dir=tmp_path) == ROWS
+    monkeypatch.chdir(tmp_path)
+    assert load_rows(f"rows{suffix}", split="train") == ROWS
     assert capfd.readouterr() == ("", "")
     assert not datasets.utils.are_progress_bars_disabled()
 
@@ -102,9 +102,9 @@ def test_conversations_survive_a_file(tmp_path, tokenizer):
     assert "named" in tokenizer.decode(data.rows[1].token_ids)
 
 
-def test_the_error_for_a_missing_file_names_it(tmp_path):
+def test_the_error_for_a_missing_file_names_it():
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.jsonl"):
-        load_rows("nowhere.jsonl", split="train", base_dir=tmp_path)
+        load_rows("nowhere.jsonl", split="train")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_function_returns_rows_and_takes_options(tmp_path):
     )
 
     def load(name, split="train", **options):
-        return load_rows(f"data.py:{name}", split=split, options=options, base_dir=tmp_path)
+        return load_rows(f"{tmp_path}/data.py:{name}", split=split, options=options)
 
     assert load("train", count=2) == [{"prompt": "0"}, {"prompt": "1"}]
     assert load("rows") == [{"prompt": "fixed"}]

@@ -1,0 +1,75 @@
+"""Names in a run file: files beside it are found from every working directory."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rankup.grpo.config import GRPOConfig, dump_config, load_config
+from rankup.grpo.config.paths import resolve
+
+RUN_FILE = """
+data: {train: train.jsonl, eval: "make.py:rows"}
+rewards: {functions: [reward.py:score, {function: package.module:score, weight: 0.5}, last_integer]}
+algorithm: {loss_type: loss.py:mine}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run file with its data, functions and loss beside it."""
+    folder = tmp_path / "there"
+    (folder / "package").mkdir(parents=True)
+    for name in ("train.jsonl", "make.py", "reward.py", "loss.py", "package/module.py"):
+        (folder / name).touch()
+    (folder / "run.yaml").write_text(RUN_FILE)
+    return folder
+
+
+def names(config: GRPOConfig) -> list[str | None]:
+    functions = [entry.function for entry in config.rewards.entries()]
+    return [config.data.train, config.data.eval, *functions, config.algorithm.loss_type]
+
+
+def test_files_beside_the_run_file_get_their_path_from_the_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    expected = ["there/train.jsonl", "there/make.py:rows", "there/reward.py:score", "there/package/module.py:score"]
+    config = load_config("there/run.yaml")
+    assert names(config) == [*expected, "last_integer", "there/loss.py:mine"]
+    (folder / "copy.yaml").write_text(dump_config(config))
+    assert names(load_config("there/copy.yaml")) == names(config)
+
+
+def test_they_get_an_absolute_path_if_they_are_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config("../there/run.yaml")
+    assert names(config)[0] == str(folder / "train.jsonl") and names(config)[-1] == f"{folder}/loss.py:mine"
+
+
+def test_files_in_the_working_directory_take_precedence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert names(load_config("run.yaml")) == names(GRPOConfig(**yaml.safe_load(RUN_FILE)))
+    monkeypatch.chdir(folder.parent)
+    Path("train.jsonl").touch()
+    Path("package.py").touch()
+    assert names(load_config("there/run.yaml"))[0] == "train.jsonl"
+    assert names(load_config("there/run.yaml"))[3] == "package.module:score"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/absolute/train.jsonl", "missing.jsonl", "missing.py:f", "json.tool:main", "org/data", "reasoning_gym:sums", "dapo"],
+)
+def test_other_names_do_not_change(folder: Path, name: str) -> None:
+    (folder / "json").mkdir()
+    (folder / "json" / "tool.py").touch()  # the standard library's comes first, as in an import
+    assert resolve(name, folder) == name
+
+
+def test_the_user_folder_is_expanded_by_whoever_opens_the_file(folder: Path) -> None:
+    assert resolve("~/train.jsonl", folder) == "~/train.jsonl"
