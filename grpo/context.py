@@ -110,7 +110,8 @@ def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterato
     """Reward processes, vLLM and the policy."""
     with closing(setup.scorer):
         setup.scorer.start()  # reward processes load their functions while vLLM starts
-        setup.stage("starting vLLM and loading the model")
+        starts_vllm = setup.config.rollout.engine == "vllm"
+        setup.stage("starting vLLM and loading the model" if starts_vllm else "loading the model")
         with open_session(
             setup.config,
             setup.inputs.model_path,

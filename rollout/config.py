@@ -54,13 +54,17 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(SamplingConfig):
-    """Sampling with vLLM, in this process: sampling options of training, and settings of the engine."""
+    """Sampling in the trainer's process: sampling options of training, and settings of the engine."""
 
     num_generations: int = Field(default=8, ge=2)
     """Completions for each prompt (the group size G), at least 2."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature in training, above 0. Evaluation is greedy."""
+
+    engine: Literal["vllm", "torch"] = "vllm"
+    """What samples: `vllm`, or `torch`: the trainer's own forward with a cache of keys and values. It is slower, needs no vLLM,
+    and runs models that vLLM does not. The options below, except `max_num_seqs`, are vLLM's."""
 
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Sequences that are sampled concurrently. None: all completions of a step, at most 256."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...rewards.runner import Scorer
-from ...rollout.engine import RolloutEngine
+from ...rollout.protocol import Engine
 from ..algorithm.advantages import group_advantages, normalized_sums, soft_overlong_penalty
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
@@ -43,7 +43,7 @@ class Batch:
 
 
 def collect_batch(
-    engine: RolloutEngine,
+    engine: Engine,
     scorer: Scorer,
     sampler: PromptSampler,
     config: GRPOConfig,
@@ -109,7 +109,7 @@ def _overlong_penalties(group: Group, config: GRPOConfig) -> list[float]:
 
 
 def _collect_round(
-    engine: RolloutEngine,
+    engine: Engine,
     scorer: Scorer,
     sampler: PromptSampler,
     config: GRPOConfig,

@@ -18,7 +18,8 @@ from ...rewards.combining import Pending, Scores
 from ...rewards.contract import Inputs
 from ...rewards.runner import Scorer
 from ...rollout.config import SamplingConfig
-from ...rollout.engine import RolloutEngine, request_seed
+from ...rollout.engine import request_seed
+from ...rollout.protocol import Engine
 from ...rollout.types import Completion
 from ..common.world import World
 from ..data.groups import Group
@@ -35,7 +36,7 @@ class Collected:
 
 
 def collect(
-    engine: RolloutEngine,
+    engine: Engine,
     scorer: Scorer,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,

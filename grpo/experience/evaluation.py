@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...rewards.runner import Scorer
-from ...rollout.engine import RolloutEngine
+from ...rollout.protocol import Engine
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.prompts import Prompt
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Engine,
     scorer: Scorer,
     prompts: Sequence[Prompt],
     config: GRPOConfig,

@@ -233,6 +233,25 @@ class Policy:
         layer = self.model.get_output_embeddings()
         return dataclasses.replace(self._bare_head, adapter=projection(cast(nn.Module, layer)).adapter)
 
+    @property
+    def slots(self) -> dict[str, AdapterSlot]:
+        """The slots of the adapted layers, by their name in the model."""
+        return {name: layer.slot for name, layer in self.layers.items()}
+
+    @contextmanager
+    def sampling(self, *, use_adapter: bool = True) -> Iterator[None]:
+        """Within it, the model takes padded rows and a cache, as `rollout/torch_engine.py` needs, and records no gradient."""
+        was_training = self.model.training
+        self.model.eval()  # in training mode with gradient checkpointing, transformers uses no cache
+        self.model.set_attn_implementation(_plain_attention(self.model))
+        try:
+            with torch.no_grad(), self._adapter(use_adapter):
+                yield
+        finally:
+            self.model.train(was_training)
+            if self.shares_prompts:
+                self.model.set_attn_implementation(shared_prompt_attention.NAME)
+
     @contextmanager
     def _adapter(self, use_adapter: bool) -> Iterator[None]:
         if use_adapter:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ...rollout.config import SamplingConfig
-from ...rollout.engine import RolloutEngine
+from ...rollout.protocol import Engine
 from ...rollout.types import Completion
 from ..common.log import logger
 from ..data.groups import Group
@@ -73,7 +73,7 @@ class Proof:
         return f"{self.what}: difference {self.gap:.4f}, bound {self.bound:.4f}, effect of the adapter {self.effect:.4f}"
 
 
-def prove_slots(policy: Policy, engine: RolloutEngine, *, each: bool = False) -> list[Proof]:
+def prove_slots(policy: Policy, engine: Engine, *, each: bool = False) -> list[Proof]:
     """Compare trainer and engine under random adapters, then publish the policy's adapter again.
 
     `each`: also compare under an adapter on each projection alone, and log every comparison that fails.
@@ -107,7 +107,7 @@ def prove_slots(policy: Policy, engine: RolloutEngine, *, each: bool = False) ->
     if failed:
         worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
         raise RuntimeError(
-            f"vLLM does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine "
+            f"the engine does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine "
             f"differ by {worst.gap:.4f} in mean log-probability (bound {worst.bound:.4f}), while the adapter changes it by "
             f"{worst.effect:.4f} ({len(failed)} of {len(proofs)} comparisons failed). This model cannot be trained here"
         )
@@ -144,7 +144,7 @@ def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
     return pad(groups, tokens_per_pack=4096, pad_token_id=0, device=policy.device)
 
 
-def _sequences(policy: Policy, engine: RolloutEngine) -> list[list[int]]:
+def _sequences(policy: Policy, engine: Engine) -> list[list[int]]:
     """Completions of random tokens by the base model: likely text, on which rounding errors are small. Needs no tokenizer."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = policy.model.config.get_text_config().vocab_size
@@ -177,7 +177,7 @@ def _update_norm(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _compare(
-    policy: Policy, engine: RolloutEngine, sequences: list[list[int]], base: list[list[float]]
+    policy: Policy, engine: Engine, sequences: list[list[int]], base: list[list[float]]
 ) -> tuple[float, float]:
     """Gap and effect of the published adapter."""
     of_engine = engine.prompt_logprobs(sequences)

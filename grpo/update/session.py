@@ -1,4 +1,4 @@
-"""vLLM, the policy on its adapter slots, and the learner: the objects of a run in memory.
+"""The engine, the policy on its adapter slots, and the learner: the objects of a run in memory.
 
     with open_session(config, model_path) as session:
         groups = list(session.engine.rollout(prompts, config.rollout))
@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ...kernels.cpu_memory import keep_freed_memory
 from ...rollout.engine import EngineSettings, RolloutEngine
+from ...rollout.protocol import Engine
+from ...rollout.torch_engine import TorchEngine
 from ..common.log import logger
 from ..common.quiet import quiet_stderr
 from ..common.world import SINGLE_PROCESS, World
@@ -31,7 +34,7 @@ from .optimizer import check_device
 class Session:
     """The parts of a run that share one copy of the adapter."""
 
-    engine: RolloutEngine
+    engine: Engine
     policy: Policy
     learner: Learner
 
@@ -49,38 +52,61 @@ def open_session(
     engine: RolloutEngine | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Iterator[Session]:
-    """Start vLLM and the policy on one copy of the adapter, prove the slot map, and stop the engine at the end.
+    """Start the engine and the policy on one copy of the adapter, prove the slot map, and stop the engine at the end.
 
     Args:
         engine: a user-supplied one, which stays open; None: one for this session.
 
     Raises:
-        ValueError: the optimizer does not run on this device; the engine was made with other settings than this run needs;
-            the model cannot be adapted as asked.
-        RuntimeError: vLLM does not sample from the policy that would be trained.
+        ValueError: the optimizer does not run on this device; vLLM is missing; the engine was made with other settings than
+            this run needs; the model cannot be adapted as asked.
+        RuntimeError: the engine does not sample from the policy that would be trained.
     """
-    check_device(config.optim, "cuda" if torch.cuda.is_available() else "cpu")
+    check_device(config.optim, _device())
     keep_freed_memory()
+    with engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
+        if policy.plain_reason is not None:
+            logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
+        logger.info(base_note(policy, config.rollout.engine))
+        logger.info(policy.fusion.summary)
+        prove_slots(policy, sampler)
+        sampler.policy_version = 0  # a run counts its policies from the initial adapter
+        yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
+
+
+@contextmanager
+def engine_and_policy(
+    config: GRPOConfig, model_path: str, *, engine: RolloutEngine | None = None
+) -> Iterator[tuple[Engine, Policy]]:
+    """The engine of `rollout.engine`, and the policy on its adapter slots. It is closed at the end, unless it is the user's.
+
+    Raises:
+        ValueError: see `open_session`.
+    """
+    if config.rollout.engine == "torch":
+        if engine is not None:
+            raise ValueError("rollout.engine=torch samples with the policy of the run itself: leave out `engine`")
+        with quiet_stderr():
+            policy = make_policy(config, model_path)
+        max_length = config.rollout.max_model_length
+        yield TorchEngine(policy, model_path, max_num_seqs=config.max_num_seqs, max_model_length=max_length), policy
+        return
     settings = engine_settings(config, model_path)
-    if engine is not None:
-        differences = engine.settings.differences(settings)
-        if differences:
-            raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
+    if engine is not None and (differences := engine.settings.differences(settings)):
+        raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
     with quiet_stderr():
         sampler = engine or RolloutEngine(settings)
     try:
         with quiet_stderr():
             policy = make_policy(config, model_path, sampler)
-        if policy.plain_reason is not None:
-            logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
-        logger.info(base_note(policy))
-        logger.info(policy.fusion.summary)
-        prove_slots(policy, sampler)
-        sampler.policy_version = 0  # a run counts its policies from the initial adapter
-        yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
+        yield sampler, policy
     finally:
         if engine is None:
             sampler.close()
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
@@ -102,37 +128,41 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     )
 
 
-def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine) -> Policy:
-    """The policy that a configuration asks for, on the adapter slots of the engine and, where it says so, on its base weights.
+def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None) -> Policy:
+    """The policy that a configuration asks for, on vLLM's adapter slots and, where it says so, on vLLM's base weights.
+    Without vLLM both are the policy's own.
 
     Raises:
         ValueError: the model cannot be adapted as asked, or not all of its base weights can be shared.
     """
-    share = config.model.share_base_weights
+    share = config.model.share_base_weights if engine is not None else False
     policy = Policy(
         model_path,
         lora=config.lora,
         dtype=config.model.dtype,
         seed=config.seed,
-        device=engine.device,
+        device=_device() if engine is None else engine.device,
         gradient_checkpointing=config.optim.gradient_checkpointing,
         logits_mib=config.optim.logits_mib,
         load_in=config.model.load_in,
-        shared=engine.base_weights() if share else None,
+        shared=engine.base_weights() if engine is not None and share else None,
     )
     if share is True and policy.base.unshared:
         raise ValueError(
             f"model.share_base_weights: vLLM does not hold {policy.base.unshared[0]} as the trainer needs it "
             f"({len(policy.base.unshared)} weights in all): set it to auto or false"
         )
-    policy.attach(engine.slots)
+    if engine is not None:
+        policy.attach(engine.slots)
     return policy
 
 
-def base_note(policy: Policy) -> str:
+def base_note(policy: Policy, engine: Literal["vllm", "torch"]) -> str:
     """One line about where the base weights are in memory."""
     base = policy.base
     shared, unshared = (f"{size / 2**20:,.0f} MiB" for size in (base.shared_bytes, base.unshared_bytes))
+    if engine == "torch":
+        return f"base weights: {unshared} held once for trainer and sampler"
     if not base.shared_bytes:
         return f"base weights: {unshared} held by the trainer, in addition to vLLM's copy"
     rest = f", {unshared} held by the trainer only" if base.unshared else ""

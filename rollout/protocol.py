@@ -1,0 +1,57 @@
+"""What the trainer needs of an engine. Two exist: vLLM (`engine.py`), and plain torch (`torch_engine.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from .config import SamplingConfig
+from .slots import AdapterSlot
+from .types import PromptGroup
+
+
+class Engine(Protocol):
+    """Samples groups of completions with the adapter that is in its slots.
+
+    Attributes:
+        slots: the adapter buffers that it samples with, by PEFT module name. The trainer multiplies with the same tensors.
+        device: `cpu` or `cuda`.
+        policy_version: number of publishes; 0 is the base model.
+    """
+
+    slots: Mapping[str, AdapterSlot]
+    device: str
+    policy_version: int
+
+    def publish(self, write_slots: Callable[[], None]) -> int:
+        """Sample from now on with the adapter that `write_slots` writes into the slots; returns the new policy version."""
+        ...
+
+    def rollout(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seeds: Sequence[int] | None = None,
+        use_adapter: bool = True,
+    ) -> Iterator[PromptGroup]:
+        """Sample `sampling.num_generations` completions of each prompt (token ids); yield each group when it is finished.
+
+        Closing the iterator ends the remaining ones.
+
+        Args:
+            seeds: one for each prompt; with them sampling is reproducible.
+            use_adapter: False samples from the base model.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        ...
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, under the engine's policy at temperature 1."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine's memory. Slots become invalid."""
+        ...
