@@ -1,4 +1,4 @@
-"""Run files for the tests of the configuration, and trainers of a tiny model with real vLLM."""
+"""Run files for the tests of the configuration, and trainers of a tiny model."""
 
 import random
 import subprocess
@@ -56,23 +56,24 @@ def make_trainer(tiny_model_path, tmp_path: Path):
 
 
 @pytest.fixture
-def run_engine(engine_shelf, tiny_model_path):
-    """The session's engine for runs of `make_trainer` that leave the engine's settings alone: `train(engine=run_engine)`."""
+def vllm_engine(engine_shelf, tiny_model_path):
+    """The session's vLLM for runs of `make_trainer` with `engine="vllm"` and otherwise its settings."""
     from rankup.grpo.update.session import engine_settings
 
-    settings = engine_settings(tiny_config(Path("unused")), str(tiny_model_path("llama")))
+    settings = engine_settings(tiny_config(Path("unused"), engine="vllm"), str(tiny_model_path("llama")))
     return engine_shelf.get(settings)
 
 
 @pytest.fixture
-def train(make_trainer, run_engine, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def train(make_trainer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Make a run in a folder of that name, from the same seed of Python's generator unless it is resumed."""
 
-    def run(name: str, *, reward=low_ids_with_noise, resume: Any = False, allow_changes: bool = False, **changes: Any):
+    def run(name: str, *, reward=low_ids_with_noise, vllm: Any = None, **changes: Any):
+        resume, allow_changes = changes.pop("resume", False), changes.pop("allow_changes", False)
         random.seed(99 if resume else 7)
-        options = OPTIONS | changes
+        options = OPTIONS | {"engine": "torch" if vllm is None else "vllm"} | changes
         trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **options)
-        return trainer.train(engine=run_engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
+        return trainer.train(engine=vllm, resume_from_checkpoint=resume, allow_changes=allow_changes)
 
     return run
 

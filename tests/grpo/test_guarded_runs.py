@@ -1,4 +1,4 @@
-"""Alarms in complete runs with real vLLM: each triggers on an injected fault, acts, and stays silent over a healthy run."""
+"""Alarms in complete runs: each triggers on an injected fault, acts, and stays silent over a healthy run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import metrics_of, steps_of
 
 from rankup.grpo.common.errors import TrainingStoppedError
-
-pytestmark = pytest.mark.engine
+from rankup.rollout.torch_engine import TorchEngine
 
 HEALTHY = {"max_steps": 40, "learning_rate": 1e-3, "prompts_per_step": 8, "num_generations": 8, "eval_before": False}
 
@@ -23,12 +22,11 @@ def low_ids(completion_ids, **kwargs):
 
 
 @pytest.fixture
-def run(make_trainer, tmp_path, run_engine, capsys):
+def run(make_trainer, tmp_path, capsys):
     """Train with changes; returns the steps' metrics and the printed output."""
 
     def train(reward=low_ids, **changes):
-        changes = {"max_num_seqs": run_engine.settings.max_num_seqs, **changes}
-        make_trainer(reward=reward, **changes).train(engine=run_engine)
+        make_trainer(reward=reward, **changes).train()
         return steps_of(tmp_path / "run"), capsys.readouterr().out
 
     return train
@@ -83,33 +81,25 @@ def test_falling_entropy_triggers_an_alarm_and_the_policy_is_rolled_back(run):
     assert max(step["entropy"] for step in steps[-5:]) > 2 * unguarded[-1]["entropy"]
 
 
-def test_a_sampler_with_another_adapter_ends_the_run(make_trainer, run_engine, tmp_path, capsys, monkeypatch):
+def test_a_sampler_with_another_adapter_ends_the_run(make_trainer, tmp_path, capsys, monkeypatch):
     """The engine samples from another adapter than the one that is trained: every step is skipped, and ten are enough."""
-    rollout = run_engine.rollout
+    rollout = TorchEngine.rollout
 
-    def with_another_adapter(*args, **kwargs) -> Iterator:
-        kept = {name: slot.b.clone() for name, slot in run_engine.slots.items()}
+    def with_another_adapter(engine: TorchEngine, *args, **kwargs) -> Iterator:
+        kept = {name: slot.b.clone() for name, slot in engine.slots.items()}
         generator = torch.Generator().manual_seed(0)
-        for slot in run_engine.slots.values():
+        for slot in engine.slots.values():
             slot.b.add_(0.3 * torch.randn(slot.b.shape, generator=generator))
         try:
-            yield from rollout(*args, **kwargs)
+            yield from rollout(engine, *args, **kwargs)
         finally:
             for name, b in kept.items():
-                run_engine.slots[name].b.copy_(b)
+                engine.slots[name].b.copy_(b)
 
-    trainer = make_trainer(reward=low_ids, **HEALTHY | {"max_num_seqs": run_engine.settings.max_num_seqs})
-    started = False
-
-    def faulty(*args, **kwargs):
-        # The proof at the start of a run samples too, and would find the fault: it begins with the first step.
-        nonlocal started
-        started = started or kwargs.get("seeds") is not None
-        return with_another_adapter(*args, **kwargs) if started else rollout(*args, **kwargs)
-
-    monkeypatch.setattr(run_engine, "rollout", faulty)
+    trainer = make_trainer(reward=low_ids, **HEALTHY)
+    monkeypatch.setattr(TorchEngine, "rollout", with_another_adapter)
     with pytest.raises(TrainingStoppedError, match="skipped"):
-        trainer.train(engine=run_engine)
+        trainer.train()
     printed = capsys.readouterr().out
     steps = steps_of(tmp_path / "run")
     assert "sampler" in printed

@@ -1,8 +1,7 @@
-"""A run that was interrupted and resumed is bit-exactly the run without an interruption: real vLLM on a tiny model."""
+"""A run that was interrupted and resumed is bit-exactly the run without an interruption."""
 
 import json
 import os
-import random
 import signal
 import subprocess
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from resumed import OPTIONS, FaultError, failing_at, left_behind, low_ids_with_noise
+from resumed import FaultError, failing_at, left_behind, low_ids_with_noise
 from safetensors.torch import load_file
-from tiny_runs import ROWS, metrics_of, tiny_config
+from tiny_runs import ROWS, metrics_of
 
 from rankup.grpo.common.interrupts import RunInterrupted
-from rankup.grpo.update.session import engine_settings
-
-pytestmark = pytest.mark.engine
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -43,6 +39,15 @@ def test_a_resumed_run_equals_the_undisturbed_one(train, tmp_path: Path, changes
     assert one == other
     if "entropy_stop" in changes:
         assert one["summary"]["guards"]["guards/restores"] > 0
+
+
+@pytest.mark.engine
+def test_a_run_with_vllm_resumes_bit_exactly(train, vllm_engine, tmp_path: Path):
+    train("undisturbed", vllm=vllm_engine)
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("failed", reward=failing_at(3, FaultError()), vllm=vllm_engine)
+    train("failed", vllm=vllm_engine, resume=True)
+    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
 
 
 def test_the_checkpoint_holds_the_last_complete_step(train, tmp_path: Path):
@@ -154,17 +159,17 @@ def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(
     assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
 
 
-def test_other_data_and_other_rewards_are_refused(make_trainer, run_engine, tmp_path: Path):
+def test_other_data_and_other_rewards_are_refused(make_trainer, tmp_path: Path):
     with pytest.raises(RuntimeError, match="FaultError"):
-        make_trainer(save_steps=1, reward=failing_at(1, FaultError())).train(engine=run_engine)
+        make_trainer(save_steps=1, reward=failing_at(1, FaultError())).train()
     reward = low_ids_with_noise
     changed = make_trainer(save_steps=1, reward=reward, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
     with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now") as caught:
-        changed.train(engine=run_engine, resume_from_checkpoint=True)
+        changed.train(resume_from_checkpoint=True)
     assert "--allow-changes" in str(caught.value)
     other = make_trainer(save_steps=1)
     with pytest.raises(ValueError, match=r"\['low_ids_with_noise'\] in the checkpoint, \['many_low_ids'\] now"):
-        other.train(engine=run_engine, resume_from_checkpoint=True)
+        other.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("place", "step"), [("a step", 3), ("an evaluation", 2)])
@@ -193,39 +198,25 @@ WIDE = {"rank": 64, "alpha": 128}
 """Ranks below have too few parameters in a matrix for state of 8 bits."""
 
 
-@pytest.fixture
-def train_wide(make_trainer, engine_shelf, tiny_model_path, tmp_path: Path):
-    """`train` with `WIDE`, and an engine for it."""
-    settings = engine_settings(tiny_config(tmp_path, **WIDE), str(tiny_model_path("llama")))
-    engine = engine_shelf.get(settings)
-
-    def run(name: str, *, reward: Any = low_ids_with_noise, allow_changes: bool = False, resume: bool = False, **changes: Any):
-        random.seed(99 if resume else 7)
-        trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **OPTIONS, **WIDE, **changes)
-        return trainer.train(engine=engine, resume_from_checkpoint=resume, allow_changes=allow_changes)
-
-    return run
-
-
-def test_a_run_with_8_bit_state_resumes_bit_exactly(train_wide, tmp_path: Path):
-    changes: dict[str, Any] = {"optimizer": "adamw_8bit", "lora_plus_ratio": 2.0}
-    train_wide("undisturbed", **changes)
+def test_a_run_with_8_bit_state_resumes_bit_exactly(train, tmp_path: Path):
+    changes: dict[str, Any] = {**WIDE, "optimizer": "adamw_8bit", "lora_plus_ratio": 2.0}
+    train("undisturbed", **changes)
     with pytest.raises(RuntimeError, match="FaultError"):
-        train_wide("failed", reward=failing_at(5, FaultError()), **changes)
+        train("failed", reward=failing_at(5, FaultError()), **changes)
     state = load_file(tmp_path / "failed" / "checkpoints" / "step_000005" / "optimizer.safetensors")
     assert all(tensor.dtype == torch.uint8 for name, tensor in state.items() if name.endswith((".state1", ".state2")))
     assert {int(tensor) for name, tensor in state.items() if name.endswith(".step")} == {5}
-    train_wide("failed", resume=True, **changes)
+    train("failed", resume=True, **changes)
     assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
 
 
 @pytest.mark.parametrize("names", [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
-def test_another_optimizer_is_refused_or_starts_from_scratch(train_wide, capsys, names: tuple[str, str]):
+def test_another_optimizer_is_refused_or_starts_from_scratch(train, capsys, names: tuple[str, str]):
     with pytest.raises(RuntimeError, match="FaultError"):
-        train_wide("run", reward=failing_at(4, FaultError()), optimizer=names[0])
+        train("run", **WIDE, reward=failing_at(4, FaultError()), optimizer=names[0])
     with pytest.raises(ValueError, match=f"optim.optimizer: {names[0]} in the checkpoint, {names[1]} now"):
-        train_wide("run", resume=True, optimizer=names[1])
-    summary = train_wide("run", resume=True, allow_changes=True, optimizer=names[1])
+        train("run", **WIDE, resume=True, optimizer=names[1])
+    summary = train("run", **WIDE, resume=True, allow_changes=True, optimizer=names[1])
     assert summary["steps"] == 6
     assert f"optim.optimizer={names[1]} starts from scratch" in " ".join(capsys.readouterr().out.split())
 

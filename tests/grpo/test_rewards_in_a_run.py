@@ -11,12 +11,10 @@ from tiny_runs import steps_of
 
 from rankup.rewards.contract import RewardError
 
-pytestmark = pytest.mark.engine
-
 PROCESS = {"isolation": "process", "num_workers": 2}
 
 
-def test_a_reward_that_hangs_costs_its_rows_and_the_run_continues(make_trainer, run_engine, tmp_path, capsys):
+def test_a_reward_that_hangs_costs_its_rows_and_the_run_continues(make_trainer, tmp_path, capsys):
     def hangs_on_three(completion_ids, target, **kwargs):
         if target[0] == 3:
             time.sleep(600)
@@ -25,7 +23,7 @@ def test_a_reward_that_hangs_costs_its_rows_and_the_run_continues(make_trainer, 
     trainer = make_trainer(
         reward=hangs_on_three, **PROCESS, timeout=3.0, on_error="none", max_steps=4, eval_before=False, completions_steps=1
     )
-    trainer.train(engine=run_engine)
+    trainer.train()
     steps = steps_of(tmp_path / "run")
     assert len(steps) == 4
     tables = [pyarrow.parquet.read_table(path) for path in sorted((tmp_path / "run" / "completions").iterdir())]
@@ -39,29 +37,29 @@ def test_a_reward_that_hangs_costs_its_rows_and_the_run_continues(make_trainer, 
 
 
 @pytest.mark.ray
-def test_the_same_run_in_processes_and_in_ray_as_inline(make_trainer, run_engine, tmp_path):
+def test_the_same_run_in_processes_and_in_ray_as_inline(make_trainer, tmp_path):
     def low(completion_ids, **kwargs):
         return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
 
     rewards = []
     for isolation in ("inline", "process", "ray"):
         out = tmp_path / isolation
-        make_trainer(reward=low, isolation=isolation, num_workers=2, max_steps=2, output_dir=out).train(engine=run_engine)
+        make_trainer(reward=low, isolation=isolation, num_workers=2, max_steps=2, output_dir=out).train()
         rewards.append([(step["reward"], step["loss"], step["grad_norm"]) for step in steps_of(out)])
     assert rewards[0] == rewards[1] == rewards[2]
 
 
-def test_a_process_that_dies_stops_the_run_with_its_message(make_trainer, run_engine, tmp_path):
+def test_a_process_that_dies_stops_the_run_with_its_message(make_trainer, tmp_path):
     def dies(completions, **kwargs):
         print("no licence for the verifier")
         os._exit(7)
 
     with pytest.raises(RewardError, match=r"'dies' failed on rows 0 to 3 .* died \(exit status 7\)(.|\n)*no licence"):
-        make_trainer(reward=dies, **PROCESS, eval_before=False).train(engine=run_engine)
+        make_trainer(reward=dies, **PROCESS, eval_before=False).train()
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
-def test_normalised_sums_train(make_trainer, run_engine, tmp_path):
+def test_normalised_sums_train(make_trainer, tmp_path):
     def large(completion_ids, **kwargs):
         return [1000.0 * sum(token < 130 for token in ids) for ids in completion_ids]
 
@@ -70,7 +68,7 @@ def test_normalised_sums_train(make_trainer, run_engine, tmp_path):
 
     make_trainer(
         reward=[large, small], multi_objective_aggregation="normalize_then_sum", max_steps=1, completions_steps=1
-    ).train(engine=run_engine)
+    ).train()
     (path,) = (tmp_path / "run" / "completions").iterdir()
     rows = pyarrow.parquet.read_table(path).to_pylist()
     assert max(abs(row["advantage"]) for row in rows) < 4

@@ -1,4 +1,4 @@
-"""Complete runs on a tiny random model with real vLLM: the files they write, and how they react to failures."""
+"""Complete runs on a tiny random model: the files they write, and how they react to failures."""
 
 import json
 
@@ -8,16 +8,11 @@ import yaml
 from safetensors.torch import load_file
 from tiny_runs import metrics_of, timeless
 
-pytestmark = pytest.mark.engine
 
-@pytest.fixture(autouse=True)
-def no_other_engine(engine_shelf):
-    """These runs start further engines, and two do not fit."""
-    engine_shelf.close()
-
-
-def test_a_run_leaves_a_complete_folder(make_trainer, tmp_path, capsys):
-    summary = make_trainer().train()
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.engine)])
+def test_a_run_leaves_a_complete_folder(make_trainer, engine_shelf, tmp_path, capsys, engine):
+    engine_shelf.close()  # the run starts a vLLM of its own, and two do not fit
+    summary = make_trainer(engine=engine).train()
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "adapter", "checkpoints", "completions", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json",

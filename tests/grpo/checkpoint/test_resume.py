@@ -14,8 +14,6 @@ from tiny_runs import ROWS
 from rankup.grpo.cluster.events import EventView
 from rankup.grpo.common.interrupts import RunInterrupted
 
-pytestmark = pytest.mark.engine
-
 
 def files_of(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -94,7 +92,7 @@ def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(trai
     assert kept["undisturbed"] == kept["stopped"] == ["step_000002", "step_000008"]
 
 
-def test_one_trainer_can_be_interrupted_and_resume(make_trainer, run_engine, tmp_path: Path):
+def test_one_trainer_can_be_interrupted_and_resume(make_trainer, tmp_path: Path):
     def requests_a_stop_once(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and not asked:
             asked.append(True)
@@ -104,10 +102,10 @@ def test_one_trainer_can_be_interrupted_and_resume(make_trainer, run_engine, tmp
     asked: list[bool] = []
     trainer = make_trainer(reward=requests_a_stop_once, max_steps=3)
     with pytest.raises(RunInterrupted):
-        trainer.train(engine=run_engine)
+        trainer.train()
     assert trainer.can_resume
-    assert trainer.train(engine=run_engine, resume_from_checkpoint=True)["steps"] == 3
-    assert trainer.train(engine=run_engine, resume_from_checkpoint=None)["steps"] == 3  # TRL's scripts hand None through
+    assert trainer.train(resume_from_checkpoint=True)["steps"] == 3
+    assert trainer.train(resume_from_checkpoint=None)["steps"] == 3  # TRL's scripts hand None through
 
 
 def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Path, capsys):
@@ -117,7 +115,7 @@ def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Pat
     assert files_of(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
 
 
-def test_a_failed_save_does_not_replace_the_original_error(make_trainer, run_engine, tmp_path: Path, capsys):
+def test_a_failed_save_does_not_replace_the_original_error(make_trainer, tmp_path: Path, capsys):
     def fails(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 2:
             (tmp_path / "run" / "in the way").mkdir()
@@ -127,13 +125,13 @@ def test_a_failed_save_does_not_replace_the_original_error(make_trainer, run_eng
         return low_ids_with_noise(completion_ids)
 
     with pytest.raises(RuntimeError, match="FaultError"):
-        make_trainer(reward=fails, max_steps=4).train(engine=run_engine)
+        make_trainer(reward=fails, max_steps=4).train()
     out = capsys.readouterr().out
     assert "could not save a checkpoint" in out and "could not draw the learning curve" in out
     assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_failing_view_loses_no_step(make_trainer, run_engine, tmp_path: Path):
+def test_a_failing_view_loses_no_step(make_trainer, tmp_path: Path):
     class DeadView(EventView):
         def step(self, step: int, metrics: Any, seconds_by_phase: Any) -> None:
             if step == 2:
@@ -142,11 +140,11 @@ def test_a_failing_view_loses_no_step(make_trainer, run_engine, tmp_path: Path):
     trainer = make_trainer(reward=low_ids_with_noise, max_steps=4, save_steps=0)
     trainer.view = DeadView(lambda event: None)
     with pytest.raises(BrokenPipeError):
-        trainer.train(engine=run_engine)
+        trainer.train()
     assert trainer.can_resume and (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
 
 
-def test_a_trainer_evaluates_after_an_interruption(make_trainer, engine_shelf, run_engine, tmp_path: Path):
+def test_a_trainer_evaluates_after_an_interruption(make_trainer, tmp_path: Path):
     def requests_a_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
         if trainer_state.global_step == 1 and len(asked) == 0:
             asked.append(os.kill(os.getpid(), signal.SIGTERM))
@@ -155,12 +153,11 @@ def test_a_trainer_evaluates_after_an_interruption(make_trainer, engine_shelf, r
     asked: list[None] = []
     trainer = make_trainer(reward=requests_a_stop)
     with pytest.raises(RunInterrupted):
-        trainer.train(engine=run_engine)
-    engine_shelf.close()
+        trainer.train()
     assert 0 <= trainer.evaluate(adapter=tmp_path / "run" / "adapter") <= 1.01
 
 
-def test_a_complete_run_returns_although_a_signal_came_too_late(make_trainer, run_engine, tmp_path: Path):
+def test_a_complete_run_returns_although_a_signal_came_too_late(make_trainer, tmp_path: Path):
     class Asks(EventView):
         def evaluation(self, step: int, reward: float, when: Any) -> None:
             if when == "after":
@@ -168,16 +165,16 @@ def test_a_complete_run_returns_although_a_signal_came_too_late(make_trainer, ru
 
     trainer = make_trainer()
     trainer.view = Asks(lambda event: None)
-    summary = trainer.train(engine=run_engine)
+    summary = trainer.train()
     assert summary["interrupted"] and summary["steps"] == 2, "no SystemExit: exit codes belong to the command"
     assert not json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"], "the run itself is complete"
 
 
-def test_a_finished_run_with_other_data_is_refused(make_trainer, run_engine):
-    make_trainer(save_steps=1).train(engine=run_engine)
+def test_a_finished_run_with_other_data_is_refused(make_trainer):
+    make_trainer(save_steps=1).train()
     changed = make_trainer(save_steps=1, rows=[*ROWS[:-1], {"prompt": "count to 12", "target": 11}])
     with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now"):
-        changed.train(engine=run_engine, resume_from_checkpoint=True)
+        changed.train(resume_from_checkpoint=True)
 
 
 def test_a_run_folder_of_another_version_is_moved_aside(train, tmp_path: Path):

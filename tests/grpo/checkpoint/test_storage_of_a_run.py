@@ -11,8 +11,6 @@ from resumed import FaultError, failing_at, left_behind
 from rankup.grpo.checkpoint.storage import StorageError
 from rankup.rewards.contract import RewardError
 
-pytestmark = pytest.mark.engine
-
 
 def test_a_run_resumes_from_the_storage_alone(train, tmp_path: Path):
     train("undisturbed")

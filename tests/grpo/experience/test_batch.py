@@ -10,8 +10,7 @@ from tiny_runs import ROWS, many_low_ids, steps_of
 from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.data.sampler import PromptSampler
 from rankup.grpo.experience.batch import collect_batch
-
-pytestmark = pytest.mark.engine
+from rankup.grpo.update.session import engine_and_policy
 
 
 def some_prompts_only(completion_ids, target, **kwargs):
@@ -20,12 +19,13 @@ def some_prompts_only(completion_ids, target, **kwargs):
 
 
 @pytest.fixture
-def make_batch(run_engine, make_trainer, tmp_path):
+def make_batch(make_trainer):
     """The batch of step 0 of a run whose policy is the base model."""
 
     def make(reward=many_low_ids, step=0, **changes):
         setup = make_trainer(reward=reward, **changes).setup
-        return collect_batch(run_engine, setup.scorer, setup.sampler, setup.config, step=step)
+        with engine_and_policy(setup.config, setup.inputs.model_path) as (engine, _):
+            return collect_batch(engine, setup.scorer, setup.sampler, setup.config, step=step)
 
     return make
 
@@ -92,8 +92,8 @@ def test_long_completions_lose_reward(make_batch):
     assert batch.metrics["reward"] == 1.0, "the metric is the functions' reward, without the penalty"
 
 
-def test_a_run_with_dynamic_sampling_trains_and_reports_it(run_engine, make_trainer, tmp_path):
-    make_trainer(reward=some_prompts_only, max_resampling_rounds=8).train(engine=run_engine)
+def test_a_run_with_dynamic_sampling_trains_and_reports_it(make_trainer, tmp_path):
+    make_trainer(reward=some_prompts_only, max_resampling_rounds=8).train()
     for step in steps_of(tmp_path / "run"):
         assert step["resampling_rounds"] >= 1 and "loss" in step
 
@@ -108,6 +108,9 @@ def test_further_prompts_are_distinct_within_a_draw_where_there_are_enough():
     assert len(few.further_batch(0, 1)) == 6
 
 
-def test_an_engine_of_other_settings_is_refused(run_engine, make_trainer):
+@pytest.mark.engine
+def test_an_engine_of_other_settings_is_refused(vllm_engine, make_trainer):
     with pytest.raises(ValueError, match="other settings"):
-        make_trainer(max_completion_length=9).train(engine=run_engine)
+        make_trainer(engine="vllm", max_completion_length=9).train(engine=vllm_engine)
+    with pytest.raises(ValueError, match="leave out `engine`"):
+        make_trainer().train(engine=vllm_engine)
