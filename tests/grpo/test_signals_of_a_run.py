@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from tiny_runs import timeless
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKUP = Path(sys.executable).with_name("rankup")
 RUN_FILE = """
 model: {{name: {model}, dtype: float32}}
 lora: {{rank: 8, alpha: 16}}
-rollout: {{num_generations: 4, max_prompt_length: 64, max_completion_length: 8, kv_cache_gib: 0.0625}}
+rollout: {{engine: torch, num_generations: 4, max_prompt_length: 64, max_completion_length: 8, kv_cache_gib: 0.0625}}
 optim: {{prompts_per_step: 3, max_steps: 12, learning_rate: 1e-2}}
 data: {{train: rows.jsonl, eval: rows.jsonl}}
 rewards: {{functions: reward.py:low_ids, isolation: process, num_workers: 1}}
@@ -44,12 +44,6 @@ def project(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_other_engine(engine_shelf) -> None:
-    """These runs start further engines, and two do not fit."""
-    engine_shelf.close()
-
-
 def start(project: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [RANKUP, *words], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -65,7 +59,7 @@ def lines_until(process: subprocess.Popen[str], part: str) -> Iterator[str]:
     raise AssertionError(f"the run ended without {part!r}: {process.communicate()[1]}")
 
 
-def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_result(no_other_engine, project: Path):
+def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_result(project: Path):
     undisturbed = start(project, "train", "run.yaml", "logging.output_dir=undisturbed")
     out, error = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, error
@@ -92,7 +86,16 @@ def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_resu
     assert timeless(project / "stopped") == timeless(project / "undisturbed")
 
 
-def test_a_second_signal_ends_the_command_immediately(no_other_engine, project: Path):
+@pytest.mark.engine
+def test_the_command_trains_with_vllm(engine_shelf, project: Path):
+    engine_shelf.close()  # two do not fit
+    process = start(project, "train", "run.yaml", "rollout.engine=vllm", "optim.max_steps=2", "logging.output_dir=vllm")
+    out, error = process.communicate(timeout=300)
+    assert (process.returncode, error) == (0, "")
+    assert "step 2/2" in out and (project / "vllm" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_second_signal_ends_the_command_immediately(project: Path):
     (project / "slow.py").write_text(REWARD.replace("time.sleep(0.1)", "open('called', 'w').close(); time.sleep(60)"))
     process = start(
         project, "train", "run.yaml", "logging.output_dir=second", "rewards.functions=slow.py:low_ids", "data.eval=null"
@@ -106,7 +109,7 @@ def test_a_second_signal_ends_the_command_immediately(no_other_engine, project: 
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_an_error_shows_the_command_to_resume(no_other_engine, project: Path):
+def test_an_error_shows_the_command_to_resume(project: Path):
     (project / "fails.py").write_text(REWARD.replace("time.sleep(0.1)", "assert kwargs['trainer_state'].global_step < 2"))
     process = start(
         project, "train", "run.yaml", "logging.output_dir=failed", "rewards.functions=fails.py:low_ids", "data.eval=null",
@@ -120,7 +123,7 @@ def test_an_error_shows_the_command_to_resume(no_other_engine, project: Path):
     assert lines[-1].startswith("to resume: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")
 
 
-def test_the_soak_script_kills_resumes_and_counts(no_other_engine, project: Path, tmp_path: Path):
+def test_the_soak_script_kills_resumes_and_counts(project: Path, tmp_path: Path):
     soak = [ROOT / "scripts" / "soak.py", "run.yaml", "--kills", "2", "--seed", "4", "--folder", tmp_path / "soak"]
     result = subprocess.run([*soak, "rewards.isolation=inline"], cwd=project, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr

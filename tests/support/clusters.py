@@ -50,7 +50,13 @@ def many_low_ids(completions, completion_ids, target, trainer_state, log_metric,
 OPTIONS: dict[str, Any] = {
     "model": {"dtype": "float32"},
     "lora": {"rank": 8, "alpha": 16},
-    "rollout": {"num_generations": 4, "max_prompt_length": 64, "max_completion_length": 8, "kv_cache_gib": 0.0625},
+    "rollout": {
+        "engine": "torch",
+        "num_generations": 4,
+        "max_prompt_length": 64,
+        "max_completion_length": 8,
+        "kv_cache_gib": 0.0625,  # with vLLM
+    },
     "algorithm": {"scale_rewards": "batch"},
     "optim": {"prompts_per_step": 3, "max_steps": 5, "learning_rate": 1e-2},
     "rewards": {"functions": "reward.py:many_low_ids"},

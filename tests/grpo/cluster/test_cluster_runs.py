@@ -18,17 +18,16 @@ from clusters import ClusterRun, is_alive, wait_until, write_run_file
 from safetensors.torch import load_file
 from tiny_runs import steps_of, timeless
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture(scope="module")
-def cluster(engine_shelf) -> Iterator[dict[str, str]]:
+def cluster() -> Iterator[dict[str, str]]:
     """Three nodes of one CPU each besides the head; the environment variables with which a run joins them."""
     from ray.cluster_utils import Cluster
 
-    engine_shelf.close()  # these processes start further engines
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         nodes.add_node(**NODE)
@@ -65,10 +64,14 @@ def adapter_of(run: Path) -> dict:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
+def difference(a: dict, b: dict) -> float:
+    """The norm of the difference of two adapters over that of the first."""
+    distance = sum(((a[name] - b[name]) ** 2).sum().item() for name in a) ** 0.5
+    return distance / sum((a[name] ** 2).sum().item() for name in a) ** 0.5
+
+
 def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):
-    a, b = adapter_of(one), adapter_of(two)
-    difference = sum(((a[name] - b[name]) ** 2).sum().item() for name in a) ** 0.5
-    assert difference / sum((a[name] ** 2).sum().item() for name in a) ** 0.5 < 1e-5
+    assert difference(adapter_of(one), adapter_of(two)) < 1e-5
 
 
 def test_their_metrics_are_those_of_the_complete_batch(one: Path, two: Path):
@@ -78,6 +81,20 @@ def test_their_metrics_are_those_of_the_complete_batch(one: Path, two: Path):
         assert b["workers/0/tokens_per_second"] > 0 and b["workers/1/tokens_per_second"] > 0
     evaluations = [json.loads((run / "summary.json").read_text())["evaluation"] for run in (one, two)]
     assert evaluations[0]["after"]["reward"] == pytest.approx(evaluations[1]["after"]["reward"])
+
+
+@pytest.mark.engine
+def test_two_workers_with_vllm_come_to_the_adapter_of_one(
+    tmp_path: Path, model: Path, cluster: dict[str, str], engine_shelf
+):
+    engine_shelf.close()  # these processes start further engines
+    overrides = ("rollout.engine=vllm", "optim.max_steps=2", "data.eval=null", "logging.eval_steps=0")
+    for name, more, environment in (("one", (), {}), ("two", ("cluster.workers=2",), cluster)):
+        write_run_file(tmp_path / name, model)
+        run = ClusterRun(tmp_path / name, (*overrides, *more), environment)
+        assert run.wait() == 0, run.output
+    a, b = (adapter_of(tmp_path / name / "runs" / "run") for name in ("one", "two"))
+    assert difference(a, b) < 1e-5
 
 
 def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Path, cluster: dict[str, str]):
@@ -132,7 +149,7 @@ def test_workers_that_hold_two_policies_stop_with_both(tmp_path: Path, model: Pa
 def test_a_signal_before_the_first_step_ends_a_run_immediately(tmp_path: Path, model: Path, cluster: dict[str, str]):
     write_run_file(tmp_path, model)
     run = ClusterRun(tmp_path, ("cluster.workers=2",), cluster)
-    wait_until(lambda: "starting vLLM" in run.output)
+    wait_until(lambda: "loading the model" in run.output)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == 128 + signal.SIGTERM, run.output
     assert not run.output_dir.exists()
@@ -158,7 +175,7 @@ summary = GRPOTrainer(
     reward_funcs=score,
     args=GRPOConfig(
         dtype="float32", rank=8, num_generations=4, max_prompt_length=64, max_completion_length=8, prompts_per_step=3,
-        max_steps=2, kv_cache_gib=0.0625, output_dir="run", workers=2, max_failures=0,
+        max_steps=2, engine="torch", output_dir="run", workers=2, max_failures=0,
     ),
     train_dataset=[{"prompt": f"count to {n}", "bonus": 0.5} for n in range(6)],
 ).train()

@@ -1,0 +1,245 @@
+"""The engine in plain torch: sampling options, seeds, ends, waves; and that vLLM samples the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rankup.grpo.model.policy import Policy
+from rankup.grpo.model.prove import trainer_logprobs
+from rankup.rollout.config import SamplingConfig
+from rankup.rollout.torch_engine import TorchEngine, end_ids, invert, warpers
+from rankup.rollout.types import PromptGroup
+
+PROMPTS = [[5, 9, 14, 3], [7, 21, 40], [11, 12, 13, 14, 15]]
+Make = Callable[..., TorchEngine]
+
+
+@pytest.fixture
+def make(make_policy, tiny_model_path) -> Make:
+    """A torch engine of a kind of tiny model, with a strong random adapter."""
+
+    def made(kind: str = "llama", *, max_num_seqs: int = 32, max_model_length: int = 256, **policy: Any) -> TorchEngine:
+        engine = TorchEngine(
+            make_policy(kind, **policy),
+            str(tiny_model_path(kind)),
+            max_num_seqs=max_num_seqs,
+            max_model_length=max_model_length,
+        )
+        engine.publish(engine._policy.write_slots)  # type: ignore[attr-defined]
+        return engine
+
+    return made
+
+
+def policy_of(engine: TorchEngine) -> Policy:
+    assert isinstance(engine._policy, Policy)
+    return engine._policy
+
+
+def settings(**changes: Any) -> SamplingConfig:
+    return SamplingConfig(**{"num_generations": 4, "max_completion_length": 12, **changes})
+
+
+def by_index(engine: Any, prompts: list[list[int]], sampling: SamplingConfig, **options: Any) -> list[PromptGroup]:
+    return sorted(engine.rollout(prompts, sampling, **options), key=lambda group: group.index)
+
+
+def p_value(observed: torch.Tensor, expected: torch.Tensor, degrees: int) -> float:
+    """Pearson's chi-square test."""
+    statistic = ((observed - expected) ** 2 / expected).sum().double()
+    return torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64), statistic / 2).item()
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "cohere", "granite"])
+def test_log_probabilities_are_the_trainers(make: Make, kind: str) -> None:
+    engine = make(kind)
+    for group in engine.rollout(PROMPTS, settings(), seeds=[1, 2, 3]):
+        sequences = [[*group.prompt_token_ids, *completion.token_ids] for completion in group.completions]
+        prompt = len(group.prompt_token_ids) - 1
+        assert engine.prompt_logprobs(sequences) == [
+            pytest.approx(one, abs=1e-4) for one in trainer_logprobs(policy_of(engine), sequences)
+        ]
+        for completion, logprobs in zip(group.completions, engine.prompt_logprobs(sequences), strict=True):
+            assert list(completion.logprobs) == pytest.approx(logprobs[prompt:], abs=1e-4)
+
+
+def test_without_the_adapter_it_is_the_base_model(make: Make) -> None:
+    engine = make()
+    base, adapted = (engine.prompt_logprobs(PROMPTS, use_adapter=use)[0] for use in (False, True))
+    assert base == pytest.approx(trainer_logprobs(policy_of(engine), PROMPTS, use_adapter=False)[0], abs=1e-4)
+    assert base != pytest.approx(adapted, abs=0.1)
+    (group,) = engine.rollout(PROMPTS[:1], settings(num_generations=1), seeds=[1], use_adapter=False)
+    ids = [*group.prompt_token_ids, *group.completions[0].token_ids]
+    (expected,) = engine.prompt_logprobs([ids], use_adapter=False)
+    assert list(group.completions[0].logprobs) == pytest.approx(expected[3:], abs=1e-4)
+
+
+def test_tokens_depend_on_the_seed_and_not_on_what_is_sampled_beside_them(make: Make) -> None:
+    groups = by_index(make(), PROMPTS, settings(), seeds=[1, 2, 3])
+    assert len({completion.token_ids for completion in groups[0].completions}) > 1
+    for max_num_seqs in (1, 4, 9):
+        again = by_index(make(max_num_seqs=max_num_seqs), PROMPTS, settings(), seeds=[1, 2, 3])
+        assert [[c.token_ids for c in g.completions] for g in again] == [[c.token_ids for c in g.completions] for g in groups]
+    (alone,) = make().rollout(PROMPTS[1:2], settings(), seeds=[2])
+    assert [c.token_ids for c in alone.completions] == [c.token_ids for c in groups[1].completions]
+    other = by_index(make(), PROMPTS, settings(), seeds=[4, 5, 6])
+    assert [c.token_ids for c in other[0].completions] != [c.token_ids for c in groups[0].completions]
+
+
+def test_a_model_with_gradient_checkpointing_samples_the_same_and_still_trains(make: Make, make_policy) -> None:
+    engine = make()
+    expected = by_index(engine, PROMPTS, settings(), seeds=[1, 2, 3])
+    policy_of(engine).model.gradient_checkpointing_enable()
+    policy_of(engine).model.train()
+    assert by_index(engine, PROMPTS, settings(), seeds=[1, 2, 3]) == expected
+    assert policy_of(engine).model.training
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}, {"top_k": 20, "top_p": 0.8, "temperature": 2}],
+)
+def test_sampled_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
+    logits_1V = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 2
+    logprobs_1V = warpers(settings(**options))(torch.zeros(1, 1, dtype=torch.long), logits_1V).log_softmax(-1)
+    count = 40_000
+    uniforms_B = torch.rand(count, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    tokens_B = invert(logprobs_1V.expand(count, -1), uniforms_B)
+    observed, expected = tokens_B.bincount(minlength=40), logprobs_1V[0].double().exp() * count
+    possible = expected > 0
+    assert observed[~possible].sum() == 0, "tokens that an option excludes are never sampled"
+    assert p_value(observed[possible], expected[possible], int(possible.sum()) - 1) > 1e-4
+
+
+def test_the_ends_of_the_unit_interval_pick_possible_tokens() -> None:
+    logprobs_BV = torch.tensor([[-torch.inf, 0.5, 0.5, -torch.inf]]).log_softmax(-1).expand(2, -1)
+    tokens_B = invert(logprobs_BV, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert tokens_B.tolist() == [1, 2]
+
+
+def test_groups_are_handed_on_as_they_finish_and_the_rest_can_be_left(make: Make) -> None:
+    engine = make(max_num_seqs=2)
+    iterator = engine.rollout([[5], [6], [7]], settings(num_generations=1, max_completion_length=3), seeds=[1, 2, 3])
+    assert next(iterator).index in (0, 1)
+    iterator.close()
+    assert policy_of(engine).model.config._attn_implementation == "rankup_shared_prompt", "the trainer's attention is back"
+
+
+# ---------------------------------------------------------------------------------------------------------------- ends
+
+
+def test_all_end_tokens_of_the_model_end_a_completion(make: Make, tiny_model_path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_path("llama"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(100, 110)]}))
+    engine = make()
+    engine._end_ids = end_ids(str(folder), engine._tokenizer)
+    assert engine._end_ids == {2, *range(100, 110)}
+    completions = [c for g in engine.rollout(PROMPTS, settings(), seeds=[1, 2, 3]) for c in g.completions]
+    for completion in completions:
+        ends = [place for place, token in enumerate(completion.token_ids) if token in engine._end_ids]
+        if completion.finish_reason == "stop":
+            assert ends == [len(completion.token_ids) - 1]
+            assert completion.text == engine._tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)
+        else:
+            assert not ends and len(completion.token_ids) == 12
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+
+
+def test_a_stop_string_ends_a_completion_and_its_text(make: Make) -> None:
+    engine = make()
+    (free,) = engine.rollout(PROMPTS[:1], settings(num_generations=8), seeds=[1])
+    stop = next(text for c in free.completions for text in c.text[2:8] if text.isascii() and text.isprintable())
+    (stopped,) = engine.rollout(PROMPTS[:1], settings(num_generations=8, stop=[stop, "never there"]), seeds=[1])
+    for before, after in zip(free.completions, stopped.completions, strict=True):
+        assert after.token_ids == before.token_ids[: len(after.token_ids)]
+        if stop in before.text:
+            assert after.finish_reason == "stop" and after.text == before.text[: before.text.index(stop)]
+        else:
+            assert after == before
+    assert any(stop in completion.text for completion in free.completions)
+
+
+def test_no_sequence_is_longer_than_the_model_length(make: Make) -> None:
+    (group,) = make(max_model_length=7).rollout(PROMPTS[:1], settings(num_generations=2), seeds=[1])
+    assert all(len(completion.token_ids) <= 3 for completion in group.completions)
+
+
+def test_versions_count_publishes(make: Make) -> None:
+    engine = make()
+    assert engine.publish(policy_of(engine).write_slots) == engine.policy_version == 2
+    assert {c.policy_version for g in engine.rollout(PROMPTS, settings()) for c in g.completions} == {2}
+
+
+def test_a_run_imports_no_vllm(tiny_model_path, tmp_path: Path) -> None:
+    """`pip install rankup` without vLLM is enough for it."""
+    code = f"""
+import sys
+class NoVllm:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "vllm":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoVllm())
+from rankup import GRPOConfig, GRPOTrainer
+def low(completion_ids, **kwargs):
+    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+config = GRPOConfig(engine="torch", dtype="float32", rank=8, num_generations=4, max_prompt_length=64, max_completion_length=8,
+                    prompts_per_step=2, max_steps=1, output_dir={str(tmp_path / "run")!r})
+summary = GRPOTrainer(model={str(tiny_model_path("llama"))!r}, reward_funcs=low, args=config,
+                      train_dataset=[{{"prompt": "a"}}, {{"prompt": "b"}}]).train()
+assert summary["steps"] == 1
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------- vLLM
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_greedy_tokens_are_vllms(make: Make, make_engine, kind: str) -> None:
+    engine, vllm = make(kind, max_num_seqs=64), make_engine(kind)
+    policy_of(engine).attach(vllm.slots)
+    vllm.publish(policy_of(engine).write_slots)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (64,), generator=generator).tolist()
+    prompts = [torch.randint(4, 260, (length,), generator=generator).tolist() for length in lengths]
+    sampling = settings(temperature=0.0, num_generations=1, max_completion_length=24)
+    ours, theirs = by_index(engine, prompts, sampling), by_index(vllm, prompts, sampling)
+    for one, other in zip(ours, theirs, strict=True):
+        a, b = one.completions[0], other.completions[0]
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01}])
+def test_sampled_tokens_are_distributed_as_vllms(make: Make, make_engine, options: dict[str, float]) -> None:
+    """The first token of many completions of a prompt: two samples of one distribution."""
+    engine, vllm = make(max_num_seqs=2048), make_engine()
+    policy_of(engine).attach(vllm.slots)
+    vllm.publish(policy_of(engine).write_slots)
+    sampling = settings(num_generations=2048, max_completion_length=1, **options)
+    counts = []
+    for sampler in (engine, vllm):
+        (group,) = sampler.rollout(PROMPTS[:1], sampling, seeds=[11])
+        tokens = torch.tensor([completion.token_ids[0] for completion in group.completions])
+        counts.append(tokens.bincount(minlength=260))
+    both = torch.stack(counts)
+    frequent = both.sum(0) >= 10  # the others are counted as one
+    table = torch.cat([both[:, frequent], both[:, ~frequent].sum(1, keepdim=True)], dim=1)
+    table = table[:, table.sum(0) > 0]
+    assert table.shape[1] > 5
+    assert p_value(table, table.sum(0).expand(2, -1) / 2, table.shape[1] - 1) > 1e-4
