@@ -44,7 +44,10 @@ def vllm_version() -> str:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise ValueError("vLLM is not installed: run scripts/install.sh, or pip install 'rankup[cpu]' or 'rankup[cuda]'")
+    raise ValueError(
+        "vLLM is not installed: pip install 'rankup[cpu]' or 'rankup[cuda]'; or set rollout.engine=torch, which is slower and "
+        "needs no vLLM"
+    )
 
 
 def _working_versions() -> str:

@@ -1,7 +1,13 @@
-"""Fixtures that start vLLM. One engine at a time: another one starts only after the last one was closed."""
+"""Fixtures that start vLLM, and how tests are divided among processes.
+
+One vLLM at a time: another one starts only after the last one was closed. So all tests that start one run in one process, and so
+do those that start Ray. Every process computes with one thread: tiny models gain nothing from more, and two processes with two
+threads each slow each other many times over.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +19,19 @@ from tiny_models import make_tiny_model
 if TYPE_CHECKING:
     from rankup.rollout.engine import EngineSettings, RolloutEngine
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, and by the processes that tests start
+
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "make_trainer" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.runs)
+        for marker in ("engine", "ray"):
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.xdist_group(marker))
+                break
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,7 @@ def test_an_error_shows_the_command_to_resume(project: Path):
     assert lines[-1].startswith("to resume: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")
 
 
+@pytest.mark.exhaustive
 def test_the_soak_script_kills_resumes_and_counts(project: Path, tmp_path: Path):
     soak = [ROOT / "scripts" / "soak.py", "run.yaml", "--kills", "2", "--seed", "4", "--folder", tmp_path / "soak"]
     result = subprocess.run([*soak, "rewards.isolation=inline"], cwd=project, capture_output=True, text=True, timeout=500)

@@ -63,6 +63,7 @@ def test_without_a_gpu_it_stops_with_an_error(tmp_path: Path) -> None:
 @WITHOUT_GPU
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_step_on_the_cpu_writes_its_log_and_its_part_of_the_report(tiny_model_path, tmp_path: Path) -> None:
     folder = tmp_path / "report"
     result = run_script("--cpu", "--output", str(folder), "--model", str(tiny_model_path("llama")), timeout=1200)
@@ -84,6 +85,7 @@ def test_every_step_on_the_cpu_writes_its_log_and_its_part_of_the_report(tiny_mo
 
 @WITHOUT_GPU
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_failed_step_is_reported_and_ctrl_c_still_writes_the_report(tmp_path: Path) -> None:
     """The model folder is empty, so the check fails; the interrupt comes during one of the next steps."""
     folder = tmp_path / "report"
