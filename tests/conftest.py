@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "make_trainer" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.runs)
-        for marker in ("engine", "ray"):
+        for marker in ("ray", "engine"):
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.xdist_group(marker))
                 break

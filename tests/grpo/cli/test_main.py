@@ -65,8 +65,8 @@ def rankup(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     def refuse(*args: object) -> None:
         pytest.fail("the command started an engine")
 
-    monkeypatch.setattr("rankup.grpo.update.session.RolloutEngine", refuse)
-    monkeypatch.setattr("rankup.grpo.cli.check.RolloutEngine", refuse)
+    for engine in ("RolloutEngine", "TorchEngine"):
+        monkeypatch.setattr(f"rankup.grpo.update.session.{engine}", refuse)
 
     def run(*arguments: str) -> Outcome:
         before = contents(project)
