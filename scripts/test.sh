@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Installs missing packages, then runs the tests in as many processes as there are cores; other arguments go to pytest.
+# Installs missing packages, then runs the tests, by default in as many processes as there are cores. Other words go to pytest.
 #
-#   scripts/test.sh                      the default: everything but exhaustive variants of tests
-#   scripts/test.sh --quick              without vLLM, Ray and complete runs
-#   scripts/test.sh --all                everything
-#   scripts/test.sh tests/grpo -k config
+#   scripts/test.sh                                   all but those marked exhaustive
+#   scripts/test.sh --exhaustive tests/kernels        these too, of a folder or file
+#   scripts/test.sh --quick                           without vLLM, Ray, complete runs and everything else that takes long
+#   scripts/test.sh --all                             everything
+#   scripts/test.sh tests/grpo -k config              one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/install.sh
-lane=(-m "not exhaustive")
+# Tests of one group, such as those that start vLLM, run in one process.
+all_cores=(-n "$(nproc)" --dist loadgroup)
 case "${1:-}" in
-    --quick) lane=(-m "not engine and not ray and not runs and not slow and not interpreted and not exhaustive") && shift ;;
-    --all) lane=() && shift ;;
+    --quick) set -- "${all_cores[@]}" -m "not engine and not ray and not runs and not slow" "${@:2}" ;;
+    --all) set -- "${all_cores[@]}" --exhaustive tests "${@:2}" ;;
+    "" | --exhaustive) set -- "${all_cores[@]}" "$@" ;;
 esac
-if (($# == 0)); then # tests of one group, such as those that start vLLM, run in one process
-    set -- -n "$(nproc)" --dist loadgroup
-fi
 # Not `python -m pytest`, which would put the root on sys.path, where `kernels` shadows another package.
-exec .venv/bin/pytest "${lane[@]}" "$@"
+exec .venv/bin/pytest "$@"

@@ -24,7 +24,24 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, and by the processes that 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "also run tests marked exhaustive in this folder or file; may be repeated"
+    parser.addoption("--exhaustive", action="append", default=[], metavar="PATH", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive")]
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("exhaustive") is not None and not any(item.path.is_relative_to(f) for f in folders)
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if "make_trainer" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.runs)
