@@ -1,8 +1,8 @@
 """Fixtures that start vLLM, and how tests are divided among processes.
 
-One vLLM at a time: another one starts only after the last one was closed. So all tests that start one run in one process, and so
-do those that start Ray. Every process computes with one thread: tiny models gain nothing from more, and two processes with two
-threads each slow each other many times over.
+A process has one vLLM at a time: another one starts only after the last one was closed. The tests of a file that use vLLM run in
+one process, so that they share it, and so do all tests that start Ray. Every process computes with one thread: tiny models gain
+nothing from more, and two processes with two threads each slow each other many times over.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="append", default=[], metavar="PATH", help=text)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive")]
     left_out = [
@@ -45,10 +46,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "make_trainer" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.runs)
-        for marker in ("ray", "engine"):
-            if item.get_closest_marker(marker) is not None:
-                item.add_marker(pytest.mark.xdist_group(marker))
-                break
+        if item.get_closest_marker("ray") is not None:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif item.get_closest_marker("engine") is not None:  # tests of a file share engines
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
