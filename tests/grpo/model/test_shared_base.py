@@ -98,7 +98,7 @@ def test_trainer_and_sampler_round_to_the_same_4_bits(make_engine, tiny_model_pa
 def test_a_run_on_shared_weights_leaves_them_as_they_were(
     make_trainer, engine_shelf, tiny_model_path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"share_base_weights": True, "load_in": "nf4", "max_steps": 3}
+    changes = {"engine": "vllm", "share_base_weights": True, "load_in": "nf4", "max_steps": 3}
     settings = engine_settings(tiny_config(tmp_path, **changes), str(tiny_model_path("llama")))
     engine = engine_shelf.get(settings)
     before = fingerprint(engine.base_weights())

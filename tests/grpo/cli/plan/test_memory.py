@@ -119,11 +119,14 @@ def test_a_token_of_the_kv_cache(shape: ModelShape):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--rank", "64", "--tokens-per-pack", "4096"],
-        ["--rank", "128", "--tokens-per-pack", "2048"],
-        ["--rank", "64", "--tokens-per-pack", "2048", "--gradient-checkpointing"],
+        pytest.param(["--rank", "64", "--tokens-per-pack", "4096"], marks=pytest.mark.exhaustive, id="rank 64"),
+        pytest.param(["--rank", "128", "--tokens-per-pack", "2048"], id="rank 128"),
+        pytest.param(
+            ["--rank", "64", "--tokens-per-pack", "2048", "--gradient-checkpointing"],
+            marks=pytest.mark.exhaustive,
+            id="checkpointing",
+        ),
     ],
-    ids=["rank 64", "rank 128", "checkpointing"],
 )
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(arguments: list[str]):
     # In the third update the guards' first snapshot with optimizer state coexists with activations: later ones take no more.
