@@ -1,8 +1,8 @@
 """Fixtures that start vLLM, and how tests are divided among processes.
 
-A process has one vLLM at a time: another one starts only after the last one was closed. The tests of a file that use vLLM run in
-one process, so that they share it, and so do all tests that start Ray. Every process computes with one thread: tiny models gain
-nothing from more, and two processes with two threads each slow each other many times over.
+A process has one vLLM at a time: another one starts only after the last one was closed. The tests of a file that use vLLM run
+in one process, so that they share it, and so do all tests that start Ray. Every process computes with one thread: tiny models
+gain nothing from more, and two processes with two threads each slow each other many times over.
 """
 
 from __future__ import annotations
