@@ -1,4 +1,5 @@
-"""Which tensors the Triton kernels support. Torch computes on other devices and in other dtypes.
+"""Which tensors the Triton kernels support, and what the machine computes in hardware. Torch computes on other devices and in
+other dtypes.
 
     if runs_triton(x, weight):
         from .triton.rms_norm import ...    # imported here: a machine without such a device needs no Triton
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,6 +34,12 @@ def is_ampere(x: torch.Tensor) -> bool:
     if not _is_on_cuda(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def native_dtype() -> Literal["bfloat16", "float32"]:
+    """bf16 where this machine multiplies it in hardware, else fp32: other CPUs emulate bf16, about 50 times slower."""
+    is_native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if is_native else "float32"
 
 
 @contextmanager

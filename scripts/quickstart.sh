@@ -12,4 +12,9 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit 0
 fi
 scripts/install.sh
+dtype=$(.venv/bin/python -P -c 'from rankup.kernels.device import native_dtype; print(native_dtype())')
+if [[ "$dtype" != bfloat16 ]]; then
+    echo "quickstart: this CPU has no bf16 instructions and would emulate them: model.dtype=$dtype"
+    set -- "model.dtype=$dtype" "$@"
+fi
 exec .venv/bin/rankup train configs/quickstart.yaml "$@"

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cpu_dtypes import fast_dtype
 from tiny_runs import steps_of
 
 from rankup.grpo.cli.main import parse
+from rankup.kernels.device import native_dtype
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ray_submit.sh"
 QUICKSTART = SCRIPT.parents[1] / "configs" / "quickstart.yaml"
@@ -213,7 +213,7 @@ def test_the_quick_start_submitted_for_two_workers_leaves_its_folder_where_the_f
     engine_shelf.close()  # the run starts further engines, and no further one fits
     shutil.copy(QUICKSTART, tmp_path / "quickstart.yaml")
     ray = {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_AUTH_MODE": "disabled"}
-    smaller = (f"model.dtype={fast_dtype()}", "optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null")
+    smaller = (f"model.dtype={native_dtype()}", "optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null")
     result = run_script(tmp_path, "quickstart.yaml", "cluster.workers=2", "rewards.isolation=ray", *smaller, **ray)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "done: 2 steps" in result.stdout and f"dashboard {dashboard}" in result.stdout

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cpu_dtypes import fast_dtype
 
 from rankup.grpo.cli.plan import memory
 from rankup.grpo.cli.plan.memory import (
@@ -26,6 +25,7 @@ from rankup.grpo.cli.plan.memory import (
 )
 from rankup.grpo.cli.plan.shapes import Matrix, ModelShape
 from rankup.grpo.config import GRPOConfig
+from rankup.kernels.device import native_dtype
 
 MEASURE = Path(__file__).resolve().parents[4] / "scripts" / "bench" / "plan_memory.py"
 PASS = {"activations": 1_000, "logits_chunk": 100, "hidden_states": 10}
@@ -115,7 +115,7 @@ def test_a_token_of_the_kv_cache(shape: ModelShape):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(fast_dtype() != "bfloat16", reason="this CPU emulates bf16: one update takes a quarter of an hour")
+@pytest.mark.skipif(native_dtype() != "bfloat16", reason="this CPU emulates bf16: one update takes a quarter of an hour")
 @pytest.mark.parametrize(
     "arguments",
     [
