@@ -74,6 +74,11 @@ def test_layers_without_an_adapter_before_the_first_one_keep_nothing():
     )
 
 
+def test_an_adapter_on_the_head_alone_keeps_no_layer():
+    alone = measure_pass(LLAMA, config(targets=["lm_head"]), device="cuda")
+    assert alone.get("activations", 0) < measure_pass(LLAMA, config(), device="cuda")["activations"] / 10
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 39, 40, 41, 42, 155, 156, 157, 400, 4097])
 def test_a_pack_is_full(tokens: int):
     sizes = full_pack(tokens, prompt=40, completion=30, generations=4)
