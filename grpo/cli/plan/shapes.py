@@ -120,9 +120,10 @@ class ModelShape:
         return sum(matrix.d_in + matrix.d_out for matrix in self.targeted(targets))
 
     def has_like_layers(self, targets: str | Sequence[str]) -> bool:
-        """Whether every layer has the same adapters."""
+        """Whether every layer has adapters, the same ones."""
         found = Counter(re.sub(r"\.\d+\.", ".N.", matrix.name) for matrix in self.targeted(targets))
-        return all(count == self.layers for name, count in found.items() if ".N." in name)
+        in_layers = {count for name, count in found.items() if ".N." in name}
+        return in_layers == {self.layers}
 
 
 def read_shape(model: str) -> ModelShape:
@@ -168,7 +169,7 @@ def _read_off(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape
     from ...model.policy import why_prompts_cannot_be_shared
 
     config = model.config.get_text_config()
-    sizes: dict[str, int] = {name: getattr(config, key, None) for name, key in SIZES.items()}
+    sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in SIZES.items()}
     sizes["intermediate"] = sizes["intermediate"] or 4 * sizes["hidden"]
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["heads"]

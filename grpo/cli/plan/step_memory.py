@@ -26,7 +26,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -181,7 +181,14 @@ def full_pack(tokens: int, *, prompt: int, completion: int, generations: int) ->
 def make_pack(policy: Policy, sizes: Sizes, *, tokens_per_pack: int) -> Pack:
     """The first pack of groups of these sizes, as real tensors without content."""
     with unset_fake_temporarily():
-        groups = [_group(prompt, completions) for prompt, completions in sizes]
+        groups = [
+            Group(
+                prompt=Prompt(content="", token_ids=(0,) * prompt),
+                completions=tuple(_completion(length) for length in lengths),
+                advantages=(1.0,) * len(lengths),
+            )
+            for prompt, lengths in sizes
+        ]
         if not policy.shares_prompts:
             return pad(groups, tokens_per_pack=tokens_per_pack, pad_token_id=0)[0]
         one = pack(groups, tokens_per_pack=tokens_per_pack)[0]
@@ -202,13 +209,9 @@ class _LayoutOfValues(SharedPromptLayout):
             return plan_sequences(self._lengths, self.device)
 
 
-def _group(prompt: int, lengths: Sequence[int]) -> Group:
-    completions = tuple(
-        Completion(token_ids=(0,) * n, logprobs=(-1.0,) * n, text="", finish_reason="length", policy_version=0) for n in lengths
-    )
-    return Group(
-        prompt=Prompt(content="", token_ids=(0,) * prompt), completions=completions, advantages=(1.0,) * len(lengths)
-    )
+def _completion(tokens: int) -> Completion:
+    logprobs = (-1.0,) * tokens
+    return Completion(token_ids=(0,) * tokens, logprobs=logprobs, text="", finish_reason="length", policy_version=0)
 
 
 def backward_pass(policy: Policy, one: Pack, config: GRPOConfig) -> None:
@@ -286,12 +289,9 @@ def measure_pass(
     layers = int(model_config["num_hidden_layers"])
     measured = min(layers, depth or LAYERS)
     memory = _PassMemory()
-    with tempfile.TemporaryDirectory(prefix="rankup-plan-") as folder, ExitStack() as stack:
+    paths = paths_of_cuda() if device == "cuda" else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="rankup-plan-") as folder, fake_tensors(memory), paths:
         Path(folder, "config.json").write_text(json.dumps(_shallow(model_config, measured)), encoding="utf-8")
-        stack.enter_context(fake_tensors(memory))
-        if device == "cuda":
-            stack.enter_context(paths_of_cuda())
-        memory.label = "state"
         policy = Policy(
             folder,
             lora=config.lora,
