@@ -11,6 +11,7 @@ terminal's output in `view.py`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -149,15 +150,17 @@ def _targets(text: str) -> str | list[str]:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Everything from the options of the command line. Raises ValueError as `plan` does."""
-    of_adapter = {name: getattr(options, name) for name in ("rows", "preset", "rank", "targets")}
-    advice = advise(options.task, **of_adapter)
+    advise_for = functools.partial(
+        advise, options.task, rows=options.rows, preset=options.preset, rank=options.rank, targets=options.targets
+    )
+    advice = advise_for()
     config = _config(options, advice)  # raises on wrong values before torch is imported and anything is fetched
     shape, device, vram = read_shape(options.model), options.device, options.vram
     if vram is not None and options.rank is None and options.preset is None:
         advised = config.lora.rank
         rank = rank_that_fits(shape, config, lower_ranks(options.task, advised), device=device, vram=vram)
         if rank != advised:
-            advice = advise(options.task, **of_adapter, tight_rank=rank)
+            advice = advise_for(tight_rank=rank)
             config = _config(options, advice)
     sized = with_full_sequences(config)
     budget = plan_budget(shape, sized, device=device, vram=vram)

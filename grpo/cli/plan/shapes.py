@@ -187,7 +187,13 @@ def _read_off(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape
     like_llama = {"model_type": "llama", **{key: sizes[name] for name, key in SIZES.items()}}
     return ModelShape(
         model=model,
-        **sizes,
+        layers=sizes["layers"],
+        hidden=sizes["hidden"],
+        intermediate=sizes["intermediate"],
+        heads=sizes["heads"],
+        kv_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        vocabulary=sizes["vocabulary"],
         matrices=tuple(matrices),
         quantisable=sum(one.weight.numel() for one in linear.values() if one is not model.get_output_embeddings()),
         measured_config=like_llama if unknown or "num_hidden_layers" not in config_keys else config_keys,
