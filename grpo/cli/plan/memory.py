@@ -40,6 +40,12 @@ ENGINE_GRAPH_BYTES = {"cpu": 0, "cuda": 512 * 2**20}
 COMMON_SIZES_GIB = (16, 24, 40, 48, 80, 141)
 PROMPTS_PER_STEP = 8
 MIN_TOKENS_PER_PACK = 2048  # with fewer, matrix products get slow for lack of rows
+RELEVANT_TO_A_PASS = {  # options that a measured pass depends on
+    "model": {"load_in"},
+    "lora": True,
+    "rollout": {"num_generations", "max_prompt_length", "max_completion_length"},
+    "optim": {"tokens_per_pack", "gradient_checkpointing", "logits_mib"},
+}
 Device = Literal["cuda", "cpu"]
 
 
@@ -53,14 +59,6 @@ def changed(config: GRPOConfig, changes: Mapping[str, Any]) -> GRPOConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-
-RELEVANT_TO_A_PASS = {
-    "model": {"load_in"},
-    "lora": True,
-    "rollout": {"num_generations", "max_prompt_length", "max_completion_length"},
-    "optim": {"tokens_per_pack", "gradient_checkpointing", "logits_mib"},
-}
 
 
 def base_bytes(shape: ModelShape, load_in: str | None) -> int:
