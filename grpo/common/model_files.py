@@ -46,8 +46,10 @@ def hub_id(name: str) -> str | None:
     return None if is_local or Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> str:
+def resolve_model(name: str, *, revision: str | None = None, config_only: bool = False) -> str:
     """The local folder of a model: embedded name, path, or id on the Hub (downloaded if it is not cached).
+
+    `config_only`: of a model on the Hub, download nothing but its config.json.
 
     Logs a note before anything that takes long.
 
@@ -63,7 +65,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> str:
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")):
         raise ValueError(f"model {name}: no such folder")
-    return _from_hub(name, revision)
+    return _from_hub(name, revision, ["config.json"] if config_only else HUB_PATTERNS)
 
 
 def _embedded(name: str) -> Path:
@@ -106,14 +108,14 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def _from_hub(name: str, revision: str | None) -> str:
+def _from_hub(name: str, revision: str | None, patterns: list[str]) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     known = ", ".join(EMBEDDED)
     logger.info(f"looking for {name} on the Hub")
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS)
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except HFValidationError as error:
         raise ValueError(f"model {name}: neither a folder, nor an embedded model ({known}), nor an id on the Hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -39,15 +39,13 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
     Raises:
         ValueError: a name or the expression matches no module, or one that is neither linear nor the input embedding.
     """
-    kind = type(model).__name__
+    embedding = model.get_input_embeddings()
+    adaptable = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or module is embedding}
     for target in [targets] if isinstance(targets, str) else targets:
-        if not _targeted_modules(model, targets if isinstance(targets, str) else [target]):
-            raise ValueError(f"lora.targets: {kind} has no layer {target}")
-    others = {
-        name: module
-        for name, module in _targeted_modules(model, targets).items()
-        if not isinstance(module, nn.Linear) and module is not model.get_input_embeddings()
-    }
+        if not targeted_modules(model, targets if isinstance(targets, str) else [target]):
+            roles = ", ".join(sorted({name.rpartition(".")[2] for name in adaptable}))
+            raise ValueError(f"lora.targets: {type(model).__name__} has no layer {target}; name some of {roles}")
+    others = {name: module for name, module in targeted_modules(model, targets).items() if name not in adaptable}
     norms = [name for name, module in others.items() if _is_norm(module)]
     if norms and len(norms) == len(others):
         raise ValueError(
@@ -73,7 +71,7 @@ def target_module_names(model_path: str, lora: LoraConfig) -> tuple[str, ...]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
         check_targets(model, lora.target_modules)
-        names = _targeted_modules(model, lora.target_modules)
+        names = targeted_modules(model, lora.target_modules)
     return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
@@ -83,7 +81,7 @@ def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     Raises:
         ValueError: a key of `lora.rank_pattern` or `lora.alpha_pattern` has no effect, or only because of its position.
     """
-    _check_patterns(list(_targeted_modules(base, lora.target_modules)), lora)
+    _check_patterns(list(targeted_modules(base, lora.target_modules)), lora)
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=_as_integer(lora.alpha),  # type: ignore[arg-type]
@@ -143,7 +141,7 @@ def load_weights(peft_model: PeftModel, folder: Path, *, device: str = "cpu") ->
     set_peft_model_state_dict(peft_model, weights)
 
 
-def _targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
+def targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
     """All modules that PEFT would adapt, by name: names match as suffixes, a regular expression matches complete names."""
 
     def is_target(name: str) -> bool:

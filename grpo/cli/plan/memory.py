@@ -12,8 +12,10 @@ tensor and are assumed. Sizes are in bytes; `config` is a complete configuration
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,13 +40,17 @@ ENGINE_GRAPH_BYTES = {"cpu": 0, "cuda": 512 * 2**20}
 COMMON_SIZES_GIB = (16, 24, 40, 48, 80, 141)
 PROMPTS_PER_STEP = 8
 MIN_TOKENS_PER_PACK = 2048  # with fewer, matrix products get slow for lack of rows
+RELEVANT_TO_A_PASS = {  # options that a measured pass depends on
+    "model": {"load_in"},
+    "lora": True,
+    "rollout": {"num_generations", "max_prompt_length", "max_completion_length"},
+    "optim": {"tokens_per_pack", "gradient_checkpointing", "logits_mib"},
+}
 Device = Literal["cuda", "cpu"]
-Changes = Mapping[str, Any]
-"""Options by their names with a dot, `{"optim.tokens_per_pack": 2048}`."""
 
 
-def changed(config: GRPOConfig, changes: Changes) -> GRPOConfig:
-    """The configuration with other values."""
+def changed(config: GRPOConfig, changes: Mapping[str, Any]) -> GRPOConfig:
+    """The configuration with other values of options by their names with a dot, `{"optim.tokens_per_pack": 2048}`."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, _, option = name.partition(".")
@@ -53,8 +59,6 @@ def changed(config: GRPOConfig, changes: Changes) -> GRPOConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-_PASSES: dict[str, dict[str, int]] = {}  # measured ones; those of similar plans differ in little
 
 
 def base_bytes(shape: ModelShape, load_in: str | None) -> int:
@@ -73,26 +77,23 @@ def unshared_base_bytes(shape: ModelShape, config: GRPOConfig, device: Device) -
         return base_bytes(shape, load_in)
     if share is True or device == "cuda":
         return 0
-    biases = sum(matrix.d_out for matrix in shape.matrices if matrix.role in shape.biases)
+    biases = sum(matrix.d_out for matrix in shape.matrices if matrix.has_bias)
     return round(shape.quantisable * (NF4 if load_in else BF16)) + biases * BF16
 
 
 def pass_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dict[str, int]:
     """Activations and what comes on top of them at the peak of a forward and backward, measured. See `measure_pass`."""
-    unshared_is_packed = unshared_base_bytes(shape, config, device) > 0
-    relevant = GRPOConfig(
-        model={"load_in": config.model.load_in if unshared_is_packed else None},
-        lora=config.lora,
-        rollout=config.rollout,
-        optim={name: getattr(config.optim, name) for name in ("tokens_per_pack", "gradient_checkpointing", "logits_mib")},
-    )
-    key = f"{device} {shape.measured_config} {relevant.model_dump_json()}"
-    if key not in _PASSES:
-        from .step_memory import measure_pass
+    if unshared_base_bytes(shape, config, device) == 0:  # the trainer computes with vLLM's, in bf16
+        config = changed(config, {"model.load_in": None})
+    depth = None if shape.has_like_layers(config.lora.targets) else shape.layers
+    return _measured(json.dumps(shape.measured_config), config.model_dump_json(include=RELEVANT_TO_A_PASS), device, depth)
 
-        depth = None if shape.has_like_layers(config.lora.targets) else shape.layers
-        _PASSES[key] = measure_pass(shape.measured_config, relevant, device=device, depth=depth)
-    return dict(_PASSES[key])
+
+@functools.cache
+def _measured(model_config: str, config: str, device: Device, depth: int | None) -> dict[str, int]:
+    from .step_memory import measure_pass  # with torch and transformers
+
+    return measure_pass(json.loads(model_config), GRPOConfig(**json.loads(config)), device=device, depth=depth)
 
 
 def gap_bytes(shape: ModelShape, config: GRPOConfig, device: Device, activations: int) -> int:
@@ -127,7 +128,7 @@ def training_parts(shape: ModelShape, config: GRPOConfig, device: Device) -> dic
         "optimizer": optimizer,
         "guards_snapshot": FP32 * adapter + optimizer if device == "cpu" else 0,
         **of_pass,
-        "gaps": gap_bytes(shape, config, device, of_pass["activations"]),
+        "gaps": gap_bytes(shape, config, device, of_pass.get("activations", 0)),
         "runtime": RUNTIME_BYTES[device],
     }
     return {name: size for name, size in parts.items() if size}
@@ -149,11 +150,6 @@ def engine_parts(shape: ModelShape, device: Device) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
-def kv_bytes_per_token(shape: ModelShape) -> int:
-    """Keys and values of all layers in bf16."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BF16
-
-
 # -------------------------------------------------------------------------------------------------------------- budget
 
 
@@ -163,7 +159,8 @@ class Budget:
 
     Attributes:
         training, engine: by part; the slots, which are vLLM's buffers, are counted in `training` only.
-        kv_per_token: of the KV cache, which must hold at least one group: `group_size` sequences of `sequence_length`.
+        kv_per_token: keys and values of all layers in bf16.
+        sequence_length, group_size: the KV cache must hold at least one group.
         vram: of the device, None if unknown.
     """
 
@@ -244,27 +241,21 @@ def plan_budget(shape: ModelShape, config: GRPOConfig, *, device: Device, vram: 
     """
     unshared, sampler = unshared_base_bytes(shape, config, device), base_bytes(shape, None)
     if vram is not None and unshared + sampler > vram:
-        raise ValueError(_too_small(vram, sampler=sampler, unshared=unshared))
+        more = f" and {gib(unshared)} more for the trainer" if unshared else ""
+        instead = f", or let both use one copy ({gib(sampler)}) with --share-base-weights true" if unshared else ""
+        least = math.ceil((sampler + unshared) / GIB)
+        raise ValueError(
+            f"--vram {vram / GIB:g}: too small for the base weights, {gib(sampler)} for vLLM in bf16{more}; take a smaller "
+            f"model or a device of at least {least} GiB{instead}"
+        )
     return Budget(
         training=training_parts(shape, config, device),
         engine=engine_parts(shape, device),
-        kv_per_token=kv_bytes_per_token(shape),
+        kv_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * BF16,
         sequence_length=config.rollout.max_model_length,
         group_size=config.rollout.num_generations,
         device=device,
         vram=vram,
-    )
-
-
-def _too_small(vram: int, *, sampler: int, unshared: int) -> str:
-    what, instead = f"{gib(sampler)} for vLLM in bf16", ""
-    if unshared:
-        what += f" and {gib(unshared)} more for the trainer"
-        instead = f", or let both use one copy ({gib(sampler)}) with --share-base-weights true"
-    least = math.ceil((sampler + unshared) / GIB)
-    return (
-        f"--vram {vram / GIB:g}: too small for the base weights, {what}; take a smaller model or a device of at least {least} "
-        f"GiB{instead}"
     )
 
 
@@ -278,57 +269,66 @@ def gib(size: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """A change, its price, and what it saves: alone, and the memory needed with it and all changes before it."""
+    """A change, its price, and what it saves alone; `together`: the configuration with it and all changes before it."""
 
     change: str
     price: str
     alone: int
-    needed_with_all_before: int
+    shape: ModelShape
+    together: GRPOConfig
+    device: Device
+
+    @property
+    def needed_with_all_before(self) -> int:
+        """The memory needed with this change and all before it. May measure a pass."""
+        return plan_budget(self.shape, self.together, device=self.device).minimum
 
 
 def savings(shape: ModelShape, config: GRPOConfig, *, device: Device) -> list[Saving]:
     """Changes that need less memory, in the order of least harm."""
-
-    def minimum(one: GRPOConfig) -> int:
-        return plan_budget(shape, one, device=device).minimum
-
     found: list[Saving] = []
-    now, together = minimum(config), config
-    for change, price, changes in _changes(config, device):
+    now, together = plan_budget(shape, config, device=device).minimum, config
+    for option, value, price in _changes(config, device):
+        changes = {option: value, **({"lora.max_rank": 64} if option == "lora.rank" else {})}
         together = changed(together, changes)
-        alone = now - minimum(changed(config, changes))
+        alone = now - plan_budget(shape, changed(config, changes), device=device).minimum
+        change = f"{option} {str(value).lower()}"
         if alone > 0:
-            found.append(Saving(change=change, price=price, alone=alone, needed_with_all_before=minimum(together)))
+            found.append(Saving(change=change, price=price, alone=alone, shape=shape, together=together, device=device))
     return found
 
 
-def _changes(config: GRPOConfig, device: Device) -> Iterator[tuple[str, str, Changes]]:
-    """(change in words, price, options)."""
-    model, optim = config.model, config.optim
-
-    def one(option: str, value: Any, price: str, **also: Any) -> tuple[str, str, Changes]:
-        return f"{option} {str(value).lower()}", price, {option: value, **also}
-
-    if device == "cuda" and model.share_base_weights is False:
-        yield one("model.share_base_weights", "auto", "nothing")
-    if _logits_mib(config, device) > 256:
-        yield one("optim.logits_mib", 256, "nothing but a little time")
+def _changes(config: GRPOConfig, device: Device) -> list[tuple[str, Any, str]]:
+    """(option, value, price)."""
+    sharing, optim = config.model.share_base_weights, config.optim
     half, quarter = (max(MIN_TOKENS_PER_PACK, optim.tokens_per_pack // parts) for parts in (2, 4))
-    if half < optim.tokens_per_pack:
-        yield one("optim.tokens_per_pack", half, "the same update, in more passes")
-    if device == "cpu" and model.share_base_weights is not True:
-        yield one("model.share_base_weights", True, "slower sampling")
-    if not optim.gradient_checkpointing:
-        yield one("optim.gradient_checkpointing", True, "a third more training time")
-    if quarter < half:
-        yield one("optim.tokens_per_pack", quarter, "the same update, in still more passes")
-    if optim.optimizer == "adamw":
-        yield one("optim.optimizer", "adamw_8bit", "rounded moments")
-    for rank in (64, 32, 16):
-        if rank < config.lora.rank:
-            yield one("lora.rank", rank, "less capacity", **{"lora.max_rank": 64})
-    if model.load_in is None:
-        yield one("model.load_in", "nf4", "base weights rounded to 4 bits")
+    candidates = (
+        (device == "cuda" and sharing is False, "model.share_base_weights", "auto", "nothing"),
+        (_logits_mib(config, device) > 256, "optim.logits_mib", 256, "nothing but a little time"),
+        (half < optim.tokens_per_pack, "optim.tokens_per_pack", half, "the same update, in more passes"),
+        (device == "cpu" and sharing is not True, "model.share_base_weights", True, "slower sampling"),
+        (not optim.gradient_checkpointing, "optim.gradient_checkpointing", True, "a third more training time"),
+        (quarter < half, "optim.tokens_per_pack", quarter, "the same update, in still more passes"),
+        (optim.optimizer == "adamw", "optim.optimizer", "adamw_8bit", "rounded moments"),
+        *((rank < config.lora.rank, "lora.rank", rank, "less capacity") for rank in (64, 32, 16)),
+        (config.model.load_in is None, "model.load_in", "nf4", "base weights rounded to 4 bits"),
+    )
+    return [(option, value, price) for is_open, option, value, price in candidates if is_open]
+
+
+def with_full_sequences(config: GRPOConfig) -> GRPOConfig:
+    """With packs of at least one sequence: a single completion and its prompt are not split."""
+    tokens = max(config.optim.tokens_per_pack, config.rollout.max_model_length - 1)
+    return changed(config, {"optim.tokens_per_pack": tokens})
+
+
+def rank_that_fits(shape: ModelShape, config: GRPOConfig, lower: Sequence[int], *, device: Device, vram: int) -> int:
+    """The configured rank, or the first of the lower ones if it does not fit even with every change that only costs time."""
+    for rank in (config.lora.rank, *lower):
+        one = with_full_sequences(changed(config, {"lora.rank": rank, "lora.max_rank": 64 if rank <= 64 else 128}))
+        if any(plan_budget(shape, c, device=device, vram=vram).fits for c in (one, low_memory(one, device))):
+            return rank
+    return config.lora.rank
 
 
 def low_memory(config: GRPOConfig, device: Device) -> GRPOConfig:

@@ -11,26 +11,24 @@ terminal's output in `view.py`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ...common.log import log_to
 from ...config import GRPOConfig
+from ...config.loading import dump_yaml
 from ...config.lora import TARGET_PRESETS
-from .advice import PRACTICE, PRESETS, Advice, advise, lora_fields, lower_ranks
+from .advice import ONE_POLICY, PRACTICE, PRESETS, Choice, advise, lower_ranks
+from .memory import GIB, Budget, Saving, gib, plan_budget, rank_that_fits, savings, with_full_sequences
+from .shapes import SIZES, ModelShape, read_shape
 
-if TYPE_CHECKING:
-    from .memory import Budget, Device, Saving
-    from .shapes import ModelShape
-
-GIB = 2**30
-SHARING: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
+MAX_RANK = "vLLM's buffers: 64 or 128"
 EXAMPLES = """examples:
   rankup plan smollm2-135m-instruct                        the recommendation, its memory, devices that it fits on
   rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80           what fits on a device of 80 GiB; only config.json is fetched
@@ -44,14 +42,14 @@ EXAMPLES = """examples:
 class Plan:
     """The result of the command. `config` is of the run file; `sized` the same with packs that hold the longest sequence."""
 
-    model: str
     shape: ModelShape
-    advice: Advice
+    task: str
+    advice: dict[str, Choice]
     config: GRPOConfig
     sized: GRPOConfig
     budget: Budget
-    savings: tuple[Saving, ...]
-    notes: tuple[str, ...]
+    savings: list[Saving]
+    notes: list[str]
 
     @property
     def adapter_parameters(self) -> int:
@@ -79,17 +77,17 @@ def add_plan_command(commands: Any) -> None:
     add("--preset", choices=list(PRESETS), help="rank, alpha and targets by name")
     add("--load-in", choices=("bf16", "nf4"), default="bf16", help="type of the trainer's base weights (default bf16)")
     sharing = "whether the trainer uses vLLM's base weights (default auto: all of them on CUDA, some on CPU)"
-    add("--share-base-weights", choices=list(SHARING), default="auto", help=sharing)
+    add("--share-base-weights", choices=("auto", "true", "false"), default="auto", help=sharing)
     add("--optimizer", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), default="adamw", help="default adamw")
     add("--rank", type=_positive, metavar="R", help="instead of the recommended one")
-    add("--targets", metavar="T", help=f"{', '.join(TARGET_PRESETS)}, names with commas, or an expression")
-    for flag, default, what in (
-        ("--num-generations", rollout.num_generations, "completions of a prompt"),
-        ("--prompt-length", rollout.max_prompt_length, "longest prompt, in tokens"),
-        ("--completion-length", rollout.max_completion_length, "longest completion, in tokens"),
-        ("--tokens-per-pack", optim.tokens_per_pack, "tokens of one forward and backward pass"),
+    add("--targets", type=_targets, metavar="T", help=f"{', '.join(TARGET_PRESETS)}, names with commas, or an expression")
+    for flag, option, default, what in (
+        ("--num-generations", "num_generations", rollout.num_generations, "completions of a prompt"),
+        ("--prompt-length", "max_prompt_length", rollout.max_prompt_length, "longest prompt, in tokens"),
+        ("--completion-length", "max_completion_length", rollout.max_completion_length, "longest completion, in tokens"),
+        ("--tokens-per-pack", "tokens_per_pack", optim.tokens_per_pack, "tokens of one forward and backward pass"),
     ):
-        add(flag, type=_positive, default=default, metavar="N", help=f"{what} (default {default})")
+        add(flag, dest=option, type=_positive, default=default, metavar="N", help=f"{what} (default {default})")
     add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--json", action="store_true", help="print one JSON object")
     add("--write", type=Path, metavar="FILE", help="write a run file (YAML)")
@@ -105,8 +103,9 @@ def plan(options: argparse.Namespace) -> int:
         ValueError: no such model, a config.json without the needed keys, conflicting options, a device that is too small for
             the base, or a file that would be overwritten.
     """
-    if options.write is not None and options.write.exists() and not options.force:
-        raise ValueError(f"{options.write} exists: write to another file, or replace it with --force")
+    file: Path | None = options.write
+    if file is not None and file.exists() and not options.force:
+        raise ValueError(f"{file} exists: write to another file, or replace it with --force")
     with log_to(lambda text: print(f"{text} ...", file=sys.stderr)):
         made = make_plan(options)
     if options.json:
@@ -115,12 +114,8 @@ def plan(options: argparse.Namespace) -> int:
         from .view import show
 
         show(made)
-    return 0 if options.write is None else _write(made, options.write)
-
-
-def _write(made: Plan, file: Path) -> int:
-    from .memory import gib
-
+    if file is None:
+        return 0
     budget = made.budget
     if budget.fits is False:
         needed = f"the run needs {gib(budget.minimum)}, the device has {gib(budget.vram or 0)}"
@@ -145,121 +140,70 @@ def _size(text: str) -> int:
     return round(float(text) * GIB)
 
 
-# -------------------------------------------------------------------------------------------------------------- making
-
-
-def make_plan(options: argparse.Namespace) -> Plan:
-    """Everything from the options of the command line. Raises ValueError as `plan` does."""
-    targets = None if options.targets is None else _targets(options.targets)
-    advise_for = functools.partial(
-        advise, options.task, rows=options.rows, preset=options.preset, rank=options.rank, targets=targets
-    )
-    advice = advise_for()
-    _config(options, advice)  # raises on wrong values before anything is imported, fetched or built
-    from .memory import plan_budget, savings
-    from .shapes import read_shape
-
-    device: Device = options.device
-    shape = read_shape(options.model)
-    rank = _rank_that_fits(options, advice, shape)
-    if rank != advice.rank.value:
-        advice = advise_for(tight_rank=rank)
-    config = _config(options, advice)
-    sized = _with_full_sequences(config)
-    budget = plan_budget(shape, sized, device=device, vram=options.vram)
-    return Plan(
-        model=options.model,
-        shape=shape,
-        advice=advice,
-        config=_config(options, advice, _of_device(budget)),
-        sized=sized,
-        budget=budget,
-        savings=tuple(savings(shape, sized, device=device)),
-        notes=_notes(shape, config, sized, advice, device),
-    )
-
-
 def _targets(text: str) -> str | list[str]:
     is_expression = re.search(r"[.^$*+?{}\[\]\\|()]", text) is not None
     return text if text in TARGET_PRESETS or is_expression else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _config(options: argparse.Namespace, advice: Advice, of_device: dict[str, float] | None = None) -> GRPOConfig:
+# -------------------------------------------------------------------------------------------------------------- making
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Everything from the options of the command line. Raises ValueError as `plan` does."""
+    advise_for = functools.partial(
+        advise, options.task, rows=options.rows, preset=options.preset, rank=options.rank, targets=options.targets
+    )
+    advice = advise_for()
+    config = _config(options, advice)  # raises on wrong values before torch is imported and anything is fetched
+    shape, device, vram = read_shape(options.model), options.device, options.vram
+    if vram is not None and options.rank is None and options.preset is None:
+        advised = config.lora.rank
+        rank = rank_that_fits(shape, config, lower_ranks(options.task, advised), device=device, vram=vram)
+        if rank != advised:
+            advice = advise_for(tight_rank=rank)
+            config = _config(options, advice)
+    sized = with_full_sequences(config)
+    budget = plan_budget(shape, sized, device=device, vram=vram)
+    return Plan(
+        shape=shape,
+        task=options.task,
+        advice=advice,
+        config=config,
+        sized=sized,
+        budget=budget,
+        savings=savings(shape, sized, device=device),
+        notes=[*shape.notes, *_notes(config, sized, budget, dropout=advice["dropout"].value)],
+    )
+
+
+def _config(options: argparse.Namespace, advice: dict[str, Choice]) -> GRPOConfig:
+    rollout = ("num_generations", "max_prompt_length", "max_completion_length")
+    optim = ("tokens_per_pack", "gradient_checkpointing", "optimizer")
     return GRPOConfig(
         model={
             "name": options.model,
             "load_in": None if options.load_in == "bf16" else options.load_in,
-            "share_base_weights": SHARING[options.share_base_weights],
+            "share_base_weights": options.share_base_weights,
         },
-        lora=lora_fields(advice),
-        rollout={
-            "num_generations": options.num_generations,
-            "max_prompt_length": options.prompt_length,
-            "max_completion_length": options.completion_length,
-            **(of_device or {}),
-        },
-        optim={
-            "learning_rate": advice.learning_rate.value,
-            "tokens_per_pack": options.tokens_per_pack,
-            "gradient_checkpointing": options.gradient_checkpointing,
-            "optimizer": options.optimizer,
-        },
+        lora={name: advice[name].value for name in ("rank", "alpha", "use_rslora", "targets")},
+        learning_rate=advice["learning_rate"].value,
+        **{name: getattr(options, name) for name in (*rollout, *optim)},
     )
 
 
-def _with_full_sequences(config: GRPOConfig) -> GRPOConfig:
-    """With packs of at least one sequence: a single completion and its prompt are not split."""
-    from .memory import changed
-
-    tokens = max(config.optim.tokens_per_pack, config.rollout.max_model_length - 1)
-    return changed(config, {"optim.tokens_per_pack": tokens})
-
-
-def _of_device(budget: Budget) -> dict[str, float]:
-    """The option that gives vLLM its memory; none if the device is unknown or too small."""
-    if not budget.fits:
-        return {}
-    if budget.device == "cpu":
-        wanted = min(budget.kv_bytes, budget.recommended - budget.fixed)
-        return {"kv_cache_gib": max(0.1, int(10 * wanted / GIB) / 10)}
-    return {"gpu_memory_utilization": budget.gpu_memory_utilization or 0.0}
-
-
-def _rank_that_fits(options: argparse.Namespace, advice: Advice, shape: ModelShape) -> int:
-    """The advised rank, or a lower one if it does not fit even with every change that costs nothing but time."""
-    from .memory import low_memory, plan_budget
-
-    rank: int = advice.rank.value
-    if options.vram is None or options.rank is not None or options.preset is not None:
-        return rank
-    for candidate in (rank, *lower_ranks(options.task, rank)):
-        of_candidate = dataclasses.replace(advice, rank=dataclasses.replace(advice.rank, value=candidate))
-        config = _with_full_sequences(_config(options, of_candidate))
-        for one in (config, low_memory(config, options.device)):
-            if plan_budget(shape, one, device=options.device, vram=options.vram).fits:
-                return candidate
-    return rank
-
-
-def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Advice, device: Device) -> tuple[str, ...]:
-    from .memory import unshared_base_bytes
-
-    notes = list(shape.unknown)
-    if shape.plain_reason is not None:
-        notes.append(f"each prompt is computed once per completion ({shape.plain_reason})")
+def _notes(config: GRPOConfig, sized: GRPOConfig, budget: Budget, *, dropout: float) -> Iterator[str]:
     tokens = sized.optim.tokens_per_pack
     if tokens > config.optim.tokens_per_pack:
-        notes.append(f"a prompt and a completion are longer than tokens_per_pack: the budget is for packs of {tokens:,} tokens")
-    if config.model.load_in == "nf4" and unshared_base_bytes(shape, config, device) == 0:
-        notes.append(
+        yield f"a prompt and a completion are longer than tokens_per_pack: the budget is for packs of {tokens:,} tokens"
+    if config.model.load_in == "nf4" and "base_weights" not in budget.training:
+        yield (
             "NF4 saves no memory here: vLLM holds the dequantized weights in bf16, and the trainer uses that copy. It is for "
             "training on the rounded weights that will be served"
         )
-    if advice.dropout.value > 0:
-        notes.append(f"a run file takes no dropout but 0; {advice.dropout.value:g} is usual in supervised training")
-    if device == "cuda":
-        notes.append("on CUDA the context, the allocator's gaps and vLLM's workspace are assumed, not measured")
-    return tuple(notes)
+    if dropout > 0:
+        yield f"a run file takes no dropout but 0; {dropout:g} is usual in supervised training"
+    if budget.device == "cuda":
+        yield "on CUDA the context, the allocator's gaps and vLLM's workspace are assumed, not measured"
 
 
 # ---------------------------------------------------------------------------------------------------------- passing on
@@ -267,21 +211,35 @@ def _notes(shape: ModelShape, config: GRPOConfig, sized: GRPOConfig, advice: Adv
 
 def as_json(made: Plan) -> dict[str, Any]:
     """All numbers and reasons; sizes in bytes."""
-    shape, budget = made.shape, made.budget
-    sizes = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "tied", "biases")
+    shape, budget, lora = made.shape, made.budget, made.config.lora
+    model, rollout, optim = made.sized.model, made.sized.rollout, made.sized.optim
     return {
-        "model": made.model,
+        "model": model.name,
         "architecture": shape.architecture,
-        "shape": {name: getattr(shape, name) for name in sizes},
+        "shape": {name: getattr(shape, name) for name in (*SIZES, "tied", "biases")},
         "parameters": {
             "base": shape.parameters,
             "adapter": made.adapter_parameters,
-            "adapter_per_rank": shape.parameters_per_rank(made.config.lora.targets),
+            "adapter_per_rank": shape.parameters_per_rank(lora.targets),
         },
-        "task": made.advice.task,
-        "adapter": {name: dataclasses.asdict(choice) for name, choice in made.advice.choices.items()},
-        "max_lora_rank": made.config.lora.max_rank,
-        "workload": _workload(made),
+        "task": made.task,
+        "adapter": {name: choice._asdict() for name, choice in made.advice.items()},
+        "max_lora_rank": lora.max_rank,
+        "workload": {  # the options that memory depends on
+            "rank": lora.rank,
+            "max_rank": lora.max_rank,
+            "targets": lora.targets,
+            "num_generations": rollout.num_generations,
+            "prompt_length": rollout.max_prompt_length,
+            "completion_length": rollout.max_completion_length,
+            "tokens_per_pack": optim.tokens_per_pack,
+            "gradient_checkpointing": optim.gradient_checkpointing,
+            "logits_mib": optim.logits_mib,
+            "load_in": model.load_in or "bf16",
+            "share_base_weights": model.share_base_weights,
+            "optimizer": optim.optimizer,
+            "device": budget.device,
+        },
         "memory": {
             "training": budget.training,
             "engine": budget.engine,
@@ -290,7 +248,7 @@ def as_json(made: Plan) -> dict[str, Any]:
             "comfortable": budget.recommended,
             "vram": budget.vram,
             "fits": budget.fits,
-            "common_sizes_gib": list(budget.common_sizes),
+            "common_sizes_gib": budget.common_sizes,
         },
         "kv_cache": {
             "bytes_per_token": budget.kv_per_token,
@@ -299,69 +257,52 @@ def as_json(made: Plan) -> dict[str, Any]:
             "concurrent_sequences": budget.concurrent_sequences,
         },
         "gpu_memory_utilization": budget.gpu_memory_utilization,
-        "savings": [dataclasses.asdict(saving) for saving in made.savings],
-        "notes": list(made.notes),
-    }
-
-
-def _workload(made: Plan) -> dict[str, Any]:
-    """The options that memory depends on."""
-    model, lora, rollout, optim = made.sized.model, made.sized.lora, made.sized.rollout, made.sized.optim
-    return {
-        "rank": lora.rank,
-        "max_rank": lora.max_rank,
-        "targets": lora.targets,
-        "num_generations": rollout.num_generations,
-        "prompt_length": rollout.max_prompt_length,
-        "completion_length": rollout.max_completion_length,
-        "tokens_per_pack": optim.tokens_per_pack,
-        "gradient_checkpointing": optim.gradient_checkpointing,
-        "logits_mib": optim.logits_mib,
-        "load_in": model.load_in or "bf16",
-        "share_base_weights": model.share_base_weights,
-        "optimizer": optim.optimizer,
-        "device": made.budget.device,
+        "savings": [
+            {name: getattr(one, name) for name in ("change", "price", "alone", "needed_with_all_before")}
+            for one in made.savings
+        ],
+        "notes": made.notes,
     }
 
 
 def run_file(made: Plan) -> str:
     """A run file with the reasons as comments; `load_config` reads it. Data and rewards are left to the user."""
-    from ...config.loading import dump_yaml
-
-    advice, config = made.advice, made.config
-    lines = [f"# {made.model}: {made.shape.parameters:,} parameters, adapter {made.adapter_parameters:,}"]
-    if made.budget.vram is not None:
-        lines.append(f"# planned for a device of {made.budget.vram / GIB:g} GiB")
-    lines += [f"# note: {note}" for note in made.notes]
-
-    def add(section: str, fields: dict[str, tuple[Any, str]]) -> None:
-        lines.extend(["", f"{section}:"])
-        for name, (value, reason) in fields.items():
-            lines.extend([f"  # {reason}"] if reason else [])
-            lines.append("  " + dump_yaml({name: value}).strip().replace("\n", "\n  "))
-
-    other = config.model.model_dump(exclude_defaults=True, exclude={"name"})
-    lines += ["", dump_yaml({"model": {"name": made.model, **other} if other else made.model}).strip()]
-    of_adapter = {name: (value, advice.choices[name].reason) for name, value in lora_fields(advice).items()}
-    of_adapter["max_rank"] = (config.lora.max_rank, "vLLM's buffers: 64 or 128")
-    of_adapter["dropout"] = (0.0, "the only value: with dropout, trainer and sampler would no longer be the same policy")
-    add("lora", of_adapter)
-    rollout: dict[str, tuple[Any, str]] = {
-        name: (getattr(config.rollout, name), "")
-        for name in ("num_generations", "max_prompt_length", "max_completion_length")
-    }
-    sequences = f"a KV cache for {made.budget.concurrent_sequences:,} sequences of full length"
-    for name, value in _of_device(made.budget).items():
-        rollout[name] = (value, sequences if made.budget.device == "cuda" else "of the memory that the trainer leaves")
-    add("rollout", rollout)
-    add(
-        "optim",
-        {
-            "learning_rate": (config.optim.learning_rate, advice.learning_rate.reason),
-            "tokens_per_pack": (config.optim.tokens_per_pack, "sets memory, not the update"),
-            "gradient_checkpointing": (config.optim.gradient_checkpointing, ""),
-            **({} if config.optim.optimizer == "adamw" else {"optimizer": (config.optim.optimizer, "")}),
+    advice, config, budget = made.advice, made.config, made.budget
+    rollout, optim = config.rollout, config.optim
+    sections: dict[str, dict[str, tuple[Any, str]]] = {
+        "lora": {
+            **{name: advice[name] for name in ("rank", "alpha", "use_rslora", "targets")},
+            "max_rank": (config.lora.max_rank, MAX_RANK),
+            "dropout": (0.0, f"the only value: {ONE_POLICY}"),
         },
-    )
+        "rollout": {
+            "num_generations": (rollout.num_generations, ""),
+            "max_prompt_length": (rollout.max_prompt_length, ""),
+            "max_completion_length": (rollout.max_completion_length, ""),
+        },
+        "optim": {
+            "learning_rate": advice["learning_rate"],
+            "tokens_per_pack": (optim.tokens_per_pack, "sets memory, not the update"),
+            "gradient_checkpointing": (optim.gradient_checkpointing, ""),
+            **({} if optim.optimizer == "adamw" else {"optimizer": (optim.optimizer, "")}),
+        },
+    }
+    if budget.fits and budget.device == "cpu":
+        wanted = min(budget.kv_bytes, budget.recommended - budget.fixed) / GIB
+        sections["rollout"]["kv_cache_gib"] = max(0.1, int(10 * wanted) / 10), "of the memory that the trainer leaves"
+    elif budget.fits:
+        sequences = f"a KV cache for {budget.concurrent_sequences:,} sequences of full length"
+        sections["rollout"]["gpu_memory_utilization"] = budget.gpu_memory_utilization, sequences
+    lines = [f"# {config.model.name}: {made.shape.parameters:,} parameters, adapter {made.adapter_parameters:,}"]
+    if budget.vram is not None:
+        lines.append(f"# planned for a device of {budget.vram / GIB:g} GiB")
+    lines += [f"# note: {note}" for note in made.notes]
+    model = config.model.model_dump(include={"name"}) | config.model.model_dump(exclude_defaults=True)
+    lines += ["", dump_yaml({"model": model if len(model) > 1 else config.model.name}).strip()]
+    for section, options in sections.items():
+        lines += ["", f"{section}:"]
+        for name, (value, reason) in options.items():
+            lines += [f"  # {reason}"] if reason else []
+            lines.append("  " + dump_yaml({name: value}).strip().replace("\n", "\n  "))
     lines += ["", "# data: {train: train.jsonl, eval: test.jsonl}", "# rewards: {functions: [reward.py:score]}"]
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -181,7 +181,14 @@ def full_pack(tokens: int, *, prompt: int, completion: int, generations: int) ->
 def make_pack(policy: Policy, sizes: Sizes, *, tokens_per_pack: int) -> Pack:
     """The first pack of groups of these sizes, as real tensors without content."""
     with unset_fake_temporarily():
-        groups = [_group(prompt, completions) for prompt, completions in sizes]
+        groups = [
+            Group(
+                prompt=Prompt(content="", token_ids=(0,) * prompt),
+                completions=tuple(_completion(length) for length in lengths),
+                advantages=(1.0,) * len(lengths),
+            )
+            for prompt, lengths in sizes
+        ]
         if not policy.shares_prompts:
             return pad(groups, tokens_per_pack=tokens_per_pack, pad_token_id=0)[0]
         one = pack(groups, tokens_per_pack=tokens_per_pack)[0]
@@ -202,13 +209,9 @@ class _LayoutOfValues(SharedPromptLayout):
             return plan_sequences(self._lengths, self.device)
 
 
-def _group(prompt: int, lengths: Sequence[int]) -> Group:
-    completions = tuple(
-        Completion(token_ids=(0,) * n, logprobs=(-1.0,) * n, text="", finish_reason="length", policy_version=0) for n in lengths
-    )
-    return Group(
-        prompt=Prompt(content="", token_ids=(0,) * prompt), completions=completions, advantages=(1.0,) * len(lengths)
-    )
+def _completion(tokens: int) -> Completion:
+    logprobs = (-1.0,) * tokens
+    return Completion(token_ids=(0,) * tokens, logprobs=logprobs, text="", finish_reason="length", policy_version=0)
 
 
 def backward_pass(policy: Policy, one: Pack, config: GRPOConfig) -> None:
@@ -235,22 +238,15 @@ class _PassMemory(PeakMemory):
         super().__init__()
         self.vocabulary = 0
         self.after_layers: list[int] = []  # bytes after each of the layers in the forward
-        self.at_peaks: list[Counter[str]] = []
 
     def label_of(self, tensor: torch.Tensor) -> str:
         is_logits = self.label == "hidden_states" and tensor.dim() == 2 and tensor.shape[1] == self.vocabulary
         return "logits_chunk" if is_logits else self.label
 
-    def end_phase(self, label: str) -> None:
-        """Record the allocations at the peak so far; continue with another label."""
-        self.at_peaks.append(self.at_peak)
-        self.label = label
-        self.begin()
-
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Within gradient checkpointing's second forward of a layer."""
-        before, self.label = self.label, "layer_again"
+    def labelled(self, label: str) -> Iterator[None]:
+        """Another label within the block."""
+        before, self.label = self.label, label
         try:
             yield
         finally:
@@ -267,7 +263,8 @@ class _PassMemory(PeakMemory):
 
         def after_base(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self.label = "hidden_states"
-            output.last_hidden_state.register_hook(lambda grad: self.end_phase("layer_backward"))
+            if output.last_hidden_state.requires_grad:  # not if the head alone has an adapter
+                output.last_hidden_state.register_hook(lambda grad: setattr(self, "label", "layer_backward"))
 
         depth = policy.model.config.get_text_config().num_hidden_layers
         stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
@@ -292,12 +289,9 @@ def measure_pass(
     layers = int(model_config["num_hidden_layers"])
     measured = min(layers, depth or LAYERS)
     memory = _PassMemory()
-    with tempfile.TemporaryDirectory(prefix="rankup-plan-") as folder, ExitStack() as stack:
+    paths = paths_of_cuda() if device == "cuda" else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="rankup-plan-") as folder, fake_tensors(memory), paths:
         Path(folder, "config.json").write_text(json.dumps(_shallow(model_config, measured)), encoding="utf-8")
-        stack.enter_context(fake_tensors(memory))
-        if device == "cuda":
-            stack.enter_context(paths_of_cuda())
-        memory.label = "state"
         policy = Policy(
             folder,
             lora=config.lora,
@@ -306,7 +300,7 @@ def measure_pass(
             load_in=config.model.load_in,
         )
         if config.optim.gradient_checkpointing:
-            recompute = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), memory.recomputing())}
+            recompute = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), memory.labelled("layer_again"))}
             policy.model.gradient_checkpointing_enable(recompute)
         for master in policy.masters:
             master.grad = torch.empty_like(master)  # of the passes before
@@ -315,11 +309,10 @@ def measure_pass(
         memory.label = "activations"
         memory.begin()
         backward_pass(policy, _full_pack_of(policy, config), config)
-        memory.end_phase("")
-    per_layer = memory.after_layers[-1] - memory.after_layers[-2] if measured > 1 else 0
-    peak = max(memory.at_peaks, key=Counter.total)
-    peak["activations"] += (layers - measured) * per_layer
-    return {name: peak[name] for name in PASS_PARTS if peak[name]}
+        parts = memory.at_peak
+    if measured > 1:
+        parts["activations"] += (layers - measured) * (memory.after_layers[-1] - memory.after_layers[-2])
+    return {name: parts[name] for name in PASS_PARTS if parts[name]}
 
 
 def _full_pack_of(policy: Policy, config: GRPOConfig) -> Pack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,10 @@ def test_the_error_for_an_unknown_name_lists_the_embedded_models(name: str) -> N
 @pytest.mark.parametrize("name", ["a/b/c", "two words"])
 def test_an_invalid_name(name: str) -> None:
     assert error_of(name) == f"model {name}: neither a folder, nor an embedded model ({NAME}), nor an id on the Hub"
+
+
+def test_of_a_model_on_the_hub_the_configuration_alone_can_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or "folder")
+    assert resolve_model("someone/tiny", config_only=True) == "folder"
+    assert asked["allow_patterns"] == ["config.json"]

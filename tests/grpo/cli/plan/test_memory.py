@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from rankup.grpo.cli.plan.memory import (
     base_bytes,
     changed,
     engine_parts,
-    kv_bytes_per_token,
     training_parts,
     unshared_base_bytes,
 )
-from rankup.grpo.cli.plan.shapes import Matrix, ModelShape
+from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
 from rankup.grpo.config import GRPOConfig
 from rankup.kernels.device import native_dtype
 
@@ -31,30 +30,36 @@ MEASURE = Path(__file__).resolve().parents[4] / "scripts" / "bench" / "plan_memo
 PASS = {"activations": 1_000, "logits_chunk": 100, "hidden_states": 10}
 
 
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 20,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 100,
+    "tie_word_embeddings": True,
+}
+LINEAR = 8 * (8 + 4 + 4 + 8) + 3 * 8 * 20
+BIASES = 8 + 4 + 4 + 8
+PARAMETERS = LINEAR + 100 * 8 + 3 * 8  # and the embedding, and the norms
+
+
 @pytest.fixture
-def shape(monkeypatch: pytest.MonkeyPatch) -> ModelShape:
-    """One layer of D 8 and M 20, 2 heads of 4, one of them for keys; a pass takes `PASS`."""
+def shape_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModelShape]:
+    """A Llama of one layer with changes; a pass takes `PASS`."""
     monkeypatch.setattr(memory, "pass_parts", lambda *_: dict(PASS))
-    layer = "model.layers.0"
-    attention = [(f"{layer}.self_attn.{name}", 8, d_out) for name, d_out in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4))]
-    mlp = [(f"{layer}.mlp.{name}", *sizes) for name, *sizes in (("gate_proj", 8, 20), ("up_proj", 8, 20), ("down_proj", 20, 8))]
-    linear = [*attention, (f"{layer}.self_attn.o_proj", 8, 8), *mlp]
-    return ModelShape(
-        architecture="Tiny",
-        layers=1,
-        hidden=8,
-        intermediate=20,
-        heads=2,
-        kv_heads=1,
-        head_dim=4,
-        vocabulary=100,
-        tied=True,
-        biases=(),
-        parameters=1_500,
-        quantisable=672,
-        matrices=tuple(Matrix(*one) for one in linear),
-        measured_config={},
-    )
+
+    def made(**changes: Any) -> ModelShape:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+        return read_shape(str(tmp_path))
+
+    return made
+
+
+@pytest.fixture
+def shape(shape_of: Callable[..., ModelShape]) -> ModelShape:
+    return shape_of()
 
 
 def parts(shape: ModelShape, changes: dict[str, Any], device: Device = "cpu") -> dict[str, int]:
@@ -78,8 +83,8 @@ def test_an_optimizer_in_eight_bits_takes_two_bytes_a_parameter_and_its_scales(s
 
 
 def test_nf4_leaves_embeddings_head_and_norms_in_bf16(shape: ModelShape):
-    assert base_bytes(shape, None) == 2 * 1_500
-    assert base_bytes(shape, "nf4") == round(672 / 2 + 4 * 672 / 64) + 2 * (1_500 - 672)
+    assert base_bytes(shape, None) == 2 * PARAMETERS
+    assert base_bytes(shape, "nf4") == round(LINEAR / 2 + 4 * LINEAR / 64) + 2 * (PARAMETERS - LINEAR)
 
 
 @pytest.mark.parametrize(
@@ -87,31 +92,27 @@ def test_nf4_leaves_embeddings_head_and_norms_in_bf16(shape: ModelShape):
     [
         ("cuda", "auto", None, 0),
         ("cuda", "auto", "nf4", 0),
-        ("cuda", False, None, 2 * 1_500),
-        ("cuda", False, "nf4", 378 + 2 * (1_500 - 672)),
+        ("cuda", False, None, 2 * (PARAMETERS + BIASES)),
+        ("cuda", False, "nf4", 378 + 2 * (PARAMETERS + BIASES - LINEAR)),
         ("cpu", True, None, 0),
-        ("cpu", "auto", None, 2 * (672 + 8 + 4)),  # linear layers, with their biases
-        ("cpu", "auto", "nf4", 378 + 2 * (8 + 4)),
-        ("cpu", False, None, 2 * 1_500),
+        ("cpu", "auto", None, 2 * (LINEAR + BIASES)),
+        ("cpu", "auto", "nf4", 378 + 2 * BIASES),
+        ("cpu", False, None, 2 * (PARAMETERS + BIASES)),
     ],
 )
 def test_the_trainer_holds_the_weights_that_it_does_not_share_with_vllm(
-    shape: ModelShape, device: Device, sharing: Any, load_in: str | None, unshared: int
+    shape_of: Callable[..., ModelShape], device: Device, sharing: Any, load_in: str | None, unshared: int
 ):
-    with_biases = dataclasses.replace(shape, biases=("q_proj", "k_proj"))
+    with_biases = shape_of(attention_bias=True)
     held = {"model.share_base_weights": sharing, "model.load_in": load_in}
     assert unshared_base_bytes(with_biases, changed(GRPOConfig(), held), device) == unshared
     assert parts(with_biases, held, device).get("base_weights", 0) == unshared
-    assert engine_parts(with_biases, device)["base_weights"] == 2 * 1_500
+    assert engine_parts(with_biases, device)["base_weights"] == 2 * (PARAMETERS + BIASES)
 
 
 def test_the_memory_of_a_pass_is_part_of_the_sum(shape: ModelShape):
     assert parts(shape, {}, "cuda").items() >= PASS.items()
     assert parts(shape, {}, "cuda")["gaps"] == 100
-
-
-def test_a_token_of_the_kv_cache(shape: ModelShape):
-    assert kv_bytes_per_token(shape) == 2 * 1 * 1 * 4 * 2
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_tight_memory_lowers_the_rank(plan: Planner):
 BAD: dict[str, tuple[list[str], str]] = {
     "rank 256": (["--rank", "256"], "lora.rank: must be at most 128"),
     "one generation": (["--num-generations", "1"], "rollout.num_generations: must be at least 2"),
-    "no such layer": (["--targets", "q_proj,wq"], "LlamaForCausalLM has no linear layer wq"),
+    "no such layer": (["--targets", "q_proj,wq"], "LlamaForCausalLM has no layer wq"),
     "small device": (["--vram", "0.2"], "--vram 0.2: too small for the base weights"),
 }
 

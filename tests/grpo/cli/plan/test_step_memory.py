@@ -74,6 +74,11 @@ def test_layers_without_an_adapter_before_the_first_one_keep_nothing():
     )
 
 
+def test_an_adapter_on_the_head_alone_keeps_no_layer():
+    alone, all_linear = (measure_pass(LLAMA, config(targets=t), device="cpu", depth=5) for t in (["lm_head"], "all-linear"))
+    assert alone["activations"] < all_linear["activations"] / 10
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 39, 40, 41, 42, 155, 156, 157, 400, 4097])
 def test_a_pack_is_full(tokens: int):
     sizes = full_pack(tokens, prompt=40, completion=30, generations=4)
