@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from ..display.terminal import View
-from .events import Event, FinishEvent, NoteEvent, ResumedEvent, StepEvent
+from .events import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Mailbox:
     def post(self, event: Event) -> None:
         """Add an event to show."""
         self._events.append(event)
-        self._has_begun = self._has_begun or isinstance(event, ResumedEvent | StepEvent)
+        self._has_begun = self._has_begun or event.method in ("resumed", "step")
 
     def take(self) -> list[Event]:
         """Remove and return the events posted since the last call."""
@@ -64,7 +64,7 @@ class Mailbox:
         """Workers were lost: show it unless the run has ended. Until they restart, stop requests have no subscriber."""
         self._has_subscriber = False
         if self._outcome is None:
-            self._events.append(NoteEvent(text))
+            self._events.append(Event("note", (text,)))
 
     def has_begun(self) -> bool:
         """Whether the run folder belongs to this run by now: workers that start from here on resume in it."""
@@ -114,23 +114,23 @@ def open_mailbox() -> Any:
 class Reader:
     """Shows the posted events on the real view.
 
-    A `FinishEvent` is held back: lost workers post it too, and the run then continues.
+    The call of `finish` is held back: lost workers post it too, and the run then continues.
     """
 
     def __init__(self, mailbox: Any, view: View) -> None:
         self._mailbox = mailbox
         self._view = view
-        self._last: FinishEvent | None = None
+        self._finish: Event | None = None
 
     def show(self) -> None:
         """Show the events posted since the last call."""
         for event in ray.get(self._mailbox.take.remote()):
-            if isinstance(event, FinishEvent):
-                self._last = event
+            if event.method == "finish":
+                self._finish = event
             else:
                 event.show(self._view)
 
     def finish(self) -> None:
-        """Show the last `FinishEvent`, if there was one."""
-        if self._last is not None:
-            self._last.show(self._view)
+        """Show the end of the run, if a worker posted it."""
+        if self._finish is not None:
+            self._finish.show(self._view)
