@@ -15,11 +15,11 @@ import jinja2
 
 from ...rewards.runner import check_column_names
 from ..common.errors import first_line
+from ..config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = Mapping[str, Any]
 Message = dict[str, Any]
 
 
@@ -44,36 +44,34 @@ class PromptData:
 
 
 def prepare_prompts(
-    rows: Iterable[Row],
+    rows: Iterable[Mapping[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig | None = None,
     *,
-    prompt_column: str = "prompt",
-    system_prompt: str | None = None,
     max_prompt_length: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptData:
     """Tokenize the prompts of `rows` and drop those of more than `max_prompt_length` tokens.
 
     A text is tokenized unchanged. A conversation goes through the chat template with the generation prompt added; if it ends
-    with an assistant's message, that message is left open instead, for the model to continue. `system_prompt` is added to
-    every prompt without a system message. `chat_template_kwargs` are variables of the template (`enable_thinking=False`).
+    with an assistant's message, that message is left open instead, for the model to continue. `config.system_prompt` is added
+    to every prompt without a system message.
 
     Raises:
         ValueError: no rows; no such column; an empty prompt, or one that is neither text nor conversation; a conversation
             without a chat template, or one that raises an error in the template; a column with the name of an argument of
             reward functions; all prompts too long.
     """
-    rows = list(rows)
+    rows, config = list(rows), config or DataConfig()
     if not rows:
         raise ValueError("the data set has no rows")
     column_names = list(dict.fromkeys(name for row in rows for name in row))
-    if prompt_column not in column_names:
-        raise ValueError(f"no column {prompt_column!r} for the prompt: set data.prompt_column to one of {column_names}")
-    column_names.remove(prompt_column)
+    if config.prompt_column not in column_names:
+        raise ValueError(f"no column {config.prompt_column!r} for the prompt: set data.prompt_column to one of {column_names}")
+    column_names.remove(config.prompt_column)
     check_column_names(column_names)
 
-    prompts = [_as_prompt(row.get(prompt_column), index, system_prompt) for index, row in enumerate(rows)]
-    token_ids = _tokenize(prompts, tokenizer, dict(chat_template_kwargs or {}))
+    prompts = [_as_prompt(row.get(config.prompt_column), index, config.system_prompt) for index, row in enumerate(rows)]
+    token_ids = _tokenize(prompts, tokenizer, config.chat_template_kwargs)
     for index, ids in enumerate(token_ids):
         if not ids:
             raise ValueError(f"the prompt of row {index} is empty: remove the row")

@@ -22,8 +22,7 @@ from datasets.exceptions import DatasetsError
 from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
 
-Row = Mapping[str, Any]
-DataSource = str | datasets.Dataset | Iterable[Row]
+DataSource = str | datasets.Dataset | Iterable[Mapping[str, Any]]
 """A source of rows by name, a data set, or rows in memory; see `load_rows`."""
 
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -33,7 +32,7 @@ _SILENT = logging.CRITICAL + 1
 
 
 def load_rows(
-    source: str | datasets.Dataset | Iterable[Row],
+    source: DataSource,
     *,
     split: str,
     subset: str | None = None,
