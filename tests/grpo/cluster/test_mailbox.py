@@ -54,6 +54,14 @@ def test_events_are_taken_once_and_in_order(mailbox: Mailbox):
     assert mailbox.take() == []
 
 
+def test_the_end_is_shown_only_when_the_run_is_over(mailbox: Mailbox):
+    lost, step, end = Event("finish", ({"steps": 1},)), Event("step", (2, {}, {})), Event("finish", ({"steps": 2},))
+    for event in (lost, step, end):
+        mailbox.post(event)
+        assert mailbox.take() == ([] if event.method == "finish" else [event])
+    assert mailbox.take(is_over=True) == [end]
+
+
 @pytest.mark.parametrize(
     ("event", "has_begun"),
     [
