@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -74,14 +74,14 @@ def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
 def lora_projections(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """`lora_linear` for several layers that read the same x [..., I]; returns one [..., O_i] for each, in order."""
     x_TI = x.reshape(-1, x.shape[-1])
-    outputs = _Projections.apply(x_TI, _constants(projections), *_tensors(projections))
+    outputs = _Projections.apply(x_TI, projections, *_masters(projections))
     return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in outputs)
 
 
 def lora_mlp(x: torch.Tensor, gate_up_down: Sequence[Projection], activation: Activation = "silu") -> torch.Tensor:
     """`down(act(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202), [..., I] to [..., O]; gradients as in `lora_linear`."""
     x_TI = x.reshape(-1, x.shape[-1])
-    y_TO = _MLP.apply(x_TI, activation, _constants(gate_up_down), *_tensors(gate_up_down))
+    y_TO = _MLP.apply(x_TI, activation, gate_up_down, *_masters(gate_up_down))
     return y_TO.view(*x.shape[:-1], y_TO.shape[1])
 
 
@@ -106,55 +106,53 @@ def lora_embedding(
     assert embedded.shape[:-1] == ids.shape
     embedded_TD = embedded.reshape(-1, embedded.shape[-1])
     padding = -1 if padding_idx is None else padding_idx
-    factors = adapter.scaling, multiplier
-    y_TD = _Embedding.apply(
-        embedded_TD, ids.reshape(-1), factors, padding, adapter.master_a, adapter.master_b, adapter.a, adapter.b
-    )
-    return y_TD.view(embedded.shape)
+    masters = adapter.master_a, adapter.master_b
+    return _Embedding.apply(embedded_TD, ids.reshape(-1), adapter, multiplier, padding, *masters).view(embedded.shape)
 
 
 # ------------------------------------------------------------------------------------------------- autograd functions
+
+# The master weights are arguments because they receive gradients; the frozen rest of a layer stays in its `Projection`. The
+# operands are saved too: publishing others between forward and backward is then an error of torch.
 
 
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TI: torch.Tensor, constants: list[Constants], *tensors: torch.Tensor | None
+        ctx: Any, x_TI: torch.Tensor, layers: Sequence[Projection], *_masters: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        outputs, h_TS = _forward(x_TI, _layers(tensors, constants))
+        outputs, h_TS = _forward(x_TI, layers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x_TI, h_TS, *tensors)
-        ctx.constants = constants
+        ctx.save_for_backward(x_TI, h_TS, *_operands(layers))
+        ctx.layers = layers
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x_TI, h_TS, *tensors = ctx.saved_tensors
-        dx_TI, of_masters = _backward(
-            x_TI, h_TS, grads, _layers(tensors, ctx.constants), needs_dx=ctx.needs_input_grad[0]
-        )
-        return dx_TI, None, *_gradients(of_masters)
+        x_TI, h_TS, *_ = ctx.saved_tensors
+        dx_TI, of_masters = _backward(x_TI, h_TS, grads, ctx.layers, needs_dx=ctx.needs_input_grad[0])
+        return dx_TI, None, *itertools.chain(*of_masters)
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TI: torch.Tensor, activation: Activation, constants: list[Constants], *tensors: torch.Tensor | None
+        ctx: Any, x_TI: torch.Tensor, activation: Activation, layers: Sequence[Projection], *_masters: torch.Tensor | None
     ) -> torch.Tensor:
-        gate, up, down = _layers(tensors, constants)
+        gate, up, down = layers
         (gate_TM, up_TM), h_TS = _forward(x_TI, (gate, up))
         (y_TO,), h_of_down_TR = _forward(_gated(gate_TM, up_TM, activation), (down,))
-        ctx.save_for_backward(x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors)
-        ctx.activation, ctx.constants = activation, constants
+        ctx.save_for_backward(x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *_operands(layers))
+        ctx.activation, ctx.layers = activation, layers
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (grad_TO,) = grads
-        x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *tensors = ctx.saved_tensors
-        gate, up, down = _layers(tensors, ctx.constants)
+        x_TI, gate_TM, up_TM, h_TS, h_of_down_TR, *_ = ctx.saved_tensors
+        gate, up, down = ctx.layers
         if _has_swiglu(gate_TM, up_TM, ctx.activation):
             from .triton.swiglu import swiglu_backward_in_place
 
@@ -171,7 +169,7 @@ class _MLP(torch.autograd.Function):
             d_up_TM = act_TM.mul_(d_product_TM)
             d_gate_TM = _activation_backward(d_product_TM.mul_(up_TM), gate_TM, ctx.activation)
         dx_TI, of_inputs = _backward(x_TI, h_TS, [d_gate_TM, d_up_TM], [gate, up], needs_dx=ctx.needs_input_grad[0])
-        return dx_TI, None, None, *_gradients([*of_inputs, *of_down])
+        return dx_TI, None, None, *itertools.chain(*of_inputs, *of_down)
 
 
 class _Embedding(torch.autograd.Function):
@@ -180,26 +178,35 @@ class _Embedding(torch.autograd.Function):
         ctx: Any,
         embedded_TD: torch.Tensor,
         ids_T: torch.Tensor,
-        factors: tuple[float, float],
+        adapter: Adapter,
+        multiplier: float,
         padding: int,
-        *tensors: torch.Tensor,
+        *_masters: torch.Tensor,
     ) -> torch.Tensor:
-        _, _, a_RV, b_DR = tensors
-        ctx.save_for_backward(ids_T, *tensors)
-        ctx.factors, ctx.padding = factors, padding
-        return torch.addmm(embedded_TD, embedding(ids_T, a_RV.t()), b_DR.t(), alpha=factors[1])
+        ctx.save_for_backward(ids_T, adapter.a, adapter.b)
+        ctx.adapter, ctx.multiplier, ctx.padding = adapter, multiplier, padding
+        return torch.addmm(embedded_TD, embedding(ids_T, adapter.a.t()), adapter.b.t(), alpha=multiplier)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        (grad_TD,) = grads
-        ids_T, master_a, master_b, a_RV, b_DR = ctx.saved_tensors
-        scaling, multiplier = ctx.factors
-        u_TR = (grad_TD @ b_DR).to(master_a.dtype).mul_(multiplier)
+        (grad_TD,), adapter = grads, ctx.adapter
+        ids_T, a_RV, b_DR = ctx.saved_tensors
+        u_TR = (grad_TD @ b_DR).to(adapter.master_a.dtype).mul_(ctx.multiplier)
         da_VR = torch.ops.aten.embedding_dense_backward(u_TR, ids_T, a_RV.shape[1], ctx.padding, False)
         db_RD = embedding(ids_T, a_RV.t()).t() @ grad_TD
-        db_DR = torch.empty_like(master_b).copy_(db_RD.t()).mul_(scaling * multiplier)
-        return grad_TD if ctx.needs_input_grad[0] else None, None, None, None, da_VR.t(), db_DR, None, None
+        db_DR = torch.empty_like(adapter.master_b).copy_(db_RD.t()).mul_(adapter.scaling * ctx.multiplier)
+        return grad_TD if ctx.needs_input_grad[0] else None, None, None, None, None, da_VR.t(), db_DR
+
+
+def _masters(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
+    """A and B of each layer, None for a layer without an adapter."""
+    adapters = [layer.adapter for layer in layers]
+    return [t for one in adapters for t in ((None, None) if one is None else (one.master_a, one.master_b))]
+
+
+def _operands(layers: Sequence[Projection]) -> list[torch.Tensor]:
+    return [t for layer in layers if layer.adapter is not None for t in (layer.adapter.a, layer.adapter.b)]
 
 
 # --------------------------------------------------------------------------------------------------- their arithmetic
@@ -322,52 +329,3 @@ def _activation_backward(grad_TM: torch.Tensor, gate_TM: torch.Tensor, activatio
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad_TM, gate_TM)
     return torch.ops.aten.gelu_backward(grad_TM, gate_TM, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-# ------------------------------------------------------- autograd sees tensors only: layers as a flat list, and back
-
-TENSORS_PER_LAYER = 6
-
-
-class Constants(NamedTuple):
-    """A layer's data that is not a tensor, or a tensor that its owner keeps alive."""
-
-    scaling: float
-    nf4: Nf4Weight | None
-
-
-def _tensors(layers: Sequence[Projection]) -> list[torch.Tensor | None]:
-    flat: list[torch.Tensor | None] = []
-    for layer in layers:
-        flat += [None if isinstance(layer.weight, Nf4Weight) else layer.weight, layer.bias]
-        adapter = layer.adapter
-        flat += [None] * 4 if adapter is None else [adapter.master_a, adapter.master_b, adapter.a, adapter.b]
-    return flat
-
-
-def _constants(layers: Sequence[Projection]) -> list[Constants]:
-    return [
-        Constants(
-            scaling=0.0 if layer.adapter is None else layer.adapter.scaling,
-            nf4=layer.weight if isinstance(layer.weight, Nf4Weight) else None,
-        )
-        for layer in layers
-    ]
-
-
-def _layers(tensors: Sequence[torch.Tensor | None], constants: Sequence[Constants]) -> list[Projection]:
-    layers = []
-    for i, (scaling, nf4) in enumerate(constants):
-        plain, bias, *adapter = tensors[i * TENSORS_PER_LAYER : (i + 1) * TENSORS_PER_LAYER]
-        weight = plain if nf4 is None else nf4
-        assert weight is not None
-        layers.append(Projection(weight, bias, None if adapter[0] is None else Adapter(*adapter, scaling)))  # type: ignore[arg-type]
-    return layers
-
-
-def _gradients(of_masters: Sequence[MasterGradients]) -> list[torch.Tensor | None]:
-    """The layers' gradients in the places of `_tensors`."""
-    flat: list[torch.Tensor | None] = []
-    for grad_a, grad_b in of_masters:
-        flat += [None, None, grad_a, grad_b, None, None]
-    return flat

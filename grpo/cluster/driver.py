@@ -34,7 +34,7 @@ from ..config.cluster import ClusterConfig
 from ..display.terminal import View
 from ..run.records import read_summary
 from ..setup import UserInputs
-from .mailbox import Outcome, Reader, open_mailbox, this_node
+from .mailbox import Outcome, open_mailbox, this_node
 from .ray_train import fit
 from .worker import Task
 
@@ -71,7 +71,6 @@ def train_on_cluster(
         stack.enter_context(_connected(view, config.cluster))
         _check_inputs(inputs)
         mailbox = open_mailbox()
-        reader = Reader(mailbox, view)
         view.stage(f"starting {config.cluster.workers} workers")
         task = _task(config, inputs, mailbox, resume=resume, allow_changes=allow_changes)
         fitting = ray.remote(fit).options(num_cpus=0, max_retries=0, label_selector=this_node())
@@ -79,7 +78,8 @@ def train_on_cluster(
         while True:
             # Checked before the mailbox is read, so that everything posted until then is shown.
             is_over = bool(ray.wait([fitted], timeout=0)[0]) or ray.get(mailbox.has_failed.remote())
-            reader.show()
+            for event in ray.get(mailbox.take.remote(is_over=is_over)):
+                event.show(view)
             if is_over:
                 break
             if interrupts.requested is not None and not ray.get(mailbox.request_stop.remote()):
@@ -87,7 +87,6 @@ def train_on_cluster(
                 interruption = RunInterrupted(interrupts.requested)
                 raise interruption.saved(None) if ray.get(mailbox.has_begun.remote()) else interruption
             time.sleep(POLL_SECONDS)
-        reader.finish()
         outcome: Outcome | None
         outcome, has_begun = ray.get([mailbox.outcome.remote(), mailbox.has_begun.remote()])
         error = ray.get(fitted) if outcome is None else outcome.error

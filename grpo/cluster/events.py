@@ -7,112 +7,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Literal, NamedTuple
 
 from ..display.terminal import SampleRow, View
 from ..display.view_text import When
 
 
-class Event(Protocol):
-    """Something to show."""
+class Event(NamedTuple):
+    """A call of the view: its method and the arguments."""
+
+    method: Literal["stage", "note", "resumed", "step", "completions", "evaluation", "finish"]
+    arguments: tuple[Any, ...]
 
     def show(self, view: View) -> None:
         """Make the call on the real view."""
-        ...
+        getattr(view, self.method)(*self.arguments)
 
 
-@dataclass(frozen=True, slots=True)
-class StageEvent:
-    text: str
-
-    def show(self, view: View) -> None:
-        view.stage(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class NoteEvent:
-    text: str
-
-    def show(self, view: View) -> None:
-        view.note(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class ResumedEvent:
-    step: int
-    rows: Sequence[Mapping[str, Any]]
-
-    def show(self, view: View) -> None:
-        view.resumed(self.step, self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class StepEvent:
-    step: int
-    metrics: Mapping[str, float]
-    seconds_by_phase: Mapping[str, float]
-
-    def show(self, view: View) -> None:
-        view.step(self.step, self.metrics, self.seconds_by_phase)
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionsEvent:
-    step: int
-    rows: Sequence[SampleRow]
-
-    def show(self, view: View) -> None:
-        view.completions(self.step, self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationEvent:
-    step: int
-    reward: float
-    when: When
-
-    def show(self, view: View) -> None:
-        view.evaluation(self.step, self.reward, self.when)
-
-
-@dataclass(frozen=True, slots=True)
-class FinishEvent:
-    summary: Mapping[str, Any]
-
-    def show(self, view: View) -> None:
-        view.finish(self.summary)
-
-
-class EventView:
+class EventView(View):
     """A `terminal.View` that sends every call as an event and does not wait for it: a step matters more than a line."""
 
     def __init__(self, send: Callable[[Event], object]) -> None:
         self._send = send
 
-    def start(self) -> None: ...
     def stage(self, text: str) -> None:
-        self._send(StageEvent(text))
+        self._send(Event("stage", (text,)))
 
     def note(self, text: str) -> None:
-        self._send(NoteEvent(text))
+        self._send(Event("note", (text,)))
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._send(ResumedEvent(step, rows))
+        self._send(Event("resumed", (step, rows)))
 
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None:
-        self._send(StepEvent(step, dict(metrics), dict(seconds_by_phase)))
+        self._send(Event("step", (step, metrics, seconds_by_phase)))
 
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
-        self._send(CompletionsEvent(step, list(rows)))
+        self._send(Event("completions", (step, rows)))
 
     def evaluation(self, step: int, reward: float, when: When) -> None:
-        self._send(EvaluationEvent(step, reward, when))
+        self._send(Event("evaluation", (step, reward, when)))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        self._send(FinishEvent(dict(summary)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
+        self._send(Event("finish", (summary,)))

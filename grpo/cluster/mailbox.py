@@ -2,8 +2,8 @@
 
     mailbox = open_mailbox()                # in the process that starts the run; the handle goes to the workers
     view = EventView(mailbox.post.remote)   # on the main worker
-    reader = Reader(mailbox, real_view)     # in the process that started the run
-    reader.show()                           # again and again
+    for event in ray.get(mailbox.take.remote()):
+        event.show(real_view)               # again and again, in the process that started the run
 
 The mailbox runs on the node of the process that opened it, so it and its events survive lost workers.
 """
@@ -16,8 +16,7 @@ from typing import Any
 
 import ray
 
-from ..display.terminal import View
-from .events import Event, FinishEvent, NoteEvent, ResumedEvent, StepEvent
+from .events import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +43,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._finish: list[Event] = []
         self._stop_requested = False
         self._has_subscriber = False
         self._has_begun = False
@@ -51,20 +51,23 @@ class Mailbox:
         self._outcome: Outcome | None = None
 
     def post(self, event: Event) -> None:
-        """Add an event to show."""
-        self._events.append(event)
-        self._has_begun = self._has_begun or isinstance(event, ResumedEvent | StepEvent)
+        """Add an event to show. `finish` is held back: lost workers post it too, and the run then continues."""
+        if event.method == "finish":
+            self._finish = [event]
+        else:
+            self._events.append(event)
+        self._has_begun = self._has_begun or event.method in ("resumed", "step")
 
-    def take(self) -> list[Event]:
-        """Remove and return the events posted since the last call."""
+    def take(self, *, is_over: bool = False) -> list[Event]:
+        """Remove and return the events posted since the last call; with `is_over` the last `finish` behind them."""
         events, self._events = self._events, []
-        return events
+        return [*events, *self._finish] if is_over else events
 
     def report_failure(self, text: str) -> None:
         """Workers were lost: show it unless the run has ended. Until they restart, stop requests have no subscriber."""
         self._has_subscriber = False
         if self._outcome is None:
-            self._events.append(NoteEvent(text))
+            self._events.append(Event("note", (text,)))
 
     def has_begun(self) -> bool:
         """Whether the run folder belongs to this run by now: workers that start from here on resume in it."""
@@ -109,28 +112,3 @@ def this_node() -> dict[str, str]:
 def open_mailbox() -> Any:
     """Start a mailbox on this process's node; returns the actor's handle. Ray must be connected."""
     return ray.remote(Mailbox).options(num_cpus=0, label_selector=this_node()).remote()
-
-
-class Reader:
-    """Shows the posted events on the real view.
-
-    A `FinishEvent` is held back: lost workers post it too, and the run then continues.
-    """
-
-    def __init__(self, mailbox: Any, view: View) -> None:
-        self._mailbox = mailbox
-        self._view = view
-        self._last: FinishEvent | None = None
-
-    def show(self) -> None:
-        """Show the events posted since the last call."""
-        for event in ray.get(self._mailbox.take.remote()):
-            if isinstance(event, FinishEvent):
-                self._last = event
-            else:
-                event.show(self._view)
-
-    def finish(self) -> None:
-        """Show the last `FinishEvent`, if there was one."""
-        if self._last is not None:
-            self._last.show(self._view)

@@ -11,10 +11,6 @@ from ...rollout.types import Completion
 from .prompts import Prompt
 
 
-def _no_scores() -> Scores:
-    return Scores(total=[], by_function={}, extras={}, metrics={}, weights=[])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """One prompt and its G completions.
@@ -29,7 +25,7 @@ class Group:
 
     prompt: Prompt
     completions: tuple[Completion, ...]
-    scores: Scores = field(default_factory=_no_scores)
+    scores: Scores = field(default_factory=lambda: Scores(total=[], by_function={}, extras={}, metrics={}, weights=[]))
     advantages: tuple[float, ...] = ()
     reward_std: float = 0.0
     has_variance: bool = False

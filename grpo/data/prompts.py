@@ -15,11 +15,11 @@ import jinja2
 
 from ...rewards.runner import check_column_names
 from ..common.errors import first_line
+from ..config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = Mapping[str, Any]
 Message = dict[str, Any]
 
 
@@ -44,36 +44,34 @@ class PromptData:
 
 
 def prepare_prompts(
-    rows: Iterable[Row],
+    rows: Iterable[Mapping[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig | None = None,
     *,
-    prompt_column: str = "prompt",
-    system_prompt: str | None = None,
     max_prompt_length: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptData:
     """Tokenize the prompts of `rows` and drop those of more than `max_prompt_length` tokens.
 
     A text is tokenized unchanged. A conversation goes through the chat template with the generation prompt added; if it ends
-    with an assistant's message, that message is left open instead, for the model to continue. `system_prompt` is added to
-    every prompt without a system message. `chat_template_kwargs` are variables of the template (`enable_thinking=False`).
+    with an assistant's message, that message is left open instead, for the model to continue. `config.system_prompt` is added
+    to every prompt without a system message.
 
     Raises:
         ValueError: no rows; no such column; an empty prompt, or one that is neither text nor conversation; a conversation
             without a chat template, or one that raises an error in the template; a column with the name of an argument of
             reward functions; all prompts too long.
     """
-    rows = list(rows)
+    rows, config = list(rows), config or DataConfig()
     if not rows:
         raise ValueError("the data set has no rows")
     column_names = list(dict.fromkeys(name for row in rows for name in row))
-    if prompt_column not in column_names:
-        raise ValueError(f"no column {prompt_column!r} for the prompt: set data.prompt_column to one of {column_names}")
-    column_names.remove(prompt_column)
+    if config.prompt_column not in column_names:
+        raise ValueError(f"no column {config.prompt_column!r} for the prompt: set data.prompt_column to one of {column_names}")
+    column_names.remove(config.prompt_column)
     check_column_names(column_names)
 
-    prompts = [_as_prompt(row.get(prompt_column), index, system_prompt) for index, row in enumerate(rows)]
-    token_ids = _tokenize(prompts, tokenizer, dict(chat_template_kwargs or {}))
+    prompts = [_as_prompt(row.get(config.prompt_column), index, config.system_prompt) for index, row in enumerate(rows)]
+    token_ids = _tokenize(prompts, tokenizer, config.chat_template_kwargs)
     for index, ids in enumerate(token_ids):
         if not ids:
             raise ValueError(f"the prompt of row {index} is empty: remove the row")
@@ -112,19 +110,18 @@ def _as_prompt(prompt: Any, index: int, system_prompt: str | None) -> str | list
 def _tokenize(
     prompts: Sequence[str | list[Message]], tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any]
 ) -> list[list[int]]:
-    """Token ids of all prompts, in their order; one tokenizer call per kind of prompt, for speed."""
-    texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
-    conversations = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
-    token_ids: dict[int, list[int]] = {}
-    if texts:
-        encoded = tokenizer(list(texts.values()))["input_ids"]
-        token_ids.update(zip(texts, (_one_bos(ids, tokenizer) for ids in encoded), strict=True))
-    if conversations:
-        rendered = _render(conversations, tokenizer, template_kwargs)
-        # The template adds the special tokens, including BOS.
-        encoded = tokenizer(list(rendered.values()), add_special_tokens=False)["input_ids"]
-        token_ids.update(zip(rendered, encoded, strict=True))
-    return [token_ids[i] for i in range(len(prompts))]
+    """Token ids of all prompts, in their order; one tokenizer call for texts and one for conversations, for speed."""
+    token_ids: list[list[int]] = [[]] * len(prompts)
+    for is_text in (True, False):
+        places = [place for place, prompt in enumerate(prompts) if isinstance(prompt, str) is is_text]
+        if not places:
+            continue
+        texts = [_render(prompts[place], tokenizer, template_kwargs) for place in places]
+        # The template adds the special tokens of a conversation, including BOS.
+        encoded = tokenizer(texts, add_special_tokens=is_text)["input_ids"]
+        for place, ids in zip(places, encoded, strict=True):
+            token_ids[place] = _one_bos(ids, tokenizer) if is_text else ids
+    return token_ids
 
 
 def _one_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -134,27 +131,21 @@ def _one_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _render(
-    conversations: Mapping[int, list[Message]], tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any]
-) -> dict[int, str]:
+    prompt: str | list[Message], tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any]
+) -> str:
+    """A text, or a conversation in the chat template."""
+    if isinstance(prompt, str):
+        return prompt
     if tokenizer.chat_template is None:
         raise ValueError(
             "the prompts are conversations, but the model's tokenizer has no chat template: use an instruction-tuned "
             "model, or plain-text prompts without data.system_prompt"
         )
-    rendered: dict[int, str] = {}
-    for is_open in (False, True):
-        part = {i: chat for i, chat in conversations.items() if (chat[-1]["role"] == "assistant") is is_open}
-        if not part:
-            continue
-        try:
-            texts: Any = tokenizer.apply_chat_template(
-                list(part.values()),
-                tokenize=False,
-                add_generation_prompt=not is_open,
-                continue_final_message=is_open,
-                **template_kwargs,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template failed for a prompt: {first_line(error)}") from error
-        rendered.update(zip(part, texts, strict=True))
+    is_open = prompt[-1]["role"] == "assistant"
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open, **template_kwargs
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template failed for a prompt: {first_line(error)}") from error
     return rendered

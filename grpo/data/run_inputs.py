@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,12 +19,7 @@ from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
 from .prompts import Prompt, PromptData, prepare_prompts
-from .sources import load_rows
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    Source = str | Dataset | Iterable[Mapping[str, Any]]
+from .sources import DataSource, load_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +41,8 @@ class RunInputs:
 
 def load_run_inputs(
     config: GRPOConfig,
-    train_dataset: Source | None = None,
-    eval_dataset: Source | None = None,
+    train_dataset: DataSource | None = None,
+    eval_dataset: DataSource | None = None,
 ) -> RunInputs:
     """Find the model, then read and tokenize the data sets, by default those of the configuration. Writes nothing.
 
@@ -61,11 +56,15 @@ def load_run_inputs(
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
+
+    def prepare(rows: list[dict[str, Any]]) -> PromptData:
+        return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length)
+
     return RunInputs(
         model_path=model_path,
         tokenizer=tokenizer,
-        train_prompts=_prompts(config, train_rows, tokenizer),
-        eval_prompts=None if eval_rows is None else _prompts(config, eval_rows[: config.data.eval_rows], tokenizer),
+        train_prompts=prepare(train_rows),
+        eval_prompts=None if eval_rows is None else prepare(eval_rows[: config.data.eval_rows]),
     )
 
 
@@ -79,7 +78,7 @@ def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {"rows": len(prompts), "hash": digest.hexdigest()}
 
 
-def _rows(config: GRPOConfig, dataset: Any, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
+def _rows(config: GRPOConfig, dataset: DataSource | None, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
     source = configured if dataset is None else dataset
     if source is None:
         return None
@@ -89,15 +88,4 @@ def _rows(config: GRPOConfig, dataset: Any, configured: str | None, *, split: st
         split=split,
         subset=config.data.subset,
         options=config.data.options if takes_options else None,
-    )
-
-
-def _prompts(config: GRPOConfig, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> PromptData:
-    return prepare_prompts(
-        rows,
-        tokenizer,
-        prompt_column=config.data.prompt_column,
-        system_prompt=config.data.system_prompt,
-        max_prompt_length=config.rollout.max_prompt_length,
-        chat_template_kwargs=config.data.chat_template_kwargs,
     )

@@ -20,10 +20,6 @@ class PromptSampler:
     """
 
     def __init__(self, rows: Sequence[Prompt], *, prompts_per_step: int, seed: int, shuffle: bool = True):
-        if not rows:
-            raise ValueError("no prompts to sample from")
-        if prompts_per_step < 1:
-            raise ValueError(f"prompts_per_step must be at least 1, not {prompts_per_step}")
         self.rows = rows
         self.prompts_per_step = prompts_per_step
         self.seed = seed

@@ -23,8 +23,7 @@ from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
 from ..config.paths import DATA_FORMATS
 
-Row = Mapping[str, Any]
-DataSource = str | datasets.Dataset | Iterable[Row]
+DataSource = str | datasets.Dataset | Iterable[Mapping[str, Any]]
 """A source of rows by name, a data set, or rows in memory; see `load_rows`."""
 
 _REASONING_GYM = "reasoning_gym:"
@@ -33,7 +32,7 @@ _SILENT = logging.CRITICAL + 1
 
 
 def load_rows(
-    source: str | datasets.Dataset | Iterable[Row],
+    source: DataSource,
     *,
     split: str,
     subset: str | None = None,
@@ -161,17 +160,12 @@ def _as_rows(rows: Any, *, source: str, split: str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Turn off progress bars and warnings of both libraries inside the block; errors are still raised."""
-    bars = {module: module.are_progress_bars_disabled() for module in (datasets.utils, huggingface_hub.utils)}
-    verbosity = {module: module.get_verbosity() for module in (datasets.utils.logging, huggingface_hub.utils.logging)}
-    for module in bars:
-        module.disable_progress_bars()
-    for module in verbosity:
-        module.set_verbosity(_SILENT)
-    try:
+    with contextlib.ExitStack() as restore:
+        for bars in (datasets.utils, huggingface_hub.utils):
+            if not bars.are_progress_bars_disabled():
+                restore.callback(bars.enable_progress_bars)
+                bars.disable_progress_bars()
+        for loggers in (datasets.utils.logging, huggingface_hub.utils.logging):
+            restore.callback(loggers.set_verbosity, loggers.get_verbosity())
+            loggers.set_verbosity(_SILENT)
         yield
-    finally:
-        for module, were_disabled in bars.items():
-            if not were_disabled:
-                module.enable_progress_bars()
-        for module, level in verbosity.items():
-            module.set_verbosity(level)

@@ -54,9 +54,8 @@ LABEL_WIDTH = 10  # of "evaluation", the longest label, so that rows below the m
 
 
 class View(Protocol):
-    """Both views. `note` may come from any thread; `step` counts from 1, phases and times are in seconds."""
+    """What shows a run. `note` may come from any thread; `step` counts from 1, phases and times are in seconds."""
 
-    def start(self) -> None: ...
     def stage(self, text: str) -> None:
         """Show the current activity outside of steps ("starting the engine", "evaluating")."""
 
@@ -71,7 +70,9 @@ class View(Protocol):
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Show the summary and the output folder."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
 
 
@@ -88,8 +89,8 @@ def make_view(*, max_steps: int, run_name: str, output_dir: Path | None = None, 
     return kind(max_steps=max_steps, run_name=run_name, output_dir=output_dir, console=console)
 
 
-class PlainView:
-    """One line per step, for logs and pipes."""
+class _TerminalView(View):
+    """The settings of both views, and the clock."""
 
     def __init__(self, *, max_steps: int, run_name: str, console: Console, output_dir: Path | None = None) -> None:
         self._max_steps = max_steps
@@ -99,9 +100,16 @@ class PlainView:
         self._pace = Pace(max_steps)
         self._started = time.monotonic()
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         self._started = time.monotonic()
-        self._print(f"run {self._run_name}: {self._max_steps} steps")
+        return self
+
+    def _summary_text(self, summary: Mapping[str, Any]) -> str:
+        return summary_text(summary, wall_seconds=time.monotonic() - self._started, output_dir=self._output_dir)
+
+
+class PlainView(_TerminalView):
+    """One line per step, for logs and pipes."""
 
     def stage(self, text: str) -> None:
         self._print(f"{text} ...")
@@ -139,13 +147,12 @@ class PlainView:
         self._print(evaluation_text(step, reward, when))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        wall_seconds = time.monotonic() - self._started
-        for line in summary_text(summary, wall_seconds=wall_seconds, output_dir=self._output_dir).splitlines():
+        for line in self._summary_text(summary).splitlines():
             self._print(line)
 
     def __enter__(self) -> Self:
-        self.start()
-        return self
+        self._print(f"run {self._run_name}: {self._max_steps} steps")
+        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._console.file.flush()
@@ -159,18 +166,13 @@ class PlainView:
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-class LiveView:
+class LiveView(_TerminalView):
     """A panel that is redrawn in place; notes and evaluations are printed above it and stay in the scrollback.
 
     A thread of rich redraws it. Everything that it reads is replaced in one assignment, never modified in place."""
 
     def __init__(self, *, max_steps: int, run_name: str, console: Console, output_dir: Path | None = None) -> None:
-        self._max_steps = max_steps
-        self._run_name = run_name
-        self._output_dir = output_dir
-        self._console = console
-        self._pace = Pace(max_steps)
-        self._started = time.monotonic()
+        super().__init__(max_steps=max_steps, run_name=run_name, console=console, output_dir=output_dir)
         self._spinner = Spinner("dots", style="cyan")
         self._stage = "starting"
         self._rewards: list[float] = []
@@ -182,10 +184,6 @@ class LiveView:
         self._tables: RenderableType = Text("waiting for the first step", style="dim")
         self._samples: RenderableType | None = None
         self._live = Live(self, console=console, refresh_per_second=4, redirect_stderr=True, redirect_stdout=True)
-
-    def start(self) -> None:
-        self._started = time.monotonic()
-        self._live.start()
 
     def stage(self, text: str) -> None:
         self._stage = text
@@ -240,13 +238,11 @@ class LiveView:
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._stage = "stopped" if summary.get("interrupted") else "done"
         self._live.stop()
-        wall_seconds = time.monotonic() - self._started
-        text = summary_text(summary, wall_seconds=wall_seconds, output_dir=self._output_dir)
-        self._console.print(Text(text, style="bold"))
+        self._console.print(Text(self._summary_text(summary), style="bold"))
 
     def __enter__(self) -> Self:
-        self.start()
-        return self
+        self._live.start()
+        return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:

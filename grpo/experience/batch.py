@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...rewards.runner import Scorer
+from ...rollout.engine import request_seed
 from ...rollout.protocol import Engine
 from ..algorithm.advantages import group_advantages, normalized_sums, soft_overlong_penalty
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
 from ..data.sampler import PromptSampler
-from .collect import Collected, collect, gather_groups
+from .collect import Collected, collect
 from .step_metrics import completion_metrics, reward_metrics
 
 
@@ -56,10 +57,24 @@ def collect_batch(
     Each worker samples its shard of every round. Advantages are computed from the groups of all workers.
     """
     wanted, max_rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
-    rounds = [_collect_round(engine, scorer, sampler, config, step=step, number=0, world=world)]
+
+    def collect_round(number: int) -> Collected:
+        """The step's prompts (number 0), or those of a resampling round."""
+        prompts = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
+        return collect(
+            engine,
+            scorer,
+            prompts,
+            config.rollout,
+            seeds=[request_seed(config.seed, step, number * wanted + index) for index in range(len(prompts))],
+            trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
+            world=world,
+        )
+
+    rounds = [collect_round(0)]
     groups = with_advantages(rounds[0].groups, config)
     while len(rounds) <= max_rounds and sum(group.has_variance for group in groups) < wanted:
-        rounds.append(_collect_round(engine, scorer, sampler, config, step=step, number=len(rounds), world=world))
+        rounds.append(collect_round(len(rounds)))
         groups = with_advantages([group for one in rounds for group in one.groups], config)
     metrics = {**reward_metrics(groups, scorer.names), **completion_metrics(groups)}
     if config.algorithm.soft_overlong_tokens:
@@ -106,28 +121,3 @@ def _overlong_penalties(group: Group, config: GRPOConfig) -> list[float]:
         )
         for completion in group.completions
     ]
-
-
-def _collect_round(
-    engine: Engine,
-    scorer: Scorer,
-    sampler: PromptSampler,
-    config: GRPOConfig,
-    *,
-    step: int,
-    number: int,
-    world: World,
-) -> Collected:
-    """The step's prompts (number 0), or those of a resampling round: this worker's shard, and metadata of the others."""
-    prompts = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
-    shard = world.shard(len(prompts))
-    local = collect(
-        engine,
-        scorer,
-        prompts[shard],
-        config.rollout,
-        seed=(config.seed, step),
-        first_index=number * config.optim.prompts_per_step + shard.start,
-        trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
-    )
-    return gather_groups(local, prompts, world)

@@ -1,6 +1,6 @@
 """Groups sampled by the engine and scored as they finish.
 
-    collected = collect(engine, scorer, prompts, config.rollout, seed=(42, step), trainer_state=state)
+    collected = collect(engine, scorer, prompts, config.rollout, seeds=seeds, trainer_state=state, world=world)
 
 A group goes to the reward functions as soon as its last completion ends. Functions in processes or on the event loop are
 awaited after all groups are sampled; functions in this process run between two steps of the engine.
@@ -18,7 +18,6 @@ from ...rewards.combining import Pending, Scores
 from ...rewards.contract import Inputs
 from ...rewards.runner import Scorer
 from ...rollout.config import SamplingConfig
-from ...rollout.engine import request_seed
 from ...rollout.protocol import Engine
 from ...rollout.types import Completion
 from ..common.world import World
@@ -41,28 +40,25 @@ def collect(
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
-    seed: tuple[int, int] | None,
-    first_index: int = 0,
+    seeds: Sequence[int] | None,
     trainer_state: Mapping[str, Any],
     use_adapter: bool = True,
+    world: World,
 ) -> Collected:
-    """Sample and score completions of the prompts.
-
-    seed: (run seed, step). Each request's seed is derived from it and from the prompt's place in the step; `first_index` is the
-    place of the first prompt.
-    """
-    seeds = None if seed is None else [request_seed(*seed, first_index + index) for index in range(len(prompts))]
+    """Sample and score completions of the prompts, of which each worker takes its shard; the groups of others as metadata."""
+    shard = world.shard(len(prompts))
+    local = prompts[shard]
     started = time.perf_counter()
     reward_seconds = 0.0
     waiting: dict[int, Pending] = {}
     completions: dict[int, tuple[Completion, ...]] = {}
     scores: dict[int, Scores] = {}
-    token_ids = [prompt.token_ids for prompt in prompts]
+    token_ids, seeds = [prompt.token_ids for prompt in local], None if seeds is None else seeds[shard]
     try:
         for sampled in engine.rollout(token_ids, sampling, seeds=seeds, use_adapter=use_adapter):
             scoring_started = time.perf_counter()
             completions[sampled.index] = sampled.completions
-            waiting[sampled.index] = scorer.submit(_inputs(prompts[sampled.index], sampled.completions, trainer_state))
+            waiting[sampled.index] = scorer.submit(_inputs(local[sampled.index], sampled.completions, trainer_state))
             scores |= _take_finished(waiting)  # a failure that stops the run should do so now
             reward_seconds += time.perf_counter() - scoring_started
         sampled_all = time.perf_counter()
@@ -73,21 +69,22 @@ def collect(
             pending.cancel()
         raise
     seconds = time.perf_counter() - started
+    groups = [Group(prompt=local[i], completions=completions[i], scores=scores[i]) for i in sorted(completions)]
     return Collected(
-        groups=[Group(prompt=prompts[i], completions=completions[i], scores=scores[i]) for i in sorted(completions)],
+        groups=_gathered(groups, prompts, world),
         rollout_seconds=seconds - reward_seconds,
         reward_seconds=reward_seconds,
     )
 
 
-def gather_groups(local: Collected, prompts: Sequence[Prompt], world: World) -> Collected:
-    """The groups of all workers for `prompts`, of which each worker has collected its shard; remote ones as metadata."""
+def _gathered(local: list[Group], prompts: Sequence[Prompt], world: World) -> list[Group]:
+    """The groups of all workers for `prompts`; remote ones as metadata."""
     if world.size == 1:
         return local
     metadata = world.gather(
         [
             (tuple(c.metadata() for c in group.completions), dataclasses.replace(group.scores, extras={}))
-            for group in local.groups
+            for group in local
         ]
     )
     remote = [
@@ -95,8 +92,7 @@ def gather_groups(local: Collected, prompts: Sequence[Prompt], world: World) -> 
         for prompt, (completions, scores) in zip(prompts, metadata, strict=True)
     ]
     shard = world.shard(len(prompts))
-    groups = [*remote[: shard.start], *local.groups, *remote[shard.stop :]]
-    return dataclasses.replace(local, groups=groups)
+    return [*remote[: shard.start], *local, *remote[shard.stop :]]
 
 
 def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:

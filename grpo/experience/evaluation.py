@@ -15,7 +15,7 @@ from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.prompts import Prompt
 from ..guards.evaluations import Rewards, mean_reward
-from .collect import collect, gather_groups
+from .collect import collect
 from .step_metrics import failures
 
 
@@ -46,14 +46,14 @@ def evaluate(
 
     Each worker takes its shard of the prompts; all get the complete evaluation.
     """
-    local = collect(
+    groups = collect(
         engine,
         scorer,
-        prompts[world.shard(len(prompts))],
+        prompts,
         config.rollout.greedy(),
-        seed=None,
+        seeds=None,
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
-    )
-    groups = gather_groups(local, prompts, world).groups
+        world=world,
+    ).groups
     return Evaluation(rewards=[reward for group in groups for reward in group.scores.total], failures=failures(groups))

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rankup.grpo.cluster.events import EvaluationEvent, Event, EventView, NoteEvent, ResumedEvent, StageEvent, StepEvent
+from rankup.grpo.cluster.events import Event, EventView
 from rankup.grpo.cluster.mailbox import Mailbox, Outcome
 from rankup.grpo.display.terminal import PlainView, View
 
@@ -47,19 +47,28 @@ def test_a_view_that_sends_events_equals_the_real_view():
 
 
 def test_events_are_taken_once_and_in_order(mailbox: Mailbox):
-    mailbox.post(NoteEvent("a"))
-    mailbox.post(StageEvent("b"))
-    assert mailbox.take() == [NoteEvent("a"), StageEvent("b")]
+    events = [Event("note", ("a",)), Event("stage", ("b",))]
+    for event in events:
+        mailbox.post(event)
+    assert mailbox.take() == events
     assert mailbox.take() == []
+
+
+def test_the_end_is_shown_only_when_the_run_is_over(mailbox: Mailbox):
+    lost, step, end = Event("finish", ({"steps": 1},)), Event("step", (2, {}, {})), Event("finish", ({"steps": 2},))
+    for event in (lost, step, end):
+        mailbox.post(event)
+        assert mailbox.take() == ([] if event.method == "finish" else [event])
+    assert mailbox.take(is_over=True) == [end]
 
 
 @pytest.mark.parametrize(
     ("event", "has_begun"),
     [
-        (NoteEvent("a"), False),
-        (EvaluationEvent(0, 0.5, "before"), False),
-        (ResumedEvent(4, []), True),
-        (StepEvent(1, {}, {}), True),
+        (Event("note", ("a",)), False),
+        (Event("evaluation", (0, 0.5, "before")), False),
+        (Event("resumed", (4, [])), True),
+        (Event("step", (1, {}, {})), True),
     ],
 )
 def test_a_run_has_begun_once_it_resumes_or_makes_its_first_step(mailbox: Mailbox, event: Event, has_begun: bool):
@@ -79,7 +88,7 @@ def test_the_first_outcome_counts_and_later_failures_are_not_shown(mailbox: Mail
     mailbox.end(Outcome(error="another worker is gone"))
     mailbox.report_failure("worker 0: collateral")
     assert mailbox.outcome() == Outcome(error="a mistake")
-    assert mailbox.take() == [NoteEvent("worker 1: its node has died")]
+    assert mailbox.take() == [Event("note", ("worker 1: its node has died",))]
 
 
 def test_a_stop_request_is_not_received_while_workers_restart(mailbox: Mailbox):

@@ -210,7 +210,7 @@ def test_a_closed_pipe_does_not_end_the_run():
     code = (
         "import sys, time; from rankup.grpo.display.terminal import make_view\n"
         "view = make_view(max_steps=3, run_name='x')\n"
-        "view.start(); sys.stdin.read()\n"
+        "view.__enter__(); sys.stdin.read()\n"
         "view.note('one'); view.note('two'); print('three', flush=True)\n"
         "sys.exit(7)\n"
     )

@@ -26,13 +26,7 @@ def test_local_files_train_by_the_same_run_file(tmp_path):
     config = load_config(RUN_FILE, [f"data.train={path}", f"data.eval={path}"])
     assert config.data.train is not None
     rows = load_rows(config.data.train, split=config.data.train_split, subset=config.data.subset)
-    prompts = prepare_prompts(
-        rows,
-        tiny_tokenizer(),
-        prompt_column=config.data.prompt_column,
-        system_prompt=config.data.system_prompt,
-        max_prompt_length=config.rollout.max_prompt_length,
-    ).rows
+    prompts = prepare_prompts(rows, tiny_tokenizer(), config.data, max_prompt_length=config.rollout.max_prompt_length).rows
     messages = prompts[0].content
     assert isinstance(messages, list)
     assert [message["role"] for message in messages] == ["system", "user"]

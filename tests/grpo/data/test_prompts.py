@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rankup.grpo.config import DataConfig
 from rankup.grpo.data.prompts import prepare_prompts
 from rankup.grpo.data.sources import load_rows
 
@@ -51,8 +52,8 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def prepared(rows, tokenizer, **options):
-    return prepare_prompts(rows, tokenizer, **{"max_prompt_length": 100, **options})
+def prepared(rows, tokenizer, *, max_prompt_length=100, **options):
+    return prepare_prompts(rows, tokenizer, DataConfig(**options), max_prompt_length=max_prompt_length)
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -1,6 +1,5 @@
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,10 +55,3 @@ def test_seeds_and_epochs_have_different_orders():
 def test_the_order_is_the_same_on_every_machine():
     sampler = PromptSampler(numbered(10), prompts_per_step=10, seed=42)
     assert indices(sampler.batch(0))[:6] == [5, 6, 0, 7, 3, 2]
-
-
-def test_a_sampler_needs_rows_and_a_positive_batch():
-    with pytest.raises(ValueError, match="no prompts to sample from"):
-        PromptSampler([], prompts_per_step=2, seed=0)
-    with pytest.raises(ValueError, match="prompts_per_step must be at least 1"):
-        PromptSampler(numbered(2), prompts_per_step=0, seed=0)

@@ -285,7 +285,7 @@ def test_both_views_end_with_the_output_folder_and_the_wall_time(monkeypatch: py
     console = Console(file=file)
     view = PlainView(max_steps=3, run_name="sums", console=console, output_dir=Path("runs/sums"))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    view.start()
+    view.__enter__()
     view.finish(SUMMARY)
     assert file.getvalue().splitlines()[-2:] == [
         "done: 3 steps in 6m10s (7m30s with start-up), evaluation reward 0.109 → 0.860",
