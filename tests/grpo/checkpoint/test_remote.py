@@ -18,7 +18,7 @@ def run(tmp_path: Path) -> StoredRun:
     [
         ("nowhere://bucket/runs/mine", "fsspec has no file system nowhere://; give a folder"),
         ("simplecache::memory://bucket/mine", "fsspec has no file system simplecache::memory://"),
-        ("oss://bucket/runs/mine", "pip install ossfs"),
+        ("oss://bucket/runs/mine", "Install ossfs to access"),
         ("memory://bucket", "names no folder: give one for the run, such as memory://bucket/runs/mine"),
         ("memory://bucket/", "names no folder"),
         ("memory://bucket/runs/[1]", r"give a path without \* \? and \["),
