@@ -115,6 +115,8 @@ class RemoteFiles:
     def _storage_errors(self, participle: str) -> Iterator[None]:
         try:
             yield
+        except StorageError:  # it could not be opened
+            raise
         except Exception as error:  # each file system raises different errors: botocore's, aiohttp's, google's
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StorageError(f"the copy of the run in {self.url} could not be {participle}: {reason}") from error

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from stored_runs import StoredRun, two_checkpoints
 
 from rankup.grpo.checkpoint.storage import Storage, StorageError
@@ -56,3 +58,16 @@ def test_an_unreachable_copy_is_an_error_of_one_line(run: StoredRun, tmp_path: P
     (tmp_path / "copy").write_text("a file")
     with pytest.raises(ValueError, match=r"checkpoint.storage .*/copy is a file"):
         Storage(f"{tmp_path}/copy", run.folder).move_aside()
+
+
+def test_a_host_that_refuses_the_connection_is_named_once(run: StoredRun):
+    class RefusingFileSystem(MemoryFileSystem):
+        protocol = "refusing"
+
+        def __init__(self) -> None:
+            raise ConnectionError("no route to host")
+
+    fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
+    url = "refusing://host/runs/mine"
+    with pytest.raises(StorageError, match=f"^the copy of the run in {url} could not be opened: no route to host$"):
+        Storage(url, run.folder).push()
