@@ -59,15 +59,13 @@ def self_test() -> dict[str, Exception | None]:
             "sampling tokens": _sample_likeliest_token,
             "adapted layers": lambda: vllm_compat.replace_cpu_layers(module),
         }
-    return {use: _error_of(call) for use, call in uses.items()}
-
-
-def _error_of(call: Callable[[], object]) -> Exception | None:
-    try:
-        call()
-    except (AttributeError, ImportError, TypeError, ValueError) as error:  # what other versions of vLLM may lead to
-        return error
-    return None
+    errors: dict[str, Exception | None] = dict.fromkeys(uses)
+    for use, call in uses.items():
+        try:
+            call()
+        except (AttributeError, ImportError, TypeError, ValueError) as error:  # what other versions of vLLM may lead to
+            errors[use] = error
+    return errors
 
 
 def _make_lora_wrappers(device: str) -> None:

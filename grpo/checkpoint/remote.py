@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 from fsspec import AbstractFileSystem, get_filesystem_class
 from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import known_implementations
 
 from ..common.files import atomic_path
 
@@ -52,45 +52,38 @@ class RemoteFiles:
 
     def sizes(self) -> dict[str, int]:
         """The size in bytes of every file; empty if there is no such folder."""
-        fs, root = self._root
         with self._storage_errors("read"):
-            fs.invalidate_cache()
-            return {name.removeprefix(f"{root}/"): size for name, size in _walk(fs, root)}
+            self._fs.invalidate_cache()
+            return dict(_walk(self._fs, ""))
 
     def read(self, name: str) -> bytes:
         """The content of a small file."""
-        fs, root = self._root
         with self._storage_errors("read"):
-            data = fs.cat_file(f"{root}/{name}")
-        assert isinstance(data, bytes)
-        return data
+            return self._fs.cat_file(name)
 
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file to the local path `target` atomically, and make its folder."""
-        fs, root = self._root
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary, self._storage_errors("read"):
-            fs.get_file(f"{root}/{name}", str(temporary))
+            self._fs.get_file(name, str(temporary))
 
     def write(self, source: Path, name: str) -> None:
         """Copy the local file `source` to `name`, or replace that."""
-        fs, root = self._root
         with self._storage_errors("written"):
             if not self.is_local:
-                fs.put_file(str(source), f"{root}/{name}")
+                self._fs.put_file(str(source), name)
                 return
-            target = Path(root, name)
+            target = Path(self.url, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(target) as temporary:
-                fs.put_file(str(source), str(temporary))
+                self._fs.fs.put_file(str(source), str(temporary))
 
     def move(self, names: list[str], url: str) -> None:
         """Move the folder, whose files are `names`, to `url`: by one rename if the file system has that, else by copying the
         files in this order and removing them in the reverse order.
         """
-        fs, root = self._root
-        target = url_to_fs(url)[1]
         with self._storage_errors("moved aside"):
+            fs, root, target = self._fs.fs, self._fs.path, url_to_fs(url)[1]
             if not fs.async_impl and type(fs).mv is not AbstractFileSystem.mv:  # fsspec's object stores are asynchronous
                 fs.mv(root, target)
                 return
@@ -102,27 +95,28 @@ class RemoteFiles:
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, in this order."""
-        fs, root = self._root
         with self._storage_errors("written"):
             for name in names:  # one by one, since `rm` reads names as patterns
-                fs.rm_file(f"{root}/{name}")
+                self._fs.rm_file(name)
 
     def remove_empty_folder(self, name: str) -> None:
         """Remove a folder whose files are removed. Object stores have no folders."""
-        fs, root = self._root
-        if not fs.async_impl:
-            with self._storage_errors("written"), suppress(FileNotFoundError):
-                fs.rm(f"{root}/{name}", recursive=True)
+        with self._storage_errors("written"), suppress(FileNotFoundError):
+            if not self._fs.fs.async_impl:
+                self._fs.rm(name, recursive=True)
 
     @cached_property
-    def _root(self) -> tuple[AbstractFileSystem, str]:
+    def _fs(self) -> DirFileSystem:
         with self._storage_errors("opened"):
-            return url_to_fs(self.url)
+            fs, root = url_to_fs(self.url)
+            return DirFileSystem(root, fs)
 
     @contextmanager
     def _storage_errors(self, participle: str) -> Iterator[None]:
         try:
             yield
+        except StorageError:  # it could not be opened
+            raise
         except Exception as error:  # each file system raises different errors: botocore's, aiohttp's, google's
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StorageError(f"the copy of the run in {self.url} could not be {participle}: {reason}") from error
@@ -136,7 +130,7 @@ def _walk(fs: AbstractFileSystem, folder: str) -> Iterator[tuple[str, int]]:
         return
     for entry in entries:
         name = entry["name"].rstrip("/")
-        if not name.startswith(f"{folder}/"):  # object stores can list the folder itself
+        if name == folder:  # object stores can list the folder itself
             continue
         if entry["type"] == "directory":
             yield from _walk(fs, name)
@@ -154,6 +148,4 @@ def _file_system_class(url: str) -> type[AbstractFileSystem]:
             f"checkpoint.storage {url}: fsspec has no file system {protocol}://; give a folder, s3://... or another fsspec URL"
         ) from None
     except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        fix = str(error) if package == "fsspec" else f"pip install {package}"
-        raise ValueError(f"checkpoint.storage {url}: {fix}") from error
+        raise ValueError(f"checkpoint.storage {url}: {error}") from error

@@ -6,10 +6,9 @@
     storage.push()                                          # after every checkpoint, and at the end
     storage.pull_checkpoint("step_000010", Path("mine"))    # for a worker that does not see the run folder
 
-A run can resume from the copy wherever a push was interrupted. Files are uploaded before the files that reference them: records
-(everything but checkpoints and summary), then checkpoints with their manifests last, then the summary. They are removed in the
-reverse order. Checkpoints are immutable, so each is uploaded once. Hidden files and checkpoints that were set aside are not
-copied. Only one run at a time may write to a copy.
+A run can resume from the copy wherever a push was interrupted: files are uploaded before the files that reference them (see
+`_upload_order`), and are removed and fetched in the reverse order. Checkpoints are immutable, so each is uploaded once. Hidden
+files and checkpoints that were set aside are not copied. Only one run at a time may write to a copy.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
+from ..common.files import atomic_folder
 from ..common.log import logger
 from ..run.records import SUMMARY_FILE
 from ..run.run_folder import CHECKPOINTS, RUN_FILES, move_aside
@@ -35,6 +35,7 @@ from .store import (
     DamagedCheckpointError,
     read_checkpoint,
     step_of,
+    sync,
     sync_all,
 )
 
@@ -59,7 +60,7 @@ class Storage:
         self._remote = RemoteFiles(url)
         self.url = self._remote.url
         self._run_dir = Path(run_dir)
-        self._uploaded: dict[str, os.stat_result] = {}  # state of the local records when they were uploaded
+        self._uploaded: dict[str, int] = {}  # when the local files that were uploaded had been modified
         if self._remote.is_local:
             copy, run = Path(self.url).resolve(), self._run_dir.resolve()
             if copy.is_relative_to(run) or run.is_relative_to(copy):
@@ -80,13 +81,12 @@ class Storage:
             except OSError as error:
                 raise StorageError(f"the copy of the run in {self.url} could not be moved aside: {error}") from error
             return None if moved is None else str(moved)
-        files = list(self._remote.sizes())
+        files = sorted(self._remote.sizes(), key=_upload_order)
         if not any(file in RUN_FILES for file in files):
             return None
         number = 1
         while RemoteFiles(f"{self.url}.{number}").sizes():
             number += 1
-        files.sort(key=lambda file: (file not in RUN_FILES, file.endswith(MANIFEST)))
         self._remote.move(files, f"{self.url}.{number}")
         return f"{self.url}.{number}"
 
@@ -101,71 +101,54 @@ class Storage:
             StorageError: the copy could not be written. The run can still resume from it; the next push completes it.
         """
         local, remote = self._local_files(), self._remote_files()
-        kept, copied = _checkpoints(local), _checkpoints(remote)
-        changed = [file for file in local if not CHECKPOINT_FILE.match(file) and self._is_changed(file, local, remote)]
-        if SUMMARY_FILE in remote and (SUMMARY_FILE not in local or SUMMARY_FILE in changed):
+        kept = _checkpoints(local)
+        copied = _checkpoints(remote) if kept else {}
+        resized = {file for file in local if remote.get(file) != local[file].st_size}
+        new = [name for name, files in kept.items() if self._is_new_checkpoint(name, not resized.isdisjoint(files))]
+        records = [file for file in local if not CHECKPOINT_FILE.match(file)]
+        records = [file for file in records if file in resized or self._is_modified(file, local[file])]
+        if SUMMARY_FILE in remote and (SUMMARY_FILE not in local or SUMMARY_FILE in records):
             self._remote.remove([SUMMARY_FILE])  # it says that the run is finished, but the run has resumed
-        new = [name for name in kept if self._is_new_checkpoint(name, remote)]
-        for name in self._superseded(list(kept), list(copied), new):
+        for name in [name for name in copied if name in new or self._is_superseded(name, kept)]:
             self._remove_checkpoint(name, copied.pop(name))
-        records = [file for file in changed if file in RUN_FILES or file.startswith("completions/")]
-        self._upload(records, local)
-        for name in new:
-            self._upload(kept[name], local)
-        # After the checkpoints: a file of a tracker that cannot be uploaded must not keep them from the copy.
-        self._upload([file for file in changed if file not in (*records, SUMMARY_FILE)], local)
-        for name, files in copied.items() if kept else ():
-            if name not in kept:
-                self._remove_checkpoint(name, files)
-        self._upload([file for file in changed if file == SUMMARY_FILE], local)
+        for file in sorted([*records, *chain.from_iterable(kept[name] for name in new)], key=_upload_order):
+            self._upload(file, local[file])
+        for name in copied.keys() - kept.keys():
+            self._remove_checkpoint(name, copied[name])
 
-    def _is_changed(self, file: str, local: dict[str, os.stat_result], remote: dict[str, int]) -> bool:
-        """Whether the copy may have a record in another version. Completions of the same size are the same."""
-        now, size = local[file], remote.get(file)
-        before = self._uploaded.get(file, now if file.startswith("completions/") else None)
-        return before is None or (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns) or size != now.st_size
+    def _is_modified(self, file: str, status: os.stat_result) -> bool:
+        """Whether a file may have changed since its upload. Completions of the same size are the same."""
+        unknown = status.st_mtime_ns if file.startswith("completions/") else None
+        return self._uploaded.get(file, unknown) != status.st_mtime_ns
 
-    def _is_new_checkpoint(self, name: str, remote: dict[str, int]) -> bool:
-        """Whether the copy lacks this checkpoint: a file, or its size, or its manifest, which has the checksums of all files.
+    def _is_new_checkpoint(self, name: str, is_resized: bool) -> bool:
+        """Whether the copy lacks this checkpoint: the size of a file differs, or the manifest, which has all checksums.
 
         One that is damaged here is not new, since the copy may have it undamaged.
         """
-        path, manifest = self._run_dir / CHECKPOINTS / name, _manifest_of(name)
+        manifest = self._run_dir / _manifest_of(name)
         try:
-            read_checkpoint(path, checksums=False)
+            read_checkpoint(manifest.parent, checksums=False)
         except ValueError:
             return False
-        prefix = f"{CHECKPOINTS}/{name}/"
-        local = {f"{prefix}{file.relative_to(path)}": file.stat().st_size for file in path.rglob("*") if file.is_file()}
-        if any(remote.get(file) != size for file, size in local.items()):
-            return True
-        return self._remote.read(manifest) != (path / MANIFEST).read_bytes()
+        return is_resized or self._remote.read(_manifest_of(name)) != manifest.read_bytes()
 
-    def _superseded(self, kept: list[str], copied: list[str], new: list[str]) -> list[str]:
-        """Checkpoints of the copy that do not belong to the local records, since the run has resumed from an earlier one.
+    def _is_superseded(self, name: str, kept: Iterable[str]) -> bool:
+        """Whether a checkpoint of the copy does not belong to the local records, since the run has resumed from an earlier one.
 
-        They are removed before the records are uploaded. Others that were deleted here serve until the new ones are complete.
+        It must be removed before the records are uploaded. Others that were deleted here serve until the new ones are complete.
         """
-        if not kept:
-            return []
-        folder, newest = self._run_dir / CHECKPOINTS, step_of(kept[0])
-        return [
-            name
-            for name in copied
-            if name in new or step_of(name) > newest or (name not in kept and any(folder.glob(f"{name}.aside.*")))
-        ]
+        is_set_aside = any((self._run_dir / CHECKPOINTS).glob(f"{name}.aside.*"))
+        return step_of(name) > max(map(step_of, kept)) or (is_set_aside and name not in kept)
 
-    def _upload(self, files: list[str], local: dict[str, os.stat_result]) -> None:
-        for file in files:
-            if not (self._run_dir / file).is_file():
-                continue  # trackers delete files
-            try:
-                self._remote.write(self._run_dir / file, file)
-            except StorageError:
-                if (self._run_dir / file).is_file():
-                    raise
-                continue  # deleted while it was uploaded
-            self._uploaded[file] = local[file]
+    def _upload(self, file: str, status: os.stat_result) -> None:
+        try:
+            self._remote.write(self._run_dir / file, file)
+        except StorageError:
+            if (self._run_dir / file).is_file():
+                raise
+            return  # trackers delete files
+        self._uploaded[file] = status.st_mtime_ns
 
     def _remove_checkpoint(self, name: str, files: list[str]) -> None:
         self._remote.remove(reversed(files))
@@ -203,22 +186,23 @@ class Storage:
             return
 
         store.tidy()
-        staged = {}
-        for name, files in copied.items():
-            if name in ahead or not (store.folder / name).exists():
-                try:
-                    staged[name] = self._stage(name, files, store)
-                except DamagedCheckpointError as error:
-                    logger.info("skipped %s", error)
-        # The newest checkpoint is committed last, after the records too, so that an interrupted pull is repeated.
-        replaces_records = is_only_remote or always or any(name in ahead for name in staged)
-        if replaces_records:
-            self._fetch_records(remote)
-        for partial in reversed(staged.values()):
-            store.commit(partial)
+        fetched: list[str] = []
+        # Committed at the end of the block, the newest last, after the records too: an interrupted pull is repeated.
+        with ExitStack() as commits:
+            for name, files in copied.items():
+                if name in ahead or not (store.folder / name).exists():
+                    try:
+                        commits.enter_context(self._fetched(name, files, store.folder))
+                        fetched.insert(0, name)
+                    except DamagedCheckpointError as error:
+                        logger.info("skipped %s", error)
+            replaces_records = is_only_remote or always or not set(fetched).isdisjoint(ahead)
+            if replaces_records:
+                self._fetch_records(remote)
+                fetched.append("records")
         if replaces_records and SUMMARY_FILE in remote:
             self._remote.fetch(SUMMARY_FILE, self._run_dir / SUMMARY_FILE)
-        if fetched := [*reversed(staged), *(["records"] if replaces_records else [])]:
+        if fetched:
             logger.info("fetched from %s: %s", self.url, ", ".join(fetched))
 
     def pull_checkpoint(self, name: str, folder: Path) -> Path:
@@ -234,9 +218,8 @@ class Storage:
         copied = _complete_checkpoints(self._remote_files())
         if name not in copied:
             raise ValueError(f"{self.url} has no checkpoint {name}, but {', '.join(copied) or 'none at all'}")
-        store = CheckpointStore(Path(folder), keep_last=1, keep_best=0)
-        store.tidy()
-        return store.commit(self._stage(name, copied[name], store))
+        with self._fetched(name, copied[name], Path(folder)) as path:
+            return path
 
     def _is_of_another_run(self, checkpoint: Checkpoint, name: str) -> bool:
         """Whether a checkpoint of the copy is of another run than this local one; False if its manifest is damaged."""
@@ -246,26 +229,30 @@ class Storage:
             return False
         return run is not None and checkpoint.run is not None and run != checkpoint.run
 
-    def _stage(self, name: str, files: list[str], store: CheckpointStore) -> Path:
-        """Fetch a checkpoint into the hidden folder of its name, verify it, and sync it to the disk."""
-        partial = store.partial(name)
-        partial.mkdir(parents=True)
-        for file in files:
-            self._remote.fetch(file, partial / file.removeprefix(f"{CHECKPOINTS}/{name}/"))
-        try:
-            read_checkpoint(partial)
-        except ValueError as error:  # damaged, or of another format
-            shutil.rmtree(partial, ignore_errors=True)
-            raise type(error)(str(error).replace(str(partial), f"{self.url}/{CHECKPOINTS}/{name}")) from None
-        sync_all(partial)
-        return partial
+    @contextmanager
+    def _fetched(self, name: str, files: list[str], folder: Path) -> Iterator[Path]:
+        """Fetch and verify a checkpoint of the copy. It has the path inside `folder` once the block ends without an error.
+
+        Raises:
+            ValueError: it is damaged, or has another format; the message has its URL.
+        """
+        with atomic_folder(folder / name) as partial:
+            for file in files:
+                self._remote.fetch(file, partial / file.removeprefix(f"{CHECKPOINTS}/{name}/"))
+            try:
+                read_checkpoint(partial)
+            except ValueError as error:
+                raise type(error)(str(error).replace(str(partial), f"{self.url}/{CHECKPOINTS}/{name}")) from None
+            sync_all(partial)
+            yield folder / name
+        sync(folder)
 
     def _fetch_records(self, remote: Iterable[str]) -> None:
-        """The files that show that a folder holds a run come last."""
+        """All but the summary. The files that show that a folder holds a run come last."""
         (self._run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # it may be of an earlier end of the run
-        records = [file for file in remote if file != SUMMARY_FILE and not CHECKPOINT_FILE.match(file)]
-        for file in sorted(records, key=lambda file: file in RUN_FILES):
-            self._remote.fetch(file, self._run_dir / file)
+        for file in sorted(remote, key=_upload_order, reverse=True):
+            if file != SUMMARY_FILE and not CHECKPOINT_FILE.match(file):
+                self._remote.fetch(file, self._run_dir / file)
 
     # ------------------------------------------------------------------------------------------------- listings
 
@@ -290,13 +277,26 @@ def _is_copied(file: str) -> bool:
     return not is_hidden and (not file.startswith(f"{CHECKPOINTS}/") or CHECKPOINT_FILE.match(file) is not None)
 
 
+def _upload_order(file: str) -> tuple[int, int, bool]:
+    """Sorts files before the files that reference them; the newest checkpoint comes before older ones.
+
+    The files that show that a folder holds a run come first, so they are removed and fetched last. A file of a tracker that
+    cannot be uploaded must not keep the checkpoints from the copy, so these come before.
+    """
+    if checkpoint := CHECKPOINT_FILE.match(file):
+        return 2, -step_of(checkpoint[1]), file.endswith(MANIFEST)
+    if file == SUMMARY_FILE:
+        return 4, 0, False
+    return 0 if file in RUN_FILES else 1 if file.startswith("completions/") else 3, 0, False
+
+
 def _checkpoints(files: Iterable[str]) -> dict[str, list[str]]:
     """The files of each checkpoint, the manifest last; the newest checkpoint first."""
     found: dict[str, list[str]] = defaultdict(list)
-    for file in sorted(files, key=lambda file: file.endswith(MANIFEST)):
+    for file in sorted(files, key=_upload_order):
         if match := CHECKPOINT_FILE.match(file):
             found[match[1]].append(file)
-    return {name: found[name] for name in sorted(found, key=step_of, reverse=True)}
+    return dict(found)
 
 
 def _complete_checkpoints(files: Iterable[str]) -> dict[str, list[str]]:

@@ -28,6 +28,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..common.files import atomic_folder
 from ..common.log import logger
 
 FORMAT = "rankup-checkpoint-2"
@@ -72,9 +73,7 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.keep_best = keep_best
 
-    def write(
-        self, step: int, fill: Callable[[Path], None], *, reward: float | None = None, run: str | None = None
-    ) -> Path:
+    def write(self, step: int, fill: Callable[[Path], None], *, reward: float | None = None, run: str | None = None) -> Path:
         """Write the checkpoint of `step` from the files that `fill` writes, then delete those that are not to be kept.
 
         One of the same step is replaced (a run that was interrupted before an evaluation saves the step again after it).
@@ -83,40 +82,23 @@ class CheckpointStore:
         Raises:
             CheckpointError: it could not be written, with the system's reason. Earlier checkpoints are unchanged.
         """
-        partial = self.partial(f"step_{step:06d}")
+        path = self.folder / f"step_{step:06d}"
         try:
             self.tidy()
-            partial.mkdir(parents=True)
-            fill(partial)
-            _write_manifest(partial, step=step, reward=reward, run=run)
-            path = self.commit(partial)
+            with atomic_folder(path) as partial:
+                fill(partial)
+                _write_manifest(partial, step=step, reward=reward, run=run)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._recover_interrupted_rename()
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
         self._apply_retention()
         return path
 
-    def partial(self, name: str) -> Path:
-        """The hidden folder in which a checkpoint of that name is prepared."""
-        return self.folder / f".{name}.partial"
-
     def tidy(self) -> None:
         """Delete what interrupted writes left."""
         self._recover_interrupted_rename()
-        for leftover in self._leftovers():
+        for leftover in list(self.folder.glob(".step_*")):
             shutil.rmtree(leftover, ignore_errors=True)
-
-    def commit(self, partial: Path) -> Path:
-        """Rename a complete, synced checkpoint from its hidden name and return its path; one of that name is replaced."""
-        path = partial.with_name(partial.name.removesuffix(".partial").removeprefix("."))
-        replaced = partial.with_suffix(".replaced")
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
-        sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        return path
 
     def newest_complete(self, *, log_skipped: bool = True) -> Checkpoint | None:
         """The newest checkpoint that is complete and undamaged, None if there is none. Logs why others were skipped.
@@ -126,9 +108,8 @@ class CheckpointStore:
         """
         self._recover_interrupted_rename()
         log = logger.info if log_skipped else logger.debug
-        for leftover in self._leftovers():
-            if leftover.suffix == ".partial":
-                log("skipped %s: the write was interrupted", leftover)
+        for leftover in sorted(self.folder.glob(".step_*.partial")):
+            log("skipped %s: the write was interrupted", leftover)
         for path in self._paths():
             try:
                 return read_checkpoint(path)
@@ -168,11 +149,8 @@ class CheckpointStore:
         paths = (path for path in self.folder.glob("step_*") if NAME.fullmatch(path.name))
         return sorted(paths, key=lambda path: step_of(path.name), reverse=True)
 
-    def _leftovers(self) -> list[Path]:
-        return sorted(self.folder.glob(".step_*"))
-
     def _recover_interrupted_rename(self) -> None:
-        """Restore the name of a checkpoint if the process was killed between the two renames of `commit`."""
+        """Restore the name of a checkpoint if the process was killed between the two renames of `atomic_folder`."""
         for hidden in self.folder.glob(".step_*.replaced"):
             path = hidden.with_name(hidden.name.removesuffix(".replaced").removeprefix("."))
             if not path.exists():

@@ -13,6 +13,7 @@ from ..common.errors import explain
 from ..common.interrupts import RunInterrupted
 from ..config import GRPOConfig, load_config
 from ..run.records import CONFIG_FILE
+from .command import add_command
 from .doctor.doctor import add_doctor_command
 from .export.export import add_export_command
 from .plan.plan import add_plan_command
@@ -92,13 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         ("check", check, "check that trainer and vLLM compute the same, projection by projection", "a run file (YAML)"),
     ):
-        command = commands.add_parser(
-            name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = add_command(commands, name, text, examples=EXAMPLES, run=function)
         command.add_argument("file", type=Path, help=what)
         command.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
-        command.add_argument("--traceback", action="store_true", help="show an error's traceback")
-        command.set_defaults(command=function)
         if function is train:
             _add_resume_options(command)
     add_doctor_command(commands)

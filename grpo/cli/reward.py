@@ -28,6 +28,7 @@ from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
 from ..run.completions import read_completions
+from .command import add_command
 
 EXAMPLES = """examples:
   rankup new reward short_answers                                        writes short_answers.py and test_short_answers.py
@@ -73,19 +74,13 @@ def test_{name}():
 
 def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `new` and `reward` to the command line."""
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-
-    new = command("new", "write a template to start from")
+    new = add_command(commands, "new", "write a template to start from", examples=EXAMPLES, run=new_reward)
     new.add_argument("what", choices=["reward"], help="what to write")
     new.add_argument("name", help="name of the function and of its file")
     new.add_argument("--dir", type=Path, default=Path(), help="folder to write to (default: the working directory)")
-    new.set_defaults(command=new_reward)
 
-    reward = command("reward", "try a reward function on saved completions, without training")
+    text = "try a reward function on saved completions, without training"
+    reward = add_command(commands, "reward", text, examples=EXAMPLES, run=try_reward)
     reward.add_argument("function", help="path/to/file.py:name, package.module:name, or a built-in's name")
     reward.add_argument(
         "--data", type=Path, required=True, help="a run folder, or a .parquet or .jsonl file with a column `completion`"
@@ -97,9 +92,6 @@ def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     reward.add_argument("--timeout", type=float, default=60.0, help="seconds per prompt, unless inline (default 60)")
     reward.add_argument("--json", action="store_true", help="print the rows and the summary as one JSON object")
-    reward.set_defaults(command=try_reward)
-    for parser in (new, reward):
-        parser.add_argument("--traceback", action="store_true", help="show an error's traceback")
 
 
 def new_reward(options: argparse.Namespace) -> int:
@@ -200,18 +192,21 @@ class _Row:
 
 def _read_rows(source: Path) -> list[_Row]:
     """Saved completions, oldest first."""
-    if not source.is_dir():
-        return _rows_of_file(find_file(source))
-    folder = source if source.name == "completions" else source / "completions"
-    files = sorted(folder.glob("step_*.parquet"))
+    if source.is_dir():
+        folder = source if source.name == "completions" else source / "completions"
+        files = sorted(folder.glob("step_*.parquet"))
+    else:
+        files = [find_file(source)]
     if not files:
         raise ValueError(f"{source} has no saved completions: give a run folder, or a .parquet or .jsonl file")
-    return [_row_of_run(row) for file in files for row in read_completions(file)]
+    if not files[0].match("step_*.parquet"):
+        return _rows_of_file(files[0])
+    rows = [row for file in files for row in read_completions(file)]
+    return [_row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
 
 
 def _rows_of_file(path: Path) -> list[_Row]:
-    if path.suffix == ".parquet" and path.name.startswith("step_"):
-        return [_row_of_run(row) for row in read_completions(path)]
+    """Those of a user's file."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -224,33 +219,17 @@ def _rows_of_file(path: Path) -> list[_Row]:
         raise ValueError(f"{path} has no column `completion`")
     not_columns = ("prompt", "completion", *RESERVED_ARGUMENTS)
     return [
-        _Row(
-            prompt=row.get("prompt", ""),
-            completion=_as_conversation(row.get("prompt", ""), row["completion"]),
-            completion_ids=list[int](row.get("completion_ids") or ()),
-            columns={name: value for name, value in row.items() if name not in not_columns},
-            rewards={},
-        )
+        _row(row, row.get("prompt", ""), columns={k: v for k, v in row.items() if k not in not_columns}, rewards={})
         for row in rows
     ]
 
 
-def _row_of_run(row: Mapping[str, Any]) -> _Row:
-    prompt = _parsed(row["prompt"])
-    return _Row(
-        prompt=prompt,
-        completion=_as_conversation(prompt, row["completion"]),
-        completion_ids=list[int](row.get("completion_ids") or ()),
-        columns=row["data"],
-        rewards=row["rewards"],
-    )
-
-
-def _as_conversation(prompt: Any, completion: Any) -> Any:
-    """A completion as reward functions get it: a conversation if the prompt is one."""
-    if isinstance(prompt, str) or not isinstance(completion, str):
-        return completion
-    return [{"role": "assistant", "content": completion}]
+def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], rewards: dict[str, float | None]) -> _Row:
+    """With the completion as reward functions get it: a conversation if the prompt is one."""
+    completion = row["completion"]
+    if isinstance(completion, str) and not isinstance(prompt, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return _Row(prompt, completion, list(row.get("completion_ids") or ()), columns, rewards)
 
 
 def _parsed(prompt: Any) -> Any:

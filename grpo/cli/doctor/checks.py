@@ -216,21 +216,17 @@ def caches() -> Iterator[Finding]:
             yield Finding(name, f"{folder}, {gib(free)} free", level="ok")
 
 
-PATHS: dict[str, Check] = {
-    "kernels": kernels,
-    "sampler": sampler,
-    "bitsandbytes": bitsandbytes,
-    "code rewards": sandbox,
-    "Ray": ray,
-}
-SELF_TEST: dict[str, Check] = {
-    f"{kernel}, {dtype}": partial(kernel_self_test, kernel, dtype) for kernel in self_test.CASES for dtype in DTYPES
-}
-ENGINE: dict[str, Check] = {
-    "environment": environment,
-    "vLLM": vllm_import,
-    "vLLM internals": vllm_internals,
-    "vLLM memory": vllm_memory,
-    "embedded model": embedded_models,
-    "caches": caches,
+SECTIONS: dict[str, dict[str, Check]] = {
+    "paths": {"kernels": kernels, "sampler": sampler, "bitsandbytes": bitsandbytes, "code rewards": sandbox, "Ray": ray},
+    "self-test": {
+        f"{kernel}, {dtype}": partial(kernel_self_test, kernel, dtype) for kernel in self_test.CASES for dtype in DTYPES
+    },
+    "engine": {
+        "environment": environment,
+        "vLLM": vllm_import,
+        "vLLM internals": vllm_internals,
+        "vLLM memory": vllm_memory,
+        "embedded model": embedded_models,
+        "caches": caches,
+    },
 }

@@ -12,11 +12,13 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...common.quiet import quiet_stderr
+from ..command import add_command
 
 if TYPE_CHECKING:
     from .findings import Check, Finding
@@ -38,12 +40,8 @@ TITLES = {
 def add_doctor_command(commands: Any) -> None:
     """Add `doctor` to the subcommands of a parser (what `add_subparsers` returns)."""
     text = "show installed versions and the code paths of a run; test kernels and vLLM"
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor", help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = add_command(commands, "doctor", text, examples=EXAMPLES, run=doctor)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    parser.set_defaults(command=doctor)
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -56,24 +54,11 @@ def doctor(options: argparse.Namespace) -> int:
         findings = run_checks(checks, show_tracebacks=options.traceback)
         found[name] = show_section(TITLES.get(name, name), findings, console)
     seconds = time.perf_counter() - started
-    show_verdict(found, seconds, console)
+    is_healthy = show_verdict(chain.from_iterable(found.values()), seconds, console)
     if options.json:
-        print(json.dumps(as_json(found, seconds), indent=2))
-    return 1 if problems(found) else 0
-
-
-def problems(found: Mapping[str, Sequence[Finding]]) -> list[Finding]:
-    """The findings that make runs fail."""
-    return [finding for findings in found.values() for finding in findings if finding.level == "problem"]
-
-
-def as_json(found: Mapping[str, Sequence[Finding]], seconds: float) -> dict[str, Any]:
-    """All findings by section; sizes in bytes."""
-    return {
-        "healthy": not problems(found),
-        "seconds": round(seconds, 1),
-        "sections": {name: [dataclasses.asdict(finding) for finding in findings] for name, findings in found.items()},
-    }
+        report = {"healthy": is_healthy, "seconds": round(seconds, 1), "sections": found}
+        print(json.dumps(report, indent=2, default=dataclasses.asdict))
+    return 0 if is_healthy else 1
 
 
 def sections() -> Iterator[tuple[str, Mapping[str, Check]]]:
@@ -88,9 +73,7 @@ def sections() -> Iterator[tuple[str, Mapping[str, Check]]]:
         return
     yield "device", device.CHECKS
     yield "versions", versions.CHECKS
-    yield "paths", checks.PATHS
-    yield "self-test", checks.SELF_TEST
-    yield "engine", checks.ENGINE
+    yield from checks.SECTIONS.items()
 
 
 def _raise(error: Exception) -> NoReturn:

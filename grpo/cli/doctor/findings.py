@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ...common.errors import first_line
@@ -89,31 +90,27 @@ def show_section(title: str, findings: Iterable[Finding], console: Console) -> l
 
 def _line(finding: Finding, *, is_wide: bool) -> Table:
     mark, style = MARKS[finding.level]
-    parts = [Text(finding.value)]
-    if finding.note:
-        parts.append(Text(finding.note, "dim" if finding.level == "ok" else style))
-    cells = parts if is_wide else [Text(": ").join(parts)]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(width=4)
-    table.add_column(width=NAME_WIDTH)
+    note = [Text(finding.note, "dim" if finding.level == "ok" else style)] if finding.note else []
+    cells = [Text(finding.value), *note]
+    if not is_wide:
+        cells = [Text(": ").join(cells)]
+    table = Table.grid(Column(width=4), Column(width=NAME_WIDTH), padding=(0, 2))
     table.add_column(width=VALUE_WIDTH if len(cells) == 2 else None, overflow="fold")
     table.add_row(Text(mark, style), Text(finding.name, "dim"), *cells)
     return table
 
 
-def show_verdict(found: Mapping[str, Iterable[Finding]], seconds: float, console: Console) -> None:
-    """Print whether runs work on this machine."""
-    levels: list[Level] = [finding.level for findings in found.values() for finding in findings]
-    problems, warnings = _count(levels, "problem"), _count(levels, "warning")
-    if "problem" in levels:
+def show_verdict(findings: Iterable[Finding], seconds: float, console: Console) -> bool:
+    """Print, and return, whether runs work on this machine."""
+    counts = Counter(finding.level for finding in findings)
+    problems, warnings = (
+        f"{counts[level] or 'no'} {level}{'' if counts[level] == 1 else 's'}" for level in ("problem", "warning")
+    )
+    if counts["problem"]:
         console.print(f"{problems}, {warnings}: runs will fail on this machine ({seconds:.0f} s)", style="bold red")
     else:
         console.print(f"no problems found, {warnings} ({seconds:.0f} s)", style="bold green")
-
-
-def _count(levels: Sequence[Level], level: Level) -> str:
-    count = levels.count(level)
-    return f"{count or 'no'} {level}{'' if count == 1 else 's'}"
+    return not counts["problem"]
 
 
 def gib(size: float) -> str:

