@@ -5,7 +5,7 @@
     scores.total        # [4.5]
 
 `loading` turns a spec into a function, `contract` defines how one is called (as in TRL), `runner` scores with several, inline
-or in the processes of `processes` and `worker`, and `combining` combines their results. The other modules are built-in rewards:
+or in the pools of `processes` and `ray_pool`, and `combining` combines their results. The other modules are built-in rewards:
 see docs/rewards.md.
 """
 

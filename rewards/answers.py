@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from .texts import Completion, RewardFunction, text_of
+from .texts import Completion, Function, text_of
 
 _NUMBER = re.compile(
     r"""
@@ -40,10 +40,10 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwar
 
     completions: n strings, or n conversations, whose last message is compared. answer: n values, compared as text.
     """
-    return _same_text(completions, answer, str.strip)
+    return _equal(completions, answer, str.strip)
 
 
-def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False) -> RewardFunction:
+def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False) -> Function:
     """`exact_match` with options.
 
     ignore_case: do not distinguish upper and lower case. ignore_whitespace: remove all white space first, not only around
@@ -55,7 +55,7 @@ def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False
         return text.casefold() if ignore_case else text
 
     def reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        return _same_text(completions, answer, normalised)
+        return _equal(completions, answer, normalised)
 
     reward.__name__ = "exact_match"
     return reward
@@ -70,7 +70,7 @@ def last_integer(completions: Sequence[Completion], answer: Sequence[Any], **kwa
 
     Raises ValueError, naming the row, if an answer has no integer: no completion could ever be correct.
     """
-    return _same_number(completions, answer, _final_integer, "does not end with an integer")
+    return _equal(completions, answer, _final_integer, "does not end with an integer")
 
 
 def last_number(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
@@ -80,21 +80,13 @@ def last_number(completions: Sequence[Completion], answer: Sequence[Any], **kwar
 
     Raises ValueError, naming the row, if an answer has no number.
     """
-    return _same_number(completions, answer, _final_number, "has no number")
+    return _equal(completions, answer, _final_number, "has no number")
 
 
-def _same_text(
-    completions: Sequence[Completion], answer: Sequence[Any], normalised: Callable[[str], str]
+def _equal(
+    completions: Sequence[Completion], answer: Sequence[Any], read: Callable[[str], object], complaint: str = ""
 ) -> list[float | None]:
-    return [
-        None if expected is None else float(normalised(text_of(completion)) == normalised(str(expected)))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
-
-
-def _same_number(
-    completions: Sequence[Completion], answer: Sequence[Any], read: Callable[[str], Decimal | None], complaint: str
-) -> list[float | None]:
+    """Whether `read` finds the same in both texts of a row. An answer in which it finds nothing (None) is an error."""
     scores: list[float | None] = []
     for row, (completion, written) in enumerate(zip(completions, answer, strict=True)):
         if written is None:

@@ -11,19 +11,20 @@ runs in the sandbox of `sandbox.py`, which needs bubblewrap (`apt install bubble
 its docstring.
 """
 
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .sandbox import Limits, Sandbox, choose_sandbox, run_python
-from .texts import Completion, RewardFunction, text_of
+from .sandbox import Limits, choose_sandbox, run_python
+from .texts import Completion, Function, text_of
 
 _HARNESS = Path(__file__).with_name("code_harness.py")
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*$", re.MULTILINE)
@@ -38,7 +39,7 @@ def unit_tests(
     site_packages: bool = False,
     workers: int | None = None,
     unsafe_local: bool = False,
-) -> RewardFunction:
+) -> Function:
     """A reward for programs that pass tests: 1.0 if all pass, else 0.0.
 
     The row's column `tests` is a list of test codes (`assert f(2) == 4`), or one such string; a row with None gets None. A
@@ -59,13 +60,26 @@ def unit_tests(
 
     Raises ValueError for invalid values, and if there is no sandbox; the reward function does for a row without tests.
     """
-    return _UnitTests(
-        limits=Limits(seconds=timeout, memory_mib=memory_mib),
-        partial_credit=partial_credit,
-        site_packages=site_packages,
-        workers=_number_of_workers(workers),
-        sandbox=choose_sandbox(unsafe_local=unsafe_local),
-    )
+    run = functools.partial(run_python, site_packages=site_packages, sandbox=choose_sandbox(unsafe_local=unsafe_local))
+    limits = Limits(seconds=timeout, memory_mib=memory_mib)
+    workers = _number_of_workers(workers)
+
+    def score(program: str, tests: list[str]) -> float:
+        marks = [secrets.token_hex(16) for _ in tests]
+        stdin = _harness_input(program, tests, marks, seconds=timeout, stop_at_failure=not partial_credit)
+        seconds = timeout * (len(tests) + 1)
+        output_bytes = 64 * 1024 + 40 * len(tests)  # room for all verdicts, even if the program prints to their descriptor
+        harness_limits = dataclasses.replace(limits, seconds=seconds, output_bytes=output_bytes)
+        passed = set(run(_HARNESS.read_text(), stdin=stdin, limits=harness_limits).stdout.split("\n"))
+        share = sum(mark in passed for mark in marks) / len(marks)
+        return share if partial_credit else float(share == 1.0)
+
+    def reward(completions: Sequence[Completion], tests: Sequence[Any], **kwargs: Any) -> list[float | None]:
+        cases = [None if codes is None else _strings(row, "tests", codes) for row, codes in enumerate(tests)]
+        return _concurrently(score, completions, cases, workers)
+
+    reward.__name__ = "unit_tests"
+    return reward
 
 
 def stdin_stdout(
@@ -77,7 +91,7 @@ def stdin_stdout(
     site_packages: bool = False,
     workers: int | None = None,
     unsafe_local: bool = False,
-) -> RewardFunction:
+) -> Function:
     """A reward for programs that print the expected output: 1.0 if all outputs are correct, else 0.0.
 
     The row's columns `inputs` and `outputs` are lists of strings of equal length (or one string each); a row with None in
@@ -90,94 +104,58 @@ def stdin_stdout(
     Raises ValueError for invalid values, and if there is no sandbox; the reward function does for a row without inputs, with
     another number of outputs, or with an output longer than output_bytes.
     """
-    return _StdinStdout(
-        limits=Limits(seconds=timeout, memory_mib=memory_mib, output_bytes=output_bytes),
-        partial_credit=partial_credit,
-        site_packages=site_packages,
-        workers=_number_of_workers(workers),
-        sandbox=choose_sandbox(unsafe_local=unsafe_local),
-    )
+    run = functools.partial(run_python, site_packages=site_packages, sandbox=choose_sandbox(unsafe_local=unsafe_local))
+    limits = Limits(seconds=timeout, memory_mib=memory_mib, output_bytes=output_bytes)
+    workers = _number_of_workers(workers)
 
-
-@dataclass(frozen=True)
-class _Executed:
-    """The common part of both rewards."""
-
-    limits: Limits
-    partial_credit: bool
-    site_packages: bool
-    workers: int
-    sandbox: Sandbox
-
-    def _run(self, source: str, stdin: str, limits: Limits) -> tuple[bool, str]:
-        outcome = run_python(source, stdin=stdin, limits=limits, site_packages=self.site_packages, sandbox=self.sandbox)
-        return outcome.status == "ok", outcome.stdout
-
-    def _concurrently(self, jobs: Sequence[Callable[[], float] | None]) -> list[float | None]:
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="code-rewards") as pool:
-            futures = [None if job is None else pool.submit(job) for job in jobs]
-            try:
-                return [None if future is None else future.result() for future in futures]
-            except BaseException:  # Ctrl-C too
-                pool.shutdown(wait=False, cancel_futures=True)  # running ones end by their time limit
-                raise
-
-
-class _UnitTests(_Executed):
-    __name__ = "unit_tests"
-
-    def __call__(self, completions: Sequence[Completion], tests: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        jobs: list[Callable[[], float] | None] = []
-        for row, (completion, row_tests) in enumerate(zip(completions, tests, strict=True)):
-            codes = None if row_tests is None else _strings(row, "tests", row_tests)
-            jobs.append(None if codes is None else functools.partial(self._score, program_of(text_of(completion)), codes))
-        return self._concurrently(jobs)
-
-    def _score(self, program: str, tests: list[str]) -> float:
-        marks = [secrets.token_hex(16) for _ in tests]
-        limits = Limits(
-            seconds=self.limits.seconds * (len(tests) + 1),
-            memory_mib=self.limits.memory_mib,
-            # Room for all verdicts, even if the program also prints to their descriptor.
-            output_bytes=64 * 1024 + 40 * len(tests),
-        )
-        stdin = _harness_input(program, tests, marks, seconds=self.limits.seconds, stop_at_failure=not self.partial_credit)
-        _, printed = self._run(_HARNESS.read_text(), stdin, limits)
-        passed = set(printed.split("\n"))
-        share = sum(mark in passed for mark in marks) / len(marks)
-        return share if self.partial_credit else float(share == 1.0)
-
-
-class _StdinStdout(_Executed):
-    __name__ = "stdin_stdout"
-
-    def __call__(
-        self, completions: Sequence[Completion], inputs: Sequence[Any], outputs: Sequence[Any], **kwargs: Any
-    ) -> list[float | None]:
-        jobs: list[Callable[[], float] | None] = []
-        for row, (completion, stdin, expected) in enumerate(zip(completions, inputs, outputs, strict=True)):
-            pairs = None if stdin is None or expected is None else self._pairs(row, stdin, expected)
-            jobs.append(None if pairs is None else functools.partial(self._score, program_of(text_of(completion)), pairs))
-        return self._concurrently(jobs)
-
-    def _pairs(self, row: int, stdin: Any, expected: Any) -> list[tuple[str, str]]:
-        inputs, outputs = _strings(row, "inputs", stdin), _strings(row, "outputs", expected)
-        if len(inputs) != len(outputs):
-            raise ValueError(f"row {row} has {len(inputs)} inputs and {len(outputs)} outputs: give one output for each input")
-        longest = max(len(output.encode()) for output in outputs)
-        if longest > self.limits.output_bytes:
-            raise ValueError(f"an output of row {row} has {longest} bytes: set output_bytes to more than that")
-        return list(zip(inputs, outputs, strict=True))
-
-    def _score(self, program: str, pairs: list[tuple[str, str]]) -> float:
+    def score(program: str, pairs: list[tuple[str, str]]) -> float:
         num_correct = 0
         for stdin, expected in pairs:
-            succeeded, printed = self._run(program, stdin, self.limits)
-            if succeeded and _without_trailing_space(printed) == _without_trailing_space(expected):
+            outcome = run(program, stdin=stdin, limits=limits)
+            if outcome.status == "ok" and _without_trailing_space(outcome.stdout) == _without_trailing_space(expected):
                 num_correct += 1
-            elif not self.partial_credit:
+            elif not partial_credit:
                 return 0.0
         return num_correct / len(pairs)
+
+    def reward(
+        completions: Sequence[Completion], inputs: Sequence[Any], outputs: Sequence[Any], **kwargs: Any
+    ) -> list[float | None]:
+        rows = enumerate(zip(inputs, outputs, strict=True))
+        cases = [
+            None if stdin is None or expected is None else _pairs(row, stdin, expected, output_bytes=output_bytes)
+            for row, (stdin, expected) in rows
+        ]
+        return _concurrently(score, completions, cases, workers)
+
+    reward.__name__ = "stdin_stdout"
+    return reward
+
+
+def _concurrently(
+    score: Callable[[str, Any], float], completions: Sequence[Completion], cases: Sequence[Any], workers: int
+) -> list[float | None]:
+    """The score of each completion's program in the row's test cases; None for rows without any."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="code-rewards") as pool:
+        futures = [
+            None if case is None else pool.submit(score, program_of(text_of(completion)), case)
+            for completion, case in zip(completions, cases, strict=True)
+        ]
+        try:
+            return [None if future is None else future.result() for future in futures]
+        except BaseException:  # Ctrl-C too
+            pool.shutdown(wait=False, cancel_futures=True)  # running ones end by their time limit
+            raise
+
+
+def _pairs(row: int, stdin: Any, expected: Any, *, output_bytes: int) -> list[tuple[str, str]]:
+    inputs, outputs = _strings(row, "inputs", stdin), _strings(row, "outputs", expected)
+    if len(inputs) != len(outputs):
+        raise ValueError(f"row {row} has {len(inputs)} inputs and {len(outputs)} outputs: give one output for each input")
+    longest = max(len(output.encode()) for output in outputs)
+    if longest > output_bytes:
+        raise ValueError(f"an output of row {row} has {longest} bytes: set output_bytes to more than that")
+    return list(zip(inputs, outputs, strict=True))
 
 
 def program_of(text: str) -> str:
@@ -203,23 +181,14 @@ def program_of(text: str) -> str:
 
 
 def _harness_input(program: str, tests: list[str], marks: list[str], *, seconds: float, stop_at_failure: bool) -> str:
-    """The file that the harness reads: the header's length, the header, and the parts, which it lists by offset and length in
-    bytes."""
-    parts = [_utf8(part) for part in [program, *(part for pair in zip(tests, marks, strict=True) for part in pair)]]
-    width = 4096 + 64 * len(parts)  # of the header with its padding: the offsets depend on where it ends
-    spans, start = [], 20 + width
-    for part in parts:
-        spans.append((start, len(part)))
-        start += len(part)
+    """The file that the harness reads: the place of the header, the parts, and the header with each part's place and size."""
+    texts = [program, *(text for pair in zip(tests, marks, strict=True) for text in pair)]
+    parts = [text.encode("utf-8", "replace") for text in texts]  # a completion may contain half a surrogate pair
+    *starts, end = itertools.accumulate(map(len, parts), initial=20)
+    spans = [(start, len(part)) for start, part in zip(starts, parts, strict=True)]
     pairs = list(zip(spans[1::2], spans[2::2], strict=True))
     header = {"program": spans[0], "tests": pairs, "seconds": seconds, "stop_at_failure": stop_at_failure}
-    text = f"{width:<20}{json.dumps(header):<{width}}"
-    assert len(text) == 20 + width
-    return text + b"".join(parts).decode("utf-8")
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # a completion may contain half a surrogate pair
+    return f"{end:<20}{b''.join(parts).decode()}{json.dumps(header)}"
 
 
 def _strings(row: int, column: str, value: Any) -> list[str]:

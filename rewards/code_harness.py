@@ -1,8 +1,8 @@
 """The program that a sandbox runs for `rankup.rewards.code.unit_tests`: the program, and then each test in a separate fork.
 
-It is passed to the sandbox as text. Its standard input is a file: the header's length in 20 characters, the header in JSON, and
-then the program, the tests and their marks, at offsets that the header lists. A mark is a random word that is printed if a test
-has passed; the reward counts these. It is not read before the test has ended, from a descriptor that is hard to come across.
+It is passed to the sandbox as text. Its standard input is a file: the header's place in 20 characters, the program, the tests
+and their marks, and the header in JSON, which lists their places. A mark is a random word that is printed if a test has
+passed; the reward counts these. It is not read before the test has ended, from a descriptor that is hard to come across.
 """
 
 import builtins
@@ -11,16 +11,16 @@ import select
 import types
 
 # Imported by name before the program runs, so that it cannot replace them by replacing `os.pread` or `sys.settrace`.
-from os import O_RDWR, _exit, close, dup2, fork, kill, killpg, open, pidfd_open, pread, setsid, urandom, waitpid, write
+from os import O_RDWR, _exit, close, dup2, fork, fstat, kill, killpg, open, pidfd_open, pread, setsid, urandom, waitpid, write
 from signal import ITIMER_REAL, SIGKILL, setitimer
 from sys import modules, setprofile, settrace
 
-Span = list[int]  # offset and length of a part in bytes
+Span = list[int]  # place and size of a part in bytes
 
 
 def main() -> None:
     source, verdicts = hidden_descriptors()
-    header = json.loads(pread(source, int(pread(source, 20, 0)), 20))
+    header = json.loads(pread(source, fstat(source).st_size, int(pread(source, 20, 0))))
     pristine, poll_class = dict(vars(builtins)), select.poll
     module = types.ModuleType("program")  # not __main__: code under `if __name__ == "__main__":` is not for tests
     modules["program"] = module

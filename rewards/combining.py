@@ -79,17 +79,18 @@ class Pending:
         errors: dict[str, list[str | None]] = {}
         logged: defaultdict[str, list[float]] = defaultdict(list)
         for name, calls in results.items():
+            reasons = [result.reason if isinstance(result, Failure) else None for _, result in calls]
+            if any(reasons):
+                errors[name] = [reason for reason, (inputs, _) in zip(reasons, calls, strict=True) for _ in inputs.prompts]
             returned = [
                 Returned(rewards=[reward_of_failure] * len(inputs)) if isinstance(result, Failure) else result
                 for inputs, result in calls
             ]
             by_function[name] = [reward for one in returned for reward in one.rewards]
             extras |= _columns(returned)
-            for metric, values in [item for one in returned for item in one.metrics.items()]:
-                logged[metric] += values
-            if any(isinstance(result, Failure) for _, result in calls):
-                reasons = [(result.reason if isinstance(result, Failure) else None, len(inputs)) for inputs, result in calls]
-                errors[name] = [reason for reason, num_rows in reasons for _ in range(num_rows)]
+            for one in returned:
+                for metric, values in one.metrics.items():
+                    logged[metric] += values
         return Scores(
             total=[self._weighted_sum(row) for row in zip(*by_function.values(), strict=True)],
             by_function=by_function,
@@ -100,7 +101,7 @@ class Pending:
         )
 
     def cancel(self) -> None:
-        """Give up on the result: async calls are cancelled, others run to their end."""
+        """Give up on the result, and cancel all calls."""
         for calls in self.calls.values():
             for _, future in calls:
                 future.cancel()

@@ -5,6 +5,7 @@
 Nothing here imports torch.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
@@ -103,18 +104,21 @@ class RewardsConfig(Section):
     @field_validator("weights")
     @classmethod
     def _one_weight_per_function(cls, weights: list[float] | None, info: ValidationInfo) -> list[float] | None:
-        functions = info.data.get("functions", ())  # empty if the functions are passed to the trainer in Python
-        if weights is not None and functions and len(weights) != len(functions):
-            raise ValueError(f"must have one weight per function: {len(functions)} (got {len(weights)})")
-        if weights is not None and any(isinstance(f, RewardFunction) and f.weight is not None for f in functions):
-            raise ValueError("are specified twice: here and with the functions")
-        return weights
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """`memory_gib` in bytes."""
-        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
+        functions = info.data.get("functions")  # none if they are passed to the trainer in Python
+        return weights if weights is None or not functions else weights_of(weights, functions)
 
     def entries(self) -> list[RewardFunction]:
         """The functions, those specified by name only as a `RewardFunction` too."""
         return [RewardFunction(function=f) if isinstance(f, str) else f for f in self.functions]
+
+
+def weights_of(weights: list[float] | None, functions: Sequence[str | RewardFunction]) -> list[float]:
+    """One weight per function: those of the list, else of the functions' options. Raises ValueError if they do not match."""
+    options = [None if isinstance(function, str) else function.weight for function in functions]
+    if weights is None:
+        return [1.0 if weight is None else weight for weight in options]
+    if len(weights) != len(functions):
+        raise ValueError(f"{len(weights)} reward weights for {len(functions)} reward functions: specify one weight each")
+    if any(weight is not None for weight in options):
+        raise ValueError("reward weights are specified twice: in `weights` and with the functions")
+    return weights

@@ -16,21 +16,19 @@ process and in reward processes (`worker.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from .texts import describe, shorten
+from .texts import Function, describe, shorten
 
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +86,7 @@ class Inputs:
 class Returned:
     """The result of one call: n rewards, columns for the completions table (n values each), and logged metrics."""
 
-    rewards: list[float | None]
+    rewards: list[float | None] = field(default_factory=list)
     extras: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
@@ -114,14 +112,16 @@ class RewardError(RuntimeError):
 
 def call(name: str, function: Function, inputs: Inputs) -> Returned:
     """Call a function that is not async. Raises what it raises, and ValueError if it does not return a list of rewards."""
-    log = Log(num_rows=len(inputs))
-    return _returned(name, function(**arguments_of(name, function, inputs, log)), log)
+    returned = Returned()
+    rewards = function(**_arguments(name, function, inputs, returned))
+    return dataclasses.replace(returned, rewards=_as_rewards(name, rewards, num_rows=len(inputs)))
 
 
 async def call_async(name: str, function: Function, inputs: Inputs) -> Returned:
     """Call an async function."""
-    log = Log(num_rows=len(inputs))
-    return _returned(name, await function(**arguments_of(name, function, inputs, log)), log)
+    returned = Returned()
+    rewards = await function(**_arguments(name, function, inputs, returned))
+    return dataclasses.replace(returned, rewards=_as_rewards(name, rewards, num_rows=len(inputs)))
 
 
 class BadValueError(ValueError):
@@ -148,14 +148,23 @@ def _is_conversation(value: object) -> bool:
 _RANKUP_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
 
 
-def arguments_of(name: str, function: Function, inputs: Inputs, log: Log) -> dict[str, Any]:
-    """The keyword arguments of a call."""
-    available = {
-        **inputs.rows(),
-        "trainer_state": SimpleNamespace(**inputs.trainer_state),
-        "log_extra": functools.partial(log.extra, name),
-        "log_metric": log.metric,
-    }
+def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned) -> dict[str, Any]:
+    """The keyword arguments of a call. What the function logs is added to `returned`."""
+
+    def log_extra(column: str, values: Iterable[Any]) -> None:
+        """Set a column of the completions table; a later call for the same column replaces it."""
+        values = list(values)
+        if len(values) != len(inputs):
+            got = f"got {len(values)} values for {len(inputs)} completions"
+            raise ValueError(f"log_extra({column!r}) in reward function {name!r} {got}")
+        returned.extras[column] = values
+
+    def log_metric(metric: str, value: float) -> None:
+        """Log a number; if a name is logged several times, the mean is recorded."""
+        returned.metrics.setdefault(metric, []).append(float(value))
+
+    state = SimpleNamespace(**inputs.trainer_state)
+    available = {**inputs.rows(), "trainer_state": state, "log_extra": log_extra, "log_metric": log_metric}
     return accepted(name, function, available)
 
 
@@ -195,34 +204,6 @@ def is_async(function: Function) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-class Log:
-    """Collects the values that a function logs in one call."""
-
-    def __init__(self, *, num_rows: int):
-        self.num_rows = num_rows
-        self.extras: dict[str, list[Any]] = {}
-        self.metrics: defaultdict[str, list[float]] = defaultdict(list)
-
-    def extra(self, function: str, column: str, values: Iterable[Any]) -> None:
-        """Set a column of the completions table; a later call for the same column replaces it."""
-        values = list(values)
-        if len(values) != self.num_rows:
-            raise ValueError(
-                f"log_extra({column!r}) in reward function {function!r} got {len(values)} values for "
-                f"{self.num_rows} completions"
-            )
-        self.extras[column] = values
-
-    def metric(self, name: str, value: float) -> None:
-        """Log a number; if a name is logged several times, the mean is recorded."""
-        self.metrics[name].append(float(value))
-
-
-def _returned(name: str, values: Any, log: Log) -> Returned:
-    rewards = _as_rewards(name, values, num_rows=log.num_rows)
-    return Returned(rewards=rewards, extras=log.extras, metrics=dict(log.metrics))
 
 
 def _as_rewards(name: str, returned: Any, *, num_rows: int) -> list[float | None]:

@@ -9,6 +9,7 @@
 `think_format` is a reward function; `tags`, `matches` and `json_schema` make one.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .loading import find_file
-from .texts import Completion, RewardFunction, text_of
+from .texts import Completion, Function, text_of
 
 _THINK = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
 _TAG_NAME = re.compile(r"[A-Za-z_][\w.-]*")
@@ -40,7 +41,7 @@ def _is_think_format(text: str) -> float:
     return float(found is not None and once and bool(found["answer"].strip()))
 
 
-def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = False) -> RewardFunction:
+def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = False) -> Function:
     """Make a reward: 1.0 if the completion is `<a>...</a> <b>...</b>` for the names, else 0.0.
 
     names: the tags, in order. Each pair must occur exactly once, with only white space before, between and after the pairs.
@@ -51,9 +52,9 @@ def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = F
 
     Raises ValueError if `names` is not a list of different names.
     """
-    if isinstance(names, str) or not names or len(set(names)) != len(names):
-        raise ValueError(f"tags needs a list of different tag names, such as [think, answer], not {names!r}")
-    names = [_checked_tag_name(name) for name in names]
+    are_tags = not isinstance(names, str) and all(isinstance(name, str) and _TAG_NAME.fullmatch(name) for name in names)
+    if not are_tags or not names or len(set(names)) != len(names):
+        raise ValueError(f"tags needs a list of different tag names without brackets, such as [think, answer], not {names!r}")
 
     def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
         shares = [_share_of_correct_pairs(text_of(completion), names) for completion in completions]
@@ -61,12 +62,6 @@ def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = F
 
     reward.__name__ = "tags"
     return reward
-
-
-def _checked_tag_name(name: object) -> str:
-    if not isinstance(name, str) or not _TAG_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot be a tag's name: write it without the angle brackets, as in think")
-    return name
 
 
 def _share_of_correct_pairs(text: str, names: Sequence[str]) -> float:
@@ -83,7 +78,7 @@ def _share_of_correct_pairs(text: str, names: Sequence[str]) -> float:
     return correct / len(names)
 
 
-def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: bool = True) -> RewardFunction:
+def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: bool = True) -> Function:
     """Make a reward: 1.0 if the completion matches a regular expression, else 0.0.
 
     pattern: in the syntax of Python's `re`. flags: names of its flags, such as [DOTALL, IGNORECASE]; by default a dot also
@@ -114,7 +109,7 @@ def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: boo
     return reward
 
 
-def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid_reward: float = 0.0) -> RewardFunction:
+def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid_reward: float = 0.0) -> Function:
     """Make a reward: 1.0 if the completion is JSON that is valid under the schema.
 
     The JSON is the complete text, or the only ```json block in it. The reward is 0.0 if there is none, or if it cannot be
@@ -133,58 +128,48 @@ def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid
     if schema is None:
 
         def reward_by_row(completions: Sequence[Completion], schema: Sequence[Any], **kwargs: Any) -> list[float | None]:
-            validators = [_validator_of_row(row, value) for row, value in enumerate(schema)]
-            pairs = zip(completions, validators, strict=True)
-            return [v and _score_json(text_of(completion), v, invalid_reward) for completion, v in pairs]
+            scores: list[float | None] = []
+            for row, (completion, of_row) in enumerate(zip(completions, schema, strict=True)):
+                text = of_row if isinstance(of_row, str) else json.dumps(of_row, default=str)
+                validator = None if of_row is None else _validator(text, f"the schema of row {row}")
+                scores.append(validator and _score_json(text_of(completion), validator, invalid_reward))
+            return scores
 
         reward_by_row.__name__ = "json_schema"
         return reward_by_row
 
-    fixed = _read_schema_file(schema) if isinstance(schema, (str, Path)) else schema
-    _validator(fixed, name="the schema")
+    is_file = isinstance(schema, (str, Path))
+    name = f"the schema {schema}" if is_file else "the schema"
+    text = find_file(schema).read_text() if is_file else json.dumps(schema, default=str)  # YAML has dates
+    _validator(text, name)
 
     def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        validator = _validator(fixed, name="the schema")  # made here, as a validator may not be picklable
+        validator = _validator(text, name)  # made here, as a validator may not be picklable
         return [_score_json(text_of(completion), validator, invalid_reward) for completion in completions]
 
     reward.__name__ = "json_schema"
     return reward
 
 
-def _read_schema_file(path: str | Path) -> Any:
-    found = find_file(path)
-    try:
-        return json.loads(found.read_text())
-    except ValueError as error:
-        raise ValueError(f"{found} is not JSON: {error}") from error
-
-
-def _validator_of_row(row: int, schema: Any) -> Any:
-    if schema is None:
-        return None
-    name = f"the schema of row {row}"
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except ValueError as error:
-            raise ValueError(f"{name} is not JSON: {error}") from error
-    return _validator(schema, name=name)
-
-
-def _validator(schema: Any, *, name: str) -> Any:
+@functools.lru_cache(maxsize=256)
+def _validator(schema: str, name: str) -> Any:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
     from jsonschema_specifications import REGISTRY
 
-    if not isinstance(schema, (Mapping, bool)):
-        raise ValueError(f"{name} must be a mapping, not {schema!r}")
-    kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)  # pyright: ignore[reportArgumentType]
+        parsed = json.loads(schema)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(parsed, (dict, bool)):
+        raise ValueError(f"{name} must be a mapping, not {parsed!r}")
+    kind = validator_for(parsed, default=Draft202012Validator)
+    try:
+        kind.check_schema(parsed)  # pyright: ignore[reportArgumentType]
     except SchemaError as error:
         raise ValueError(f"{name} is not a valid JSON schema: {error.message} (at {error.json_path})") from error
     # Without a registry, a validator would fetch the target of a $ref from the network.
-    return kind(schema, registry=REGISTRY)
+    return kind(parsed, registry=REGISTRY)
 
 
 def _score_json(text: str, validator: Any, invalid_reward: float) -> float:

@@ -31,6 +31,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from .contract import RESERVED_ARGUMENTS
 from .judge_endpoint import MAX_MESSAGE, Endpoint, JudgeError, Reply
 from .texts import shorten, text_of
 
@@ -130,14 +131,14 @@ class Judge:
         if "completion" not in names:
             raise ValueError("the judge's prompt has no {completion}: without it, all completions look the same")
         self.columns = [name for name in names if name not in ("prompt", "completion", "low", "high")]
+        arguments = [name for name in self.columns if name in RESERVED_ARGUMENTS]
+        if arguments:
+            advice = "use {prompt}, {completion}, {low}, {high} or the name of one"
+            raise ValueError(f"the judge's prompt has {{{arguments[0]}}}, which is not a column of the data: {advice}")
         # With this signature a missing column is found when the data are checked, before the first step.
+        keyword, rest = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter("more", inspect.Parameter.VAR_KEYWORD)
         required = dict.fromkeys(["prompts", "completions", *self.columns])
-        self.__signature__ = inspect.Signature(
-            [
-                *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in required),
-                inspect.Parameter("more", inspect.Parameter.VAR_KEYWORD),
-            ]
-        )
+        self.__signature__ = inspect.Signature([*(inspect.Parameter(name, keyword) for name in required), rest])
 
     async def __call__(
         self,
@@ -149,35 +150,26 @@ class Judge:
         **columns: Any,
     ) -> list[float | None]:
         """Scores in [0, 1], or None, of n completions (TRL's contract)."""
-        questions = self._questions(prompts, completions, columns)
-        replies = await self._ask_all(questions)
-        scored = [self._score(reply) for reply in replies]
-        num_asked = sum(question is not None for question in questions)
-        problems = [problem for _, problem in scored if problem]
+        replies = await self._judge_all(self._questions(prompts, completions, columns))
+        problems = [reply.problem for reply in replies if reply.problem]
+        num_scored = sum(reply.score is not None for reply in replies)
         if log_extra is not None:
-            log_extra(f"{self.__name__}_reply", [_shown(*pair) for pair in zip(replies, scored, strict=True)])
-        if log_metric is not None and num_asked:
-            log_metric(f"{self.__name__}/failed_ratio", len(problems) / num_asked)
+            log_extra(f"{self.__name__}_reply", [_shown(reply) for reply in replies])
+        if log_metric is not None and num_scored + len(problems):
+            log_metric(f"{self.__name__}/failed_ratio", len(problems) / (num_scored + len(problems)))
         self._num_failed += len(problems)
-        self._num_scored += num_asked - len(problems)
+        self._num_scored += num_scored
         if self.stop_on_failure and not self._num_scored and self._num_failed >= _MIN_FAILED_ROWS:
             raise JudgeError(
                 f"the judge has scored none of {self._num_failed} completions; the last failed because {problems[-1]}. "
                 "Fix the template, the scale or max_tokens; on_failure: none continues without rewards"
             )
-        return [score for score, _ in scored]
+        return [reply.score for reply in replies]
 
     def _questions(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[str | None]:
         """The filled template of each row; None if a column that it needs is None."""
-        known = [name for name in columns if name not in ("completion_ids", "trainer_state")]
-        missing = [name for name in self.columns if name not in known]
-        if missing:
-            available = ", ".join(["prompt", "completion", "low", "high", *known])
-            raise ValueError(
-                f"the judge's prompt has {{{missing[0]}}}, which is not a column of the data (there are {available})"
-            )
         limits = {"low": f"{self.low:g}", "high": f"{self.high:g}"}
         questions: list[str | None] = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -189,8 +181,8 @@ class Judge:
             questions.append(self.template.format_map({**texts, **limits, "completion": text_of(completion)}))
         return questions
 
-    async def _ask_all(self, questions: Sequence[str | None]) -> list[Reply | None]:
-        tasks = [asyncio.create_task(self._ask(question)) for question in questions]
+    async def _judge_all(self, questions: Sequence[str | None]) -> list[Reply]:
+        tasks = [asyncio.create_task(self._judge(question)) for question in questions]
         try:
             return await asyncio.gather(*tasks)
         finally:  # after a failure that stops the run, no other row is judged
@@ -198,30 +190,29 @@ class Judge:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, question: str | None) -> Reply | None:
+    async def _judge(self, question: str | None) -> Reply:
+        """The reply with its score or its problem; with neither if there is no question."""
         if question is None:
-            return None
+            return Reply()
         try:
-            return await self.endpoint.ask(question)
+            reply = await self.endpoint.ask(question)
         except JudgeError as error:
             if self.stop_on_failure:
                 raise
             return Reply(problem=str(error))
+        return reply if reply.problem else self._read_score(reply.text)
 
-    def _score(self, reply: Reply | None) -> tuple[float | None, str]:
-        """The score in [0, 1], or why there is none; neither for a row that was not judged."""
-        if reply is None:
-            return None, ""
-        if reply.problem or not reply.text:
-            return None, reply.problem or "the reply is empty"
-        found = list(_SCORE.finditer(reply.text))
+    def _read_score(self, text: str | None) -> Reply:
+        if not text:
+            return Reply(problem="the reply is empty")
+        found = list(_SCORE.finditer(text))
         if not found:
-            return None, f"the reply has no number: {shorten(reply.text, MAX_MESSAGE)!r}"
+            return Reply(text=text, problem=f"the reply has no number: {shorten(text, MAX_MESSAGE)!r}")
         score, maximum = float(found[-1]["score"]), found[-1]["maximum"]
         outside = not self.low <= score <= self.high
         if outside or (maximum is not None and float(maximum) != self.high):
-            return None, f"{found[-1][0]!r} is not on the scale from {self.low:g} to {self.high:g}"
-        return (score - self.low) / (self.high - self.low), ""
+            return Reply(text=text, problem=f"{found[-1][0]!r} is not on the scale from {self.low:g} to {self.high:g}")
+        return Reply(text=text, score=(score - self.low) / (self.high - self.low))
 
 
 def _placeholders(template: str) -> list[str]:
@@ -247,8 +238,6 @@ def _as_text(value: Any) -> str:
     return "\n\n".join(f"{message['role']}: {text_of([message])}" for message in value)
 
 
-def _shown(reply: Reply | None, scored: tuple[float | None, str]) -> str | None:
+def _shown(reply: Reply) -> str | None:
     """A row of the completions table: the reply, and the reason if there is no score."""
-    text = reply.text if reply is not None else None
-    _, problem = scored
-    return f"{text or ''} [no score: {problem}]".lstrip() if problem else text
+    return f"{reply.text or ''} [no score: {reply.problem}]".lstrip() if reply.problem else reply.text

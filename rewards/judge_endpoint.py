@@ -29,9 +29,10 @@ class JudgeError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The reply to one question: its text, or why there is none that can be used."""
+    """The reply to one question: its text, and the score in it or why there is none."""
 
     text: str | None = None
+    score: float | None = None
     problem: str = ""
 
 
@@ -39,14 +40,8 @@ class Reply:
 class Endpoint:
     """Connections and the limit on concurrent requests last from call to call, as long as the event loop is the same.
 
-    Attributes:
-        url: up to and including `/v1`.
-        key_variable: environment variable that holds the key; None if no key is needed. It may be unset if the URL is this
-            machine or a private address.
-        request: fields of every request, "model" among them.
-        concurrency: maximum number of concurrent requests.
-        timeout: seconds for one attempt.
-        retries: further attempts of a failed request (no connection, timeout, 408, 409, 429, 5xx).
+    `url` includes `/v1`, `key_variable` is the environment variable that holds the key, and `request` has the fields of every
+    request, "model" among them; `judge` describes the others.
 
     Raises ValueError for invalid values, and if the variable is not set.
     """

@@ -11,10 +11,10 @@ Lengths are those of `completion_ids`, the sampled tokens including an end token
 from collections.abc import Sequence
 from typing import Any
 
-from .texts import RewardFunction
+from .texts import Function
 
 
-def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None) -> RewardFunction:
+def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None) -> Function:
     """Make a reward: 1.0 near the target length, falling linearly to 0.0.
 
     tokens: the target length. tolerance: how many tokens more or fewer still get 1.0. falloff: over how many further tokens
@@ -37,7 +37,7 @@ def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None
     return reward
 
 
-def soft_overlong(max_completion_length: int, *, cache_tokens: int | None = None) -> RewardFunction:
+def soft_overlong(max_completion_length: int, *, cache_tokens: int | None = None) -> Function:
     """Make DAPO's penalty for completions close to the limit (arXiv 2503.14476, equation 13).
 
     0.0 up to `max_completion_length - cache_tokens` tokens, then falling linearly to -1.0 at `max_completion_length`,

@@ -19,16 +19,16 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .texts import describe, did_you_mean
+from .texts import Function, describe, did_you_mean
 
-RewardSpec = str | Callable[..., Any]
+RewardSpec = str | Function
 
 ENTRY_POINTS = "rankup.rewards"
 """Entry point group in which packages, rankup included, register rewards under a short name."""
@@ -57,9 +57,7 @@ def load_object(spec: str, *, base_dir: Path | None = None) -> object:
         raise ValueError(f"{location} has no {name!r}: {_suggestion(module, name)}") from None
 
 
-def load_reward(
-    spec: RewardSpec, *, base_dir: Path | None = None, kwargs: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
+def load_reward(spec: RewardSpec, *, base_dir: Path | None = None, kwargs: Mapping[str, Any] | None = None) -> Function:
     """Return the reward function that `spec` names, or `spec` itself if it is a callable.
 
     With `kwargs` (even an empty mapping) `spec` is a factory, a function or a class, and what it returns for them is the reward
@@ -104,7 +102,7 @@ def _call_factory(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) 
     return factory(**kwargs)
 
 
-def reward_name(function: Callable[..., Any]) -> str:
+def reward_name(function: Function) -> str:
     """A function's name in metrics and messages: its `__name__`, also inside partials, else the name of its class."""
     while isinstance(function, functools.partial):
         function = function.func

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from .texts import Completion, RewardFunction, text_of
+from .texts import Completion, Function, text_of
 
 _TIME_LIMIT = 5
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
@@ -38,7 +38,7 @@ def math_verify(completions: Sequence[Completion], answer: Sequence[Any], **kwar
     return _scores(completions, answer, _TIME_LIMIT)
 
 
-def math_verify_of(*, time_limit: int = _TIME_LIMIT) -> RewardFunction:
+def math_verify_of(*, time_limit: int = _TIME_LIMIT) -> Function:
     """`math_verify` with another time limit, in seconds, for parsing a completion and again for comparing it.
 
     Raises ValueError if `time_limit` is not an integer of at least 1.

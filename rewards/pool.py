@@ -1,126 +1,89 @@
-"""Threads that each answer one call of a reward function at a time: what all pools have in common.
+"""Calls that run concurrently on an event loop of their own: async functions, and what all pools have in common.
 
-    pool = Pool(make_lane, num_lanes=8, retries=1)
-    future = pool.submit(0, pickle.dumps(inputs))     # returns immediately; calls function 0
-    future.result()                                   # a Returned, or a Failure with the reason
+    class AlwaysOne(Pool):
+        async def answer(self, name, inputs):
+            return pickle.dumps(Returned(rewards=[1.0]))
+
+    pool = AlwaysOne(retries=1)
+    future = pool.submit("length", pickle.dumps(inputs))     # returns immediately
+    future.result().rewards                                  # [1.0]; a Failure has a `reason` instead
     pool.close()
 
-Each thread takes calls from one queue and passes them to its lane: a process (`processes.py`), or a task in a Ray cluster
-(`ray_pool.py`). Only this thread waits for the answer and sets the result, so every call has one result, however often it is
-tried.
+A pool passes each call to a process (`processes.py`), or to a task in a Ray cluster (`ray_pool.py`). All that it does runs on
+its loop, so there is nothing to lock, and each call has one result, however often it is tried.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import pickle
-import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-from .contract import CallResult, Failure, Returned, failure_of
+from .contract import CallResult, Failure
 from .texts import describe
 
 Answer = bytes | Failure
 """A pickled `CallResult`, or why there is none."""
 
 
-class Lane(Protocol):
-    """Answers the calls of one thread, which creates it and alone uses it, except for `stop`."""
+class BackgroundLoop:
+    """An event loop on a daemon thread, so that the caller's thread may run another one (a notebook)."""
 
-    def answer(self, number: int, inputs: bytes) -> Answer:
-        """Call function `number` with pickled `Inputs`, once."""
-        ...
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+        self._thread.start()
 
-    def stop(self) -> None:
-        """From another thread: end the running call. No other call follows."""
-        ...
-
-    def close(self) -> None:
-        """Release everything."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    number: int
-    inputs: bytes
-    future: Future[CallResult]
-
-
-class Pool:
-    """`num_lanes` concurrent calls. See the module's docstring.
-
-    Args:
-        make_lane: called once by each thread.
-        retries: how often a failed call is repeated.
-    """
-
-    def __init__(self, make_lane: Callable[[], Lane], *, num_lanes: int, retries: int) -> None:
-        self._make_lane, self._retries = make_lane, retries
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._lanes: list[Lane] = []
-        self._is_closed = False
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"rewards-{number}", daemon=True) for number in range(num_lanes)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, number: int, inputs: bytes) -> Future[CallResult]:
-        """Queue a call of function `number` with pickled `Inputs`. The future never raises what the function raises."""
-        assert not self._is_closed
-        future: Future[CallResult] = Future()
-        self._calls.put(_Call(number, inputs, future))
-        return future
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start a coroutine. Cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """End all running calls and cancel those that still wait."""
-        with self._lock:
-            self._is_closed = True
-            lanes = list(self._lanes)
-        for lane in lanes:
-            lane.stop()
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
+        """Cancel everything that runs, and end the thread."""
+        self.run(self._finish()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _serve(self) -> None:
-        """The loop of each thread."""
-        lane = self._make_lane()
-        with self._lock:
-            self._lanes.append(lane)
-            if self._is_closed:
-                lane.stop()
-        while (call := self._calls.get()) is not None:
-            if self._is_closed or not call.future.set_running_or_notify_cancel():
-                call.future.cancel()
-                continue
-            call.future.set_result(self._result(lane, call))
-        lane.close()
+    async def _finish(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _result(self, lane: Lane, call: _Call) -> CallResult:
-        result: CallResult = Failure(reason="")
-        for _ in range(self._retries + 1):
-            result = self._attempt(lane, call)
-            if isinstance(result, Returned) or self._is_closed:
-                break
-        return result
 
-    def _attempt(self, lane: Lane, call: _Call) -> CallResult:
-        try:
-            answer = lane.answer(call.number, call.inputs)
-        except Exception as error:  # any error: the thread must survive, since the caller waits for an answer
-            return failure_of(error)
-        if self._is_closed:
-            return Failure(reason="the scorer was closed")
+class Pool(BackgroundLoop):
+    """Subclasses define `answer`. `retries`: how often a failed call is repeated."""
+
+    def __init__(self, *, retries: int) -> None:
+        super().__init__()
+        self._retries = retries
+
+    async def answer(self, name: str, inputs: bytes) -> Answer:
+        """Call the function with this name and pickled `Inputs`, once. Never raises what the function raises."""
+        raise NotImplementedError
+
+    def submit(self, name: str, inputs: bytes) -> Future[CallResult]:
+        """Queue a call of the function with this name and pickled `Inputs`."""
+        return self.run(attempts(functools.partial(self._call, name, inputs), self._retries))
+
+    async def _call(self, name: str, inputs: bytes) -> CallResult:
+        answer = await self.answer(name, inputs)
         if isinstance(answer, Failure):
             return answer
         try:
             return pickle.loads(answer)
         except Exception as error:  # objects that were passed to `log_extra` may raise anything when they are unpickled
             return Failure(reason=f"its answer cannot be unpickled here: {describe(error)}")
+
+
+async def attempts(call: Callable[[], Awaitable[CallResult]], retries: int) -> CallResult:
+    """The result of the first call that succeeds, or of the last one."""
+    result = await call()
+    while retries > 0 and isinstance(result, Failure):
+        result, retries = await call(), retries - 1
+    return result

@@ -24,8 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .contract import Function
 from .loading import RewardSpec, find_file, load_object, load_reward
+from .texts import Function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,26 +33,24 @@ class Portable:
     """A reward function in a form that another process can load.
 
     Attributes:
-        name: its name in metrics and messages.
-        spec: as `load_reward` takes it; None if the function is `pickled` (by cloudpickle).
+        spec: as `load_reward` takes it, or a callable pickled by cloudpickle.
         kwargs: arguments of a factory.
-        file, digest: if the spec names a file, its path and the hash of its content at the start of the run.
+        digest: if the spec names a file, the hash of its content at the start of the run.
     """
 
-    name: str
-    spec: str | None = None
+    spec: str | bytes
     kwargs: Mapping[str, Any] | None = None
     base_dir: Path | None = None
-    file: Path | None = None
     digest: str = ""
-    pickled: bytes = b""
 
     def load(self) -> Function:
         """The function. Raises what `load_reward` or unpickling raises, and ValueError if the file has changed."""
-        if self.file is not None and _digest_of(self.file) != self.digest:
-            raise ValueError(f"{self.file} has changed since the run began: all calls must use the same function")
-        found = pickle.loads(self.pickled) if self.spec is None else self.spec
-        return load_reward(found, base_dir=self.base_dir, kwargs=self.kwargs)
+        if isinstance(self.spec, bytes):
+            return load_reward(pickle.loads(self.spec), kwargs=self.kwargs)
+        file = Path(self.spec.rpartition(":")[0])
+        if self.digest and _digest_of(file) != self.digest:
+            raise ValueError(f"{file} has changed since the run began: all calls must use the same function")
+        return load_reward(self.spec, base_dir=self.base_dir, kwargs=self.kwargs)
 
 
 def portable_of(
@@ -65,19 +63,19 @@ def portable_of(
 ) -> Portable:
     """What another process needs for the function that `load_reward(spec, kwargs=kwargs)` returns.
 
-    `other_machines`: whether it must load on machines without the user's files. Raises ValueError if it cannot be sent.
+    `other_machines`: whether it must load on machines without the user's files. Raises ValueError, with the function's name in
+    messages, if it cannot be sent.
     """
-    if not isinstance(spec, str):
-        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, spec, other_machines=other_machines))
-    location = spec.rpartition(":")[0]
+    location, _, attribute = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
+    found: object = spec
     if other_machines and location:
-        found = load_object(spec, base_dir=base_dir)  # a factory, not what it returns, which may not be picklable
-        return Portable(name=name, kwargs=kwargs, pickled=_pickled(name, found, other_machines=True))
-    if location.endswith(".py"):
-        file = find_file(location, base_dir=base_dir)
-        spec = f"{file}:{spec.rpartition(':')[2]}"
-        return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir, file=file, digest=_digest_of(file))
-    return Portable(name=name, spec=spec, kwargs=kwargs, base_dir=base_dir)
+        found = load_object(f"{location}:{attribute}", base_dir=base_dir)  # not what a factory returns: it may not be picklable
+    if not isinstance(found, str):
+        return Portable(spec=_pickled(name, found, other_machines=other_machines), kwargs=kwargs)
+    if not location.endswith(".py"):
+        return Portable(spec=found, kwargs=kwargs, base_dir=base_dir)
+    file = find_file(location, base_dir=base_dir)
+    return Portable(spec=f"{file}:{attribute}", kwargs=kwargs, digest=_digest_of(file))
 
 
 def _digest_of(file: Path) -> str:

@@ -1,8 +1,8 @@
 """Persistent processes that call reward functions, and can be killed.
 
-    pool = WorkerPool([Portable(name="length", spec="my.py:length")], RewardsConfig(num_workers=2, timeout=10))
-    future = pool.submit(0, pickle.dumps(inputs))     # returns immediately; calls function 0
-    future.result().rewards                           # [3.0, 5.0]; a Failure has a `reason` instead
+    pool = WorkerPool({"length": Portable(spec="my.py:length")}, RewardsConfig(num_workers=2, timeout=10))
+    future = pool.submit("length", pickle.dumps(inputs))     # returns immediately
+    future.result().rewards                                  # [3.0, 5.0]; a Failure has a `reason` instead
     pool.close()
 
 A process that exceeds its time limit is killed with its children and replaced, and so is one that died; the other processes
@@ -11,6 +11,7 @@ are not affected. Output of the functions is printed here, line by line.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pickle
@@ -18,16 +19,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Mapping
 
 from .config import RewardsConfig
 from .contract import Failure
 from .pool import Answer, Pool
 from .portable import Portable
-from .worker import Setup, main
+from .worker import SIZE_BYTES, main
 
 MAX_WORKERS = 8
 """Default limit on processes: the trainer needs the machine as well."""
@@ -35,14 +33,14 @@ MAX_WORKERS = 8
 START_TIMEOUT = 300.0
 """Seconds for loading the functions; imports can be slow on a busy machine."""
 
-MAX_WAIT = 1.0
-"""Seconds; a cancelled Ray task is interrupted between two waits."""
-
 EXIT_TIMEOUT = 2.0
 """Seconds for a process that has closed its socket to exit."""
 
-MAX_LINE = 65536
-"""Bytes; longer lines of output are printed in parts."""
+LAST_ANSWER_TIMEOUT = 0.1
+"""Seconds to read the answer of a process that has died."""
+
+CHUNK = 65536
+"""Bytes that are read at once; longer lines of output are printed in parts."""
 
 KEPT_OUTPUT = 2000
 """Characters: the end of a process's output, which is reported when it dies."""
@@ -52,156 +50,146 @@ class WorkerPool(Pool):
     """`config.num_workers` processes with the same functions. See the module's docstring.
 
     Args:
-        functions: loaded by the processes; `submit` takes an index into it.
+        functions: loaded by the processes, by name.
         config: `num_workers` (None: one per core, at most `MAX_WORKERS`), `timeout`, `retries` and `memory_gib`.
     """
 
-    def __init__(self, functions: Sequence[Portable], config: RewardsConfig) -> None:
-        setup = Setup(functions=tuple(functions), path=tuple(sys.path), memory_bytes=config.memory_bytes)
-        num_lanes = config.num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        super().__init__(lambda: Worker(setup, timeout=config.timeout), num_lanes=num_lanes, retries=config.retries)
+    def __init__(self, functions: Mapping[str, Portable], config: RewardsConfig) -> None:
+        super().__init__(retries=config.retries)
+        self._setup = pickle.dumps((dict(functions), list(sys.path), config.memory_gib))
+        self._timeout = config.timeout
+        self._idle: asyncio.Queue[_Process | None] = asyncio.Queue()
+        self.run(self._start_all(config.num_workers or min(MAX_WORKERS, os.cpu_count() or 1)))
 
-
-class Worker:
-    """A process that answers calls, and is replaced when it fails. It dies with the thread that created this object.
-
-    Args:
-        setup: loaded first by a process.
-        timeout: seconds for one call; None: no limit.
-    """
-
-    def __init__(self, setup: Setup, *, timeout: float | None) -> None:
-        self._setup, self._timeout = pickle.dumps(setup), timeout
-        self._lock = threading.Lock()
-        self._is_stopped = False
-        self._process: _Process | None = None
-        self._start()
-
-    def answer(self, number: int, inputs: bytes) -> Answer:
-        """Call function `number` with pickled `Inputs`. Never raises what the function raises."""
-        if self._process is None:
-            self._start()
-        process = self._process
+    async def answer(self, name: str, inputs: bytes) -> Answer:
+        process = await self._idle.get() or self._start()
         if process is None:
+            self._idle.put_nowait(None)
             return Failure(reason="no process could be started for it")
+        answer: Answer | None = None
         try:
-            answer = process.call(number, inputs, self._timeout)
-        except BaseException:  # a late answer must not be taken for the answer to another call
-            self.close()
-            raise
-        if process.is_broken:
-            self.close()
-            self._start()
-        return answer
+            answer = await process.call(pickle.dumps((name, inputs)), self._timeout)
+            return answer
+        finally:
+            if isinstance(answer, bytes):
+                self._idle.put_nowait(process)
+            else:
+                await self._discard(process, replace=answer is not None)
 
-    def stop(self) -> None:
-        """From another thread: kill the process without starting another one."""
-        with self._lock:
-            self._is_stopped = True
-            if self._process is not None:
-                self._process.kill()
+    async def _discard(self, process: _Process, *, replace: bool) -> None:
+        """Close a process that has failed, or whose call was cancelled: the next call must not get its answer."""
+        try:
+            await process.close()
+        finally:
+            self._idle.put_nowait(self._start() if replace else None)
 
-    def close(self) -> None:
-        """Kill the process and its children."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.release()
-            self._process = None
+    async def _start_all(self, num_workers: int) -> None:
+        for _ in range(num_workers):
+            self._idle.put_nowait(self._start())
 
-    def _start(self) -> None:
-        """Start a process, unless `stop` was called or the system has no process to give."""
-        with self._lock:
-            if not self._is_stopped:
-                with contextlib.suppress(OSError):  # too many processes or descriptors: the next call tries again
-                    self._process = _Process(self._setup)
+    def _start(self) -> _Process | None:
+        with contextlib.suppress(OSError):  # too many processes or descriptors: the next call tries again
+            return _Process(self._setup)
+
+    async def _finish(self) -> None:
+        await super()._finish()
+        while not self._idle.empty():
+            if process := self._idle.get_nowait():
+                await process.close()
 
 
 class _Process:
-    """One reward process and its recent output. `is_broken`: it must be replaced."""
+    """One reward process. It dies with the thread of the event loop that created it."""
 
     def __init__(self, setup: bytes) -> None:
-        ours, theirs = socket.socketpair()
-        # -P: the working directory must not shadow installed packages. -u: output is not buffered.
-        command = [sys.executable, "-P", "-u", "-c", f"from {main.__module__} import main; main({theirs.fileno()})"]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a new process group: killed with its children, and not interrupted by Ctrl-C
-        )
-        theirs.close()
-        self._connection = Connection(ours.detach())
-        self._death = os.pidfd_open(self._process.pid)  # readable once it is dead, even while a child holds its descriptors
+        self._loop = asyncio.get_running_loop()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            # -P: the working directory must not shadow installed packages. -u: output is not buffered.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-c", f"from {main.__module__} import main; main({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a new process group: killed with its children, and not interrupted by Ctrl-C
+            )
         assert self._process.stdout is not None
         self._output = self._process.stdout
+        self._line, self._last_output = b"", ""
+        self._pidfd = os.pidfd_open(self._process.pid)  # readable once it is dead, even while a child holds its descriptors
+        self._death = self._loop.create_future()
         os.set_blocking(self._output.fileno(), False)
-        self._line, self._last_output, self._has_output = b"", "", True
-        self._is_ready = False
-        self.is_broken = False
-        with contextlib.suppress(OSError):  # it died already: the first call reports it
-            self._connection.send_bytes(setup)
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._pidfd, self._has_died)
+        self._loop.add_reader(self._output, self._forward_output)
+        self._loaded = asyncio.create_task(self._exchange(setup, START_TIMEOUT, waiting_for="not loaded"))
 
-    def call(self, number: int, inputs: bytes, timeout: float | None) -> Answer:
-        """Wait for the answer to one call. The time limit starts once the functions are loaded."""
-        if not self._is_ready:
-            answer = self._receive(START_TIMEOUT, waiting_for="not loaded")
-            if isinstance(answer, Failure):
-                return answer
-            self._is_ready = True
-        try:
-            self._connection.send_bytes(number.to_bytes(4, "big"))
-            self._connection.send_bytes(inputs)
-        except OSError:
-            return self._died()
-        return self._receive(timeout, waiting_for="no answer")
+    async def call(self, message: bytes, timeout: float | None) -> Answer:
+        """The answer to one call; a Failure if the process must be closed. The time starts once the functions are loaded."""
+        loaded = await self._loaded
+        return loaded if isinstance(loaded, Failure) else await self._exchange(message, timeout, waiting_for="no answer")
 
     def kill(self) -> None:
-        """Kill the process and its children; safe from another thread, and more than once."""
+        """Kill the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             if self._process.returncode is None:  # not `poll()`: that would reap it, and its pid may be reused
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def release(self) -> None:
-        """Reap the killed process and close its descriptors."""
-        self._process.wait()
-        self._forward_output(chunks=4)
-        self._end_line()
-        self._connection.close()
-        self._output.close()
-        os.close(self._death)
-
-    def _receive(self, timeout: float | None, *, waiting_for: str) -> Answer:
-        """The next message, or a Failure if none comes."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = MAX_WAIT if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                self.is_broken = True
-                self.kill()
-                return Failure(reason=f"{waiting_for} in {timeout:g} s: its process was killed")
-            sources = [self._connection, self._death, *([self._output] if self._has_output else [])]
-            ready = wait(sources, min(left, MAX_WAIT))
-            if self._output in ready:
-                self._forward_output(chunks=1)  # only one: a function that never stops printing has a time limit too
-            if self._connection in ready:
-                return self._message()
-            if self._death in ready:
-                return self._died()
-
-    def _message(self) -> Answer:
+    async def close(self) -> None:
+        """Kill it, reap it, and close its descriptors."""
+        self.kill()
+        self._loaded.cancel()
         try:
-            message = self._connection.recv_bytes()
-        except (EOFError, OSError):
-            return self._died()
-        self._forward_output(chunks=4)
-        return message
+            await asyncio.wait({self._loaded, self._death})
+        finally:
+            self._process.wait()
+            self._forward_output(chunks=4)
+            self._end_line()
+            self._loop.remove_reader(self._output)
+            self._socket.close()
+            self._output.close()
+            os.close(self._pidfd)
 
-    def _died(self) -> Failure:
-        self.is_broken = True
-        if not wait([self._death], EXIT_TIMEOUT):
-            self.kill()
+    def _has_died(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._death.set_result(None)
+
+    async def _exchange(self, message: bytes, timeout: float | None, *, waiting_for: str) -> Answer:
+        """Send a message and receive the answer, or a Failure if none comes."""
+        answer = asyncio.create_task(self._send_and_receive(message))
+        try:
+            await asyncio.wait({answer, self._death}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self._death.done():
+                await asyncio.wait({answer}, timeout=LAST_ANSWER_TIMEOUT)
+            elif not answer.done():
+                return Failure(reason=f"{waiting_for} in {timeout:g} s: its process was killed")
+            with contextlib.suppress(EOFError, OSError):
+                if answer.done():
+                    return answer.result()
+            return await self._failure()
+        finally:
+            self._forward_output(chunks=4)
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+
+    async def _send_and_receive(self, message: bytes) -> bytes:
+        await self._loop.sock_sendall(self._socket, len(message).to_bytes(SIZE_BYTES, "big") + message)
+        return await self._receive(int.from_bytes(await self._receive(SIZE_BYTES), "big"))
+
+    async def _receive(self, size: int) -> bytes:
+        received = bytearray()
+        while len(received) < size:
+            chunk = await self._loop.sock_recv(self._socket, min(CHUNK, size - len(received)))
+            if not chunk:
+                raise EOFError
+            received += chunk
+        return bytes(received)
+
+    async def _failure(self) -> Failure:
+        """Why a process that has closed its socket, or is dead, gives no answer."""
+        await asyncio.wait({self._death}, timeout=EXIT_TIMEOUT)
+        if not self._death.done():
             return Failure(reason="it closed its socket but did not exit: its process was killed", details=self._last_output)
         self.kill()  # its children
         code = self._process.wait()
@@ -209,31 +197,27 @@ class _Process:
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         return Failure(reason=f"its process died ({how})", details=self._last_output)
 
-    def _forward_output(self, *, chunks: int) -> None:
-        """Print the complete lines of at most `chunks` reads of the process's output."""
+    def _forward_output(self, chunks: int = 1) -> None:
+        """Print the complete lines of some output; by default of little, as a function may print without end."""
         for _ in range(chunks):
-            chunk = self._read()
+            try:
+                chunk = os.read(self._output.fileno(), CHUNK)
+            except BlockingIOError:
+                return
             if not chunk:
-                self._has_output = self._has_output and chunk is None  # after end of file it is always readable
+                self._loop.remove_reader(self._output)  # at its end it is always readable
                 return
             self._last_output = (self._last_output + chunk.decode(errors="replace"))[-KEPT_OUTPUT:]
             *lines, self._line = (self._line + chunk).split(b"\n")
             for line in lines:
                 _print(line)
-            if len(self._line) > MAX_LINE:
+            if len(self._line) > CHUNK:
                 self._end_line()
 
     def _end_line(self) -> None:
         if self._line:
             _print(self._line)
             self._line = b""
-
-    def _read(self) -> bytes | None:
-        """Some output; None if there is none now, empty at end of file."""
-        try:
-            return os.read(self._output.fileno(), 65536)
-        except BlockingIOError:
-            return None
 
 
 def _print(line: bytes) -> None:

@@ -15,16 +15,16 @@ completion can also compute forever. Run the reward with `isolation: process` an
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .texts import Completion, RewardFunction, describe, did_you_mean, text_of
+from .texts import Completion, Function, describe, did_you_mean, text_of
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BOARD_TASKS = ("arc_agi", "rearc")
 
 
-def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] | None = None) -> RewardFunction:
+def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] | None = None) -> Function:
     """Make a reward: the score, at most 1.0, that a task of Reasoning Gym gives the completion.
 
     The answer is the content of the last `<answer>...</answer>` in the completion, or else the complete text, without
@@ -40,59 +40,49 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
     Raises ValueError for an unknown task and for invalid options. The reward raises ValueError, naming the row, if the
     metadata is not a JSON object, or if the scorer fails on the row's correct answer too.
     """
-    if task is None:
-        if options:
-            raise ValueError("reasoning_gym_score accepts options only together with a task: name the task that they belong to")
-
-        def reward_by_row(
-            prompts: Sequence[Completion],
-            completions: Sequence[Completion],
-            answer: Sequence[str | None],
-            metadata: Sequence[Any],
-            task: Sequence[str],
-            **kwargs: Any,
-        ) -> list[float | None]:
-            rows = zip(prompts, completions, answer, metadata, task, strict=True)
-            return _score_rows(rows, "{}", kwargs.get("log_metric"))
-
-        reward_by_row.__name__ = "reasoning_gym_score"
-        return reward_by_row
-
+    if task is None and options:
+        raise ValueError("reasoning_gym_score accepts options only together with a task: name the task that they belong to")
     settings = json.dumps(dict(options or {}), sort_keys=True)  # text: it is part of a cache's key
-    _scorer(task, settings)
 
-    def reward(
+    def by_row(
+        prompts: Sequence[Completion],
+        completions: Sequence[Completion],
+        answer: Sequence[str | None],
+        metadata: Sequence[Any],
+        task: Sequence[str],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        scores: list[float | None] = []
+        failed = 0
+        for row, (prompt, completion, right, facts, name) in enumerate(
+            zip(prompts, completions, answer, metadata, task, strict=True)
+        ):
+            if facts is None:
+                scores.append(None)
+                continue
+            entry = {"question": text_of(prompt), "answer": right, "metadata": _read_metadata(facts, row, name)}
+            score = _score(_scorer(name, settings), _answer_in(text_of(completion)), entry, f"row {row} ({name})")
+            failed += score is None
+            scores.append(score or 0.0)
+        if log_metric is not None and scores:
+            log_metric("reasoning_gym/scorer_failed", failed / len(scores))
+        return scores
+
+    def with_task(
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         answer: Sequence[str | None],
         metadata: Sequence[Any],
         **kwargs: Any,
     ) -> list[float | None]:
-        rows = zip(prompts, completions, answer, metadata, [task] * len(completions), strict=True)
-        return _score_rows(rows, settings, kwargs.get("log_metric"))
+        return by_row(prompts, completions, answer, metadata, **{**kwargs, "task": [task] * len(completions)})
 
+    if task is not None:
+        _scorer(task, settings)
+    reward = by_row if task is None else with_task
     reward.__name__ = "reasoning_gym_score"
     return reward
-
-
-def _score_rows(
-    rows: Iterable[tuple[Completion, Completion, str | None, Any, str]],
-    settings: str,
-    log_metric: Callable[[str, float], None] | None,
-) -> list[float | None]:
-    scores: list[float | None] = []
-    failed = 0
-    for row, (prompt, completion, answer, metadata, task) in enumerate(rows):
-        if metadata is None:
-            scores.append(None)
-            continue
-        entry = {"question": text_of(prompt), "answer": answer, "metadata": _read_metadata(metadata, row, task)}
-        score = _score(_scorer(task, settings), _answer_in(text_of(completion)), entry, f"row {row} ({task})")
-        failed += score is None
-        scores.append(score or 0.0)
-    if log_metric is not None and scores:
-        log_metric("reasoning_gym/scorer_failed", failed / len(scores))
-    return scores
 
 
 def _score(scorer: Callable[[Any, dict[str, Any]], Any], answer: str, entry: dict[str, Any], where: str) -> float | None:

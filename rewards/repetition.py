@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .texts import Completion, RewardFunction, text_of
+from .texts import Completion, Function, text_of
 
 
-def repetition_penalty(ngram: int = 3, *, max_penalty: float = -1.0) -> RewardFunction:
+def repetition_penalty(ngram: int = 3, *, max_penalty: float = -1.0) -> Function:
     """Make a reward: `max_penalty` times the share of the completion's n-grams that are repetitions.
 
     The share is 1 - (distinct n-grams) / (n-grams), as in arXiv 2502.03373, here over the complete text: the reward is 0.0 if

@@ -8,27 +8,25 @@
     scores.total        # [5.0, 1.5]
     scorer.close()      # ends the processes
 
-`async def` functions (and objects with an async `__call__`, and partials of either) run concurrently on one event loop that
-lives as long as the scorer, so a client can keep its connections between calls. Other functions run on the caller's thread
-(`isolation="inline"`), or in persistent processes, where a call that takes too long is killed and a crash costs one call: on
-this machine (`"process"`) or in a Ray cluster (`"ray"`). Processes and the event loop score while the caller samples further
-completions.
+Async functions (also partials of them, and objects with an async `__call__`) run on one event loop that lives as long as the
+scorer, so a client can keep its connections between calls. Other functions run on the caller's thread, or in processes on this
+machine or in a Ray cluster. Processes and the event loop score while the caller samples further completions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import pickle
-import threading
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from .combining import Pending, Scores
-from .config import Isolation, RewardFunction, RewardsConfig
+from .config import Isolation, RewardFunction, RewardsConfig, weights_of
 from .contract import (
     RESERVED_ARGUMENTS,
     CallResult,
@@ -43,7 +41,7 @@ from .contract import (
     is_async,
 )
 from .loading import RewardSpec, load_reward, reward_name
-from .pool import Pool
+from .pool import BackgroundLoop, Pool, attempts
 from .portable import Portable, portable_of
 from .processes import WorkerPool
 from .ray_pool import RayPool
@@ -54,13 +52,12 @@ POOLS = {"process": WorkerPool, "ray": RayPool}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reward:
-    """A function, its reported name, and where it runs. `portable` is what a pool loads, `number` its index in the pool."""
+    """A function, its reported name, and where it runs. `portable` is what a pool loads."""
 
     name: str
     function: Function
-    isolation: Isolation
+    isolation: Isolation | Literal["async"]
     portable: Portable | None
-    number: int
 
 
 class Scorer:
@@ -91,16 +88,11 @@ class Scorer:
         entries = [_with_options(function) for function in functions]
         if not entries:
             raise ValueError("no reward functions: specify at least one")
-        if config.weights is not None and len(config.weights) != len(entries):
-            counts = f"{len(config.weights)} reward weights for {len(entries)} reward functions"
-            raise ValueError(f"{counts}: specify one weight each")
-        if config.weights is not None and any(options.weight is not None for _, options in entries):
-            raise ValueError("reward weights are specified twice: in the list of weights and with the functions")
         self.config = config
-        self.weights = config.weights or [1.0 if options.weight is None else options.weight for _, options in entries]
+        self.weights = weights_of(config.weights, [options for _, options in entries])
         self._rewards = _load(entries, base_dir=base_dir, isolation=config.isolation)
         self.names = [reward.name for reward in self._rewards]
-        self._loop: _BackgroundLoop | None = None
+        self._loop: BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
 
     def check_columns(self, columns: Iterable[str]) -> None:
@@ -116,7 +108,7 @@ class Scorer:
         Raises ConnectionError if functions run in a Ray cluster and none answers.
         """
         for isolation, pool in POOLS.items():
-            functions = [reward.portable for reward in self._rewards if reward.portable and reward.isolation == isolation]
+            functions = {r.name: r.portable for r in self._rewards if r.portable and r.isolation == isolation}
             if functions and isolation not in self._pools:
                 self._pools[isolation] = pool(functions, self.config)
 
@@ -131,7 +123,7 @@ class Scorer:
         pieces = [inputs] if self.config.rows_per_call is None else inputs.split(self.config.rows_per_call)
         pickled = [pickle.dumps(piece) for piece in pieces] if self._pools else [b""] * len(pieces)
         # Inline functions last: they run here while the others run elsewhere.
-        order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline" and not is_async(reward.function))
+        order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline")
         futures = {
             reward.name: [self._start_call(reward, *piece) for piece in zip(pieces, pickled, strict=True)] for reward in order
         }
@@ -151,18 +143,32 @@ class Scorer:
             self._pools.popitem()[1].close()
 
     def _start_call(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
-        if is_async(reward.function):
-            self._loop = self._loop or _BackgroundLoop()
+        if reward.isolation == "async":
+            self._loop = self._loop or BackgroundLoop()
             timeout = None if getattr(reward.function, "bounds_itself", False) else self.config.timeout
-            return self._loop.submit(_attempts(reward, inputs, timeout, self.config.retries))
+            return self._loop.run(attempts(functools.partial(_await, reward, inputs, timeout), self.config.retries))
         if reward.portable is not None:
-            return self._pools[reward.isolation].submit(reward.number, pickled)
+            return self._pools[reward.isolation].submit(reward.name, pickled)
         done: Future[CallResult] = Future()
         try:
             done.set_result(call(reward.name, reward.function, inputs))
         except Exception as error:  # a user's function may raise anything; it becomes the cause of what `result` raises
             done.set_result(dataclasses.replace(failure_of(error), cause=error))
         return done
+
+
+async def _await(reward: _Reward, inputs: Inputs, timeout: float | None) -> CallResult:
+    """Call an async function; never raises what it raises."""
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            return await call_async(reward.name, reward.function, inputs)
+    except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # cancelled from outside: no caller waits for the result any more
+            raise
+        failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
+        return dataclasses.replace(failure, cause=error)
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -182,13 +188,11 @@ def _load(
     names = _distinct([e.name or reward_name(f) for (_, e), f in zip(entries, functions, strict=True)])
     rewards: list[_Reward] = []
     for (spec, options), name, function in zip(entries, names, functions, strict=True):
-        where: Isolation = options.isolation or getattr(function, "isolation", None) or isolation
-        where = "inline" if is_async(function) else where
+        where = "async" if is_async(function) else options.isolation or getattr(function, "isolation", None) or isolation
         portable = None
-        if where != "inline":
+        if where in POOLS:
             portable = portable_of(name, spec, kwargs=options.kwargs, base_dir=base_dir, other_machines=where == "ray")
-        number = sum(reward.isolation == where for reward in rewards)
-        rewards.append(_Reward(name=name, function=function, isolation=where, portable=portable, number=number))
+        rewards.append(_Reward(name=name, function=function, isolation=where, portable=portable))
     return rewards
 
 
@@ -202,34 +206,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
             candidate = f"{name}_{number}"
         distinct.append(candidate)
     return distinct
-
-
-# ---------------------------------------------------------------------------------------------------------- the event loop
-
-
-async def _attempts(reward: _Reward, inputs: Inputs, timeout: float | None, retries: int) -> CallResult:
-    """Call an async function until it succeeds or has no retries left; never raises what the function raises."""
-    result: CallResult = Failure(reason="")
-    for _ in range(retries + 1):
-        limit = asyncio.timeout(timeout)
-        try:
-            async with limit:
-                return await call_async(reward.name, reward.function, inputs)
-        except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # cancelled from outside: no caller waits for the result any more
-                raise
-            failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
-            result = dataclasses.replace(failure, cause=error)
-    return result
-
-
-class _BackgroundLoop:
-    """An event loop on a daemon thread, so that the caller's thread may run another one (a notebook)."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="async-rewards", daemon=True).start()
-
-    def submit(self, coroutine: Coroutine[Any, Any, CallResult]) -> Future[CallResult]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -23,15 +23,16 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from .sandbox_process import Running, has_data, pipe, sealed
+from .sandbox_process import Running, sealed
 from .seccomp import seccomp_filter
 
 Status = Literal["ok", "error", "timeout", "memory", "output"]
@@ -39,7 +40,7 @@ Sandbox = Literal["bubblewrap", "local"]
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
-# bwrap itself gets only these too, since /proc/1/environ is readable in the sandbox. The fixed seed makes rewards repeatable.
+# For bwrap too, as /proc/1/environ may be readable in the sandbox. The fixed seed makes rewards repeatable.
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -132,7 +133,7 @@ def bubblewrap_problem() -> str | None:
 @functools.cache
 def _problem_with(bwrap: str) -> str | None:
     try:
-        outcome = _run(_PROBE, "", Limits(seconds=30), bwrap=bwrap, site_packages=False)
+        outcome = run_python(_PROBE, limits=Limits(seconds=30), sandbox="bubblewrap")
     except (ValueError, OSError, RuntimeError) as error:
         return f"{bwrap} does not work here ({error})"
     if outcome.status != "ok":
@@ -160,68 +161,53 @@ def run_python(
 
     Raises ValueError if there is no sandbox, RuntimeError if it does not start (because of the machine, never the program).
     """
-    sandbox = sandbox or choose_sandbox()
+    sandbox, limits = sandbox or choose_sandbox(), limits or Limits()
     bwrap = shutil.which("bwrap") if sandbox == "bubblewrap" else None
     if sandbox == "bubblewrap" and bwrap is None:
         raise ValueError("bwrap is not installed any more: apt install bubblewrap")
-    return _run(source, stdin, limits or Limits(), bwrap=bwrap, site_packages=site_packages)
-
-
-def _run(source: str, stdin: str, limits: Limits, *, bwrap: str | None, site_packages: bool) -> Outcome:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         text, standard_input = stack.enter_context(sealed(source)), stack.enter_context(sealed(stdin))
-        ready, says_ready = stack.enter_context(pipe())
-        info, says_info = stack.enter_context(pipe())
+        ready = stack.enter_context(open(os.memfd_create("ready"), "wb")).fileno()
+        reader, writer = os.pipe()
+        info, says_info = stack.enter_context(open(reader, "rb")), stack.enter_context(open(writer, "wb"))
         user = _unused_user() if bwrap else None
         paths = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))) if site_packages else []
-        request = {"source": text, "ready": says_ready.fileno(), "user": user, "paths": paths}
-        request["limits"] = _rlimits(limits, local=bwrap is None, separate_user=user is not None)
-        # -s -P -S keep `site`, the user's packages and the working directory out of `sys.path`.
-        command = [_interpreter(), "-s", "-P", "-S", "-B", "-c", _LAUNCHER.read_text(), json.dumps(request)]
-        passed = [text, says_ready.fileno()]
+        rlimits = _rlimits(limits, local=bwrap is None, separate_user=user is not None)
+        command = _launcher(source=text, ready=ready, user=user, paths=paths, limits=rlimits)
+        passed, folder = [text, ready], "/"
         if bwrap:
             rules = stack.enter_context(sealed(seccomp_filter()))
             passed += [rules, says_info.fileno()]
-            prefix = [bwrap, *_namespaces(user), *_files(limits, paths), "--seccomp", str(rules)]
-            command = [*prefix, "--info-fd", str(says_info.fileno()), "--", *command]
-            folder = "/"
+            options = ["--seccomp", str(rules), "--info-fd", str(says_info.fileno())]
+            command = [bwrap, *_namespaces(user), *_files(limits, paths), *options, "--", *command]
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankup-", ignore_cleanup_errors=True))
-        running = Running(
+        # start_new_session, not preexec_fn: no Python code runs between fork and exec, so this is safe with threads.
+        process = subprocess.Popen(
             command,
             stdin=standard_input,
-            passed=passed,
-            folder=folder,
-            environment=_ENVIRONMENT,
-            output_bytes=limits.output_bytes,
-            deadline=started + limits.seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env=_ENVIRONMENT,
+            pass_fds=passed,
+            start_new_session=True,
         )
-        stack.enter_context(running)
+        running = stack.enter_context(Running(process, output_bytes=limits.output_bytes, deadline=started + limits.seconds))
         says_info.close()
-        if bwrap:
-            running.find_init(info.fileno())
-        stopped_by = running.read()
-        running.kill()
-        stopped_by = running.drain() or stopped_by
+        running.find_init(info.fileno())
+        stopped_by, code = running.finish()
         stdout, stderr = running.texts()
-        if stopped_by is None and not has_data(ready.fileno()):
+        if stopped_by is None and os.fstat(ready).st_size == 0:
             raise RuntimeError(f"the sandbox did not start: {stderr.strip()[-500:] or 'nothing on stderr'}")
-        code = running.exit_code()
-        return Outcome(
-            stdout=stdout,
-            stderr=stderr,
-            exit_code=None if stopped_by else code,
-            status=stopped_by or _status(code, stderr),
-            seconds=time.monotonic() - started,
-        )
+        seconds = time.monotonic() - started
+        return Outcome(stdout, stderr, None if stopped_by else code, stopped_by or _status(code, stderr), seconds)
 
 
 def _namespaces(user: int | None) -> list[str]:
     """bwrap's arguments for namespaces. Root needs no user namespace, and outside of one no other process has the id `user`."""
-    common = ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
-    for name, value in _ENVIRONMENT.items():
-        common += ["--setenv", name, value]
+    common = ["--die-with-parent", "--new-session", "--hostname", "sandbox"]
     if user is None:
         return ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", *common]
     separate = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
@@ -267,9 +253,12 @@ def _unused_user() -> int | None:
     return user if exists and os.geteuid() == 0 else None
 
 
-def _interpreter() -> str:
+def _launcher(**request: Any) -> list[str]:
+    """The command that runs `sandbox_launcher.py`, which executes the program."""
     # A virtual environment's python is a link to this one, and the environment is not visible in the sandbox.
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    # -s -P -S keep `site`, the user's packages and the working directory out of `sys.path`.
+    return [python, "-s", "-P", "-S", "-B", "-c", _LAUNCHER.read_text(), json.dumps(request)]
 
 
 def _status(code: int, stderr: str) -> Status:

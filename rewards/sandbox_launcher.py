@@ -4,8 +4,8 @@
 
 It is passed to Python as text and imports only the standard library: no file of the project is visible in the sandbox.
 
-source: descriptor of the program's text. ready: descriptor that gets one byte before the program starts. user: the user id
-to become, or null. limits: pairs (soft, hard) by the names of `resource`. paths: folders to append to `sys.path`.
+source: descriptor of the program's text. ready: descriptor of a file that gets one byte before the program starts. user: the
+user id to become, or null. limits: pairs (soft, hard) by the names of `resource`. paths: folders to append to `sys.path`.
 """
 
 import ctypes
@@ -31,6 +31,7 @@ def main() -> None:
     for name, wanted in request["limits"].items():
         set_limit(getattr(resource, name), *wanted)
     os.write(request["ready"], b"1")
+    os.close(request["ready"])
     os.closerange(3, 256)
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = __builtins__

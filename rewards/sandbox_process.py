@@ -1,11 +1,9 @@
-"""A process that is started, read and killed under limits, whatever it does.
+"""A process that is read and killed under limits, whatever it does.
 
-    with sealed("text") as stdin, Running(["cat"], stdin=stdin, passed=[], folder="/", environment={"PATH": "/usr/bin:/bin"},
-                                          output_bytes=999, deadline=time.monotonic() + 30) as running:
-        stopped_by = running.read()         # or "timeout" or "output"
-        running.kill()
-        running.drain()
-    stopped_by, running.texts()             # (None, ["text", ""])
+    process = subprocess.Popen(["echo", "text"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    with Running(process, output_bytes=999, deadline=time.monotonic() + 30) as running:
+        finished = running.finish()         # instead of None, "timeout" or "output"; and the exit code
+    finished, running.texts()               # ((None, 0), ["text\\n", ""])
 """
 
 import contextlib
@@ -19,7 +17,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from io import FileIO
 from typing import Literal
 
 _CHUNK = 65536
@@ -32,38 +29,14 @@ Stop = Literal["timeout", "output"]
 class Running:
     """A process and its output; leaving the block kills it with all its children.
 
-    stdin: a descriptor. passed: further descriptors that the process inherits under the same numbers. folder: its working
-    directory. environment: all of its variables. output_bytes: limit on stdout, and again on stderr. deadline: in
-    `time.monotonic`.
+    process: in its own session, with pipes for stdout and stderr. output_bytes: limit on each. deadline: in `time.monotonic`.
     """
 
-    def __init__(
-        self,
-        command: list[str],
-        *,
-        stdin: int,
-        passed: list[int],
-        folder: str,
-        environment: dict[str, str],
-        output_bytes: int,
-        deadline: float,
-    ):
-        self._limit = output_bytes
-        self._deadline = deadline
+    def __init__(self, process: subprocess.Popen[bytes], *, output_bytes: int, deadline: float):
+        assert process.stdout is not None and process.stderr is not None
+        self._process, self._limit, self._deadline = process, output_bytes, deadline
         self._init: int | None = None
-        # start_new_session, not preexec_fn: no Python code runs between fork and exec, so this is safe with threads.
-        self._process = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=environment,
-            pass_fds=passed,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None and self._process.stderr is not None
-        self._printed = {self._process.stdout.fileno(): bytearray(), self._process.stderr.fileno(): bytearray()}
+        self._printed = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
 
     def __enter__(self) -> "Running":
         return self
@@ -78,7 +51,7 @@ class Running:
                 pass
 
     def find_init(self, info: int) -> None:
-        """Find the first process of the sandbox: when it dies, all the others die."""
+        """Find the first process of the sandbox, if there is one: when it dies, all the others die."""
         text = b""
         while _wait_for(info, self._deadline - time.monotonic()) and (chunk := os.read(info, _CHUNK)):
             text += chunk
@@ -87,7 +60,23 @@ class Running:
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 self._init = os.pidfd_open(json.loads(text)["child-pid"])
 
-    def read(self) -> Stop | None:
+    def finish(self) -> tuple[Stop | None, int]:
+        """Wait until the program ends or exceeds a limit, kill what it has left, and return the limit and the exit code.
+
+        The code is that of a shell: 128 plus the signal's number if a signal ended the process.
+        """
+        stopped_by = self._read()
+        self.kill()
+        # Without waiting: a process that detached itself ("local") may keep the pipes open.
+        for source in self._printed:
+            os.set_blocking(source, False)
+            with contextlib.suppress(BlockingIOError):
+                while not self._exceeds_limit() and self._read_some(source):
+                    pass
+        code = self._process.returncode
+        return "output" if self._exceeds_limit() else stopped_by, code if code >= 0 else 128 - code
+
+    def _read(self) -> Stop | None:
         """Collect the output until the program ends (None) or exceeds a limit, which is returned."""
         ended = os.pidfd_open(self._process.pid)
         try:
@@ -107,15 +96,6 @@ class Running:
             os.close(ended)
         return "timeout"
 
-    def drain(self) -> Stop | None:
-        """Read the rest of the pipes, without waiting: a process that detached itself ("local") may keep them open."""
-        for source in self._printed:
-            os.set_blocking(source, False)
-            with contextlib.suppress(BlockingIOError):
-                while not self._exceeds_limit() and self._read_some(source):
-                    pass
-        return "output" if self._exceeds_limit() else None
-
     def kill(self) -> None:
         """Kill everything that still runs, and wait until it is gone; later calls do nothing."""
         if self._process.returncode is not None:
@@ -130,11 +110,6 @@ class Running:
         # the sandbox is gone and to return its exit code; it is killed only if the program was.)
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_KILL_SECONDS)
-
-    def exit_code(self) -> int:
-        """After `kill`: the exit code as in a shell, 128 plus the signal's number if a signal ended the process."""
-        code = self._process.returncode
-        return code if code >= 0 else 128 - code
 
     def texts(self) -> list[str]:
         """Output to stdout and to stderr, cut off at the limit, with U+FFFD for invalid UTF-8."""
@@ -177,24 +152,7 @@ def _seal(file: int) -> None:
             time.sleep(0.01)
 
 
-@contextlib.contextmanager
-def pipe() -> Iterator[tuple[FileIO, FileIO]]:
-    """The two ends of a pipe, as objects that may be closed before the block ends."""
-    reader, writer = os.pipe()
-    with FileIO(reader, "r") as out, FileIO(writer, "w") as into:
-        yield out, into
-
-
 def _wait_for(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(max(0.0, seconds) * 1000))
-
-
-def has_data(reader: int) -> bool:
-    """Whether a pipe holds any data now."""
-    os.set_blocking(reader, False)
-    try:
-        return bool(os.read(reader, 1))
-    except BlockingIOError:
-        return False

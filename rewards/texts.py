@@ -14,8 +14,9 @@ from typing import Any
 Completion = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: a list of messages."""
 
-RewardFunction = Callable[..., list[float | None]]
-"""Called with keyword arguments only; returns one number for each completion, or None where it does not apply."""
+Function = Callable[..., Any]
+"""A reward function: called with keyword arguments only, it returns one number for each completion, or None where it does not
+apply."""
 
 
 def text_of(completion: Completion) -> str:

@@ -2,10 +2,11 @@
 
     python -c "from rankup.rewards.worker import main; main(5)"     # 5: descriptor of the socket
 
-Messages are pickles on a socket that the parent made. First this process receives a `Setup` and sends True once everything is
-loaded; then it receives pairs of a function's index and pickled `Inputs`, and sends a `Returned` or a `Failure` for each. Calls
-of a function that could not be loaded get a `Failure`; the other functions are not affected. The functions run on the main
-thread, so verifiers that use `signal.alarm` work. When the parent dies, however it dies, so does this process.
+The parent made the socket; each message on it begins with its size. First comes the setup: the functions by name, the parent's
+`sys.path`, and the limit on data in GiB or None. This process answers once everything is loaded. Then it receives pairs of a
+function's name and pickled `Inputs`, and answers each with a `Returned` or a `Failure`. Calls of a function that could not be
+loaded get a `Failure`; the other functions are not affected. The functions run on the main thread, so verifiers that use
+`signal.alarm` work. When the parent dies, however it dies, so does this process.
 """
 
 from __future__ import annotations
@@ -15,48 +16,46 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import sys
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from io import BufferedRWPair
 
-from .contract import Failure, Function, Inputs, Returned, call, failure_of
+from .contract import Failure, Function, call, failure_of
 from .portable import Portable
 
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """Loaded first by a reward process. `path`: the parent's `sys.path`; `memory_bytes`: limit on data, None: no limit."""
-
-    functions: tuple[Portable, ...]
-    path: tuple[str, ...]
-    memory_bytes: int | None
+SIZE_BYTES = 8
 
 
 def main(descriptor: int) -> None:
     """Serve until the parent closes its end."""
-    _die_with_parent()
+    # A killed parent closes the socket, but a function that hangs would not notice.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # The parent handles both signals, and ends this process when it is done. Not SIG_IGN: child programs would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     os.register_at_fork(after_in_child=_restore_signals)
     os.set_inheritable(descriptor, False)  # programs started by a function must not keep the socket open
-    connection = Connection(descriptor)
-    setup: Setup = pickle.loads(connection.recv_bytes())
-    sys.path[:] = setup.path
-    if setup.memory_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
-    functions = [_load(function) for function in setup.functions]
-    connection.send_bytes(pickle.dumps(True))
-    names = [function.name for function in setup.functions]
-    while True:
-        try:
-            number = int.from_bytes(connection.recv_bytes(), "big")
-            inputs = connection.recv_bytes()
-        except EOFError:
-            return
-        connection.send_bytes(_reply(names[number], functions[number], inputs))
+    stream = socket.socket(fileno=descriptor).makefile("rwb")
+    portables, sys.path[:], memory_gib = pickle.loads(_receive(stream))
+    if memory_gib is not None:
+        limit = int(memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    functions = {name: _load(portable) for name, portable in portables.items()}
+    _send(stream, b"loaded")
+    while message := _receive(stream):
+        name, inputs = pickle.loads(message)
+        _send(stream, _reply(name, functions[name], inputs))
+
+
+def _receive(stream: BufferedRWPair) -> bytes:
+    """The next message; empty if the parent has closed its end."""
+    return stream.read(int.from_bytes(stream.read(SIZE_BYTES), "big"))
+
+
+def _send(stream: BufferedRWPair, message: bytes) -> None:
+    stream.write(len(message).to_bytes(SIZE_BYTES, "big") + message)
+    stream.flush()
 
 
 def _load(portable: Portable) -> Function | Failure:
@@ -69,11 +68,8 @@ def _load(portable: Portable) -> Function | Failure:
 def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
     if isinstance(function, Failure):
         return pickle.dumps(function)
-    answer: Returned | Failure
     try:
-        loaded: Inputs = pickle.loads(inputs)
-        answer = call(name, function, loaded)
-        return pickle.dumps(answer)  # inside the try: `log_extra` accepts any object
+        return pickle.dumps(call(name, function, pickle.loads(inputs)))  # inside the try: `log_extra` accepts any object
     except Exception as error:  # a user's function may raise anything
         return pickle.dumps(failure_of(error))
 
@@ -82,8 +78,3 @@ def _restore_signals() -> None:
     """Processes that a function forks end on signals as usual: `multiprocessing` relies on that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _die_with_parent() -> None:
-    """A killed parent closes the socket, but a function that hangs would not notice."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

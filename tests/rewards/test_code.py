@@ -60,7 +60,7 @@ def test_a_block_is_read_back(program, around):
 def test_the_harness_finds_every_part(program, tests):
     marks = [f"mark {number}" for number in range(len(tests))]
     data = _harness_input(program, tests, marks, seconds=1, stop_at_failure=True).encode()
-    header = json.loads(data[20 : 20 + int(data[:20])])
+    header = json.loads(data[int(data[:20]) :])
 
     def part(place):
         return data[place[0] : place[0] + place[1]].decode()

@@ -17,7 +17,6 @@ from scored import inputs, length
 
 from rankup.configs import quickstart
 from rankup.grpo.config import GRPOConfig
-from rankup.rewards.contract import Returned
 from rankup.rewards.runner import Scorer
 from rankup.rewards.sandbox import bubblewrap_problem
 
@@ -37,17 +36,6 @@ FILES = {
     "rewards/math.py": "def correct(completions, **kwargs):\n    return [1.0] * len(completions)\n",
     "lengths.py": "def target(tokens):\n    return lambda completions, **kwargs: [float(tokens)] * len(completions)\n",
 }
-
-
-class Lane:
-    """Answers every call with the same rewards."""
-
-    def answer(self, number: int, inputs: bytes) -> bytes:
-        return pickle.dumps(Returned(rewards=[1.0]))
-
-    def stop(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def examples_of(docstring: str) -> Iterator[str]:
@@ -97,7 +85,7 @@ def test_a_module_s_example_returns_the_values_in_its_comments(module, code, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     name = "rankup.rewards" if module == "__init__" else f"rankup.rewards.{module}"
-    names = {"length": length, "my_function": length, "inputs": inputs("abc", "abcde"), "make_lane": Lane}
+    names = {"length": length, "my_function": length, "inputs": inputs("abc", "abcde"), "pickle": pickle}
     for imported in ("rankup.rewards", "rankup.rewards.portable", "rankup.rewards.contract"):
         names |= vars(importlib.import_module(imported))
     names |= vars(importlib.import_module(name))

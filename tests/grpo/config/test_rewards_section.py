@@ -52,7 +52,7 @@ def test_mistakes_are_named_in_one_line(error_of, override, expected):
 
 def test_weights_are_specified_once(error_of):
     text = "rewards: {functions: [{function: a.py:f, weight: 2}], weights: [1]}"
-    assert error_of(text) == "rewards.weights: are specified twice: here and with the functions"
+    assert error_of(text) == "rewards.weights: reward weights are specified twice: in `weights` and with the functions"
 
 
 def test_trl_s_names():
