@@ -1,6 +1,6 @@
 """Load a user's object by its spec: `path/to/file.py:name` or `package.module:name`.
 
-    load_reward("rewards/math.py:correct")          # a file, relative to the working directory, then to the run file
+    load_reward("rewards/math.py:correct")          # a file, relative to the working directory
     load_reward("trl.rewards:think_format_reward")  # anything importable
     load_reward("last_integer")                     # a name in the entry point group `rankup.rewards`
     load_reward("my/classifier")                    # a folder or Hub id: a sequence classifier with one label
@@ -10,7 +10,7 @@
 The folder of a `file.py` is on `sys.path` only **while the file is being imported, and last**: `import helper` at the top of
 the file finds `helper.py` next to it, but a file called `json.py` can never shadow the standard library, and `sys.path` is
 restored afterwards. An import inside a function body runs later and does not see the folder. For `package.module` the same
-holds for the working directory and the run file's folder.
+holds for the working directory.
 """
 
 import functools
@@ -34,10 +34,8 @@ ENTRY_POINTS = "rankup.rewards"
 """Entry point group in which packages, rankup included, register rewards under a short name."""
 
 
-def load_object(spec: str, *, base_dir: Path | None = None) -> object:
+def load_object(spec: str) -> object:
     """Return the object that `spec` names.
-
-    Relative paths are looked up in the working directory, then in `base_dir` (the run file's folder).
 
     Raises ValueError (malformed spec, no such module, no such name, or an error inside the user's file, which is the
     `__cause__`) and FileNotFoundError (no such file).
@@ -46,18 +44,18 @@ def load_object(spec: str, *, base_dir: Path | None = None) -> object:
     if not location or not name.isidentifier():
         raise ValueError(f"cannot read {spec!r}: write it as path/to/file.py:name or package.module:name")
     if location.endswith(".py"):
-        module = _import_file(find_file(location, base_dir=base_dir))
+        module = _import_file(find_file(location))
     elif "/" in location:
         raise ValueError(f"cannot read {spec!r}: a path must end in .py, as in {location}.py:{name}")
     else:
-        module = _import_module(location, folders=[Path.cwd(), *([base_dir] if base_dir else [])])
+        module = _import_module(location)
     try:
         return getattr(module, name)
     except AttributeError:
         raise ValueError(f"{location} has no {name!r}: {_suggestion(module, name)}") from None
 
 
-def load_reward(spec: RewardSpec, *, base_dir: Path | None = None, kwargs: Mapping[str, Any] | None = None) -> Function:
+def load_reward(spec: RewardSpec, *, kwargs: Mapping[str, Any] | None = None) -> Function:
     """Return the reward function that `spec` names, or `spec` itself if it is a callable.
 
     With `kwargs` (even an empty mapping) `spec` is a factory, a function or a class, and what it returns for them is the reward
@@ -65,7 +63,7 @@ def load_reward(spec: RewardSpec, *, base_dir: Path | None = None, kwargs: Mappi
 
     Raises what `load_object` raises, and ValueError if the object is not a reward function.
     """
-    found = _find(spec, base_dir=base_dir) if isinstance(spec, str) else spec
+    found = _find(spec) if isinstance(spec, str) else spec
     function = found if kwargs is None else _call_factory(spec, found, kwargs)
     if inspect.isclass(function):
         raise ValueError(f"reward {spec!r} is a class: name an instance of it or a function, or give its kwargs")
@@ -74,9 +72,9 @@ def load_reward(spec: RewardSpec, *, base_dir: Path | None = None, kwargs: Mappi
     return function
 
 
-def _find(spec: str, *, base_dir: Path | None) -> object:
+def _find(spec: str) -> object:
     if ":" in spec or spec.endswith(".py"):
-        return load_object(spec, base_dir=base_dir)
+        return load_object(spec)
     registered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if spec in registered:
         return registered[spec].load()
@@ -109,16 +107,15 @@ def reward_name(function: Function) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def find_file(path: str | Path, *, base_dir: Path | None = None) -> Path:
-    """Resolve `path` against the working directory, then against `base_dir`. Raises FileNotFoundError if neither has it."""
-    candidates = [Path(path).expanduser()]
-    if base_dir is not None:
-        candidates.append(base_dir / candidates[0])
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    tried = " and ".join(dict.fromkeys(str(candidate.absolute()) for candidate in candidates))
-    raise FileNotFoundError(f"no file {path} (looked for {tried})")
+def find_file(path: str | Path) -> Path:
+    """The absolute path of a file, relative to the working directory. Raises FileNotFoundError if there is none.
+
+    Names in a run file are looked up beside it too, once, when it is loaded (`grpo/config/paths.py`).
+    """
+    found = Path(path).expanduser().resolve()
+    if found.is_file():
+        return found
+    raise FileNotFoundError(f"no file {path} (looked for {found}; names in a run file are also looked up beside it)")
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -141,9 +138,9 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _import_module(name: str, *, folders: list[Path]) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     try:
-        with _last_on_path(*folders):
+        with _last_on_path(Path.cwd()):
             return importlib.import_module(name)
     except Exception as error:  # a user's module may raise anything
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -153,8 +150,8 @@ def _import_module(name: str, *, folders: list[Path]) -> ModuleType:
 
 
 @contextmanager
-def _last_on_path(*folders: Path) -> Iterator[None]:
-    added = [str(folder) for folder in folders if str(folder) not in sys.path]
+def _last_on_path(folder: Path) -> Iterator[None]:
+    added = [str(folder)] if str(folder) not in sys.path else []
     sys.path.extend(added)
     importlib.invalidate_caches()  # the files may be newer than Python's cached folder listing
     try:

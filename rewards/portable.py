@@ -40,7 +40,6 @@ class Portable:
 
     spec: str | bytes
     kwargs: Mapping[str, Any] | None = None
-    base_dir: Path | None = None
     digest: str = ""
 
     def load(self) -> Function:
@@ -50,7 +49,7 @@ class Portable:
         file = Path(self.spec.rpartition(":")[0])
         if self.digest and _digest_of(file) != self.digest:
             raise ValueError(f"{file} has changed since the run began: all calls must use the same function")
-        return load_reward(self.spec, base_dir=self.base_dir, kwargs=self.kwargs)
+        return load_reward(self.spec, kwargs=self.kwargs)
 
 
 def portable_of(
@@ -58,7 +57,6 @@ def portable_of(
     spec: RewardSpec,
     *,
     kwargs: Mapping[str, Any] | None = None,
-    base_dir: Path | None = None,
     other_machines: bool = False,
 ) -> Portable:
     """What another process needs for the function that `load_reward(spec, kwargs=kwargs)` returns.
@@ -69,12 +67,12 @@ def portable_of(
     location, _, attribute = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     found: object = spec
     if other_machines and location:
-        found = load_object(f"{location}:{attribute}", base_dir=base_dir)  # not what a factory returns: it may not be picklable
+        found = load_object(f"{location}:{attribute}")  # not what a factory returns: it may not be picklable
     if not isinstance(found, str):
         return Portable(spec=_pickled(name, found, other_machines=other_machines), kwargs=kwargs)
     if not location.endswith(".py"):
-        return Portable(spec=found, kwargs=kwargs, base_dir=base_dir)
-    file = find_file(location, base_dir=base_dir)
+        return Portable(spec=found, kwargs=kwargs)
+    file = find_file(location)
     return Portable(spec=f"{file}:{attribute}", kwargs=kwargs, digest=_digest_of(file))
 
 

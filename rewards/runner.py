@@ -22,7 +22,6 @@ import pickle
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from .combining import Pending, Scores
@@ -68,7 +67,6 @@ class Scorer:
         functions: one or several user-supplied functions instead of `config.functions`: callables, specs as `load_reward` takes
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `bounds_itself` is true.
-        base_dir: folder in which relative paths of functions are also looked up.
 
     `names` holds one distinct name per function. Raises ValueError without functions or with a wrong number of weights, and
     what `load_reward` raises.
@@ -78,9 +76,7 @@ class Scorer:
         self,
         config: RewardsConfig,
         functions: RewardSpec | RewardFunction | Iterable[RewardSpec | RewardFunction] | None = None,
-        *,
-        base_dir: Path | None = None,
-    ):
+    ) -> None:
         if functions is None:
             functions = config.entries()
         if isinstance(functions, str | RewardFunction) or callable(functions) or not isinstance(functions, Iterable):
@@ -90,7 +86,7 @@ class Scorer:
             raise ValueError("no reward functions: specify at least one")
         self.config = config
         self.weights = weights_of(config.weights, [options for _, options in entries])
-        self._rewards = _load(entries, base_dir=base_dir, isolation=config.isolation)
+        self._rewards = _load(entries, config.isolation)
         self.names = [reward.name for reward in self._rewards]
         self._loop: BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
@@ -181,17 +177,15 @@ def _with_options(entry: RewardSpec | RewardFunction) -> tuple[RewardSpec, Rewar
     return entry, RewardFunction(function=entry if isinstance(entry, str) else reward_name(entry))
 
 
-def _load(
-    entries: Sequence[tuple[RewardSpec, RewardFunction]], *, base_dir: Path | None, isolation: Isolation
-) -> list[_Reward]:
-    functions = [load_reward(spec, base_dir=base_dir, kwargs=options.kwargs) for spec, options in entries]
+def _load(entries: Sequence[tuple[RewardSpec, RewardFunction]], isolation: Isolation) -> list[_Reward]:
+    functions = [load_reward(spec, kwargs=options.kwargs) for spec, options in entries]
     names = _distinct([e.name or reward_name(f) for (_, e), f in zip(entries, functions, strict=True)])
     rewards: list[_Reward] = []
     for (spec, options), name, function in zip(entries, names, functions, strict=True):
         where = "async" if is_async(function) else options.isolation or getattr(function, "isolation", None) or isolation
         portable = None
         if where in POOLS:
-            portable = portable_of(name, spec, kwargs=options.kwargs, base_dir=base_dir, other_machines=where == "ray")
+            portable = portable_of(name, spec, kwargs=options.kwargs, other_machines=where == "ray")
         rewards.append(_Reward(name=name, function=function, isolation=where, portable=portable))
     return rewards
 

@@ -17,17 +17,12 @@ def test_a_function_is_loaded_from_a_file(tmp_path):
     assert load_reward(f"{file}:one")(completions=["a", "b"]) == [1.0, 1.0]
 
 
-def test_a_relative_path_is_looked_up_in_the_working_directory_then_in_base_dir(tmp_path, monkeypatch):
-    here, there = tmp_path / "here", tmp_path / "there"
-    for folder in (here, there):
-        folder.mkdir()
-        (folder / "both.py").write_text(f"place = {folder.name!r}\n")
-    (there / "only_there.py").write_text("place = 'there'\n")
-    monkeypatch.chdir(here)
-    assert load_object("both.py:place", base_dir=there) == "here"
-    assert load_object("only_there.py:place", base_dir=there) == "there"
-    with pytest.raises(FileNotFoundError, match=r"no file only_there\.py \(looked for .*here/only_there\.py\)$"):
-        load_object("only_there.py:place")
+def test_a_relative_path_is_looked_up_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "here.py").write_text("place = 'here'\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_object("here.py:place") == "here"
+    with pytest.raises(FileNotFoundError, match=r"no file there\.py \(looked for .*/there\.py; names in a run file are"):
+        load_object("there.py:place")
 
 
 def test_two_files_of_one_name_do_not_clash(tmp_path):
@@ -74,10 +69,8 @@ def test_a_file_may_import_files_next_to_it_and_sys_path_is_restored(tmp_path, m
     del sys.modules["helper_beside_reward"]
 
 
-def test_a_module_in_the_working_directory_or_base_dir_is_found(tmp_path, monkeypatch):
+def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "rewards_by_module_name.py").write_text("def f(): return 3\n")
-    assert load_reward("rewards_by_module_name:f", base_dir=tmp_path)() == 3
-    del sys.modules["rewards_by_module_name"]
     monkeypatch.chdir(tmp_path)
     assert load_reward("rewards_by_module_name:f")() == 3
     del sys.modules["rewards_by_module_name"]
@@ -103,14 +96,15 @@ def test_a_missing_function_names_the_near_ones(tmp_path):
         load_object(f"{file}:zzz")
 
 
-def test_a_missing_module_is_distinguished_from_a_missing_import_inside_one(tmp_path):
+def test_a_missing_module_is_distinguished_from_a_missing_import_inside_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^no module 'no_such_package\.rewards'"):
         load_object("no_such_package.rewards:f")
     (tmp_path / "imports_nothing_good.py").write_text("import no_such_package\n")
     with pytest.raises(
         ValueError, match=r"'imports_nothing_good' could not be imported: ModuleNotFoundError"
     ) as caught:
-        load_object("imports_nothing_good:f", base_dir=tmp_path)
+        load_object("imports_nothing_good:f")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 

@@ -58,8 +58,8 @@ def test_files_next_to_the_file_and_arguments_of_a_factory_reach_the_process(mak
         "import helper_of_a_reward\ndef plus(amount):\n    def reward(completions, **kwargs):\n"
         "        return [helper_of_a_reward.value + amount] * len(completions)\n    return reward\n"
     )
-    entry = RewardFunction(function="reward.py:plus", kwargs={"amount": 2}, name="mine")
-    scores = make_scorer(entry, base_dir=tmp_path).score(inputs("a"))
+    entry = RewardFunction(function=f"{tmp_path}/reward.py:plus", kwargs={"amount": 2}, name="mine")
+    scores = make_scorer(entry).score(inputs("a"))
     assert scores.by_function == {"mine": [9.0]}
     del sys.modules["helper_of_a_reward"]
 

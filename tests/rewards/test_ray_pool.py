@@ -132,8 +132,9 @@ def test_a_function_and_the_files_it_imports_need_no_file_on_the_node(make_ray_s
         "        return [length(c) + neighbour_of_a_reward.value + self.amount for c in completions]\n"
         "def plain(completions): return [float(length(c)) for c in completions]\n"
     )
-    entries = [RewardFunction(function="reward.py:Plus", kwargs={"amount": 20}, name="plus"), "reward.py:plain"]
-    scorer = make_ray_scorer(entries, base_dir=tmp_path)
+    file = tmp_path / "reward.py"
+    entries = [RewardFunction(function=f"{file}:Plus", kwargs={"amount": 20}, name="plus"), f"{file}:plain"]
+    scorer = make_ray_scorer(entries)
     for file in tmp_path.glob("*.py"):
         file.unlink()
     assert scorer.score(inputs("abc")).by_function == {"plus": [30.0], "plain": [3.0]}
@@ -145,7 +146,7 @@ def test_a_function_that_cannot_be_sent_is_an_error_that_names_it(tmp_path):
         "import threading\nlock = threading.Lock()\ndef locked(completions): return [float(lock.locked())]\n"
     )
     with pytest.raises(ValueError, match=r"'locked' cannot be sent to other machines.*lock.*install its module.*inline"):
-        scorer_of("reward.py:locked", base_dir=tmp_path, isolation="ray")
+        scorer_of(f"{tmp_path}/reward.py:locked", isolation="ray")
 
 
 def test_processes_persist_and_concurrent_calls_are_limited(make_ray_scorer, tmp_path):
@@ -350,8 +351,8 @@ def start_script(folder: Path, lines: str) -> subprocess.Popen[str]:
         from pathlib import Path
         from rankup.rewards import Inputs, RewardsConfig, Scorer
         data = Inputs(prompts=["p"], completions=["c"], completion_ids=[[1]], columns={{"folder": [{str(folder)!r}]}})
-        config = RewardsConfig(functions="reward.py:waits_for_go", isolation="ray", num_workers=2)
-        scorer = Scorer(config, base_dir=Path({str(folder)!r}))
+        config = RewardsConfig(functions={f"{folder}/reward.py:waits_for_go"!r}, isolation="ray", num_workers=2)
+        scorer = Scorer(config)
     """
     (folder / "reward.py").write_text("import os, time\nfrom pathlib import Path\n\n" + inspect.getsource(waits_for_go))
     (folder / "script.py").write_text(textwrap.dedent(text) + textwrap.dedent(lines))

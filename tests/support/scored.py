@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rankup.rewards.config import RewardFunction, RewardsConfig
@@ -17,9 +16,9 @@ from rankup.rewards.runner import Scorer
 Given = RewardSpec | RewardFunction
 
 
-def scorer_of(functions: Given | Sequence[Given], *, base_dir: Path | None = None, **options: Any) -> Scorer:
+def scorer_of(functions: Given | Sequence[Given], **options: Any) -> Scorer:
     """A scorer of these functions; `options` are those of `RewardsConfig`."""
-    return Scorer(RewardsConfig(**options), functions, base_dir=base_dir)
+    return Scorer(RewardsConfig(**options), functions)
 
 
 def inputs(*completions: str | list[dict[str, str]], **columns: list) -> Inputs:
