@@ -1,7 +1,9 @@
 """The sandbox with ordinary programs, and where there is none; test_sandbox_attacks.py has the others."""
 
 import os
+import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,14 @@ from rankup.rewards.seccomp import seccomp_filter
 PROBLEM = bubblewrap_problem()
 needs_bubblewrap = pytest.mark.skipif(PROBLEM is not None, reason=f"no sandbox here: {PROBLEM}")
 PATIENT = Limits(seconds=60)  # for programs that end by themselves: the machine may be busy
+
+
+def test_a_bwrap_that_works_is_trusted() -> None:
+    """Otherwise a mistake in its arguments would only skip these tests."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None or subprocess.run([bwrap, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True).returncode:
+        pytest.skip("bwrap does not work on this machine")
+    assert PROBLEM is None
 
 
 @pytest.fixture(params=[pytest.param("bubblewrap", marks=needs_bubblewrap), "local"])
