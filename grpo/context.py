@@ -110,7 +110,7 @@ def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterato
     """Reward processes, vLLM and the policy."""
     with closing(setup.scorer):
         setup.scorer.start()  # reward processes load their functions while vLLM starts
-        starts_vllm = setup.config.rollout.engine == "vllm"
+        starts_vllm = engine is None and setup.config.rollout.engine == "vllm"
         setup.stage("starting vLLM and loading the model" if starts_vllm else "loading the model")
         with open_session(
             setup.config,
@@ -167,7 +167,7 @@ def save_on_error(ctx: RunContext) -> Iterator[None]:
         attempts, checkpoints = Attempts(), ctx.checkpoints
         # If one of several workers fails, the others are elsewhere: there is no step that all of them could save.
         can_save = ctx.setup.world.size == 1 or isinstance(error, RunInterrupted)
-        is_saved = can_save and attempts.to("save a checkpoint", checkpoints.write)
+        is_saved = can_save and attempts.to("save a checkpoint", checkpoints.write) and checkpoints.is_saved
         has_adapter = attempts.to("save the adapter", ctx.save_adapter)
         attempts.to("draw the learning curve", ctx.draw)
         attempts.to("write the summary", lambda: _show_end(ctx, ctx.summarize(interrupted=True)))

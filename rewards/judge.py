@@ -116,7 +116,7 @@ def judge(
 class Judge:
     """The reward function that `judge` makes; see there."""
 
-    bounds_itself = True  # each request has a time limit, and a call may wait long for its turn
+    has_own_timeout = True  # each request has a time limit, and a call may wait long for its turn
 
     def __init__(self, *, name: str, template: str, scale: Sequence[float], endpoint: Endpoint, stop_on_failure: bool):
         self.__name__ = name

@@ -6,10 +6,10 @@
     pending = scorer.submit(inputs)
     scores = pending.result()
     scores.total        # [5.0, 1.5]
-    scorer.close()      # ends the processes
+    scorer.close()      # ends the processes and the event loop
 
-Async functions (also partials of them, and objects with an async `__call__`) run on one event loop that lives as long as the
-scorer, so a client can keep its connections between calls. Other functions run on the caller's thread, or in processes on this
+Async functions (also partials of them, and objects with an async `__call__`) run on one event loop that lives until
+`close`, so a client can keep its connections between calls. Other functions run on the caller's thread, or in processes on this
 machine or in a Ray cluster. Processes and the event loop score while the caller samples further completions.
 """
 
@@ -66,10 +66,10 @@ class Scorer:
         config: which functions, their weights, where they run and the action on a failure.
         functions: one or several user-supplied functions instead of `config.functions`: callables, specs as `load_reward` takes
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
-            not apply to an async one whose attribute `bounds_itself` is true.
+            not apply to an async one whose attribute `has_own_timeout` is true.
 
-    `names` holds one distinct name per function. Raises ValueError without functions or with a wrong number of weights, and
-    what `load_reward` raises.
+    `names` holds one distinct name per function. Raises ValueError without functions or with a wrong number of weights,
+    and the errors of `load_reward`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Scorer:
         self._pools: dict[str, Pool] = {}
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise what `submit` would raise for these columns of the data set (without the prompt's)."""
+        """Raise the error that `submit` would raise for these columns of the data set (without the prompt's)."""
         columns = list(columns)
         check_column_names(columns)
         for reward in self._rewards:
@@ -134,15 +134,18 @@ class Scorer:
         return self.submit(inputs).result()
 
     def close(self) -> None:
-        """End the processes; the next `submit` starts new ones. Unfinished calls are cancelled."""
+        """End the processes and the event loop, and cancel unfinished calls. The next `submit` starts new ones."""
         while self._pools:
             self._pools.popitem()[1].close()
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
 
     def _start_call(self, reward: _Reward, inputs: Inputs, pickled: bytes) -> Future[CallResult]:
         if reward.isolation == "async":
             self._loop = self._loop or BackgroundLoop()
-            timeout = None if getattr(reward.function, "bounds_itself", False) else self.config.timeout
-            return self._loop.run(attempts(functools.partial(_await, reward, inputs, timeout), self.config.retries))
+            timeout = None if getattr(reward.function, "has_own_timeout", False) else self.config.timeout
+            return self._loop.run(attempts(functools.partial(_call_async, reward, inputs, timeout), self.config.retries))
         if reward.portable is not None:
             return self._pools[reward.isolation].submit(reward.name, pickled)
         done: Future[CallResult] = Future()
@@ -153,8 +156,8 @@ class Scorer:
         return done
 
 
-async def _await(reward: _Reward, inputs: Inputs, timeout: float | None) -> CallResult:
-    """Call an async function; never raises what it raises."""
+async def _call_async(reward: _Reward, inputs: Inputs, timeout: float | None) -> CallResult:
+    """Call an async function; its exceptions become a Failure."""
     limit = asyncio.timeout(timeout)
     try:
         async with limit:
@@ -183,6 +186,8 @@ def _load(entries: Sequence[tuple[RewardSpec, RewardFunction]], isolation: Isola
     rewards: list[_Reward] = []
     for (spec, options), name, function in zip(entries, names, functions, strict=True):
         where = "async" if is_async(function) else options.isolation or getattr(function, "isolation", None) or isolation
+        if where not in (*POOLS, "inline", "async"):
+            raise ValueError(f"reward function {name!r}: isolation must be inline, process or ray (got {where!r})")
         portable = None
         if where in POOLS:
             portable = portable_of(name, spec, kwargs=options.kwargs, other_machines=where == "ray")

@@ -63,8 +63,8 @@ class RolloutConfig(SamplingConfig):
     """Sampling temperature in training, above 0. Evaluation is greedy."""
 
     engine: Literal["vllm", "torch"] = "vllm"
-    """What samples: `vllm`, or `torch`: the trainer's own forward with a cache of keys and values. It is slower, needs no vLLM,
-    and runs models that vLLM does not. The options below, except `max_num_seqs`, are vLLM's."""
+    """What samples: `vllm`, or `torch`: the trainer's own forward with a KV cache. It is slower, needs no vLLM, and runs models
+    whose layers mix tokens by attention only (no Mamba or RWKV). The options below, except `max_num_seqs`, are vLLM's."""
 
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Sequences that are sampled concurrently. None: all completions of a step, at most 256."""

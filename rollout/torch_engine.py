@@ -5,18 +5,20 @@
     for group in engine.rollout(prompts, config.rollout, seeds=seeds):
         print(group.completions[0].text)
 
-It starts in milliseconds, runs every causal model of transformers, and sampler and trainer are one function. It is slower than
-vLLM (docs/performance.md). The prompts of a wave are computed once each, padded on the left; their cache is repeated for the
-completions of the group, and the rows of finished completions are dropped from it.
+It starts in milliseconds, needs no vLLM, and runs the models of transformers whose layers mix tokens by attention only; sampler
+and trainer are one function. It is slower than vLLM (docs/performance.md). Prompts are sampled in waves of at most
+`max_num_seqs` completions. Each prompt of a wave is computed once, padded on the left; its KV cache is repeated for the group,
+and the rows of finished completions are dropped.
 
-Every completion has uniform random numbers of its own, from the seed of its request and its place in the group, and picks its
-tokens by inverting the distribution function. So its tokens do not depend on what is sampled beside it.
+Tokens are drawn by inverse-CDF sampling. Every completion has uniform random numbers of its own, from the seed of its request
+and its place in the group. So its tokens do not depend on the rest of the batch, up to rounding.
 
 Legend: B rows (completions that are being sampled), T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -49,7 +52,7 @@ ROWS_OF_LOGPROBS = 8
 
 
 class SampledPolicy(Protocol):
-    """The policy as the engine needs it (`grpo/model/policy.py`)."""
+    """The part of the policy (`grpo/model/policy.py`) that this engine uses."""
 
     model: PreTrainedModel
     device: str
@@ -70,11 +73,15 @@ class TorchEngine:
     Args:
         max_num_seqs: completions that are sampled concurrently, at least one group.
         max_model_length: tokens of prompt and completion at most.
+
+    Raises:
+        ValueError: the model has layers other than attention that keep a state.
     """
 
     def __init__(
         self, policy: SampledPolicy, model_path: str, *, max_num_seqs: int, max_model_length: int
     ) -> None:
+        check_cache(policy.model)
         self.device = policy.device
         self.slots = policy.slots
         self.policy_version = 0
@@ -82,7 +89,7 @@ class TorchEngine:
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path)
         self._max_num_seqs = max_num_seqs
         self._max_model_length = max_model_length
-        self._end_ids = end_ids(model_path, self._tokenizer)
+        self._eos_token_ids = eos_token_ids(model_path, self._tokenizer)
 
     def publish(self, write_slots: Callable[[], None]) -> int:
         """Write the slots; returns the new policy version."""
@@ -141,16 +148,19 @@ class TorchEngine:
         longest = min(sampling.max_completion_length, self._max_model_length - len(prompt))
         rows = []
         for place in range(sampling.num_generations):
-            generator = None if seeds is None else torch.Generator().manual_seed(seeds[index] + place)
-            rows.append(_Row(index, torch.rand(longest, generator=generator, dtype=torch.float64)))
+            row = _Row(index, longest)
+            if sampling.temperature > 0:
+                generator = None if seeds is None else torch.Generator().manual_seed(seeds[index] + place)
+                row.uniforms = torch.rand(longest, generator=generator, dtype=torch.float64)
+            rows.append(row)
         return rows
 
     def _end_rows(self, rows: Sequence[_Row], stop: Sequence[str]) -> None:
         """Mark rows that end with their newest token. With stop strings, set the text up to the first of them."""
         for row in rows:
-            if row.token_ids[-1] in self._end_ids:
+            if row.token_ids[-1] in self._eos_token_ids:
                 row.finish_reason = "stop"
-            elif len(row.token_ids) == len(row.uniforms):
+            elif len(row.token_ids) == row.longest:
                 row.finish_reason = "length"
             if stop:
                 text = self._tokenizer.decode(row.token_ids, skip_special_tokens=True)
@@ -160,7 +170,7 @@ class TorchEngine:
     def _completion(self, row: _Row) -> Completion:
         assert row.finish_reason is not None
         # As with vLLM, the token that ended the completion is not part of the text, special or not.
-        of_text = row.token_ids[:-1] if row.token_ids[-1] in self._end_ids else row.token_ids
+        of_text = row.token_ids[:-1] if row.token_ids[-1] in self._eos_token_ids else row.token_ids
         text = self._tokenizer.decode(of_text, skip_special_tokens=True) if row.text is None else row.text
         return Completion(
             token_ids=tuple(row.token_ids),
@@ -173,22 +183,24 @@ class TorchEngine:
 
 @dataclass(eq=False, slots=True)
 class _Row:
-    """A completion that is being sampled: the prompt's index, a random number for each token it may get, and its tokens."""
+    """A completion that is being sampled: the prompt's index, the most tokens it may get, and those it has."""
 
     index: int
-    uniforms: torch.Tensor
+    longest: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     text: str | None = None
     """Set if a stop string ended it."""
+    uniforms: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """A random number in [0, 1) for each token it may get; empty if it is greedy."""
 
 
 class _Wave:
-    """Completions that are sampled together, row by row in the cache of keys and values.
+    """One batch of completions.
 
     Attributes:
-        rows: those that are not finished, in the order of the cache.
+        rows: those that are not finished; row i of the KV cache belongs to `rows[i]`.
     """
 
     def __init__(
@@ -252,15 +264,29 @@ class _Wave:
         else:
             logprobs_BV = self._warp(self._input_BT, logits_BV).log_softmax(-1)
             uniforms_B = torch.stack([row.uniforms[len(row.token_ids)] for row in self.rows]).to(self._device)
-            tokens_B = invert(logprobs_BV, uniforms_B)
+            tokens_B = sample_inverse_cdf(logprobs_BV, uniforms_B)
         return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
 
 
-def invert(logprobs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The token at which each row's distribution function exceeds its number in [0, 1): a sample. In fp64."""
+def sample_inverse_cdf(logprobs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """A sample of each row: the token at which the cumulative distribution exceeds the row's number in [0, 1). In fp64."""
     cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
     threshold_B1 = (uniforms_B * cumulative_BV[:, -1])[:, None]
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Whether the model keeps nothing between tokens but keys and values.
+
+    Raises:
+        ValueError: it has other layers, such as Mamba's.
+    """
+    others = {type(layer) for layer in DynamicCache(config=model.config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if others or "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"rollout.engine=torch runs models with attention layers only, and {type(model).__name__} has others: use vLLM "
+            "(rollout.engine=vllm)"
+        )
 
 
 def warpers(sampling: SamplingConfig) -> LogitsProcessorList:
@@ -277,7 +303,7 @@ def warpers(sampling: SamplingConfig) -> LogitsProcessorList:
     return found
 
 
-def end_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end a completion: the tokenizer's, and those of the model's generation configuration, as in vLLM."""
     try:
         generation = GenerationConfig.from_pretrained(model_path)

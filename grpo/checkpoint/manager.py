@@ -43,7 +43,8 @@ class CheckpointManager:
     Attributes:
         position: where the run stands between two steps.
         num_tokens: tokens sampled so far; the loop counts them.
-        last: the newest checkpoint, written or resumed from; None if there is none.
+        last: the newest checkpoint, written or resumed from; None if there is none. Workers that are not the main process know
+            only the one that they resumed from.
     """
 
     position: Position
@@ -118,6 +119,12 @@ class CheckpointManager:
         set_random_states(states[self._world.rank % len(states)])
         self.set_position(state.position.steps_done, evaluation_pending=state.position.evaluation_pending)
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of `position`, or no step to save yet."""
+        position = self.position
+        return position.steps_done == 0 or self._saved == (position.steps_done, position.evaluation_pending)
+
     def save(self) -> None:
         """Write a checkpoint. A failure is reported and the run continues: the next one may succeed."""
         try:
@@ -134,9 +141,11 @@ class CheckpointManager:
             CheckpointError: it could not be written.
         """
         position = self.position
-        if self._saved == (position.steps_done, position.evaluation_pending):
+        if position.steps_done == 0:
+            return None
+        if self.is_saved:
             return self.last
-        if position.steps_done == 0 or not self._is_between_steps:
+        if not self._is_between_steps:
             return None
 
         position = dataclasses.replace(position, random_states=self._world.gather(position.random_states))
@@ -173,7 +182,10 @@ class CheckpointManager:
 
         reward = recorder.reward_at(position.steps_done, by_evaluation=self._config.logging.eval_steps > 0)
         started = time.perf_counter()
-        recorder.sync()
+        try:
+            recorder.sync()
+        except OSError as error:
+            raise CheckpointError(f"{METRICS_FILE} could not be synced to the disk: {error}") from error
         self.last = self._store.write(position.steps_done, fill, reward=reward, run=self._run_id)
         self.upload()
         recorder.add_seconds("checkpoint", time.perf_counter() - started)

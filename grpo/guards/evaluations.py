@@ -34,7 +34,7 @@ class Evaluations:
 
     @property
     def noise_margin(self) -> float:
-        """Standard errors that noise explains: two, and more after many evaluations, ."""
+        """Standard errors treated as noise: two, more after many evaluations: the best of many is biased upwards."""
         return max(2.0, 1.0 + math.sqrt(2.0 * math.log(max(1, self.count))))
 
     def accepts(self, rewards: Rewards) -> bool:

@@ -52,7 +52,7 @@ SKIP_REMEDY = (
     "lower optim.learning_rate; if the sampler's gap is too wide, sample with top_p 1, top_k -1 and min_p 0, or test with "
     "`rankup check` whether vLLM samples from the trained adapter"
 )
-RESTORE_REMEDY = "even at a lower learning rate: lower optim.learning_rate or raise guards.max_restores"
+RESTORE_REMEDY = "lower optim.learning_rate, or raise guards.max_restores"
 
 
 class Guards:
@@ -125,6 +125,8 @@ class Guards:
         elif decision.snapshot is not None:
             self._snapshots.take(decision.snapshot, decision.step)
             self._taken[decision.snapshot] = TakenSnapshot(decision.step, copy.deepcopy(self._trackers))
+            if decision.snapshot == "evaluation" and "step" in self._taken:
+                self._taken["step"].is_evaluated = False  # they hold the same policy no more
 
     def restore(self, kind: SnapshotKind) -> int:
         """Restore a snapshot: adapter, optimizer and all running means are those of its step, which is returned.
@@ -213,8 +215,9 @@ class Guards:
         """Why the run should stop after this restore; empty if it should not."""
         if restore is None or self._taken[restore].restores < self.config.max_restores:
             return ""
-        taken, again = self._taken[restore], self.config.max_restores
-        return f"stopping: rolled back {again} times to step {_shown(restore, taken)} without recovering, {RESTORE_REMEDY}"
+        times = "once" if self.config.max_restores == 1 else f"{self.config.max_restores} times"
+        step = _shown(restore, self._taken[restore])
+        return f"stopping: rolled back {times} to step {step} without recovering: {RESTORE_REMEDY}"
 
     def _count_triggers(
         self, step: int, readings: Sequence[Reading], kind: SnapshotKind

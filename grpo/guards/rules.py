@@ -92,5 +92,5 @@ def alarm_of(rule: Rule, step: int, level: Level, *, metric: float, value: float
     """The alarm with its text; `metric` is the raw metric, `value` what the rule measured."""
     reading = rule.text.format(metric=metric, value=value) if math.isfinite(metric) else "is not finite"
     side = "below" if rule.name in LOW_IS_BAD else "above"
-    text = f"step {step}: {rule.name} {reading} ({level.name.lower()} {side} {limit:g})"
+    text = f"step {step}: {rule.name} {reading} ({side} its {'soft' if level == Level.WATCH else 'hard'} limit of {limit:g})"
     return Alarm(step=step, name=rule.name, level=level, value=value, limit=limit, text=text)

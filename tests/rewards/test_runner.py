@@ -1,6 +1,7 @@
 import asyncio
 import functools
 import math
+import threading
 import time
 
 import numpy as np
@@ -238,6 +239,37 @@ def test_async_functions_of_all_kinds_run_together():
     scores = score([functools.partial(wait, value=1.0), length, judge, functools.partial(judge)], ["x"])
     assert most == 3
     assert scores.by_function == {"wait": [1.0], "length": [1.0], "Judge": [4.0], "Judge_2": [4.0]}
+
+
+def test_closing_cancels_async_calls_and_ends_their_thread():
+    before = set(threading.enumerate())
+    started, ended = threading.Event(), threading.Event()
+
+    async def waits(completions):
+        started.set()
+        try:
+            await asyncio.sleep(30 if completions[0] == "long" else 0)
+        except asyncio.CancelledError:
+            ended.set()
+            raise
+        return [1.0]
+
+    scorer = scorer_of(waits, retries=2)
+    scorer.submit(inputs(["long"]))
+    assert started.wait(60)
+    scorer.close()
+    assert ended.is_set() and set(threading.enumerate()) <= before
+    assert scorer.score(inputs(["short"])).total == [1.0]
+    scorer.close()
+
+
+def test_an_isolation_that_does_not_exist_is_refused_on_a_callable_too():
+    def length(completions):
+        return [1.0]
+
+    length.isolation = "proces"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"'length': isolation must be inline, process or ray \(got 'proces'\)"):
+        scorer_of(length)
 
 
 def test_async_functions_run_on_the_same_event_loop_in_every_call():

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import trainer_logprobs
 from rankup.rollout.config import SamplingConfig
-from rankup.rollout.torch_engine import TorchEngine, end_ids, invert, warpers
+from rankup.rollout.torch_engine import TorchEngine, check_cache, eos_token_ids, sample_inverse_cdf, warpers
 from rankup.rollout.types import PromptGroup
 
 PROMPTS = [[5, 9, 14, 3], [7, 21, 40], [11, 12, 13, 14, 15]]
@@ -116,7 +117,7 @@ def test_sampled_frequencies_are_the_probabilities(options: dict[str, float]) ->
     logprobs_1V = warpers(settings(**options))(torch.zeros(1, 1, dtype=torch.long), logits_1V).log_softmax(-1)
     count = 40_000
     uniforms_B = torch.rand(count, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    tokens_B = invert(logprobs_1V.expand(count, -1), uniforms_B)
+    tokens_B = sample_inverse_cdf(logprobs_1V.expand(count, -1), uniforms_B)
     observed, expected = tokens_B.bincount(minlength=40), logprobs_1V[0].double().exp() * count
     possible = expected > 0
     assert observed[~possible].sum() == 0, "tokens that an option excludes are never sampled"
@@ -125,7 +126,7 @@ def test_sampled_frequencies_are_the_probabilities(options: dict[str, float]) ->
 
 def test_the_ends_of_the_unit_interval_pick_possible_tokens() -> None:
     logprobs_BV = torch.tensor([[-torch.inf, 0.5, 0.5, -torch.inf]]).log_softmax(-1).expand(2, -1)
-    tokens_B = invert(logprobs_BV, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    tokens_B = sample_inverse_cdf(logprobs_BV, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert tokens_B.tolist() == [1, 2]
 
 
@@ -137,6 +138,26 @@ def test_groups_are_handed_on_as_they_finish_and_the_rest_can_be_left(make: Make
     assert policy_of(engine).model.config._attn_implementation == "rankup_shared_prompt", "the trainer's attention is back"
 
 
+def test_greedy_sampling_draws_no_random_numbers(make: Make) -> None:
+    engine, before = make(), torch.get_rng_state()
+    groups = by_index(engine, PROMPTS, settings(num_generations=2, temperature=0.0))
+    assert torch.get_rng_state().equal(before)
+    assert all(group.completions[0].token_ids == group.completions[1].token_ids for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}),
+        ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    ],
+)
+def test_a_model_with_other_layers_than_attention_is_refused(name: str, sizes: dict[str, int]) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(vocab_size=50, **sizes))
+    with pytest.raises(ValueError, match=r"rollout\.engine=torch runs models with attention layers only"):
+        check_cache(model)
+
+
 # ---------------------------------------------------------------------------------------------------------------- ends
 
 
@@ -144,11 +165,11 @@ def test_all_end_tokens_of_the_model_end_a_completion(make: Make, tiny_model_pat
     folder = shutil.copytree(tiny_model_path("llama"), tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(100, 110)]}))
     engine = make()
-    engine._end_ids = end_ids(str(folder), engine._tokenizer)
-    assert engine._end_ids == {2, *range(100, 110)}
+    engine._eos_token_ids = eos_token_ids(str(folder), engine._tokenizer)
+    assert engine._eos_token_ids == {2, *range(100, 110)}
     completions = [c for g in engine.rollout(PROMPTS, settings(), seeds=[1, 2, 3]) for c in g.completions]
     for completion in completions:
-        ends = [place for place, token in enumerate(completion.token_ids) if token in engine._end_ids]
+        ends = [place for place, token in enumerate(completion.token_ids) if token in engine._eos_token_ids]
         if completion.finish_reason == "stop":
             assert ends == [len(completion.token_ids) - 1]
             assert completion.text == engine._tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)

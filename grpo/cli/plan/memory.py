@@ -279,7 +279,7 @@ class Saving:
     device: Device
 
     @property
-    def needed_with_all_before(self) -> int:
+    def minimum_with_all_before(self) -> int:
         """The memory needed with this change and all before it. May measure a pass."""
         return plan_budget(self.shape, self.together, device=self.device).minimum
 

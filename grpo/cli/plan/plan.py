@@ -28,7 +28,7 @@ from .advice import ONE_POLICY, PRACTICE, PRESETS, Choice, advise, lower_ranks
 from .memory import GIB, Budget, Saving, gib, plan_budget, rank_that_fits, savings, with_full_sequences
 from .shapes import SIZES, ModelShape, read_shape
 
-MAX_RANK = "vLLM's buffers: 64 or 128"
+MAX_RANK_REASON = "rank of vLLM's LoRA buffers, 64 or 128"
 EXAMPLES = """examples:
   rankup plan smollm2-135m-instruct                        the recommendation, its memory, devices that it fits on
   rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80           what fits on a device of 80 GiB; only config.json is fetched
@@ -75,7 +75,7 @@ def add_plan_command(commands: Any) -> None:
     add("--vram", type=_size, metavar="GIB", help="memory of the device, in GiB")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="kind of device (default cuda)")
     add("--preset", choices=list(PRESETS), help="rank, alpha and targets by name")
-    add("--load-in", choices=("bf16", "nf4"), default="bf16", help="type of the trainer's base weights (default bf16)")
+    add("--load-in", choices=("bf16", "nf4"), default="bf16", help="nf4: base weights in 4 bits, for trainer and sampler")
     sharing = "whether the trainer uses vLLM's base weights (default auto: all of them on CUDA, some on CPU)"
     add("--share-base-weights", choices=("auto", "true", "false"), default="auto", help=sharing)
     add("--optimizer", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"), default="adamw", help="default adamw")
@@ -119,7 +119,8 @@ def plan(options: argparse.Namespace) -> int:
     budget = made.budget
     if budget.fits is False:
         needed = f"the run needs {gib(budget.minimum)}, the device has {gib(budget.vram or 0)}"
-        print(f"{file} was not written: {needed}. Plan again with the changes under 'less memory'", file=sys.stderr)
+        where = "in `savings`" if options.json else "under 'less memory'"
+        print(f"{file} was not written: {needed}. Plan again with the changes {where}", file=sys.stderr)
         return 1
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(run_file(made), encoding="utf-8")
@@ -244,8 +245,8 @@ def as_json(made: Plan) -> dict[str, Any]:
             "training": budget.training,
             "engine": budget.engine,
             "fixed": budget.fixed,
-            "needed": budget.minimum,
-            "comfortable": budget.recommended,
+            "minimum": budget.minimum,
+            "recommended": budget.recommended,
             "vram": budget.vram,
             "fits": budget.fits,
             "common_sizes_gib": budget.common_sizes,
@@ -258,7 +259,7 @@ def as_json(made: Plan) -> dict[str, Any]:
         },
         "gpu_memory_utilization": budget.gpu_memory_utilization,
         "savings": [
-            {name: getattr(one, name) for name in ("change", "price", "alone", "needed_with_all_before")}
+            {name: getattr(one, name) for name in ("change", "price", "alone", "minimum_with_all_before")}
             for one in made.savings
         ],
         "notes": made.notes,
@@ -272,7 +273,7 @@ def run_file(made: Plan) -> str:
     sections: dict[str, dict[str, tuple[Any, str]]] = {
         "lora": {
             **{name: advice[name] for name in ("rank", "alpha", "use_rslora", "targets")},
-            "max_rank": (config.lora.max_rank, MAX_RANK),
+            "max_rank": (config.lora.max_rank, MAX_RANK_REASON),
             "dropout": (0.0, f"the only value: {ONE_POLICY}"),
         },
         "rollout": {

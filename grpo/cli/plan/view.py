@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .memory import Budget, gib
-from .plan import MAX_RANK, Plan
+from .plan import MAX_RANK_REASON, Plan
 
 PIPED_WIDTH = 120
 Row = tuple[str | Text, ...]
@@ -79,7 +79,7 @@ def _adapter(plan: Plan) -> Iterator[Row]:
     per_rank = plan.shape.parameters_per_rank(lora.targets)
     reason = f"{lora.rank} x {per_rank:,}: the sum of d_in + d_out over all adapted layers"
     yield "parameters", f"{plan.adapter_parameters:,}", reason
-    yield "max_lora_rank", str(lora.max_rank), MAX_RANK
+    yield "max_lora_rank", str(lora.max_rank), MAX_RANK_REASON
 
 
 def _memory(budget: Budget) -> Iterator[Row]:
@@ -119,7 +119,7 @@ def _savings(plan: Plan) -> Iterator[Row]:
     for saving in plan.savings:
         price = saving.price
         if is_short and budget.vram is not None:
-            needed = saving.needed_with_all_before
+            needed = saving.minimum_with_all_before
             is_short = needed > budget.vram
             price += f"; with all above {gib(needed)}" + ("" if is_short else ", which fits")
         if budget.fits is False or saving.alone >= budget.minimum / 10:

@@ -1,5 +1,6 @@
-"""Edge cases of interrupted and resumed runs: real vLLM on a tiny model."""
+"""Edge cases of interrupted and resumed runs."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import pytest
 from resumed import FaultError, left_behind, low_ids_with_noise
 from tiny_runs import ROWS
 
+from rankup.grpo import loop
 from rankup.grpo.cluster.events import EventView
 from rankup.grpo.common.interrupts import RunInterrupted
+from rankup.grpo.run.records import RunRecorder
 
 
 def files_of(run: Path) -> dict[Path, bytes]:
@@ -129,6 +132,34 @@ def test_a_failed_save_does_not_replace_the_original_error(make_trainer, tmp_pat
     out = capsys.readouterr().out
     assert "could not save a checkpoint" in out and "could not draw the learning curve" in out
     assert (tmp_path / "run" / "adapter").is_dir() and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_records_that_cannot_be_synced_cost_only_that_checkpoint(train, tmp_path: Path, capsys, monkeypatch):
+    sync, calls = RunRecorder.sync, iter([True])
+
+    def fails_once(recorder: RunRecorder) -> None:
+        if next(calls, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(recorder)
+
+    monkeypatch.setattr(RunRecorder, "sync", fails_once)
+    assert train("run", save_steps=2)["steps"] == 6
+    assert "could not be synced to the disk" in " ".join(capsys.readouterr().out.split())
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+
+
+def test_an_interruption_that_could_not_be_saved_does_not_end_with_status_0(make_trainer, monkeypatch):
+    """The state was left for that of the best snapshot, and the checkpoint before it had failed."""
+
+    def leaves_its_position(ctx: Any) -> None:
+        ctx.checkpoints.leave_position()
+        raise RunInterrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "end_with_best_policy", leaves_its_position)
+    for save_steps, code in ((0, 128 + signal.SIGTERM), (1, 0)):
+        with pytest.raises(RunInterrupted) as caught:
+            make_trainer(save_steps=save_steps).train()
+        assert caught.value.code == code
 
 
 def test_a_failing_view_loses_no_step(make_trainer, tmp_path: Path):

@@ -157,6 +157,16 @@ def test_restoring_an_evaluation_replaces_the_step_snapshot_by_the_same_policy()
     assert (state["evaluation"]["step"], state["step"]["step"]) == (20, 20)
 
 
+def test_restores_of_a_step_do_not_count_for_a_later_evaluation_snapshot():
+    played = after_calm()
+    for count in (16, 80, 0, 80):  # restored at the third; the fourth takes a new snapshot
+        played.evaluate(right(count))
+    taken = played.guards.state_dict()["taken"]
+    assert taken["evaluation"]["restores"] == 0 and taken["step"]["restores"] == 1
+    played.guards.restore("step")
+    assert played.guards.state_dict()["taken"]["evaluation"]["restores"] == 0, "that snapshot was never restored"
+
+
 def test_a_fall_above_the_hard_limit_restores_the_best_and_halves():
     played = Played()
     for count in (16, 80):

@@ -282,7 +282,7 @@ def test_the_learning_rate_has_a_floor():
 
 def test_every_text_is_one_line_that_names_step_value_and_limit(calm: Played):
     (alarm,) = calm.steps(effective_sample_size=0.2)[0].alarms
-    assert alarm.text == "step 21: effective_sample_size 0.20 (stop below 0.3)"
+    assert alarm.text == "step 21: effective_sample_size 0.20 (below its hard limit of 0.3)"
     assert (alarm.step, alarm.value, alarm.limit) == (21, 0.2, 0.3)
     calm.steps(3, sampler_kl=math.nan, grad_norm=9.0, entropy=0.001, reward=-1.0, length=900.0, advantage_scale=9.0)
     texts = [alarm.text for decision in calm.decisions for alarm in decision.alarms] + [v.text for v in calm.decisions]

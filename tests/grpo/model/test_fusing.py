@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP as GatedMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from rankup.grpo.cli.plan.step_memory import fake_tensors
 from rankup.grpo.config import LoraConfig
@@ -199,6 +200,22 @@ def test_nothing_of_a_pass_is_kept_beyond_it() -> None:
     fuse(block, lambda: block(torch.randn(5, 8, dtype=torch.float64)))
     shared = block.mixer.get_submodule("q_proj").shared_input
     assert not shared.has_unread_outputs and shared._x is None  # type: ignore[union-attr]
+
+
+def test_a_norm_with_a_gate_is_left_alone() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Qwen3NextRMSNormGated(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x, x)
+
+    model = Gated().requires_grad_(False)
+    x = torch.randn(5, 8)
+    before = model(x)
+    assert fuse(model, lambda: model(x)).not_fused == {"norm": "its forward takes further arguments"}
+    assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])

@@ -136,7 +136,7 @@ def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
     assert changes.index("optim.gradient_checkpointing true") < changes.index("lora.rank 64")
     assert changes.index("optim.gradient_checkpointing true") < changes.index("optim.optimizer adamw_8bit")
     assert changes[-1] == "lora.rank 16"
-    together = [saving.needed_with_all_before for saving in found]
+    together = [saving.minimum_with_all_before for saving in found]
     assert together == sorted(together, reverse=True)
 
 
