@@ -146,11 +146,32 @@ def plan_blocks(
             if completion_length > 0:
                 completions.append(Tokens(length, completion_length, prompt_start))
             length += completion_length
-    builder = _PlanBuilder(length, heads, key_heads)
+    units: list[Unit] = []
+    rows: list[tuple[torch.Tensor, ...]] = []
+    num_queries = num_keys = 0
     for prompt_length, sequences in behind.items():
         for similar in _of_similar_length(sequences, prompt_length, heads):
-            builder.add(prompt_length, similar)
-    return builder.plan(device)
+            count, width = len(similar), max(s.length for s in similar)
+            columns = _padded(prompt_length + width)
+            tokens = width if count > 1 else max(1, min(width, SCORES_LIMIT // (heads * columns)))
+            prompts_of_unit = itertools.groupby(s.prompt_start for s in similar)
+            starts = tuple((start, len(list(own))) for start, own in prompts_of_unit)
+            units.append(Unit(starts, prompt_length, count, width, columns, tokens, num_queries, num_keys))
+            rows.append(_rows_of_unit(prompt_length, similar, width, columns, key_heads))
+            num_queries += count * key_heads * width
+            num_keys += count * key_heads * columns
+    query_rows, is_query, key_rows, is_own_key = map(torch.cat, zip(*rows, strict=True))
+    return BlockPlan(
+        heads=heads,
+        key_heads=key_heads,
+        units=tuple(units),
+        query_rows=query_rows.to(device),
+        key_rows=key_rows.to(device),
+        padding=(~is_query).nonzero()[:, 0].to(device),
+        result_rows=_places(query_rows, is_query, length * key_heads).to(device),
+        own_rows=_places(key_rows, is_own_key, length * key_heads).to(device),
+        keeps_weights=heads * sum(unit.count * unit.width * unit.columns for unit in units) <= KEPT_LIMIT,
+    )
 
 
 def _of_similar_length(sequences: list[Tokens], prompt_length: int, heads: int) -> Iterator[list[Tokens]]:
@@ -173,61 +194,31 @@ def _padded(columns: int) -> int:
     return -(-columns // COLUMNS) * COLUMNS
 
 
-class _PlanBuilder:
-    """Adds one unit after another and assigns rows to them."""
+def _rows_of_unit(
+    prompt_length: int, sequences: list[Tokens], width: int, columns: int, key_heads: int
+) -> tuple[torch.Tensor, ...]:
+    """The pack's row of each query [U * K * C] and whether it is no padding; the pack's row of each key [U * K * S] and whether
+    it is a token of the sequence itself."""
+    first_U, length_U, prompt_U = torch.tensor(sequences).unbind(1)
+    column = torch.arange(columns - prompt_length)
+    # Padding repeats the sequence's last token: its values are finite, and no token of the sequence sees it.
+    after_prompt = first_U[:, None] + torch.minimum(column, length_U[:, None] - 1)
+    is_token = column < length_U[:, None]
+    prompt_UP = prompt_U[:, None] + torch.arange(prompt_length)
+    keys_US = torch.cat([prompt_UP, after_prompt], dim=1)
+    is_own_US = torch.cat([torch.zeros_like(prompt_UP, dtype=torch.bool), is_token], dim=1)
 
-    def __init__(self, length: int, heads: int, key_heads: int) -> None:
-        self.heads = heads
-        self.key_heads = key_heads
-        self.units: list[Unit] = []
-        self.query_rows: list[torch.Tensor] = []
-        self.key_rows: list[torch.Tensor] = []
-        self.padding: list[torch.Tensor] = []
-        self.result_rows = torch.empty(length * key_heads, dtype=torch.long)
-        self.own_rows = torch.empty(length * key_heads, dtype=torch.long)
-        self.num_queries = self.num_keys = 0
+    def rows(tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens[:, None] * key_heads + torch.arange(key_heads)[:, None]).flatten()
 
-    def add(self, prompt_length: int, sequences: list[Tokens]) -> None:
-        """A unit of these sequences, those behind one prompt next to each other."""
-        count, width = len(sequences), max(s.length for s in sequences)
-        columns = _padded(prompt_length + width)
-        tokens = width if count > 1 else max(1, min(width, SCORES_LIMIT // (self.heads * columns)))
-        prompts = tuple((start, len(list(own))) for start, own in itertools.groupby(s.prompt_start for s in sequences))
-        self.units.append(Unit(prompts, prompt_length, count, width, columns, tokens, self.num_queries, self.num_keys))
+    def of_every_head(mask: torch.Tensor) -> torch.Tensor:
+        return mask[:, None].expand(-1, key_heads, -1).flatten()
 
-        first_U, length_U, prompt_U = torch.tensor(sequences).unbind(1)
-        column_C = torch.arange(width)
-        # Padding repeats the sequence's last token: its values are finite, and no token of the sequence sees it.
-        tokens_UC = first_U[:, None] + torch.minimum(column_C, length_U[:, None] - 1)
-        prompt_UP = prompt_U[:, None] + torch.arange(prompt_length)
-        padding_US = tokens_UC[:, -1:].expand(-1, columns - prompt_length - width)
-        rows_UKC = self._rows_of_pack(tokens_UC)
-        rows_UKS = self._rows_of_pack(torch.cat([prompt_UP, tokens_UC, padding_US], dim=1))
-        queries_UKC = self.num_queries + torch.arange(rows_UKC.numel()).view_as(rows_UKC)
-        keys_UKS = self.num_keys + torch.arange(rows_UKS.numel()).view_as(rows_UKS)
-        self.query_rows.append(rows_UKC.flatten())
-        self.key_rows.append(rows_UKS.flatten())
+    return rows(after_prompt[:, :width]), of_every_head(is_token[:, :width]), rows(keys_US), of_every_head(is_own_US)
 
-        is_token_UKC = (column_C < length_U[:, None])[:, None].expand_as(rows_UKC)
-        self.padding.append(queries_UKC[~is_token_UKC])
-        self.result_rows[rows_UKC[is_token_UKC]] = queries_UKC[is_token_UKC]
-        self.own_rows[rows_UKC[is_token_UKC]] = keys_UKS[..., prompt_length : prompt_length + width][is_token_UKC]
-        self.num_queries += queries_UKC.numel()
-        self.num_keys += keys_UKS.numel()
 
-    def _rows_of_pack(self, tokens_US: torch.Tensor) -> torch.Tensor:
-        """[U, K, S]."""
-        return tokens_US[:, None] * self.key_heads + torch.arange(self.key_heads)[:, None]
-
-    def plan(self, device: torch.device | str) -> BlockPlan:
-        return BlockPlan(
-            heads=self.heads,
-            key_heads=self.key_heads,
-            units=tuple(self.units),
-            query_rows=torch.cat(self.query_rows).to(device),
-            key_rows=torch.cat(self.key_rows).to(device),
-            padding=torch.cat(self.padding).to(device),
-            result_rows=self.result_rows.to(device),
-            own_rows=self.own_rows.to(device),
-            keeps_weights=self.heads * sum(unit.count * unit.width * unit.columns for unit in self.units) <= KEPT_LIMIT,
-        )
+def _places(rows: torch.Tensor, is_own: torch.Tensor, length: int) -> torch.Tensor:
+    """The index at which each of the pack's rows stands among `rows`, where `is_own`."""
+    places = torch.empty(length, dtype=torch.long)
+    places[rows[is_own]] = is_own.nonzero()[:, 0]
+    return places

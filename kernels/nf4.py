@@ -11,7 +11,6 @@ values of `dense()`. transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4b
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +66,6 @@ class Nf4Weight:
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, flat, self.dtype
         ).view(self.shape)
-
-
-def nf4_bytes(values: int) -> int:
-    """Bytes of a weight with this number of values, scales included."""
-    return math.ceil(values / 2) + 4 * math.ceil(values / BLOCKSIZE)
 
 
 @functools.cache

@@ -1,10 +1,8 @@
 """Memory of this process."""
 
-import resource
-from pathlib import Path
+import psutil
 
 
 def resident_mib() -> float:
     """Resident set size of this process, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return psutil.Process().memory_info().rss / 2**20

@@ -63,7 +63,7 @@ def resolve_model(name: str, *, revision: str | None = None, config_only: bool =
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: the folder has no config.json")
         return str(folder)
-    if folder.is_absolute() or name.startswith((".", "~")):
+    if hub_id(name) is None:
         raise ValueError(f"model {name}: no such folder")
     return _from_hub(name, revision, ["config.json"] if config_only else HUB_PATTERNS)
 

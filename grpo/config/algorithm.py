@@ -8,7 +8,7 @@ explicitly takes precedence, so all parts can be combined freely.
 """
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -167,14 +167,15 @@ class AlgorithmConfig(Section):
 
 TRL_SWITCH = "vllm_importance_sampling_correction"
 
-CORRECTION_MODES = ("none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask")
+CorrectionMode = Literal["none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask"]
+CORRECTION_MODES = get_args(CorrectionMode)
 
 
 class CorrectionConfig(Section):
     """Importance weights for the mismatch between sampler and trainer, which round differently: the loss of each token (or
     completion) is multiplied by w = exp(log-probability in the trainer - log-probability in the sampler), limited by `mode`."""
 
-    mode: Literal["none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    mode: CorrectionMode = "token_truncate"
     """`token_truncate`: min(w, cap), truncated importance sampling. `token_mask`: 0 above `cap`. `icepop`: 0 outside [floor,
     cap] (2510.18855). `sequence_truncate`, `sequence_mask`: the same for the geometric mean of w over a completion, which does
     not shrink with its length. `none`: no weights."""

@@ -6,7 +6,7 @@ model, once it is loaded.
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
@@ -20,7 +20,7 @@ TARGET_PRESETS: dict[str, list[str]] = {
 }
 """Module names of each preset of `lora.targets`."""
 
-INITS = ("default", "gaussian", "orthogonal")
+Init = Literal["default", "gaussian", "orthogonal"]
 
 
 def _fits_the_buffers(rank: int) -> int:
@@ -63,7 +63,7 @@ class LoraConfig(Section):
     regular expression that matches complete module names, such as `.*layers\\.(0|1)\\..*(q|v)_proj`. Norm layers are not
     supported."""
 
-    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"
+    init_lora_weights: Init = "default"
     """Initialisation of A: `default` (PEFT's True: Kaiming-uniform), `gaussian`, or `orthogonal` (A and B orthogonal to each
     other, even ranks only). An adapter on the embedding always starts with A zero and B normal. PEFT's other methods are not
     supported: they change the base weights, which vLLM also uses (pissa, olora, corda, loftq), or need data (eva)."""
@@ -112,9 +112,9 @@ class LoraConfig(Section):
     @classmethod
     def _base_weights_stay_unmodified(cls, init: object, info: ValidationInfo) -> object:
         init = "default" if init is True else init
-        if init not in INITS:
+        if init not in get_args(Init):
             raise ValueError(
-                f"must be {', '.join(INITS[:-1])} or {INITS[-1]} (got {init!r}): PEFT's other methods change the base weights, "
+                f"must be default, gaussian or orthogonal (got {init!r}): PEFT's other methods change the base weights, "
                 "which vLLM also uses, or need data"
             )
         odd = [rank for rank in _ranks(info) if rank % 2]

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 from ...rewards.config import RewardFunction
 from ...section import Section
 from .loading import TRL_NAMES
-from .run_config import DERIVED_DEFAULTS, GRPOConfig
+from .run_config import DERIVED_DEFAULTS, GRPOConfig, known_keys
 
 INTRODUCTION = """# Options
 
@@ -29,18 +29,14 @@ errors. This page is generated: `python -m rankup.grpo.config.reference docs/opt
 
 def reference() -> str:
     """The text of docs/options.md."""
-    parts = [INTRODUCTION]
-    top_level: dict[str, FieldInfo] = {}
-    for name, field in GRPOConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            parts.append(f"## {name}\n\n{_one_line(section.__doc__)}\n\n{_table(name, section.model_fields)}")
-            if name == "rewards":
-                text = "An entry of `rewards.functions` may be a mapping with these keys:"
-                parts.append(f"{text}\n\n{_table('', RewardFunction.model_fields)}")
-        else:
-            top_level[name] = field
-    parts.append(f"## Outside of the sections\n\n{_table('', top_level)}")
+    parts, keys, fields = [INTRODUCTION], known_keys(), GRPOConfig.model_fields
+    for name in keys.sections:
+        section = cast(type[Section], fields[name].annotation)
+        parts.append(f"## {name}\n\n{_one_line(section.__doc__)}\n\n{_table(name, section.model_fields)}")
+        if name == "rewards":
+            text = "An entry of `rewards.functions` may be a mapping with these keys:"
+            parts.append(f"{text}\n\n{_table('', RewardFunction.model_fields)}")
+    parts.append(f"## Outside of the sections\n\n{_table('', {name: fields[name] for name in keys.top_level})}")
     renamed = "\n".join(f"| `{trl}` | `{ours}` |" for trl, ours in TRL_NAMES.items() if not ours.endswith(trl))
     text = "Accepted as flat names in run files, overrides and Python, as are all names that occur in only one section."
     parts.append(f"## Names of TRL\n\n{text}\n\n| TRL | rankup |\n|---|---|\n{renamed}\n")

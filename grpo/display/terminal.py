@@ -73,7 +73,8 @@ class View(Protocol):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        return None
 
 
 def make_view(*, max_steps: int, run_name: str, output_dir: Path | None = None, console: Console | None = None) -> View:

@@ -25,12 +25,10 @@ from safetensors import safe_open
 from torch import nn
 from torch._guards import detect_fake_mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...kernels.nf4 import BLOCKSIZE, Nf4Weight
 from .lora_layers import Nf4Linear
-
-INDEX = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,14 +181,13 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
     model.requires_grad_(False)
     scales = {name: buffer for name, buffer in model.named_buffers() if name.endswith(f".{Nf4Linear.SCALES}")}
     weights = {**dict(model.named_parameters()), **scales}
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in weights.items()}
     unshared = tuple(name for name in weights if name not in shared)
     return BaseModel(
         model=model,
         weights=weights,
         unshared=unshared,
-        unshared_bytes=sum(sizes[name] for name in unshared),
-        shared_bytes=sum(sizes[name] for name in shared),
+        unshared_bytes=sum(weights[name].nbytes for name in unshared),
+        shared_bytes=sum(weights[name].nbytes for name in shared),
         versions=tuple(tensor._version for tensor in weights.values()),
         checksums=tuple(_checksum(tensor) for tensor in weights.values()) if detect_fake_mode() is None else (),
     )
@@ -199,7 +196,7 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
 def _checksum(weight: torch.Tensor) -> int:
     """The sum of its bits modulo 2^64, read as the widest integers that fit: torch makes wide copies of narrow ones."""
     flat = weight.detach().reshape(-1)
-    size, start = flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size()
+    size, start = flat.nbytes, flat.storage_offset() * flat.element_size()
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     width = next(width for width in kinds if size % width == start % width == 0)
     return int(flat.view(kinds[width]).sum(dtype=torch.int64).item())
@@ -253,13 +250,14 @@ def _set_nf4(model: PreTrainedModel, name: str, weight: Nf4Weight) -> None:
 
 def _files_of_weights(folder: Path) -> dict[str, Path]:
     """Which file holds each weight."""
-    if (folder / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    index, single_file = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
-    if not (folder / SINGLE_FILE).is_file():
+    if not single_file.is_file():
         return {}
-    with safe_open(folder / SINGLE_FILE, framework="pt") as file:
-        return dict.fromkeys(file.keys(), folder / SINGLE_FILE)
+    with safe_open(single_file, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single_file)
 
 
 def _read(files: Mapping[str, Path], names: Sequence[str], device: str) -> Iterator[tuple[str, torch.Tensor]]:

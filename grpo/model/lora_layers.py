@@ -54,21 +54,20 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
     @property
     def master_a(self) -> nn.Parameter:
         """A, [r, d_in] in fp32."""
-        raise NotImplementedError
+        is_embedding = ADAPTER in self.lora_embedding_A
+        return cast(nn.Parameter, self.lora_embedding_A[ADAPTER] if is_embedding else self.lora_A[ADAPTER].weight)
 
     @property
     def master_b(self) -> nn.Parameter:
         """B, [d_out, r] in fp32."""
-        raise NotImplementedError
+        is_embedding = ADAPTER in self.lora_embedding_B
+        return cast(nn.Parameter, self.lora_embedding_B[ADAPTER] if is_embedding else self.lora_B[ADAPTER].weight)
 
     @property
     def masters(self) -> list[Master]:
         """A and B."""
-        scaling, rank = self.scaling[ADAPTER], self.rank
-        return [
-            Master(self.master_a, self.roles[0], scaling, rank),
-            Master(self.master_b, self.roles[1], scaling, rank),
-        ]
+        parameters = (self.master_a, self.master_b)
+        return [Master(p, role, self.scaling[ADAPTER], self.rank) for p, role in zip(parameters, self.roles, strict=True)]
 
     @property
     def rank(self) -> int:
@@ -93,9 +92,7 @@ class FusedLoRALayer(nn.Module, PeftLoraLayer):
     def adapter(self) -> Adapter:
         """fp32 master weights and slot, in the form that the kernels take."""
         rank = self.rank
-        return Adapter(
-            self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER]
-        )
+        return Adapter(self.master_a, self.master_b, self.slot.a[:rank], self.slot.b[:, :rank], self.scaling[ADAPTER])
 
 
 class Nf4Linear(nn.Linear):
@@ -127,16 +124,6 @@ class FusedLoRALinear(FusedLoRALayer, PeftLoraLinear):
 
     shared_input: SharedInput | None = None  # the layers that read the same tensor, this one among them
 
-    @property
-    def master_a(self) -> nn.Parameter:
-        """A, [r, d_in] in fp32."""
-        return cast(nn.Parameter, self.lora_A[ADAPTER].weight)
-
-    @property
-    def master_b(self) -> nn.Parameter:
-        """B, [d_out, r] in fp32."""
-        return cast(nn.Parameter, self.lora_B[ADAPTER].weight)
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., d_in] -> [..., d_out]; the base layer alone while PEFT's adapters are disabled."""
         if self.disable_adapters:
@@ -154,16 +141,6 @@ class FusedLoRAEmbedding(FusedLoRALayer, PeftLoraEmbedding):
     """
 
     roles = ("embedding", "embedding")
-
-    @property
-    def master_a(self) -> nn.Parameter:
-        """A, [r, V] in fp32."""
-        return self.lora_embedding_A[ADAPTER]
-
-    @property
-    def master_b(self) -> nn.Parameter:
-        """B, [D, r] in fp32."""
-        return self.lora_embedding_B[ADAPTER]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Token ids [...] -> [..., D]; the base layer alone while PEFT's adapters are disabled."""

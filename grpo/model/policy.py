@@ -5,16 +5,13 @@
     engine.publish(policy.write_slots)              # master weights -> slots: the engine samples with this policy now
     loss, logprobs, entropy = policy.backward(pack, token_loss)
     policy.save_adapter(Path("adapter"))            # PEFT's format
-
-PEFT injects and owns the adapters (names, initialisation, saving); `FusedLoRALinear` and `FusedLoRAEmbedding` replace the
-arithmetic of its layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -81,9 +78,7 @@ class Policy:
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
         self.peft_model = inject(base, lora, seed)
-        self.layers = {
-            name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)
-        }
+        self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
         self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)))
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
@@ -114,7 +109,7 @@ class Policy:
         if missing:
             raise ValueError(f"the sampler has no adapter slot for {missing[:3]} ({len(missing)} projections in all)")
         for name, layer in self.layers.items():
-            slot, rank = slots[name], layer.r[ADAPTER]
+            slot, rank = slots[name], layer.rank
             fits = slot.max_rank >= rank and slot.a.shape[1] == layer.in_features and slot.b.shape[0] == layer.out_features
             if not fits:
                 raise ValueError(
@@ -126,19 +121,17 @@ class Policy:
             slot.b.zero_()
         for name, layer in self.layers.items():
             layer.slot = slots[name]
-        # Lists of views, made once: publishing is a handful of calls over them.
-        self._slot_a = [layer.slot.a[: layer.r[ADAPTER]] for layer in self.layers.values()]
-        self._slot_b = [layer.slot.b[:, : layer.r[ADAPTER]] for layer in self.layers.values()]
-        self._scalings = [layer.scaling[ADAPTER] for layer in self.layers.values()]
+        # Views of the slots, made once: publishing is a handful of calls over them.
+        self._adapters = [layer.adapter for layer in self.layers.values()]
 
     @torch.no_grad()
     def write_slots(self) -> None:
         """Master weights to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. They do not change."""
         self._check_base_weights(thoroughly=False)
-        layers = self.layers.values()
-        torch._foreach_copy_(self._slot_a, [layer.master_a.data for layer in layers])  # type: ignore[attr-defined]
-        scaled = torch._foreach_mul([layer.master_b.data for layer in layers], self._scalings)  # type: ignore[attr-defined]
-        torch._foreach_copy_(self._slot_b, scaled)  # type: ignore[attr-defined]
+        all_of = self._adapters
+        torch._foreach_copy_([one.a for one in all_of], [one.master_a.data for one in all_of])  # type: ignore[attr-defined]
+        scaled = torch._foreach_mul([one.master_b.data for one in all_of], [one.scaling for one in all_of])  # type: ignore[attr-defined]
+        torch._foreach_copy_([one.b for one in all_of], scaled)  # type: ignore[attr-defined]
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format. What stood in `folder` is replaced only once the new one is complete."""
@@ -163,11 +156,9 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
-        with self._adapter(use_adapter):
+        with nullcontext() if use_adapter else self.peft_model.disable_adapter():
             hidden_ND, head = self._hidden(pack), self.head
-        return linear_logprobs(
-            hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes
-        )
+        return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes)
 
     def backward(
         self,
@@ -213,17 +204,10 @@ class Policy:
         self.model.base_model(**inputs, use_cache=False)
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
+        inputs: dict[str, Any] = {"attention_mask": pack.attention_mask}
         if pack.layout is not None:
-            output = self.model.base_model(
-                input_ids=pack.input_ids,
-                position_ids=pack.position_ids,
-                shared_prompt_layout=pack.layout,
-                use_cache=False,
-            )
-        else:
-            output = self.model.base_model(
-                input_ids=pack.input_ids, attention_mask=pack.attention_mask, use_cache=False
-            )
+            inputs = {"position_ids": pack.position_ids, "shared_prompt_layout": pack.layout}
+        output = self.model.base_model(input_ids=pack.input_ids, **inputs, use_cache=False)
         # index_select: indexing would sum its gradient one element at a time.
         return output.last_hidden_state.flatten(0, 1).index_select(0, pack.source_N)
 
@@ -245,20 +229,12 @@ class Policy:
         self.model.eval()  # in training mode with gradient checkpointing, transformers uses no cache
         self.model.set_attn_implementation(_plain_attention(self.model))
         try:
-            with torch.no_grad(), self._adapter(use_adapter):
+            with torch.no_grad(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
                 yield
         finally:
             self.model.train(was_training)
             if self.shares_prompts:
                 self.model.set_attn_implementation(shared_prompt_attention.NAME)
-
-    @contextmanager
-    def _adapter(self, use_adapter: bool) -> Iterator[None]:
-        if use_adapter:
-            yield
-        else:
-            with self.peft_model.disable_adapter():
-                yield
 
     def _local_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
         return {

@@ -22,7 +22,7 @@ from ...rollout.types import Completion
 from ..common.log import logger
 from ..data.groups import Group
 from ..data.prompts import Prompt
-from .lora_layers import ADAPTER, FusedLoRALayer
+from .lora_layers import ADAPTER
 from .packing import Pack, by_completion, pack, pad
 from .policy import Policy
 
@@ -94,7 +94,8 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False) -> list[P
             strength = min(MAX_STRENGTH, max(MIN_STRENGTH, TOTAL_STRENGTH / len(names)))
             _write_random_adapters(policy, names, seed, strength)
             engine.publish(policy.write_slots)
-            gap, effect = _compare(policy, engine, sequences, base)
+            of_engine = engine.prompt_logprobs(sequences)
+            gap, effect = _difference(of_engine, trainer_logprobs(policy, sequences)), _difference(of_engine, base)
             proofs.append(Proof(what=what, gap=gap, effect=effect, noise=noise if len(names) == 1 else 0.0))
             if each and not proofs[-1].holds:
                 logger.warning("FAILED %s", proofs[-1])
@@ -164,24 +165,13 @@ def _write_random_adapters(policy: Policy, names: Sequence[str], seed: int, stre
         a, b = layer.master_a, layer.master_b
         a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
         b.copy_(torch.randn(b.shape, generator=generator))
-        b.mul_(strength * _base_norm(layer) / (layer.scaling[ADAPTER] * _update_norm(a, b)))
-
-
-def _base_norm(layer: FusedLoRALayer) -> float:
-    return torch.linalg.vector_norm(layer.base_weight, dtype=torch.float32).item()
+        base_norm = torch.linalg.vector_norm(layer.base_weight, dtype=torch.float32).item()
+        b.mul_(strength * base_norm / (layer.scaling[ADAPTER] * _update_norm(a, b)))
 
 
 def _update_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     """Frobenius norm of `b @ a`, by tr(a^T b^T b a): for a head or an embedding the product would be as large as the layer."""
     return ((b.t() @ b) * (a @ a.t())).sum().sqrt().item()
-
-
-def _compare(
-    policy: Policy, engine: Engine, sequences: list[list[int]], base: list[list[float]]
-) -> tuple[float, float]:
-    """Gap and effect of the published adapter."""
-    of_engine = engine.prompt_logprobs(sequences)
-    return _difference(of_engine, trainer_logprobs(policy, sequences)), _difference(of_engine, base)
 
 
 def _difference(one: list[list[float]], other: list[list[float]]) -> float:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..logprob_rows import Rows, Slopes
+from . import launch
 
 MEASURE_BLOCK = 4096
 GRADIENT_BLOCK = 2048
@@ -40,19 +41,16 @@ class TritonRows:
     def measure(self, logits_nV: torch.Tensor, targets_n: torch.Tensor, *, keep: bool = True) -> Rows:
         """Statistics of the rows. The log-probability of a target (int64) outside the vocabulary is NaN."""
         rows = Rows(*logits_nV.new_empty(4, logits_nV.shape[0], dtype=torch.float32))
-        if len(logits_nV):
-            with torch.cuda.device_of(logits_nV):  # Triton launches on the current device, whatever the tensors' is
-                measure_kernel[(len(logits_nV),)](**self.measure_arguments(logits_nV, targets_n, rows))
+        arguments = self.measure_arguments(logits_nV, targets_n, rows)
+        launch(measure_kernel, len(logits_nV), on=logits_nV, arguments=arguments)
         return rows
 
     def gradient_in_place(self, logits_nV: torch.Tensor, targets_n: torch.Tensor, rows: Rows, slopes: Slopes) -> torch.Tensor:
         """Replace the logits by their gradient, up to a factor of each row; returns the factors [n, 1]."""
         assert slopes.any
         arguments = self.gradient_arguments(logits_nV, targets_n, rows, slopes)
-        if len(logits_nV):
-            blocks = triton.cdiv(logits_nV.shape[1], arguments["BLOCK"])
-            with torch.cuda.device_of(logits_nV):
-                gradient_kernel[(len(logits_nV), blocks)](**arguments)
+        blocks = triton.cdiv(logits_nV.shape[1], arguments["BLOCK"])
+        launch(gradient_kernel, len(logits_nV), blocks, on=logits_nV, arguments=arguments)
         if slopes.logprob_n is not None and slopes.entropy_n is None:
             return -self.factor * slopes.logprob_n[:, None]
         return torch.full_like(rows.log_sum_n, -self.factor)[:, None]

@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -66,8 +68,7 @@ def product_with_adapter(
     tile = OTHER_TILE if capability is None else TILES.get(capability, OTHER_TILE)
     blocks = triton.cdiv(out_TN.shape[0], tile.tokens) * triton.cdiv(out_TN.shape[1], tile.columns)
     arguments = launch_arguments(x_TK, w_KN, h_TR, b_RN, bias_N, out_TN, tile=tile)
-    with torch.cuda.device_of(x_TK):  # Triton launches on the current device, whatever the tensors' is
-        product_with_adapter_kernel[(blocks,)](**arguments)
+    launch(product_with_adapter_kernel, blocks, on=x_TK, arguments=arguments)
     return out_TN
 
 

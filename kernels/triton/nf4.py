@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
+
 BYTES = 2048
 WARPS = 4
 
@@ -40,10 +42,8 @@ def dequantise(
         shape, dtype: of the result, dtype one of fp32, bf16 and fp16.
     """
     weight = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    if weight.numel():
-        with torch.cuda.device_of(packed):  # Triton launches on the current device, whatever the tensors' is
-            blocks = triton.cdiv(packed.numel(), BYTES)
-            dequantise_kernel[(blocks,)](**arguments(weight, packed, absmax, code, blocksize=blocksize))
+    blocks = triton.cdiv(packed.numel(), BYTES)
+    launch(dequantise_kernel, blocks, on=packed, arguments=arguments(weight, packed, absmax, code, blocksize=blocksize))
     return weight
 
 

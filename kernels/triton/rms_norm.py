@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
+
 ELEMENTS = 4096  # of a program, unless a row is wider
 ELEMENTS_OF_A_WARP = 512
 
@@ -77,9 +79,7 @@ def _sizes(x_RD: torch.Tensor, weight_D: torch.Tensor) -> dict[str, Any]:
 
 
 def _launch(kernel: Any, arguments: dict[str, Any]) -> None:
-    if arguments["rows"]:
-        with torch.cuda.device_of(arguments["x"]):  # Triton launches on the current device, whatever the tensors' is
-            kernel[(triton.cdiv(arguments["rows"], arguments["ROWS"]),)](**arguments)
+    launch(kernel, triton.cdiv(arguments["rows"], arguments["ROWS"]), on=arguments["x"], arguments=arguments)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
+
 BLOCK = 2048
 WARPS = 4
 
@@ -42,9 +44,7 @@ def arguments(**tensors: torch.Tensor) -> dict[str, Any]:
 
 
 def _launch(kernel: Any, arguments: dict[str, Any]) -> None:
-    if arguments["count"]:
-        with torch.cuda.device_of(arguments["gate"]):  # Triton launches on the current device, whatever the tensors' is
-            kernel[(triton.cdiv(arguments["count"], BLOCK),)](**arguments)
+    launch(kernel, triton.cdiv(arguments["count"], BLOCK), on=arguments["gate"], arguments=arguments)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from bitsandbytes.functional import quantize_4bit
 from lora_oracle import make_layer
 
 from rankup.kernels.lora import Projection, lora_linear, lora_mlp, lora_projections
-from rankup.kernels.nf4 import PIECE, Nf4Weight, nf4_bytes
+from rankup.kernels.nf4 import BLOCKSIZE, PIECE, Nf4Weight
 
 SHAPES = [(1, 64), (7, 33), (96, 160), (64, 96), (128, 32), (3, PIECE // 2), (2 * PIECE // 64 + 1, 64)]
 
@@ -58,7 +59,7 @@ def test_a_weight_that_is_not_contiguous() -> None:
 def test_its_size(shape: tuple[int, int]) -> None:
     weight = Nf4Weight.quantise(torch.randn(shape, dtype=torch.bfloat16))
     held = sum(tensor.untyped_storage().nbytes() for tensor in (weight.packed, weight.absmax))
-    assert held == nf4_bytes(shape[0] * shape[1])
+    assert held == math.ceil(weight.shape.numel() / 2) + 4 * math.ceil(weight.shape.numel() / BLOCKSIZE)
 
 
 # -------------------------------------------------------------------------------------------------------- LoRA on top

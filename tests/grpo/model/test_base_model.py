@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rankup.grpo.model.base_model import load_base, nf4_names, round_to_nf4
 from rankup.grpo.model.lora_layers import Nf4Linear
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
-from rankup.kernels.nf4 import Nf4Weight, nf4_bytes
+from rankup.kernels.nf4 import BLOCKSIZE, Nf4Weight
 
 KINDS = ["llama", "qwen2", "qwen3", "gemma2", "cohere", "granite"]
 IDS = torch.arange(5, 25)[None]
@@ -111,9 +112,9 @@ def test_in_4_bits_it_computes_with_the_rounded_weights(tiny_model_path, kind: s
         weight.data = Nf4Weight.quantise(weight.data).dense()
         assert isinstance(base.model.get_submodule(name.removesuffix(".weight")), Nf4Linear)
     assert torch.equal(logits(base.model), logits(rounded))
-    of_linear = sum(rounded.get_parameter(name).numel() for name in names)
-    others = sum(p.numel() for p in rounded.parameters()) - of_linear
-    assert base.unshared_bytes == sum(nf4_bytes(rounded.get_parameter(name).numel()) for name in names) + 4 * others
+    sizes = [rounded.get_parameter(name).numel() for name in names]
+    others = sum(p.numel() for p in rounded.parameters()) - sum(sizes)
+    assert base.unshared_bytes == sum(math.ceil(n / 2) + 4 * math.ceil(n / BLOCKSIZE) for n in sizes) + 4 * others
 
 
 def test_shared_weights_are_not_quantised(tiny_model_path) -> None:

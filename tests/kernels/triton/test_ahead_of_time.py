@@ -6,8 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
-from rankup.kernels.triton.ahead_of_time import SHARED_MEMORY, Build, compile_for
+from ahead_of_time import SHARED_MEMORY, Build, compile_for
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import compile_for
 from logprob_oracle import from_full_logits, leaves, make_adapter, make_case
 
 from rankup.kernels import logprob
 from rankup.kernels.logprob_rows import Rows, Slopes, TorchRows
-from rankup.kernels.triton.ahead_of_time import compile_for
 from rankup.kernels.triton.logprob_rows import (
     GRADIENT_BLOCK,
     MEASURE_BLOCK,

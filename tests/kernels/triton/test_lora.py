@@ -10,10 +10,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from ahead_of_time import SHARED_MEMORY, Build, compile_for
 from lora_oracle import gradients, make_layer, master_weights, plain, plain_mlp
 
 from rankup.kernels import lora
-from rankup.kernels.triton.ahead_of_time import SHARED_MEMORY, Build, compile_for
 from rankup.kernels.triton.lora import (
     OTHER_TILE,
     TILES,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import compile_for
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 
-from rankup.kernels.triton.ahead_of_time import compile_for
 from rankup.kernels.triton.nf4 import BYTES, arguments, dequantise, dequantise_kernel
 
 interpreted = pytest.mark.interpreted

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ahead_of_time import compile_for
 
 from rankup.kernels import rms_norm as norms
 from rankup.kernels.rms_norm import WIDEST, rms_norm
-from rankup.kernels.triton.ahead_of_time import compile_for
 from rankup.kernels.triton.rms_norm import (
     backward_arguments,
     backward_kernel,

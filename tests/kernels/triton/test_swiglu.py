@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ahead_of_time import compile_for
 from lora_oracle import gradients, make_layer, master_weights, plain_mlp
 from torch.nn.functional import silu
 
 from rankup.kernels import lora
-from rankup.kernels.triton.ahead_of_time import compile_for
 from rankup.kernels.triton.swiglu import (
     BLOCK,
     arguments,
