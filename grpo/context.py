@@ -1,4 +1,4 @@
-"""A running run: engine, policy, records and checkpoints, opened from its setup and closed again.
+"""The objects of a run in progress: engine, policy, recorder and checkpoints.
 
     with open_run(setup, resumption, evaluation_pending=True, engine=None) as ctx:
         loop.run(ctx)
@@ -26,7 +26,7 @@ from .setup import RunSetup
 from .update.session import Session, open_session
 
 LOCK_TIMEOUT_S = 60.0
-"""How long a restarted worker waits for the lost one to die and release the run folder."""
+"""Seconds that a restarted main worker waits for the run folder's lock, which the failed process may still hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def open_run(
         logger.info(note)
     with ExitStack() as stack:
         with setup.interrupts.interruptible():
-            session = stack.enter_context(open_engine(setup, engine))
+            session = stack.enter_context(open_scorer_and_session(setup, engine))
         output = None
         if setup.world.is_main:
             assert setup.view is not None, "the main process has a view"
@@ -106,8 +106,8 @@ def open_run(
 
 
 @contextmanager
-def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterator[Session]:
-    """Reward processes, vLLM and the policy."""
+def open_scorer_and_session(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterator[Session]:
+    """Start the reward processes, the engine and the policy; stop them at the end."""
     with closing(setup.scorer):
         setup.scorer.start()  # reward processes load their functions while vLLM starts
         starts_vllm = engine is None and setup.config.rollout.engine == "vllm"
@@ -124,7 +124,8 @@ def open_engine(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterato
 
 @contextmanager
 def run_folder_owned(setup: RunSetup, *, resumes: bool) -> Iterator[None]:
-    """Lock the run folder; a run that resumes first fetches missing files from its storage. Only the main process does it.
+    """Lock the run folder if it exists. When resuming, then download missing files from `checkpoint.storage`. Does nothing on
+    workers other than the main one.
 
     Raises:
         ValueError: another process writes to the folder.
@@ -176,7 +177,7 @@ def save_on_error(ctx: RunContext) -> Iterator[None]:
             error.saved(checkpoints.last)
         notes = [f"the newest checkpoint is {checkpoints.last}"] if checkpoints.last is not None else []
         if has_adapter and ctx.output is not None:
-            notes.append(f"interrupted: the adapter so far is in {ctx.output.recorder.adapter_dir}")
+            notes.append(f"the current adapter is in {ctx.output.recorder.adapter_dir}")
         attempts.to("report it", lambda: [logger.info(note) for note in [*notes, *attempts.failures]])
         raise
 

@@ -2,9 +2,9 @@
 
     summary = train(prepare_run(config, UserInputs(), view=view), resume=True)
 
-A step: sample groups with vLLM and score each as it finishes; turn rewards into advantages; compute gradients on the groups
-that have variance, each prompt once; let the guards decide; update; publish the adapter to vLLM in place; record. Steps count
-from 0; the display adds one.
+A step: sample groups with the engine and score each as it finishes; turn rewards into advantages; compute gradients on the
+groups that have variance, each prompt once; apply the guards' decision; update; publish the adapter to the engine in place;
+record. Steps count from 0; the display adds one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def record(
     *,
     is_complete: bool,
 ) -> None:
-    """Record and show a step. Once its metrics are written, the run stands between two steps again."""
+    """Record and show a step. Once its metrics are written, a checkpoint of this step is valid."""
     checkpoints = ctx.checkpoints
     reports = exchange_reports(ctx.setup.world, ctx.session, clock.seconds, batch.groups)
     checkpoints.num_tokens += num_tokens(batch.groups)
@@ -129,7 +129,7 @@ def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:
 
 
 def evaluate_between_steps(ctx: RunContext, step: int) -> None:
-    """Evaluate, and let the guards decide if the run evaluates while it trains."""
+    """Evaluate, and apply the guards' decision if the run evaluates while it trains."""
     evaluation, guards = evaluate_policy(ctx, step), ctx.session.learner.guards
     decision = None
     # A failed reward function says nothing about the policy.
@@ -149,12 +149,12 @@ def evaluate_between_steps(ctx: RunContext, step: int) -> None:
 
 
 def end_with_best_policy(ctx: RunContext) -> None:
-    """The last evaluation. A run that has fallen from its best ends with the adapter of its best."""
+    """The final evaluation. If the reward has declined from its best, restore the best snapshot first."""
     max_steps, guards = ctx.setup.config.optim.max_steps, ctx.session.learner.guards
     last = None
     if ctx.setup.eval_prompts is not None and ctx.setup.config.logging.eval_steps > 0:
         last = evaluate_policy(ctx, max_steps)
-    kind = guards.ends_with(None if last is None or last.failures else last.rewards)
+    kind = guards.final_snapshot(None if last is None or last.failures else last.rewards)
     if kind is not None:
         ctx.checkpoints.save()  # the final state, before it is left
         if last is not None:
@@ -163,8 +163,8 @@ def end_with_best_policy(ctx: RunContext) -> None:
         ctx.checkpoints.leave_position()
         step = guards.restore(kind)
         ctx.session.publish()
-        whose = f"that sampled step {step + 1}" if kind == "step" else f"of the evaluation at step {step}"
-        logger.info(f"the reward has fallen from its best: the run ends with the adapter {whose}")
+        origin = f"before the update of step {step + 1}" if kind == "step" else f"the evaluation after step {step}"
+        logger.info(f"the reward declined from its best: the run ends with the adapter from {origin}")
     if ctx.setup.eval_prompts is not None:
         record_evaluation(ctx, max_steps, last or evaluate_policy(ctx, max_steps), "after")
 

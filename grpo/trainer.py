@@ -23,7 +23,7 @@ from .checkpoint.resume import Resume
 from .common.errors import ClusterError
 from .common.log import log_to
 from .config import GRPOConfig
-from .context import open_engine
+from .context import open_scorer_and_session
 from .data.sources import DataSource
 from .display.terminal import View, make_view
 from .experience.evaluation import evaluate
@@ -122,7 +122,7 @@ class GRPOTrainer:
         setup = self.setup
         if setup.eval_prompts is None:
             raise ValueError("no evaluation data: set data.eval, or pass eval_dataset to GRPOTrainer")
-        with self.view, log_to(self.view.note), open_engine(setup) as session:
+        with self.view, log_to(self.view.note), open_scorer_and_session(setup) as session:
             if adapter is not None:
                 session.policy.load_adapter(adapter)
                 session.publish()

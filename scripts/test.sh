@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Installs missing packages, then runs the tests, by default in as many processes as there are cores. Other words go to pytest.
+# Installs missing packages, then runs the tests, by default in as many processes as there are cores.
+# Further arguments are passed to pytest; with a path as the first argument, in one process.
 #
 #   scripts/test.sh                                   all but those marked exhaustive
 #   scripts/test.sh --exhaustive tests/kernels        these too, of a folder or file
-#   scripts/test.sh --quick                           without vLLM, Ray, complete runs and everything else that takes long
+#   scripts/test.sh --quick                           skips tests marked engine, ray, runs or slow
 #   scripts/test.sh --all                             everything
 #   scripts/test.sh tests/grpo -k config              one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 scripts/install.sh
 # Tests of one group, such as those that start vLLM, run in one process.
 all_cores=(-n "$(nproc)" --dist loadgroup)

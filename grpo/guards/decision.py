@@ -31,7 +31,7 @@ class Decision:
     """Steps done when this was decided."""
     alarms: tuple[Alarm, ...] = ()
     skip: bool = False
-    """Do not apply the update: its batch is no basis for one."""
+    """Do not apply the update: the batch is unsuitable for one."""
     restore: SnapshotKind | None = None
     """Restore this snapshot in place of the update."""
     snapshot: SnapshotKind | None = None

@@ -10,24 +10,26 @@
     decision = guards.inspect_evaluation(updates_done, rewards)       # between two steps
     guards.apply(decision)                                            # after a restore, publish the adapter
 
-Steps count from 0; the texts add one. The rollouts of a step measure the policy that is in memory until that
-step's update. So a snapshot taken between `inspect` and the update is of a policy whose reward was just measured.
+Steps count from 0; the texts add one. The rollouts of a step are sampled from the policy before that step's update. A snapshot
+taken before the update therefore holds a policy whose reward was just measured.
 
-A run that evaluates while it trains has a second kind of snapshot. An evaluation is greedy and on the same prompts each time,
-so its noise is known and it beats the training reward as evidence. The policy with the best evaluation is kept; it is restored
-if a later evaluation has fallen, and the run ends with it if the last evaluation is clearly below it.
+A run that evaluates while it trains has a second kind of snapshot. An evaluation is greedy and uses the same prompts each time,
+so its noise can be estimated. It is more reliable than the training reward. The newest policy whose evaluation is the best, or
+not distinguishable from it, is the snapshot. It is restored if a later evaluation has declined. The run ends with it if the
+last evaluation is clearly worse.
 
-There are three kinds of alarm. `batch`: this batch is no basis for an update; above the hard limit the update is skipped.
-`policy`: the policy itself degrades; above the hard limit it is rolled back. `advice`: shown, without consequence. An alarm
-triggers when its value crosses a limit, and again only after the value has been back inside. Two triggers within a window halve
-the learning rate, three roll the policy back.
+There are three kinds of alarm. `batch`: the batch is unsuitable for an update, which is skipped beyond the hard limit.
+`policy`: the policy has degraded; it is rolled back beyond the hard limit. `advice`: only shown. An alarm triggers when its
+value crosses a limit, and once more if it then crosses the hard limit. It can trigger again after the value was inside for one
+step (batch alarms), one evaluation, or five steps in a row (all others). Two triggers within a window halve the learning rate,
+three roll the policy back.
 
-Noise must not trigger anything: a step's reward is a mean over few completions, so only a fall of more than 3 standard errors
-counts; a gradient norm is compared with its scatter, the sampler's gap with its value at the start. Without this, healthy runs
-would be halved and rolled back, most of all at low success rates.
+Noise must not trigger an alarm. The reward counts as declined only beyond 3 standard errors. The gradient norm is compared with
+its own variation, the sampler mismatch with its initial value. Otherwise healthy runs would be rolled back, mostly at low
+success rates.
 
-All of it is arithmetic on a dozen Python floats (`trackers.py`, `evaluations.py`); `rules.py` lists the alarms,
-`config/guards.py` their limits. Imports no torch.
+It is plain Python arithmetic (`trackers.py`, `evaluations.py`), and imports no torch. `rules.py` lists the alarms,
+`config/guards.py` their limits.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Guards:
         restore, halve = self._count_triggers(step, counted, self._kind_to_restore())
         halved = halve and self._halve()
         reasons = [] if restore else self._reasons_to_skip(counted, quantities.get("grad_norm"))
-        stop_reason = self._count_skip(bool(reasons)) or self._reason_to_give_up_on(restore)
+        stop_reason = self._count_skip(bool(reasons)) or self._stop_reason(restore)
         if stop_reason and self._can_restore(self._kind_to_restore()):
             restore = self._kind_to_restore()
         healthy = self.config.enabled and not restore and not reasons and self._is_healthy(step, counted)
@@ -107,7 +109,7 @@ class Guards:
         reading = read_evaluation(step, rewards, self._evaluations, self._trackers, self.config)
         restore, halve = self._count_triggers(step, [reading], "evaluation")
         halved = halve and self._halve()
-        stop_reason = self._reason_to_give_up_on(restore)
+        stop_reason = self._stop_reason(restore)
         healthy = self.config.restore and not restore and self._evaluations.is_at_best(rewards)
         return Decision(
             step=step,
@@ -138,7 +140,7 @@ class Guards:
         self._trackers = copy.deepcopy(taken.trackers)
         taken.restores += 1
         if kind == "evaluation":
-            # A later snapshot of a step looked healthy to the training reward, but the evaluation disagrees: replace it.
+            # The step snapshot may be newer than the decline that the evaluation found: replace it.
             self._snapshots.take("step", step)
             self._taken["step"] = TakenSnapshot(step, copy.deepcopy(taken.trackers), taken.restores, is_evaluated=True)
         elif taken.is_evaluated:  # the same policy: its restores are counted together
@@ -147,7 +149,7 @@ class Guards:
         self._counters.restores += 1
         return step
 
-    def objection_to(self, step: int, grad_norm: float) -> str | None:
+    def reason_to_skip_iteration(self, step: int, grad_norm: float) -> str | None:
         """Decide about a further update within the step: None if it may be applied, else a note. The skip is counted."""
         reason = "the gradient is not finite" if not math.isfinite(grad_norm) else ""
         rule = next(rule for rule in RULES if rule.name == "grad_norm")
@@ -159,7 +161,7 @@ class Guards:
         self._counters.skipped_steps += bool(reason)
         return f"step {step + 1}: skipped a further update ({reason})" if reason else None
 
-    def ends_with(self, rewards: Rewards | None = None) -> SnapshotKind | None:
+    def final_snapshot(self, rewards: Rewards | None = None) -> SnapshotKind | None:
         """The snapshot that the run should end with; None: the current policy. `rewards`: of the last evaluation.
 
         Among evaluations the best is known: the last one may be lower by one standard error and 5 % of the gain.
@@ -206,12 +208,12 @@ class Guards:
         return self.config.enabled and self.config.restore and kind in self._taken
 
     def _kind_to_restore(self) -> SnapshotKind:
-        """Which snapshot a step restores: after an evaluation that has fallen, no step's snapshot can be trusted."""
+        """Which snapshot a step restores: after an evaluation that has declined, no step snapshot can be trusted."""
         evaluation = self._trackers.excursions.get(EVALUATION.name)
         has_fallen = evaluation is not None and evaluation.worst > Level.INSIDE
         return "evaluation" if has_fallen and self._can_restore("evaluation") else "step"
 
-    def _reason_to_give_up_on(self, restore: SnapshotKind | None) -> str:
+    def _stop_reason(self, restore: SnapshotKind | None) -> str:
         """Why the run should stop after this restore; empty if it should not."""
         if restore is None or self._taken[restore].restores < self.config.max_restores:
             return ""
@@ -229,10 +231,10 @@ class Guards:
         counters = self._counters
         counters.alarms += len(triggered)
         counters.last_trigger = step
-        # The sampler's three alarms measure one gap in three ways: together they are one sign that something is wrong.
-        signs = {reading.rule.metric.partition("/")[0] for reading in triggered}
+        # The three sampler alarms measure the same mismatch, so they count as one.
+        distinct_metrics = {reading.rule.metric.partition("/")[0] for reading in triggered}
         recent = [earlier for earlier in counters.triggers if earlier > step - self.config.window_steps]
-        counters.triggers = recent + [step] * len(signs)
+        counters.triggers = recent + [step] * len(distinct_metrics)
         policy_stops = any(reading.rule.kind == "policy" and reading.level == Level.STOP for reading in triggered)
         restore = self._can_restore(kind) and (policy_stops or len(counters.triggers) >= 3)
         return kind if restore else None, policy_stops or len(counters.triggers) >= 2
@@ -247,7 +249,7 @@ class Guards:
         return True
 
     def _reasons_to_skip(self, readings: Sequence[Reading], grad_norm: float | None) -> list[str]:
-        """Why this batch is no basis for an update; empty if it is one."""
+        """Why the batch is unsuitable for an update; empty if it is suitable."""
         if grad_norm is not None and not math.isfinite(grad_norm):  # such an update destroys the adapter, guarded or not
             return ["the gradient is not finite"]
         if not self.config.skip:
@@ -298,17 +300,17 @@ class Guards:
     ) -> str:
         parts = []
         if restore is not None:
-            whose = "that sampled step" if restore == "step" else "of the evaluation at step"
-            parts.append(f"restored the adapter and optimizer {whose} {_shown(restore, self._taken[restore])}")
+            origin = "before the update of step" if restore == "step" else "the evaluation after step"
+            parts.append(f"restored adapter and optimizer state from {origin} {_shown(restore, self._taken[restore])}")
         if reasons:
             parts.append(f"skipped the update ({', '.join(reasons)})")
         if halved:
-            parts.append(f"learning rate x {self.learning_rate_factor:g}")
+            parts.append(f"halved the learning rate (now {self.learning_rate_factor:g} of the schedule)")
         if stop_reason:
             parts.append(stop_reason)
         return f"{subject}: {', '.join(parts)}" if parts else ""
 
 
 def _shown(kind: SnapshotKind, taken: TakenSnapshot) -> int:
-    """The number of the step that the snapshot's policy sampled, or of the updates before its evaluation."""
+    """The step that was sampled from the snapshot's policy, counted from 1; or the updates done before its evaluation."""
     return taken.step + 1 if kind == "step" else taken.step

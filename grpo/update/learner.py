@@ -170,7 +170,7 @@ class Learner:
     def _iterate_further(
         self, gradients: StepGradients, step: int, metrics: dict[str, float], notes: list[str]
     ) -> None:
-        """The second to last iteration; adds to `metrics` and `notes`. Ends early if the guards object to an update."""
+        """The second to last iteration; adds to `metrics` and `notes`. Ends early if the guards skip an update."""
         assert gradients.constants is not None
         for _ in range(1, self.config.algorithm.num_iterations):
             self.policy.write_slots()  # the forward reads the slots: they must follow the master weights
@@ -178,9 +178,9 @@ class Learner:
                 gradients.packs, gradients.constants, gradients.old_logprobs, gradients.base_logprobs
             )
             metrics |= stats.off_policy_metrics()
-            objection = self.guards.objection_to(step, stats.grad_norm)
-            if objection is not None:
-                notes.append(objection)
+            skip_note = self.guards.reason_to_skip_iteration(step, stats.grad_norm)
+            if skip_note is not None:
+                notes.append(skip_note)
                 return
             metrics["updates"] += self._optimizer_step(stats)
 

@@ -129,8 +129,8 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
 
 
 def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None) -> Policy:
-    """The policy that a configuration asks for, on vLLM's adapter slots and, where it says so, on vLLM's base weights.
-    Without vLLM both are the policy's own.
+    """Build the policy on vLLM's adapter slots and, depending on `model.share_base_weights`, on its base weights. Without vLLM
+    the policy allocates both.
 
     Raises:
         ValueError: the model cannot be adapted as asked, or not all of its base weights can be shared.
@@ -149,8 +149,8 @@ def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine | Non
     )
     if share is True and policy.base.unshared:
         raise ValueError(
-            f"model.share_base_weights: vLLM does not hold {policy.base.unshared[0]} as the trainer needs it "
-            f"({len(policy.base.unshared)} weights in all): set it to auto or false"
+            f"model.share_base_weights=true: vLLM does not keep {len(policy.base.unshared)} base weights in the layout that "
+            f"the trainer needs (first: {policy.base.unshared[0]}): use auto or false"
         )
     if engine is not None:
         policy.attach(engine.slots)

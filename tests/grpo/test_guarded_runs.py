@@ -126,7 +126,7 @@ def test_a_fallen_reward_ends_the_run_with_the_last_healthy_adapter(run):
         return [0.5 + sign * (reward - 0.5) for reward in low_ids(completion_ids)]
 
     steps, printed = run(turns, **HEALTHY | {"max_steps": 30, "learning_rate": 5e-3})
-    assert steps[-1]["guards/restores"] >= 1 or "the run ends with the adapter that sampled step" in printed
+    assert steps[-1]["guards/restores"] >= 1 or "the run ends with the adapter from before the update of step" in printed
     assert math.isfinite(steps[-1]["grad_norm"])
 
 
@@ -146,7 +146,7 @@ def test_a_fallen_evaluation_is_detected_and_the_run_ends_with_the_best(run, tmp
     assert gain > 0.1, "it learns first"
     assert min(evaluations[4:]) < best - 0.3 * gain, "and unlearns"
     assert steps[-1]["guards/restores"] >= 1 and steps[-1]["guards/learning_rate_factor"] < 1.0
-    assert "of the evaluation at step" in printed
+    assert "from the evaluation after step" in printed
     assert evaluations[-1] >= best - 0.2 * gain, "0.05, and a standard error of four prompts"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["evaluation"]["after"]["reward"] == evaluations[-1]

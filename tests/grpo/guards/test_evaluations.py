@@ -122,7 +122,7 @@ def test_an_outage_of_the_rewards_says_nothing():
     nothing: list[float | None] = [None] * 128
     partly: list[float | None] = [0.0, 0.0, *[None] * 126]
     assert played.evaluate(nothing) == played.evaluate(partly) == Decision(step=20)
-    assert played.guards.ends_with(nothing) is None
+    assert played.guards.final_snapshot(nothing) is None
     assert triggered([played.evaluate(right(20))]) == [("evaluation", Level.STOP)]
 
 
@@ -135,7 +135,7 @@ def test_after_a_fallen_evaluation_a_step_s_restore_goes_back_to_the_best_one():
     decisions = [v for _ in range(2) for v in [*played.steps(sampler_kl=0.02), *played.steps()]]
     (restored,) = [v for v in decisions if v.restore]
     assert restored.restore == "evaluation"
-    assert "of the evaluation at step 26" in restored.text
+    assert "from the evaluation after step 26" in restored.text
 
 
 def test_restores_of_one_policy_are_limited_across_snapshot_kinds():
@@ -176,7 +176,8 @@ def test_a_fall_above_the_hard_limit_restores_the_best_and_halves():
     decision = played.evaluate(right(30))
     assert triggered([decision]) == [("evaluation", Level.STOP)]
     assert decision.restore == "evaluation" and not decision.snapshot and not decision.skip
-    assert decision.text == "step 30: restored the adapter and optimizer of the evaluation at step 20, learning rate x 0.5"
+    restored = "restored adapter and optimizer state from the evaluation after step 20"
+    assert decision.text == f"step 30: {restored}, halved the learning rate (now 0.5 of the schedule)"
     assert decision.alarms[0].text.startswith("step 30: evaluation 0.234: ")
     state = played.guards.state_dict()
     assert state["trackers"] == state["taken"]["evaluation"]["trackers"] == state["taken"]["step"]["trackers"]
@@ -240,7 +241,7 @@ def test_switches():
         unlimited.evaluate(right(count))
     assert not any(decision.alarms or decision.snapshot or decision.text for decision in off.decisions)
     assert triggered(unlimited.decisions) == []
-    assert off.guards.ends_with(right(0)) is None
+    assert off.guards.final_snapshot(right(0)) is None
 
 
 # The end
@@ -250,22 +251,22 @@ def test_the_run_ends_with_the_best_evaluation_unless_the_last_is_at_its_best():
     played = after_calm()
     for count in (16, 80):
         played.evaluate(right(count))
-    assert played.guards.ends_with(right(80)) is None
-    assert played.guards.ends_with(right(75)) is None  # 0.08 of the gain, half of which noise explains
-    assert played.guards.ends_with(right(70)) == "evaluation"  # 0.16
-    assert Played().guards.ends_with(right(3)) is None
+    assert played.guards.final_snapshot(right(80)) is None
+    assert played.guards.final_snapshot(right(75)) is None  # 0.08 of the gain, half of which noise explains
+    assert played.guards.final_snapshot(right(70)) == "evaluation"  # 0.16
+    assert Played().guards.final_snapshot(right(3)) is None
     unlimited = Played(evaluation_watch=None, evaluation_stop=None)
     for count in (16, 80):
         unlimited.evaluate(right(count))
-    assert unlimited.guards.ends_with(right(0)) is None
+    assert unlimited.guards.final_snapshot(right(0)) is None
 
 
 def test_evaluations_outrank_the_training_reward_at_the_end():
     played = after_calm(reward_stop=None)
     played.evaluate(right(80))
     played.steps(15, reward=0.1)
-    assert played.guards.ends_with() == "step"
-    assert played.guards.ends_with(right(80)) is None
+    assert played.guards.final_snapshot() == "step"
+    assert played.guards.final_snapshot(right(80)) is None
 
 
 def test_evaluations_resume_from_a_checkpoint():

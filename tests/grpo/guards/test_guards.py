@@ -181,7 +181,7 @@ def test_one_alarm_does_nothing_and_two_halve_the_learning_rate(calm: Played):
     calm.steps()
     (second,) = calm.steps(sampler_kl=0.02)
     assert (second.skip, second.restore, calm.guards.learning_rate_factor) == (False, None, 0.5)
-    assert second.text == "step 23: learning rate x 0.5"
+    assert second.text == "step 23: halved the learning rate (now 0.5 of the schedule)"
 
 
 def test_a_third_alarm_restores_and_halves_again_and_empties_the_window(calm: Played):
@@ -190,7 +190,8 @@ def test_a_third_alarm_restores_and_halves_again_and_empties_the_window(calm: Pl
         calm.steps(sampler_kl=0.02)
     decision = calm.decisions[-1]
     assert decision.restore and not decision.skip and not decision.snapshot
-    assert decision.text == "step 26: restored the adapter and optimizer that sampled step 21, learning rate x 0.25"
+    restored = "restored adapter and optimizer state from before the update of step 21"
+    assert decision.text == f"step 26: {restored}, halved the learning rate (now 0.25 of the schedule)"
     assert (calm.metric("restores"), calm.metric("halvings"), calm.metric("alarms")) == (1, 2, 3)
     calm.steps()
     calm.steps(sampler_kl=0.02)
@@ -233,7 +234,8 @@ def test_a_policy_above_the_hard_limit_is_restored_immediately(calm: Played):
     decisions = calm.steps(12, reward=0.0)
     (restored,) = [decision for decision in decisions if decision.restore][:1]
     assert triggered([restored]) == [("reward", Level.STOP)]
-    assert restored.text.endswith("restored the adapter and optimizer that sampled step 16, learning rate x 0.5")
+    origin = "restored adapter and optimizer state from before the update of step 16"
+    assert restored.text.endswith(f"{origin}, halved the learning rate (now 0.5 of the schedule)")
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -79,12 +79,12 @@ def test_a_run_ends_with_the_snapshot_if_its_reward_has_fallen():
     played = Played(reward_stop=None)
     rise(played)
     played.steps(30, reward=0.8)
-    assert played.guards.ends_with() is None
+    assert played.guards.final_snapshot() is None
     played.steps(15, reward=0.5)
-    assert played.guards.ends_with() == "step"
+    assert played.guards.final_snapshot() == "step"
     played.steps(20, reward=0.8)
-    assert played.guards.ends_with() is None
-    assert Guards(GuardsConfig(), StepsOnly()).ends_with() is None
+    assert played.guards.final_snapshot() is None
+    assert Guards(GuardsConfig(), StepsOnly()).final_snapshot() is None
 
 
 # Resuming, and a run that was healthy
