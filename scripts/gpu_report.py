@@ -1,34 +1,30 @@
 #!/usr/bin/env python3
 """Summarizes the results of `scripts/gpu_check.sh` in the report.md of its folder.
 
-    scripts/gpu_report.py gpu_check/20260101-120000-cpu
-
 The results of a step that failed or was interrupted may be missing.
+
+examples:
+  scripts/gpu_report.py gpu_check/20260101-120000-cpu     write the report again
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = """examples:
-  scripts/gpu_report.py gpu_check/20260101-120000-cpu     write the report again
-"""
 # Entries of a benchmark's JSON that are not results, or belong to the single repeats behind a median.
 LEFT_OUT = {"machine", "versions", "settings", "what", "all", "min", "max", "agreement", "operations", "tokens"}
 TAIL = 15  # lines shown of the log of a step that failed
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Write the report and print its path."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder that gpu_check.sh created")
-    folder: Path = parser.parse_args(arguments).folder
+    folder: Path = parser.parse_args().folder
     report = folder / "report.md"
     report.write_text("\n".join([*_header(folder), *_steps(folder), *_run(folder), *_benchmarks(folder)]) + "\n")
     print(f"report: {report}")
