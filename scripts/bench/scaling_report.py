@@ -118,7 +118,7 @@ def _percent(share: float) -> str:
 
 def draw(figures: Figures, out: Path) -> None:
     """Efficiency by number of devices next to a step's seconds by phase, into one PNG of 1,800 x 900 pixels."""
-    with picture(out, TITLE, ASSUMED, panels=2, size=(9, 4.5)) as (left, right):
+    with picture(out, TITLE, ASSUMED, mosaic=[[0] * 6 + [1] * 7], size=(9, 4.5)) as (left, right):
         _draw_efficiency(left, figures)
         _draw_phases(right, figures)
 
