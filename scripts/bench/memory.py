@@ -99,19 +99,19 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """All cells of the page."""
-    of_all: dict[str, Any] = {"model": "8B", "rank": 64, "gradient_checkpointing": True}
+    usual: dict[str, Any] = {"model": "8B", "rank": 64, "gradient_checkpointing": True}
     for model, side, (rank, checkpointing) in itertools.product(MODELS, SIDE_NAMES, ((64, True), (64, False), (128, True))):
-        of_model = {"part": "lengths", "model": model, "side": side, "rank": rank, "gradient_checkpointing": checkpointing}
+        adapter: dict[str, Any] = {"model": model, "rank": rank, "gradient_checkpointing": checkpointing}
         for length in LENGTHS if rank == 64 else LENGTHS_AT_RANK_128:
-            yield Cell(**of_all | of_model | _sizes(length))
+            yield Cell(part="lengths", side=side, **adapter, **_sizes(length))
     for side, vocabulary in itertools.product(SIDE_NAMES, VOCABULARIES):
-        yield Cell(**of_all | _sizes(OF_VOCABULARIES), part="vocabularies", side=side, vocabulary=vocabulary)
+        yield Cell(part="vocabularies", side=side, **usual, **_sizes(OF_VOCABULARIES), vocabulary=vocabulary)
     for side, checkpointing, (completion, generations) in itertools.product(SIDE_NAMES[:2], (False, True), COMPLETIONS):
-        sizes = {"prompt": PROMPT, "completion": completion, "generations": generations}
-        yield Cell(**of_all | {"gradient_checkpointing": checkpointing} | sizes, part="completions", side=side)
+        sizes: dict[str, Any] = {"prompt": PROMPT, "completion": completion, "generations": generations}
+        yield Cell(part="completions", side=side, **usual | {"gradient_checkpointing": checkpointing}, **sizes)
 
 
-def _sizes(length: int) -> dict[str, int]:
+def _sizes(length: int) -> dict[str, Any]:
     """Of a group that takes `length` tokens in the plain layout, a quarter of each row the prompt."""
     row = length // GENERATIONS
     return {"prompt": row // 4, "completion": row - row // 4, "generations": GENERATIONS}
