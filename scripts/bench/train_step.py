@@ -62,21 +62,18 @@ def measure(options: argparse.Namespace) -> Result:
     """Compare rankup with the stock side, then with its variants."""
     cases, turns = cases_of(options), Turns()
     results: dict[str, Result] = {name: {"seconds": {}, "peak_bytes": {}, "tokens": {}, "agreement": {}} for name in cases}
-    sides = ["stock"] if options.main_only else list(STOCK_SIDES)
-    with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
-        adapter_folder = Path(folder) / "adapter"
-        with Worker("rankup", "train_sides:RankupSide", adapter_folder=adapter_folder) as rankup:
-            _measure_memory(results, cases, "rankup", rankup)
-            for name in sides:
-                label, changes = STOCK_SIDES[name]
-                with Worker(label, "train_sides:StockSide", adapter_folder=adapter_folder, **changes) as stock:
-                    _measure_memory(results, cases, name, stock)
-                    pair = {"rankup": rankup, name: stock}
-                    repeats = options.repeats if name == "stock" else max(1, options.repeats // 2)
-                    for case_name, case in cases.items():
-                        _check_agreement(results[case_name], case, pair, Path(folder))
-                        _measure_times(results[case_name], case, pair, turns, repeats)
-            settings = rankup.call("describe")
+    sides = {"stock": STOCK_SIDES["stock"]} if options.main_only else STOCK_SIDES
+    with (
+        tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder,
+        Worker("rankup", "train_sides:RankupSide", adapter_folder=Path(folder, "adapter")) as rankup,
+    ):
+        _measure_memory(results, cases, "rankup", rankup)
+        for name, (label, changes) in sides.items():
+            with Worker(label, "train_sides:StockSide", adapter_folder=Path(folder, "adapter"), **changes) as stock:
+                _measure_memory(results, cases, name, stock)
+                repeats = options.repeats if name == "stock" else max(1, options.repeats // 2)
+                _compare(results, cases, {"rankup": rankup, name: stock}, turns, repeats)
+        settings = rankup.call("describe")
     for result in results.values():
         result["memory_ratio"] = result["peak_bytes"]["rankup"] / result["peak_bytes"]["stock"]
     return {"cases": results, "idle_sides_cpu_share": turns.idle_share, "settings": settings}
@@ -90,11 +87,28 @@ def _measure_memory(results: dict[str, Result], cases: Mapping[str, Case], name:
         results[case_name]["tokens"][name] = worker.call("num_tokens")
 
 
-def _check_agreement(result: Result, case: Case, pair: Mapping[str, Worker], folder: Path) -> None:
+def _compare(
+    results: dict[str, Result], cases: Mapping[str, Case], pair: Mapping[str, Worker], turns: Turns, repeats: int
+) -> None:
+    """Agreement and times of rankup and a stock side in every case."""
+    _, name = pair
+    for case_name, case in cases.items():
+        result = results[case_name]
+        result["agreement"][name] = _check_agreement(case, pair)
+        times = _measure_times(case, pair, turns, repeats)
+        ours, theirs = (statistics.median(values) for values in times.values())
+        result["speedup" if name == "stock" else f"speedup_over_{name}"] = theirs / ours
+        result["seconds"].setdefault("rankup", summarise(times["rankup"]))  # with a variant only for the ratio
+        result["seconds"][name] = summarise(times[name])
+        print(f"{case_name}: rankup {ours:.2f} s, {name} {theirs:.2f} s", flush=True)
+
+
+def _check_agreement(case: Case, pair: Mapping[str, Worker]) -> dict[str, float]:
     """Compare loss, gradient and log-probabilities. Exits if the sides do not compute the same step."""
     for worker in pair.values():
         worker.call("begin", case)
-    ours, theirs = (worker.call("probe", folder) for worker in pair.values())
+    with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:  # for the gradients
+        ours, theirs = (worker.call("probe", Path(folder)) for worker in pair.values())
     agreement = {
         "loss_difference": abs(ours["loss"] - theirs["loss"]),
         "grad_norm_ratio": ours["grad_norm"] / theirs["grad_norm"],
@@ -104,22 +118,16 @@ def _check_agreement(result: Result, case: Case, pair: Mapping[str, Worker], fol
     }
     if problems := disagreements(agreement):
         raise SystemExit(f"{' and '.join(pair)} do not compute the same step: {', '.join(problems)}; {case}, {agreement}")
-    result["agreement"][list(pair)[1]] = agreement
+    return agreement
 
 
-def _measure_times(result: Result, case: Case, pair: Mapping[str, Worker], turns: Turns, repeats: int) -> None:
-    """Seconds of steps of both sides, after the warm-up, and the ratio of their medians."""
+def _measure_times(case: Case, pair: Mapping[str, Worker], turns: Turns, repeats: int) -> dict[str, list[float]]:
+    """Seconds of steps of both sides, after the warm-up."""
     for worker in pair.values():
         worker.call("begin", case)
         for _ in range(WARM_UPS):
             worker.call("seconds")
-    times = turns.interleave(pair, repeats, lambda side: pair[side].call("seconds"))
-    ours, theirs = (statistics.median(values) for values in times.values())
-    _, name = pair
-    result["speedup" if name == "stock" else f"speedup_over_{name}"] = theirs / ours
-    result["seconds"].setdefault("rankup", summarise(times["rankup"]))  # with a variant only for the ratio
-    result["seconds"][name] = summarise(times[name])
-    print(f"{case}: rankup {ours:.2f} s, {name} {theirs:.2f} s", flush=True)
+    return turns.interleave(pair, repeats, lambda side: pair[side].call("seconds"))
 
 
 def disagreements(agreement: Mapping[str, float]) -> list[str]:

@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> Result:
     turns = Turns()
     steps: dict[str, list[Result]] = {name: [] for name in SIDES}
     speedups: dict[str, float] = {}
-    about: Result = {}
+    about: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder, _side("rankup", folder=Path(folder)) as rankup:
         for name in ("trl", "trl_tuned"):
             settings = {"tuned": name == "trl_tuned", "micro_batch": options.micro_batch}
@@ -73,7 +73,26 @@ def measure(options: argparse.Namespace) -> Result:
             print(f"{SIDES[name]} {theirs:.1f} s, rankup {ours:.1f} s", flush=True)
             for side, found in measured.items():
                 steps[side] += found
-    return figures(steps, speedups, about) | {"idle_sides_cpu_share": turns.idle_share}
+
+    def of_all(key: str) -> dict[str, Result]:
+        return {name: summarise([step[key] for step in of_side]) for name, of_side in steps.items()}
+
+    seconds = of_all("seconds")
+    return {
+        "speedup": speedups["trl"],
+        "trl_tuned": {"speedup": speedups["trl_tuned"], "step_seconds": seconds.pop("trl_tuned")},
+        "step_seconds": seconds,
+        "phases": {
+            name: {phase: summarise([step["phases"][phase] for step in of_side]) for phase in PHASES}
+            for name, of_side in steps.items()
+        },
+        "tokens": of_all("tokens"),
+        "sampling_logp_difference": of_all("sampling_logp_difference"),
+        "peak_memory_gib": {name: about[name].pop("peak_memory_gib") for name in SIDES},
+        "trl_side_changes": about["trl"]["changes"],
+        "idle_sides_cpu_share": turns.idle_share,
+        "settings": about,
+    }
 
 
 def _side(name: str, **options: object) -> Worker:
@@ -92,36 +111,6 @@ def _step(worker: Worker) -> Result:
     assert step["groups_without_variance"] == 0.0, "every group contributes to the gradient"
     step["phases"]["other"] = step["seconds"] - sum(step["phases"].values())
     return step
-
-
-def figures(steps: dict[str, list[Result]], speedups: dict[str, float], about: Result) -> Result:
-    """The figures from the reports of all measured steps, by side.
-
-    Args:
-        steps: what `_step` returned.
-        speedups: of rankup over each of TRL's sides.
-        about: what `describe` returned.
-    """
-
-    def of_all(key: str) -> dict[str, Result]:
-        return {name: summarise([step[key] for step in of_side]) for name, of_side in steps.items()}
-
-    seconds = of_all("seconds")
-    changes = [about[name].pop("changes") for name in ("trl", "trl_tuned")]
-    return {
-        "speedup": speedups["trl"],
-        "trl_tuned": {"speedup": speedups["trl_tuned"], "step_seconds": seconds.pop("trl_tuned")},
-        "step_seconds": seconds,
-        "phases": {
-            name: {phase: summarise([step["phases"][phase] for step in of_side]) for phase in PHASES}
-            for name, of_side in steps.items()
-        },
-        "tokens": of_all("tokens"),
-        "sampling_logp_difference": of_all("sampling_logp_difference"),
-        "peak_memory_gib": {name: about[name].pop("peak_memory_gib") for name in SIDES},
-        "trl_side_changes": changes[0],
-        "settings": about,
-    }
 
 
 # -------------------------------------------------------------------------------------------------------------- report

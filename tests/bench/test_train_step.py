@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -51,10 +52,6 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ command lines
-
-
-def test_there_are_scripts():
-    assert {"train_step.py", "rank.py", "profile_step.py", "report.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -167,6 +164,37 @@ def test_sides_that_compute_different_steps_are_found(bench_module: Load, change
         "adapter_effect": 0.6,
     }
     assert bench_module("train_step").disagreements(agreement | change) == problems
+
+
+class StandIn:
+    """A worker that computes nothing: rankup takes 1 s and 1 kB, every stock side 3 s and 4 kB."""
+
+    def __init__(self, name: str, *_: object, **options: object) -> None:
+        is_ours = name == "rankup"
+        probe = {"loss": 0.1, "grad_norm": 1.0, "grad_cosine": 1.0, "logprobs": [-1.0], "base_logprobs": [-2.0]}
+        self.answers = {"seconds": 1.0 if is_ours else 3.0, "peak_bytes": 1000 if is_ours else 4000, "probe": probe}
+
+    def call(self, method: str, *_: object) -> Any:
+        return self.answers.get(method)
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_rankup_is_compared_with_every_side_in_every_case(bench_module: Load, monkeypatch: pytest.MonkeyPatch):
+    train_step = bench_module("train_step")
+    monkeypatch.setattr(train_step, "Worker", StandIn)
+    found = train_step.measure(argparse.Namespace(case=None, repeats=2, main_only=False))["cases"]
+    assert list(found) == ["64+64", "256+64"]
+    for case in found.values():
+        assert list(case["seconds"]) == list(case["peak_bytes"]) == list(train_step.LABELS)
+        assert (case["speedup"], case["speedup_over_autocast"], case["memory_ratio"]) == (3.0, 3.0, 0.25)
+        assert [len(seconds["all"]) for seconds in case["seconds"].values()] == [2, 2, 1, 1, 1, 1]
 
 
 KERNEL, ATTENTION, LOGPROB = "/r/kernels/lora.py", "/r/kernels/attention_blocks.py", "/r/kernels/logprob.py"
