@@ -108,7 +108,7 @@ def cells() -> Iterator[Cell]:
         yield Cell(part="vocabularies", side=side, **usual, **_sizes(OF_VOCABULARIES), vocabulary=vocabulary)
     for side, checkpointing, (completion, generations) in itertools.product(SIDE_NAMES[:2], (False, True), COMPLETIONS):
         sizes: dict[str, Any] = {"prompt": PROMPT, "completion": completion, "generations": generations}
-        yield Cell(part="completions", side=side, **usual | {"gradient_checkpointing": checkpointing}, **sizes)
+        yield replace(Cell(part="completions", side=side, **usual, **sizes), gradient_checkpointing=checkpointing)
 
 
 def _sizes(length: int) -> dict[str, Any]:
