@@ -32,7 +32,7 @@ READ_THE_EMBEDDINGS = ("q_proj", "k_proj", "v_proj")
 def step_operations(model: ModelShape, case: Case, *, rank: int) -> dict[str, int]:
     """Multiply-adds of one training step by kind; see the docstring of the module."""
     layers = model.targeted("all-linear")
-    without_dx = [one for one in layers if one.layer == 0 and one.role in READ_THE_EMBEDDINGS]
+    without_dx = [one for one in layers if ".layers.0." in one.name and one.role in READ_THE_EMBEDDINGS]
     weights = sum(2 * one.d_in * one.d_out for one in layers) - sum(one.d_in * one.d_out for one in without_dx)
     sides = sum(3 * (one.d_in + one.d_out) for one in layers) - sum(one.d_in for one in without_dx)
     prompt, inputs = case.prompt_tokens, case.completion_tokens - 1
