@@ -1,34 +1,31 @@
 #!/usr/bin/env python3
 """Summarizes the results of `scripts/gpu_check.sh` in the report.md of its folder.
 
-    scripts/gpu_report.py gpu_check/20260101-120000-cpu
-
 The results of a step that failed or was interrupted may be missing.
+
+examples:
+  scripts/gpu_report.py gpu_check/20260101-120000-cpu     write the report again
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = """examples:
-  scripts/gpu_report.py gpu_check/20260101-120000-cpu     write the report again
-"""
-# Entries of a benchmark's JSON that are not results, or belong to the single repeats behind a median.
-LEFT_OUT = {"machine", "versions", "settings", "what", "all", "min", "max", "agreement", "operations", "tokens"}
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 TAIL = 15  # lines shown of the log of a step that failed
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Write the report and print its path."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder that gpu_check.sh created")
-    folder: Path = parser.parse_args(arguments).folder
+    folder: Path = parser.parse_args().folder
     report = folder / "report.md"
     report.write_text("\n".join([*_header(folder), *_steps(folder), *_run(folder), *_benchmarks(folder)]) + "\n")
     print(f"report: {report}")
@@ -93,35 +90,18 @@ def _run(folder: Path) -> Iterator[str]:
 
 
 def _benchmarks(folder: Path) -> Iterator[str]:
+    """What the benchmarks print: a table, and lines below it."""
     for path in sorted((folder / "bench").glob("*.json")):
-        result = _json(path)
-        assert result is not None
-        yield from ("", f"## Benchmark {path.stem}", "", f"All results: [bench/{path.name}](bench/{path.name})", "")
-        yield from (f"- {name}: {_number(value)}" for name, value in _figures(result))
-
-
-def _figures(result: Mapping[str, Any], *above: str) -> Iterator[tuple[str, float]]:
-    """Every number by the keys on the path to it; of repeats only the median."""
-    for name, value in result.items():
-        names = above if name in ("cases", "median") else (*above, name)
-        if name in LEFT_OUT:
-            continue
-        if isinstance(value, dict):
-            yield from _figures(value, *names)
-        elif _is_number(value):
-            yield ", ".join(names), value
+        report = import_module(path.stem).report(json.loads(path.read_text()))
+        yield from ("", f"## Benchmark {path.stem}", "", f"All results: [bench/{path.name}](bench/{path.name})", "", report)
 
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if _is_number(value) else "" if value is None else str(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -5,11 +5,14 @@ First the run is made without interruption. Then, `--kills` times: a new run is 
 fourth time while a checkpoint is being written) and resumed to its end. The results must be equal: the adapter's file byte for
 byte, all metrics except times, speeds and memory, and all saved completions. A resumed run must also have continued from the
 newest complete checkpoint. The exit status is 0 only if this holds for every kill.
+
+examples:
+  scripts/soak.py configs/quickstart.yaml --kills 20 optim.max_steps=8 optim.prompts_per_step=4 data.eval_rows=8
+  scripts/soak.py run.yaml --kills 3 --folder /tmp/soak
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -23,25 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
-from common import ROOT, use_environment
+from common import ROOT, script_parser
 
 SAVE_STEPS = 2
 WRITE_SECONDS = 0.02  # about the time to write a checkpoint of a small model
 STEP = re.compile(r"^step +(\d+)/\d+ ", re.MULTILINE)
 NOT_REPRODUCIBLE = ("time/", "tokens_per_second/", "memory/")  # metrics that differ between any two runs
-EXAMPLES = """examples:
-  scripts/soak.py configs/quickstart.yaml --kills 20 optim.max_steps=8 optim.prompts_per_step=4 data.eval_rows=8
-  scripts/soak.py run.yaml --kills 3 --folder /tmp/soak
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Hashes of the results of a run."""
-
-    adapter: str
-    metrics: str
-    completions: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +42,17 @@ class Trial:
     steps_seen: int
     saved_step: int
     resumed_step: int
-    outcome: Outcome
+    outcome: dict[str, str]
 
 
 def main() -> int:
-    options = _options()
-    use_environment()
+    parser = script_parser(__doc__)
+    parser.add_argument("file", type=Path, help="a run file; a run of a minute is enough")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
+    parser.add_argument("--kills", type=int, default=20, help="how often to kill and resume (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random times")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "soak", help="for the runs, empty or new")
+    options = parser.parse_intermixed_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if any(options.folder.iterdir()):
         sys.exit(f"soak: {options.folder} is not empty: remove its contents, or choose another --folder")
@@ -69,7 +64,7 @@ def main() -> int:
     started = time.monotonic()
     steps = len(STEP.findall(_run(command, uninterrupted)))
     expected = outcome_of(uninterrupted)
-    print(f"uninterrupted: {steps} steps, {time.monotonic() - started:.0f} s, adapter {expected.adapter[:12]}", flush=True)
+    print(f"uninterrupted: {steps} steps, {time.monotonic() - started:.0f} s, adapter {expected['adapter'][:12]}", flush=True)
     trials = []
     for number in range(1, options.kills + 1):
         folder = options.folder / f"kill_{number}"
@@ -93,34 +88,19 @@ def main() -> int:
     return 0 if equal == continued == len(trials) else 1
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", type=Path, help="a run file; a run of a minute is enough")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
-    parser.add_argument("--kills", type=int, default=20, help="how often to kill and resume (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random times")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "soak", help="for the runs, empty or new")
-    return parser.parse_intermixed_args()
-
-
-def outcome_of(run: Path) -> Outcome:
+def outcome_of(run: Path) -> dict[str, str]:
     """Hashes of the adapter, metrics and completions of a finished run."""
     import pyarrow.parquet
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{name: value for name, value in row.items() if not name.startswith(NOT_REPRODUCIBLE)} for row in rows]
     tables = [pyarrow.parquet.read_table(path).to_pylist() for path in sorted((run / "completions").iterdir())]
-    return Outcome(
-        adapter=_hash((run / "adapter" / "adapter_model.safetensors").read_bytes()),
-        metrics=_hash(json.dumps(metrics).encode()),
-        completions=_hash(repr(tables).encode()),
-    )
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    results = {
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "metrics": json.dumps(metrics).encode(),
+        "completions": repr(tables).encode(),
+    }
+    return {name: hashlib.sha256(data).hexdigest() for name, data in results.items()}
 
 
 def _run(command: Sequence[str], folder: Path) -> str:

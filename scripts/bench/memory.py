@@ -1,41 +1,35 @@
 #!/usr/bin/env python3
 """The peak memory of one training step, without a GPU and without weights: rankup against PEFT, 8B to 32B, 2k to 64k tokens.
 
-    scripts/bench/memory.py --json docs/performance/memory.json                 # measure, about ten minutes of one core
-    scripts/bench/memory.py --read docs/performance/memory.json --page docs/memory.md --plot docs/memory.png
-
 The real code runs on fake tensors, which have sizes and no memory. Every tensor's bytes are counted from the operation that
 makes it to its end (`grpo/cli/plan/step_memory.py`, with which `rankup plan` measures too). A measurement is the last pass of
 an update, over one prompt with its completions, and the optimizer's step, by the sides of `memory_sides.py`: gradients of
 earlier passes and the optimizer's state are in memory. The tables show what `rankup plan` computes next to rankup's peak.
+
+examples:
+  scripts/bench/memory.py --json memory.json                           measure everything, ten minutes of one core
+  scripts/bench/memory.py --models 8B --sides rankup --parts lengths   some of it, on the terminal
+  scripts/bench/memory.py --read docs/performance/memory.json --page docs/memory.md --plot docs/memory.png
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common import use_environment, versions, write_json
+from cases import Case
+from common import replace_tables, script_parser, summary, versions, write_json
 from scaling import LLAMA_8B
 
-if TYPE_CHECKING:
-    from memory_sides import Group
-
-EXAMPLE = """examples:
-  scripts/bench/memory.py --json memory.json                           measure everything, ten minutes
-  scripts/bench/memory.py --models 8B --sides rankup --parts lengths   some of it, on the terminal
-  scripts/bench/memory.py --read docs/performance/memory.json --page docs/memory.md --plot docs/memory.png
-"""
 # Shapes as in their config.json: Llama-3.1-8B, Qwen2.5-14B, Qwen3-32B.
 MODELS: dict[str, dict[str, Any]] = {
     "8B": LLAMA_8B,
@@ -73,7 +67,13 @@ COMPLETIONS = ((512, 8), (1024, 4), (1024, 8), (1024, 16), (2048, 8), (4096, 8))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One measurement. `part`: of the page. `vocabulary` None: that of the model."""
+    """One measurement, a prompt with its completions.
+
+    Attributes:
+        part: of the page.
+        vocabulary: None: that of the model.
+        state, peak: bytes between two updates, and at the peak of one, if it was measured.
+    """
 
     part: str
     model: str
@@ -84,67 +84,42 @@ class Cell:
     completion: int
     generations: int
     vocabulary: int | None = None
+    state: int = 0
+    peak: int = 0
 
     @property
-    def group(self) -> Group:
-        from memory_sides import Group
+    def case(self) -> Case:
+        return Case(self.prompt, self.completion, prompts=1, completions=self.generations)
 
-        return Group(prompt=self.prompt, completion=self.completion, generations=self.generations)
+    @property
+    def plain_tokens(self) -> int:
+        """G (P + R): tokens of its rows."""
+        return self.generations * (self.prompt + self.completion)
 
 
-def cells() -> list[Cell]:
+def cells() -> Iterator[Cell]:
     """All cells of the page."""
-    found = []
+    usual: dict[str, Any] = {"model": "8B", "rank": 64, "gradient_checkpointing": True}
     for model, side, (rank, checkpointing) in itertools.product(MODELS, SIDE_NAMES, ((64, True), (64, False), (128, True))):
+        adapter: dict[str, Any] = {"model": model, "rank": rank, "gradient_checkpointing": checkpointing}
         for length in LENGTHS if rank == 64 else LENGTHS_AT_RANK_128:
-            found.append(_of_length("lengths", model, side, rank, checkpointing, length))
+            yield Cell(part="lengths", side=side, **adapter, **_sizes(length))
     for side, vocabulary in itertools.product(SIDE_NAMES, VOCABULARIES):
-        found.append(_of_length("vocabularies", "8B", side, 64, True, OF_VOCABULARIES, vocabulary))
+        yield Cell(part="vocabularies", side=side, **usual, **_sizes(OF_VOCABULARIES), vocabulary=vocabulary)
     for side, checkpointing, (completion, generations) in itertools.product(SIDE_NAMES[:2], (False, True), COMPLETIONS):
-        sizes = {"prompt": PROMPT, "completion": completion, "generations": generations}
-        found.append(
-            Cell(part="completions", model="8B", side=side, rank=64, gradient_checkpointing=checkpointing, **sizes)
-        )
-    return found
+        sizes: dict[str, Any] = {"prompt": PROMPT, "completion": completion, "generations": generations}
+        yield replace(Cell(part="completions", side=side, **usual, **sizes), gradient_checkpointing=checkpointing)
 
 
-def _of_length(
-    part: str, model: str, side: str, rank: int, checkpointing: bool, length: int, vocabulary: int | None = None
-) -> Cell:
-    """A group of which the plain layout has `length` tokens, a quarter of each row the prompt."""
+def _sizes(length: int) -> dict[str, Any]:
+    """Of a group that takes `length` tokens in the plain layout, a quarter of each row the prompt."""
     row = length // GENERATIONS
-    return Cell(
-        part=part,
-        model=model,
-        side=side,
-        rank=rank,
-        gradient_checkpointing=checkpointing,
-        prompt=row // 4,
-        completion=row - row // 4,
-        generations=GENERATIONS,
-        vocabulary=vocabulary,
-    )
+    return {"prompt": row // 4, "completion": row - row // 4, "generations": GENERATIONS}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure or read; print, write and draw the requested outputs."""
-    options = _parse(arguments)
-    if options.read is not None:
-        result = json.loads(options.read.read_text())
-    else:
-        result = {"what": " ".join((__doc__ or "").split()), "versions": versions(), "cells": measure_all(_chosen(options))}
-    if options.json is not None:
-        write_json(options.json, result)
-    from memory_report import draw, renew, tables
-
-    if options.page is not None:
-        renew(options.page, tables(result["cells"]))
-    if options.plot is not None:
-        draw(result["cells"], options.plot)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Measure or read; write and draw the requested outputs."""
+    parser = script_parser(__doc__)
     add = parser.add_argument
     for name, values in (("models", MODELS), ("sides", SIDE_NAMES), ("parts", PARTS)):
         add(f"--{name}", nargs="+", choices=list(values), default=list(values), help="only these (default all)")
@@ -152,49 +127,58 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--read", type=Path, metavar="FILE", help="measure nothing: read the figures from there")
     add("--page", type=Path, metavar="FILE", help="renew the tables of this Markdown page")
     add("--plot", type=Path, metavar="FILE", help="draw the picture there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args()
+    if options.read is not None:
+        found = [Cell(**row) for row in json.loads(options.read.read_text())["cells"]]
+    else:
+        of_models = [c for c in cells() if c.model in options.models]
+        found = measure_all(c for c in of_models if c.side in options.sides and c.part in options.parts)
+    if options.json is not None:
+        write_json(options.json, {"what": summary(__doc__), "versions": versions(), "cells": [asdict(cell) for cell in found]})
+    if options.page is not None:
+        from memory_report import tables
+
+        options.page.write_text(replace_tables(options.page.read_text(), tables(found)))
+    if options.plot is not None:
+        from memory_report import draw
+
+        draw(found, options.plot)
 
 
-def _chosen(options: argparse.Namespace) -> list[Cell]:
-    return [
-        cell
-        for cell in cells()
-        if cell.model in options.models and cell.side in options.sides and cell.part in options.parts
-    ]
+def measure_all(chosen: Iterable[Cell]) -> list[Cell]:
+    """The cells with their figures. Cells of one model and adapter share these."""
+    from rankup.grpo.common.quiet import quiet_loggers
 
-
-def measure_all(chosen: Iterable[Cell]) -> list[dict[str, Any]]:
-    """The cells with "peak" and "state", the memory between two updates, in bytes. Cells of one model share it."""
-    _quiet()
-    rows = []
+    quiet_loggers()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    found = []
     for (model, vocabulary, side, rank, checkpointing), group in itertools.groupby(
         chosen, key=lambda c: (c.model, c.vocabulary, c.side, c.rank, c.gradient_checkpointing)
     ):
-        same = list(group)
-        measured = measure(
-            shape_of(model, vocabulary), side, [c.group for c in same], rank=rank, gradient_checkpointing=checkpointing
-        )
-        for cell, (state, peak) in zip(same, measured, strict=True):
-            rows.append(asdict(cell) | {"state": state, "peak": peak})
+        same, config = list(group), config_of(model, vocabulary)
+        figures = measure(config, side, [c.case for c in same], rank=rank, gradient_checkpointing=checkpointing)
+        for cell, (state, peak) in zip(same, figures, strict=True):
+            found.append(replace(cell, state=state, peak=peak))
             print(f"{_name(cell)}: {peak / 2**30:.1f} GiB", file=sys.stderr)
-    return rows
+    return found
 
 
-def shape_of(model: str, vocabulary: int | None = None) -> dict[str, Any]:
+def config_of(model: str, vocabulary: int | None = None) -> dict[str, Any]:
     """The `config.json` of a model, with `vocabulary` unless it is None."""
     return MODELS[model] | OF_ALL | ({} if vocabulary is None else {"vocab_size": vocabulary})
 
 
 def measure(
-    config: dict[str, Any], side: str, groups: Sequence[Group], *, rank: int, gradient_checkpointing: bool
+    config: dict[str, Any], side: str, cases: Sequence[Case], *, rank: int, gradient_checkpointing: bool
 ) -> list[tuple[int, int]]:
-    """For each group, the bytes between two updates, and those at the peak of an update as on CUDA."""
-    from memory_sides import SIDES, SMALLEST, trls_paths_of_cuda
+    """For each case, the bytes between two updates, and those at the peak of an update as on CUDA."""
+    from memory_sides import SIDES, trls_paths_of_cuda
 
     from rankup.grpo.cli.plan.step_memory import fake_tensors
     from rankup.kernels.device import paths_of_cuda
 
-    measured = []
+    measured, smallest = [], Case(2, 2, prompts=1, completions=2)
     with (
         tempfile.TemporaryDirectory(prefix="rankup-memory-") as folder,
         fake_tensors() as memory,
@@ -203,16 +187,16 @@ def measure(
     ):
         Path(folder, "config.json").write_text(json.dumps(config))
         one = SIDES[side](Path(folder), rank=rank, gradient_checkpointing=gradient_checkpointing)
-        one.add_gradients(SMALLEST)
-        one.apply_gradients()  # from here on there is the optimizer's state
-        one.forget_gradients()
+        one.add_gradients(smallest)
+        one.update()  # from here on there is the optimizer's state
+        one.optimizer.zero_grad(set_to_none=True)
         state = memory.now
-        one.add_gradients(SMALLEST)  # the passes before the last one leave gradients
+        one.add_gradients(smallest)  # the passes before the last one leave gradients
         before = memory.now
-        for group in groups:
+        for case in cases:
             memory.begin()
-            one.add_gradients(group)
-            one.apply_gradients()
+            one.add_gradients(case)
+            one.update()
             assert memory.now == before, "a pass leaves nothing else behind"
             measured.append((state, memory.peak))
     return measured
@@ -225,16 +209,6 @@ def _name(cell: Cell) -> str:
     return f"{cell.model} {cell.side} rank {cell.rank}{vocabulary} {sizes}{checkpointing}"
 
 
-def _quiet() -> None:
-    """Silence warnings about missing optional libraries, and about addresses of fake tensors."""
-    from rankup.grpo.common.quiet import quiet_loggers
-
-    quiet_loggers()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-
-
 if __name__ == "__main__":
-    use_environment()
     with suppress(KeyboardInterrupt):
         main()

@@ -48,12 +48,10 @@ class OperationTimer(TorchDispatchMode):
 class ProfiledSide(RankupSide):
     """`RankupSide` with a method that profiles its steps."""
 
-    def measure(self, repeats: int) -> dict[str, Any]:
+    def measure(self, repeats: int) -> tuple[list[float], list[OperationTimer], list[float]]:
         """Plain steps, profiled steps and bare products in turn, so that all see the same changes in machine speed.
 
-        Returns:
-            `plain`: seconds of steps. `profiled`: for each profiled step, seconds in each bucket. `operations`: multiply-adds
-            of the products in each bucket. `rates`: operations per second of the bare product.
+        Returns: seconds of the plain steps, the timers of the others, and operations per second of the bare product.
         """
         frozen = [weight for weight in self._policy.model.parameters() if not weight.requires_grad]
         weights = {_address(weight): "base" for weight in frozen if weight.dim() == 2}
@@ -68,12 +66,7 @@ class ProfiledSide(RankupSide):
             timers.append(OperationTimer(weights))
             with timers[-1]:
                 self.step()
-        return {
-            "plain": plain,
-            "profiled": [dict(timer.seconds) for timer in timers],
-            "operations": dict(timers[0].operations),
-            "rates": rates,
-        }
+        return plain, timers, rates
 
 
 def _bare_product_rates() -> list[float]:

@@ -15,6 +15,10 @@ Plain steps alternate with steps in which every torch operation is timed separat
 
 `floor_seconds` is the time of all products (multiply-adds of `operations.py`, 2 operations each) at the rate of one large bf16
 product on this machine, measured between the steps.
+
+examples:
+  scripts/bench/profile_step.py --json profile.json              about two minutes on two idle cores
+  scripts/bench/profile_step.py --case 512+128 --repeats 2
 """
 
 from __future__ import annotations
@@ -25,16 +29,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from cases import add_case_argument, cases_of
-from common import Result, command_line, run, summarise, use_environment
-from operations import ModelShape, num_tokens, step_operations
-from report_tables import profile
-from workers import Worker
+from common import Result, command_line, markdown, run, summarise
+from operations import step_operations
 
-EXAMPLE = """examples:
-  scripts/bench/profile_step.py --json profile.json              about two minutes on two idle cores
-  scripts/bench/profile_step.py --case 512+128 --repeats 2
-"""
-CASES = ("64+64", "256+64")
 BATCHED = {"bmm", "baddbmm"}
 PRODUCTS = {"mm", "addmm", *BATCHED}
 MEASURED = (
@@ -86,28 +83,31 @@ def _place(file: str) -> str | None:
     return "head" if name == "logprob.py" else None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the benchmark, print the table and write the JSON file."""
-    parser = command_line(__doc__, EXAMPLE, repeats=5, what="steps of each kind")
-    add_case_argument(parser, CASES)
-    run(parser.parse_args(arguments), measure, report)
+    parser = command_line(__doc__, repeats=5, what="steps of each kind")
+    add_case_argument(parser)
+    run(parser.parse_args(), measure, report)
 
 
 def measure(options: argparse.Namespace) -> Result:
     """Profile the step of each case."""
+    from profile_sides import ProfiledSide
+    from train_sides import MODEL, RANK
+
+    from rankup.grpo.cli.plan.shapes import read_shape
+
+    model, side = read_shape(MODEL), ProfiledSide(rank=RANK)
     cases = {}
-    with Worker("rankup", "profile_sides:ProfiledSide") as worker:
-        settings = worker.call("describe")
-        model = ModelShape.read(Path(settings.pop("model_path")))
-        for name, case in cases_of(options).items():
-            worker.call("begin", case)
-            print(f"{name}: {options.repeats} plain steps, {options.repeats} with every operation timed", flush=True)
-            measured = worker.call("measure", options.repeats)
-            operations = step_operations(model, case.shapes(), rank=settings["lora"]["rank"])
-            check_operations(operations, measured["operations"])
-            cases[name] = case_result(measured["plain"], measured["profiled"], operations, measured["rates"])
-            cases[name]["tokens"], cases[name]["targets"] = num_tokens(case.shapes())
-    return {"cases": cases, "bare_product_shape": BARE_PRODUCT, "settings": settings}
+    for name, case in cases_of(options).items():
+        side.begin(case)
+        print(f"{name}: {options.repeats} plain steps, {options.repeats} with every operation timed", flush=True)
+        plain, timers, rates = side.measure(options.repeats)
+        operations = step_operations(model, case, rank=RANK)
+        check_operations(operations, timers[0].operations)
+        cases[name] = case_result(plain, [timer.seconds for timer in timers], operations, rates)
+        cases[name] |= {"tokens": case.tokens, "targets": case.targets}
+    return {"cases": cases, "bare_product_shape": BARE_PRODUCT, "settings": side.describe()}
 
 
 def check_operations(expected: Mapping[str, int], counted: Mapping[str, int]) -> None:
@@ -151,16 +151,49 @@ def case_result(
     }
 
 
+# -------------------------------------------------------------------------------------------------------------- report
+
+
 def report(result: Result) -> str:
     """The table, and the rate of a bare product in each case."""
-    lines = [profile(result), ""]
+    lines = [table(result), ""]
     for name, case in result["cases"].items():
-        rate = {key: value / 1e9 for key, value in case["bare_product_operations_per_second"].items() if key != "all"}
-        spread = f"{rate['min']:.0f} to {rate['max']:.0f}"
-        lines.append(f"- {name}: a bare bf16 product ran at {rate['median']:.0f} GFLOP/s ({spread})")
+        low, median, high = (case["bare_product_operations_per_second"][key] / 1e9 for key in ("min", "median", "max"))
+        lines.append(f"- {name}: a bare bf16 product ran at {median:.0f} GFLOP/s ({low:.0f} to {high:.0f})")
     return "\n".join(lines)
 
 
+def table(result: Result) -> str:
+    """A row per bucket: seconds and share of the step in each case; the step; the floor of its products."""
+    cases = result["cases"].values()
+    steps = [case["step_seconds"]["median"] for case in cases]
+
+    def row(name: str, parts: Sequence[float]) -> list[str]:
+        return [name, *(f"{part:.3f} ({part / step:.0%})" for part, step in zip(parts, steps, strict=True))]
+
+    rows = [row(name, [case["seconds"][name] for case in cases]) for name in (*MEASURED, "python")]
+    rows.append(["**the step**", *(f"**{step:.3f}**" for step in steps)])
+    rows.append(row("floor: its products at the rate of a bare one", [case["floor_seconds"] for case in cases]))
+    return markdown(["seconds", *result["cases"]], rows, left=1)
+
+
+def draw(result: Result, out: Path) -> None:
+    """Where the time of a step goes, a bar per case, and the floor of its products as a line across it."""
+    from plots import BAR_HEIGHT, bars, legend_below, measured, stack
+
+    cases = result["cases"].values()
+    steps = [case["step_seconds"] for case in cases]
+    with measured(out, "Where the time of a training step goes", result) as (axes,):
+        bars(axes, list(result["cases"]), steps, [f"{step['median']:.2f} s" for step in steps], color="none")
+        for row, case in enumerate(cases):
+            label = "floor: products at a bare one's rate" if row == 0 else None
+            ends = [row - BAR_HEIGHT * 0.62, row + BAR_HEIGHT * 0.62]
+            axes.plot([case["floor_seconds"]] * 2, ends, color="black", linestyle=(0, (4, 2)), linewidth=1.6, label=label)
+        stack(axes, {name: [case["seconds"][name] for case in cases] for name in (*MEASURED, "python")})
+        legend_below(axes)
+        axes.set_xlim(0, max(step["max"] for step in steps) * 1.1)
+        axes.set_xlabel("seconds")
+
+
 if __name__ == "__main__":
-    use_environment()
     main()

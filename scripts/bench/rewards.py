@@ -4,6 +4,10 @@
     overhead    1,024 completions (128 prompts of 8) and a reward function that does nothing: inline, and in processes
     step        steps of the quick start with a reward that sleeps 2 s per completion, in 8 processes: time of sampling and
                 scoring, divided by that of sampling alone plus one call
+
+examples:
+  scripts/bench/rewards.py overhead
+  scripts/bench/rewards.py step --repeats 3 --json step.json
 """
 
 from __future__ import annotations
@@ -11,17 +15,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from common import QUICKSTART, Result, command_line, interleave, run, summarise, use_environment
+from common import QUICKSTART, Result, command_line, interleave, run, summarise
 
-EXAMPLES = """examples:
-  scripts/bench/rewards.py overhead
-  scripts/bench/rewards.py step --repeats 3 --json step.json
-"""
 GROUPS, GENERATIONS, SLEEP = 128, 8, 2.0
 
 
@@ -36,11 +36,11 @@ def sleeps(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float(index % 2) for index in range(len(completions))]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run one of the two, print the figures and write the JSON file."""
-    parser = command_line(__doc__, EXAMPLES, repeats=20, what="how often everything is scored, or steps")
+    parser = command_line(__doc__, repeats=20, what="how often everything is scored, or steps")
     parser.add_argument("what", choices=["overhead", "step"])
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     run(options, overhead if options.what == "overhead" else step, report)
 
 
@@ -77,17 +77,19 @@ def overhead(options: argparse.Namespace) -> Result:
 
 def step(options: argparse.Namespace) -> Result:
     """Steps of 8 prompts with the slow reward, and with the trivial one, which shows the time of sampling alone."""
-    from rankup.grpo.common.quiet import quiet_loggers
-
-    quiet_loggers()
-    seconds: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
-        for name, function in (("sampling", nothing), ("with the reward", sleeps)):
-            steps = _train(function, options.repeats + 1, Path(folder) / name.split()[0])
-            seconds[name] = summarise(steps[1:])
+        sampling, with_reward = (
+            summarise(_train(function, options.repeats + 1, Path(folder) / function.__name__)[1:])
+            for function in (nothing, sleeps)
+        )
     call = SLEEP * GENERATIONS
-    ratio = seconds["with the reward"]["median"] / (seconds["sampling"]["median"] + call)
-    return {"what": "step", "seconds": seconds, "call_seconds": call, "ratio": ratio}
+    ratio = with_reward["median"] / (sampling["median"] + call)
+    return {
+        "what": "step",
+        "seconds": {"sampling": sampling, "with the reward": with_reward},
+        "call_seconds": call,
+        "ratio": ratio,
+    }
 
 
 def _train(function: Callable[..., list[float]], steps: int, folder: Path) -> list[float]:
@@ -111,10 +113,10 @@ def _train(function: Callable[..., list[float]], steps: int, folder: Path) -> li
 
 def report(result: Result) -> str:
     """Median and spread of each kind, and the ratio of `step`."""
-    unit = "ms" if result["what"] == "overhead" else "s"
+    key, unit = ("milliseconds", "ms") if "milliseconds" in result else ("seconds", "s")
     lines = [
         f"- {name}: {values['median']:.2f} {unit} ({values['min']:.2f} to {values['max']:.2f})"
-        for name, values in result.get("milliseconds", result.get("seconds", {})).items()
+        for name, values in result[key].items()
     ]
     if "ratio" in result:
         call = f"one call ({result['call_seconds']:g} s)"
@@ -123,5 +125,4 @@ def report(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    use_environment()
     main()

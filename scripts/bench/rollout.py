@@ -12,6 +12,10 @@ the base model benefits from vLLM's compiled graph, which vLLM disables on CPU w
 Repeats are interleaved. Each engine has a separate process that sleeps while another is measured; the processor time of the
 sleeping ones is in the result. Before measuring, rankup and stock vLLM must agree on the log-probabilities under the adapter,
 and differ from the base model.
+
+examples:
+  scripts/bench/rollout.py --json rollout.json            about six minutes on two idle cores
+  scripts/bench/rollout.py --repeats 1 --tokens 8         a quick look
 """
 
 from __future__ import annotations
@@ -19,18 +23,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import report_tables
-from common import Result, command_line, run, summarise, use_environment
+from common import Result, command_line, markdown, run, summarise
 from workers import Turns, Worker
 
-EXAMPLE = """examples:
-  scripts/bench/rollout.py --json rollout.json            about six minutes on two idle cores
-  scripts/bench/rollout.py --repeats 1 --tokens 8         a quick look
-"""
 PROMPTS, COMPLETIONS, RANK = 8, 16, 64
 PUBLISHES = 20
 STOCK_SHARE = 8  # stock vLLM with the adapter samples this many times fewer tokens when it decodes
@@ -38,16 +36,16 @@ MAX_DIFFERENCE = 0.35  # of rankup and stock that rounding explains, as a share 
 SIDES = {
     "rankup": "rankup, rank-64 adapter",
     "base": "vLLM, base model without LoRA",
-    "stock": "vLLM, the same adapter",
+    "stock": "stock vLLM, the same adapter",
 }
 SINGLE_TOKENS = [[1000 + index] for index in range(PROMPTS)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the benchmark, print the table and write the JSON file."""
-    parser = command_line(__doc__, EXAMPLE, repeats=5, what="measured runs of each engine")
+    parser = command_line(__doc__, repeats=5, what="measured runs of each engine")
     parser.add_argument("--tokens", type=int, default=24, metavar="N", help="tokens of a completion (default 24)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if not 1 <= options.tokens <= 64:
         parser.error("--tokens must be from 1 to 64")
     run(options, measure, report)
@@ -90,30 +88,19 @@ def _measure(workers: dict[str, Worker], about: Result, *, repeats: int, tokens:
     decoding = turns.interleave(workers, repeats, decode)
     rollouts = turns.interleave({name: workers[name] for name in ("rankup", "base")}, (repeats + 1) // 2, roll_out)
     rollouts["stock"] = [roll_out("stock")]
-    publish_ms, files_opened = workers["rankup"].call("publish", PUBLISHES)
-    rates, decoding_rates = (
-        {name: summarise(values[name]) for name in SIDES} for values in (rollouts, decoding)
-    )
-    publish = summarise(publish_ms)
+    publish = summarise([workers["rankup"].call("publish") for _ in range(PUBLISHES)])
+    rates, decoding_rates = ({name: summarise(found[name]) for name in SIDES} for found in (rollouts, decoding))
     return {
         **_ratios(rates),
         "publish_ms": publish["median"],
-        "files_opened": len(files_opened),
         "tokens_per_second": rates,
         "decoding": decoding_rates | _ratios(decoding_rates),
         "publish": publish,
         "agreement": agreement,
         "idle_engines_cpu_share": turns.idle_share,
         "settings": {
-            "sequences": PROMPTS * COMPLETIONS,
-            "prompts": PROMPTS,
-            "completions_per_prompt": COMPLETIONS,
-            "rank": RANK,
-            "tokens_per_completion": lengths,
-            "rollouts": {
-                "prompt_lengths": [len(ids) for ids in prompts],
-                "tokens_per_completion": about["completion_length"],
-            },
+            "prompt_lengths": [len(ids) for ids in prompts],
+            "tokens_per_completion": {"rollouts": about["completion_length"], "decoding": lengths},
             "sampling": "temperature 1, logprobs=0, ignore_eos, when decoding a seed per prompt; the same on all sides",
             "processes": "engine in the calling process, all cores; rankup and base keep freed memory",
             "rankup": about,
@@ -147,15 +134,46 @@ def _tokens_per_second(worker: Worker, prompts: list[list[int]], length: int, *,
     return sampled / seconds
 
 
+# -------------------------------------------------------------------------------------------------------------- report
+
+
 def report(result: Result) -> str:
     """The table, the cost of a publish, and how quiet the idle engines were."""
     publish = result["publish"]
     spread = f"{publish['min']:.1f} to {publish['max']:.1f}"
     idle = f"- idle engines used at most {result['idle_engines_cpu_share']:.1%} of a core"
-    published = f"- publish: {publish['median']:.1f} ms ({spread}), {result['files_opened']} files opened"
-    return "\n".join([report_tables.rollout(result), "", published, idle])
+    published = f"- publish: {publish['median']:.1f} ms ({spread})"
+    return "\n".join([table(result), "", published, idle])
+
+
+def table(result: Result) -> str:
+    """A row per engine: tokens per second of full rollouts and of decoding alone, and speed of rankup relative to it."""
+    rows = []
+    for name, label in SIDES.items():
+        ratios = ["" if name == "rankup" else f"{of[f'ratio_to_{name}']:.2f} ×" for of in (result, result["decoding"])]
+        full, alone = (_rate(rates[name]["median"]) for rates in (result["tokens_per_second"], result["decoding"]))
+        rows.append([label, full, ratios[0], alone, ratios[1]])
+    return markdown(["", "rollouts, tokens/s", "rankup's speed", "decoding alone", "rankup's speed"], rows, left=1)
+
+
+def _rate(rate: float) -> str:
+    """Three digits, or all before the decimal point: 795, 55.8."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def draw(result: Result, out: Path) -> None:
+    """Tokens per second by engine: full rollouts, and decoding alone."""
+    from plots import OURS, SUBTITLE, THEIRS, bars, measured
+
+    kinds = {"rollouts of the quick start": result["tokens_per_second"], "decoding alone": result["decoding"]}
+    with measured(out, "Sampling with a rank-64 adapter", result, panels=len(kinds)) as panels:
+        for panel, (title, rates) in zip(panels, kinds.items(), strict=True):
+            labels = [label.replace(", ", ",\n") if panel is panels[0] else "" for label in SIDES.values()]
+            values = [rates[name] for name in SIDES]
+            bars(panel, labels, values, [_rate(one["median"]) for one in values], color=[OURS, THEIRS, THEIRS])
+            panel.set_xlabel("tokens per second")
+            panel.set_title(title, **SUBTITLE)
 
 
 if __name__ == "__main__":
-    use_environment()
     main()

@@ -1,13 +1,13 @@
-"""The three engines of `rollout.py`, each in a separate process: rankup's, and stock vLLM with and without LoRA.
+"""The engines of benchmarks, each in a separate process: rankup's, and stock vLLM with and without LoRA.
 
 All run inside their process on all cores (a separate engine process of vLLM would leave one core to the caller: half the speed
-on two) with the same sampling parameters. rankup and the base model keep freed memory (`kernels/cpu_memory.py`); stock vLLM
-with the adapter has its defaults.
+on two). In `rollout.py` they have the same sampling parameters; rankup and the base model keep freed memory
+(`kernels/cpu_memory.py`), stock vLLM with the adapter has its defaults.
 """
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from cases import randomise_adapter
 from common import QUICKSTART
+from process_memory import resident_bytes, return_freed_memory
 from transformers import AutoTokenizer
 
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig, load_config
-from rankup.grpo.data.prompts import prepare_prompts
+from rankup.grpo.data.groups import Group
+from rankup.grpo.data.prompts import Prompt, prepare_prompts
+from rankup.grpo.data.run_inputs import load_run_inputs
 from rankup.grpo.data.sources import load_rows
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.run.records import CONFIG_FILE
+from rankup.grpo.update.learner import Learner
 from rankup.grpo.update.session import engine_settings, make_policy
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.config import SamplingConfig
@@ -70,24 +75,10 @@ class QuickstartSide:
         return list(self.engine.rollout(prompts, sampling, seeds=seeds))
 
 
-class OpenedFiles:
-    """Names of the files that Python opens while `watching`. An audit hook stays for the life of its process."""
-
-    def __init__(self) -> None:
-        self.watching = False
-        self.names: list[str] = []
-        sys.addaudithook(self._note)
-
-    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.watching and event == "open":
-            self.names.append(str(arguments[0]))
-
-
 class RankupSide(QuickstartSide):
     """rankup with a random adapter, which is saved for the stock side."""
 
     def __init__(self, *, rank: int, adapter_folder: Path) -> None:
-        self._opened = OpenedFiles()
         super().__init__([f"lora.rank={rank}", f"rollout.gpu_memory_utilization={GPU_SHARE}"])
         randomise_adapter(self.policy, ADAPTER_STD)
         self.publish_adapter()
@@ -95,17 +86,14 @@ class RankupSide(QuickstartSide):
 
     def describe(self) -> dict[str, Any]:
         """What the other sides and the report need to know."""
-        config, settings = self.config, self.engine.settings
+        settings = self.engine.settings
         return {
-            "model": config.model.name,
             "model_path": self.model_path,
-            "dtype": config.model.dtype,
-            "targets": list(config.lora.target_modules),
-            "adapter_parameters": sum(p.numel() for p in self.policy.masters),
             "max_num_seqs": settings.max_num_seqs,
             "max_model_len": settings.rollout.max_model_length,
             "kv_cache_bytes": int(settings.rollout.kv_cache_gib * 2**30),
-            "completion_length": config.rollout.max_completion_length,
+            "completion_length": self.config.rollout.max_completion_length,
+            **self.config.model_dump(mode="json", include={"model", "lora"}),
         }
 
     def quickstart_prompts(self, count: int) -> list[list[int]]:
@@ -133,16 +121,83 @@ class RankupSide(QuickstartSide):
         """Log-probability of every token except the first."""
         return self.engine.prompt_logprobs([sequence])[0]
 
-    def publish(self, times: int) -> tuple[list[float], list[str]]:
-        """Milliseconds of each publish, and the files that were opened meanwhile."""
-        milliseconds = []
-        self._opened.watching = True
-        for _ in range(times):
-            started = time.perf_counter()
-            self.publish_adapter()
-            milliseconds.append((time.perf_counter() - started) * 1e3)
-        self._opened.watching = False
-        return milliseconds, self._opened.names
+    def publish(self) -> float:
+        """Milliseconds of a publish."""
+        started = time.perf_counter()
+        self.publish_adapter()
+        return 1e3 * (time.perf_counter() - started)
+
+
+class TrainingSide(QuickstartSide):
+    """For `base_weights.py`: samples, and trains on what it sampled."""
+
+    def __init__(self, *, overrides: list[str]) -> None:
+        super().__init__(["guards.enabled=false", *overrides])
+        self.publish_adapter()
+        self._learner = Learner(self.policy, self.config)
+        self._groups: list[PromptGroup] = []
+        self._steps = 0
+
+    def sample(self, prompts: int, completions: int, length: int) -> float:
+        """Seconds of a rollout."""
+        ids = [[1, 504 + 7 * number, 3575, 282, 4649, 314] for number in range(prompts)]
+        started = time.perf_counter()
+        self._groups = self.sample_groups(ids, completions, length)
+        return time.perf_counter() - started
+
+    def train(self) -> float:
+        """Seconds of an update on the latest rollout."""
+        groups = [
+            Group(
+                prompt=Prompt(content="", token_ids=one.prompt_token_ids),
+                completions=one.completions,
+                advantages=(1.0, -1.0) * (len(one.completions) // 2),
+            )
+            for one in self._groups
+        ]
+        started = time.perf_counter()
+        update = self._learner.update(groups, step=self._steps)
+        self.publish_adapter()
+        assert update.metrics["updates"] == 1
+        self._steps += 1
+        return time.perf_counter() - started
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of the process, and bytes of base weights that the trainer owns and shares."""
+        return_freed_memory()
+        base = self.policy.base
+        return {"resident": resident_bytes("VmRSS"), "own": base.unshared_bytes, "shared": base.shared_bytes}
+
+
+class GreedySide:
+    """For `export_agreement.py`: an fp32 engine with the base model and the adapter of a run, or with a merged model.
+
+    Args:
+        run: the run's folder.
+        merged: the folder of the merged model, or None.
+        rows: how many of the evaluation prompts, None: all.
+    """
+
+    def __init__(self, *, run: Path, merged: Path | None, rows: int | None) -> None:
+        config = load_config(run / CONFIG_FILE, ["model.dtype=float32", f"data.eval_rows={rows or 'null'}"])
+        inputs = load_run_inputs(config)
+        assert inputs.eval_prompts is not None, "the run has no evaluation data"
+        self._prompts = [list(row.token_ids) for row in inputs.eval_prompts.rows]
+        self._sampling = config.rollout.greedy()
+        self._use_adapter = merged is None
+        settings = engine_settings(config, inputs.model_path)
+        with quiet_stderr():
+            self._engine = RolloutEngine(dataclasses.replace(settings, model=str(merged or inputs.model_path)))
+            if merged is None:
+                policy = Policy(inputs.model_path, lora=config.lora, dtype="float32", device=self._engine.device)
+                policy.load_adapter(run / "adapter")
+                policy.attach(self._engine.slots)
+                self._engine.publish(policy.write_slots)
+
+    def completions(self, *, of_base: bool = False) -> list[tuple[int, ...]]:
+        """Token ids of the greedy completion of each prompt, in the order of the prompts. `of_base`: without the adapter."""
+        groups = self._engine.rollout(self._prompts, self._sampling, use_adapter=self._use_adapter and not of_base)
+        return [group.completions[0].token_ids for group in sorted(groups, key=lambda group: group.index)]
 
 
 class StockSide:
@@ -160,13 +215,14 @@ class StockSide:
         from vllm.lora.request import LoRARequest
 
         lora: dict[str, Any] = {}
+        self._request = None
         if adapter_folder is not None:
             lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            self._request = LoRARequest("adapter", 1, str(adapter_folder))
         with quiet_stderr():
             # On CUDA each engine has its share of the device, on CPU a cache of the same size.
             cache = None if torch.cuda.is_available() else kv_cache_bytes
             self._llm = LLM(model_path, kv_cache_memory_bytes=cache, gpu_memory_utilization=GPU_SHARE, **lora)
-        self._request = None if adapter_folder is None else LoRARequest("adapter", 1, str(adapter_folder))
 
     def describe(self) -> dict[str, Any]:
         """The settings that vLLM chose."""

@@ -2,34 +2,31 @@
 
 Both take the same groups, adapter values, objective (DAPO, on-policy, no KL penalty), clipping and AdamW.
 
-Legend: B rows (completions), T tokens of a row, V vocabulary.
+Legend: B rows (completions), R tokens of each completion, T tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case, Group, padded_rows, randomise_adapter
+from cases import Case, randomise_adapter
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft_side import PeftSide, logprobs_of
 from process_memory import reset_peak, resident_bytes, return_freed_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rankup.grpo.algorithm.losses import clipped_surrogate
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.data.groups import Group as LearnerGroup
-from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 from rankup.kernels.cpu_memory import keep_freed_memory
-from rankup.rollout.types import Completion
 
 MODEL = "smollm2-135m-instruct"
 RANK, ALPHA = 64, 32
@@ -46,7 +43,7 @@ class Side:
     def begin(self, case: Case) -> None:
         raise NotImplementedError
 
-    def step(self) -> object:
+    def step(self) -> None:
         raise NotImplementedError
 
     def seconds(self) -> float:
@@ -98,7 +95,6 @@ class RankupSide(Side):
     def describe(self) -> dict[str, Any]:
         """Settings for the result."""
         return {
-            "model_path": self.model_path,
             "adapter_parameters": sum(master.numel() for master in self._policy.masters),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
@@ -111,7 +107,7 @@ class RankupSide(Side):
         for master, initial in zip(self._policy.masters, self._initial, strict=True):
             master.copy_(initial)
         self._policy.write_slots()
-        self._groups = _weighted(case.groups())
+        self._groups = case.groups()
         self._learner = Learner(self._policy, self._config)
 
     def step(self) -> None:
@@ -146,28 +142,8 @@ class RankupSide(Side):
         return [x for one in self._packs() for x in self._policy.logprobs(one, use_adapter=use_adapter)[0].tolist()]
 
 
-class RankSide:
-    """rankup's side at several ranks in one process."""
-
-    def __init__(self, *, ranks: Sequence[int]) -> None:
-        self._sides = {rank: RankupSide(rank=rank) for rank in ranks}
-
-    def describe(self) -> dict[str, Any]:
-        """Settings for the result, of the first rank."""
-        return next(iter(self._sides.values())).describe()
-
-    def begin(self, case: Case) -> None:
-        """`Side.begin` at every rank."""
-        for side in self._sides.values():
-            side.begin(case)
-
-    def seconds(self, rank: int) -> float:
-        """Seconds of a step."""
-        return self._sides[rank].seconds()
-
-
-class StockSide(Side):
-    """Stock transformers and PEFT with the saved adapter: one padded row per completion, logits, torch's log-softmax.
+class StockSide(PeftSide, Side):
+    """Stock transformers and PEFT with the saved adapter: one row per completion, logits, torch's log-softmax.
 
     Args:
         adapter_folder: where rankup's side saved its adapter. PEFT keeps it in fp32, its default.
@@ -185,110 +161,64 @@ class StockSide(Side):
         self._adapter_folder = adapter_folder
         self._completion_logits = completion_logits
         self._autocast = autocast
-        self._config = GRPOConfig()
         with quiet_stderr():
             base = AutoModelForCausalLM.from_pretrained(
                 resolve_model(MODEL), dtype=torch.bfloat16, attn_implementation="sdpa"
             )
             torch.nn.Module.to(base, DEVICE)
-            self._model = PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True)
-        self._model.train()
-        self._trained = [p for p in self._model.parameters() if p.requires_grad]
-        assert {p.dtype for p in self._trained} == {torch.float32}, "PEFT's default"
-        self._note_loaded(self._model.parameters())
+            super().__init__(PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True), GRPOConfig())
+        assert self.config.rollout.temperature == 1.0, "neither side divides the logits"
+        self._note_loaded(self.model.parameters())
 
     def begin(self, case: Case) -> None:
         self._optimizer = None
-        set_peft_model_state_dict(self._model, load_peft_weights(str(self._adapter_folder), device=DEVICE))
-        optim = self._config.optim
-        self._optimizer = torch.optim.AdamW(
-            self._trained,
-            lr=optim.learning_rate,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            eps=optim.adam_epsilon,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        self._rows = padded_rows(case.groups())
-        self._ids_BT = torch.tensor(self._rows.token_ids, device=DEVICE)
-        self._attention_BT = torch.tensor(self._rows.attention, device=DEVICE)
-        self._is_target_BT = torch.tensor(self._rows.is_target, dtype=torch.bool, device=DEVICE)
-        self._advantages_B1 = torch.tensor(self._rows.advantages, device=DEVICE)[:, None]
+        set_peft_model_state_dict(self.model, load_peft_weights(str(self._adapter_folder), device=DEVICE))
+        self._optimizer = self.make_optimizer()
+        groups = case.groups()
+        rows = [group.prompt.token_ids + completion.token_ids for group in groups for completion in group.completions]
+        advantages = [advantage for group in groups for advantage in group.advantages]
+        self._ids_BT = torch.tensor(rows, device=DEVICE)
+        self._batch = (self._ids_BT, case.completion_tokens, torch.tensor(advantages, device=DEVICE)[:, None])
 
     def step(self) -> None:
         """Forward, backward, clipping, AdamW."""
         assert self._optimizer is not None
-        self._loss().backward()
-        torch.nn.utils.clip_grad_norm_(self._trained, self._config.optim.max_grad_norm)
-        self._optimizer.step()
+        self.loss(*self._batch).backward()
+        self.apply_gradients(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
 
     def num_tokens(self) -> int:
-        """Tokens that pass through the model in a step, padding included."""
-        return self._rows.num_tokens
+        """Tokens that pass through the model in a step."""
+        return self._ids_BT.numel()
 
     def probe(self, folder: Path) -> dict[str, Any]:
         """Loss, gradient norm, log-probabilities, and the cosine of the gradient with rankup's, which is in `folder`."""
-        loss = self._loss()
+        loss = self.loss(*self._batch)
         loss.backward()
-        gradients = _gradients(self._model), load_file(folder / GRADIENTS_FILE, device=DEVICE)
+        gradients = _gradients(self.model), load_file(folder / GRADIENTS_FILE, device=DEVICE)
         assert gradients[0].keys() == gradients[1].keys()
         names = sorted(gradients[0])
         stock, rankup = (torch.cat([found[name].flatten().double() for name in names]) for found in gradients)
-        self._model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            logprobs_BT, is_target_BT = self._logprobs()
+            logprobs_BR = self.logprobs(*self._batch[:2])
         return {
             "loss": loss.item(),
             "grad_norm": stock.norm().item(),
             "grad_cosine": torch.cosine_similarity(stock, rankup, dim=0).item(),
-            "logprobs": logprobs_BT[is_target_BT].tolist(),
+            "logprobs": logprobs_BR.flatten().tolist(),
         }
 
-    def _loss(self) -> torch.Tensor:
-        """DAPO's loss: the mean over all completion tokens. On-policy, so the old log-probabilities are the current ones."""
-        algorithm = self._config.algorithm
-        logprobs_BT, is_target_BT = self._logprobs()
-        loss_BT = clipped_surrogate(
-            torch.exp(logprobs_BT - logprobs_BT.detach()),
-            self._advantages_B1,
-            epsilon=algorithm.epsilon,
-            epsilon_high=algorithm.epsilon_high,
-        )
-        return (loss_BT * is_target_BT).sum() / is_target_BT.sum()
-
-    def _logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each token after the first, and whether it belongs to a completion. With `completion_logits`
-        only of the last columns, which contain all completions."""
+    def logprobs(self, ids_BT: torch.Tensor, completion: int) -> torch.Tensor:
         selected: dict[str, torch.Tensor] = {}
         if self._completion_logits:
             # Positions instead of their number: for a slice, torch's linear layer on CPU copies the head once per row.
-            first = min(self._rows.prompt_lengths) - 1
-            selected["logits_to_keep"] = torch.arange(first, self._ids_BT.shape[1], device=DEVICE)
+            first = ids_BT.shape[1] - completion - 1
+            selected["logits_to_keep"] = torch.arange(first, ids_BT.shape[1], device=DEVICE)
+        attention_BT = torch.ones_like(ids_BT)
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=self._autocast):
-            logits_BTV = self._model(
-                input_ids=self._ids_BT, attention_mask=self._attention_BT, use_cache=False, **selected
-            ).logits
-        count = logits_BTV.shape[1] - 1  # the last token predicts nothing
-        targets_BT = self._ids_BT[:, -count:]
-        assert self._config.rollout.temperature == 1.0, "neither side divides the logits"
-        logprobs_BT = logits_BTV[:, :-1].float().log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]
-        return logprobs_BT, self._is_target_BT[:, -count:]
-
-
-def _weighted(groups: Sequence[Group]) -> list[LearnerGroup]:
-    """The groups as rankup's learner takes them. The sampler's log-probabilities affect only a metric."""
-    weighted = []
-    for group in groups:
-        completions = tuple(
-            Completion(
-                token_ids=tuple(ids), logprobs=(-1.0,) * len(ids), text="", finish_reason="length", policy_version=0
-            )
-            for ids in group.completions
-        )
-        prompt = Prompt(content="", token_ids=tuple(group.prompt))
-        weighted.append(LearnerGroup(prompt=prompt, completions=completions, advantages=tuple(group.advantages)))
-    return weighted
+            logits_BTV = self.model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False, **selected).logits
+        return logprobs_of(logits_BTV, ids_BT)[:, -completion:]
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ class RankupSide(GRPOSide):
         trainer.train(engine=engine)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"tokens_per_pack": self._config.optim.tokens_per_pack}
+        return super().describe() | self._config.model_dump(mode="json", include={"lora", "rollout", "algorithm", "optim"})
 
 
 class PausingCallback(TrainerCallback):
@@ -140,50 +140,9 @@ class TrlSide(GRPOSide):
             keep_freed_memory()
         logging.getLogger("trl").setLevel(logging.ERROR)
         self._folder = folder / "trl"
-        self._options = {
+        self._fields: dict[str, Any] = {
             "per_device_train_batch_size": micro_batch,
             "gradient_accumulation_steps": PROMPTS * COMPLETIONS // micro_batch,
-            **({"gradient_checkpointing": False} if tuned else {}),
-        }
-        self._phases = {"rollout": 0.0, "reward": 0.0, "publish": 0.0}
-
-    def _train(self) -> None:
-        from datasets import Dataset
-        from peft import LoraConfig
-
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        import_vllm()
-        if not torch.cuda.is_available():
-            _keep_original_weights()
-        with quiet_stderr():
-            from trl.trainer.grpo_trainer import GRPOTrainer
-
-            path = resolve_model(MODEL)
-            self._trainer = GRPOTrainer(
-                model=path,
-                reward_funcs=cast(Any, score_by_hash),  # TRL's type requires a list of rewards that may be None
-                args=self._arguments(),
-                train_dataset=Dataset.from_list(prompt_rows()),
-                processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
-                callbacks=[PausingCallback(self)],
-                peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
-            )
-        self._time_phases()
-        self._trainer.train()
-
-    def step_ended(self) -> None:
-        """Report the step. Its time outside of the timed phases is called `train`."""
-        metrics = {name: values[-1] for name, values in self._trainer._metrics["train"].items()}
-        train = self.elapsed - sum(self._phases.values())
-        self.pause_after(metrics, self._phases | {"train": train})
-        for name in self._phases:
-            self._phases[name] = 0.0
-
-    def _arguments(self) -> Any:
-        from trl.trainer.grpo_config import GRPOConfig as TrlConfig
-
-        fields: dict[str, Any] = {
-            "output_dir": str(self._folder),
             "model_init_kwargs": {"dtype": "bfloat16"},
             "use_cpu": not torch.cuda.is_available(),
             "bf16": True,
@@ -206,9 +165,41 @@ class TrlSide(GRPOSide):
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
+            **({"gradient_checkpointing": False} if tuned else {}),
         }
-        self._fields = fields | self._options
-        return TrlConfig(**self._fields)
+        self._phases = {"rollout": 0.0, "reward": 0.0, "publish": 0.0}
+
+    def _train(self) -> None:
+        from datasets import Dataset
+        from peft import LoraConfig
+
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        import_vllm()
+        if not torch.cuda.is_available():
+            _keep_original_weights()
+        with quiet_stderr():
+            from trl.trainer.grpo_config import GRPOConfig as TrlConfig
+            from trl.trainer.grpo_trainer import GRPOTrainer
+
+            path = resolve_model(MODEL)
+            self._trainer = GRPOTrainer(
+                model=path,
+                reward_funcs=cast(Any, score_by_hash),  # TRL's type requires a list of rewards that may be None
+                args=TrlConfig(output_dir=str(self._folder), **self._fields),
+                train_dataset=Dataset.from_list(prompt_rows()),
+                processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
+                callbacks=[PausingCallback(self)],
+                peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
+            )
+        self._time_phases()
+        self._trainer.train()
+
+    def step_ended(self) -> None:
+        """Report the step. Its time outside of the timed phases is called `train`."""
+        metrics = {name: values[-1] for name, values in self._trainer._metrics["train"].items()}
+        train = self.elapsed - sum(self._phases.values())
+        self.pause_after(metrics, self._phases | {"train": train})
+        self._phases = dict.fromkeys(self._phases, 0.0)
 
     def _time_phases(self) -> None:
         """Time the calls of a step that are not training."""
@@ -232,7 +223,7 @@ class TrlSide(GRPOSide):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {
             "changes": [] if torch.cuda.is_available() else TRL_CHANGES,
-            "arguments": {name: value for name, value in self._fields.items() if name != "output_dir"},
+            "arguments": self._fields,
             "vllm": vllm_settings(self._trainer.vllm_generation.llm),
         }
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from common import QUICKSTART, ROOT, use_environment
+from common import QUICKSTART, ROOT, script_parser
 
 if TYPE_CHECKING:
     from rankup import GRPOConfig
@@ -128,7 +128,7 @@ class CollapsedError(Exception):
 
 
 class Watch:
-    """A view that records what a run shows. `stop_early`: end the run when it has collapsed."""
+    """A view that records what a run shows, and ends it when it has collapsed, if `stop_early`."""
 
     def __init__(self, *, stop_early: bool) -> None:
         self.stop_early = stop_early
@@ -229,7 +229,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSONL file (default docs/study/ranks.jsonl)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="parent of the run folders")
@@ -241,7 +241,6 @@ def main() -> None:
     unknown = set(options.experiments) - set(EXPERIMENTS)
     if unknown:
         parser.error(f"unknown experiment {', '.join(sorted(unknown))}; choose from {', '.join(EXPERIMENTS)}")
-    use_environment()
     done = read_results(options.results)
     if options.list:
         for run in (run for experiment in EXPERIMENTS.values() for run in experiment()):

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from report_tables import markdown
+from common import markdown
 
 Row = dict[str, Any]
 

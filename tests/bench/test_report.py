@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +38,14 @@ def rank_figure() -> dict[str, Any]:
 
 
 def vs_trl_figure() -> dict[str, Any]:
-    return {"speedup": 3.0, "step_seconds": {"rankup": summary(4.0), "trl": summary(12.0)}, "tokens": {}, "machine": MACHINE}
+    phases = {"rollout": summary(2.5), "train": summary(1.5)} | dict.fromkeys(("reward", "publish", "other"), summary(0.0))
+    return {
+        "speedup": 3.0,
+        "step_seconds": {"rankup": summary(4.0), "trl": summary(12.0)},
+        "trl_tuned": {"speedup": 2.5, "step_seconds": summary(10.0)},
+        "phases": dict.fromkeys(("rankup", "trl", "trl_tuned"), phases),
+        "machine": MACHINE,
+    }
 
 
 def rollout_figure() -> dict[str, Any]:
@@ -49,7 +55,8 @@ def rollout_figure() -> dict[str, Any]:
 
 
 def profile_figure() -> dict[str, Any]:
-    seconds = {"base products": 0.6, "python": 0.2}
+    names = "adapter products,head products,attention,head elementwise,other elementwise,optimizer"
+    seconds = {"base products": 0.6, "python": 0.2} | dict.fromkeys(names.split(","), 0.0)
     case = {"step_seconds": summary(0.8), "seconds": seconds, "floor_seconds": 0.4}
     return {"cases": {"64+64": case}, "machine": MACHINE}
 
@@ -68,6 +75,22 @@ def report(bench_module: Load) -> Any:
     return bench_module("report")
 
 
+@pytest.fixture(scope="module")
+def replace_tables(bench_module: Load) -> Any:
+    return bench_module("common").replace_tables
+
+
+@pytest.fixture(scope="module")
+def table_of(report: Any, bench_module: Load) -> Callable[..., list[list[str]]]:
+    """The cells of the table of a benchmark's result."""
+
+    def made(name: str, figure: dict[str, Any]) -> list[list[str]]:
+        table = bench_module(report.MODULES[name]).table(figure)
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+    return made
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the results of all benchmarks."""
@@ -78,78 +101,69 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-
-
 # ------------------------------------------------------------------------------------------------------------- markers
 
 
-def test_only_the_text_between_markers_is_replaced(report: Any):
+def test_only_the_text_between_markers_is_replaced(replace_tables: Any):
     text = "Before.\n<!-- table: rank -->\nold\n\n\n<!-- end -->\nBetween.\n<!-- table: profile -->\n<!-- end -->\nAfter.\n"
-    renewed = report.replace_tables(text, {"rank": "| r |", "profile": "| p |\n"})
+    renewed = replace_tables(text, {"rank": "| r |", "profile": "| p |\n"})
     assert renewed == (
         "Before.\n<!-- table: rank -->\n| r |\n<!-- end -->\nBetween.\n<!-- table: profile -->\n| p |\n<!-- end -->\nAfter.\n"
     )
-    assert report.replace_tables(renewed, {"rank": "| r |", "profile": "| p |"}) == renewed
+    assert replace_tables(renewed, {"rank": "| r |", "profile": "| p |"}) == renewed
 
 
-def test_marker_without_a_result_keeps_its_table(report: Any):
+def test_marker_without_a_result_keeps_its_table(replace_tables: Any):
     text = "<!-- table: rollout -->\nkept\n<!-- end -->\n"
-    assert report.replace_tables(text, {"rank": "| r |"}) == text
+    assert replace_tables(text, {"rank": "| r |"}, known=FIGURES) == text
 
 
-def test_backslashes_in_a_table_are_not_interpreted(report: Any):
-    assert r"| \1 \g<0> |" in report.replace_tables("<!-- table: rank -->\n<!-- end -->", {"rank": r"| \1 \g<0> |"})
+def test_backslashes_in_a_table_are_not_interpreted(replace_tables: Any):
+    assert r"| \1 \g<0> |" in replace_tables("<!-- table: rank -->\n<!-- end -->", {"rank": r"| \1 \g<0> |"})
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("<!-- table: ranks -->\n<!-- end -->", "unknown table; the tables are train_step, rank"),
+        ("<!-- table: ranks -->\n<!-- end -->", "unknown table; the tables are train_step, rank, vs_trl"),
         ("<!-- table: rank -->\nno end", "has no <!-- end -->"),
         ("<!-- table: rank -->\n<!-- table: profile -->\n<!-- end -->", "rank --> has no <!-- end -->"),
     ],
 )
-def test_invalid_markers_are_an_error(report: Any, text: str, problem: str):
+def test_invalid_markers_are_an_error(replace_tables: Any, text: str, problem: str):
     with pytest.raises(ValueError, match=problem):
-        report.replace_tables(text, {"rank": "| r |"})
+        replace_tables(text, {"rank": "| r |"}, known=FIGURES)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_table_is_well_formed(bench_module: Load, name: str):
-    rows = cells(bench_module("report_tables").TABLES[name](FIGURES[name]()))
+def test_every_table_is_well_formed(table_of: Any, name: str):
+    rows = table_of(name, FIGURES[name]())
     assert len(rows) > 2
     assert len({len(row) for row in rows}) == 1
     assert set(rows[1]) <= {"---", "---:"}
 
 
-def test_train_step_table_shows_the_figures(bench_module: Load):
-    rows = cells(bench_module("report_tables").TABLES["train_step"](train_step_figure()))
+def test_train_step_table_shows_the_figures(table_of: Any):
+    rows = table_of("train_step", train_step_figure())
     assert rows[2] == ["64+64", "rankup", "**0.50** (0.45 to 0.55)", "", "1,024", "", "1,136"]
     assert rows[3] == ["", "PEFT, full logits", "**2.00** (1.80 to 2.20)", "4.00 ×", "4,096", "0.25", "2,048"]
     assert rows[4][1:] == ["under bf16 autocast", "**1.25** (1.12 to 1.38)", "2.50 ×", "2,048", "0.50", "2,048"]
 
 
-def test_rank_table_relates_to_rank_64_and_ends_with_the_growth(bench_module: Load):
-    rows = cells(bench_module("report_tables").TABLES["rank"](rank_figure()))
+def test_rank_table_relates_to_rank_64_and_ends_with_the_growth(table_of: Any):
+    rows = table_of("rank", rank_figure())
     assert rows[3] == ["64", "0.800 (× 1.00)", "164 G (× 1.00)"]
     assert rows[4] == ["128", "1.200 (× 1.50)", "228 G (× 1.39)"]
     assert rows[5] == ["64 to 128", "**× 1.50**", "× 1.39"]
 
 
-def test_phases_of_a_step_are_shown_if_the_result_has_any(bench_module: Load):
-    table = bench_module("report_tables").TABLES["vs_trl"]
-    phases = {"rankup": {"rollout": summary(2.5), "train": summary(1.5)}, "trl": {"rollout": summary(8.0)}}
-    tuned = {"speedup": 2.5, "step_seconds": summary(10.0)}
-    rows = cells(table(vs_trl_figure() | {"phases": phases, "trl_tuned": tuned}))
-    assert rows[0][-2:] == ["rollout", "training"]
-    assert [row[-2:] for row in rows[2:]] == [["2.50", "1.50"], ["8.00", ""], ["", ""]]
-    assert rows[4][2] == "2.50 ×"
-    assert "rollout" not in table(vs_trl_figure())
+def test_phases_of_a_step_are_shown(table_of: Any):
+    rows = table_of("vs_trl", vs_trl_figure())
+    assert rows[0][3:] == ["rollout", "reward", "training", "weights to vLLM", "other"]
+    assert rows[4] == ["TRL, tuned", "**10.00** (9.00 to 11.00)", "2.50 ×", "2.50", "0.00", "1.50", "0.00", "0.00"]
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -164,9 +178,7 @@ def test_page_and_pictures_come_from_the_files(report: Any, folder: Path):
     report.main([str(folder), "--check"])
     assert "**0.50** (0.45 to 0.55)" in page.read_text()
     for name in FIGURES:
-        header = (folder / f"{name}.png").read_bytes()[:24]
-        assert header.startswith(b"\x89PNG")
-        assert struct.unpack(">II", header[16:24]) == (1600, 900)
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_check_changes_nothing(report: Any, folder: Path):
@@ -185,5 +197,5 @@ def test_without_a_page_the_tables_go_to_the_terminal(report: Any, folder: Path,
 
 
 def test_a_folder_without_results_is_an_error(report: Any, tmp_path: Path):
-    with pytest.raises(ValueError, match="run a benchmark first"):
+    with pytest.raises(SystemExit, match="run a benchmark first"):
         report.main([str(tmp_path)])

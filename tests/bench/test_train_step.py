@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import random
+import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,15 +12,26 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from rankup.grpo.cli.plan.shapes import read_shape
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.read_text().startswith("#!"))
 Load = Callable[[str], ModuleType]
 
-lengths = st.integers(1, 12)
-group_shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=4)), min_size=1, max_size=3)
+TINY = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 4,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "vocab_size": 10,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +45,13 @@ def operations(bench_module: Load) -> Any:
 
 
 @pytest.fixture(scope="module")
-def tiny_shape(operations: Any) -> Any:
-    return operations.ModelShape(layers=1, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocabulary=10)
+def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return read_shape(str(folder))
 
 
 # ------------------------------------------------------------------------------------------------------ command lines
-
-
-def test_there_are_scripts():
-    assert {"train_step.py", "rank.py", "profile_step.py", "report.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -62,6 +72,8 @@ def test_help_answers_without_torch(script: str):
         ("train_step.py", ["--repeats", "0"], "--repeats: must be at least 1"),
         ("profile_step.py", ["--case", "0+64"], "a case is PROMPT+COMPLETION"),
         ("rank.py", ["--rank", "256"], "--rank must be from 1 to 128"),
+        ("vs_trl.py", ["--micro-batch", "7"], "--micro-batch must divide the 64 completions of a step"),
+        ("plan_memory.py", ["--tokens-per-pack", "100"], "--tokens-per-pack must be a multiple of 512"),
         ("report.py", ["no/such/folder"], "is not a folder"),
     ],
 )
@@ -78,72 +90,45 @@ def test_case_is_the_same_in_every_process(cases: Any):
     case = cases.Case.parse("5+3")
     groups = case.groups()
     assert groups == cases.Case.parse("5+3").groups()
-    assert case.shapes() == [(len(g.prompt), [len(c) for c in g.completions]) for g in groups] == [(5, [3] * 8)] * 2
-    assert len({tuple(c) for g in groups for c in g.completions}) == 16
+    assert [(len(g.prompt.token_ids), [len(c.token_ids) for c in g.completions]) for g in groups] == [(5, [3] * 8)] * 2
+    assert len({c.token_ids for g in groups for c in g.completions}) == 16
     assert len({a for g in groups for a in g.advantages}) == 16
+    assert (case.tokens, case.targets) == (2 * (5 + 8 * 2), 2 * 8 * 3)
 
 
-def test_padded_rows_of_a_group(cases: Any):
-    rows = cases.padded_rows([cases.Group(prompt=[7, 8], completions=[[1], [2, 3]], advantages=[0.5, -0.5])])
-    assert rows.token_ids == [[7, 8, 1, 0], [7, 8, 2, 3]]
-    assert rows.attention == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert rows.is_target == [[0, 0, 1, 0], [0, 0, 1, 1]]
-    assert (rows.prompt_lengths, rows.advantages, rows.num_tokens) == ([2, 2], [0.5, -0.5], 8)
-
-
-@given(group_shapes)
-def test_padded_rows_hold_every_completion_after_its_prompt(cases: Any, shapes: list[tuple[int, list[int]]]):
-    draw = random.Random(0)
-
-    def tokens(count: int) -> list[int]:
-        return [draw.randrange(1, 50) for _ in range(count)]
-
-    groups = [cases.Group(tokens(p), [tokens(c) for c in cs], [draw.random() for _ in cs]) for p, cs in shapes]
-    rows = cases.padded_rows(groups)
-    pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
-    picked = list(zip(rows.token_ids, rows.attention, rows.is_target, strict=True))
-    real = [[t for t, is_real in zip(ids, attention, strict=True) if is_real] for ids, attention, _ in picked]
-    assert real == [prompt + completion for prompt, completion in pairs]
-    targets = [[t for t, wanted in zip(ids, is_target, strict=True) if wanted] for ids, _, is_target in picked]
-    assert targets == [completion for _, completion in pairs]
-    assert {len(part) for row in picked for part in row} == {max(map(len, real))}
-    assert rows.advantages == [a for group in groups for a in group.advantages]
+def test_log_probabilities_are_of_the_tokens_that_logits_predict(bench_module: Load):
+    """Of all positions, and of the last three with the one before them."""
+    logits_BTV = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(0))
+    ids_BT = torch.arange(12).reshape(2, 6) % 10
+    everywhere = bench_module("peft_side").logprobs_of(logits_BTV, ids_BT)
+    assert everywhere[1, 2] == logits_BTV[1, 2].log_softmax(-1)[ids_BT[1, 3]]
+    assert torch.equal(bench_module("peft_side").logprobs_of(logits_BTV[:, -4:], ids_BT), everywhere[:, -3:])
 
 
 # ---------------------------------------------------------------------------------------------------------- operations
 
 
-def test_operations_of_a_step_counted_by_hand(operations: Any, tiny_shape: Any):
-    group = (3, [2, 4])  # 3 + 1 + 3 tokens go through the model, 6 are predicted
-    assert operations.num_tokens([group]) == (7, 6)
+def test_operations_of_a_step_counted_by_hand(cases: Any, operations: Any, tiny_shape: Any):
+    case = cases.Case(3, 4, prompts=1, completions=2)  # 3 + 2 * 3 tokens go through the model, 8 are predicted
     weights = 16 + 8 + 8 + 16 + 32 + 32 + 32  # q, k, v, o, gate, up, down
     sides = 24 + 18 + 18 + 24 + 36 + 36 + 36  # 3 I + 3 O of each
-    scores = 3 * 3 + 2 * 3 * (3 + 3)  # the prompt; two completions, as wide as the longer one
-    assert operations.step_operations(tiny_shape, [group], rank=2) == {
-        "base": 7 * (2 * weights - (16 + 8 + 8)),
-        "adapter": 7 * 2 * (sides - 3 * 4),
+    scores = 3 * 3 + 2 * 3 * (3 + 3)  # the prompt; two completions
+    assert operations.step_operations(tiny_shape, case, rank=2) == {
+        "base": 9 * (2 * weights - (16 + 8 + 8)),
+        "adapter": 9 * 2 * (sides - 3 * 4),
         "attention": 2 * 6 * 2 * scores,
-        "head": 2 * 6 * 4 * 10,
+        "head": 2 * 8 * 4 * 10,
     }
 
 
-@given(group_shapes, st.integers(1, 128))
-def test_operations_add_up_over_groups_and_only_the_adapter_grows_with_the_rank(
-    operations: Any, tiny_shape: Any, shapes: list[tuple[int, list[int]]], rank: int
+@given(prompts=st.integers(1, 3), rank=st.integers(1, 128))
+def test_operations_grow_with_the_prompts_and_only_those_of_the_adapter_with_the_rank(
+    cases: Any, operations: Any, tiny_shape: Any, prompts: int, rank: int
 ):
-    total = operations.step_operations(tiny_shape, shapes, rank=rank)
-    parts = [operations.step_operations(tiny_shape, [shape], rank=rank) for shape in shapes]
-    assert total == {kind: sum(part[kind] for part in parts) for kind in total}
-    at_one = operations.step_operations(tiny_shape, shapes, rank=1)
-    assert total == at_one | {"adapter": rank * at_one["adapter"]}
-
-
-def test_model_shape_is_read_from_its_configuration(operations: Any, tmp_path: Path):
-    config = '{"num_hidden_layers": 3, "hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 4, "vocab_size": 99}'
-    (tmp_path / "config.json").write_text(config)
-    shape = operations.ModelShape.read(tmp_path)
-    assert (shape.head_dim, shape.kv_heads, shape.vocabulary) == (3, 4, 99)
-    assert shape.projections == [(12, 12)] * 4 + [(12, 20)] * 2 + [(20, 12)]
+    one, several = cases.Case(5, 3, prompts=1), cases.Case(5, 3, prompts=prompts)
+    at_one = operations.step_operations(tiny_shape, one, rank=1)
+    expected = {kind: prompts * count for kind, count in at_one.items()}
+    assert operations.step_operations(tiny_shape, several, rank=rank) == expected | {"adapter": rank * expected["adapter"]}
 
 
 def test_growth_from_rank_64_to_128(bench_module: Load, cases: Any, tiny_shape: Any):
@@ -179,6 +164,37 @@ def test_sides_that_compute_different_steps_are_found(bench_module: Load, change
         "adapter_effect": 0.6,
     }
     assert bench_module("train_step").disagreements(agreement | change) == problems
+
+
+class StandIn:
+    """A worker that computes nothing: rankup takes 1 s and 1 kB, every stock side 3 s and 4 kB."""
+
+    def __init__(self, name: str, *_: object, **options: object) -> None:
+        is_ours = name == "rankup"
+        probe = {"loss": 0.1, "grad_norm": 1.0, "grad_cosine": 1.0, "logprobs": [-1.0], "base_logprobs": [-2.0]}
+        self.answers = {"seconds": 1.0 if is_ours else 3.0, "peak_bytes": 1000 if is_ours else 4000, "probe": probe}
+
+    def call(self, method: str, *_: object) -> Any:
+        return self.answers.get(method)
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def __enter__(self) -> StandIn:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_rankup_is_compared_with_every_side_in_every_case(bench_module: Load, monkeypatch: pytest.MonkeyPatch):
+    train_step = bench_module("train_step")
+    monkeypatch.setattr(train_step, "Worker", StandIn)
+    found = train_step.measure(argparse.Namespace(case=None, repeats=2, main_only=False))["cases"]
+    assert list(found) == ["64+64", "256+64"]
+    for case in found.values():
+        assert list(case["seconds"]) == list(case["peak_bytes"]) == list(train_step.LABELS)
+        assert (case["speedup"], case["speedup_over_autocast"], case["memory_ratio"]) == (3.0, 3.0, 0.25)
+        assert [len(seconds["all"]) for seconds in case["seconds"].values()] == [2, 2, 1, 1, 1, 1]
 
 
 KERNEL, ATTENTION, LOGPROB = "/r/kernels/lora.py", "/r/kernels/attention_blocks.py", "/r/kernels/logprob.py"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,18 @@ def test_without_a_gpu_it_stops_with_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+def test_the_report_shows_what_the_benchmarks_print(tmp_path: Path) -> None:
+    names = ("train_step", "rollout", "rank", "vs_trl")
+    (tmp_path / "bench").mkdir()
+    for name in names:
+        shutil.copy(SCRIPT.parents[1] / "docs" / "performance" / f"{name}.json", tmp_path / "bench")
+    (tmp_path / "steps.tsv").write_text("train_step\tok\t3\tscripts/bench/train_step.py\n")
+    subprocess.run([sys.executable, "-P", SCRIPT.with_name("gpu_report.py"), tmp_path], check=True, timeout=60)
+    report = (tmp_path / "report.md").read_text()
+    assert [f"## Benchmark {name}" for name in sorted(names)] == [line for line in report.splitlines() if "Benchmark" in line]
+    assert "| 64+64 | rankup | **" in report and "\n- 64+64: " in report
+
+
 @WITHOUT_GPU
 @pytest.mark.engine
 @pytest.mark.slow
@@ -76,7 +89,7 @@ def test_every_step_on_the_cpu_writes_its_log_and_its_part_of_the_report(tiny_mo
     report = (folder / "report.md").read_text()
     for part in ("## Device", "## Versions", "## Paths", "kernels pass", "## Steps", "## Run", "## Benchmark train_step"):
         assert part in report
-    assert "![Learning curve](run/learning_curve.png)" in report and "- 16+8, speedup: " in report
+    assert "![Learning curve](run/learning_curve.png)" in report and "| 16+8 | rankup |" in report
     run = report.partition("## Run")[2].partition("## Benchmark")[0]
     assert "| step | reward | loss | gradient |" in run and "\n| 1 | " in run and "\n| 2 | " in run
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
