@@ -27,6 +27,7 @@ from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 from rankup.kernels.cpu_memory import keep_freed_memory
+from rankup.kernels.device import native_dtype
 
 MODEL = "smollm2-135m-instruct"
 RANK, ALPHA = 64, 32
@@ -82,7 +83,10 @@ class RankupSide(Side):
         self.model_path = resolve_model(MODEL)
         # No engine sampled the tokens, so there is no mismatch to correct and nothing for guards to judge.
         self._config = GRPOConfig(
-            lora={"rank": rank, "alpha": ALPHA}, model=MODEL, correction={"mode": "none"}, guards={"enabled": False}
+            lora={"rank": rank, "alpha": ALPHA},
+            model={"name": MODEL, "dtype": native_dtype()},
+            correction={"mode": "none"},
+            guards={"enabled": False},
         )
         with quiet_stderr():
             self._policy = Policy(self.model_path, lora=self._config.lora, dtype=self._config.model.dtype, device=DEVICE)
@@ -163,7 +167,7 @@ class StockSide(PeftSide, Side):
         self._autocast = autocast
         with quiet_stderr():
             base = AutoModelForCausalLM.from_pretrained(
-                resolve_model(MODEL), dtype=torch.bfloat16, attn_implementation="sdpa"
+                resolve_model(MODEL), dtype=getattr(torch, native_dtype()), attn_implementation="sdpa"
             )
             torch.nn.Module.to(base, DEVICE)
             super().__init__(PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True), GRPOConfig())
