@@ -2,8 +2,8 @@
 """Time and memory of the training phase of a step, against PEFT with full logits.
 
 The phase leads from scored groups to updated fp32 master weights: forward, backward, clipping, AdamW. SmolLM2-135M-Instruct in
-bf16 (fp32 on a CPU that would emulate bf16), LoRA of rank 64 on all seven projections, DAPO without KL penalty, one update per batch. The case 256+64 is 2 prompts of
-256 random tokens with 8 completions of 64 tokens each.
+bf16 (in fp32 on a CPU that would emulate bf16), LoRA of rank 64 on all seven projections, DAPO without KL penalty, one update
+per batch. The case 256+64 is 2 prompts of 256 random tokens with 8 completions of 64 tokens each.
 
 rankup is `Learner.update`. The other side is stock transformers with stock PEFT: one row per completion including its prompt,
 fp32 logits of all positions, torch's log-softmax and attention, the adapter in fp32 (PEFT's default). Before anything is timed,
