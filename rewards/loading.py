@@ -157,9 +157,9 @@ def _last_on_path(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for folder in added:
-            if folder in sys.path:  # the imported code may have removed it
-                sys.path.remove(folder)
+        for name in added:
+            if name in sys.path:  # the imported code may have removed it
+                sys.path.remove(name)
 
 
 def _suggestion(module: ModuleType, name: str) -> str:

@@ -19,9 +19,13 @@ class Engine(Protocol):
         policy_version: number of publishes; 0 is the base model.
     """
 
-    slots: Mapping[str, AdapterSlot]
     device: str
     policy_version: int
+
+    @property
+    def slots(self) -> Mapping[str, AdapterSlot]:
+        """See the class's docstring."""
+        ...
 
     def publish(self, write_slots: Callable[[], None]) -> int:
         """Sample from now on with the adapter that `write_slots` writes into the slots; returns the new policy version."""

@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -163,7 +163,7 @@ class TorchEngine:
             elif len(row.token_ids) == row.longest:
                 row.finish_reason = "length"
             if stop:
-                text = self._tokenizer.decode(row.token_ids, skip_special_tokens=True)
+                text = self._text(row.token_ids)
                 if places := [at for at in map(text.find, stop) if at >= 0]:
                     row.finish_reason, row.text = "stop", text[: min(places)]
 
@@ -171,7 +171,7 @@ class TorchEngine:
         assert row.finish_reason is not None
         # As with vLLM, the token that ended the completion is not part of the text, special or not.
         of_text = row.token_ids[:-1] if row.token_ids[-1] in self._eos_token_ids else row.token_ids
-        text = self._tokenizer.decode(of_text, skip_special_tokens=True) if row.text is None else row.text
+        text = self._text(of_text) if row.text is None else row.text
         return Completion(
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
@@ -179,6 +179,10 @@ class TorchEngine:
             finish_reason=row.finish_reason,
             policy_version=self.policy_version,
         )
+
+
+    def _text(self, token_ids: list[int]) -> str:
+        return cast(str, self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 @dataclass(eq=False, slots=True)
@@ -262,7 +266,8 @@ class _Wave:
             logprobs_BV = logits_BV.log_softmax(-1)
             tokens_B = logits_BV.argmax(-1)
         else:
-            logprobs_BV = self._warp(self._input_BT, logits_BV).log_softmax(-1)
+            warped_BV = self._warp(cast(torch.LongTensor, self._input_BT), cast(torch.FloatTensor, logits_BV))
+            logprobs_BV = warped_BV.log_softmax(-1)
             uniforms_B = torch.stack([row.uniforms[len(row.token_ids)] for row in self.rows]).to(self._device)
             tokens_B = sample_inverse_cdf(logprobs_BV, uniforms_B)
         return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive")]
+    folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive") or ()]
     left_out = [
         item
         for item in items

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -114,7 +114,8 @@ def test_a_model_with_gradient_checkpointing_samples_the_same_and_still_trains(m
 )
 def test_sampled_frequencies_are_the_probabilities(options: dict[str, float]) -> None:
     logits_1V = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 2
-    logprobs_1V = warpers(settings(**options))(torch.zeros(1, 1, dtype=torch.long), logits_1V).log_softmax(-1)
+    unused: Any = torch.zeros(1, 1, dtype=torch.long)
+    logprobs_1V = warpers(settings(**options))(unused, cast(torch.FloatTensor, logits_1V)).log_softmax(-1)
     count = 40_000
     uniforms_B = torch.rand(count, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     tokens_B = sample_inverse_cdf(logprobs_1V.expand(count, -1), uniforms_B)
@@ -132,7 +133,7 @@ def test_the_ends_of_the_unit_interval_pick_possible_tokens() -> None:
 
 def test_groups_are_handed_on_as_they_finish_and_the_rest_can_be_left(make: Make) -> None:
     engine = make(max_num_seqs=2)
-    iterator = engine.rollout([[5], [6], [7]], settings(num_generations=1, max_completion_length=3), seeds=[1, 2, 3])
+    iterator: Any = engine.rollout([[5], [6], [7]], settings(num_generations=1, max_completion_length=3), seeds=[1, 2, 3])
     assert next(iterator).index in (0, 1)
     iterator.close()
     assert policy_of(engine).model.config._attn_implementation == "rankup_shared_prompt", "the trainer's attention is back"
@@ -172,7 +173,7 @@ def test_all_end_tokens_of_the_model_end_a_completion(make: Make, tiny_model_pat
         ends = [place for place, token in enumerate(completion.token_ids) if token in engine._eos_token_ids]
         if completion.finish_reason == "stop":
             assert ends == [len(completion.token_ids) - 1]
-            assert completion.text == engine._tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)
+            assert completion.text == engine._tokenizer.decode(list(completion.token_ids[:-1]), skip_special_tokens=True)
         else:
             assert not ends and len(completion.token_ids) == 12
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
