@@ -1,7 +1,6 @@
 """The trained policy: a frozen base model, fp32 adapter masters, and the slots they are published to.
 
-    policy = Policy("path/to/model", lora=config.lora, dtype="bfloat16", seed=0)
-    policy.attach(engine.slots)                     # from here on its forward multiplies with vLLM's buffers
+    policy = Policy("path/to/model", lora=config.lora, slots=engine.slots)    # its forward multiplies with vLLM's buffers
     engine.publish(policy.write_slots)              # master weights -> slots: the engine samples with this policy now
     loss, logprobs, entropy = policy.backward(pack, token_loss)
     policy.save_adapter(Path("adapter"))            # PEFT's format
@@ -41,6 +40,7 @@ class Policy:
 
     Args:
         load_in, shared: in which form and in whose memory the base is held, see `load_base`.
+        slots: the engine's, see `attach`; None: slots of its own.
 
     Attributes:
         base: the base model, and how much of it only the trainer holds.
@@ -65,6 +65,7 @@ class Policy:
         logits_mib: int | None = None,
         load_in: Literal["nf4"] | None = None,
         shared: Mapping[str, torch.Tensor] | None = None,
+        slots: Mapping[str, AdapterSlot] | None = None,
     ) -> None:
         shared_prompt_attention.register()
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
@@ -79,7 +80,7 @@ class Policy:
         self.model = base
         self.peft_model = inject(base, lora, seed)
         self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
-        self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)))
+        self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)) if slots is None else slots)
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
         if gradient_checkpointing:

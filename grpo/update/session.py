@@ -146,14 +146,13 @@ def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine | Non
         logits_mib=config.optim.logits_mib,
         load_in=config.model.load_in,
         shared=engine.base_weights() if engine is not None and share else None,
+        slots=None if engine is None else engine.slots,
     )
     if share is True and policy.base.unshared:
         raise ValueError(
             f"model.share_base_weights=true: vLLM does not keep {len(policy.base.unshared)} base weights in the layout that "
             f"the trainer needs (first: {policy.base.unshared[0]}): use auto or false"
         )
-    if engine is not None:
-        policy.attach(engine.slots)
     return policy
 
 
