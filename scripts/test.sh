@@ -15,8 +15,8 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit 0
 fi
 scripts/install.sh
-# Tests of one group, such as those that start vLLM, run in one process.
-all_cores=(-n "$(nproc)" --dist loadgroup)
+# The tests of a file run in one process: they share engines, and Ray.
+all_cores=(-n "$(nproc)" --dist loadfile)
 case "${1:-}" in
     --quick) set -- "${all_cores[@]}" -m "not engine and not ray and not runs and not slow" "${@:2}" ;;
     --all) set -- "${all_cores[@]}" --exhaustive tests "${@:2}" ;;

@@ -1,8 +1,8 @@
 """Fixtures that start vLLM, and how tests are divided among processes.
 
-A process has one vLLM at a time: another one starts only after the last one was closed. The tests of a file that use vLLM run
-in one process, so that they share it, and so do all tests that start Ray. Every process computes with one thread: tiny models
-gain nothing from more, and two processes with two threads each slow each other many times over.
+A process has one vLLM at a time: another one starts only after the last one was closed. The tests of a file run in one process,
+so that they share it. Every process computes with one thread: tiny models gain nothing from more, and two processes with two
+threads each slow each other many times over.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="append", default=[], metavar="PATH", help=text)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "make_trainer" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.runs)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive") or ()]
     left_out = [
@@ -43,13 +47,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    for item in items:
-        if "make_trainer" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.runs)
-        if item.get_closest_marker("ray") is not None:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif item.get_closest_marker("engine") is not None:  # tests of a file share engines
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
