@@ -77,10 +77,10 @@ def describe(config: GRPOConfig) -> list[str]:
         return lines
     much = "above" if factor > FAR_ABOVE else "below"
     rate = optim.learning_rate / factor
-    advice = f"the reference step takes optim.learning_rate={rate:.2g} here"
+    advice = f"optim.learning_rate={rate:.2g} gives the reference step"
     if not optim.rescale_learning_rate and effective_alpha(lora.scaling, lora.rank) != REFERENCE_ALPHA:
-        advice = (
-            f"what {optim.learning_rate:g} is at alpha 32 takes optim.learning_rate={equivalent_rate(lora, optim):.2g} here "
-            f"(optim.rescale_learning_rate=true does so for B), the reference step {rate:.2g}"
+        advice += (
+            f", and {equivalent_rate(lora, optim):.2g} the step that {optim.learning_rate:g} has at alpha 32 "
+            "(optim.rescale_learning_rate=true scales the rate of B so)"
         )
-    return [*lines, f"the step is far {much} what RL runs use ({factor:.3g} times the reference): {advice}"]
+    return [*lines, f"the step is far {much} the usual one in RL ({factor:.3g} times the reference): {advice}"]
