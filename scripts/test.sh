@@ -15,8 +15,8 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit 0
 fi
 scripts/install.sh
-# The tests of a file run in one process: they share engines, and Ray.
-all_cores=(-n "$(nproc)" --dist loadfile)
+# The tests of a file run in one process: they share engines, and Ray. In their order, files that take minutes come early.
+all_cores=(-n "$(nproc)" --dist loadfile --no-loadscope-reorder)
 case "${1:-}" in
     --quick) set -- "${all_cores[@]}" -m "not engine and not ray and not runs and not slow" "${@:2}" ;;
     --all) set -- "${all_cores[@]}" --exhaustive tests "${@:2}" ;;

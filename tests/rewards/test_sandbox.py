@@ -1,5 +1,6 @@
 """The sandbox with ordinary programs, and where there is none; test_sandbox_attacks.py has the others."""
 
+import gc
 import os
 import shutil
 import stat
@@ -81,12 +82,13 @@ def test_packages_are_visible_on_demand(where):
 
 @needs_bubblewrap
 def test_threads_may_call_concurrently():
+    gc.collect()  # other tests' descriptors
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(lambda n: run_python("print(int(input()) * 2)", stdin=str(n), limits=PATIENT), range(12)))
     # A pipe or descriptor that leaks into another program would block it, or mix up their output.
     assert [outcome.stdout for outcome in outcomes] == [f"{2 * n}\n" for n in range(12)]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # --------------------------------------------------------------------------------------------------- limits, and no bubblewrap

@@ -6,6 +6,7 @@ and have a run each. None is run before it is certain that the sandbox separates
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -275,6 +276,7 @@ ATTACKS = {
 def test_attack_fails_and_nothing_is_left(name, separated, marked):
     program, seconds, statuses = ATTACKS[name]
     limits = dataclasses.replace(marked, seconds=seconds)
+    gc.collect()  # other tests' descriptors
     open_before = len(os.listdir("/proc/self/fd"))
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
@@ -282,7 +284,7 @@ def test_attack_fails_and_nothing_is_left(name, separated, marked):
     assert outcome.status in statuses, outcome
     assert time.monotonic() - started < seconds + 30  # far less than the program would take
     assert processes_under(limits) == []
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before < 64 * 1024  # KiB
     assert max(len(outcome.stdout), len(outcome.stderr)) <= limits.output_bytes
     assert (outcome.exit_code is None) == (outcome.status in ("timeout", "output"))

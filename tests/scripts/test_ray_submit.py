@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,19 +177,20 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def dashboard() -> Iterator[str]:
     """The address of the dashboard of a Ray cluster of two CPUs, started outside of the environment of `rankup`."""
-    port, dashboard_port = free_ports(2)
+    port, dashboard_port, agent_port = free_ports(3)
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path: it becomes part of the names of sockets
     command = [
         Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true",
         f"--port={port}", f"--dashboard-port={dashboard_port}", f"--temp-dir={folder}", "--disable-usage-stats",
         f"--object-store-memory={100 * 2**20}",
+        f"--dashboard-agent-listen-port={agent_port}",  # by default one port, which another cluster of this machine may have
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PATH": os.defpath, "RAY_AUTH_MODE": "disabled"}
     head = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not answers(dashboard_port):
+        deadline = time.monotonic() + 120
+        while not accepts_jobs(f"http://127.0.0.1:{dashboard_port}"):
             assert head.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         yield f"http://127.0.0.1:{dashboard_port}"
@@ -198,9 +200,15 @@ def dashboard() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def answers(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+def accepts_jobs(address: str) -> bool:
+    """Whether the cluster takes a job, an empty one: its agent starts after its dashboard."""
+    job = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(f"{address}/api/jobs/", data=job, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.mark.ray
