@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ..rollout.engine import RolloutEngine
+from ..rollout.vllm_compat import vllm_version
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.resume import Resumption
 from .common.errors import Attempts
@@ -107,10 +108,16 @@ def open_run(
 
 @contextmanager
 def open_scorer_and_session(setup: RunSetup, engine: RolloutEngine | None = None) -> Iterator[Session]:
-    """Start the reward processes, the engine and the policy; stop them at the end."""
+    """Start the reward processes, the engine and the policy; stop them at the end.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    starts_vllm = engine is None and setup.config.rollout.engine == "vllm"
+    if starts_vllm:
+        vllm_version()  # before anything is started
     with closing(setup.scorer):
         setup.scorer.start()  # reward processes load their functions while vLLM starts
-        starts_vllm = engine is None and setup.config.rollout.engine == "vllm"
         setup.stage("starting vLLM and loading the model" if starts_vllm else "loading the model")
         with open_session(
             setup.config,

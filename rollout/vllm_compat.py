@@ -50,6 +50,15 @@ def vllm_version() -> str:
     )
 
 
+def is_installed() -> bool:
+    """Whether either distribution of vLLM is installed."""
+    try:
+        vllm_version()
+    except ValueError:
+        return False
+    return True
+
+
 def _working_versions() -> str:
     return "versions that work: " + ", ".join(f"{version}.*" for version in TESTED_VERSIONS)
 

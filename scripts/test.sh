@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs missing packages, then runs the tests, by default in as many processes as there are cores.
-# Further arguments are passed to pytest; with a path as the first argument, in one process.
+# Installs missing packages, then runs the tests in as many processes as there are cores; a selection of files in one process.
+# Other arguments are passed to pytest.
 #
 #   scripts/test.sh                                   all but those marked exhaustive
 #   scripts/test.sh --exhaustive tests/kernels        these too, of a folder or file
@@ -15,12 +15,19 @@ if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     exit 0
 fi
 scripts/install.sh
-# The tests of a file run in one process: they share engines, and Ray. In their order, files that take minutes come early.
-all_cores=(-n "$(nproc)" --dist loadfile --no-loadscope-reorder)
+lane=()
 case "${1:-}" in
-    --quick) set -- "${all_cores[@]}" -m "not engine and not ray and not runs and not slow" "${@:2}" ;;
-    --all) set -- "${all_cores[@]}" --exhaustive tests "${@:2}" ;;
-    "" | --exhaustive) set -- "${all_cores[@]}" "$@" ;;
+    --quick) lane=(-m "not engine and not ray and not runs and not slow") && shift ;;
+    --all) lane=(--exhaustive tests) && shift ;;
 esac
+# The tests of a file run in one process: they share engines, and Ray. In their order, files that take minutes come early.
+processes=(-n "$(nproc)" --dist loadfile --no-loadscope-reorder)
+previous=""
+for argument in "$@"; do
+    if [[ "$previous" != --exhaustive && -e "${argument%%::*}" ]]; then
+        processes=()
+    fi
+    previous=$argument
+done
 # Not `python -m pytest`, which would put the root on sys.path, where `kernels` shadows another package.
-exec .venv/bin/pytest "$@"
+exec .venv/bin/pytest "${processes[@]}" "${lane[@]}" "$@"

