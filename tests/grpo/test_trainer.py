@@ -104,7 +104,7 @@ def test_a_run_that_asks_for_a_missing_vllm_starts_nothing(make_trainer, tmp_pat
 
     trainer = make_trainer(engine="vllm")
     monkeypatch.setattr(importlib.metadata, "version", not_found)
-    with pytest.raises(ValueError, match="vLLM is not installed: pip install 'rankup.*rollout.engine=torch"):
+    with pytest.raises(ValueError, match=r"vLLM is not installed: pip install 'rankup.*rollout.engine=torch"):
         trainer.train()
     assert "starting vLLM" not in capsys.readouterr().out and not (tmp_path / "run").exists()
 
