@@ -20,7 +20,7 @@ from rankup.grpo.setup import UserInputs
 
 HANGS = """
 import sys, time
-from rankup.grpo.cluster.worker import Deadline
+from rankup.grpo.cluster.deadline import Deadline
 
 def report():
     print("reported", flush=True)
