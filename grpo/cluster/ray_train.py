@@ -1,6 +1,6 @@
 """Ray Train's controller of a run, as a Ray task: it can be cancelled at any time, whatever it waits for.
 
-    job = Job(pickled_task=task, cluster=config.cluster, resources={"CPU": 1.0}, run_name="mine", mailbox=mailbox)
+    job = Job(task=pickle.dumps(task), cluster=config.cluster, resources={"CPU": 1.0}, run_name="mine", mailbox=mailbox)
     ref = ray.remote(fit).remote(job)
     ray.get(ref)                # None, or why Ray Train gave up
 
@@ -29,12 +29,12 @@ class Job:
     """What Ray Train has to know of a run.
 
     Attributes:
-        pickled_task: a `worker.Task`.
+        task: a pickled `worker.Task`.
         resources: reserved for each worker, by Ray's names.
         mailbox: the actor's handle.
     """
 
-    pickled_task: bytes
+    task: bytes
     cluster: ClusterConfig
     resources: dict[str, float]
     run_name: str
@@ -59,7 +59,7 @@ def fit(job: Job) -> str | None:
 def _run_worker(arguments: Mapping[str, Any]) -> None:
     from .worker import run_worker  # takes seconds, and Ray's controller never calls this
 
-    run_worker(**arguments)
+    run_worker(arguments["task"], arguments["mailbox"])
 
 
 def _trainer(job: Job, folder: str) -> TorchTrainer:
@@ -69,7 +69,7 @@ def _trainer(job: Job, folder: str) -> TorchTrainer:
     timeout = int(job.cluster.step_timeout + GRACE_SECONDS)
     return TorchTrainer(
         _run_worker,  # type: ignore[arg-type]  # Ray's types allow a plain dict only
-        train_loop_config={"pickled_task": job.pickled_task, "mailbox": job.mailbox},
+        train_loop_config={"task": job.task, "mailbox": job.mailbox},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.cluster.workers, use_gpu=uses_gpus, resources_per_worker=job.resources
         ),

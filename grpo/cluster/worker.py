@@ -9,7 +9,6 @@ workers.
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import tempfile
@@ -22,9 +21,8 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
-from ..checkpoint.remote import StorageError
 from ..checkpoint.resume import Resume
-from ..common.errors import BaseWeightsModifiedError, explain, is_transient
+from ..common.errors import explain
 from ..common.interrupts import RunInterrupted
 from ..common.quiet import quiet_loggers
 from ..common.world import World
@@ -32,14 +30,11 @@ from ..config import GRPOConfig
 from ..loop import train
 from ..run.records import read_summary
 from ..run.reporting import check_reports
-from ..run.worker_reports import DivergedError
 from ..setup import UserInputs, prepare_run
 from .deadline import Deadline
 from .events import EventView
+from .final_errors import is_final
 from .mailbox import Outcome
-
-UNAVAILABLE = (errno.EIO, errno.ESTALE, errno.EADDRINUSE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-"""Errors of a network, or of a network file system, that is temporarily unavailable."""
 
 UNWIND_SECONDS = 60.0
 """How long the main worker gets to save its progress after another worker failed, before Ray ends them all."""
@@ -83,7 +78,7 @@ def run_worker(pickled_task: bytes, mailbox: Any) -> None:
     try:
         _train(task, mailbox, world, deadline)
     except Exception as error:  # Ray restarts the workers; what a restart would not fix is reported here
-        if _is_final(error, has_begun=ray.get(mailbox.has_begun.remote())):
+        if is_final(error, has_begun=ray.get(mailbox.has_begun.remote())):
             ray.get(mailbox.end.remote(Outcome(error=explain(error) or str(error))))
         if dist.is_initialized():  # closing vLLM has destroyed it already; no other worker should wait for this one
             dist.destroy_process_group()
@@ -125,17 +120,6 @@ def _train(task: Task, mailbox: Any, world: World, deadline: Deadline) -> None:
         outcome = Outcome(summary=summary, checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
     if world.is_main:
         ray.get(mailbox.end.remote(outcome))
-
-
-def _is_final(error: Exception, *, has_begun: bool) -> bool:
-    """Whether a restart would not fix it: a mistake of the user, or workers that hold different policies.
-
-    Disks and storages that could be reached when the run began are taken to be temporarily unavailable. Base weights are loaded
-    again by a restart.
-    """
-    is_unavailable = has_begun and (isinstance(error, StorageError) or getattr(error, "errno", None) in UNAVAILABLE)
-    is_mended_by_restart = is_unavailable or is_transient(error) or isinstance(error, BaseWeightsModifiedError)
-    return isinstance(error, DivergedError) or (explain(error) is not None and not is_mended_by_restart)
 
 
 def _await_main(mailbox: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from rankup.grpo.checkpoint.remote import StorageError
 from rankup.grpo.cluster.driver import _check_inputs
+from rankup.grpo.cluster.final_errors import is_final
 from rankup.grpo.cluster.ray_train import summarize
-from rankup.grpo.cluster.worker import _is_final
 from rankup.grpo.common.errors import BaseWeightsModifiedError, TrainingStoppedError
 from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
@@ -64,8 +64,8 @@ def test_nothing_is_due_after_the_stop():
     "error",
     [ValueError("a mistake"), TrainingStoppedError("gave up"), FileNotFoundError("rows.jsonl"), DivergedError("two policies")],
 )
-def test_a_mistake_is_final(error: Exception):
-    assert _is_final(error, has_begun=False) and _is_final(error, has_begun=True)
+def test_a_mistakeis_final(error: Exception):
+    assert is_final(error, has_begun=False) and is_final(error, has_begun=True)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_a_mistake_is_final(error: Exception):
     ],
 )
 def test_other_errors_lead_to_a_restart(error: Exception):
-    assert not _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+    assert not is_final(error, has_begun=False) and not is_final(error, has_begun=True)
 
 
 @pytest.mark.parametrize("error", [StorageError("no bucket"), OSError(errno.ESTALE, "stale file handle")])
 def test_a_storage_that_could_be_reached_when_the_run_began_leads_to_a_restart(error: Exception):
-    assert _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+    assert is_final(error, has_begun=False) and not is_final(error, has_begun=True)
 
 
 def test_inputs_that_cannot_be_pickled_are_refused_before_any_worker_starts():
