@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -44,27 +45,37 @@ hangs()
 """
 
 
-def run(ending: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", HANGS, ending], capture_output=True, text=True, timeout=50)
+@pytest.fixture(scope="module")
+def ended() -> dict[str, tuple[int, str, str]]:
+    """Exit status, output and errors of a process that hangs, and of one that stops in time; they run at the same time."""
+    command = [sys.executable, "-c", HANGS]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = {ending: subprocess.Popen([*command, ending], **pipes) for ending in ("hang", "stop")}
+    try:
+        texts = {ending: process.communicate(timeout=50) for ending, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {ending: (process.returncode, *texts[ending]) for ending, process in processes.items()}
 
 
-def test_a_process_that_hangs_ends_with_its_stacks():
-    result = run("hang")
-    assert (result.returncode, result.stdout) == (1, "reported\n")
-    assert "in hangs" in result.stderr
+def test_a_process_that_hangs_ends_with_its_stacks(ended: dict[str, tuple[int, str, str]]):
+    status, output, errors = ended["hang"]
+    assert (status, output) == (1, "reported\n")
+    assert "in hangs" in errors
 
 
-def test_nothing_is_due_after_the_stop():
-    result = run("stop")
-    assert (result.returncode, result.stdout) == (0, "")
-    assert "Thread" not in result.stderr
+def test_nothing_is_due_after_the_stop(ended: dict[str, tuple[int, str, str]]):
+    status, output, errors = ended["stop"]
+    assert (status, output) == (0, "")
+    assert "Thread" not in errors
 
 
 @pytest.mark.parametrize(
     "error",
     [ValueError("a mistake"), TrainingStoppedError("gave up"), FileNotFoundError("rows.jsonl"), DivergedError("two policies")],
 )
-def test_a_mistakeis_final(error: Exception):
+def test_a_mistake_is_final(error: Exception):
     assert is_final(error, has_begun=False) and is_final(error, has_begun=True)
 
 
