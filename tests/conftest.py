@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rankup.rollout.engine import EngineSettings, RolloutEngine
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, and by the processes that tests start
+# By Ray's default, 15, its workers would wait for all other processes of this machine, such as other tests.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

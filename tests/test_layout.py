@@ -66,6 +66,20 @@ def test_no_modules_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
+def test_the_processes_that_start_workers_do_not_import_the_trainer():
+    """It takes seconds in each of them, one after the other."""
+    modules = modules_of(ROOT)
+    graph = {module.name: imports(module, modules, at_import_only=True) for module in modules.values()}
+    found: set[str] = set()
+    waiting = {"grpo/cluster/ray_train", "grpo/cluster/mailbox"}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= graph.get(name, set()) - found
+    trainer = ("grpo/loop", "grpo/setup", "grpo/model", "grpo/update", "grpo/data")
+    assert [name for name in found if name.startswith(trainer)] == []
+
+
 def test_no_module_imports_many_of_ours():
     modules = modules_of(ROOT)
     counts = {module.name: len(imports(module, modules)) for module in modules.values()}

@@ -35,7 +35,7 @@ from ..display.terminal import View
 from ..run.records import read_summary
 from ..setup import UserInputs
 from .mailbox import Outcome, open_mailbox, this_node
-from .ray_train import fit
+from .ray_train import Job, fit
 from .worker import Task
 
 POLL_SECONDS = 0.2
@@ -72,9 +72,9 @@ def train_on_cluster(
         _check_inputs(inputs)
         mailbox = open_mailbox()
         view.stage(f"starting {config.cluster.workers} workers")
-        task = _task(config, inputs, mailbox, resume=resume, allow_changes=allow_changes)
+        job = _job(config, inputs, mailbox, resume=resume, allow_changes=allow_changes)
         fitting = ray.remote(fit).options(num_cpus=0, max_retries=0, label_selector=this_node())
-        stack.enter_context(_ended(fitted := fitting.remote(task, _resources(config.cluster))))
+        stack.enter_context(_ended(fitted := fitting.remote(job)))
         while True:
             # Checked before the mailbox is read, so that everything posted until then is shown.
             is_over = bool(ray.wait([fitted], timeout=0)[0]) or ray.get(mailbox.has_failed.remote())
@@ -162,8 +162,8 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
 
-def _task(config: GRPOConfig, inputs: UserInputs, mailbox: Any, *, resume: Resume, allow_changes: bool) -> Task:
-    """The workers' task. Their working directory may differ, so the paths that they write to are absolute."""
+def _job(config: GRPOConfig, inputs: UserInputs, mailbox: Any, *, resume: Resume, allow_changes: bool) -> Job:
+    """Ray Train's job. The workers' directory may differ from this one, so the paths that they write to are absolute."""
     storage = config.checkpoint.storage
     if storage is not None and "://" not in storage:
         storage = str(Path(storage).absolute())
@@ -174,11 +174,11 @@ def _task(config: GRPOConfig, inputs: UserInputs, mailbox: Any, *, resume: Resum
             "checkpoint": config.checkpoint.model_copy(update={"storage": storage}),
         }
     )
-    return Task(
-        config=config,
-        inputs=inputs,
-        folder=Path.cwd(),
+    task = Task(config=config, inputs=inputs, folder=Path.cwd(), resume=resume, allow_changes=allow_changes)
+    return Job(
+        task=cloudpickle.dumps(task),  # type: ignore[attr-defined]
+        cluster=config.cluster,
+        resources=_resources(config.cluster),
+        run_name=config.logging.run_name,
         mailbox=mailbox,
-        resume=resume,
-        allow_changes=allow_changes,
     )

@@ -1,7 +1,10 @@
 """Ray Train's controller of a run, as a Ray task: it can be cancelled at any time, whatever it waits for.
 
-    ref = ray.remote(fit).remote(task, {"CPU": 1.0})
+    job = Job(task=pickle.dumps(task), cluster=config.cluster, resources={"CPU": 1.0}, run_name="mine", mailbox=mailbox)
+    ref = ray.remote(fit).remote(job)
     ray.get(ref)                # None, or why Ray Train gave up
+
+The task stays pickled until it is in a worker: only the workers import the trainer, not the processes that start them.
 """
 
 from __future__ import annotations
@@ -16,23 +19,36 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
-from .worker import Task, run_worker
+from ..config import ClusterConfig
 
 GRACE_SECONDS = 60.0
 
 
-def fit(task: Task, resources: Mapping[str, float]) -> str | None:
-    """Start the workers, restart them when one is lost, until the run has ended; returns why it failed, or None.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What Ray Train has to know of a run.
 
-    Args:
+    Attributes:
+        task: a pickled `worker.Task`.
         resources: reserved for each worker, by Ray's names.
+        mailbox: the actor's handle.
     """
+
+    task: bytes
+    cluster: ClusterConfig
+    resources: dict[str, float]
+    run_name: str
+    mailbox: Any
+
+
+def fit(job: Job) -> str | None:
+    """Start the workers, restart them when one is lost, until the run has ended; returns why it failed, or None."""
     with tempfile.TemporaryDirectory(prefix="ray_train_") as folder:
-        trainer = _trainer(task, dict(resources), folder)
+        trainer = _trainer(job, folder)
         try:
             trainer.fit()
         except ray.train.WorkerGroupError as error:
-            failures = task.config.cluster.max_failures
+            failures = job.cluster.max_failures
             worst = "; ".join(f"worker {rank}: {summarize(one)}" for rank, one in sorted(error.worker_failures.items()))
             return f"workers failed more than cluster.max_failures={failures} times, last: {worst}\n{error}"
         except ray.train.TrainingFailedError as error:
@@ -40,23 +56,29 @@ def fit(task: Task, resources: Mapping[str, float]) -> str | None:
     return None
 
 
-def _trainer(task: Task, resources: dict[str, float], folder: str) -> TorchTrainer:
+def _run_worker(arguments: Mapping[str, Any]) -> None:
+    from .worker import run_worker  # takes seconds, and Ray's controller never calls this
+
+    run_worker(arguments["task"], arguments["mailbox"])
+
+
+def _trainer(job: Job, folder: str) -> TorchTrainer:
     """`folder`: for Ray Train's state. Our checkpoints do not go through it."""
-    cluster = task.config.cluster
+    uses_gpus = "GPU" in job.resources
     # Later than the deadline of a step, which reports where it hung.
-    timeout = int(cluster.step_timeout + GRACE_SECONDS)
+    timeout = int(job.cluster.step_timeout + GRACE_SECONDS)
     return TorchTrainer(
-        run_worker,  # type: ignore[arg-type]  # Ray's types allow a plain dict only
-        train_loop_config={"task": task},
+        _run_worker,  # type: ignore[arg-type]  # Ray's types allow a plain dict only
+        train_loop_config={"task": job.task, "mailbox": job.mailbox},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=job.cluster.workers, use_gpu=uses_gpus, resources_per_worker=job.resources
         ),
-        torch_config=OneDeviceEach(backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=timeout),
+        torch_config=OneDeviceEach(backend="cpu:gloo,cuda:nccl" if uses_gpus else "gloo", timeout_s=timeout),
         run_config=ray.train.RunConfig(
-            name=task.config.logging.run_name,
+            name=job.run_name,
             storage_path=folder,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[ReportsFailures(task.mailbox, cluster.max_failures)],
+            failure_config=ray.train.FailureConfig(max_failures=job.cluster.max_failures),
+            callbacks=[ReportsFailures(job.mailbox, job.cluster.max_failures)],
         ),
     )
 

@@ -1,6 +1,6 @@
 """One worker of a cluster run: the loop on its shard of every step. `driver.py` starts it, in a Ray Train thread.
 
-    run_worker({"task": task})      # in each worker; again, in new processes, after one of them was lost
+    run_worker(pickle.dumps(task), mailbox)     # in each worker; again, in new processes, after one of them was lost
 
 A worker ends in one of three ways. The run has ended, or failed with an error that a restart would not fix: both are
 reported to the mailbox, and Ray restarts nothing. Otherwise something was lost, and the raised error makes Ray restart all
@@ -9,13 +9,10 @@ workers.
 
 from __future__ import annotations
 
-import errno
-import faulthandler
 import os
+import pickle
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +21,8 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
-from ..checkpoint.remote import StorageError
 from ..checkpoint.resume import Resume
-from ..common.errors import BaseWeightsModifiedError, explain, is_transient
+from ..common.errors import explain
 from ..common.interrupts import RunInterrupted
 from ..common.quiet import quiet_loggers
 from ..common.world import World
@@ -34,19 +30,14 @@ from ..config import GRPOConfig
 from ..loop import train
 from ..run.records import read_summary
 from ..run.reporting import check_reports
-from ..run.worker_reports import DivergedError
 from ..setup import UserInputs, prepare_run
+from .deadline import Deadline
 from .events import EventView
+from .final_errors import is_final
 from .mailbox import Outcome
-
-UNAVAILABLE = (errno.EIO, errno.ESTALE, errno.EADDRINUSE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-"""Errors of a network, or of a network file system, that is temporarily unavailable."""
 
 UNWIND_SECONDS = 60.0
 """How long the main worker gets to save its progress after another worker failed, before Ray ends them all."""
-
-REPORT_SECONDS = 2.0
-"""How long a worker that hangs gets to report it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,66 +48,18 @@ class Task:
         config: with absolute paths for everything that is written.
         inputs: reward functions and data sets of the user.
         folder: the folder that relative paths start from.
-        mailbox: the actor's handle.
     """
 
     config: GRPOConfig
     inputs: UserInputs
     folder: Path
-    mailbox: Any
     resume: Resume
     allow_changes: bool
 
 
-class Deadline:
-    """Ends this process, after writing every thread's stack to standard error, when `extend` was not called for too long.
-
-    This works without the interpreter: what hangs (an engine, a network) may never release the GIL. `report` is called before,
-    if the interpreter still runs.
-    """
-
-    def __init__(self, seconds: float, report: Callable[[], None]) -> None:
-        self._seconds = seconds
-        self._report = report
-        self._last = 0.0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it was started and not stopped."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Require a call of `extend` within the time, from now on."""
-        self._last = time.monotonic()
-        self._thread.start()
-        self.extend()
-
-    def extend(self) -> None:
-        """Restart the time. Does nothing before `start`."""
-        if self.is_running:
-            self._last = time.monotonic()
-            faulthandler.dump_traceback_later(self._seconds + REPORT_SECONDS, exit=True)
-
-    def stop(self) -> None:
-        """Require nothing any more."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(max(0.01, self._last + self._seconds - time.monotonic())):
-            if time.monotonic() >= self._last + self._seconds:
-                self._report()
-                return
-
-
-def run_worker(arguments: Mapping[str, Task]) -> None:
-    """See the module's docstring."""
-    task = arguments["task"]
-    mailbox = task.mailbox
+def run_worker(pickled_task: bytes, mailbox: Any) -> None:
+    """See the module's docstring. `mailbox`: the actor's handle."""
+    task: Task = pickle.loads(pickled_task)
     if ray.get(mailbox.outcome.remote()) is not None:  # the run has failed for good, and Ray restarted the workers all the same
         return
     quiet_loggers()
@@ -133,9 +76,9 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
     if world.is_main:
         ray.get(mailbox.set_main_is_working.remote(True))
     try:
-        _train(task, world, deadline)
+        _train(task, mailbox, world, deadline)
     except Exception as error:  # Ray restarts the workers; what a restart would not fix is reported here
-        if _is_final(error, has_begun=ray.get(mailbox.has_begun.remote())):
+        if is_final(error, has_begun=ray.get(mailbox.has_begun.remote())):
             ray.get(mailbox.end.remote(Outcome(error=explain(error) or str(error))))
         if dist.is_initialized():  # closing vLLM has destroyed it already; no other worker should wait for this one
             dist.destroy_process_group()
@@ -148,8 +91,7 @@ def run_worker(arguments: Mapping[str, Task]) -> None:
             ray.get(mailbox.set_main_is_working.remote(False))
 
 
-def _train(task: Task, world: World, deadline: Deadline) -> None:
-    mailbox = task.mailbox
+def _train(task: Task, mailbox: Any, world: World, deadline: Deadline) -> None:
     config = task.config
     _check_folder_is_shared(config, world)
 
@@ -178,17 +120,6 @@ def _train(task: Task, world: World, deadline: Deadline) -> None:
         outcome = Outcome(summary=summary, checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
     if world.is_main:
         ray.get(mailbox.end.remote(outcome))
-
-
-def _is_final(error: Exception, *, has_begun: bool) -> bool:
-    """Whether a restart would not fix it: a mistake of the user, or workers that hold different policies.
-
-    Disks and storages that could be reached when the run began are taken to be temporarily unavailable. Base weights are loaded
-    again by a restart.
-    """
-    is_unavailable = has_begun and (isinstance(error, StorageError) or getattr(error, "errno", None) in UNAVAILABLE)
-    is_mended_by_restart = is_unavailable or is_transient(error) or isinstance(error, BaseWeightsModifiedError)
-    return isinstance(error, DivergedError) or (explain(error) is not None and not is_mended_by_restart)
 
 
 def _await_main(mailbox: Any) -> None:

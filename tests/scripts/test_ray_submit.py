@@ -186,7 +186,12 @@ def dashboard() -> Iterator[str]:
         f"--dashboard-agent-listen-port={agent_port}",  # by default one port, which another cluster of this machine may have
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PATH": os.defpath, "RAY_AUTH_MODE": "disabled"}
+    environment |= {
+        "PATH": os.defpath,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",  # as in all tests
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # by default it ends half a minute after the signal
+    }
     head = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -221,7 +226,10 @@ def test_the_quick_start_submitted_for_two_workers_leaves_its_folder_where_the_f
     engine_shelf.close()  # the run starts further engines, and no further one fits
     shutil.copy(QUICKSTART, tmp_path / "quickstart.yaml")
     ray = {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_AUTH_MODE": "disabled"}
-    smaller = (f"model.dtype={native_dtype()}", "optim.prompts_per_step=4", "optim.max_steps=2", "data.eval=null")
+    smaller = (
+        f"model.dtype={native_dtype()}", "optim.prompts_per_step=2", "rollout.num_generations=4", "optim.max_steps=2",
+        "data.eval=null",
+    )  # fmt: skip
     result = run_script(tmp_path, "quickstart.yaml", "cluster.workers=2", "rewards.isolation=ray", *smaller, **ray)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "done: 2 steps" in result.stdout and f"dashboard {dashboard}" in result.stdout

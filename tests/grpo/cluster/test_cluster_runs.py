@@ -1,4 +1,8 @@
-"""Runs on a real Ray cluster of several nodes on this machine: two workers make the run of one, whatever dies."""
+"""Runs on a real Ray cluster of several nodes on this machine: two workers make the run of one, whatever dies.
+
+Starting the workers of a run takes far longer than its steps, so the tests share what they can: the run of one worker is made
+in this process, and the undisturbed run of two is the one that is started from Python.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import ClusterRun, is_alive, wait_until, write_run_file
+import ray
+from clusters import REWARD, ClusterRun, is_alive, wait_until, write_run_file
 from safetensors.torch import load_file
 from tiny_runs import steps_of, timeless
+
+from rankup.grpo.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -40,24 +47,61 @@ def model(tiny_model_path) -> Path:
     return tiny_model_path("llama")
 
 
+def run_here(folder: Path, *overrides: str) -> Path:
+    """The run of one worker, in this process and without Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "run.yaml", "logging.output_dir=runs/run", *overrides]) == 0
+    return folder / "runs" / "run"
+
+
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, model, cluster) -> Path:
-    """The run of one worker, without Ray."""
+def one(tmp_path_factory, model: Path) -> Path:
+    """The run of one worker."""
     folder = tmp_path_factory.mktemp("one")
     write_run_file(folder, model)
-    run = ClusterRun(folder)
-    assert run.wait() == 0, run.output
-    return run.output_dir
+    return run_here(folder)
+
+
+SCRIPT = (
+    REWARD
+    + """
+import sys
+from rankup import GRPOConfig, GRPOTrainer
+
+rows = [{"prompt": f"count to {n}", "target": n} for n in range(12)]
+summary = GRPOTrainer(
+    model=sys.argv[1],
+    reward_funcs=many_low_ids,
+    args=GRPOConfig(
+        dtype="float32", rank=8, alpha=16, num_generations=4, max_prompt_length=64, max_completion_length=8, prompts_per_step=3,
+        max_steps=5, learning_rate=1e-2, scale_rewards="batch", eval_steps=2, save_steps=1, keep_last=10, engine="torch",
+        output_dir="runs/run", workers=2, max_failures=0,
+    ),
+    train_dataset=rows,
+    eval_dataset=rows,
+).train()
+print("in the end:", summary["steps"], Path("runs", "run", "adapter").is_dir())
+"""
+)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, model, cluster) -> Path:
-    """The same by two workers, undisturbed."""
+def from_python(tmp_path_factory, model: Path, cluster: dict[str, str]) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The run of two workers, undisturbed, by a script: its process, and the run folder."""
     folder = tmp_path_factory.mktemp("two")
-    write_run_file(folder, model)
-    run = ClusterRun(folder, ("cluster.workers=2",), cluster)
-    assert run.wait() == 0, run.output
-    return run.output_dir
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(model)]
+    result = subprocess.run(command, cwd=folder, env=os.environ | cluster, capture_output=True, text=True, timeout=600)
+    return result, folder / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def two(from_python: tuple[subprocess.CompletedProcess[str], Path]) -> Path:
+    """The run folder of two workers, undisturbed."""
+    result, run = from_python
+    assert result.returncode == 0, result.stdout + result.stderr
+    return run
 
 
 def adapter_of(run: Path) -> dict:
@@ -68,6 +112,12 @@ def difference(a: dict, b: dict) -> float:
     """The norm of the difference of two adapters over that of the first."""
     distance = sum(((a[name] - b[name]) ** 2).sum().item() for name in a) ** 0.5
     return distance / sum((a[name] ** 2).sum().item() for name in a) ** 0.5
+
+
+def test_from_python_with_functions_and_rows_of_the_script(from_python: tuple[subprocess.CompletedProcess[str], Path]):
+    result, _ = from_python
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("in the end: 5 True\n")
 
 
 def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):
@@ -84,17 +134,15 @@ def test_their_metrics_are_those_of_the_complete_batch(one: Path, two: Path):
 
 
 @pytest.mark.engine
-def test_two_workers_with_vllm_come_to_the_adapter_of_one(
-    tmp_path: Path, model: Path, cluster: dict[str, str], engine_shelf
-):
+def test_two_workers_with_vllm_come_to_the_adapter_of_one(tmp_path: Path, model: Path, cluster: dict[str, str], engine_shelf):
     engine_shelf.close()  # these processes start further engines
     overrides = ("rollout.engine=vllm", "optim.max_steps=2", "data.eval=null", "logging.eval_steps=0")
-    for name, more, environment in (("one", (), {}), ("two", ("cluster.workers=2",), cluster)):
+    for name in ("one", "two"):
         write_run_file(tmp_path / name, model)
-        run = ClusterRun(tmp_path / name, (*overrides, *more), environment)
-        assert run.wait() == 0, run.output
-    a, b = (adapter_of(tmp_path / name / "runs" / "run") for name in ("one", "two"))
-    assert difference(a, b) < 1e-5
+    one = run_here(tmp_path / "one", *overrides)
+    two = ClusterRun(tmp_path / "two", (*overrides, "cluster.workers=2"), cluster)
+    assert two.wait() == 0, two.output
+    assert difference(adapter_of(one), adapter_of(two.output_dir)) < 1e-5
 
 
 def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Path, cluster: dict[str, str]):
@@ -155,37 +203,12 @@ def test_a_signal_before_the_first_step_ends_a_run_immediately(tmp_path: Path, m
     assert not run.output_dir.exists()
 
 
-def test_a_machine_that_is_too_small_is_reported_immediately(tmp_path: Path, model: Path):
+def test_a_machine_that_is_too_small_is_reported_immediately(tmp_path: Path, model: Path, monkeypatch, capsys):
+    """By the cluster that was started for the run, which ends with it."""
     write_run_file(tmp_path, model)
-    run = ClusterRun(tmp_path, ("cluster.workers=2", "cluster.cpus_per_worker=1000"))
-    assert run.wait() == 1
-    assert "cluster.workers=2: this machine has 1 node" in run.output and "room for 0 of them" in run.output
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from rankup import GRPOConfig, GRPOTrainer
-
-def score(completions, completion_ids, bonus, **kwargs):
-    return [sum(token < 130 for token in ids) / len(ids) + extra for ids, extra in zip(completion_ids, bonus)]
-
-summary = GRPOTrainer(
-    model=sys.argv[1],
-    reward_funcs=score,
-    args=GRPOConfig(
-        dtype="float32", rank=8, num_generations=4, max_prompt_length=64, max_completion_length=8, prompts_per_step=3,
-        max_steps=2, engine="torch", output_dir="run", workers=2, max_failures=0,
-    ),
-    train_dataset=[{"prompt": f"count to {n}", "bonus": 0.5} for n in range(6)],
-).train()
-print("in the end:", summary["steps"], Path("run", "adapter").is_dir())
-"""
-
-
-def test_from_python_with_functions_and_rows_of_the_script(tmp_path: Path, model: Path, cluster: dict[str, str]):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "script.py", str(model)]
-    result = subprocess.run(command, cwd=tmp_path, env=os.environ | cluster, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.endswith("in the end: 2 True\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["train", "run.yaml", "cluster.workers=2", "cluster.cpus_per_worker=1000"]) == 1
+    output = "".join(capsys.readouterr())
+    assert "cluster.workers=2: this machine has 1 node" in output and "room for 0 of them" in output
+    assert not ray.is_initialized()

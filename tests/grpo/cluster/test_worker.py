@@ -6,13 +6,14 @@ import errno
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 
 from rankup.grpo.checkpoint.remote import StorageError
 from rankup.grpo.cluster.driver import _check_inputs
+from rankup.grpo.cluster.final_errors import is_final
 from rankup.grpo.cluster.ray_train import summarize
-from rankup.grpo.cluster.worker import _is_final
 from rankup.grpo.common.errors import BaseWeightsModifiedError, TrainingStoppedError
 from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
@@ -20,7 +21,7 @@ from rankup.grpo.setup import UserInputs
 
 HANGS = """
 import sys, time
-from rankup.grpo.cluster.worker import Deadline
+from rankup.grpo.cluster.deadline import Deadline
 
 def report():
     print("reported", flush=True)
@@ -44,20 +45,30 @@ hangs()
 """
 
 
-def run(ending: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", HANGS, ending], capture_output=True, text=True, timeout=50)
+@pytest.fixture(scope="module")
+def ended() -> dict[str, tuple[int, str, str]]:
+    """Exit status, output and errors of a process that hangs, and of one that stops in time; they run at the same time."""
+    command = [sys.executable, "-c", HANGS]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = {ending: subprocess.Popen([*command, ending], **pipes) for ending in ("hang", "stop")}
+    try:
+        texts = {ending: process.communicate(timeout=50) for ending, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {ending: (process.returncode, *texts[ending]) for ending, process in processes.items()}
 
 
-def test_a_process_that_hangs_ends_with_its_stacks():
-    result = run("hang")
-    assert (result.returncode, result.stdout) == (1, "reported\n")
-    assert "in hangs" in result.stderr
+def test_a_process_that_hangs_ends_with_its_stacks(ended: dict[str, tuple[int, str, str]]):
+    status, output, errors = ended["hang"]
+    assert (status, output) == (1, "reported\n")
+    assert "in hangs" in errors
 
 
-def test_nothing_is_due_after_the_stop():
-    result = run("stop")
-    assert (result.returncode, result.stdout) == (0, "")
-    assert "Thread" not in result.stderr
+def test_nothing_is_due_after_the_stop(ended: dict[str, tuple[int, str, str]]):
+    status, output, errors = ended["stop"]
+    assert (status, output) == (0, "")
+    assert "Thread" not in errors
 
 
 @pytest.mark.parametrize(
@@ -65,7 +76,7 @@ def test_nothing_is_due_after_the_stop():
     [ValueError("a mistake"), TrainingStoppedError("gave up"), FileNotFoundError("rows.jsonl"), DivergedError("two policies")],
 )
 def test_a_mistake_is_final(error: Exception):
-    assert _is_final(error, has_begun=False) and _is_final(error, has_begun=True)
+    assert is_final(error, has_begun=False) and is_final(error, has_begun=True)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +90,12 @@ def test_a_mistake_is_final(error: Exception):
     ],
 )
 def test_other_errors_lead_to_a_restart(error: Exception):
-    assert not _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+    assert not is_final(error, has_begun=False) and not is_final(error, has_begun=True)
 
 
 @pytest.mark.parametrize("error", [StorageError("no bucket"), OSError(errno.ESTALE, "stale file handle")])
 def test_a_storage_that_could_be_reached_when_the_run_began_leads_to_a_restart(error: Exception):
-    assert _is_final(error, has_begun=False) and not _is_final(error, has_begun=True)
+    assert is_final(error, has_begun=False) and not is_final(error, has_begun=True)
 
 
 def test_inputs_that_cannot_be_pickled_are_refused_before_any_worker_starts():

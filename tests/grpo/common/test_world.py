@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from multiprocessing import forkserver, get_context
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from world_learners import learn, learn_in_a_group
 
 from rankup.grpo.common.world import SINGLE_PROCESS, World
@@ -46,7 +47,10 @@ def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[
     """What one worker comes to, and each of three."""
     model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("world")
     arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS | {"local means": LOCAL_MEANS}, str(out))
-    spawn(learn_in_a_group, arguments, nprocs=3)
+    # One process imports what they need, and becomes all three: the imports take longer than everything else.
+    get_context("forkserver").set_forkserver_preload(["rankup.grpo.update.learner"])
+    start_processes(learn_in_a_group, arguments, nprocs=3, start_method="forkserver")
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # otherwise it stays until the end of all tests
     return [learn(model, VARIANTS, SINGLE_PROCESS), *(torch.load(out / f"{rank}.pt") for rank in range(3))]
 
 
