@@ -17,7 +17,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,9 @@ from .dense_lora import wrapper_name
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
 from .types import Completion, EngineError, PromptGroup
 from .vllm_compat import (
+    collections_skipped,
     cpu_norms,
+    existing_objects_frozen,
     import_vllm,
     lora_wrapper_replaced,
     replace_cpu_layers,
@@ -126,7 +128,7 @@ class RolloutEngine:
         dense = lora_path == "dense" or (lora_path == "auto" and on_cpu)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
-        with lora_wrapper_replaced(wrapper):
+        with existing_objects_frozen(), lora_wrapper_replaced(wrapper):
             self._engine: Any = LLMEngine.from_engine_args(args)
         if on_cpu:
             replace_cpu_sampler(self._engine)
@@ -224,10 +226,11 @@ class RolloutEngine:
         """Shut vLLM down and free its memory, except for base weights that the trainer shares. Slots become invalid."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._engine.engine_core.shutdown()
+        with collections_skipped() if self.device == "cpu" else nullcontext():
+            self._engine.engine_core.shutdown()
         self.slots = {}
         del self._engine
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # collects garbage; what this revives (the embedding) is collected now
         gc.collect()
 
     # ---------------------------------------------------------------------------------------------- internals

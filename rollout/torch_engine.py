@@ -115,11 +115,13 @@ class TorchEngine:
             wave = _Wave(self._policy, [prompts[index] for index in of_wave], rows, sampling)
             unfinished = list(of_wave)
             while unfinished:
-                with self._policy.sampling(use_adapter=use_adapter):
-                    wave.step()
-                self._end_rows(wave.rows, sampling.stop)
-                wave.drop_finished()
-                finished = [i for i in unfinished if all(row.finish_reason for row in rows if row.index == i)]
+                finished: list[int] = []
+                with self._policy.sampling(use_adapter=use_adapter):  # left while the caller has a group, and it may train
+                    while not finished:
+                        wave.step()
+                        self._end_rows(wave.rows, sampling.stop)
+                        wave.drop_finished()
+                        finished = [i for i in unfinished if all(row.finish_reason for row in rows if row.index == i)]
                 unfinished = [i for i in unfinished if i not in finished]
                 for index in finished:
                     completions = tuple(self._completion(row) for row in rows if row.index == index)

@@ -73,9 +73,11 @@ class EngineShelf:
     def get(self, settings: EngineSettings) -> RolloutEngine:
         from rankup.grpo.common.quiet import quiet_stderr
         from rankup.rollout.engine import RolloutEngine
+        from rankup.rollout.vllm_compat import collections_skipped
 
         if self.engine is None or self.engine.settings.differences(settings):
-            self.close()
+            with collections_skipped():  # the next engine collects garbage before it starts
+                self.close()
             with quiet_stderr():
                 self.engine = RolloutEngine(settings)
         return self.engine
@@ -100,7 +102,7 @@ def make_engine(engine_shelf: EngineShelf, tiny_model_path):
     from rankup.rollout.engine import EngineSettings
 
     def make(kind: str = "llama", *, lora_path: Literal["auto", "dense", "punica"] = "auto", **changes):
-        rollout = RolloutConfig(max_prompt_length=128, max_completion_length=128, kv_cache_gib=1 / 16, lora_path=lora_path)
+        rollout = RolloutConfig(max_prompt_length=128, max_completion_length=128, kv_cache_gib=1 / 64, lora_path=lora_path)
         defaults = {
             "model": str(tiny_model_path(kind)),
             "target_modules": ALL_LINEAR,

@@ -227,13 +227,15 @@ class Policy:
     def sampling(self, *, use_adapter: bool = True) -> Iterator[None]:
         """Within it, the model takes padded rows and a cache, as `rollout/torch_engine.py` needs, and records no gradient."""
         was_training = self.model.training
-        self.model.eval()  # in training mode with gradient checkpointing, transformers uses no cache
+        if was_training:  # as with gradient checkpointing, with which transformers uses no cache in this mode
+            self.model.eval()
         self.model.set_attn_implementation(_plain_attention(self.model))
         try:
             with torch.no_grad(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
                 yield
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
             if self.shares_prompts:
                 self.model.set_attn_implementation(shared_prompt_attention.NAME)
 

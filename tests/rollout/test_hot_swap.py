@@ -13,6 +13,7 @@ import torch
 from rankup.grpo.model.prove import Proof, prove_slots, trainer_logprobs
 from rankup.rollout.config import SamplingConfig
 from rankup.rollout.slots import AdapterSlot
+from rankup.rollout.vllm_compat import collections_skipped
 
 pytestmark = pytest.mark.engine
 
@@ -330,9 +331,10 @@ def test_stock_peft_and_stock_vllm_compute_the_same_with_the_saved_adapter(
     groups = sorted(engine.rollout(SEQUENCES, GREEDY), key=lambda group: group.index)
     ours = [list(group.completions[0].token_ids) for group in groups]
     policy.save_adapter(tmp_path / "adapter")
-    engine_shelf.close()
     assert _stock_peft(tiny_model_path(kind), tmp_path / "adapter") == ours
-    assert _stock_vllm(tiny_model_path(kind), tmp_path / "adapter") == ours
+    with collections_skipped():  # eight of half a second each
+        engine_shelf.close()
+        assert _stock_vllm(tiny_model_path(kind), tmp_path / "adapter") == ours
 
 
 def _stock_peft(model: Path, adapter: Path) -> list[list[int]]:
