@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,11 +26,6 @@ from rankup.kernels.triton.lora import (
 interpreted = pytest.mark.interpreted
 RAGGED = [(252, 507, 123), (1, 64, 300), (0, 40, 24), (130, 1, 257)]
 RANKS = [1, 8, 64, 96, 128]
-
-
-@pytest.mark.slow
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 # --------------------------------------------------------------------------------------------------------- interpreted

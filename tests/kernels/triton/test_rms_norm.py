@@ -21,10 +21,6 @@ EPS = 1e-5
 interpreted = pytest.mark.interpreted
 
 
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
-
-
 # ---------------------------------------------------------------------------------------------------------- interpreted
 
 
