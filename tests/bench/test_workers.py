@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 Load = Callable[[str], ModuleType]
-SIDES = '''
+SIDES = """
 import time
 
 from workers import PacedSide
@@ -36,7 +36,7 @@ class Trainer(PacedSide):
 
     def describe(self):
         return "a trainer"
-'''
+"""
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -16,6 +18,7 @@ PROBLEM = bubblewrap_problem()
 needs_bubblewrap = pytest.mark.skipif(PROBLEM is not None, reason=f"no sandbox here: {PROBLEM}")
 PATIENT = 30  # seconds: the machine may be busy
 FACTORIES = [unit_tests, stdin_stdout]
+PARTIAL = {"all or nothing": False, "partial credit": True}
 
 DOUBLE = "def f(x):\n    return 2 * x\n"
 TESTS = ["assert f(2) == 4", "assert f(3) == 6", "assert f('a') == 'aa'"]
@@ -100,18 +103,11 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["all or nothing", "partial credit"])
-def scores(request) -> tuple[bool, dict[str, float | None]]:
-    reward = unit_tests(timeout=4, partial_credit=request.param, workers=4)
-    rewards = reward(completions=[program for program, *_ in PROGRAMS.values()], tests=[TESTS] * len(PROGRAMS))
-    return request.param, dict(zip(PROGRAMS, rewards, strict=True))
-
-
 @needs_bubblewrap
+@pytest.mark.parametrize("partial", PARTIAL.values(), ids=PARTIAL)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_unit_tests(name, scores):
-    partial, rewards = scores
-    assert rewards[name] == pytest.approx(PROGRAMS[name][1 + partial])
+def test_unit_tests(name, partial, scores):
+    assert scores[unit_tests, partial][name] == pytest.approx(PROGRAMS[name][1 + partial])
 
 
 RUNS = {
@@ -129,19 +125,31 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["all or nothing", "partial credit"])
-def run_scores(request) -> tuple[bool, dict[str, float | None]]:
-    reward = stdin_stdout(timeout=4, partial_credit=request.param, workers=3)
-    programs = [program for program, *_ in RUNS.values()]
-    rewards = reward(completions=programs, inputs=[INPUTS] * len(RUNS), outputs=[OUTPUTS] * len(RUNS))
-    return request.param, dict(zip(RUNS, rewards, strict=True))
+def scores_of(factory, partial: bool) -> dict[str, float | None]:
+    """Programs that hang wait for their time limit, which is short for them alone."""
+    programs = PROGRAMS if factory is unit_tests else RUNS
+    rewards: dict[str, float | None] = {}
+    for hang, seconds in ((True, 1.5), (False, PATIENT)):
+        names = [name for name in programs if name.startswith("hangs") == hang]
+        columns = {"tests": [TESTS] * len(names), "inputs": [INPUTS] * len(names), "outputs": [OUTPUTS] * len(names)}
+        reward = factory(timeout=seconds, partial_credit=partial, workers=4)
+        rewards |= zip(names, reward(completions=[programs[name][0] for name in names], **columns), strict=True)
+    return rewards
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[tuple[Any, bool], dict[str, float | None]]:
+    """The rewards of all known programs; their waits pass side by side."""
+    cases = [(factory, partial) for factory in FACTORIES for partial in PARTIAL.values()]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(scores_of, *zip(*cases, strict=True)), strict=True))
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize("partial", PARTIAL.values(), ids=PARTIAL)
 @pytest.mark.parametrize("name", RUNS)
-def test_stdin_stdout(name, run_scores):
-    partial, rewards = run_scores
-    assert rewards[name] == pytest.approx(RUNS[name][1 + partial])
+def test_stdin_stdout(name, partial, scores):
+    assert scores[stdin_stdout, partial][name] == pytest.approx(RUNS[name][1 + partial])
 
 
 @needs_bubblewrap

@@ -13,9 +13,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import pytest
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
@@ -81,6 +84,15 @@ def compile_for(capability: int, kernel: JITFunction[Any], **arguments: Any) -> 
         tensor_columns=compiled.metadata.tmem_size or 0,
         instructions=_instructions(compiled.asm["ptx"]),
     )
+
+
+def pairwise(firsts: Sequence[Any], seconds: Sequence[Any], thirds: Sequence[Any]) -> list[Any]:
+    """Parameters for all combinations; those that hold no new pair of values are `exhaustive`."""
+    chosen = []
+    for (i, first), (j, second), (k, third) in product(enumerate(firsts), enumerate(seconds), enumerate(thirds)):
+        marks = () if (i + j) % len(thirds) == k else (pytest.mark.exhaustive,)
+        chosen.append(pytest.param(first, second, third, marks=marks))
+    return chosen
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

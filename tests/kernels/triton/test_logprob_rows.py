@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +23,6 @@ from rankup.kernels.triton.logprob_rows import (
 interpreted = pytest.mark.interpreted
 RAGGED = [(0, 5), (1, 1), (1, MEASURE_BLOCK + 1), (3, 7), (5, 507), (4, 2 * MEASURE_BLOCK), (3, GRADIENT_BLOCK - 1)]
 SLOPES = ["both", "logprob", "entropy"]
-
-
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 # ---------------------------------------------------------------------------------------------------------- interpreted
@@ -177,7 +172,6 @@ def test_the_loss_of_a_head_with_an_adapter(monkeypatch: pytest.MonkeyPatch, hea
 
 
 # --------------------------------------------------------------------------------------------------------- ahead of time
-
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from ahead_of_time import SHARED_MEMORY, Build, compile_for
+from ahead_of_time import SHARED_MEMORY, Build, compile_for, pairwise
 from lora_oracle import gradients, make_layer, master_weights, plain, plain_mlp
 
 from rankup.kernels import lora
@@ -26,11 +26,6 @@ from rankup.kernels.triton.lora import (
 interpreted = pytest.mark.interpreted
 RAGGED = [(252, 507, 123), (1, 64, 300), (0, 40, 24), (130, 1, 257)]
 RANKS = [1, 8, 64, 96, 128]
-
-
-@pytest.mark.slow
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 # --------------------------------------------------------------------------------------------------------- interpreted
@@ -157,20 +152,21 @@ def build(capability: int, rank: int, what: str, tile: Tile) -> Build:
     return compile_for(capability, product_with_adapter_kernel, **launch_arguments(*operands, tile=tile))
 
 
-@pytest.mark.parametrize("what", ["forward", "backward"])
-@pytest.mark.parametrize("rank", [16, 64, 96, 128])
-@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
-def test_every_build_fits_spills_nothing_and_uses_matrix_instructions(
-    capability: int, instruction: str, rank: int, what: str
-) -> None:
+INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+DIRECTIONS = ["forward", "backward"]
+BUILDS = pairwise([80, 90, 100], [16, 64, 96, 128], DIRECTIONS)
+
+
+@pytest.mark.parametrize(("capability", "rank", "what"), BUILDS)
+def test_every_build_fits_spills_nothing_and_uses_matrix_instructions(capability: int, rank: int, what: str) -> None:
     found = build(capability, rank, what, TILES[capability // 10, 0])
     assert found.fits
     assert (found.stack, found.local) == (0, 0)
-    assert found.count(instruction)
+    assert found.count(INSTRUCTIONS[capability])
     assert not found.count("atom") and not found.count("red")
 
 
-@pytest.mark.parametrize("what", ["forward", "backward"])
+@pytest.mark.parametrize("what", DIRECTIONS)
 def test_the_tile_of_other_chips_fits_the_smallest(what: str) -> None:
     found = build(89, 128, what, OTHER_TILE)
     assert found.shared <= SHARED_MEMORY[89]

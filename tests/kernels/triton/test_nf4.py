@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,10 +17,6 @@ interpreted = pytest.mark.interpreted
 def quantise(weight: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Any]:
     """Packed values and quantisation state from bitsandbytes (which does not type the state's fields)."""
     return quantize_4bit(weight, quant_type="nf4", **options)
-
-
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 @interpreted

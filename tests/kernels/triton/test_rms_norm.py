@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ahead_of_time import compile_for
+from ahead_of_time import compile_for, pairwise
 
 from rankup.kernels import rms_norm as norms
 from rankup.kernels.rms_norm import WIDEST, rms_norm
@@ -19,10 +19,6 @@ from rankup.kernels.triton.rms_norm import (
 
 EPS = 1e-5
 interpreted = pytest.mark.interpreted
-
-
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 # ---------------------------------------------------------------------------------------------------------- interpreted
@@ -108,9 +104,9 @@ def assert_as_exact_as_torch(
 # --------------------------------------------------------------------------------------------------------- ahead of time
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("width", [128, 896, 4096, WIDEST])
-@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "width", "unit_offset"), pairwise([80, 90, 100], [128, 896, 4096, WIDEST], [False, True])
+)
 def test_builds_stay_in_registers(capability: int, width: int, unit_offset: bool) -> None:
     x = torch.empty(4096, width, dtype=torch.bfloat16, device="meta")
     weight, inverse_rms = torch.empty(width, dtype=x.dtype, device="meta"), torch.empty(4096, 1, device="meta")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from ahead_of_time import compile_for
@@ -21,10 +19,6 @@ from rankup.kernels.triton.swiglu import (
 )
 
 interpreted = pytest.mark.interpreted
-
-
-def test_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 # ---------------------------------------------------------------------------------------------------------- interpreted

@@ -32,6 +32,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     return read_shape(str(folder))
 
 
+SHORT = {"optim.tokens_per_pack": 256, "rollout.max_prompt_length": 64, "rollout.max_completion_length": 64}
 LARGE = {"lora.rank": 128, "lora.max_rank": 128, "optim.tokens_per_pack": 16384}
 
 
@@ -110,7 +111,7 @@ def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
     ],
 )
 def test_sharing_is_suggested_where_it_is_off(shape: ModelShape, device: Device, sharing: Any, change: str | None):
-    held = config({"model.share_base_weights": sharing})
+    held = config(SHORT | {"model.share_base_weights": sharing})
     found = [one for one in savings(shape, held, device=device) if "share_base_weights" in one.change]
     assert [one.change for one in found] == ([] if change is None else [change])
     assert sum(one.alone for one in found) == training_parts(shape, held, device).get("base_weights", 0)
@@ -147,7 +148,7 @@ def test_savings_in_use_are_not_suggested_again(shape: ModelShape):
 
 
 def test_on_cpu_the_cache_takes_all_that_is_left(shape: ModelShape):
-    budget: Budget = plan_budget(shape, config(), device="cpu", vram=80 * GIB)
+    budget: Budget = plan_budget(shape, config(SHORT), device="cpu", vram=80 * GIB)
     assert budget.kv_bytes == 80 * GIB - budget.fixed
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rankup.grpo.cli.plan import memory
 from rankup.grpo.cli.plan.advice import PRACTICE
+from rankup.grpo.cli.plan.memory import GIB
 from rankup.grpo.cli.plan.plan import EXAMPLES, add_plan_command, make_plan
 from rankup.grpo.cli.plan.view import show
 from rankup.grpo.config import load_config
@@ -45,6 +47,9 @@ KEYS = {
 }
 
 
+SHORT = ["--prompt-length", "64", "--completion-length", "64", "--tokens-per-pack", "256"]  # a pass is measured block by block
+
+
 @dataclass
 class Planner:
     """The command in the test's folder, where `model` has the shapes of SmolLM2-135M."""
@@ -74,6 +79,13 @@ def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Planner:
     return Planner(tmp_path, capsys)
 
 
+@pytest.fixture
+def plan_without_a_pass(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> Planner:
+    """For tests of what does not depend on the memory of a pass, of which a plan measures up to ten."""
+    monkeypatch.setattr(memory, "pass_parts", lambda *_: {"activations": GIB, "logits_chunk": GIB // 8})
+    return plan
+
+
 def test_json_has_all_numbers_and_reasons(plan: Planner):
     made = plan.json("--vram", "24")
     assert set(made) == KEYS
@@ -95,8 +107,8 @@ def test_without_vram_sizes_are_named(plan: Planner):
 
 
 @pytest.mark.parametrize("rank", [1, 64, 65, 128])
-def test_vllms_buffers_are_for_64_or_128(plan: Planner, rank: int):
-    assert plan.json("--rank", str(rank))["max_lora_rank"] == (64 if rank <= 64 else 128)
+def test_vllms_buffers_are_for_64_or_128(plan_without_a_pass: Planner, rank: int):
+    assert plan_without_a_pass.json("--rank", str(rank))["max_lora_rank"] == (64 if rank <= 64 else 128)
 
 
 def test_output_is_plain_text_with_every_section(plan: Planner):
@@ -120,11 +132,11 @@ def test_a_plan_that_does_not_fit_suggests_changes(plan: Planner):
 
 
 @pytest.mark.parametrize("task", PRACTICE)
-def test_a_written_run_file_loads_to_the_plan(plan: Planner, task: str):
-    file = plan.folder / "runs" / "run.yaml"
-    made = plan.json("--task", task, "--vram", "24", "--gradient-checkpointing", "--write", str(file))
+def test_a_written_run_file_loads_to_the_plan(plan_without_a_pass: Planner, task: str):
+    file = plan_without_a_pass.folder / "runs" / "run.yaml"
+    made = plan_without_a_pass.json("--task", task, "--vram", "24", "--gradient-checkpointing", "--write", str(file))
     config = load_config(file)
-    assert config.model.name == str(plan.folder / "model")
+    assert config.model.name == str(plan_without_a_pass.folder / "model")
     planned = {name: made["adapter"][name]["value"] for name in ("rank", "alpha", "use_rslora", "targets")}
     assert {name: getattr(config.lora, name) for name in planned} == planned
     assert (config.lora.dropout, config.lora.max_rank) == (0, made["max_lora_rank"])
@@ -144,9 +156,9 @@ def test_a_run_that_does_not_fit_is_not_written(plan: Planner):
     assert re.fullmatch(r".*run\.yaml was not written: the run needs \d\.\d GiB, the device has 1\.0 GiB\. .*\n", output.err)
 
 
-def test_practices_dropout_is_shown_and_not_written(plan: Planner):
-    file = plan.folder / "run.yaml"
-    made = plan.json("--task", "code", "--write", str(file))
+def test_practices_dropout_is_shown_and_not_written(plan_without_a_pass: Planner):
+    file = plan_without_a_pass.folder / "run.yaml"
+    made = plan_without_a_pass.json("--task", "code", "--write", str(file))
     assert made["adapter"]["dropout"]["value"] == 0.1
     assert any("no dropout but 0" in note for note in made["notes"])
     assert load_config(file).lora.dropout == 0
@@ -154,18 +166,18 @@ def test_practices_dropout_is_shown_and_not_written(plan: Planner):
 
 def test_on_cpu_the_run_file_sizes_the_cache(plan: Planner):
     file = plan.folder / "run.yaml"
-    plan("--device", "cpu", "--vram", "8", "--write", str(file))
+    plan("--device", "cpu", "--vram", "8", *SHORT, "--write", str(file))
     assert 0 < load_config(file).rollout.kv_cache_gib < 8
     assert "gpu_memory_utilization" not in file.read_text()
 
 
-def test_a_file_is_replaced_by_force_only(plan: Planner):
-    file = plan.folder / "run.yaml"
+def test_a_file_is_replaced_by_force_only(plan_without_a_pass: Planner):
+    file = plan_without_a_pass.folder / "run.yaml"
     file.write_text("mine")
     with pytest.raises(ValueError, match=r"run\.yaml exists: .*--force"):
-        plan("--write", str(file))
+        plan_without_a_pass("--write", str(file))
     assert file.read_text() == "mine"
-    plan("--write", str(file), "--force")
+    plan_without_a_pass("--write", str(file), "--force")
     assert load_config(file).lora.rank == 64
 
 
@@ -235,18 +247,18 @@ HELD: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("arguments", "fields"), HELD.values(), ids=HELD)
 def test_how_the_base_is_held_and_the_optimizer_go_into_the_run_file(
-    plan: Planner, arguments: list[str], fields: dict[str, Any]
+    plan_without_a_pass: Planner, arguments: list[str], fields: dict[str, Any]
 ):
-    file = plan.folder / "run.yaml"
-    plan("--write", str(file), *arguments)
+    file = plan_without_a_pass.folder / "run.yaml"
+    plan_without_a_pass("--write", str(file), *arguments)
     config = load_config(file)
     found = {"load_in": config.model.load_in, "share_base_weights": config.model.share_base_weights}
     assert found | {"optimizer": config.optim.optimizer} == fields
 
 
-def test_targets_come_as_a_preset_names_or_an_expression(plan: Planner):
+def test_targets_come_as_a_preset_names_or_an_expression(plan_without_a_pass: Planner):
     def adapted(targets: str) -> Any:
-        return plan.json("--targets", targets)["adapter"]["targets"]["value"]
+        return plan_without_a_pass.json("--targets", targets)["adapter"]["targets"]["value"]
 
     assert adapted("qkv") == "qkv"
     assert adapted("q_proj, v_proj") == ["q_proj", "v_proj"]
