@@ -19,10 +19,10 @@ from .common.log import log_to, logger
 from .common.memory import resident_mib
 from .common.timing import Clock
 from .context import RunContext, open_run, run_folder_owned, save_on_error, write_final_files
-from .display.view_text import When
+from .evaluating import end_with_best_policy, evaluate_between_steps, evaluation_is_due, is_due
 from .experience.batch import Batch, collect_batch
-from .experience.evaluation import Evaluation, evaluate
 from .run.profiling import profiled, trace_path
+from .run.reporting import check_reports
 from .run.worker_reports import exchange_reports, num_tokens, slowest, time_metrics
 from .setup import RunSetup
 from .update.learner import Update
@@ -36,6 +36,7 @@ def train(
     The caller opens the view and handles signals, as `GRPOTrainer.train` does.
     """
     world = setup.world
+    check_reports(setup.config.logging.report_to)
     with ExitStack() as stack:
         view = setup.view
         stack.enter_context(log_to(lambda text: None if view is None else view.note(text)))
@@ -55,24 +56,44 @@ def train(
         ctx = stack.enter_context(open_run(setup, resumption, evaluation_pending=pending, engine=engine))
         with save_on_error(ctx):
             setup.on_ready()
+            begin(ctx)
             run(ctx)
-        return write_final_files(ctx)
+        summary = write_final_files(ctx)
+        setup.callbacks.end()
+        return summary
+
+
+def begin(ctx: RunContext) -> None:
+    """Tell the callbacks where the run starts."""
+    setup, session = ctx.setup, ctx.session
+    rows = setup.world.broadcast_from_main(lambda: [] if ctx.output is None else ctx.output.recorder.rows())
+    setup.callbacks.begin(
+        ctx.checkpoints.position.steps_done,
+        rows,
+        model=session.policy.peft_model,
+        tokenizer=setup.inputs.tokenizer,
+        optimizer=session.learner.optimizer,
+    )
 
 
 def run(ctx: RunContext) -> None:
-    """All steps and evaluations that are left."""
+    """All steps and evaluations that are left, unless a callback ends the training."""
     max_steps = ctx.setup.config.optim.max_steps
     for step in range(ctx.checkpoints.position.steps_done, max_steps):
         evaluate_and_save_if_due(ctx, step)
+        if ctx.setup.callbacks.requests.stop:
+            break
         with profiled(trace_path(ctx.setup.config.logging, step + 1, rank=ctx.setup.world.rank)):
             train_step(ctx, step)
-    evaluate_and_save_if_due(ctx, max_steps)
+    else:
+        evaluate_and_save_if_due(ctx, max_steps)
     end_with_best_policy(ctx)
 
 
 def train_step(ctx: RunContext, step: int) -> None:
     """One step: rollouts, rewards and advantages; gradients; the guards' decision; update; publish; record."""
     setup, learner, clock = ctx.setup, ctx.session.learner, Clock()
+    setup.callbacks.step_begin(step)
     batch = collect_batch(ctx.session.engine, setup.scorer, setup.sampler, setup.config, step=step, world=setup.world)
     clock.seconds |= {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds}
     with clock.phase("train"):
@@ -80,6 +101,7 @@ def train_step(ctx: RunContext, step: int) -> None:
         ctx.checkpoints.leave_position()
         decision = learner.guards.inspect(step, {**batch.metrics, **gradients.metrics()})
         update = learner.apply(decision, gradients, step=step)
+        setup.callbacks.optimizer_step()
     with clock.phase("publish"):
         ctx.session.publish()
     metrics = {**batch.metrics, **gradients.metrics(), **update.metrics}
@@ -111,6 +133,7 @@ def record(
     }
     if ctx.output is not None:
         ctx.output.recorder.step(step + 1, metrics)
+    ctx.setup.callbacks.step_end(step + 1, metrics)
     if is_complete:
         checkpoints.set_position(step + 1, evaluation_pending=evaluation_is_due(ctx.setup, step + 1))
     if ctx.output is not None:
@@ -122,76 +145,10 @@ def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:
     ctx.stop_if_requested()
     if ctx.checkpoints.position.evaluation_pending:
         evaluate_between_steps(ctx, step)
-    save_steps = ctx.setup.config.checkpoint.save_steps
-    if is_due(step, save_steps) or (step == ctx.setup.config.optim.max_steps and save_steps):
+    save_steps, requests = ctx.setup.config.checkpoint.save_steps, ctx.setup.callbacks.requests
+    is_last = requests.stop or step == ctx.setup.config.optim.max_steps
+    if step and (requests.save or is_due(step, save_steps) or (is_last and save_steps)):
         ctx.checkpoints.save()
+        if ctx.checkpoints.is_saved:
+            ctx.setup.callbacks.save()
     ctx.stop_if_requested()
-
-
-def evaluate_between_steps(ctx: RunContext, step: int) -> None:
-    """Evaluate, and apply the guards' decision if the run evaluates while it trains."""
-    evaluation, guards = evaluate_policy(ctx, step), ctx.session.learner.guards
-    decision = None
-    # A failed reward function says nothing about the policy.
-    if ctx.setup.config.logging.eval_steps > 0 and not evaluation.failures:
-        ctx.checkpoints.leave_position()
-        decision = guards.inspect_evaluation(step, evaluation.rewards)
-        guards.apply(decision)
-        if decision.restore is not None:
-            ctx.session.publish()
-    record_evaluation(ctx, step, evaluation, "during" if step else "before")
-    if decision is None or not decision.stop:
-        ctx.checkpoints.set_position(step, evaluation_pending=False)
-    for note in decision.notes if decision is not None else ():
-        logger.info(note)
-    if decision is not None and decision.stop_reason is not None:
-        raise TrainingStoppedError(decision.stop_reason)
-
-
-def end_with_best_policy(ctx: RunContext) -> None:
-    """The final evaluation. If the reward has declined from its best, restore the best snapshot first."""
-    max_steps, guards = ctx.setup.config.optim.max_steps, ctx.session.learner.guards
-    last = None
-    if ctx.setup.eval_prompts is not None and ctx.setup.config.logging.eval_steps > 0:
-        last = evaluate_policy(ctx, max_steps)
-    kind = guards.final_snapshot(None if last is None or last.failures else last.rewards)
-    if kind is not None:
-        ctx.checkpoints.save()  # the final state, before it is left
-        if last is not None:
-            record_evaluation(ctx, max_steps, last, "during")
-            last = None
-        ctx.checkpoints.leave_position()
-        step = guards.restore(kind)
-        ctx.session.publish()
-        origin = f"before the update of step {step + 1}" if kind == "step" else f"the evaluation after step {step}"
-        logger.info(f"the reward declined from its best: the run ends with the adapter from {origin}")
-    if ctx.setup.eval_prompts is not None:
-        record_evaluation(ctx, max_steps, last or evaluate_policy(ctx, max_steps), "after")
-
-
-def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
-    """Evaluate the current policy after `step` updates. A signal interrupts it immediately: it can be repeated."""
-    setup = ctx.setup
-    assert setup.eval_prompts is not None
-    setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")
-    with setup.interrupts.interruptible():
-        return evaluate(ctx.session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step, world=setup.world)
-
-
-def record_evaluation(ctx: RunContext, step: int, evaluation: Evaluation, when: When) -> None:
-    """Record and show an evaluation after `step` updates."""
-    if ctx.output is not None:
-        ctx.output.evaluation(step, evaluation, when)
-
-
-def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
-    """Whether to evaluate between two steps; after the last step, `end_with_best_policy` does."""
-    logging = setup.config.logging
-    if setup.eval_prompts is None or steps_done == setup.config.optim.max_steps:
-        return False
-    return is_due(steps_done, logging.eval_steps) if steps_done else logging.eval_before
-
-
-def is_due(steps_done: int, every: int) -> bool:
-    """Whether something that happens every so many steps is due; never for 0."""
-    return every > 0 and steps_done % every == 0

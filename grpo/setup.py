@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..rewards.loading import RewardSpec
 from ..rewards.runner import Scorer
 from .checkpoint.storage import Storage
 from .checkpoint.store import CheckpointStore
@@ -24,18 +23,10 @@ from .config import GRPOConfig
 from .data.prompts import Prompt
 from .data.run_inputs import RunInputs, load_run_inputs
 from .data.sampler import PromptSampler
-from .data.sources import DataSource
 from .display.terminal import View
+from .run.callbacks import Callbacks
 from .update.objective import Objective
-
-
-@dataclass(frozen=True, kw_only=True)
-class UserInputs:
-    """Reward functions and data sets as the user passed them; None: those of the configuration."""
-
-    reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
-    train_dataset: DataSource | None = None
-    eval_dataset: DataSource | None = None
+from .user_inputs import UserInputs
 
 
 @dataclass(kw_only=True)
@@ -52,6 +43,7 @@ class RunSetup:
     config: GRPOConfig
     scorer: Scorer
     inputs: RunInputs
+    callbacks: Callbacks
     sampler: PromptSampler
     store: CheckpointStore
     storage: Storage | None
@@ -105,6 +97,7 @@ def prepare_run(
         config=config,
         scorer=scorer,
         inputs=loaded,
+        callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),
         sampler=PromptSampler(
             prompts, prompts_per_step=config.optim.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
         ),

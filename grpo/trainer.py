@@ -12,9 +12,12 @@ loop itself is in `loop.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from ..rewards.loading import RewardSpec
 from ..rollout.engine import RolloutEngine
@@ -27,8 +30,8 @@ from .context import open_scorer_and_session
 from .data.sources import DataSource
 from .display.terminal import View, make_view
 from .experience.evaluation import evaluate
-from .run.reporting import check_reports
-from .setup import UserInputs, prepare_run
+from .setup import prepare_run
+from .user_inputs import UserInputs
 
 
 class GRPOTrainer:
@@ -39,6 +42,7 @@ class GRPOTrainer:
         reward_funcs: one or several functions (TRL's contract), or `file.py:name`; None: `args.rewards.functions`.
         args: the configuration.
         train_dataset, eval_dataset: a `datasets.Dataset`, rows, or a source as in `args.data`; None: `args.data`.
+        callbacks: `transformers.TrainerCallback`s, as in TRL; `add_callback` adds further ones.
         view: where progress is shown; None: the terminal.
 
     Attributes:
@@ -56,6 +60,7 @@ class GRPOTrainer:
         train_dataset: DataSource | None = None,
         eval_dataset: DataSource | None = None,
         *,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         view: View | None = None,
     ) -> None:
         config = args or GRPOConfig()
@@ -68,8 +73,30 @@ class GRPOTrainer:
             max_steps=config.optim.max_steps, run_name=config.logging.run_name, output_dir=config.logging.output_dir
         )
         self.can_resume = False
-        self._inputs = UserInputs(reward_funcs=reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self._inputs = UserInputs(
+            reward_funcs=reward_funcs,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=list(callbacks or ()),
+        )
         self.setup = prepare_run(config, self._inputs, view=self.view)
+
+    @property
+    def state(self) -> TrainerState:
+        """`global_step`, `epoch`, `max_steps` and `log_history` of the run."""
+        return self.setup.callbacks.state
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Call it in further runs of this trainer; a class is instantiated.
+
+        Raises:
+            TypeError: it is no `transformers.TrainerCallback`.
+        """
+        self.setup.callbacks.add(callback)
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """No longer call it, or the first one of that class; returns it, or None if there is none."""
+        return self.setup.callbacks.remove(callback)
 
     def train(
         self,
@@ -100,7 +127,6 @@ class GRPOTrainer:
         self.can_resume = False
         interrupts = self.setup.interrupts
         with self.view, log_to(self.view.note), interrupts.handled(), interrupts.deferred():
-            check_reports(self.config.logging.report_to)
             if self.config.cluster.workers > 1:
                 summary = self._train_on_cluster(resume_from_checkpoint, allow_changes, engine)
             else:
@@ -139,15 +165,17 @@ class GRPOTrainer:
         if engine is not None:
             raise ValueError("every worker of a cluster has its own engine: leave out `engine`, or set cluster.workers=1")
         try:
-            return train_on_cluster(
+            summary = train_on_cluster(
                 self.config,
-                self._inputs,
+                dataclasses.replace(self._inputs, callbacks=self.setup.callbacks.instances),
                 storage=self.setup.storage,
                 view=self.view,
                 interrupts=self.setup.interrupts,
                 resume=resume,
                 allow_changes=allow_changes,
             )
+            self.setup.callbacks.read(self.config.logging.output_dir)
+            return summary
         except ClusterError as error:
             self.can_resume = error.can_resume
             raise

@@ -29,8 +29,8 @@ from ..common.world import World
 from ..config import GRPOConfig
 from ..loop import train
 from ..run.records import read_summary
-from ..run.reporting import check_reports
-from ..setup import UserInputs, prepare_run
+from ..setup import prepare_run
+from ..user_inputs import UserInputs
 from .deadline import Deadline
 from .events import EventView
 from .final_errors import is_final
@@ -107,7 +107,6 @@ def _train(task: Task, mailbox: Any, world: World, deadline: Deadline) -> None:
         stop_requested=lambda: world.is_main and ray.get(mailbox.poll_stop.remote()),
         on_ready=start_deadline,
     )
-    check_reports(config.logging.report_to)
     # Restarted workers resume from the newest checkpoint, whichever one the run first started from.
     resume = bool(ray.get(mailbox.has_begun.remote())) or task.resume
     interrupts = setup.interrupts

@@ -42,7 +42,7 @@ def make_trainer(tiny_model_path, tmp_path: Path):
     """A trainer of a tiny Llama in fp32; flat names change its configuration (`tiny_runs.tiny_config`)."""
     from rankup import GRPOTrainer
 
-    def make(reward=many_low_ids, rows=ROWS, **changes) -> GRPOTrainer:
+    def make(reward=many_low_ids, rows=ROWS, callbacks=None, **changes) -> GRPOTrainer:
         config = tiny_config(changes.pop("output_dir", tmp_path / "run"), **changes)
         return GRPOTrainer(
             model=str(tiny_model_path("llama")),
@@ -50,6 +50,7 @@ def make_trainer(tiny_model_path, tmp_path: Path):
             args=config,
             train_dataset=rows,
             eval_dataset=rows[:4],
+            callbacks=callbacks,
         )
 
     return make

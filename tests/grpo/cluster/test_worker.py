@@ -17,7 +17,7 @@ from rankup.grpo.cluster.ray_train import summarize
 from rankup.grpo.common.errors import BaseWeightsModifiedError, TrainingStoppedError
 from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
-from rankup.grpo.setup import UserInputs
+from rankup.grpo.user_inputs import UserInputs
 
 HANGS = """
 import sys, time

@@ -1,0 +1,82 @@
+"""The evaluations of a run: between two steps when they are due, and the final one, which may put back an earlier policy."""
+
+from __future__ import annotations
+
+from .common.errors import TrainingStoppedError
+from .common.log import logger
+from .context import RunContext
+from .display.view_text import When
+from .experience.evaluation import Evaluation, evaluate
+from .setup import RunSetup
+
+
+def evaluate_between_steps(ctx: RunContext, step: int) -> None:
+    """Evaluate, and apply the guards' decision if the run evaluates while it trains."""
+    evaluation, guards = evaluate_policy(ctx, step), ctx.session.learner.guards
+    decision = None
+    # A failed reward function says nothing about the policy.
+    if ctx.setup.config.logging.eval_steps > 0 and not evaluation.failures:
+        ctx.checkpoints.leave_position()
+        decision = guards.inspect_evaluation(step, evaluation.rewards)
+        guards.apply(decision)
+        if decision.restore is not None:
+            ctx.session.publish()
+    record_evaluation(ctx, step, evaluation, "during" if step else "before")
+    if decision is None or not decision.stop:
+        ctx.checkpoints.set_position(step, evaluation_pending=False)
+    for note in decision.notes if decision is not None else ():
+        logger.info(note)
+    if decision is not None and decision.stop_reason is not None:
+        raise TrainingStoppedError(decision.stop_reason)
+
+
+def end_with_best_policy(ctx: RunContext) -> None:
+    """The final evaluation. If the reward has declined from its best, restore the best snapshot first."""
+    steps_done, guards = ctx.checkpoints.position.steps_done, ctx.session.learner.guards
+    last = None
+    if ctx.setup.eval_prompts is not None and ctx.setup.config.logging.eval_steps > 0:
+        last = evaluate_policy(ctx, steps_done)
+    kind = guards.final_snapshot(None if last is None or last.failures else last.rewards)
+    if kind is not None:
+        ctx.checkpoints.save()  # the final state, before it is left
+        if last is not None:
+            record_evaluation(ctx, steps_done, last, "during")
+            last = None
+        ctx.checkpoints.leave_position()
+        step = guards.restore(kind)
+        ctx.session.publish()
+        origin = f"before the update of step {step + 1}" if kind == "step" else f"the evaluation after step {step}"
+        logger.info(f"the reward declined from its best: the run ends with the adapter from {origin}")
+    if ctx.setup.eval_prompts is not None:
+        record_evaluation(ctx, steps_done, last or evaluate_policy(ctx, steps_done), "after")
+
+
+def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
+    """Evaluate the current policy after `step` updates. A signal interrupts it immediately: it can be repeated."""
+    setup = ctx.setup
+    assert setup.eval_prompts is not None
+    setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")
+    with setup.interrupts.interruptible():
+        return evaluate(ctx.session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step, world=setup.world)
+
+
+def record_evaluation(ctx: RunContext, step: int, evaluation: Evaluation, when: When) -> None:
+    """Record and show an evaluation after `step` updates."""
+    if ctx.output is not None:
+        ctx.output.evaluation(step, evaluation, when)
+    ctx.setup.callbacks.evaluate({"eval_reward": evaluation.mean_reward})
+
+
+def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
+    """Whether to evaluate between two steps; after the last step, `end_with_best_policy` does."""
+    logging, requests = setup.config.logging, setup.callbacks.requests
+    if setup.eval_prompts is None or steps_done == setup.config.optim.max_steps:
+        return False
+    if steps_done == 0:
+        return logging.eval_before
+    return not requests.stop and (requests.evaluate or is_due(steps_done, logging.eval_steps))
+
+
+def is_due(steps_done: int, every: int) -> bool:
+    """Whether something that happens every so many steps is due; never for 0."""
+    return every > 0 and steps_done % every == 0

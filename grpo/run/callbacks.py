@@ -1,0 +1,188 @@
+"""Callbacks of the user: `transformers.TrainerCallback`s, the state that they see, and what they ask of the loop.
+
+    callbacks = Callbacks([EarlyStopping()], config, num_rows=len(prompts))
+    callbacks.begin(0, [], model=model, tokenizer=tokenizer, optimizer=optimizer)
+    callbacks.step_begin(0)
+    callbacks.step_end(1, metrics)              # on_log, on_step_end
+    if callbacks.requests.stop: ...
+
+Events come in transformers' order, and on every worker: a callback that prints looks at `state.is_world_process_zero`. What one
+worker's callbacks ask for counts for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn, optim
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+from ..common.world import SINGLE_PROCESS, World
+from ..config import GRPOConfig
+from .records import read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What callbacks asked for since the last step began: to end the training, to evaluate, to save a checkpoint."""
+
+    stop: bool = False
+    evaluate: bool = False
+    save: bool = False
+
+
+class Callbacks:
+    """See the module's docstring.
+
+    Args:
+        callbacks: instances, or classes that need no arguments.
+        num_rows: of the training data, for `state.epoch`.
+
+    Attributes:
+        state: `global_step` counts updates done; `log_history` has a dictionary of metrics for each step and evaluation.
+        instances: the callbacks, in the order of their calls.
+        control: the flags that callbacks set.
+        requests: what the flags of all workers ask for.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
+        config: GRPOConfig,
+        *,
+        num_rows: int,
+        world: World = SINGLE_PROCESS,
+    ) -> None:
+        self.state = TrainerState(
+            max_steps=config.optim.max_steps,
+            eval_steps=config.logging.eval_steps,
+            save_steps=config.checkpoint.save_steps,
+            logging_steps=1,
+            is_local_process_zero=world.is_main,
+            is_world_process_zero=world.is_main,
+        )
+        self.control = TrainerControl()
+        self.requests = Requests()
+        self.instances: list[TrainerCallback] = []
+        self._config = config
+        self._steps_per_epoch = num_rows / config.optim.prompts_per_step
+        self._world = world
+        self._objects: dict[str, Any] = dict.fromkeys(
+            ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+        )
+        self.state.num_train_epochs = math.ceil(self.state.max_steps / self._steps_per_epoch)
+        for callback in callbacks:
+            self.add(callback)
+        self._event("on_init_end")
+
+    def add(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Call it from now on; a class is instantiated.
+
+        Raises:
+            TypeError: it is no `transformers.TrainerCallback`.
+        """
+        instance = callback() if isinstance(callback, type) else callback
+        if not isinstance(instance, TrainerCallback):
+            raise TypeError(f"callbacks: {instance!r} is no transformers.TrainerCallback: derive its class from it")
+        self.instances.append(instance)
+
+    def remove(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """No longer call it, or the first one of that class; returns it, or None if there is none."""
+        for instance in self.instances:
+            if instance is callback or (isinstance(callback, type) and isinstance(instance, callback)):
+                self.instances.remove(instance)
+                return instance
+        return None
+
+    # ------------------------------------------------------------------------------------------------ events
+
+    def begin(
+        self,
+        steps_done: int,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: optim.Optimizer,
+    ) -> None:
+        """The run starts, or resumes after `steps_done` steps; `rows` are those of `metrics.jsonl`."""
+        self._objects |= {"model": model, "processing_class": tokenizer, "optimizer": optimizer}
+        self.restore(steps_done, rows)
+        self.control = TrainerControl()
+        self._event("on_train_begin")
+        self._event("on_epoch_begin")
+        self._collect_requests()
+
+    def restore(self, steps_done: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Set the state to that after `steps_done` steps, which wrote these rows of `metrics.jsonl`."""
+        self._set_step(steps_done)
+        self.state.log_history = [{**row, "epoch": self._epoch(int(row["step"]))} for row in rows]
+
+    def read(self, run_dir: Path) -> None:
+        """Set the state to that at the end of the run in that folder, which other processes have made."""
+        rows = read_metrics(run_dir)
+        self.restore(rows[-1]["step"] if rows else 0, rows)
+
+    def step_begin(self, step: int) -> None:
+        """A step begins, after `step` updates. What was asked for before is forgotten, a stop aside."""
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        self._event("on_step_begin")
+
+    def optimizer_step(self) -> None:
+        """The weights were updated."""
+        self._event("on_optimizer_step")
+
+    def step_end(self, steps_done: int, metrics: Mapping[str, float]) -> None:
+        """The step is recorded: `steps_done` updates are done."""
+        previous = int(self.state.epoch or 0)
+        self._set_step(steps_done)
+        self._event("on_step_end")
+        if int(self.state.epoch or 0) > previous:
+            self._event("on_epoch_end")
+            self._event("on_epoch_begin")
+        self.log(metrics)
+        self._collect_requests()
+
+    def evaluate(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation is recorded, with metrics that begin with `eval_`."""
+        self.control.should_evaluate = False
+        self.log(metrics)
+        self._event("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+        self._collect_requests()
+
+    def save(self) -> None:
+        """A checkpoint was written."""
+        self.control.should_save = False
+        self._event("on_save")
+
+    def end(self) -> None:
+        """The training has ended and its files are written."""
+        self._event("on_train_end")
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to `log_history`."""
+        logs = {**metrics, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._event("on_log", logs=logs)
+
+    def _event(self, name: str, **more: Any) -> None:
+        for callback in self.instances:
+            control = getattr(callback, name)(self._config, self.state, self.control, **self._objects, **more)
+            self.control = self.control if control is None else control
+
+    def _collect_requests(self) -> None:
+        control = self.control
+        flags = (control.should_training_stop, control.should_evaluate, control.should_save)
+        self.requests = Requests(*map(any, zip(*self._world.all_gather(flags), strict=True)))
+
+    def _set_step(self, steps_done: int) -> None:
+        self.state.global_step = steps_done
+        self.state.epoch = self._epoch(steps_done)
+
+    def _epoch(self, steps_done: int) -> float:
+        return steps_done / self._steps_per_epoch

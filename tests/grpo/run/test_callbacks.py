@@ -1,0 +1,126 @@
+"""What callbacks of transformers see of a run, and what they can ask of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tiny_runs import metrics_of, steps_of
+
+EVENTS = [name for name in dir(transformers.TrainerCallback) if name.startswith("on_")]
+
+
+class Recording(transformers.TrainerCallback):
+    """Keeps the name of every event and `state.global_step` at it."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        for name in EVENTS:
+            setattr(self, name, lambda args, state, control, name=name, **kwargs: self.record(name, state, control, kwargs))
+
+    def record(self, name: str, state, control, kwargs) -> None:
+        self.events.append((name, state.global_step))
+
+
+class Asking(transformers.TrainerCallback):
+    """Sets a flag of the control once a number of steps is done."""
+
+    def __init__(self, flag: str, step: int) -> None:
+        self.flag, self.step = flag, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            setattr(control, self.flag, True)
+
+
+def test_events_come_in_the_order_of_transformers(make_trainer):
+    seen = Recording()
+    make_trainer(callbacks=[seen], eval_steps=1, save_steps=2, eval_before=False).train()
+    assert seen.events == [
+        ("on_init_end", 0), ("on_train_begin", 0), ("on_epoch_begin", 0),
+        ("on_step_begin", 0), ("on_optimizer_step", 0), ("on_step_end", 1), ("on_log", 1), ("on_log", 1), ("on_evaluate", 1),
+        ("on_step_begin", 1), ("on_optimizer_step", 1), ("on_step_end", 2), ("on_log", 2), ("on_save", 2),
+        ("on_log", 2), ("on_evaluate", 2),
+        ("on_train_end", 2),
+    ]  # fmt: skip
+
+
+def test_the_state_has_the_run_s_history(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=5)
+    assert (trainer.state.global_step, trainer.state.max_steps) == (0, 5)
+    trainer.train()
+    state, rows = trainer.state, metrics_of(tmp_path / "run")
+    assert (state.global_step, state.epoch) == (5, 1.25)  # 12 rows, 3 prompts a step
+    assert [row["step"] for row in state.log_history] == [row["step"] for row in rows]
+    for logged, row in zip(state.log_history, rows, strict=True):
+        assert logged["epoch"] == row["step"] / 4
+        assert set(row) | {"epoch"} == set(logged)
+    assert json.loads(json.dumps(state.log_history[1]))["reward"] == rows[1]["reward"]
+
+
+def test_a_callback_can_end_the_training(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[Asking("should_training_stop", 2)], max_steps=50)
+    summary = trainer.train()
+    assert summary["steps"] == 2 and not summary["interrupted"] and summary["evaluation"]["after"]["reward"] > 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_run_that_a_callback_ended_resumes_where_it_ended(make_trainer, tmp_path):
+    make_trainer(callbacks=[Asking("should_training_stop", 2)], max_steps=4).train()
+    seen = Recording()
+    trainer = make_trainer(callbacks=[seen], max_steps=4)
+    summary = trainer.train(resume_from_checkpoint=True)
+    assert summary["steps"] == 4 and ("on_train_begin", 2) in seen.events
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [row["step"] for row in trainer.state.log_history if "reward" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_callback_can_ask_for_an_evaluation_and_a_checkpoint(make_trainer, tmp_path, step):
+    callbacks = [Asking("should_evaluate", step), Asking("should_save", step)]
+    make_trainer(callbacks=callbacks, max_steps=3, save_steps=0, eval_before=False).train()
+    assert [row["step"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row] == [step, 3]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_00000{step}"]
+
+
+def test_callbacks_get_the_model_that_is_trained(make_trainer):
+    norms = []
+
+    class Norms(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, *, model, processing_class, optimizer, **kwargs):
+            norms.append(sum(p.norm().item() for name, p in model.named_parameters() if "lora_B" in name))
+            assert processing_class.decode([65]) and optimizer.param_groups
+
+    trainer = make_trainer(max_steps=3)
+    trainer.add_callback(Norms)
+    trainer.train()
+    assert 0 < norms[0] != norms[1] != norms[2]
+
+
+def test_the_example_of_the_documentation_stops_at_its_reward(make_trainer):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "runs.md").read_text()
+    example = page.partition("## Callbacks")[2].partition("```python")[2].partition("trainer = ")[0]
+    namespace: dict[str, Any] = {}
+    exec(example, namespace)
+    trainer = make_trainer(callbacks=[namespace["StopAtReward"](-1.0)], max_steps=9, eval_steps=2, eval_before=False)
+    assert trainer.train()["steps"] == 2
+
+
+def test_callbacks_are_removed_by_class_or_instance(make_trainer):
+    first, second = Recording(), Asking("should_save", 1)
+    trainer = make_trainer(callbacks=[first, second])
+    assert trainer.remove_callback(Asking) is second and trainer.remove_callback(Asking) is None
+    assert trainer.remove_callback(first) is first
+    with pytest.raises(TypeError, match=r"no transformers\.TrainerCallback"):
+        trainer.add_callback(print)
+
+
+def test_a_stop_of_one_run_does_not_end_the_next_one_of_the_same_trainer(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[Asking("should_training_stop", 1)], max_steps=2)
+    assert trainer.train()["steps"] == 1
+    assert trainer.train(resume_from_checkpoint=True)["steps"] == 2
+    assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2]
