@@ -27,6 +27,9 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 ROOT = Path(__file__).resolve().parents[1]
+EARLY = ("grpo/cluster", "bench", "configs", "grpo", "scripts")
+"""Folders of tests in the order that they run in, before all others: files that take minutes start early, so that no process is
+left with one of them at the end, and the two longest, of clusters and of submitted jobs, do not start together."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +43,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((n for n, f in enumerate(EARLY) if item.path.is_relative_to(ROOT / "tests" / f)), len(EARLY)))
     folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive") or ()]
     left_out = [
         item

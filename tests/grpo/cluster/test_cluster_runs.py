@@ -68,9 +68,14 @@ SCRIPT = (
     + """
 import sys
 from rankup import GRPOConfig, GRPOTrainer
+from transformers import TrainerCallback
+
+class Marks(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        Path(f"called_{os.environ['RANK']}_{state.global_step}").touch()
 
 rows = [{"prompt": f"count to {n}", "target": n} for n in range(12)]
-summary = GRPOTrainer(
+trainer = GRPOTrainer(
     model=sys.argv[1],
     reward_funcs=many_low_ids,
     args=GRPOConfig(
@@ -80,8 +85,10 @@ summary = GRPOTrainer(
     ),
     train_dataset=rows,
     eval_dataset=rows,
-).train()
-print("in the end:", summary["steps"], Path("runs", "run", "adapter").is_dir())
+)
+trainer.add_callback(Marks)
+summary = trainer.train()
+print("in the end:", summary["steps"], Path("runs", "run", "adapter").is_dir(), trainer.state.global_step)
 """
 )
 
@@ -115,9 +122,11 @@ def difference(a: dict, b: dict) -> float:
 
 
 def test_from_python_with_functions_and_rows_of_the_script(from_python: tuple[subprocess.CompletedProcess[str], Path]):
-    result, _ = from_python
+    result, run = from_python
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.endswith("in the end: 5 True\n")
+    assert result.stdout.endswith("in the end: 5 True 5\n")
+    calls = {path.name for path in run.parents[1].glob("called_*")}
+    assert calls == {f"called_{rank}_{step}" for rank in range(2) for step in range(1, 6)}, "callbacks run on every worker"
 
 
 def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_runs import metrics_of, steps_of
+from tiny_runs import metrics_of, steps_of, tiny_config
+
+from rankup.grpo.common.world import World
+from rankup.grpo.run.callbacks import Callbacks, Requests
 
 EVENTS = [name for name in dir(transformers.TrainerCallback) if name.startswith("on_")]
 
@@ -108,6 +111,17 @@ def test_the_example_of_the_documentation_stops_at_its_reward(make_trainer):
     exec(example, namespace)
     trainer = make_trainer(callbacks=[namespace["StopAtReward"](-1.0)], max_steps=9, eval_steps=2, eval_before=False)
     assert trainer.train()["steps"] == 2
+
+
+def test_what_one_worker_asks_for_all_do():
+    class OfTwoWorkers(World):
+        def all_gather(self, local):
+            return [local, (True, False, False)]
+
+    callbacks = Callbacks([], tiny_config(Path("run")), num_rows=12, world=OfTwoWorkers(rank=0, size=2))
+    callbacks.step_begin(0)
+    callbacks.step_end(1, {"reward": 0.5})
+    assert callbacks.requests == Requests(stop=True, evaluate=False, save=False)
 
 
 def test_callbacks_are_removed_by_class_or_instance(make_trainer):
