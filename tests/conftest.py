@@ -43,7 +43,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((n for n, f in enumerate(EARLY) if item.path.is_relative_to(ROOT / "tests" / f)), len(EARLY)))
+    items.sort(key=lambda item: _place(item.path))
     folders = [(ROOT / path).resolve() for path in config.getoption("exhaustive") or ()]
     left_out = [
         item
@@ -53,6 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _place(path: Path) -> int:
+    """The place of a test file's folder in `EARLY`."""
+    return next((n for n, name in enumerate(EARLY) if path.is_relative_to(ROOT / "tests" / name)), len(EARLY))
 
 
 @pytest.fixture(scope="session")
