@@ -106,7 +106,10 @@ def prepare_run(
         scorer=scorer,
         inputs=loaded,
         sampler=PromptSampler(
-            prompts, prompts_per_step=config.optim.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+            prompts,
+            prompts_per_step=config.optim.prompts_per_step,
+            seed=config.seed if config.data.shuffle_seed is None else config.data.shuffle_seed,
+            shuffle=config.data.shuffle,
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),

@@ -124,6 +124,12 @@ class GRPOConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_best_model_needs_evaluations(self) -> "GRPOConfig":
+        if self.guards.load_best_model_at_end and not (self.logging.eval_steps or self.logging.eval_epochs):
+            raise ValueError("guards.load_best_model_at_end: needs evaluations during training: set logging.eval_steps")
+        return self
+
     def __init__(self, **values: Any) -> None:
         keys = known_keys()
         try:

@@ -21,7 +21,11 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
     if config.model.dtype == "bfloat16" and native_dtype() == "float32":
         yield "this CPU has no bf16 instructions and emulates them: model.dtype=float32 is many times faster here"
     yield from sampling_warnings(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
     )
     for name, prompts in (("training", inputs.train_prompts), ("evaluation", inputs.eval_prompts)):
         if prompts is not None and prompts.dropped:
