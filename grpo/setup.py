@@ -20,7 +20,7 @@ from .checkpoint.store import CheckpointStore
 from .common.interrupts import Interrupts
 from .common.log import log_to
 from .common.world import SINGLE_PROCESS, World
-from .config import GRPOConfig
+from .config import GRPOConfig, resolve_epochs
 from .data.prompts import Prompt
 from .data.run_inputs import RunInputs, load_run_inputs
 from .data.sampler import PromptSampler
@@ -99,6 +99,7 @@ def prepare_run(
     with log_to(lambda text: None if view is None else view.stage(text)):
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
     prompts = loaded.train_prompts.rows
+    config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(

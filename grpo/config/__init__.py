@@ -17,6 +17,7 @@ from .run_config import (
     RolloutConfig,
     dump_config,
     load_config,
+    resolve_epochs,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "RolloutConfig",
     "dump_config",
     "load_config",
+    "resolve_epochs",
 ]

@@ -8,11 +8,12 @@ Each section is defined in a file named after it, `rollout` and `rewards` in the
 is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing here imports torch.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ...rewards.config import RewardsConfig
 from ...rollout.config import RolloutConfig
@@ -28,6 +29,9 @@ from .lora import LoraConfig
 from .model import ModelConfig
 from .optim import OptimConfig
 from .paths import resolve_files
+from .trl.arguments import Arguments
+from .trl.batch import effective_step
+from .trl.convert import convert
 
 MAX_NUM_SEQS = 256
 """Upper bound of the default of `rollout.max_num_seqs`."""
@@ -41,7 +45,7 @@ class GRPOConfig(Section):
     """The complete configuration of a run.
 
     Accepts sections (`optim=OptimConfig(...)` or `optim={...}`), flat names that occur in only one section
-    (`learning_rate=1e-4`), some names of TRL that differ from ours (`reward_weights=[...]`), and `model="name"`.
+    (`learning_rate=1e-4`), every name of TRL (`gradient_accumulation_steps=4`, see docs/trl.md), and `model="name"`.
     Raises ValueError with one line per problem.
     """
 
@@ -130,12 +134,27 @@ class GRPOConfig(Section):
             raise ValueError("guards.load_best_model_at_end: needs evaluations during training: set logging.eval_steps")
         return self
 
-    def __init__(self, **values: Any) -> None:
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+    _has_trl_batch: bool = PrivateAttr(default=False)
+
+    def __init__(self, **values: Unpack[Arguments]) -> None:
         keys = known_keys()
+        converted = convert(nest(values, keys))
         try:
-            super().__init__(**nest(values, keys))
+            super().__init__(**converted.values)
         except ValidationError as error:
             raise ValueError(describe_errors(error, keys)) from None
+        self._notes, self._has_trl_batch = converted.notes, converted.has_trl_batch
+
+    def notes(self) -> list[str]:
+        """What the user of TRL's names should know: options without effect, and the step that the batch has become."""
+        step = effective_step(
+            prompts=self.optim.prompts_per_step,
+            generations=self.rollout.num_generations,
+            iterations=self.algorithm.num_iterations,
+            max_steps=self.optim.max_steps,
+        )
+        return [*self._notes, *([step] if self._has_trl_batch else [])]
 
     @property
     def max_num_seqs(self) -> int:
@@ -178,6 +197,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     return resolve_files(GRPOConfig(**values), path.resolve().parent)
 
 
+def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:
+    """The configuration with steps instead of epochs, for that many rows of training data.
+
+    Every row is used equally often, up to the last step, which is a complete one.
+    """
+    lengths = {
+        ("optim", "max_steps", "num_train_epochs"): config.optim.num_train_epochs,
+        ("logging", "eval_steps", "eval_epochs"): config.logging.eval_epochs,
+        ("checkpoint", "save_steps", "save_epochs"): config.checkpoint.save_epochs,
+    }
+    if not any(lengths.values()):
+        return config
+    values: dict[str, Any] = {name: getattr(config, name) for name in GRPOConfig.model_fields}
+    for (section, in_steps, in_epochs), epochs in lengths.items():
+        if epochs is not None:
+            steps = epochs * rows / config.optim.prompts_per_step
+            # Rounded first: 0.1 * 30 is a little more than 3.
+            steps = math.ceil(round(steps, 6)) if in_steps == "max_steps" else max(1, round(steps))
+            given = values[section].model_dump(exclude_unset=True)
+            values[section] = {**given, in_epochs: None, in_steps: steps}
+    resolved = GRPOConfig(**values)
+    resolved._notes, resolved._has_trl_batch = config._notes, config._has_trl_batch
+    return resolved
+
+
 def dump_config(config: GRPOConfig) -> str:
     """The complete configuration as YAML, including defaults; `load_config` reads it back to the same values.
 
@@ -188,4 +232,6 @@ def dump_config(config: GRPOConfig) -> str:
     for section, names in DERIVED_DEFAULTS.items():
         set_by_user = getattr(config, section).model_fields_set
         values[section].update({name: None for name in names if name not in set_by_user})
+    if config.optim.num_train_epochs is not None:
+        values["optim"]["max_steps"] = None  # not known yet
     return dump_yaml(values)

@@ -16,6 +16,7 @@ from ..update.ranks import describe
 
 def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
     """Notes about the run before it starts."""
+    yield from config.notes()
     yield from describe(config)
     rollout = config.rollout
     if config.model.dtype == "bfloat16" and native_dtype() == "float32":

@@ -200,7 +200,8 @@ def test_supported_options_of_peft() -> None:
         ("optimm: {max_steps: 8}", "optimm", "did you mean optim?"),
         ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, rescale_learning_rate"),
         ("zzz: 8", "zzz", "sections and keys are model, lora, rollout"),
-        ("per_device_train_batch_size: 8", "per_device_train_batch_size", "set optim.prompts_per_step"),
+        ("per_device_train_batch: 8", "per_device_train_batch", "did you mean per_device_train_batch_size?"),
+        ("optim: {use_vllm: true}", "optim.use_vllm", "use_vllm is a name of TRL: write it outside of the sections"),
         ("lora: {lora_dropout: 0.1}", "lora.lora_dropout", "did you mean lora.dropout?"),
     ],
 )
