@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from .trl.convert import Converted, convert
 from .trl.fields import ALL_NAMES, HINTS, NONE_IS_UNSET, RENAMED, TEXT_FOR_SECTIONS
 
 
@@ -146,6 +147,15 @@ def _describe_yaml_error(error: yaml.YAMLError) -> str:
 
 
 # From user input to sections
+
+
+def by_section(values: Mapping[Any, Any], keys: KnownKeys) -> Converted:
+    """What a user wrote as sections of ours, without flat names and TRL's; the last step before validation.
+
+    Raises:
+        ValueError: a value is set twice, or one of TRL's options is not supported.
+    """
+    return convert(nest(values, keys))
 
 
 def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:

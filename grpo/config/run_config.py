@@ -1,16 +1,14 @@
-"""The configuration of a run: `GRPOConfig`, read from a run file or built in Python.
+"""The configuration of a run: `GRPOConfig`. `files.py` reads and writes it.
 
-    config = load_config("configs/quickstart.yaml", ["optim.max_steps=20", "seed=7"])   # a run file and overrides
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
+    config = resolve_epochs(config, rows=1000)                                          # once the data is loaded
 
 Each section is defined in a file named after it, `rollout` and `rewards` in the packages that they configure. A configuration
 is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing here imports torch.
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -23,15 +21,12 @@ from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .guards import GuardsConfig
-from .loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
+from .loading import KnownKeys, by_section, describe_errors
 from .logging import LoggingConfig
 from .lora import LoraConfig
 from .model import ModelConfig
 from .optim import OptimConfig
-from .paths import resolve_files
 from .trl.arguments import Arguments
-from .trl.batch import effective_step
-from .trl.convert import convert
 
 MAX_NUM_SEQS = 256
 """Upper bound of the default of `rollout.max_num_seqs`."""
@@ -139,22 +134,22 @@ class GRPOConfig(Section):
 
     def __init__(self, **values: Unpack[Arguments]) -> None:
         keys = known_keys()
-        converted = convert(nest(values, keys))
+        converted = by_section(values, keys)
         try:
             super().__init__(**converted.values)
         except ValidationError as error:
             raise ValueError(describe_errors(error, keys)) from None
         self._notes, self._has_trl_batch = converted.notes, converted.has_trl_batch
 
-    def notes(self) -> list[str]:
-        """What the user of TRL's names should know: options without effect, and the step that the batch has become."""
-        step = effective_step(
-            prompts=self.optim.prompts_per_step,
-            generations=self.rollout.num_generations,
-            iterations=self.algorithm.num_iterations,
-            max_steps=self.optim.max_steps,
-        )
-        return [*self._notes, *([step] if self._has_trl_batch else [])]
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of TRL's names should know: options that have no effect here."""
+        return self._notes
+
+    @property
+    def has_trl_batch(self) -> bool:
+        """Whether the batch was given in TRL's terms."""
+        return self._has_trl_batch
 
     @property
     def max_num_seqs(self) -> int:
@@ -173,28 +168,6 @@ def known_keys() -> KnownKeys:
         else:
             top_level.append(name)
     return KnownKeys(sections=sections, top_level=tuple(top_level))
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
-    """Read a run file (YAML) and apply overrides of the form `section.field=value` with a value in YAML.
-
-    `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
-    of a key takes precedence. The name of a run defaults to that of its file. Data, reward functions and a loss
-    that exist only beside the run file are found there.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: invalid YAML, unknown keys or invalid values; one line per problem.
-    """
-    path = Path(path)
-    keys = known_keys()
-    values = nest(read_run_file(path), keys)
-    for override in overrides:
-        apply_override(values, override, keys)
-    logging = values.setdefault("logging", {})
-    if logging.get("run_name") is None:
-        logging["run_name"] = path.stem
-    return resolve_files(GRPOConfig(**values), path.resolve().parent)
 
 
 def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:
@@ -220,18 +193,3 @@ def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:
     resolved = GRPOConfig(**values)
     resolved._notes, resolved._has_trl_batch = config._notes, config._has_trl_batch
     return resolved
-
-
-def dump_config(config: GRPOConfig) -> str:
-    """The complete configuration as YAML, including defaults; `load_config` reads it back to the same values.
-
-    Options that depend on `algorithm.loss_type` or `correction.mode` are null unless they were set.
-    """
-    values = config.model_dump(mode="json")
-    # Derived defaults are not written: otherwise a copy of the file with another `loss_type` would keep these values.
-    for section, names in DERIVED_DEFAULTS.items():
-        set_by_user = getattr(config, section).model_fields_set
-        values[section].update({name: None for name in names if name not in set_by_user})
-    if config.optim.num_train_epochs is not None:
-        values["optim"]["max_steps"] = None  # not known yet
-    return dump_yaml(values)

@@ -125,10 +125,17 @@ class Arguments(TypedDict, total=False):
     rescale_learning_rate: bool
     lora_plus_ratio: float
     embedding_learning_rate: float | None
-    lr_scheduler_type: (
-        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
-        "polynomial", "inverse_sqrt", "warmup_stable_decay"]
-    )
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ]
     lr_scheduler_kwargs: dict[str, float | str] | str | None
     max_steps: int | None
     num_train_epochs: float | None
@@ -318,9 +325,14 @@ class Arguments(TypedDict, total=False):
     entropy_target: float
     max_tool_calling_iterations: int | None
     vllm_importance_sampling_correction: bool
-    vllm_importance_sampling_mode: (
-        Literal["none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask"]
-    )
+    vllm_importance_sampling_mode: Literal[
+        "none",
+        "token_truncate",
+        "token_mask",
+        "icepop",
+        "sequence_truncate",
+        "sequence_mask",
+    ]
     vllm_importance_sampling_clip_max: float | None
     vllm_importance_sampling_clip_min: float | None
     log_completions: bool

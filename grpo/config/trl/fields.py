@@ -55,9 +55,7 @@ ALIASES = {
 }
 """Names that were changed: the old one and the new one."""
 
-ALL_NAMES: dict[str, TrlField] = {
-    **FIELDS, **OTHER_NAMES, **OLDER_NAMES, **{old: FIELDS[new] for old, new in ALIASES.items()}
-}
+ALL_NAMES: dict[str, TrlField] = {**FIELDS, **OTHER_NAMES, **OLDER_NAMES, **{old: FIELDS[new] for old, new in ALIASES.items()}}
 """Every name of TRL, PEFT and transformers that is known."""
 
 RENAMED = {name: field.to[0] for name, field in ALL_NAMES.items() if field.kind == "mapped" and not field.converts}

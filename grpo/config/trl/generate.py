@@ -8,7 +8,6 @@ Run it from the root of the repository after a change of an option or of `fields
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
@@ -181,8 +180,8 @@ def _line(name: str, type: str) -> str:
     line = f"    {name}: {type}\n"
     if len(line) <= 129:
         return line
-    wrapped = textwrap.fill(type, 120, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False)
-    return f"    {name}: (\n{wrapped}\n    )\n"
+    opening, _, values = type.removesuffix("]").partition("[")  # a Literal
+    return f"    {name}: {opening}[\n" + "".join(f"        {value},\n" for value in values.split(", ")) + "    ]\n"
 
 
 def page() -> str:

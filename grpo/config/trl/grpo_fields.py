@@ -10,7 +10,9 @@ ONE_SAMPLER = "vLLM always samples; rollout.engine=torch samples without it"
 
 GRPO_FIELDS: dict[str, TrlField] = {
     "model_init_kwargs": converted(
-        "model.dtype, model.revision", "dict[str, Any] | str | None", None,
+        "model.dtype, model.revision",
+        "dict[str, Any] | str | None",
+        None,
         "dtype and revision; how weights are placed and attention is computed is decided here",
     ),
     "trust_remote_code": refused("bool", False, "models with code of their own do not run here"),
@@ -35,7 +37,9 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "min_p": mapped("rollout.min_p", "float | None", None),
     "generation_kwargs": converted(
         "rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.repetition_penalty, rollout.stop, "
-        "rollout.max_completion_length", "dict[str, Any] | str | None", None,
+        "rollout.max_completion_length",
+        "dict[str, Any] | str | None",
+        None,
         "takes precedence over the options of the same meaning, as in TRL",
     ),
     "chat_template_kwargs": mapped("data.chat_template_kwargs", "dict[str, Any] | str | None", None),

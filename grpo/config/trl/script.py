@@ -1,8 +1,8 @@
 """The options of a script while TRL's names in it are converted.
 
-    script = Script({"logging_steps": 5, "logging": {"eval_steps": 10}})
-    script.trl("logging_steps"), script.ours("logging.eval_steps")      # 5, 10
-    script.set("logging.completions_steps", 5, by="logging_steps")
+script = Script({"logging_steps": 5, "logging": {"eval_steps": 10}})
+script.trl("logging_steps"), script.ours("logging.eval_steps")      # 5, 10
+script.set("logging.completions_steps", 5, by="logging_steps")
 """
 
 from __future__ import annotations

@@ -71,7 +71,9 @@ TRAINING_FIELDS: dict[str, TrlField] = {
     "trackio_bucket_id": refused("str | None", None, "set the environment variable TRACKIO_BUCKET_ID"),
     "trackio_static_space_id": refused("str | Literal[False] | None", None, "run trackio sync after the run"),
     "eval_strategy": converted(
-        "logging.eval_steps, logging.eval_epochs, logging.eval_before", "str", "no",
+        "logging.eval_steps, logging.eval_epochs, logging.eval_before",
+        "str",
+        "no",
         "no: only after training; steps; epoch",
     ),
     "eval_steps": converted("logging.eval_steps, logging.eval_epochs", "float | None", None, STEPS),

@@ -148,7 +148,8 @@ def test_prompts_and_iterations_of_a_batch(options: dict[str, Any], prompts: int
         ),
         (
             {"generation_batch_size": 12},
-            "generation_batch_size: must be divisible by per_device_train_batch_size times cluster.workers, which is 8 (got 12)",
+            "generation_batch_size: must be divisible by per_device_train_batch_size times cluster.workers, which is 8 "
+            "(got 12)",
         ),
         (
             {"generation_batch_size": 16, "steps_per_generation": 2},
