@@ -339,7 +339,7 @@ def test_the_same_errors_in_python() -> None:
     with pytest.raises(ValueError, match=r"^rollout.num_generations: must be at least 2 \(got 1\)$"):
         GRPOConfig(num_generations=1)
     with pytest.raises(ValueError, match=r"^num_generation: unknown key; did you mean rollout.num_generations\?$"):
-        GRPOConfig(num_generation=8)
+        GRPOConfig(num_generation=8)  # type: ignore[call-arg]
 
 
 def test_one_weight_per_reward_function() -> None:

@@ -49,7 +49,7 @@ def test_every_schedule_is_compared():
 
 @pytest.mark.parametrize(("kind", "kwargs"), CASES)
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_a_schedule_is_that_of_transformers_after_the_warmup(kind: str, kwargs: dict[str, Any], warmup: int):
+def test_a_schedule_is_that_of_transformers_after_the_warmup(kind: Any, kwargs: dict[str, Any], warmup: int):
     optim = OptimConfig(
         learning_rate=1e-4, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, max_steps=20, warmup_steps=warmup
     )

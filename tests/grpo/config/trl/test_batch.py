@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl import GRPOConfig as TrlConfig
+from trl.trainer.grpo_config import GRPOConfig as TrlConfig
 
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.config.trl.batch import Batch, batch_of, effective_step
@@ -32,7 +32,7 @@ def test_the_batch_is_that_of_trl_or_refused_as_by_trl(monkeypatch: pytest.Monke
     for per_device, accumulation, per_generation, generation in product(
         (None, 1, 4), (None, 1, 3, 4), (None, 2, 3), (None, 8, 12)
     ):
-        options = {
+        options: dict[str, Any] = {
             "per_device_train_batch_size": per_device,
             "gradient_accumulation_steps": accumulation,
             "steps_per_generation": per_generation,
@@ -45,9 +45,10 @@ def test_the_batch_is_that_of_trl_or_refused_as_by_trl(monkeypatch: pytest.Monke
         expected = of_trl(monkeypatch, workers, **options)
         if expected is None:
             with pytest.raises(ValueError, match=r"^(generation_batch_size|num_generations): "):
-                GRPOConfig(workers=workers, prompts_per_step=None, **options)
+                GRPOConfig(workers=workers, **options)
             continue
         passes, accumulation = expected.steps_per_generation, expected.gradient_accumulation_steps
+        assert passes and expected.generation_batch_size
         if accumulation % passes:
             with pytest.raises(ValueError, match=f"^steps_per_generation: .*{PARTS}"):
                 GRPOConfig(workers=workers, **options)

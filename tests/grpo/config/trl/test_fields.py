@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 import pytest
-from trl import GRPOConfig as TrlConfig
+from trl.trainer.grpo_config import GRPOConfig as TrlConfig
 
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.config.run_config import known_keys
@@ -25,6 +25,11 @@ from rankup.grpo.config.trl.fields import (
 
 OF_TRL = {field.name: field for field in dataclasses.fields(TrlConfig)}
 OPTIONS = {*known_keys().dotted(), "correction.vllm_importance_sampling_correction"}
+
+
+def made(values: dict[str, Any]) -> GRPOConfig:
+    """The configuration of a script with these keyword arguments, which a type checker does not know."""
+    return GRPOConfig(**values)
 
 
 def default_of(field: dataclasses.Field[Any]) -> object:
@@ -69,7 +74,7 @@ def test_a_flat_name_that_is_also_ours_means_the_option_of_that_name():
 @pytest.mark.parametrize("name", [name for name, field in ALL_NAMES.items() if field.kind == "no effect"])
 @pytest.mark.parametrize("value", [True, "text", 7, None])
 def test_a_name_without_effect_changes_nothing_whatever_its_value(name: str, value: object):
-    assert GRPOConfig(**{name: value}).model_dump() == GRPOConfig().model_dump()
+    assert made({name: value}).model_dump() == GRPOConfig().model_dump()
 
 
 REFUSED = [name for name, field in ALL_NAMES.items() if field.kind == "refused"]
@@ -78,19 +83,19 @@ REFUSED = [name for name, field in ALL_NAMES.items() if field.kind == "refused"]
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_name_is_one_line_with_what_to_do_instead(name: str):
     with pytest.raises(ValueError) as caught:
-        GRPOConfig(**{name: "something"})
+        made({name: "something"})
     assert str(caught.value) == f"{name}: is not supported; {ALL_NAMES[name].note}"
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_name_with_trls_default_asks_for_nothing(name: str):
-    assert GRPOConfig(**{name: ALL_NAMES[name].default}).model_dump() == GRPOConfig().model_dump()
+    assert made({name: ALL_NAMES[name].default}).model_dump() == GRPOConfig().model_dump()
 
 
 def test_all_of_trls_defaults_at_once_are_a_configuration():
     """Except for `eval_strategy='no'`: asked for, it switches the evaluation before the first step off."""
     defaults = {name: field.default for name, field in FIELDS.items() if name != "eval_strategy"}
-    config = GRPOConfig(**defaults)
+    config = made(defaults)
     assert (config.optim.prompts_per_step, config.optim.num_train_epochs) == (1, 3.0)
     assert (config.rollout.num_generations, config.rollout.max_completion_length) == (8, 512)
     assert (config.optim.learning_rate, config.optim.lr_scheduler_type) == (1e-6, "linear")
