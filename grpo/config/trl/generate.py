@@ -60,10 +60,14 @@ from ....rollout.config import RolloutConfig
 
 PAGE_HEADER = """# Scripts written for TRL
 
-`from rankup import GRPOConfig, GRPOTrainer` in place of `from trl import ...` is the only change. `GRPOConfig` accepts
-every field of the one in TRL {version}, next to the [options](options.md) of this package: as flat names in Python, in run
-files and in overrides. An option that is set twice, by its name here and by TRL's, is an error. Numbers may be text
-(`"1e-6"`).
+In a script for TRL, `from rankup import GRPOConfig` takes the place of `from trl import GRPOConfig`. It accepts every field
+of TRL {version}, next to the [options](options.md) of this package: as flat names in Python, in run files and in overrides. An
+option that is set twice, by its name here and by TRL's, is an error. Numbers may be text (`"1e-6"`).
+
+```python
+GRPOConfig(output_dir="runs/mine", per_device_train_batch_size=8, gradient_accumulation_steps=4, num_train_epochs=1,
+           learning_rate=1e-5, lr_scheduler_type="cosine", warmup_ratio=0.1, bf16=True, use_vllm=True, beta=0.04)
+```
 
 This page is generated: `python -m rankup.grpo.config.trl.generate`. Of the {total} fields, {mapped} are mapped, {other} are
 mapped and have TRL's default under the rule below, {moot} have no effect here, and {refused} are refused: their values

@@ -64,7 +64,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "num_iterations": converted(
         "algorithm.num_iterations", "int", 1, "passes over the completions of a generation, see [batch](#batch)"
     ),
-    "epsilon": mapped("algorithm.epsilon", "float", 0.2),
+    "epsilon": mapped("algorithm.epsilon", "float", 0.2, "epsilon_high does not follow it, set both"),
     "delta": mapped("algorithm.delta", "float | None", None),
     "epsilon_high": mapped("algorithm.epsilon_high", "float | None", None),
     "sapo_temperature_neg": mapped("algorithm.sapo_temperature_neg", "float", 1.05),
@@ -94,7 +94,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
         "correction.vllm_importance_sampling_correction", "bool", True, "a switch in addition to the mode"
     ),
     "vllm_importance_sampling_mode": mapped("correction.mode", "str", "sequence_mask"),
-    "vllm_importance_sampling_clip_max": mapped("correction.cap", "float | None", 3.0),
+    "vllm_importance_sampling_clip_max": mapped("correction.cap", "float | None", 3.0, "None: the default of the mode"),
     "vllm_importance_sampling_clip_min": converted(
         "correction.mode, correction.floor", "float | None", None, "with token_mask: icepop masks weights outside [floor, cap]"
     ),

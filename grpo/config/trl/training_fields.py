@@ -20,7 +20,10 @@ TRAINING_FIELDS: dict[str, TrlField] = {
     "max_steps": converted("optim.max_steps", "int", -1, "optimizer steps, see [steps](#steps); -1: num_train_epochs"),
     "learning_rate": mapped("optim.learning_rate", "float", 1e-6),
     "lr_scheduler_type": mapped(
-        "optim.lr_scheduler_type", "str", "linear", "all but reduce_lr_on_plateau, greedy and cosine_warmup_with_min_lr"
+        "optim.lr_scheduler_type",
+        "str",
+        "linear",
+        "constant has the warm-up too; no reduce_lr_on_plateau, greedy, cosine_warmup_with_min_lr",
     ),
     "lr_scheduler_kwargs": mapped("optim.lr_scheduler_kwargs", "dict | str | None", None),
     "warmup_steps": converted("optim.warmup_steps, optim.warmup_ratio", "float", 0, STEPS),
@@ -76,7 +79,9 @@ TRAINING_FIELDS: dict[str, TrlField] = {
         "no",
         "no: only after training; steps; epoch",
     ),
-    "eval_steps": converted("logging.eval_steps, logging.eval_epochs", "float | None", None, STEPS),
+    "eval_steps": converted(
+        "logging.eval_steps, logging.eval_epochs", "float | None", None, f"{STEPS}; evaluates without eval_strategy too"
+    ),
     "eval_delay": refused("float", 0, "leave it out: an evaluation is one greedy completion of each prompt"),
     "per_device_eval_batch_size": moot("int", 8, "vLLM batches by itself: rollout.max_num_seqs"),
     "prediction_loss_only": moot("bool", False, "an evaluation has rewards, no loss"),
@@ -92,7 +97,7 @@ TRAINING_FIELDS: dict[str, TrlField] = {
     ),
     "save_steps": converted("checkpoint.save_steps, checkpoint.save_epochs", "float", 500, STEPS),
     "save_on_each_node": moot("bool", False, "the main process saves, to checkpoint.storage if workers share no disk"),
-    "save_total_limit": mapped("checkpoint.keep_last", "int | None", None),
+    "save_total_limit": mapped("checkpoint.keep_last", "int | None", None, "None: the default here"),
     "enable_jit_checkpoint": moot("bool", False, "SIGTERM always saves a checkpoint"),
     "push_to_hub": refused("bool", False, EXPORT),
     "hub_token": moot("str | None", None, OF_THE_HUB),
