@@ -19,7 +19,7 @@ from .checkpoint.store import CheckpointStore
 from .common.interrupts import Interrupts
 from .common.log import log_to
 from .common.world import SINGLE_PROCESS, World
-from .config import GRPOConfig
+from .config import GRPOConfig, resolve_epochs
 from .data.prompts import Prompt
 from .data.run_inputs import RunInputs, load_run_inputs
 from .data.sampler import PromptSampler
@@ -91,6 +91,7 @@ def prepare_run(
     with log_to(lambda text: None if view is None else view.stage(text)):
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
     prompts = loaded.train_prompts.rows
+    config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
@@ -99,7 +100,10 @@ def prepare_run(
         inputs=loaded,
         callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),
         sampler=PromptSampler(
-            prompts, prompts_per_step=config.optim.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+            prompts,
+            prompts_per_step=config.optim.prompts_per_step,
+            seed=config.seed if config.data.shuffle_seed is None else config.data.shuffle_seed,
+            shuffle=config.data.shuffle,
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),

@@ -68,10 +68,6 @@ class GRPOTrainer:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         if config.cluster.workers > 1:  # an iterator could be read only once, and every worker reads the data
             train_dataset, eval_dataset = (list(d) if isinstance(d, Iterator) else d for d in (train_dataset, eval_dataset))
-        self.config = config
-        self.view = view or make_view(
-            max_steps=config.optim.max_steps, run_name=config.logging.run_name, output_dir=config.logging.output_dir
-        )
         self.can_resume = False
         self._inputs = UserInputs(
             reward_funcs=reward_funcs,
@@ -79,7 +75,9 @@ class GRPOTrainer:
             eval_dataset=eval_dataset,
             callbacks=list(callbacks or ()),
         )
-        self.setup = prepare_run(config, self._inputs, view=self.view)
+        self.setup = prepare_run(config, self._inputs, view=view or _view_of(config))
+        self.config = self.setup.config
+        self.view = view or _view_of(self.config)  # now the number of steps is known, also of a run in epochs
 
     @property
     def state(self) -> TrainerState:
@@ -179,3 +177,8 @@ class GRPOTrainer:
         except ClusterError as error:
             self.can_resume = error.can_resume
             raise
+
+
+def _view_of(config: GRPOConfig) -> View:
+    logging = config.logging
+    return make_view(max_steps=config.optim.max_steps, run_name=logging.run_name, output_dir=logging.output_dir)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from ..section import Section
 
@@ -33,6 +33,10 @@ class SamplingConfig(Section):
 
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Least probability of a token as a share of the likeliest one's, [0, 1]."""
+
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1, tokens that occur in the prompt or the completion so far become less likely, above 0. Another value than 1
+    samples from another policy than the one that is trained; `rollout.engine=vllm` only."""
 
     stop: list[str] = Field(default=[])
     """Strings that end a completion. A single string will do."""
@@ -81,6 +85,13 @@ class RolloutConfig(SamplingConfig):
     lora_path: Literal["auto", "dense", "punica"] = "auto"
     """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's kernels), `auto`
     (dense on CPU, punica on CUDA)."""
+
+    @field_validator("engine")
+    @classmethod
+    def _penalties_need_vllm(cls, engine: str, info: ValidationInfo) -> str:
+        if engine == "torch" and info.data.get("repetition_penalty", 1.0) != 1.0:
+            raise ValueError("torch has no repetition_penalty: leave it out, or use vllm")
+        return engine
 
     def greedy(self) -> SamplingConfig:
         """How evaluation samples: one completion of each prompt, the likeliest token each time."""

@@ -282,6 +282,7 @@ class RolloutEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             stop=sampling.stop or None,
             seed=seed,
             logprobs=0,

@@ -11,7 +11,7 @@ from tests.support.layout import ROOT, imports, imports_to_the_right, modules_of
 MOST_IMPORTS = 14
 
 # pydantic checks what a user wrote.
-UNTYPED_ARGUMENTS = {"grpo/config/run_config: GRPOConfig(**values)"}
+UNTYPED_ARGUMENTS = {"grpo/config/run_config: GRPOConfig(**values)", "grpo/config/files: GRPOConfig(**values)"}
 
 
 def test_imports_point_to_the_left_only():

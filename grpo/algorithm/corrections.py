@@ -82,7 +82,9 @@ def gap_metrics(tally: Tally) -> dict[str, float]:
     }
 
 
-def sampling_warnings(*, temperature: float, top_p: float, top_k: int, min_p: float) -> list[str]:
+def sampling_warnings(
+    *, temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float = 1.0
+) -> list[str]:
     """Warnings about sampling settings under which the sampled policy differs from the trained one."""
     truncated = [
         f"{name} {value:g}"
@@ -94,6 +96,12 @@ def sampling_warnings(*, temperature: float, top_p: float, top_k: int, min_p: fl
         warnings.append(
             f"rollout.{' and rollout.'.join(truncated)}: tokens are drawn from a truncated distribution, "
             "so every ratio is biased, and guards may skip every update; sample without truncation (top_p 1, top_k -1, min_p 0)"
+        )
+    if repetition_penalty != 1.0:
+        warnings.append(
+            f"rollout.repetition_penalty {repetition_penalty:g}: tokens are drawn from another distribution than the trained "
+            "one, so every ratio is biased, and guards may skip every update; the reward function repetition_penalty has no "
+            "such effect"
         )
     if temperature != 1.0:
         warnings.append(

@@ -26,7 +26,7 @@ Resume = bool | str | Path | None
 `resume_from_checkpoint`)."""
 
 HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
-"""Options of these sections do not affect training, except those below. At a constant learning rate, neither do more steps."""
+"""Options of these sections do not affect training, except those below. Nor do more steps, if no rate depends on them."""
 TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
@@ -125,10 +125,11 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
     """Options that differ from the configuration in the folder of a checkpoint or a run."""
     before = _flat(read_run_file(folder / CONFIG_FILE))
     now = _flat(parse_yaml(dump_config(config)))
-    has_constant_rate = config.optim.lr_scheduler_type == "constant"
+    schedules = ("constant", "constant_with_warmup", "inverse_sqrt")  # they do not depend on the number of steps
+    keeps_rates = config.optim.lr_scheduler_type in schedules and config.optim.warmup_ratio == 0
     for change in _changes(before, now):
         is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
-        is_harmless |= change.option == "optim.max_steps" and has_constant_rate
+        is_harmless |= change.option == "optim.max_steps" and keeps_rates
         yield dataclasses.replace(change, affects_training=not is_harmless)
 
 

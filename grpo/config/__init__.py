@@ -1,6 +1,7 @@
 """The configuration of a run. Imports no torch; see `run_config.py`."""
 
 from ...rewards.config import RewardFunction
+from .files import dump_config, load_config
 from .run_config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -15,8 +16,7 @@ from .run_config import (
     OptimConfig,
     RewardsConfig,
     RolloutConfig,
-    dump_config,
-    load_config,
+    resolve_epochs,
 )
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "RolloutConfig",
     "dump_config",
     "load_config",
+    "resolve_epochs",
 ]

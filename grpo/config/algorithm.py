@@ -96,6 +96,10 @@ class AlgorithmConfig(Section):
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty to the base model (k3 estimator), at least 0. At 0 the base model's forward pass is skipped."""
 
+    use_bias_correction_kl: bool = False
+    """Multiply the KL penalty by the probability ratio, which makes its gradient that of the reverse KL (DeepSeek-V3.2,
+    2512.02556; TRL's default)."""
+
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: this times the mean entropy of all trained tokens is added to the maximised objective."""
 

@@ -11,6 +11,10 @@ class CheckpointConfig(Section):
     save_steps: int = Field(default=50, ge=0)
     """Save a checkpoint every `save_steps` steps, and after the last one. 0: only when a signal or an error ends the run."""
 
+    save_epochs: float | None = Field(default=None, gt=0)
+    """Save a checkpoint every so many passes over the training data, above 0; it sets `save_steps` once the data is loaded.
+    None: `save_steps`."""
+
     keep_last: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep, at least 1 (TRL's `save_total_limit`)."""
 

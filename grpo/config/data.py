@@ -38,6 +38,9 @@ class DataConfig(Section):
     shuffle: bool = True
     """Draw prompts in a random order that depends on `seed`, different in each epoch (TRL's `shuffle_dataset`)."""
 
+    shuffle_seed: int | None = Field(default=None, ge=0, lt=2**32)
+    """Seed of the order alone, 0 to 2**32 - 1 (TRL's `data_seed`). None: `seed`."""
+
     eval_rows: int | None = Field(default=None, ge=1)
     """Evaluate on the first `eval_rows` rows only. None: all."""
 

@@ -6,7 +6,7 @@
 `guards.py` defines the alarms and their actions. Nothing here imports torch.
 """
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ...section import Section
 
@@ -33,6 +33,10 @@ class GuardsConfig(Section):
     """Restore the last healthy adapter and optimizer state, after three alarms within `window_steps` or when the policy is
     above a hard limit. Needs host memory for one copy of both (12 bytes per adapter parameter), for two with
     `logging.eval_steps`."""
+
+    load_best_model_at_end: bool = False
+    """End with the adapter of the best evaluation, even if noise explains why the last one is lower. Needs
+    `logging.eval_steps`. False: only after a decline beyond noise, see `evaluation_watch`."""
 
     sampler_kl_watch: float | None = Field(default=0.01, ge=0)
     """KL divergence between sampler and trainer per token (k3 estimator); must also exceed twice its baseline."""
@@ -112,6 +116,12 @@ class GuardsConfig(Section):
 
     min_learning_rate_factor: float = Field(default=1 / 16, gt=0, le=1)
     """Smallest factor on the scheduled learning rate that halving may reach, (0, 1]."""
+
+    @model_validator(mode="after")
+    def _the_best_is_kept_by_restoring(self) -> "GuardsConfig":
+        if self.load_best_model_at_end and not (self.enabled and self.restore):
+            raise ValueError("load_best_model_at_end restores a snapshot: needs guards.enabled and guards.restore")
+        return self
 
     @field_validator("*")
     @classmethod

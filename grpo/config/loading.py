@@ -1,13 +1,14 @@
 """Reading and writing configurations: YAML, overrides, flat names, readable errors.
 
-`run_config.py` passes a `KnownKeys`, the table of its sections and fields. This module knows no field by name, except those
-that have other names in TRL and PEFT.
+`run_config.py` passes a `KnownKeys`, the table of its sections and fields. This module knows no field by name; the names of TRL
+and PEFT are in `trl/fields.py`.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-TRL_NAMES = {
-    "reward_weights": "rewards.weights",
-    "shuffle_dataset": "data.shuffle",
-    "dataset_name": "data.train",
-    "dataset_config": "data.subset",
-    "dataset_train_split": "data.train_split",
-    "dataset_test_split": "data.eval_split",
-    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
-    "model_name_or_path": "model.name",
-    "model_revision": "model.revision",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.targets",
-    "vllm_importance_sampling_correction": "correction.vllm_importance_sampling_correction",  # a switch in addition to the mode
-    "vllm_importance_sampling_mode": "correction.mode",
-    "vllm_importance_sampling_clip_max": "correction.cap",
-    "save_total_limit": "checkpoint.keep_last",
-    "embedding_lr": "optim.embedding_learning_rate",
-    "loraplus_lr_ratio": "optim.lora_plus_ratio",
-}
-"""Flat names of TRL for options that have a different name here."""
-
-HINTS = {
-    "r": "did you mean lora.rank?",
-    "lr": "did you mean optim.learning_rate?",
-    "per_device_train_batch_size": "set optim.prompts_per_step for the batch and optim.tokens_per_pack for one pass",
-    "gradient_accumulation_steps": "set optim.prompts_per_step for the batch and optim.tokens_per_pack for one pass",
-    "num_train_epochs": "set optim.max_steps",
-    "logging_steps": "metrics.jsonl records every step; leave it out",
-    "use_vllm": "vLLM always samples, in this process; leave it out",
-    "vllm_mode": "vLLM always runs in this process; leave it out",
-    "vllm_importance_sampling_clip_min": "correction.mode=icepop masks weights outside [correction.floor, correction.cap]",
-    "adapter": "a run always starts with a new adapter; to start from an existing one is not supported yet",
-}
-"""Hints for common names from other libraries that are not similar to ours in spelling."""
+from .trl.convert import Converted, convert
+from .trl.fields import ALL_NAMES, HINTS, NONE_IS_UNSET, RENAMED, TEXT_FOR_SECTIONS
 
 
 @dataclass(frozen=True)
@@ -68,8 +35,8 @@ class KnownKeys:
 
     def locate(self, name: str) -> str | None:
         """The dotted name of a flat one; None if it is unknown. ValueError if it occurs in several sections."""
-        if name in TRL_NAMES:
-            return TRL_NAMES[name]
+        if name in RENAMED:
+            return RENAMED[name]
         homes = [f"{section}.{name}" for section, fields in self.sections.items() if name in fields]
         if len(homes) > 1:
             raise ValueError(f"{name}: occurs in several sections; write {' or '.join(homes)}")
@@ -80,7 +47,12 @@ class KnownKeys:
         section, _, field = name.rpartition(".")
         if field in HINTS:
             return HINTS[field]
-        candidates = self.dotted() if section else [*self.dotted(), *self.sections]
+        if section and field in ALL_NAMES and field not in RENAMED:
+            return f"{field} is a name of TRL: write it outside of the sections"
+        candidates = self.dotted()
+        if not section:
+            ours = {*self.sections, *(field for fields in self.sections.values() for field in fields)}
+            candidates += [*self.sections, *(name for name in ALL_NAMES if name not in ours and name not in RENAMED)]
         scores = {known: _likeness(name, known) for known in candidates}
         best = max(scores.values())
         if best >= 0.6:
@@ -177,16 +149,29 @@ def _describe_yaml_error(error: yaml.YAMLError) -> str:
 # From user input to sections
 
 
+def by_section(values: Mapping[Any, Any], keys: KnownKeys) -> Converted:
+    """What a user wrote as sections of ours, without flat names and TRL's; the last step before validation.
+
+    Raises:
+        ValueError: a value is set twice, or one of TRL's options is not supported.
+    """
+    return convert(nest(values, keys))
+
+
 def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
     """A new mapping with flat names moved into their sections and `model: "name"` expanded.
 
-    Unknown names are kept; validation reports them. Raises ValueError if a value is set twice.
+    Other names are kept: those of TRL, which `trl/convert.py` converts, and unknown ones, which validation reports. Raises
+    ValueError if a value is set twice.
     """
     nested: dict[str, Any] = {}
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        value = value.value if isinstance(value, Enum) else value  # transformers' names of strategies
         if name in keys.sections:
             nested[name] = _section_values(name, value)
+        elif name in NONE_IS_UNSET and value is None:
+            continue
         elif name not in keys.top_level and keys.locate(str(name)):
             flat[name] = value
         else:
@@ -204,8 +189,8 @@ def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
 def _section_values(name: str, value: Any) -> dict[Any, Any]:
     if value is None:  # a section whose lines are all commented out
         return {}
-    if isinstance(value, str) and name == "model":
-        return {"name": value}
+    if isinstance(value, str) and name in TEXT_FOR_SECTIONS:
+        return {TEXT_FOR_SECTIONS[name]: value}
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if not isinstance(value, Mapping):

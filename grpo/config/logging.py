@@ -20,6 +20,10 @@ class LoggingConfig(Section):
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate every `eval_steps` steps. 0: only before and after training."""
 
+    eval_epochs: float | None = Field(default=None, gt=0)
+    """Evaluate every so many passes over the training data, above 0; it sets `eval_steps` once the data is loaded. None:
+    `eval_steps`."""
+
     eval_before: bool = True
     """Evaluate before the first step."""
 

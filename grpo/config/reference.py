@@ -16,8 +16,8 @@ from pydantic_core import PydanticUndefined
 
 from ...rewards.config import RewardFunction
 from ...section import Section
-from .loading import TRL_NAMES
 from .run_config import DERIVED_DEFAULTS, GRPOConfig, known_keys
+from .trl.fields import RENAMED
 
 INTRODUCTION = """# Options
 
@@ -37,8 +37,11 @@ def reference() -> str:
             text = "An entry of `rewards.functions` may be a mapping with these keys:"
             parts.append(f"{text}\n\n{_table('', RewardFunction.model_fields)}")
     parts.append(f"## Outside of the sections\n\n{_table('', {name: fields[name] for name in keys.top_level})}")
-    renamed = "\n".join(f"| `{trl}` | `{ours}` |" for trl, ours in TRL_NAMES.items() if not ours.endswith(trl))
-    text = "Accepted as flat names in run files, overrides and Python, as are all names that occur in only one section."
+    renamed = "\n".join(f"| `{trl}` | `{ours}` |" for trl, ours in RENAMED.items() if ours.rpartition(".")[2] != trl)
+    text = (
+        "Accepted as flat names in run files, overrides and Python, as are all names that occur in only one section.\n"
+        "[trl.md](trl.md) has all other fields of TRL's `GRPOConfig`: what they become here, and why a few are errors."
+    )
     parts.append(f"## Names of TRL\n\n{text}\n\n| TRL | rankup |\n|---|---|\n{renamed}\n")
     return "\n".join(parts)
 

@@ -1,18 +1,17 @@
-"""The configuration of a run: `GRPOConfig`, read from a run file or built in Python.
+"""The configuration of a run: `GRPOConfig`. `files.py` reads and writes it.
 
-    config = load_config("configs/quickstart.yaml", ["optim.max_steps=20", "seed=7"])   # a run file and overrides
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
+    config = resolve_epochs(config, rows=1000)                                          # once the data is loaded
 
 Each section is defined in a file named after it, `rollout` and `rewards` in the packages that they configure. A configuration
 is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing here imports torch.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import math
+from typing import Any, Unpack
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ...rewards.config import RewardsConfig
 from ...rollout.config import RolloutConfig
@@ -22,12 +21,12 @@ from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .guards import GuardsConfig
-from .loading import KnownKeys, apply_override, describe_errors, dump_yaml, nest, read_run_file
+from .loading import KnownKeys, by_section, describe_errors
 from .logging import LoggingConfig
 from .lora import LoraConfig
 from .model import ModelConfig
 from .optim import OptimConfig
-from .paths import resolve_files
+from .trl.arguments import Arguments
 
 MAX_NUM_SEQS = 256
 """Upper bound of the default of `rollout.max_num_seqs`."""
@@ -41,7 +40,7 @@ class GRPOConfig(Section):
     """The complete configuration of a run.
 
     Accepts sections (`optim=OptimConfig(...)` or `optim={...}`), flat names that occur in only one section
-    (`learning_rate=1e-4`), some names of TRL that differ from ours (`reward_weights=[...]`), and `model="name"`.
+    (`learning_rate=1e-4`), every name of TRL (`gradient_accumulation_steps=4`, see docs/trl.md), and `model="name"`.
     Raises ValueError with one line per problem.
     """
 
@@ -124,12 +123,33 @@ class GRPOConfig(Section):
             )
         return self
 
-    def __init__(self, **values: Any) -> None:
+    @model_validator(mode="after")
+    def _the_best_model_needs_evaluations(self) -> "GRPOConfig":
+        if self.guards.load_best_model_at_end and not (self.logging.eval_steps or self.logging.eval_epochs):
+            raise ValueError("guards.load_best_model_at_end: needs evaluations during training: set logging.eval_steps")
+        return self
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+    _has_trl_batch: bool = PrivateAttr(default=False)
+
+    def __init__(self, **values: Unpack[Arguments]) -> None:
         keys = known_keys()
+        converted = by_section(values, keys)
         try:
-            super().__init__(**nest(values, keys))
+            super().__init__(**converted.values)
         except ValidationError as error:
             raise ValueError(describe_errors(error, keys)) from None
+        self._notes, self._has_trl_batch = converted.notes, converted.has_trl_batch
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of TRL's names should know: options that have no effect here."""
+        return self._notes
+
+    @property
+    def has_trl_batch(self) -> bool:
+        """Whether the batch was given in TRL's terms."""
+        return self._has_trl_batch
 
     @property
     def max_num_seqs(self) -> int:
@@ -150,36 +170,26 @@ def known_keys() -> KnownKeys:
     return KnownKeys(sections=sections, top_level=tuple(top_level))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
-    """Read a run file (YAML) and apply overrides of the form `section.field=value` with a value in YAML.
+def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:
+    """The configuration with steps instead of epochs, for that many rows of training data.
 
-    `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
-    of a key takes precedence. The name of a run defaults to that of its file. Data, reward functions and a loss
-    that exist only beside the run file are found there.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: invalid YAML, unknown keys or invalid values; one line per problem.
+    Every row is used equally often, up to the last step, which is a complete one.
     """
-    path = Path(path)
-    keys = known_keys()
-    values = nest(read_run_file(path), keys)
-    for override in overrides:
-        apply_override(values, override, keys)
-    logging = values.setdefault("logging", {})
-    if logging.get("run_name") is None:
-        logging["run_name"] = path.stem
-    return resolve_files(GRPOConfig(**values), path.resolve().parent)
-
-
-def dump_config(config: GRPOConfig) -> str:
-    """The complete configuration as YAML, including defaults; `load_config` reads it back to the same values.
-
-    Options that depend on `algorithm.loss_type` or `correction.mode` are null unless they were set.
-    """
-    values = config.model_dump(mode="json")
-    # Derived defaults are not written: otherwise a copy of the file with another `loss_type` would keep these values.
-    for section, names in DERIVED_DEFAULTS.items():
-        set_by_user = getattr(config, section).model_fields_set
-        values[section].update({name: None for name in names if name not in set_by_user})
-    return dump_yaml(values)
+    lengths = {
+        ("optim", "max_steps", "num_train_epochs"): config.optim.num_train_epochs,
+        ("logging", "eval_steps", "eval_epochs"): config.logging.eval_epochs,
+        ("checkpoint", "save_steps", "save_epochs"): config.checkpoint.save_epochs,
+    }
+    if not any(lengths.values()):
+        return config
+    values: dict[str, Any] = {name: getattr(config, name) for name in GRPOConfig.model_fields}
+    for (section, in_steps, in_epochs), epochs in lengths.items():
+        if epochs is not None:
+            steps = epochs * rows / config.optim.prompts_per_step
+            # Rounded first: 0.1 * 30 is a little more than 3.
+            steps = math.ceil(round(steps, 6)) if in_steps == "max_steps" else max(1, round(steps))
+            given = values[section].model_dump(exclude_unset=True)
+            values[section] = {**given, in_epochs: None, in_steps: steps}
+    resolved = GRPOConfig(**values)
+    resolved._notes, resolved._has_trl_batch = config._notes, config._has_trl_batch
+    return resolved

@@ -110,7 +110,10 @@ class Guards:
         restore, halve = self._count_triggers(step, [reading], "evaluation")
         halved = halve and self._halve()
         stop_reason = self._stop_reason(restore)
-        healthy = self.config.restore and not restore and self._evaluations.is_at_best(rewards)
+        is_best = self._evaluations.is_at_best(rewards)
+        if self.config.load_best_model_at_end:  # the snapshot is what the run may end with: no other than the best
+            is_best = self._evaluations.lost(rewards, standard_errors=0) == 0
+        healthy = self.config.restore and not restore and is_best
         return Decision(
             step=step,
             alarms=() if reading.alarm is None else (reading.alarm,),
@@ -165,9 +168,12 @@ class Guards:
         """The snapshot that the run should end with; None: the current policy. `rewards`: of the last evaluation.
 
         Among evaluations the best is known: the last one may be lower by one standard error and 5 % of the gain.
+        With `load_best_model_at_end` it may not be lower at all.
         Without evaluations the training reward decides: it must have lost as much of its gain as triggers its alarm.
         """
         if rewards is not None and self._can_restore("evaluation"):
+            if self.config.load_best_model_at_end and self._evaluations.accepts(rewards):
+                return "evaluation" if self._evaluations.lost(rewards, standard_errors=0) > 0 else None
             is_judged = self.config.evaluation_watch is not None and self._evaluations.accepts(rewards)
             return "evaluation" if is_judged and self._evaluations.lost(rewards, standard_errors=1) > AT_BEST else None
         limit, reward = self.config.reward_watch, self._trackers.series.get("reward")

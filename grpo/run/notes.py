@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ...kernels.device import native_dtype
 from ..algorithm.corrections import sampling_warnings
 from ..config import GRPOConfig
+from ..config.trl.batch import effective_step
 from ..data.groups import Group
 from ..data.run_inputs import RunInputs
 from ..experience.evaluation import Evaluation
@@ -16,12 +17,24 @@ from ..update.ranks import describe
 
 def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
     """Notes about the run before it starts."""
-    yield from describe(config)
     rollout = config.rollout
+    yield from config.notes
+    if config.has_trl_batch:
+        yield effective_step(
+            prompts=config.optim.prompts_per_step,
+            generations=rollout.num_generations,
+            iterations=config.algorithm.num_iterations,
+            max_steps=config.optim.max_steps,
+        )
+    yield from describe(config)
     if config.model.dtype == "bfloat16" and native_dtype() == "float32":
         yield "this CPU has no bf16 instructions and emulates them: model.dtype=float32 is many times faster here"
     yield from sampling_warnings(
-        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
     )
     for name, prompts in (("training", inputs.train_prompts), ("evaluation", inputs.eval_prompts)):
         if prompts is not None and prompts.dropped:

@@ -28,7 +28,8 @@ from ..guards.guards import Guards
 from ..model.packing import Pack, pack, pad
 from ..model.policy import Policy
 from .objective import Objective, StepConstants
-from .optimizer import learning_rate, make_optimizer, set_learning_rate
+from .optimizer import make_optimizer, set_learning_rate
+from .schedule import learning_rate
 from .snapshots import Snapshots
 
 

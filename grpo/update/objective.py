@@ -114,7 +114,10 @@ class Objective:
             if self._passes == 2 and self._switches_off:
                 loss_n = loss_n * self._keep(tokens)
             if base_logprobs_N is not None:
-                loss_n = loss_n + algorithm.beta * kl_k3(logprobs_n, base_logprobs_N[chunk])
+                kl_n = kl_k3(logprobs_n, base_logprobs_N[chunk])
+                if algorithm.use_bias_correction_kl:
+                    kl_n = kl_n * self._ratio(logprobs_n - old_n, tokens.lengths)
+                loss_n = loss_n + algorithm.beta * kl_n
             loss_n = loss_n * weights_N[chunk]
             if algorithm.entropy_coef != 0:
                 bonus_n = entropy_n if active_n is None else entropy_n * active_n

@@ -1,16 +1,15 @@
-"""AdamW over the fp32 master weights, each with the learning rate that its role, rank and scale ask for, and the schedule.
+"""AdamW over the fp32 master weights, each with the learning rate that its role, rank and scale ask for.
 
     optimizer = make_optimizer(policy.master_roles, config.optim)
     set_learning_rate(optimizer, learning_rate(config.optim, step))
     optimizer.step()
 
-The schedule is a pure function of the step, so only the optimizer's state and the master weights need to be saved:
-`optimizer_tensors` names the state, `set_optimizer_tensors` restores it.
+The schedule (`schedule.py`) is a pure function of the step, so only the optimizer's state and the master weights need to be
+saved: `optimizer_tensors` names the state, `set_optimizer_tensors` restores it.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,15 +24,6 @@ from .ranks import rate_factor
 ADAMW_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
 EIGHT_BIT_STATE = frozenset({"step", "state1", "state2", "absmax1", "absmax2"})
 """Names of a parameter's state in torch's and in bitsandbytes' AdamW. A small parameter has no `absmax1` and `absmax2`."""
-
-
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """The learning rate of a step (from 0): warm-up from 0, then constant, or down to 0 at `max_steps`."""
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / (optim.max_steps - optim.warmup_steps)
-    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return optim.learning_rate * factors[optim.lr_scheduler_type]
 
 
 def check_device(optim: OptimConfig, device: str) -> None:

@@ -112,6 +112,15 @@ def test_greedy_sampling_selects_the_likeliest_token(make_engine, make_policy):
     assert all(lp > -math.log(policy.model.config.vocab_size) for lp in logprobs[len(PROMPTS[0]) - 1 :])
 
 
+def test_a_repetition_penalty_keeps_tokens_from_repeating(make_engine, make_policy):
+    engine, policy = make_engine(), make_policy()
+    policy.attach(engine.slots)
+    engine.publish(policy.write_slots)
+    (group,) = engine.rollout([PROMPTS[0]], settings(temperature=0.0, num_generations=1, repetition_penalty=1e4))
+    sampled = group.completions[0].token_ids
+    assert len({*PROMPTS[0], *sampled}) == len({*PROMPTS[0]}) + len(sampled)
+
+
 def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, make_policy):
     """The dense path masks rows without the adapter (vLLM's path on CPU is wrong for such batches)."""
     engine, policy = make_engine(lora_path="dense"), make_policy()

@@ -27,7 +27,8 @@ OPTIONS: dict[str, Any] = {
 
 def tiny_config(output_dir: Path, **changes: Any) -> GRPOConfig:
     """A configuration of two steps of three prompts, with flat names changed."""
-    return GRPOConfig(**{**OPTIONS, "output_dir": output_dir, **changes})
+    values: dict[str, Any] = {**OPTIONS, "output_dir": output_dir, **changes}
+    return GRPOConfig(**values)
 
 
 def many_low_ids(completions: list, completion_ids: list, target: list, log_metric: Any, **kwargs: Any) -> list[float]:

@@ -24,7 +24,8 @@ def logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def config(output_dir: Path, **options: Any) -> GRPOConfig:
-    return GRPOConfig(**{"model": "smollm2-135m-instruct", "output_dir": output_dir, "max_steps": 6, **options})
+    values: dict[str, Any] = {"model": "smollm2-135m-instruct", "output_dir": output_dir, "max_steps": 6, **options}
+    return GRPOConfig(**values)
 
 
 @pytest.fixture

@@ -200,7 +200,8 @@ def test_supported_options_of_peft() -> None:
         ("optimm: {max_steps: 8}", "optimm", "did you mean optim?"),
         ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, rescale_learning_rate"),
         ("zzz: 8", "zzz", "sections and keys are model, lora, rollout"),
-        ("per_device_train_batch_size: 8", "per_device_train_batch_size", "set optim.prompts_per_step"),
+        ("per_device_train_batch: 8", "per_device_train_batch", "did you mean per_device_train_batch_size?"),
+        ("optim: {use_vllm: true}", "optim.use_vllm", "use_vllm is a name of TRL: write it outside of the sections"),
         ("lora: {lora_dropout: 0.1}", "lora.lora_dropout", "did you mean lora.dropout?"),
     ],
 )
@@ -338,7 +339,7 @@ def test_the_same_errors_in_python() -> None:
     with pytest.raises(ValueError, match=r"^rollout.num_generations: must be at least 2 \(got 1\)$"):
         GRPOConfig(num_generations=1)
     with pytest.raises(ValueError, match=r"^num_generation: unknown key; did you mean rollout.num_generations\?$"):
-        GRPOConfig(num_generation=8)
+        GRPOConfig(num_generation=8)  # type: ignore[call-arg]
 
 
 def test_one_weight_per_reward_function() -> None:

@@ -261,6 +261,14 @@ def test_the_run_ends_with_the_best_evaluation_unless_the_last_is_at_its_best():
     assert unlimited.guards.final_snapshot(right(0)) is None
 
 
+def test_with_load_best_model_at_end_noise_is_no_excuse():
+    played = after_calm(load_best_model_at_end=True)
+    taken = [played.evaluate(right(count)).snapshot for count in (16, 80, 79, 80, 78)]
+    assert taken == ["evaluation", "evaluation", None, "evaluation", None]  # of two equal ones the later is the best
+    assert played.guards.final_snapshot(right(80)) is None
+    assert played.guards.final_snapshot(right(79)) == "evaluation"
+
+
 def test_evaluations_outrank_the_training_reward_at_the_end():
     played = after_calm(reward_stop=None)
     played.evaluate(right(80))

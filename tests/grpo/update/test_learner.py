@@ -37,7 +37,8 @@ def make_learner(make_policy) -> Callable[..., Learner]:
     def make(kind: str = "llama", *, rank: int = 16, **options: Any) -> Learner:
         policy: Policy = make_policy(kind, rank=rank)
         policy.write_slots()
-        return Learner(policy, GRPOConfig(**{"mode": "none", "veto": 0.0, "guards": {"enabled": False}, **options}))
+        values: dict[str, Any] = {"mode": "none", "veto": 0.0, "guards": {"enabled": False}, **options}
+        return Learner(policy, GRPOConfig(**values))
 
     return make
 

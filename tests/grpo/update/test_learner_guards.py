@@ -29,7 +29,8 @@ def make_learner(make_policy) -> Callable[..., Learner]:
     def make(**options: Any) -> Learner:
         policy: Policy = make_policy("llama")
         policy.write_slots()
-        return Learner(policy, GRPOConfig(**{"mode": "none", "guards": {"enabled": False}, **options}))
+        values: dict[str, Any] = {"mode": "none", "guards": {"enabled": False}, **options}
+        return Learner(policy, GRPOConfig(**values))
 
     return make
 

@@ -22,12 +22,12 @@ from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.objective import Objective, StepConstants
 from rankup.grpo.update.optimizer import (
     is_state_of,
-    learning_rate,
     make_optimizer,
     optimizer_tensors,
     set_learning_rate,
     set_optimizer_tensors,
 )
+from rankup.grpo.update.schedule import learning_rate
 from rankup.grpo.update.session import open_session
 
 MakePolicy = Callable[..., Policy]

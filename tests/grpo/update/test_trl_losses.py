@@ -4,9 +4,9 @@
 log-probabilities in place of a model. Computations inside TRL's long methods (advantages, importance weights) are
 cut out of them, statement by statement, and run.
 
-TRL's loss types without a counterpart here: `luspo` and `vespo`. Options without one: `use_bias_correction_kl`, the adaptive
-entropy coefficient, RLOO's `normalize_advantages` and its KL in the reward. TRL's sequence modes of the importance weight take
-the product over a completion, ours the geometric mean; there TRL gets our weights.
+TRL's loss types without a counterpart here: `luspo` and `vespo`. Options without one: the adaptive entropy coefficient, RLOO's
+`normalize_advantages` and its KL in the reward. TRL's sequence modes of the importance weight take the product over a
+completion, ours the geometric mean; there TRL gets our weights.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "delta": {"delta": 1.35},
     "kl": {"beta": 0.3},
+    "corrected kl": {"beta": 0.3, "use_bias_correction_kl": True},
     "token_truncate": {"mode": "token_truncate", "cap": 1.1},
     "token_mask": {"mode": "token_mask", "cap": 1.1},
     "icepop": {"mode": "icepop", "floor": 0.9, "cap": 1.1},
@@ -201,7 +202,7 @@ def uninitialised_trainer(trl: Any, case: Case) -> Any:
             delta=algorithm.delta,
             sapo_temperature_pos=algorithm.sapo_temperature_pos,
             sapo_temperature_neg=algorithm.sapo_temperature_neg,
-            use_bias_correction_kl=False,
+            use_bias_correction_kl=algorithm.use_bias_correction_kl,
             steps_per_generation=1,
         ),
         "accelerator": same_tensor,

@@ -28,7 +28,8 @@ def make_run(tmp_path: Path) -> MakeRun:
 
     def make(*, ends: bool = True, summary: dict[str, Any] | None = None, **options: Any) -> Path:
         output_dir = tmp_path / "runs" / "sums"
-        config = GRPOConfig(**{"model": HUB_MODEL, "max_steps": 12, "output_dir": output_dir, **options})
+        values: dict[str, Any] = {"model": HUB_MODEL, "max_steps": 12, "output_dir": output_dir, **options}
+        config = GRPOConfig(**values)
         recorder = RunRecorder(output_dir, config_yaml=dump_config(config))
         recorder.evaluation(0, 0.25, when="before")
         for step in range(1, 13):

@@ -1,0 +1,1 @@
+"""TRL's names of options: what each does here. Imports neither trl nor transformers nor torch; see `fields.py`."""
