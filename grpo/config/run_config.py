@@ -9,7 +9,7 @@ is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing
 """
 
 import math
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
@@ -140,6 +140,17 @@ class GRPOConfig(Section):
         except ValidationError as error:
             raise ValueError(describe_errors(error, keys)) from None
         self._notes, self._has_trl_batch = converted.notes, converted.has_trl_batch
+
+    if not TYPE_CHECKING:  # for type checkers, only sections and `seed` are attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """The value of an option by its flat name, as TRL's scripts read it: `args.output_dir`."""
+            if name.startswith("_"):
+                return super().__getattr__(name)
+            section, _, field = (known_keys().locate(name) or "").partition(".")
+            if not field:
+                raise AttributeError(f"GRPOConfig has no option {name}")
+            return getattr(getattr(self, section), field)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """The configuration: fields, ranks, names, and errors."""
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -41,6 +43,14 @@ def test_every_field_has_a_docstring(section: str) -> None:
 
 def test_sections_are_complete() -> None:
     assert list(GRPOConfig.model_fields) == [*SECTIONS, "seed"]
+
+
+def test_options_are_read_by_their_flat_names_too() -> None:
+    config: Any = GRPOConfig(learning_rate=3e-5, output_dir="runs/mine", save_total_limit=7)
+    assert (config.learning_rate, config.output_dir, config.lora_r) == (3e-5, Path("runs/mine"), config.lora.rank)
+    assert config.save_total_limit == config.keep_last == config.checkpoint.keep_last == 7
+    assert not hasattr(config, "no_such_option") and not hasattr(config, "__no_such_method__")
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 def test_import_is_light() -> None:
