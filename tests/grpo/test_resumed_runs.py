@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,29 @@ from safetensors.torch import load_file
 from tiny_runs import ROWS, metrics_of
 
 from rankup.grpo.common.interrupts import RunInterrupted
+
+Expected = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    """What runs without an interruption leave behind, by their options."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(train, tmp_path: Path, results: dict[str, dict[str, Any]]) -> Expected:
+    """What a run of these options leaves behind if nothing interrupts it. It is made once for all tests of this file."""
+
+    def left_by(**changes: Any) -> dict[str, Any]:
+        key = repr(sorted(changes.items()))
+        if key not in results:
+            train("undisturbed", **changes)
+            results[key] = left_behind(tmp_path / "undisturbed")
+        return results[key]
+
+    return left_by
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -27,14 +51,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("failing_step", [3, 5])
-def test_a_resumed_run_equals_the_undisturbed_one(train, tmp_path: Path, changes: dict, failing_step: int):
-    train("undisturbed", **changes)
+def test_a_resumed_run_equals_the_undisturbed_one(
+    train, undisturbed: Expected, tmp_path: Path, changes: dict, failing_step: int
+):
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=failing_at(failing_step, FaultError()), **changes)
     summary = json.loads((tmp_path / "failed" / "summary.json").read_text())
     assert summary["interrupted"] and summary["steps"] == failing_step
     train("failed", resume=True, **changes)
-    one, other = left_behind(tmp_path / "undisturbed"), left_behind(tmp_path / "failed")
+    one, other = undisturbed(**changes), left_behind(tmp_path / "failed")
     assert one["metrics"] == other["metrics"]
     assert one == other
     if "entropy_stop" in changes:
@@ -65,7 +90,7 @@ def test_the_checkpoint_holds_the_last_complete_step(train, tmp_path: Path):
     assert all(adapter[name].equal(saved[name]) for name in saved)
 
 
-def test_a_failure_in_an_evaluation_loses_nothing(train, tmp_path: Path):
+def test_a_failure_in_an_evaluation_loses_nothing(train, undisturbed: Expected, tmp_path: Path):
     calls = 0
 
     def fails_in_the_evaluation_after_two_steps(completion_ids, **kwargs):
@@ -76,12 +101,11 @@ def test_a_failure_in_an_evaluation_loses_nothing(train, tmp_path: Path):
         return low_ids_with_noise(completion_ids)
 
     fails_in_the_evaluation_after_two_steps.__name__ = low_ids_with_noise.__name__
-    train("undisturbed")
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=fails_in_the_evaluation_after_two_steps)
     assert [row["step"] for row in metrics_of(tmp_path / "failed") if "eval_reward" in row] == [0]
     train("failed", resume=True)
-    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
+    assert undisturbed() == left_behind(tmp_path / "failed")
 
 
 LOSS = """
@@ -147,8 +171,9 @@ def test_without_a_checkpoint_the_run_starts_at_its_first_step(train, tmp_path: 
     assert "no checkpoint in" in capsys.readouterr().out
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(train, tmp_path: Path, capsys):
-    train("undisturbed", save_steps=2)
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(
+    train, undisturbed: Expected, tmp_path: Path, capsys
+):
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=failing_at(5, FaultError()), save_steps=2)
     newest = tmp_path / "failed" / "checkpoints" / "step_000005"
@@ -156,7 +181,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_previous_one(
     train("failed", resume=True, save_steps=2)
     out = capsys.readouterr().out
     assert f"skipped {newest}: optimizer.safetensors has 0 bytes" in out and "resuming after step 4" in out
-    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "failed")
+    assert undisturbed(save_steps=2) == left_behind(tmp_path / "failed")
 
 
 def test_other_data_and_other_rewards_are_refused(make_trainer, tmp_path: Path):
@@ -173,7 +198,7 @@ def test_other_data_and_other_rewards_are_refused(make_trainer, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("place", "step"), [("a step", 3), ("an evaluation", 2)])
-def test_a_signal_ends_the_run_where_it_can_resume(train, tmp_path: Path, place: str, step: int):
+def test_a_signal_ends_the_run_where_it_can_resume(train, undisturbed: Expected, tmp_path: Path, place: str, step: int):
     """After the step; an evaluation is interrupted immediately, and repeated."""
 
     def requests_a_stop(completion_ids: list, trainer_state: Any, **kwargs: Any) -> list[float]:
@@ -185,13 +210,12 @@ def test_a_signal_ends_the_run_where_it_can_resume(train, tmp_path: Path, place:
 
     asked: list[bool] = []
     requests_a_stop.__name__ = low_ids_with_noise.__name__
-    train("undisturbed")
     with pytest.raises(RunInterrupted) as caught:
         train("stopped", reward=requests_a_stop)
     assert caught.value.code == 0 and caught.value.signal == "SIGTERM"
     assert caught.value.checkpoint == tmp_path / "stopped" / "checkpoints" / f"step_{step:06d}"
     train("stopped", resume=True)
-    assert left_behind(tmp_path / "undisturbed") == left_behind(tmp_path / "stopped")
+    assert undisturbed() == left_behind(tmp_path / "stopped")
 
 
 WIDE = {"rank": 64, "alpha": 128}
@@ -223,7 +247,7 @@ def test_another_optimizer_is_refused_or_starts_from_scratch(train, capsys, name
 
 def test_a_full_disk_is_reported_and_costs_only_that_checkpoint(train, small_disk, tmp_path: Path, capsys):
     """The run continues while only checkpoints do not fit; earlier checkpoints stay complete."""
-    changes: dict[str, Any] = {"save_steps": 1, "keep_last": 20, "keep_best": 0, "max_steps": 20, "completions_steps": 0}
+    changes: dict[str, Any] = {"save_steps": 1, "keep_last": 20, "keep_best": 0, "max_steps": 10, "completions_steps": 0}
     train("undisturbed", **changes)
     disk = small_disk("4m")  # room for a few checkpoints
     try:
@@ -233,7 +257,7 @@ def test_a_full_disk_is_reported_and_costs_only_that_checkpoint(train, small_dis
     out = capsys.readouterr().out
     assert "could not be written" in out and "No space left on device" in out
     saved = sorted((disk / "run" / "checkpoints").glob("step_*"))
-    assert saved and len(saved) < 20
+    assert saved and len(saved) < 10
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     train("disk/run", resume=True, **changes)
     assert left_behind(disk / "run") == left_behind(tmp_path / "undisturbed")

@@ -1,6 +1,10 @@
-"""The command itself, with real signals: it ends with status 0, says how to resume, and then resumes to the same result."""
+"""The command itself, with real signals: it ends with status 0, says how to resume, and then resumes to the same result.
+
+The processes of runs on the torch engine find no vLLM: such a run needs none.
+"""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -11,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import timeless
+
+from rankup.grpo.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -41,13 +47,17 @@ def project(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.yaml").write_text(RUN_FILE.format(model=tiny_model_path("llama")))
     (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"count to {n}"}) + "\n" for n in range(8)))
     (folder / "reward.py").write_text(REWARD)
+    (folder / "no_vllm" / "vllm").mkdir(parents=True)
+    (folder / "no_vllm" / "vllm" / "__init__.py").write_text("raise ModuleNotFoundError('there is no vLLM', name='vllm')")
     return folder
 
 
-def start(project: Path, *words: str) -> subprocess.Popen[str]:
+def start(project: Path, *words: str, vllm: bool = False) -> subprocess.Popen[str]:
+    path = [*([] if vllm else [str(project / "no_vllm")]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [RANKUP, *words], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [RANKUP, *words], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+    )  # fmt: skip
 
 
 def lines_until(process: subprocess.Popen[str], part: str) -> Iterator[str]:
@@ -59,10 +69,11 @@ def lines_until(process: subprocess.Popen[str], part: str) -> Iterator[str]:
     raise AssertionError(f"the run ended without {part!r}: {process.communicate()[1]}")
 
 
-def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_result(project: Path):
-    undisturbed = start(project, "train", "run.yaml", "logging.output_dir=undisturbed")
-    out, error = undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == 0, error
+def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_result(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(project)
+    assert main(["train", "run.yaml", "logging.output_dir=undisturbed"]) == 0
 
     stopped = start(project, "train", "run.yaml", "logging.output_dir=stopped")
     list(lines_until(stopped, "step  2/12"))
@@ -89,7 +100,8 @@ def test_a_signal_ends_the_command_with_status_0_and_it_resumes_to_the_same_resu
 @pytest.mark.engine
 def test_the_command_trains_with_vllm(engine_shelf, project: Path):
     engine_shelf.close()  # two do not fit
-    process = start(project, "train", "run.yaml", "rollout.engine=vllm", "optim.max_steps=2", "logging.output_dir=vllm")
+    changes = ["rollout.engine=vllm", "optim.max_steps=2", "logging.output_dir=vllm"]
+    process = start(project, "train", "run.yaml", *changes, vllm=True)
     out, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (0, "")
     assert "step 2/2" in out and (project / "vllm" / "adapter" / "adapter_model.safetensors").is_file()
@@ -109,15 +121,15 @@ def test_a_second_signal_ends_the_command_immediately(project: Path):
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_an_error_shows_the_command_to_resume(project: Path):
+def test_an_error_shows_the_command_to_resume(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     (project / "fails.py").write_text(REWARD.replace("time.sleep(0.1)", "assert kwargs['trainer_state'].global_step < 2"))
-    process = start(
-        project, "train", "run.yaml", "logging.output_dir=failed", "rewards.functions=fails.py:low_ids", "data.eval=null",
-        "rewards.isolation=inline",
-    )  # fmt: skip
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "the newest checkpoint is failed/checkpoints/step_000002" in out
+    monkeypatch.chdir(project)
+    changes = ["rewards.functions=fails.py:low_ids", "data.eval=null", "rewards.isolation=inline"]
+    assert main(["train", "run.yaml", "logging.output_dir=failed", *changes]) == 1
+    out, error = capfd.readouterr()
+    assert "the newest checkpoint is failed/checkpoints/step_000002" in " ".join(out.split())
     lines = error.splitlines()
     assert lines[0].startswith("rankup: error: reward function 'low_ids' failed")
     assert lines[-1].startswith("to resume: rankup train run.yaml logging.output_dir=failed") and lines[-1].endswith("--resume")

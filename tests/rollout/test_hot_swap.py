@@ -17,7 +17,7 @@ from rankup.rollout.vllm_compat import collections_skipped
 
 pytestmark = pytest.mark.engine
 
-KINDS = ["llama", "qwen2", "qwen3"]
+KINDS = ["qwen2", "qwen3", "llama"]  # the tests that follow share the engine of the last one
 SEQUENCES = [[5, 9, 14, 3, 77, 60, 31, 8], [7, 21, 40, 2, 90, 55]]
 GREEDY = SamplingConfig(num_generations=1, max_completion_length=12, temperature=0.0)
 EXACT = 3e-4  # fp32 on both sides, different kernels
@@ -199,17 +199,6 @@ def test_the_engine_follows_the_policy_over_several_steps(make_engine, make_poli
     assert answers[0] != answers[1] != answers[2]
 
 
-@pytest.mark.parametrize("max_rank, ranks", [(64, (64, 16, 40)), (128, (128, 96, 16))])
-def test_publishing_a_smaller_rank_clears_the_larger_one(make_engine, make_policy, max_rank, ranks):
-    engine = make_engine(max_rank=max_rank)
-    for rank in ranks:
-        policy = make_policy(rank=rank, max_rank=max_rank)
-        policy.attach(engine.slots)
-        engine.publish(policy.write_slots)
-        assert_engine_holds(engine, policy)
-        assert all(not s.a[rank:].any() and not s.b[:, rank:].any() for s in engine.slots.values())
-
-
 def test_cached_keys_and_values_of_the_previous_policy_are_not_reused(make_engine, make_policy):
     engine, first, second = make_engine(), make_policy(seed=1), make_policy(seed=2)
     long_prompt = [(7 * i) % 90 + 5 for i in range(130)]  # several cache blocks
@@ -225,19 +214,6 @@ def test_cached_keys_and_values_of_the_previous_policy_are_not_reused(make_engin
     expected = trainer_logprobs(second, [ids])[0][len(long_prompt) - 1 :]
     assert list(fresh.completions[0].logprobs) == pytest.approx(expected, abs=EXACT)
     assert stale.completions[0].logprobs[0] != pytest.approx(fresh.completions[0].logprobs[0], abs=10 * EXACT)
-
-
-def test_adapter_files_in_the_working_directory_are_not_loaded(make_engine, make_policy, engine_shelf, tmp_path, monkeypatch):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 999}))
-    monkeypatch.chdir(tmp_path)
-    engine_shelf.close()
-    engine, policy = make_engine(), make_policy(rank=16, alpha=8)
-    policy.attach(engine.slots)
-    engine.publish(policy.write_slots)
-    assert_engine_holds(engine, policy)
-    policy.save_adapter(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["r"], saved["lora_alpha"]) == (16, 8)
 
 
 def test_nothing_is_read_or_written_while_publishing_and_sampling(make_engine, make_policy):
@@ -285,14 +261,50 @@ def test_another_adapter_cannot_evict_the_pinned_one(make_engine, make_policy, t
     assert_engine_holds(engine, policy)
 
 
+def test_an_empty_slot_has_the_shapes_of_a_vllm_slot(make_engine):
+    slot = next(iter(make_engine().slots.values()))
+    empty = AdapterSlot.empty(
+        max_rank=slot.max_rank,
+        in_features=slot.a.shape[1],
+        out_features=slot.b.shape[0],
+        dtype=slot.a.dtype,
+        device="cpu",
+    )
+    assert (empty.a.shape, empty.b.shape, empty.a.dtype) == (slot.a.shape, slot.b.shape, slot.a.dtype)
+
+
+@pytest.mark.parametrize("max_rank, ranks", [(64, (64, 16, 40)), (128, (128, 96, 16))])
+def test_publishing_a_smaller_rank_clears_the_larger_one(make_engine, make_policy, max_rank, ranks):
+    engine = make_engine(max_rank=max_rank)
+    for rank in ranks:
+        policy = make_policy(rank=rank, max_rank=max_rank)
+        policy.attach(engine.slots)
+        engine.publish(policy.write_slots)
+        assert_engine_holds(engine, policy)
+        assert all(not s.a[rank:].any() and not s.b[:, rank:].any() for s in engine.slots.values())
+
+
 def test_a_removed_adapter_is_an_error_and_not_the_base_model(make_engine, make_policy, engine_shelf):
-    engine, policy = make_engine(), make_policy()
+    engine, policy = make_engine(max_rank=128), make_policy(max_rank=128)  # the engine of the last test: no other one uses it
     policy.attach(engine.slots)
     engine.publish(policy.write_slots)
     engine._engine.remove_lora(1)
     with pytest.raises(RuntimeError, match="removed from vLLM"):
         list(engine.rollout(SEQUENCES, GREEDY))
     engine_shelf.close()  # other tests must not use this engine
+
+
+def test_adapter_files_in_the_working_directory_are_not_loaded(make_engine, make_policy, engine_shelf, tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 999}))
+    monkeypatch.chdir(tmp_path)
+    engine_shelf.close()
+    engine, policy = make_engine(), make_policy(rank=16, alpha=8)
+    policy.attach(engine.slots)
+    engine.publish(policy.write_slots)
+    assert_engine_holds(engine, policy)
+    policy.save_adapter(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (16, 8)
 
 
 def test_base_weights_do_not_drift(make_engine, make_policy):
@@ -315,7 +327,7 @@ def test_base_weights_do_not_drift(make_engine, make_policy):
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
-        *((kind, "all-linear") for kind in KINDS),
+        *((kind, "all-linear") for kind in reversed(KINDS)),
         *((kind, ["embed_tokens", "v_proj", "lm_head"]) for kind in ("llama", "qwen3")),
     ],
 )
@@ -376,15 +388,3 @@ def _stock_vllm(model: Path, adapter: Path) -> list[list[int]]:
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     return answers
-
-
-def test_an_empty_slot_has_the_shapes_of_a_vllm_slot(make_engine):
-    slot = next(iter(make_engine().slots.values()))
-    empty = AdapterSlot.empty(
-        max_rank=slot.max_rank,
-        in_features=slot.a.shape[1],
-        out_features=slot.b.shape[0],
-        dtype=slot.a.dtype,
-        device="cpu",
-    )
-    assert (empty.a.shape, empty.b.shape, empty.a.dtype) == (slot.a.shape, slot.b.shape, slot.a.dtype)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -202,28 +200,6 @@ def test_versions_count_publishes(make: Make) -> None:
     engine = make()
     assert engine.publish(policy_of(engine).write_slots) == engine.policy_version == 2
     assert {c.policy_version for g in engine.rollout(PROMPTS, settings()) for c in g.completions} == {2}
-
-
-def test_a_run_imports_no_vllm(tiny_model_path, tmp_path: Path) -> None:
-    """`pip install rankup` without vLLM is enough for it."""
-    code = f"""
-import sys
-class NoVllm:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "vllm":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, NoVllm())
-from rankup import GRPOConfig, GRPOTrainer
-def low(completion_ids, **kwargs):
-    return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
-config = GRPOConfig(engine="torch", dtype="float32", rank=8, num_generations=4, max_prompt_length=64, max_completion_length=8,
-                    prompts_per_step=2, max_steps=1, output_dir={str(tmp_path / "run")!r})
-summary = GRPOTrainer(model={str(tiny_model_path("llama"))!r}, reward_funcs=low, args=config,
-                      train_dataset=[{{"prompt": "a"}}, {{"prompt": "b"}}]).train()
-assert summary["steps"] == 1
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- vLLM

@@ -18,10 +18,10 @@ from rankup.grpo.common.log import log_to
 def say(text):
     print("said", text, flush=True)
 
-def work(name, seconds=30):
+def work(name, until=lambda: False):
     print(name, flush=True)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    end = time.monotonic() + 30
+    while time.monotonic() < end and not until():
         time.sleep(0.01)
 
 shown = log_to(say)  # kept: it ends when it is collected
@@ -62,7 +62,7 @@ with interrupts.handled(), interrupts.deferred():
     try:
         for step in range(3):
             interrupts.stop_if_requested()
-            work(f"step {step}", seconds=2)
+            work(f"step {step}", until=lambda: interrupts.requested)
             print(f"finished {step}", flush=True)
     except RunInterrupted as interruption:
         print("stopped by", interruption.signal, interruption.code, flush=True)
@@ -85,7 +85,7 @@ def test_the_first_signal_lets_the_step_finish_and_the_status_is_0(start, number
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_the_process_immediately(start, number: signal.Signals):
-    process = start(DEFERRED.replace("seconds=2", "seconds=30"))
+    process = start(DEFERRED.replace("until=lambda: interrupts.requested", ""))
     lines_until(process, "step 0")
     process.send_signal(signal.SIGTERM)
     lines_until(process, "said")
@@ -121,7 +121,7 @@ def test_an_interruptible_block_does_not_start_after_a_signal(start):
         """
 with interrupts.handled(), interrupts.deferred():
     try:
-        work("step", seconds=2)
+        work("step", until=lambda: interrupts.requested)
         with interrupts.interruptible():
             print("evaluation", flush=True)
     except RunInterrupted:

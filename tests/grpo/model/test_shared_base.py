@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import json
 import subprocess
@@ -13,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sample_groups import random_groups
+from tiny_models import tiny_tokenizer
 from tiny_runs import steps_of, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankup.grpo.config import LoraConfig
-from rankup.grpo.model.base_model import nf4_names
+from rankup.grpo.config import GRPOConfig, LoraConfig
+from rankup.grpo.model.base_model import load_base, nf4_names
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
-from rankup.grpo.update.session import engine_settings
+from rankup.grpo.update.session import engine_settings, make_policy
 
 pytestmark = pytest.mark.engine
 
@@ -110,6 +114,60 @@ def test_a_run_on_shared_weights_leaves_them_as_they_were(
     assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
 
 
+@pytest.fixture
+def wide_model(tiny_model_path, tmp_path: Path) -> Path:
+    """A Llama in bf16 of 94 MB, nearly all of it in linear layers, each of them small compared with the model."""
+    config = AutoConfig.from_pretrained(tiny_model_path("llama"))
+    config.update({"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 24})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "wide")
+    tiny_tokenizer().save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory; `VmHWM`: the most since the last `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def free_memory() -> None:
+    """Return all that is not in use to the system, and reset the peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def test_shared_weights_are_in_memory_once(engine_shelf, wide_model: Path) -> None:
+    path = str(wide_model)
+    lengths = {"max_prompt_length": 64, "max_completion_length": 64}
+    config = GRPOConfig(kv_cache_gib=1 / 64, rank=8, share_base_weights=True, **lengths)
+    engine = engine_shelf.get(engine_settings(config, path))
+    added, unshared, logprobs = {}, {}, {}
+    for share in (True, False, True):  # the first one also loads libraries
+        free_memory()
+        before = resident()
+        policy = make_policy(GRPOConfig(rank=8, share_base_weights=share), path, engine)
+        logprobs[share] = trainer_logprobs(policy, SEQUENCES)
+        free_memory()
+        added[share], unshared[share] = resident() - before, policy.base.unshared_bytes
+        del policy
+    assert unshared[True] == 0 and unshared[False] > 90e6
+    assert added[False] - added[True] > 0.95 * unshared[False]
+    assert added[True] < 0.2 * unshared[False], "its adapter"
+    assert logprobs[True] == logprobs[False]
+
+
+def test_weights_are_rounded_to_4_bits_one_after_another(tiny_model_path, wide_model: Path) -> None:
+    """While loading, the packed weights are in memory, and fp32 copies of one weight."""
+    load_base(str(tiny_model_path("llama")), dtype=torch.bfloat16, load_in="nf4")  # libraries are loaded
+    plain = sum(weight.nbytes for weight in load_file(wide_model / "model.safetensors").values())
+    free_memory()
+    before = resident()
+    base = load_base(str(wide_model), dtype=torch.bfloat16, load_in="nf4")
+    peak = resident("VmHWM") - before
+    assert 0.28 * plain < base.unshared_bytes < peak < 0.5 * plain
+
+
 MEASURE = """
 import ctypes, gc, json, sys
 from pathlib import Path
@@ -160,6 +218,7 @@ def measured(**model: Any) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_memory_of_the_embedded_model() -> None:
     base = 2 * 134_515_008
