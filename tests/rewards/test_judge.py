@@ -16,6 +16,12 @@ from rankup.rewards import Inputs, RewardError
 from rankup.rewards.judge import DEFAULT_TEMPLATE, JudgeError, judge
 
 
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request is sent again, openai waits for half a second, then for twice as long."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+
+
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
     with judge_server() as state:
