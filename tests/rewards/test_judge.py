@@ -16,6 +16,12 @@ from rankup.rewards import Inputs, RewardError
 from rankup.rewards.judge import DEFAULT_TEMPLATE, JudgeError, judge
 
 
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request is sent again, openai waits for half a second, then for twice as long."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+
+
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
     with judge_server() as state:
@@ -344,10 +350,10 @@ def test_after_a_failure_the_other_rows_are_not_judged(server):
 
 def test_an_answer_that_takes_too_long(server):
     server.answer = lambda question: "4" if server.released.wait(timeout=60 if question == "hang" else 0) else "5"
-    reward = make(server, timeout=1.5, retries=0)
-    with pytest.raises(JudgeError, match=r"no answer within 1\.5 s in 1 tries: raise timeout, or lower concurrency"):
+    reward = make(server, timeout=0.3, retries=0)
+    with pytest.raises(JudgeError, match=r"no answer within 0\.3 s in 1 tries: raise timeout, or lower concurrency"):
         ask(reward, ["hang"])
-    assert ask(make(server, timeout=1.5, retries=0, on_failure="none"), ["hang", "5"]).rewards == [None, 0.5]
+    assert ask(make(server, timeout=1, retries=0, on_failure="none"), ["hang", "5"]).rewards == [None, 0.5]
 
 
 def test_a_wrong_path_and_a_closed_port():

@@ -18,22 +18,25 @@ import json, math, sys
 from pathlib import Path
 from rankup.grpo.run.reporting import check_reports, make_reports
 
-name, last_step, failed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "failed"
+names, last_step, failed = sys.argv[1].split(), int(sys.argv[2]), sys.argv[3] == "failed"
 folder, saved = Path("run"), Path("states.json")
 folder.mkdir(exist_ok=True)
 states = json.loads(saved.read_text()) if saved.exists() else None
 resume_step = last_step - 3 if states else 0
-check_reports([name])
+check_reports(names)
 config = {"optim": {"max_steps": last_step}, "data": {"eval": None}}
-(report,) = make_reports(
-    [name], output_dir=folder, run_name="sums", project="arithmetic", config=config, resume=states, resume_step=resume_step
+reports = make_reports(
+    names, output_dir=folder, run_name="sums", project="arithmetic", config=config, resume=states, resume_step=resume_step
 )
 for step in range(resume_step + 1, last_step + 1):
-    report.log({"step": step, "reward": last_step + step / 10, "rewards/exact": None, "grad_norm": math.inf})
-report.log({"step": last_step, "eval_reward": 0.5})
-saved.write_text(json.dumps({report.name: report.state_dict()}))
-report.close(failed=failed)
-report.close()
+    for report in reports:
+        report.log({"step": step, "reward": last_step + step / 10, "rewards/exact": None, "grad_norm": math.inf})
+for report in reports:
+    report.log({"step": last_step, "eval_reward": 0.5})
+saved.write_text(json.dumps({report.name: report.state_dict() for report in reports}))
+for report in reports:
+    report.close(failed=failed)
+    report.close()
 """
 
 FIRST_AND_RESUMED = [(1, 4.1), (2, 4.2), (3, 4.3), (4, 4.4), (3, 5.3), (4, 5.4), (5, 5.5)]  # (step, reward) in order
@@ -53,11 +56,19 @@ def run(folder: Path, code: str, *arguments: str, **environment: str) -> subproc
     )
 
 
-def first_and_resumed(folder: Path, name: str, **environment: str) -> None:
-    """A run that failed after 4 steps and was resumed from step 2 to step 5, without any output."""
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all trackers that failed after 4 steps and was resumed from step 2 to step 5, without output."""
+    folder = tmp_path_factory.mktemp("resumed")
     for arguments in (("4", "failed"), ("5", "ended")):
-        done = run(folder, SESSION, name, *arguments, **environment)
+        environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+        done = run(folder, SESSION, "tensorboard wandb trackio", *arguments, **environment)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
+def state(folder: Path, name: str) -> dict[str, str]:
+    return json.loads((folder / "states.json").read_text())[name]
 
 
 def wandb_records(path: Path) -> Iterator:
@@ -86,11 +97,10 @@ def wandb_history(records: list) -> list[dict[str, float]]:
     return [row for row in rows if row]
 
 
-def test_tensorboard_shows_the_resumed_run(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_resumed_run(resumed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first_and_resumed(tmp_path, "tensorboard")
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    events = EventAccumulator(str(resumed / "run" / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward", "eval_reward"]
     rewards = {event.step: event.value for event in events.Scalars("reward")}
     assert rewards == pytest.approx({1: 4.1, 2: 4.2, 3: 5.3, 4: 5.4, 5: 5.5})
@@ -100,12 +110,11 @@ def test_tensorboard_shows_the_resumed_run(tmp_path: Path) -> None:
     assert b"    optim:\n      max_steps: 4" in events.Tensors(tag)[0].tensor_proto.string_val[0]
 
 
-def test_wandb_resumes_the_same_run_offline(tmp_path: Path) -> None:
-    first_and_resumed(tmp_path, "wandb", WANDB_MODE="offline")
-    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
+def test_wandb_resumes_the_same_run_offline(resumed: Path) -> None:
+    files = sorted((resumed / "run" / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
     first, second = [list(wandb_records(file)) for file in files]
     (run_id,) = {record.run.run_id for record in [*first, *second] if record.run.run_id}
-    assert json.loads((tmp_path / "states.json").read_text()) == {"wandb": {"id": run_id}}
+    assert state(resumed, "wandb") == {"id": run_id}
     (of_run,) = [record.run for record in first if record.run.run_id]
     assert (of_run.project, of_run.display_name) == ("arithmetic", "sums")
     assert {"key": "optim", "value": {"max_steps": 4}} in [
@@ -124,9 +133,8 @@ def test_wandb_resumes_the_same_run_offline(tmp_path: Path) -> None:
     assert drawn_over["*"] == "step"
 
 
-def test_trackio_resumes_the_same_run(tmp_path: Path) -> None:
-    first_and_resumed(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
-    with sqlite3.connect(tmp_path / "trackio" / "arithmetic.db") as database:
+def test_trackio_resumes_the_same_run(resumed: Path) -> None:
+    with sqlite3.connect(resumed / "trackio" / "arithmetic.db") as database:
         rows = database.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id").fetchall()
         configs = [json.loads(config) for (config,) in database.execute("SELECT config FROM configs")]
     database.close()
@@ -135,7 +143,7 @@ def test_trackio_resumes_the_same_run(tmp_path: Path) -> None:
     assert [step for step, metrics in logged if metrics == {"eval_reward": 0.5}] == [4, 5]
     assert len({run_id for run_id, *_ in rows}) == 1
     (name,) = {name for _, name, *_ in rows}
-    assert name.startswith("sums-") and json.loads((tmp_path / "states.json").read_text()) == {"trackio": {"name": name}}
+    assert name.startswith("sums-") and state(resumed, "trackio") == {"name": name}
     assert configs[-1]["optim"] == {"max_steps": 5}
 
 

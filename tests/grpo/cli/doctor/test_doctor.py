@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rankup.grpo.cli.doctor import checks, versions
 from rankup.grpo.cli.doctor.findings import Finding, run_checks, show_section, show_verdict
+from rankup.grpo.cli.main import main
 from rankup.kernels.self_test import Comparison
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -41,14 +42,17 @@ def by_name(findings: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {finding["name"]: finding for finding in findings}
 
 
-@pytest.mark.slow
-def test_no_problems_are_found_on_this_machine(tmp_path: Path) -> None:
-    result = run_doctor(folder=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    lines = result.stdout.splitlines()
+def test_the_terminal_shows_every_section(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The self-tests are those of `test_as_json`."""
+    monkeypatch.setattr(checks.self_test, "self_test", lambda *_: Comparison(0.0, 1e-7, 0.1))
+    monkeypatch.setattr(checks.engine_self_test, "self_test", lambda: {"norms": None})
+    assert main(["doctor"]) == 0
+    shown = capfd.readouterr()
+    lines = shown.out.splitlines()
     titles = ["device", "versions", "code paths that a run will use", "self-test of the kernels", "vLLM and its environment"]
     assert [line for line in lines if line in titles] == titles
-    assert lines[-1].startswith("no problems found") and "FAIL" not in result.stdout and "\x1b" not in result.stdout
+    assert lines[-1].startswith("no problems found") and "FAIL" not in shown.out and "\x1b" not in shown.out
+    assert shown.err == ""
 
 
 @pytest.mark.slow
@@ -65,29 +69,31 @@ def test_as_json(tmp_path: Path) -> None:
     assert internals["level"] == "ok", internals
 
 
-@pytest.mark.slow
-def test_without_vllm_runs_work_on_the_torch_engine(tmp_path: Path) -> None:
-    result = run_doctor("--json", folder=tmp_path, without=("vllm",))
+@pytest.fixture(scope="module")
+def without_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report where vLLM and bitsandbytes are not installed: runs work, on the torch engine and in 16 bits."""
+    result = run_doctor("--json", folder=tmp_path_factory.mktemp("without"), without=("vllm", "bitsandbytes"))
     assert (result.returncode, result.stderr) == (0, "")
-    sections = json.loads(result.stdout)["sections"]
+    return json.loads(result.stdout)["sections"]
+
+
+@pytest.mark.slow
+def test_without_vllm_runs_work_on_the_torch_engine(without_two: dict[str, Any]) -> None:
     for section, name in (("versions", "vllm"), ("engine", "vLLM")):
-        vllm = by_name(sections[section])[name]
+        vllm = by_name(without_two[section])[name]
         assert (vllm["level"], vllm["value"]) == ("warning", "not installed")
         assert "rollout.engine: torch" in vllm["note"] and "scripts/install.sh" in vllm["note"]
-    assert by_name(sections["paths"])["sampler"]["value"] == "the torch engine"
-    assert not any(name.startswith("vLLM ") for name in by_name(sections["engine"]))
-    assert {finding["level"] for finding in sections["self-test"]} == {"ok"}
+    assert by_name(without_two["paths"])["sampler"]["value"] == "the torch engine"
+    assert not any(name.startswith("vLLM ") for name in by_name(without_two["engine"]))
+    assert {finding["level"] for finding in without_two["self-test"]} == {"ok", "warning"}
 
 
 @pytest.mark.slow
-def test_without_bitsandbytes_runs_work(tmp_path: Path) -> None:
-    result = run_doctor("--json", folder=tmp_path, without=("bitsandbytes",))
-    assert (result.returncode, result.stderr) == (0, "")
-    sections = json.loads(result.stdout)["sections"]
-    version, path = by_name(sections["versions"])["bitsandbytes"], by_name(sections["paths"])["bitsandbytes"]
+def test_without_bitsandbytes_runs_work(without_two: dict[str, Any]) -> None:
+    version, path = by_name(without_two["versions"])["bitsandbytes"], by_name(without_two["paths"])["bitsandbytes"]
     assert version["level"] == path["level"] == "warning"
     assert "NF4" in version["note"] and "8-bit" in path["note"]
-    assert {finding["name"] for finding in sections["self-test"] if finding["level"] == "warning"} == {"NF4, bf16", "NF4, fp32"}
+    assert {f["name"] for f in without_two["self-test"] if f["level"] == "warning"} == {"NF4, bf16", "NF4, fp32"}
 
 
 def test_without_torch_only_versions_are_reported(tmp_path: Path) -> None:
