@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import SPECIAL_TOKENS
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankup.grpo.common import model_files
@@ -36,6 +40,38 @@ def write_package(folder: Path, file: str | None) -> None:
         (package / EMBEDDED[NAME].file).write_text(file)
 
 
+def write_gguf(model: Path, file: Path) -> None:
+    """A tiny Llama as GGUF: linear weights in 8 bits, q and k in GGUF's order of rows, and the tokenizer of bytes."""
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    writer.add_token_list([*tokens[:-1], "ab"])
+    writer.add_token_merges(["a b"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, weight in load_file(model / "model.safetensors").items():
+        rows = heads.get(name.split(".")[-2])
+        array = weight if rows is None else weight.unflatten(0, (rows, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.dim() == 2 else gguf.GGMLQuantizationType.F32
+        of_gguf = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(of_gguf, gguf.quants.quantize(array.contiguous().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def error_of(name: str) -> str:
     with pytest.raises(ValueError) as caught:
         resolve_model(name)
@@ -46,6 +82,31 @@ def error_of(name: str) -> str:
 # Embedded
 
 
+def test_an_embedded_model_is_converted_once(
+    cache: Path, tiny_model_path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tiny one with weights in 8 bits, in the place of the real one."""
+    write_package(tmp_path / "site", None)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    write_gguf(tiny_model_path("llama"), tmp_path / "site" / EMBEDDED[NAME].package / EMBEDDED[NAME].file)
+    caplog.set_level("INFO", "rankup")
+    folder = Path(resolve_model(NAME))
+    assert caplog.messages == [f"converting {NAME} to safetensors (once)"]
+    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [folder.name]
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    original, converted = (load_file(path / "model.safetensors") for path in (tiny_model_path("llama"), folder))
+    assert original.keys() == converted.keys()
+    for name, weight in original.items():
+        assert converted[name].dtype == torch.bfloat16
+        torch.testing.assert_close(converted[name].float(), weight, rtol=0, atol=weight.abs().max().item() / 127)
+    ids = AutoTokenizer.from_pretrained(folder)("Hi").input_ids
+    assert ids == AutoTokenizer.from_pretrained(tiny_model_path("llama"))("Hi").input_ids
+    assert resolve_model(NAME.upper()) == str(folder)
+    assert len(caplog.messages) == 1, "the second time it is cached"
+
+
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_embedded_model_is_converted_once(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "rankup")
