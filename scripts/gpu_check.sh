@@ -63,6 +63,7 @@ bin=$(realpath -s -- "$(dirname -- "$rankup")")
 PATH="$bin:$PATH"
 [[ -z "$cpu" ]] || export CUDA_VISIBLE_DEVICES=""
 
+[[ ! -e "$output" || -z "$(ls -A -- "$output")" ]] || fail "$output is not empty: choose another folder"
 device=$(python3 -P -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') ||
     fail "torch does not work: run scripts/install.sh"
 if [[ -z "$cpu" && -z "$device" ]]; then
@@ -70,7 +71,6 @@ if [[ -z "$cpu" && -z "$device" ]]; then
 fi
 slug=$(tr -cs '[:alnum:]\n' - <<<"${device:-cpu}" | tr '[:upper:]' '[:lower:]')
 output=${output:-"$PWD/gpu_check/$(date +%Y%m%d-%H%M%S)-$slug"}
-[[ ! -e "$output" || -z "$(ls -A -- "$output")" ]] || fail "$output is not empty: choose another folder"
 mkdir -p -- "$output/logs" "$output/bench"
 steps=${steps:-$([[ -n "$cpu" ]] && echo 2 || echo 20)}
 

@@ -153,8 +153,8 @@ def test_the_estimate_for_a_few_layers_is_within_a_tenth_of_the_measured_peak(tm
     """A fifth of SmolLM2-135M, with a third of its vocabulary: a fifth of the time, and no part of the sum is small."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 16384}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, **heads, tie_word_embeddings=True), dtype=torch.bfloat16)
+    shape: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 16384}
+    config = LlamaConfig(**shape, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     assert_the_estimate_is_within_a_tenth(tmp_path, "--model", tmp_path / "model", "--rank", "128", "--tokens-per-pack", "2048")
