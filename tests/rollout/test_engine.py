@@ -1,6 +1,8 @@
 """Sampling: groups, seeds, versions, aborts, and the dense path for the one adapter."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -151,8 +153,19 @@ def test_vllms_lora_kernels_are_an_option(make_engine, make_policy):
         assert got == pytest.approx(expected, abs=3e-4)
 
 
-def test_targets_that_vllm_cannot_adapt_are_named(tiny_model_path, engine_shelf):
+def test_closing_an_engine_frees_its_weights_and_its_cache(make_engine, engine_shelf):
+    engine = make_engine(lora_path="punica")  # the engine of the last test
+    tensors = engine._apply_model(lambda model: [weakref.ref(parameter) for parameter in model.parameters()])
+    caches = engine._engine.model_executor.driver_worker.worker.model_runner.kv_caches
+    tensors += [weakref.ref(cache) for cache in caches]
+    del caches
     engine_shelf.close()
+    assert tensors and not any(tensor() is not None for tensor in tensors)
+    assert gc.get_freeze_count() == 0, "further garbage is collected"
+
+
+def test_targets_that_vllm_cannot_adapt_are_named(tiny_model_path, engine_shelf):
+    engine_shelf.close()  # two do not fit
     model, rollout = str(tiny_model_path("llama")), RolloutConfig(max_prompt_length=56, max_completion_length=8)
     with pytest.raises(ValueError, match=r"lora\.targets"):
         RolloutEngine(EngineSettings(model=model, rollout=rollout, target_modules=("q_proj", "w_proj")))

@@ -1,5 +1,6 @@
 """The parts of vLLM that rankup needs exist in the installed version, and errors name missing ones."""
 
+import gc
 import types
 
 import pytest
@@ -44,3 +45,13 @@ def test_the_wrapper_is_replaced_only_while_an_engine_is_built():
         assert current_platform.get_punica_wrapper() == "some.where.Else"
         raise RuntimeError("stop")
     assert current_platform.get_punica_wrapper() == before
+
+
+def test_collections_are_as_before_after_a_failed_start():
+    collect = gc.collect
+    with pytest.raises(RuntimeError, match="stop"), vllm_compat.existing_objects_frozen():
+        assert gc.get_freeze_count() > 0
+        with vllm_compat.collections_skipped():
+            assert gc.collect() == 0 and gc.collect is not collect
+            raise RuntimeError("stop")
+    assert gc.get_freeze_count() == 0 and gc.collect is collect

@@ -6,8 +6,11 @@ import ctypes
 import gc
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
 from rankup.grpo.update.session import engine_settings, make_policy
+from rankup.kernels.nf4 import Nf4Weight
 
 pytestmark = pytest.mark.engine
 
@@ -115,26 +119,22 @@ def test_a_run_on_shared_weights_leaves_them_as_they_were(
 
 
 @pytest.fixture
-def wide_model(tiny_model_path, tmp_path: Path) -> Path:
+def wide_model(tiny_model_path, tmp_path: Path) -> Iterator[Path]:
     """A Llama in bf16 of 94 MB, nearly all of it in linear layers, each of them small compared with the model."""
     config = AutoConfig.from_pretrained(tiny_model_path("llama"))
     config.update({"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 24})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
-    return tmp_path / "wide"
+    yield tmp_path / "wide"
+    shutil.rmtree(tmp_path / "wide")
 
 
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory; `VmHWM`: the most since the last `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def free_memory() -> None:
-    """Return all that is not in use to the system, and reset the peak."""
+def memory_in_use() -> int:
+    """Bytes of this process that are resident once all that is free was returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def test_shared_weights_are_in_memory_once(engine_shelf, wide_model: Path) -> None:
@@ -144,28 +144,31 @@ def test_shared_weights_are_in_memory_once(engine_shelf, wide_model: Path) -> No
     engine = engine_shelf.get(engine_settings(config, path))
     added, unshared, logprobs = {}, {}, {}
     for share in (True, False, True):  # the first one also loads libraries
-        free_memory()
-        before = resident()
+        before = memory_in_use()
         policy = make_policy(GRPOConfig(rank=8, share_base_weights=share), path, engine)
         logprobs[share] = trainer_logprobs(policy, SEQUENCES)
-        free_memory()
-        added[share], unshared[share] = resident() - before, policy.base.unshared_bytes
+        added[share], unshared[share] = memory_in_use() - before, policy.base.unshared_bytes
         del policy
     assert unshared[True] == 0 and unshared[False] > 90e6
-    assert added[False] - added[True] > 0.95 * unshared[False]
-    assert added[True] < 0.2 * unshared[False], "its adapter"
+    assert added[False] - added[True] > 0.8 * unshared[False]
+    assert added[True] < 0.5 * unshared[False], "its adapter, and no copy of the base model"
     assert logprobs[True] == logprobs[False]
 
 
-def test_weights_are_rounded_to_4_bits_one_after_another(tiny_model_path, wide_model: Path) -> None:
-    """While loading, the packed weights are in memory, and fp32 copies of one weight."""
-    load_base(str(tiny_model_path("llama")), dtype=torch.bfloat16, load_in="nf4")  # libraries are loaded
-    plain = sum(weight.nbytes for weight in load_file(wide_model / "model.safetensors").values())
-    free_memory()
-    before = resident()
-    base = load_base(str(wide_model), dtype=torch.bfloat16, load_in="nf4")
-    peak = resident("VmHWM") - before
-    assert 0.28 * plain < base.unshared_bytes < peak < 0.5 * plain
+def test_weights_are_rounded_to_4_bits_one_after_another(tiny_model_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While loading, at most the weight that is rounded and its predecessor are in memory unpacked."""
+    unpacked: list[weakref.ref[torch.Tensor]] = []
+    in_memory: list[int] = []
+    quantise = Nf4Weight.quantise
+
+    def watched(weight: torch.Tensor) -> Nf4Weight:
+        unpacked.append(weakref.ref(weight))
+        in_memory.append(sum(reference() is not None for reference in unpacked))
+        return quantise(weight)
+
+    monkeypatch.setattr(Nf4Weight, "quantise", watched)
+    load_base(str(tiny_model_path("llama")), dtype=torch.float32, load_in="nf4")
+    assert len(in_memory) == 2 * 7 and max(in_memory) <= 2
 
 
 MEASURE = """
