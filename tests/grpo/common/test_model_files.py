@@ -65,6 +65,7 @@ def write_gguf(model: Path, file: Path) -> None:
         array = weight if rows is None else weight.unflatten(0, (rows, 2, -1)).transpose(1, 2).reshape(weight.shape)
         kind = gguf.GGMLQuantizationType.Q8_0 if weight.dim() == 2 else gguf.GGMLQuantizationType.F32
         of_gguf = names.get_name(name, try_suffixes=(".weight",))
+        assert of_gguf is not None
         writer.add_tensor(of_gguf, gguf.quants.quantize(array.contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
