@@ -204,10 +204,19 @@ def test_workers_that_hold_two_policies_stop_with_both(tmp_path: Path, model: Pa
     assert [row["step"] for row in steps_of(run.output_dir)] == [1, 2]
 
 
+STAYS_WHILE_IT_IS_LOADED = """
+if "RANK" in os.environ:  # in a worker, not in the process that starts the run
+    (HERE / "loading").touch()
+    time.sleep(600)
+"""
+
+
 def test_a_signal_before_the_first_step_ends_a_run_immediately(tmp_path: Path, model: Path, cluster: dict[str, str]):
     write_run_file(tmp_path, model)
+    with (tmp_path / "reward.py").open("a") as file:
+        file.write(STAYS_WHILE_IT_IS_LOADED)
     run = ClusterRun(tmp_path, ("cluster.workers=2",), cluster)
-    wait_until(lambda: "loading the model" in run.output)
+    wait_until(lambda: (tmp_path / "loading").exists())
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == 128 + signal.SIGTERM, run.output
     assert not run.output_dir.exists()
