@@ -15,8 +15,11 @@ from pathlib import Path
 from rankup.grpo.common.interrupts import Interrupts, RunInterrupted
 from rankup.grpo.common.log import log_to
 
+said = []
+
 def say(text):
     print("said", text, flush=True)
+    said.append(text)  # in a thread of its own: a step that ends with it prints after it
 
 def work(name, until=lambda: False):
     print(name, flush=True)
@@ -62,7 +65,7 @@ with interrupts.handled(), interrupts.deferred():
     try:
         for step in range(3):
             interrupts.stop_if_requested()
-            work(f"step {step}", until=lambda: interrupts.requested)
+            work(f"step {step}", until=lambda: interrupts.requested and said)
             print(f"finished {step}", flush=True)
     except RunInterrupted as interruption:
         print("stopped by", interruption.signal, interruption.code, flush=True)
@@ -85,7 +88,7 @@ def test_the_first_signal_lets_the_step_finish_and_the_status_is_0(start, number
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_the_process_immediately(start, number: signal.Signals):
-    process = start(DEFERRED.replace("until=lambda: interrupts.requested", ""))
+    process = start(DEFERRED.replace("until=lambda: interrupts.requested and said", ""))
     lines_until(process, "step 0")
     process.send_signal(signal.SIGTERM)
     lines_until(process, "said")
@@ -121,7 +124,7 @@ def test_an_interruptible_block_does_not_start_after_a_signal(start):
         """
 with interrupts.handled(), interrupts.deferred():
     try:
-        work("step", until=lambda: interrupts.requested)
+        work("step", until=lambda: interrupts.requested and said)
         with interrupts.interruptible():
             print("evaluation", flush=True)
     except RunInterrupted:
