@@ -13,6 +13,8 @@ import pytest
 import rankup
 from tests.support.layout import NOT_SOURCES, ROOT, modules_of
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_TORCH = ("grpo/config", "grpo/guards", "grpo/display", "grpo/common")
 
 

@@ -18,6 +18,8 @@ from torch import nn
 from rankup.grpo.cli.plan.step_memory import PeakMemory, fake_tensors, flash_workspace
 from rankup.grpo.common.quiet import quiet_stderr
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "performance" / "memory.json"
 Load = Callable[[str], ModuleType]
@@ -220,7 +222,6 @@ def test_the_plan_is_within_a_tenth_of_a_cell_of_each_model(report: Any, cells: 
     assert [report.planned(cell) for cell in chosen] == pytest.approx([cell.peak for cell in chosen], rel=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_plan_is_within_a_tenth_of_every_cell(report: Any, cells: list[Any]):
     ratios = [report.planned(cell) / cell.peak for cell in cells if cell.side == "rankup"]
@@ -228,7 +229,6 @@ def test_the_plan_is_within_a_tenth_of_every_cell(report: Any, cells: list[Any])
     assert min(ratios) > 0.9 and max(ratios) < 1.1
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("side", ["rankup", "trl", "peft"])
 def test_the_figures_equal_a_new_measurement(memory: Any, cells: list[Any], side: str):
@@ -264,7 +264,6 @@ def test_the_page_shows_the_tables_of_the_figures(report: Any, cells: list[Any],
     assert shown == report.tables(cells)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_page_shows_the_plan_of_every_cell(report: Any, cells: list[Any]):
     assert _shown_tables() == report.tables(cells)

@@ -14,6 +14,8 @@ from rankup.rewards.code import _harness_input, program_of, stdin_stdout, unit_t
 from rankup.rewards.loading import reward_name
 from rankup.rewards.sandbox import bubblewrap_problem, run_python
 
+pytestmark = pytest.mark.slow
+
 PROBLEM = bubblewrap_problem()
 needs_bubblewrap = pytest.mark.skipif(PROBLEM is not None, reason=f"no sandbox here: {PROBLEM}")
 PATIENT = 30  # seconds: the machine may be busy

@@ -15,6 +15,8 @@ from scored import scorer_of
 from rankup.rewards import Inputs, RewardError
 from rankup.rewards.judge import DEFAULT_TEMPLATE, JudgeError, judge
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from scored import UnreadableError, inputs, length, obeys
 
 from rankup.rewards.contract import RewardError
 
+pytestmark = pytest.mark.slow
+
 
 def test_output_of_functions_is_printed_here(make_scorer, capfd):
     def prints(completions, **kwargs):

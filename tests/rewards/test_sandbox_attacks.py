@@ -26,6 +26,8 @@ import pytest
 from rankup.rewards import sandbox
 from rankup.rewards.sandbox import Limits, Outcome, bubblewrap_problem, run_python
 
+pytestmark = pytest.mark.slow
+
 PROBLEM = bubblewrap_problem()
 needs_bubblewrap = pytest.mark.skipif(PROBLEM is not None, reason=f"no sandbox here: {PROBLEM}")
 PATIENT = Limits(seconds=60)  # for programs that end by themselves: the machine may be busy

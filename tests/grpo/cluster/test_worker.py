@@ -19,6 +19,8 @@ from rankup.grpo.common.world import WorkerLostError
 from rankup.grpo.run.worker_reports import DivergedError
 from rankup.grpo.user_inputs import UserInputs
 
+pytestmark = pytest.mark.slow
+
 HANGS = """
 import sys, time
 from rankup.grpo.cluster.deadline import Deadline

@@ -13,6 +13,8 @@ import pytest
 
 from rankup.grpo.run.reporting import check_reports
 
+pytestmark = pytest.mark.slow
+
 SESSION = """
 import json, math, sys
 from pathlib import Path
@@ -176,7 +178,6 @@ def test_wandb_without_a_login_is_refused_without_a_prompt(tmp_path: Path) -> No
     )
 
 
-@pytest.mark.slow
 def test_wandb_without_a_reachable_server_is_refused(tmp_path: Path) -> None:
     done = run(
         tmp_path, SESSION, "wandb", "1", "ended",

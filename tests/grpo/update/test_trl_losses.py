@@ -35,6 +35,8 @@ from rankup.grpo.model.packing import Pack, pack
 from rankup.grpo.update.learner import without_truncated
 from rankup.grpo.update.objective import Objective, StepConstants
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(4, [3, 1, 6, 2]), (2, [7, 4, 1, 5])]
 TRUNCATED = (2,)  # of each group, where completions that were cut off are masked
 MAX_COMPLETION_LENGTH = 9

@@ -23,6 +23,8 @@ from rankup.kernels.triton.lora import (
     product_with_adapter_kernel,
 )
 
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.interpreted
 RAGGED = [(252, 507, 123), (1, 64, 300), (0, 40, 24), (130, 1, 257)]
 RANKS = [1, 8, 64, 96, 128]

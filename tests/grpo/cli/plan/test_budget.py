@@ -12,6 +12,8 @@ from rankup.grpo.cli.plan.memory import GIB, Budget, Device, changed, gib, low_m
 from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
 from rankup.grpo.config import GRPOConfig
 
+pytestmark = pytest.mark.slow
+
 QWEN_7B = {
     "model_type": "qwen2",
     "num_hidden_layers": 28,

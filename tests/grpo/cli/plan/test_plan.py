@@ -20,6 +20,8 @@ from rankup.grpo.cli.plan.plan import EXAMPLES, add_plan_command, make_plan
 from rankup.grpo.cli.plan.view import show
 from rankup.grpo.config import load_config
 
+pytestmark = pytest.mark.slow
+
 SMOLLM = {
     "model_type": "llama",
     "num_hidden_layers": 30,

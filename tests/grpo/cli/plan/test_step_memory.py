@@ -13,6 +13,8 @@ from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.model.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
