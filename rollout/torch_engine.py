@@ -166,8 +166,11 @@ class TorchEngine:
                 row.finish_reason = "length"
             if stop:
                 text = self._text(row.token_ids)
-                if places := [at for at in map(text.find, stop) if at >= 0]:
-                    row.finish_reason, row.text = "stop", text[: min(places)]
+                # As with vLLM, the one that is complete first counts; of several, the first that is listed.
+                found = [(at + len(string), place, at) for place, string in enumerate(stop) if (at := text.find(string)) >= 0]
+                if found:
+                    _, _, at = min(found)
+                    row.finish_reason, row.text = "stop", text[:at]
 
     def _completion(self, row: _Row) -> Completion:
         assert row.finish_reason is not None

@@ -177,6 +177,17 @@ def test_all_end_tokens_of_the_model_end_a_completion(make: Make, tiny_model_pat
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
 
 
+def test_of_stop_strings_that_end_together_the_first_one_listed_counts(make: Make) -> None:
+    engine = make()
+    (free,) = engine.rollout(PROMPTS[:1], settings(num_generations=8), seeds=[1])
+    pairs = [(c.text, at) for c in free.completions for at in range(1, len(c.text)) if c.text[: at + 1].isascii()]
+    text, at = next((text, at) for text, at in pairs if text.index(text[at]) == at)
+    short, long = text[at], text[at - 1 : at + 1]
+    for stop, expected in (([short, long], text[:at]), ([long, short], text[: at - 1])):
+        (stopped,) = engine.rollout(PROMPTS[:1], settings(num_generations=8, stop=stop), seeds=[1])
+        assert expected in {c.text for c in stopped.completions}
+
+
 def test_a_stop_string_ends_a_completion_and_its_text(make: Make) -> None:
     engine = make()
     (free,) = engine.rollout(PROMPTS[:1], settings(num_generations=8), seeds=[1])

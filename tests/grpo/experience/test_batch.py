@@ -88,6 +88,8 @@ def test_long_completions_lose_reward(make_batch):
         lengths = [len(c.token_ids) for c in group.completions]
         shaped = [1.0 - max(0, length - 4) / 4 for length in lengths]
         assert group.reward_std == pytest.approx(statistics.stdev(shaped))
+        mean = statistics.fmean(shaped)
+        assert [advantage > 0 for advantage in group.advantages] == [reward > mean for reward in shaped]
     assert batch.metrics["overlong_penalty"] > 0
     assert batch.metrics["reward"] == 1.0, "the metric is the functions' reward, without the penalty"
 
