@@ -83,7 +83,8 @@ def test_long_completions_lose_reward(make_batch):
     def constant(completions, **kwargs):
         return [1.0] * len(completions)
 
-    batch = make_batch(constant, soft_overlong_tokens=4)
+    batch = make_batch(constant, soft_overlong_tokens=4, stop=list("0123456789abcdefgh"))
+    assert all(len({c.num_tokens for c in group.completions}) > 1 for group in batch.groups)
     for group in batch.groups:
         lengths = [len(c.token_ids) for c in group.completions]
         shaped = [1.0 - max(0, length - 4) / 4 for length in lengths]
