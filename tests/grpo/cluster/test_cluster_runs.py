@@ -32,15 +32,21 @@ NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
-    """Three nodes of one CPU each besides the head; the environment variables with which a run joins them."""
+def nodes() -> Iterator[Any]:
+    """A cluster of three nodes of one CPU each besides the head."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
     for _ in range(3):
         nodes.add_node(**NODE)
-    yield {"RAY_ADDRESS": str(nodes.address)}
+    yield nodes
     nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: Any) -> dict[str, str]:
+    """The environment variables with which a run joins it."""
+    return {"RAY_ADDRESS": str(nodes.address)}
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +162,29 @@ def test_two_workers_with_vllm_come_to_the_adapter_of_one(tmp_path: Path, model:
 
 
 def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Path, cluster: dict[str, str]):
+    assert_recovery(tmp_path, model, cluster, undisturbed=two)
+
+
+@pytest.mark.engine
+@pytest.mark.exhaustive
+def test_a_run_with_vllm_recovers_from_whatever_dies(
+    tmp_path: Path, model: Path, nodes: Any, cluster: dict[str, str], engine_shelf
+):
+    nodes.add_node(**NODE)  # in place of one that another test may have killed
+    engine_shelf.close()  # these processes start further engines
+    write_run_file(tmp_path / "two", model)
+    two = ClusterRun(tmp_path / "two", ("rollout.engine=vllm", "cluster.workers=2"), cluster)
+    assert two.wait() == 0, two.output
+    assert_recovery(tmp_path / "recovered", model, cluster, "rollout.engine=vllm", undisturbed=two.output_dir)
+
+
+def assert_recovery(folder: Path, model: Path, cluster: dict[str, str], *overrides: str, undisturbed: Path) -> None:
     """A signal to the run, then SIGKILL of a worker, a worker that hangs, SIGKILL of a node: the end is the undisturbed one."""
-    write_run_file(tmp_path, model)
+    write_run_file(folder, model)
     for step in range(1, 5):
-        (tmp_path / f"stop_{step}").touch()
-    overrides = ("cluster.workers=2", "cluster.step_timeout=15")
-    run = ClusterRun(tmp_path, overrides, cluster)
+        (folder / f"stop_{step}").touch()
+    overrides = (*overrides, "cluster.workers=2", "cluster.step_timeout=15")
+    run = ClusterRun(folder, overrides, cluster)
 
     run.until_stopped_at(1)
     run.process.send_signal(signal.SIGTERM)
@@ -171,7 +194,7 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     assert run.wait() == 0
     assert "to resume: rankup train run.yaml" in run.output and (run.output_dir / "checkpoints" / "step_000002").is_dir()
 
-    run = ClusterRun(tmp_path, (*overrides, "--resume"), cluster)
+    run = ClusterRun(folder, (*overrides, "--resume"), cluster)
     os.kill(run.until_stopped_at(2)[1]["worker"], signal.SIGKILL)
     run.let_continue(2)
     os.kill(run.until_stopped_at(3)[0]["worker"], signal.SIGSTOP)
@@ -182,8 +205,8 @@ def test_a_run_recovers_from_whatever_dies(two: Path, tmp_path: Path, model: Pat
     run.let_continue(4)
     assert run.wait() == 0, run.output
 
-    assert timeless(run.output_dir) == timeless(two)
-    expected, adapter = adapter_of(two), adapter_of(run.output_dir)
+    assert timeless(run.output_dir) == timeless(undisturbed)
+    expected, adapter = adapter_of(undisturbed), adapter_of(run.output_dir)
     assert all(expected[name].equal(adapter[name]) for name in expected)
     assert run.output.count("restarting all workers") == 3 and "its node has died" in run.output
     assert "worker 1: no collective completed within cluster.step_timeout=15 s" in run.output
