@@ -1,4 +1,4 @@
-"""The evaluations of a run: between two steps when they are due, and the final one, which may put back an earlier policy."""
+"""The evaluations of a run: between two steps when they are due, and the final one, which may restore an earlier policy."""
 
 from __future__ import annotations
 

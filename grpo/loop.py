@@ -147,7 +147,8 @@ def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:
         evaluate_between_steps(ctx, step)
     save_steps, requests = ctx.setup.config.checkpoint.save_steps, ctx.setup.callbacks.requests
     is_last = requests.stop or step == ctx.setup.config.optim.max_steps
-    if step and (requests.save or is_due(step, save_steps) or (is_last and save_steps)):
+    is_wanted = requests.save or is_due(step, save_steps) or (is_last and save_steps > 0)
+    if is_wanted and not ctx.checkpoints.is_saved:
         ctx.checkpoints.save()
         if ctx.checkpoints.is_saved:
             ctx.setup.callbacks.save()

@@ -152,7 +152,7 @@ def _type(name: str, field: FieldInfo) -> str:
 
 
 def _source(annotation: Any) -> Iterator[str]:
-    """The parts of a union that an annotation stands for, as Python writes them."""
+    """The members of the union in an annotation, as Python writes them."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from _source(arguments[0])

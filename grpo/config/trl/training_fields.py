@@ -112,7 +112,7 @@ TRAINING_FIELDS: dict[str, TrlField] = {
     ),
     "greater_is_better": converted("guards.load_best_model_at_end", "bool | None", None, "only true: higher is better"),
     "ignore_data_skip": moot("bool", False, "the prompts of a step depend on seed and step only; nothing is skipped"),
-    "restore_callback_states_from_checkpoint": refused("bool", False, "callbacks start anew in a resumed run"),
+    "restore_callback_states_from_checkpoint": refused("bool", False, "callbacks keep no state when a run is resumed"),
     "full_determinism": moot("bool", False, "runs are bit-exact on the CPU; CUDA kernels are not", is_reported=True),
     "seed": mapped("seed", "int", 42),
     "data_seed": mapped("data.shuffle_seed", "int | None", None),

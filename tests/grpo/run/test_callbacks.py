@@ -78,6 +78,7 @@ def test_a_run_that_a_callback_ended_resumes_where_it_ended(make_trainer, tmp_pa
     trainer = make_trainer(callbacks=[seen], max_steps=4)
     summary = trainer.train(resume_from_checkpoint=True)
     assert summary["steps"] == 4 and ("on_train_begin", 2) in seen.events
+    assert [step for event, step in seen.events if event == "on_save"] == [4], "that of step 2 was written before"
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4]
     assert [row["step"] for row in trainer.state.log_history if "reward" in row] == [1, 2, 3, 4]
 
