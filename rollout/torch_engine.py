@@ -63,7 +63,7 @@ class SampledPolicy(Protocol):
         ...
 
     def sampling(self, *, use_adapter: bool) -> AbstractContextManager[None]:
-        """Within it, the model takes padded rows and a cache, with or without the adapter, and no gradient is recorded."""
+        """Within it, the model is used with or without the adapter, and no gradient is recorded."""
         ...
 
 

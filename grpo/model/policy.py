@@ -74,7 +74,9 @@ class Policy:
         check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
-        base.set_attn_implementation(shared_prompt_attention.NAME if self.shares_prompts else _plain_attention(base))
+        base.set_attn_implementation(_plain_attention(base))
+        self._is_packed = False
+        self._checkpoints_gradients = False
         self.device = device
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
@@ -83,9 +85,9 @@ class Policy:
         self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)) if slots is None else slots)
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
+        self._checkpoints_gradients = gradient_checkpointing
         if gradient_checkpointing:
             base.gradient_checkpointing_enable()
-            base.train()  # transformers recomputes in training mode only; there is no dropout to switch on
 
     # ------------------------------------------------------------------------------------------- adapter
 
@@ -157,7 +159,7 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
-        with nullcontext() if use_adapter else self.peft_model.disable_adapter():
+        with self.packed(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
             hidden_ND, head = self._hidden(pack), self.head
         return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes)
 
@@ -175,17 +177,18 @@ class Policy:
         `passes`: over the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
         once all log-probabilities are. See `linear_logprob_loss` for both.
         """
-        loss, logprobs_N, entropy_N = linear_logprob_loss(
-            self._hidden(pack),
-            self.head,
-            pack.targets_N,
-            token_loss,
-            temperature=temperature,
-            chunk_bytes=self._logits_bytes,
-            passes=passes,
-            factor=factor,
-        )
-        loss.backward()
+        with self.packed():
+            loss, logprobs_N, entropy_N = linear_logprob_loss(
+                self._hidden(pack),
+                self.head,
+                pack.targets_N,
+                token_loss,
+                temperature=temperature,
+                chunk_bytes=self._logits_bytes,
+                passes=passes,
+                factor=factor,
+            )
+            loss.backward()
         return loss.detach(), logprobs_N, entropy_N
 
     def _check_base_weights(self, *, thoroughly: bool) -> None:
@@ -202,7 +205,8 @@ class Policy:
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
         if self.shares_prompts:
             inputs["shared_prompt_layout"] = shared_prompt_attention.SharedPromptLayout.build([(2, [])], self.device)
-        self.model.base_model(**inputs, use_cache=False)
+        with self.packed():
+            self.model.base_model(**inputs, use_cache=False)
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
         inputs: dict[str, Any] = {"attention_mask": pack.attention_mask}
@@ -224,20 +228,34 @@ class Policy:
         return {name: layer.slot for name, layer in self.layers.items()}
 
     @contextmanager
-    def sampling(self, *, use_adapter: bool = True) -> Iterator[None]:
-        """Within it, the model takes padded rows and a cache, as `rollout/torch_engine.py` needs, and records no gradient."""
-        was_training = self.model.training
-        if was_training:  # as with gradient checkpointing, with which transformers uses no cache in this mode
-            self.model.eval()
-        self.model.set_attn_implementation(_plain_attention(self.model))
+    def packed(self) -> Iterator[None]:
+        """Within it, the model takes packs. Outside, it is the model that any code of transformers can call, `generate` too.
+
+        The methods of this class enter it by themselves; entering it around many calls saves switching at each.
+        """
+        if self._is_packed:
+            yield
+            return
+        self._is_packed = True
+        if self.shares_prompts:
+            self.model.set_attn_implementation(shared_prompt_attention.NAME)
+        if self._checkpoints_gradients:
+            self.model.train()  # transformers recomputes in training mode only; there is no dropout to switch on
         try:
-            with torch.no_grad(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
-                yield
+            yield
         finally:
-            if was_training:
-                self.model.train()
+            self._is_packed = False
+            self.model.eval()
             if self.shares_prompts:
-                self.model.set_attn_implementation(shared_prompt_attention.NAME)
+                self.model.set_attn_implementation(_plain_attention(self.model))
+
+    @contextmanager
+    def sampling(self, *, use_adapter: bool = True) -> Iterator[None]:
+        """Within it, the model is used with or without the adapter, and records no gradient."""
+        assert not self._is_packed, "the model takes packs, not padded rows"
+        self.model.eval()  # a user's callback may have left it in training mode, in which transformers uses no cache
+        with torch.no_grad(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
+            yield
 
     def _local_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
         return {

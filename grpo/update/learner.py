@@ -138,10 +138,11 @@ class Learner:
             return StepGradients()
         local = [group for group in trained if group.is_local]
         packs = self._packs(local)
-        constants = self._constants(groups, trained, packs)
-        base = self._base_logprobs(packs)
-        # The policy of the first iteration is that of the start of the step: its log-probabilities are the old ones.
-        stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), base)
+        with self.policy.packed():
+            constants = self._constants(groups, trained, packs)
+            base = self._base_logprobs(packs)
+            # The policy of the first iteration is that of the start of the step: its log-probabilities are the old ones.
+            stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), base)
         return StepGradients(
             stats=stats,
             packing=_packing_metrics(self.world.all_gather(_packing_counts(packs, local))),

@@ -127,8 +127,7 @@ def layouts(policy: Policy, groups: list[Group], layout: str, budget: int) -> li
     if layout == "shared":
         assert policy.shares_prompts, policy.plain_reason
         return pack(groups, tokens_per_pack=budget)
-    if policy.shares_prompts:
-        policy.model.set_attn_implementation("sdpa")  # what a policy that cannot share prompts has from the start
+    policy.shares_prompts = False  # as of a policy that cannot share prompts
     return pad(groups, tokens_per_pack=budget, pad_token_id=0)
 
 

@@ -68,9 +68,7 @@ def test_logprobs_are_the_processed_ones(make_engine, make_policy):
     ids = [*group.prompt_token_ids, *group.completions[0].token_ids]
     with torch.no_grad():
         model_inputs = {"input_ids": torch.tensor([ids])}
-        policy.model.set_attn_implementation("sdpa")
         logits = policy.model(**model_inputs).logits[0, len(PROMPTS[0]) - 1 : -1]
-        policy.model.set_attn_implementation("rankup_shared_prompt")
     expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids[len(PROMPTS[0]) :])[:, None])[:, 0]
     assert torch.tensor(group.completions[0].logprobs) == pytest.approx(expected.tolist(), abs=2e-4)
 

@@ -241,7 +241,6 @@ def test_a_saved_adapter_is_the_same_policy_in_stock_peft(
     base = AutoModelForCausalLM.from_pretrained(tiny_model_path("llama"), dtype=torch.float32)
     stock = PeftModel.from_pretrained(base, tmp_path / "adapter")
     ids = torch.arange(4, 24)[None]
-    policy.model.set_attn_implementation("sdpa")
     with torch.no_grad():
         torch.testing.assert_close(policy.model(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-5)
         with stock.disable_adapter():
