@@ -1,13 +1,22 @@
-"""The evaluations of a run: between two steps when they are due, and the final one, which may restore an earlier policy."""
+"""The evaluations of a run, between two steps when they are due, and the final one, which may restore an earlier policy; and
+those that a user asks for."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
 
 from .common.errors import TrainingStoppedError
 from .common.log import logger
 from .context import RunContext
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
+from .run.notes import evaluation_notes
 from .setup import RunSetup
+from .update.session import Session
 
 
 def evaluate_between_steps(ctx: RunContext, step: int) -> None:
@@ -21,8 +30,12 @@ def evaluate_between_steps(ctx: RunContext, step: int) -> None:
         guards.apply(decision)
         if decision.restore is not None:
             ctx.session.publish()
-    record_evaluation(ctx, step, evaluation, "during" if step else "before")
-    if decision is None or not decision.stop:
+    is_complete = decision is None or not decision.stop
+    ctx.setup.callbacks.record_evaluation(evaluation, "during" if step else "before")
+    if is_complete:  # before a user's callback can fail
+        ctx.checkpoints.set_position(step, evaluation_pending=False)
+    ctx.setup.callbacks.evaluate(metrics(evaluation))
+    if is_complete:
         ctx.checkpoints.set_position(step, evaluation_pending=False)
     for note in decision.notes if decision is not None else ():
         logger.info(note)
@@ -40,7 +53,7 @@ def end_with_best_policy(ctx: RunContext) -> None:
     if kind is not None:
         ctx.checkpoints.save()  # the final state, before it is left
         if last is not None:
-            record_evaluation(ctx, steps_done, last, "during")
+            record_evaluation(ctx, last, "during")
             last = None
         ctx.checkpoints.leave_position()
         step = guards.restore(kind)
@@ -48,7 +61,7 @@ def end_with_best_policy(ctx: RunContext) -> None:
         origin = f"before the update of step {step + 1}" if kind == "step" else f"the evaluation after step {step}"
         logger.info(f"the reward declined from its best: the run ends with the adapter from {origin}")
     if ctx.setup.eval_prompts is not None:
-        record_evaluation(ctx, steps_done, last or evaluate_policy(ctx, steps_done), "after")
+        record_evaluation(ctx, last or evaluate_policy(ctx, steps_done), "after")
 
 
 def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
@@ -60,11 +73,15 @@ def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
         return evaluate(ctx.session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step, world=setup.world)
 
 
-def record_evaluation(ctx: RunContext, step: int, evaluation: Evaluation, when: When) -> None:
-    """Record and show an evaluation after `step` updates."""
-    if ctx.output is not None:
-        ctx.output.evaluation(step, evaluation, when)
-    ctx.setup.callbacks.evaluate({"eval_reward": evaluation.mean_reward})
+def record_evaluation(ctx: RunContext, evaluation: Evaluation, when: When) -> None:
+    """Record and show an evaluation."""
+    ctx.setup.callbacks.record_evaluation(evaluation, when)
+    ctx.setup.callbacks.evaluate(metrics(evaluation))
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """What callbacks see of an evaluation."""
+    return {"eval_reward": evaluation.mean_reward}
 
 
 def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
@@ -80,3 +97,33 @@ def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
 def is_due(steps_done: int, every: int) -> bool:
     """Whether something that happens every so many steps is due; never for 0."""
     return every > 0 and steps_done % every == 0
+
+
+def evaluate_now(setup: RunSetup, session: Session, adapter: Path | None) -> dict[str, float]:
+    """Evaluate outside of the loop: the current policy, or a saved adapter. See `GRPOTrainer.evaluate`."""
+    assert setup.eval_prompts is not None
+    setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")
+    step = setup.callbacks.state.global_step
+    with nullcontext() if adapter is None else _adapter_in_place(session, adapter):
+        evaluation = evaluate(session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step)
+    for note in evaluation_notes(evaluation):
+        logger.warning(note)
+    if adapter is None:
+        setup.callbacks.evaluate(metrics(evaluation))
+    return metrics(evaluation)
+
+
+@contextmanager
+def _adapter_in_place(session: Session, adapter: Path) -> Iterator[None]:
+    """The policy with the weights of a saved adapter inside the block."""
+    masters = session.policy.masters
+    current = [master.detach().clone() for master in masters]
+    session.policy.load_adapter(adapter)
+    session.publish()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for master, weight in zip(masters, current, strict=True):
+                master.copy_(weight)
+        session.publish()

@@ -1,6 +1,7 @@
 """The loop. Read it from top to bottom.
 
-    summary = train(prepare_run(config, UserInputs(), view=view), resume=True)
+    setup = prepare_run(config, UserInputs(), view=view)
+    summary = train(setup, Sessions(setup), resume=True)
 
 A step: sample groups with the engine and score each as it finishes; turn rewards into advantages; compute gradients on the
 groups that have variance, each prompt once; apply the guards' decision; update; publish the adapter to the engine in place;
@@ -16,20 +17,24 @@ from ..rollout.engine import RolloutEngine
 from .checkpoint.resume import Resume, find_resumption, summary_of_finished_run
 from .common.errors import TrainingStoppedError
 from .common.log import log_to, logger
-from .common.memory import resident_mib
 from .common.timing import Clock
-from .context import RunContext, open_run, run_folder_owned, save_on_error, write_final_files
+from .context import RunContext, open_run, run_folder_owned
+from .ending import save_on_error, write_final_files
 from .evaluating import end_with_best_policy, evaluate_between_steps, evaluation_is_due, is_due
-from .experience.batch import Batch, collect_batch
-from .run.profiling import profiled, trace_path
+from .experience.batch import collect_batch
+from .recording import record_step
 from .run.reporting import check_reports
-from .run.worker_reports import exchange_reports, num_tokens, slowest, time_metrics
+from .sessions import Sessions
 from .setup import RunSetup
-from .update.learner import Update
 
 
 def train(
-    setup: RunSetup, *, resume: Resume = False, allow_changes: bool = False, engine: RolloutEngine | None = None
+    setup: RunSetup,
+    sessions: Sessions,
+    *,
+    resume: Resume = False,
+    allow_changes: bool = False,
+    engine: RolloutEngine | None = None,
 ) -> dict[str, Any]:
     """Run all remaining steps in this process; returns the summary. See `GRPOTrainer.train`.
 
@@ -46,6 +51,7 @@ def train(
         )
         if finished is not None:
             logger.info(f"the run in {setup.config.logging.output_dir} is already finished: there is nothing to do")
+            sessions.take_finished_run()
             return finished
         resumption = world.broadcast_from_main(
             lambda: find_resumption(
@@ -53,13 +59,13 @@ def train(
             )
         )
         pending = evaluation_is_due(setup, 0)
-        ctx = stack.enter_context(open_run(setup, resumption, evaluation_pending=pending, engine=engine))
+        ctx = stack.enter_context(open_run(setup, sessions, resumption, evaluation_pending=pending, engine=engine))
         with save_on_error(ctx):
             setup.on_ready()
             begin(ctx)
             run(ctx)
         summary = write_final_files(ctx)
-        setup.callbacks.end()
+        setup.callbacks.end(world.broadcast_from_main(lambda: summary["seconds"]["total"]))
         return summary
 
 
@@ -73,6 +79,7 @@ def begin(ctx: RunContext) -> None:
         model=session.policy.peft_model,
         tokenizer=setup.inputs.tokenizer,
         optimizer=session.learner.optimizer,
+        inside=ctx.inside,
     )
 
 
@@ -83,8 +90,7 @@ def run(ctx: RunContext) -> None:
         evaluate_and_save_if_due(ctx, step)
         if ctx.setup.callbacks.requests.stop:
             break
-        with profiled(trace_path(ctx.setup.config.logging, step + 1, rank=ctx.setup.world.rank)):
-            train_step(ctx, step)
+        train_step(ctx, step)
     else:
         evaluate_and_save_if_due(ctx, max_steps)
     end_with_best_policy(ctx)
@@ -106,38 +112,9 @@ def train_step(ctx: RunContext, step: int) -> None:
         ctx.session.publish()
     metrics = {**batch.metrics, **gradients.metrics(), **update.metrics}
     del gradients  # the packs and their log-probabilities
-    record(ctx, step, batch, metrics, update, clock, is_complete=not decision.stop)
+    record_step(ctx, step, batch, metrics, update, clock, is_complete=not decision.stop)
     if decision.stop_reason is not None:
         raise TrainingStoppedError(decision.stop_reason)
-
-
-def record(
-    ctx: RunContext,
-    step: int,
-    batch: Batch,
-    metrics: dict[str, float],
-    update: Update,
-    clock: Clock,
-    *,
-    is_complete: bool,
-) -> None:
-    """Record and show a step. Once its metrics are written, a checkpoint of this step is valid."""
-    checkpoints = ctx.checkpoints
-    reports = exchange_reports(ctx.setup.world, ctx.session, clock.seconds, batch.groups)
-    checkpoints.num_tokens += num_tokens(batch.groups)
-    metrics = {
-        **metrics,
-        "num_tokens": float(checkpoints.num_tokens),
-        "memory/resident_mib": resident_mib(),
-        **time_metrics(reports, trained_tokens=metrics.get("packing/completion_tokens", 0.0)),
-    }
-    if ctx.output is not None:
-        ctx.output.recorder.step(step + 1, metrics)
-    ctx.setup.callbacks.step_end(step + 1, metrics)
-    if is_complete:
-        checkpoints.set_position(step + 1, evaluation_pending=evaluation_is_due(ctx.setup, step + 1))
-    if ctx.output is not None:
-        ctx.output.show_step(step, batch.groups, metrics, slowest(reports), update.notes)
 
 
 def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:

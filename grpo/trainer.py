@@ -4,7 +4,11 @@
 
     trainer = GRPOTrainer(model="smollm2-135m-instruct", reward_funcs=my_reward, args=GRPOConfig(max_steps=50),
                           train_dataset="train.jsonl", eval_dataset="test.jsonl")
-    summary = trainer.train()                                   # or train(resume_from_checkpoint=True)
+    trainer.train()                                 # or train(resume_from_checkpoint=True)
+    trainer.evaluate()["eval_reward"]               # of the policy as it is now
+    trainer.generate(["What is 2 + 3?"])
+    trainer.save_model("my-adapter")
+    trainer.close()                                 # gives the memory back; so does `with GRPOTrainer(...) as trainer:`
 
 Making a `GRPOTrainer` checks configuration, data and reward functions and writes nothing; `train` makes the run folder. The
 loop itself is in `loop.py`.
@@ -12,30 +16,35 @@ loop itself is in `loop.py`.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
-from ..rewards.loading import RewardSpec
 from ..rollout.engine import RolloutEngine
-from . import loop
+from . import generation, sharing
 from .checkpoint.resume import Resume
-from .common.errors import ClusterError
 from .common.log import log_to
 from .config import GRPOConfig
-from .context import open_scorer_and_session
-from .data.sources import DataSource
 from .display.terminal import View, make_view
-from .experience.evaluation import evaluate
+from .evaluating import evaluate_now
+from .running import run
+from .sessions import Session, Sessions
 from .setup import prepare_run
-from .user_inputs import UserInputs
+from .user_inputs import DataSource, RewardSpec, UserInputs
 
 
 class GRPOTrainer:
     """Trains one LoRA adapter with GRPO. See the module's docstring.
+
+    The engine and the policy start when they are first needed and stay in memory until `close`, until the trainer is garbage,
+    until a run fails, or until another trainer of the process starts its own. They start again when they are needed, with the
+    adapter that the run has saved.
 
     Args:
         model: embedded name, folder or Hub id; None: `args.model.name`.
@@ -46,7 +55,8 @@ class GRPOTrainer:
         view: where progress is shown; None: the terminal.
 
     Attributes:
-        can_resume: whether the last `train` has left a checkpoint to resume from.
+        args: the configuration, with the number of steps of a run in epochs.
+        summary: the content of the last run's `summary.json`; empty before.
 
     Raises:
         ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
@@ -68,7 +78,7 @@ class GRPOTrainer:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
         if config.cluster.workers > 1:  # an iterator could be read only once, and every worker reads the data
             train_dataset, eval_dataset = (list(d) if isinstance(d, Iterator) else d for d in (train_dataset, eval_dataset))
-        self.can_resume = False
+        self.summary: dict[str, Any] = {}
         self._inputs = UserInputs(
             reward_funcs=reward_funcs,
             train_dataset=train_dataset,
@@ -76,13 +86,37 @@ class GRPOTrainer:
             callbacks=list(callbacks or ()),
         )
         self.setup = prepare_run(config, self._inputs, view=view or _view_of(config))
-        self.config = self.setup.config
-        self.view = view or _view_of(self.config)  # now the number of steps is known, also of a run in epochs
+        self.args = self.setup.config
+        self.view = view or _view_of(self.args)  # now the number of steps is known, also of a run in epochs
+        self._sessions = Sessions(self.setup)
+        self._is_shown = False
+
+    # ---------------------------------------------------------------------------------------------- state
 
     @property
     def state(self) -> TrainerState:
         """`global_step`, `epoch`, `max_steps` and `log_history` of the run."""
         return self.setup.callbacks.state
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether the last `train` has left a checkpoint to resume from."""
+        return self.setup.can_resume
+
+    @property
+    def model(self) -> PeftModel:
+        """The current policy, which any code for PEFT and transformers models can use: `generate`, `named_parameters`,
+        `save_pretrained`. Its base weights may be vLLM's: do not change, merge or move them.
+
+        Raises:
+            ValueError: the engine could not be started, with the reason.
+        """
+        return self._current().policy.peft_model
+
+    @property
+    def processing_class(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the run."""
+        return self.setup.inputs.tokenizer
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Call it in further runs of this trainer; a class is instantiated.
@@ -96,24 +130,32 @@ class GRPOTrainer:
         """No longer call it, or the first one of that class; returns it, or None if there is none."""
         return self.setup.callbacks.remove(callback)
 
+    def log(self, logs: Mapping[str, float]) -> None:
+        """Add metrics to `state.log_history` and tell the callbacks; during a run, also to `metrics.jsonl` and the trackers."""
+        self.setup.callbacks.log(logs)
+
+    # ------------------------------------------------------------------------------------------- training
+
     def train(
         self,
+        resume_from_checkpoint: Resume = None,
         *,
-        resume_from_checkpoint: Resume = False,
         allow_changes: bool = False,
         engine: RolloutEngine | None = None,
-    ) -> dict[str, Any]:
-        """Run all steps; returns the content of `summary.json`. Whatever ends the run early, it is saved up to its last
-        complete step.
+    ) -> TrainOutput:
+        """Run all steps, from the model that the trainer was given: a second call is a new run. Returns the number of updates,
+        the mean loss, and metrics of speed; `summary` has the content of `summary.json`.
 
-        SIGINT (Ctrl-C) and SIGTERM let the step finish, save a checkpoint and raise `RunInterrupted`; a second one kills. A
-        signal that comes too late to stop anything sets `interrupted` in the returned summary.
+        Whatever ends the run early, it is saved up to its last complete step. SIGINT (Ctrl-C) and SIGTERM let the step finish,
+        save a checkpoint and raise `RunInterrupted`; a second one kills. In a notebook or at a prompt, Ctrl-C raises
+        KeyboardInterrupt instead, and a second one stops at once. A signal that comes too late to stop anything sets
+        `interrupted` in `summary`.
 
         Args:
             resume_from_checkpoint: True: resume from the newest complete checkpoint of `output_dir`, or start from scratch if
                 there is none; a path: from that one. The run then continues bit-exactly on CPU.
             allow_changes: resume although configuration, data or reward functions differ from the checkpoint's.
-            engine: sample with this one, which stays open, so that several runs can share it. None: one for this run.
+            engine: sample with this one, which is never closed here, so that several trainers can share it.
 
         Raises:
             StorageError: `checkpoint.storage` could not be reached when the run was looked up, or started.
@@ -121,62 +163,132 @@ class GRPOTrainer:
             TrainingStoppedError: the guards gave up.
             ClusterError: a run with `cluster.workers` above 1 has failed.
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
+            KeyboardInterrupt: Ctrl-C in a notebook or at a prompt.
         """
-        self.can_resume = False
-        interrupts = self.setup.interrupts
-        with self.view, log_to(self.view.note), interrupts.handled(), interrupts.deferred():
-            if self.config.cluster.workers > 1:
-                summary = self._train_on_cluster(resume_from_checkpoint, allow_changes, engine)
-            else:
-                self.setup.view, self.setup.last_checkpoint = self.view, None
-                try:
-                    summary = loop.train(
-                        self.setup, resume=resume_from_checkpoint, allow_changes=allow_changes, engine=engine
-                    )
-                finally:
-                    self.can_resume = self.setup.last_checkpoint is not None
-            return {**summary, "interrupted": True} if interrupts.requested is not None else summary
+        with self._shown():
+            self.summary = run(
+                self.setup,
+                self._sessions,
+                self._inputs,
+                resume=resume_from_checkpoint,
+                allow_changes=allow_changes,
+                engine=engine,
+            )
+        metrics = self.setup.callbacks.train_metrics(self.summary["seconds"]["total"])
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    def evaluate(self, *, adapter: Path | None = None) -> float:
-        """Mean greedy reward on the evaluation data: of the saved adapter in that folder, or of the base model.
+    def evaluate(self, *, adapter: str | Path | None = None) -> dict[str, float]:
+        """Greedy completions of the evaluation data by the current policy: their metrics, such as `eval_reward`, the mean
+        reward. They are added to `state.log_history`, and callbacks see them.
+
+        Args:
+            adapter: evaluate the saved adapter in this folder instead.
 
         Raises:
             ValueError: no evaluation data, or no such adapter.
         """
-        setup = self.setup
-        if setup.eval_prompts is None:
+        if self.setup.eval_prompts is None:
             raise ValueError("no evaluation data: set data.eval, or pass eval_dataset to GRPOTrainer")
-        with self.view, log_to(self.view.note), open_scorer_and_session(setup) as session:
-            if adapter is not None:
-                session.policy.load_adapter(adapter)
-                session.publish()
-            self.view.stage(f"evaluating {len(setup.eval_prompts)} prompts")
-            evaluation = evaluate(
-                session.engine, setup.scorer, setup.eval_prompts, self.config, step=0, use_adapter=adapter is not None
-            )
-            return evaluation.mean_reward
+        with self._shown(), self._sessions.scoring() as session:
+            return evaluate_now(self.setup, session, None if adapter is None else Path(adapter))
 
-    def _train_on_cluster(self, resume: Resume, allow_changes: bool, engine: RolloutEngine | None) -> dict[str, Any]:
-        """Run the loop on several workers."""
-        from .cluster.driver import train_on_cluster  # one device needs no Ray
+    def generate(
+        self,
+        prompts: generation.UserPrompt | Sequence[generation.UserPrompt],
+        *,
+        temperature: float | None = None,
+        max_completion_length: int | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """One completion of each prompt by the current policy, in their order, sampled as in training.
 
-        if engine is not None:
-            raise ValueError("every worker of a cluster has its own engine: leave out `engine`, or set cluster.workers=1")
+        Args:
+            prompts: texts, or conversations (lists of messages), as in the column `prompt` of the data; or one of them.
+            temperature: 0 is greedy; None: `rollout.temperature`.
+            max_completion_length: in tokens; None: `rollout.max_completion_length`, which is also the most.
+            seed: the same seed gives the same completions; None: others each time.
+
+        Raises:
+            ValueError: a prompt is neither text nor conversation, or too long.
+        """
+        engine = self._current().engine
+        return generation.generate(
+            engine,
+            self.setup,
+            prompts,
+            temperature=temperature,
+            max_completion_length=max_completion_length,
+            seed=seed,
+        )
+
+    # -------------------------------------------------------------------------------------------- leaving
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the current adapter, in PEFT's format, and the tokenizer into a folder; None: `adapter` in the run folder.
+
+        Other files of the folder stay as they are. `rankup export --merge` writes the merged model.
+
+        Raises:
+            ValueError: `output_dir` is a file.
+        """
+        folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(output_dir).expanduser()
+        sharing.write_model(folder, self._current().policy, self.processing_class)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        *,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_model` writes to the Hub; returns the address of the commit.
+
+        Args:
+            repo_id: None: the name of the run folder.
+            private: of a repository that does not exist yet; None: the default of the account.
+            token: None: the one of `hf auth login`.
+
+        Raises:
+            ValueError: the Hub could not be reached, or refused.
+        """
+        return sharing.push_to_hub(
+            self.save_model,
+            repo_id=repo_id or self.args.logging.output_dir.resolve().name,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    def close(self) -> None:
+        """Close the engine and free its memory and the policy's. The trainer can still be used: both start again then."""
+        self._sessions.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ internals
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Show progress and notes, also if a callback of a run calls a method."""
+        if self._is_shown:
+            yield
+            return
+        self._is_shown = True
+        self.setup.view = self.view
         try:
-            summary = train_on_cluster(
-                self.config,
-                dataclasses.replace(self._inputs, callbacks=self.setup.callbacks.instances),
-                storage=self.setup.storage,
-                view=self.view,
-                interrupts=self.setup.interrupts,
-                resume=resume,
-                allow_changes=allow_changes,
-            )
-            self.setup.callbacks.read(self.config.logging.output_dir)
-            return summary
-        except ClusterError as error:
-            self.can_resume = error.can_resume
-            raise
+            with self.view, log_to(self.view.note):
+                yield
+        finally:
+            self._is_shown = False
+
+    def _current(self) -> Session:
+        with self._shown():
+            return self._sessions.current()
 
 
 def _view_of(config: GRPOConfig) -> View:

@@ -102,3 +102,9 @@ class RolloutConfig(SamplingConfig):
             temperature=0.0,
             stop=self.stop,
         )
+
+    def single(self, *, temperature: float, max_completion_length: int) -> SamplingConfig:
+        """How one completion of a prompt is sampled as in training, apart from these options."""
+        ours = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        changes = {"num_generations": 1, "temperature": temperature, "max_completion_length": max_completion_length}
+        return SamplingConfig.model_validate({**ours, **changes})

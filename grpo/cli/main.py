@@ -125,7 +125,8 @@ def train(options: argparse.Namespace) -> int:
     words = ["rankup", "train", str(options.file), *options.overrides, "--resume", *allowed]
     how_to_resume = f"to resume: {shlex.join(words)}"
     try:
-        trainer.train(resume_from_checkpoint=options.resume, allow_changes=options.allow_changes)
+        with trainer:
+            trainer.train(options.resume, allow_changes=options.allow_changes)
     except RunInterrupted as interruption:
         if interruption.code == 0:
             print(how_to_resume)
@@ -144,10 +145,10 @@ def evaluate(options: argparse.Namespace) -> int:
     config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine starts
         raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
-    trainer = _trainer(load_config(config_file, options.overrides))
-    reward = trainer.evaluate(adapter=adapter)
+    with _trainer(load_config(config_file, options.overrides)) as trainer:
+        reward = trainer.evaluate(adapter=adapter)["eval_reward"]
     count = len(trainer.setup.eval_prompts or ())
-    print(f"{adapter or trainer.config.model.name}: reward {reward:.4f} on {count} prompts, sampled greedily")
+    print(f"{adapter or trainer.args.model.name}: reward {reward:.4f} on {count} prompts, sampled greedily")
     return 0
 
 

@@ -13,7 +13,7 @@ import os
 import pickle
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from ..common.world import World
 from ..config import GRPOConfig
 from ..loop import train
 from ..run.records import read_summary
-from ..setup import prepare_run
-from ..user_inputs import UserInputs
+from ..sessions import Sessions
+from ..setup import UserInputs, prepare_run
 from .deadline import Deadline
 from .events import EventView
 from .final_errors import is_final
@@ -111,8 +111,8 @@ def _train(task: Task, mailbox: Any, world: World, deadline: Deadline) -> None:
     resume = bool(ray.get(mailbox.has_begun.remote())) or task.resume
     interrupts = setup.interrupts
     try:
-        with interrupts.deferred():
-            summary = train(setup, resume=resume, allow_changes=task.allow_changes)
+        with interrupts.deferred(), closing(Sessions(setup)) as sessions:
+            summary = train(setup, sessions, resume=resume, allow_changes=task.allow_changes)
         outcome = Outcome(summary=summary, is_saved=True, is_complete=True)
     except RunInterrupted as interruption:
         summary = read_summary(config.logging.output_dir) if world.is_main else None

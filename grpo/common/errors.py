@@ -13,11 +13,15 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from ...rewards.contract import RewardError
 from ...rollout.types import EngineError
+
+HOLDERS_OF_MODELS = (__name__.partition(".")[0], "torch", "transformers", "peft", "vllm", "triton")
+"""Packages whose functions have a model, or its activations, in local variables."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY = (
@@ -103,3 +107,24 @@ def _is_full_disk(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without a full stop; the name of its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def forget_models(error: BaseException) -> None:
+    """Clear the local variables of finished functions in the error's tracebacks, except those of the user's code.
+
+    A notebook keeps the last traceback, and with it a model in memory, until the next error.
+    """
+    seen: list[BaseException] = []
+    chain: list[BaseException | None] = [error]
+    while chain:
+        one = chain.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        chain += [one.__cause__, one.__context__]
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            if frame.f_globals.get("__name__", "").partition(".")[0] in HOLDERS_OF_MODELS:
+                try:
+                    frame.clear()
+                except RuntimeError:  # it is still running
+                    continue

@@ -1,4 +1,5 @@
-"""SIGINT (Ctrl-C) and SIGTERM during a run: the first requests a stop, the second ends the process immediately.
+"""SIGINT (Ctrl-C) and SIGTERM during a run: the first requests a stop, the second ends the process immediately; in a notebook,
+a second Ctrl-C raises KeyboardInterrupt.
 
     interrupts = Interrupts()
     with interrupts.handled(), interrupts.deferred():
@@ -26,7 +27,8 @@ SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class RunInterrupted(SystemExit):
-    """A signal ended the run. As a SystemExit it also ends a script, with status 0 once everything is saved.
+    """A signal ended the run. As a SystemExit it also ends a script, with status 0 once everything is saved. In a notebook,
+    `GRPOTrainer` raises KeyboardInterrupt for Ctrl-C instead.
 
     Attributes:
         signal: name of the signal, such as SIGINT.
@@ -111,15 +113,24 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A process forked by a reward function inherits this handler, and `multiprocessing` ends its processes by SIGTERM.
-        if self._requested is not None or os.getpid() != self._process:
-            _end_process(number, show_cursor=os.getpid() == self._process)
+        is_forked = os.getpid() != self._process
+        if self._requested is not None and not is_forked and number == signal.SIGINT and is_interactive():
+            raise KeyboardInterrupt
+        if self._requested is not None or is_forked:
+            _end_process(number, show_cursor=not is_forked)
         self._requested = signal.Signals(number)
         if not self._is_deferred:
             raise RunInterrupted(self._requested)
         again = "Ctrl-C again" if self._requested is signal.SIGINT else "a second signal"
-        text = f"{self._requested.name}: finishing this step, then saving; {again} quits now"
+        verb = "stops" if is_interactive() else "quits"
+        text = f"{self._requested.name}: finishing this step, then saving; {again} {verb} now"
         # In a thread: the signal may have interrupted a write to the same stream, and a nested write would fail.
         threading.Thread(target=logger.info, args=(text,)).start()
+
+
+def is_interactive() -> bool:
+    """Whether a person types into this interpreter (a notebook, a prompt), which an interrupted run must leave usable."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def _end_process(number: int, *, show_cursor: bool) -> None:

@@ -1,13 +1,15 @@
 """Callbacks of the user: `transformers.TrainerCallback`s, the state that they see, and what they ask of the loop.
 
     callbacks = Callbacks([EarlyStopping()], config, num_rows=len(prompts))
-    callbacks.begin(0, [], model=model, tokenizer=tokenizer, optimizer=optimizer)
+    callbacks.begin(0, [], model=model, tokenizer=tokenizer, optimizer=optimizer, inside=[output])
     callbacks.step_begin(0)
-    callbacks.step_end(1, metrics)              # on_log, on_step_end
+    callbacks.record_step(1, record)            # on_step_end of those inside: recorder, profiler
+    callbacks.step_end(record)                  # on_step_end of the user's, then on_log of all
     if callbacks.requests.stop: ...
 
-Events come in transformers' order, and on every worker: a callback that prints looks at `state.is_world_process_zero`. What one
-worker's callbacks ask for counts for all.
+Recorder, terminal view, trackers and profiler are callbacks too, those inside. They come first, so that a step is recorded, and
+can be saved, before a user's callback can fail. Events come in transformers' order, and on every worker: a callback that prints
+looks at `state.is_world_process_zero`. What one worker's callbacks ask for counts for all.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
+from ..data.groups import Group
+from ..display.view_text import When
+from ..experience.evaluation import Evaluation
 from .records import read_metrics
 
 
@@ -34,6 +39,31 @@ class Requests:
     stop: bool = False
     evaluate: bool = False
     save: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """A step, as `on_step_end` gets it in `record`.
+
+    Attributes:
+        groups: the prompts with their completions, rewards and advantages.
+        metrics: those of `metrics.jsonl`.
+        seconds: by phase, of the slowest worker.
+        notes: about the update.
+    """
+
+    groups: Sequence[Group]
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+    notes: Sequence[str]
+
+
+class RecordsUserLogs(TrainerCallback):
+    """A callback inside that records what a user logs during a run."""
+
+    def on_user_log(self, state: TrainerState, metrics: Mapping[str, float]) -> None:
+        """See the class."""
+        raise NotImplementedError
 
 
 class Callbacks:
@@ -69,6 +99,7 @@ class Callbacks:
         self.control = TrainerControl()
         self.requests = Requests()
         self.instances: list[TrainerCallback] = []
+        self._inside: Sequence[TrainerCallback] = ()
         self._config = config
         self._steps_per_epoch = num_rows / config.optim.prompts_per_step
         self._world = world
@@ -78,7 +109,7 @@ class Callbacks:
         self.state.num_train_epochs = math.ceil(self.state.max_steps / self._steps_per_epoch)
         for callback in callbacks:
             self.add(callback)
-        self._event("on_init_end")
+        self._event(self.instances, "on_init_end")
 
     def add(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Call it from now on; a class is instantiated.
@@ -109,14 +140,20 @@ class Callbacks:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         optimizer: optim.Optimizer,
+        inside: Sequence[TrainerCallback] = (),
     ) -> None:
         """The run starts, or resumes after `steps_done` steps; `rows` are those of `metrics.jsonl`."""
         self._objects |= {"model": model, "processing_class": tokenizer, "optimizer": optimizer}
+        self._inside = inside
         self.restore(steps_done, rows)
         self.control = TrainerControl()
-        self._event("on_train_begin")
-        self._event("on_epoch_begin")
+        self._event(self._all, "on_train_begin")
+        self._event(self._all, "on_epoch_begin")
         self._collect_requests()
+
+    def release(self) -> None:
+        """Forget model and optimizer, which would stay in memory otherwise."""
+        self._objects = dict.fromkeys(self._objects)
 
     def restore(self, steps_done: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Set the state to that after `steps_done` steps, which wrote these rows of `metrics.jsonl`."""
@@ -131,47 +168,81 @@ class Callbacks:
     def step_begin(self, step: int) -> None:
         """A step begins, after `step` updates. What was asked for before is forgotten, a stop aside."""
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
-        self._event("on_step_begin")
+        self._event(self._all, "on_step_begin")
 
     def optimizer_step(self) -> None:
         """The weights were updated."""
-        self._event("on_optimizer_step")
+        self._event(self._all, "on_optimizer_step")
 
-    def step_end(self, steps_done: int, metrics: Mapping[str, float]) -> None:
-        """The step is recorded: `steps_done` updates are done."""
-        previous = int(self.state.epoch or 0)
+    def record_step(self, steps_done: int, record: StepRecord) -> None:
+        """A step is over, `steps_done` updates are done: those inside record it."""
         self._set_step(steps_done)
-        self._event("on_step_end")
-        if int(self.state.epoch or 0) > previous:
-            self._event("on_epoch_end")
-            self._event("on_epoch_begin")
-        self.log(metrics)
+        self._event(self._inside, "on_step_end", record=record)
+
+    def step_end(self, record: StepRecord) -> None:
+        """The step that `record_step` has recorded: the user's callbacks see it, and all of them its metrics."""
+        self._event(self.instances, "on_step_end", record=record)
+        if int(self.state.epoch or 0) > int(self._epoch(self.state.global_step - 1)):
+            self._event(self._all, "on_epoch_end")
+            self._event(self._all, "on_epoch_begin")
+        self._log(record.metrics)
         self._collect_requests()
 
+    def record_evaluation(self, evaluation: Evaluation, when: When) -> None:
+        """An evaluation is over: those inside record it."""
+        self._event(self._inside, "on_evaluate", evaluation=evaluation, when=when)
+
     def evaluate(self, metrics: Mapping[str, float]) -> None:
-        """An evaluation is recorded, with metrics that begin with `eval_`."""
+        """An evaluation: the user's callbacks see its metrics, whose names begin with `eval_`."""
         self.control.should_evaluate = False
-        self.log(metrics)
-        self._event("on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+        self._log(metrics)
+        self._event(self.instances, "on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
         self._collect_requests()
 
     def save(self) -> None:
         """A checkpoint was written."""
         self.control.should_save = False
-        self._event("on_save")
+        self._event(self._all, "on_save")
 
-    def end(self) -> None:
-        """The training has ended and its files are written."""
-        self._event("on_train_end")
+    def end(self, seconds: float) -> None:
+        """The training has ended and its files are written; it took `seconds`."""
+        self._log(self.train_metrics(seconds))
+        self._event(self._all, "on_train_end")
+
+    def detach(self) -> None:
+        """The run is over, in whatever way: those inside are called no more."""
+        self._inside = ()
+
+    def train_metrics(self, seconds: float) -> dict[str, float]:
+        """What `train` returns, by transformers' names; samples are completions."""
+        losses = [row["loss"] for row in self.state.log_history if "loss" in row]
+        steps, config = self.state.global_step, self._config
+        samples = steps * config.optim.prompts_per_step * config.rollout.num_generations
+        return {
+            "train_runtime": seconds,
+            "train_samples_per_second": samples / seconds,
+            "train_steps_per_second": steps / seconds,
+            "train_loss": sum(losses) / len(losses) if losses else 0.0,
+        }
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics to `log_history`."""
+        """A user's metrics: added to `log_history` and, during a run, to `metrics.jsonl`."""
+        for callback in self._inside:
+            if isinstance(callback, RecordsUserLogs):
+                callback.on_user_log(self.state, metrics)
+        self._log(metrics)
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
         logs = {**metrics, "epoch": self.state.epoch}
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        self._event("on_log", logs=logs)
+        self._event(self._all, "on_log", logs=logs)
 
-    def _event(self, name: str, **more: Any) -> None:
-        for callback in self.instances:
+    @property
+    def _all(self) -> list[TrainerCallback]:
+        return [*self._inside, *self.instances]
+
+    def _event(self, callbacks: Sequence[TrainerCallback], name: str, **more: Any) -> None:
+        for callback in callbacks:
             control = getattr(callback, name)(self._config, self.state, self.control, **self._objects, **more)
             self.control = self.control if control is None else control
 

@@ -1,8 +1,7 @@
-"""Output of a run's main process: terminal view, run folder, trackers, notes. The other processes have none.
+"""Output of a run's main process, a callback: terminal view, run folder, trackers, notes. The other processes have none.
 
     output = RunOutput(config, view, recorder)
-    output.show_step(step, groups, metrics, seconds_by_phase, notes)
-    output.evaluation(step, evaluation, "during")
+    callbacks.begin(steps_done, rows, objects, inside=[output])
     output.draw()
 """
 
@@ -11,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers.trainer_callback import TrainerState
+
 from ..common.log import logger
 from ..config import GRPOConfig
 from ..data.groups import Group
@@ -18,18 +19,20 @@ from ..display.terminal import View
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import completions_table
+from .callbacks import RecordsUserLogs, StepRecord
 from .notes import evaluation_notes, step_notes
 from .records import RunRecorder
 from .reporting import make_reports
 
 
-class RunOutput:
-    """See the module's docstring."""
+class RunOutput(RecordsUserLogs):
+    """See the module's docstring. A step is recorded in `on_step_end` and shown in `on_log`."""
 
     def __init__(self, config: GRPOConfig, view: View, recorder: RunRecorder) -> None:
         self.config = config
         self.view = view
         self.recorder = recorder
+        self._unshown: StepRecord | None = None
 
     def open_trackers(self, resume: Mapping[str, Any] | None) -> None:
         """Start the trackers of `logging.report_to`; `resume`: the recorder's state in the checkpoint that the run resumes."""
@@ -46,21 +49,35 @@ class RunOutput:
             )
         )
 
-    def show_step(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        metrics: Mapping[str, float],
-        seconds_by_phase: Mapping[str, float],
-        notes: Sequence[str],
-    ) -> None:
-        """Show a step and its notes, and every so often its completions. `step`: updates done before it."""
-        self.view.step(step + 1, metrics, seconds_by_phase)
-        for note in (*notes, *step_notes(step, groups)):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, *, record: StepRecord, **kwargs: Any) -> None:
+        """Record a step."""
+        self.recorder.step(state.global_step, record.metrics)
+        self._unshown = record
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show the step that was recorded last and its notes, and every so often its completions."""
+        record, self._unshown, step = self._unshown, None, state.global_step - 1
+        if record is None:
+            return
+        self.view.step(step + 1, record.metrics, record.seconds)
+        for note in (*record.notes, *step_notes(step, record.groups)):
             logger.info(note)
         every = self.config.logging.completions_steps
         if step == 0 or (every and (step + 1) % every == 0):
-            self.completions(step, groups)
+            self.completions(step, record.groups)
+
+    def on_user_log(self, state: TrainerState, metrics: Mapping[str, float]) -> None:
+        """Record what a user logs during the run."""
+        self.recorder.log(state.global_step, metrics)
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: Any, *, evaluation: Evaluation, when: When, **kwargs: Any
+    ) -> None:
+        """Record and show an evaluation."""
+        self.recorder.evaluation(state.global_step, evaluation.mean_reward, when=when)
+        for note in evaluation_notes(evaluation):
+            logger.warning(note)
+        self.view.evaluation(state.global_step, evaluation.mean_reward, when)
 
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Write the completions of this worker's groups, and show a few. `step`: updates done before it."""
@@ -72,13 +89,6 @@ class RunOutput:
             for group in local[: self.config.logging.num_completions_to_print]
         ]
         self.view.completions(step + 1, shown)
-
-    def evaluation(self, step: int, evaluation: Evaluation, when: When) -> None:
-        """Record and show an evaluation after `step` updates."""
-        self.recorder.evaluation(step, evaluation.mean_reward, when=when)
-        for note in evaluation_notes(evaluation):
-            logger.warning(note)
-        self.view.evaluation(step, evaluation.mean_reward, when)
 
     def draw(self) -> None:
         """`learning_curve.png`."""

@@ -1,5 +1,7 @@
-"""Profiles a block: a trace for a viewer, and a table to read.
+"""Profiles steps: a trace for a viewer, and a table to read.
 
+    with Profiling(config.logging) as profiling:                        # a callback: profiles the steps of `profile_steps`
+        ...
     with profiled(Path("runs/mine/profile/step_000005.json.gz")):      # with None: no profile
         train_one_step()
 
@@ -8,8 +10,11 @@ most self time (without the operations that they call).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, Self
+
+from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from ..common.files import atomic_path, atomic_write
 from ..common.quiet import quiet_stderr
@@ -18,6 +23,28 @@ from ..config import LoggingConfig
 SUFFIX = ".json.gz"
 ROWS = 30
 """Operations in the table."""
+
+
+class Profiling(TrainerCallback):
+    """Profiles the steps of `logging.profile_steps`. A step that raises leaves no files."""
+
+    def __init__(self, logging: LoggingConfig, *, rank: int = 0) -> None:
+        self._logging = logging
+        self._rank = rank
+        self._step = ExitStack()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        path = trace_path(self._logging, state.global_step + 1, rank=self._rank)
+        self._step.enter_context(profiled(path))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._step.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._step.__exit__(*error)
 
 
 def trace_path(logging: LoggingConfig, step: int, *, rank: int = 0) -> Path | None:

@@ -35,7 +35,7 @@ from ..common.files import atomic_write
 from ..display.view_text import When
 from .completions import write_completions
 from .reporting import Report
-from .run_folder import CONFIG_FILE, METRICS_FILE, locked_folder, move_aside
+from .run_folder import ADAPTER_DIR, CONFIG_FILE, METRICS_FILE, locked_folder, move_aside
 
 SUMMARY_FILE = "summary.json"
 PHASES = ("rollout", "reward", "train", "publish", "checkpoint")
@@ -82,7 +82,7 @@ class RunRecorder:
     @property
     def adapter_dir(self) -> Path:
         """The folder for the adapter in PEFT's format. Not created here."""
-        return self.output_dir / "adapter"
+        return self.output_dir / ADAPTER_DIR
 
     def report_to(self, reports: Sequence[Report]) -> None:
         """Also send all further rows to these trackers; `close` closes them."""
@@ -96,6 +96,10 @@ class RunRecorder:
         for name, value in metrics.items():
             if name.startswith("time/"):
                 self._seconds[name.removeprefix("time/")] += float(value)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a row of a user's metrics after `step` steps."""
+        self._append({"step": step, **metrics})
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Add time outside of steps, such as that of a checkpoint, to the seconds in the summary."""

@@ -14,6 +14,7 @@ from pathlib import Path
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+ADAPTER_DIR = "adapter"
 RUN_FILES = (CONFIG_FILE, METRICS_FILE)
 """A folder with one of these holds a run."""
 

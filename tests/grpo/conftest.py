@@ -74,7 +74,8 @@ def train(make_trainer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         random.seed(99 if resume else 7)
         options = OPTIONS | {"engine": "torch" if vllm is None else "vllm"} | changes
         trainer = make_trainer(reward=reward, output_dir=tmp_path / name, **options)
-        return trainer.train(engine=vllm, resume_from_checkpoint=resume, allow_changes=allow_changes)
+        trainer.train(engine=vllm, resume_from_checkpoint=resume, allow_changes=allow_changes)
+        return trainer.summary
 
     return run
 

@@ -15,8 +15,8 @@ TRL = {"prompts_per_step": None, "per_device_train_batch_size": 4, "gradient_acc
 
 def test_a_script_with_trls_batch_and_epochs_makes_its_steps(make_trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture):
     trainer = make_trainer(**TRL, num_train_epochs=1, eval_strategy="epoch", save_strategy="epoch", eval_on_start=False)
-    assert (trainer.config.optim.max_steps, trainer.config.logging.eval_steps) == (len(ROWS) // 3, len(ROWS) // 3)
-    assert trainer.train()["steps"] == 4
+    assert (trainer.args.optim.max_steps, trainer.args.logging.eval_steps) == (len(ROWS) // 3, len(ROWS) // 3)
+    assert trainer.train().global_step == 4
     shown = capsys.readouterr().out
     assert shown.count("a step: 3 prompts x 4 completions = 12, 1 optimizer step on them; 4 steps in all") == 1
     assert "step 4/4" in shown
@@ -28,8 +28,8 @@ def test_a_script_with_trls_batch_and_epochs_makes_its_steps(make_trainer: Any, 
 
 def test_a_run_in_epochs_resumes(make_trainer: Any, tmp_path: Path):
     options = {**TRL, "num_train_epochs": 0.5}
-    assert make_trainer(**options).train()["steps"] == 2
-    assert make_trainer(**{**options, "num_train_epochs": 0.75}).train(resume_from_checkpoint=True)["steps"] == 3
+    assert make_trainer(**options).train().global_step == 2
+    assert make_trainer(**{**options, "num_train_epochs": 0.75}).train(resume_from_checkpoint=True).global_step == 3
     assert len(steps_of(tmp_path / "run")) == 3
 
 

@@ -13,7 +13,9 @@ from tiny_runs import metrics_of, timeless
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.engine)])
 def test_a_run_leaves_a_complete_folder(make_trainer, engine_shelf, tmp_path, capsys, engine):
     engine_shelf.close()  # the run starts a vLLM of its own, and two do not fit
-    summary = make_trainer(engine=engine).train()
+    trainer = make_trainer(engine=engine)
+    trainer.train()
+    summary = trainer.summary
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "adapter", "checkpoints", "completions", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json",
@@ -67,14 +69,18 @@ def test_interrupting_keeps_the_adapter_and_the_summary(make_trainer, tmp_path):
 
 
 def test_a_second_run_moves_the_first_one_aside_and_eval_reads_the_adapter(make_trainer, tmp_path, capsys):
-    first = make_trainer().train()
-    second = make_trainer(max_steps=1).train()
+    trainer = make_trainer()
+    trainer.train()
+    first = trainer.summary
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    second = trainer.summary
     assert json.loads((tmp_path / "run.1" / "summary.json").read_text()) == first
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == second
     assert "is now in" in capsys.readouterr().out
-    after = make_trainer().evaluate(adapter=tmp_path / "run" / "adapter")
+    after = make_trainer().evaluate(adapter=tmp_path / "run" / "adapter")["eval_reward"]
     assert after == pytest.approx(second["evaluation"]["after"]["reward"])
-    assert make_trainer().evaluate() == pytest.approx(second["evaluation"]["before"]["reward"])
+    assert make_trainer().evaluate()["eval_reward"] == pytest.approx(second["evaluation"]["before"]["reward"])
 
 
 def test_groups_without_variance_are_left_out_unless_a_penalty_reads_them(make_trainer, tmp_path):
@@ -122,7 +128,8 @@ def test_other_objectives_and_layouts_run(make_trainer, tmp_path):
         save_steps=1,
         targets=["q_proj", "up_proj"],
     )
-    summary = trainer.train()
+    trainer.train()
+    summary = trainer.summary
     assert summary["steps"] == 2
     assert [row["step"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row] == [0, 1, 2]
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")

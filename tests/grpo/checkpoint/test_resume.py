@@ -107,8 +107,8 @@ def test_one_trainer_can_be_interrupted_and_resume(make_trainer, tmp_path: Path)
     with pytest.raises(RunInterrupted):
         trainer.train()
     assert trainer.can_resume
-    assert trainer.train(resume_from_checkpoint=True)["steps"] == 3
-    assert trainer.train(resume_from_checkpoint=None)["steps"] == 3  # TRL's scripts hand None through
+    assert trainer.train(resume_from_checkpoint=True).global_step == 3
+    assert trainer.train(resume_from_checkpoint=None).global_step == 3  # TRL's scripts hand None through
 
 
 def test_a_finished_run_without_checkpoints_is_finished_too(train, tmp_path: Path, capsys):
@@ -185,7 +185,7 @@ def test_a_trainer_evaluates_after_an_interruption(make_trainer, tmp_path: Path)
     trainer = make_trainer(reward=requests_a_stop)
     with pytest.raises(RunInterrupted):
         trainer.train()
-    assert 0 <= trainer.evaluate(adapter=tmp_path / "run" / "adapter") <= 1.01
+    assert 0 <= trainer.evaluate(adapter=tmp_path / "run" / "adapter")["eval_reward"] <= 1.01
 
 
 def test_a_complete_run_returns_although_a_signal_came_too_late(make_trainer, tmp_path: Path):
@@ -196,7 +196,8 @@ def test_a_complete_run_returns_although_a_signal_came_too_late(make_trainer, tm
 
     trainer = make_trainer()
     trainer.view = Asks(lambda event: None)
-    summary = trainer.train()
+    trainer.train()
+    summary = trainer.summary
     assert summary["interrupted"] and summary["steps"] == 2, "no SystemExit: exit codes belong to the command"
     assert not json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"], "the run itself is complete"
 

@@ -94,8 +94,8 @@ trainer = GRPOTrainer(
     eval_dataset=rows,
 )
 trainer.add_callback(Marks)
-summary = trainer.train()
-print("in the end:", summary["steps"], Path("runs", "run", "adapter").is_dir(), trainer.state.global_step)
+output = trainer.train()
+print("in the end:", output.global_step, Path("runs", "run", "adapter").is_dir(), trainer.state.global_step)
 """
 )
 

@@ -11,7 +11,7 @@ import transformers
 from tiny_runs import metrics_of, steps_of, tiny_config
 
 from rankup.grpo.common.world import World
-from rankup.grpo.run.callbacks import Callbacks, Requests
+from rankup.grpo.run.callbacks import Callbacks, Requests, StepRecord
 
 EVENTS = [name for name in dir(transformers.TrainerCallback) if name.startswith("on_")]
 
@@ -47,7 +47,7 @@ def test_events_come_in_the_order_of_transformers(make_trainer):
         ("on_step_begin", 0), ("on_optimizer_step", 0), ("on_step_end", 1), ("on_log", 1), ("on_log", 1), ("on_evaluate", 1),
         ("on_step_begin", 1), ("on_optimizer_step", 1), ("on_step_end", 2), ("on_log", 2), ("on_save", 2),
         ("on_log", 2), ("on_evaluate", 2),
-        ("on_train_end", 2),
+        ("on_log", 2), ("on_train_end", 2),
     ]  # fmt: skip
 
 
@@ -57,8 +57,10 @@ def test_the_state_has_the_run_s_history(make_trainer, tmp_path):
     trainer.train()
     state, rows = trainer.state, metrics_of(tmp_path / "run")
     assert (state.global_step, state.epoch) == (5, 1.25)  # 12 rows, 3 prompts a step
-    assert [row["step"] for row in state.log_history] == [row["step"] for row in rows]
-    for logged, row in zip(state.log_history, rows, strict=True):
+    *of_steps, of_run = state.log_history
+    assert set(of_run) >= {"train_runtime", "train_loss", "train_samples_per_second", "train_steps_per_second"}
+    assert [row["step"] for row in of_steps] == [row["step"] for row in rows]
+    for logged, row in zip(of_steps, rows, strict=True):
         assert logged["epoch"] == row["step"] / 4
         assert set(row) | {"epoch"} == set(logged)
     assert json.loads(json.dumps(state.log_history[1]))["reward"] == rows[1]["reward"]
@@ -66,7 +68,8 @@ def test_the_state_has_the_run_s_history(make_trainer, tmp_path):
 
 def test_a_callback_can_end_the_training(make_trainer, tmp_path):
     trainer = make_trainer(callbacks=[Asking("should_training_stop", 2)], max_steps=50)
-    summary = trainer.train()
+    trainer.train()
+    summary = trainer.summary
     assert summary["steps"] == 2 and not summary["interrupted"] and summary["evaluation"]["after"]["reward"] > 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
@@ -76,7 +79,8 @@ def test_a_run_that_a_callback_ended_resumes_where_it_ended(make_trainer, tmp_pa
     make_trainer(callbacks=[Asking("should_training_stop", 2)], max_steps=4).train()
     seen = Recording()
     trainer = make_trainer(callbacks=[seen], max_steps=4)
-    summary = trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=True)
+    summary = trainer.summary
     assert summary["steps"] == 4 and ("on_train_begin", 2) in seen.events
     assert [step for event, step in seen.events if event == "on_save"] == [4], "that of step 2 was written before"
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2, 3, 4]
@@ -111,7 +115,7 @@ def test_the_example_of_the_documentation_stops_at_its_reward(make_trainer):
     namespace: dict[str, Any] = {}
     exec(example, namespace)
     trainer = make_trainer(callbacks=[namespace["StopAtReward"](-1.0)], max_steps=9, eval_steps=2, eval_before=False)
-    assert trainer.train()["steps"] == 2
+    assert trainer.train().global_step == 2
 
 
 def test_what_one_worker_asks_for_all_do():
@@ -121,7 +125,9 @@ def test_what_one_worker_asks_for_all_do():
 
     callbacks = Callbacks([], tiny_config(Path("run")), num_rows=12, world=OfTwoWorkers(rank=0, size=2))
     callbacks.step_begin(0)
-    callbacks.step_end(1, {"reward": 0.5})
+    record = StepRecord(groups=[], metrics={"reward": 0.5}, seconds={}, notes=[])
+    callbacks.record_step(1, record)
+    callbacks.step_end(record)
     assert callbacks.requests == Requests(stop=True, evaluate=False, save=False)
 
 
@@ -136,6 +142,6 @@ def test_callbacks_are_removed_by_class_or_instance(make_trainer):
 
 def test_a_stop_of_one_run_does_not_end_the_next_one_of_the_same_trainer(make_trainer, tmp_path):
     trainer = make_trainer(callbacks=[Asking("should_training_stop", 1)], max_steps=2)
-    assert trainer.train()["steps"] == 1
-    assert trainer.train(resume_from_checkpoint=True)["steps"] == 2
+    assert trainer.train().global_step == 1
+    assert trainer.train(resume_from_checkpoint=True).global_step == 2
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2]

@@ -1,0 +1,65 @@
+"""Completions of a user's prompts, with the current policy: what `GRPOTrainer.generate` does.
+
+    texts = generate(session.engine, setup, ["2+3=", "4+4="], temperature=0.0, max_completion_length=None, seed=None)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..rollout.engine import request_seed
+from ..rollout.protocol import Engine
+from .data.prompts import prepare_prompts
+from .setup import RunSetup
+
+UserPrompt = str | Sequence[Mapping[str, Any]]
+"""A text, or a conversation: a list of messages with role and content."""
+
+
+def generate(
+    engine: Engine,
+    setup: RunSetup,
+    prompts: UserPrompt | Sequence[UserPrompt],
+    *,
+    temperature: float | None,
+    max_completion_length: int | None,
+    seed: int | None,
+) -> list[str]:
+    """One completion of each prompt, in their order. See `GRPOTrainer.generate`.
+
+    Raises:
+        ValueError: a prompt is neither text nor conversation, or too long.
+    """
+    config = setup.config
+    rows = [{config.data.prompt_column: prompt} for prompt in as_list(prompts)]
+    if not rows:
+        return []
+    prepared = prepare_prompts(
+        rows, setup.inputs.tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length
+    )
+    if prepared.dropped:
+        raise ValueError(
+            f"{prepared.dropped} of {len(rows)} prompts are longer than rollout.max_prompt_length, which is "
+            f"{config.rollout.max_prompt_length}: shorten them, or increase it"
+        )
+    longest = config.rollout.max_completion_length if max_completion_length is None else max_completion_length
+    if longest > config.rollout.max_completion_length:
+        raise ValueError(
+            f"max_completion_length: must be at most rollout.max_completion_length, which is "
+            f"{config.rollout.max_completion_length} and determines the engine's context (got {longest})"
+        )
+    sampling = config.rollout.single(
+        temperature=config.rollout.temperature if temperature is None else temperature, max_completion_length=longest
+    )
+    seeds = None if seed is None else [request_seed(seed, 0, index) for index in range(len(rows))]
+    groups = engine.rollout([prompt.token_ids for prompt in prepared.rows], sampling, seeds=seeds)
+    texts = {group.index: group.completions[0].text for group in groups}
+    return [texts[index] for index in range(len(rows))]
+
+
+def as_list(prompts: UserPrompt | Sequence[UserPrompt]) -> list[UserPrompt]:
+    """The prompts; one alone, a text or a conversation, is a list of one."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

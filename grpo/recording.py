@@ -1,0 +1,41 @@
+"""The end of a step: its metrics of all workers, recorded, shown, and seen by callbacks."""
+
+from __future__ import annotations
+
+from .common.memory import resident_mib
+from .common.timing import Clock
+from .context import RunContext
+from .evaluating import evaluation_is_due
+from .experience.batch import Batch
+from .run.callbacks import StepRecord
+from .run.worker_reports import exchange_reports, num_tokens, slowest, time_metrics
+from .update.learner import Update
+
+
+def record_step(
+    ctx: RunContext,
+    step: int,
+    batch: Batch,
+    metrics: dict[str, float],
+    update: Update,
+    clock: Clock,
+    *,
+    is_complete: bool,
+) -> None:
+    """Record and show a step. Once its metrics are written, a checkpoint of this step is valid, also if a callback fails."""
+    checkpoints = ctx.checkpoints
+    reports = exchange_reports(ctx.setup.world, ctx.session, clock.seconds, batch.groups)
+    checkpoints.num_tokens += num_tokens(batch.groups)
+    metrics = {
+        **metrics,
+        "num_tokens": float(checkpoints.num_tokens),
+        "memory/resident_mib": resident_mib(),
+        **time_metrics(reports, trained_tokens=metrics.get("packing/completion_tokens", 0.0)),
+    }
+    record = StepRecord(groups=batch.groups, metrics=metrics, seconds=slowest(reports), notes=update.notes)
+    ctx.setup.callbacks.record_step(step + 1, record)
+    if is_complete:
+        checkpoints.set_position(step + 1, evaluation_pending=evaluation_is_due(ctx.setup, step + 1))
+    ctx.setup.callbacks.step_end(record)
+    if is_complete:  # again: callbacks can ask for an evaluation, log, and draw random numbers
+        checkpoints.set_position(step + 1, evaluation_pending=evaluation_is_due(ctx.setup, step + 1))

@@ -1,0 +1,86 @@
+"""One call of `GRPOTrainer.train`: on this device or on a cluster, with signals handled.
+
+    summary = run(setup, sessions, inputs, resume=True, allow_changes=False, engine=None)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..rollout.engine import RolloutEngine
+from . import loop
+from .checkpoint.resume import Resume
+from .common.errors import ClusterError, forget_models
+from .common.interrupts import RunInterrupted, is_interactive
+from .sessions import Sessions
+from .setup import RunSetup
+from .user_inputs import UserInputs
+
+
+def run(
+    setup: RunSetup,
+    sessions: Sessions,
+    inputs: UserInputs,
+    *,
+    resume: Resume,
+    allow_changes: bool,
+    engine: RolloutEngine | None,
+) -> dict[str, Any]:
+    """The content of `summary.json`. See `GRPOTrainer.train`; `setup.can_resume` says whether there is a checkpoint."""
+    interrupts = setup.interrupts
+    setup.can_resume = False
+    try:
+        with interrupts.handled(), interrupts.deferred():
+            if setup.config.cluster.workers > 1:
+                if engine is not None:
+                    raise ValueError(
+                        "every worker of a cluster has its own engine: leave out `engine`, or set cluster.workers=1"
+                    )
+                summary = _run_on_cluster(setup, sessions, inputs, resume, allow_changes)
+            else:
+                summary = _run_here(setup, sessions, resume, allow_changes, engine)
+            return {**summary, "interrupted": True} if interrupts.requested is not None else summary
+    except RunInterrupted as interruption:
+        forget_models(interruption)
+        if interruption.signal == "SIGINT" and is_interactive():
+            where = f" from {interruption.checkpoint}" if interruption.checkpoint else ""
+            raise KeyboardInterrupt(f"train(resume_from_checkpoint=True) continues the run{where}") from None
+        raise
+    except BaseException as error:  # raised again
+        forget_models(error)
+        raise
+
+
+def _run_here(
+    setup: RunSetup, sessions: Sessions, resume: Resume, allow_changes: bool, engine: RolloutEngine | None
+) -> dict[str, Any]:
+    setup.last_checkpoint = None
+    try:
+        return loop.train(setup, sessions, resume=resume, allow_changes=allow_changes, engine=engine)
+    finally:
+        setup.can_resume = setup.last_checkpoint is not None
+
+
+def _run_on_cluster(
+    setup: RunSetup, sessions: Sessions, inputs: UserInputs, resume: Resume, allow_changes: bool
+) -> dict[str, Any]:
+    from .cluster.driver import train_on_cluster  # one device needs no Ray
+
+    sessions.close()  # a worker may need the device
+    assert setup.view is not None
+    try:
+        summary = train_on_cluster(
+            setup.config,
+            dataclasses.replace(inputs, callbacks=setup.callbacks.instances),
+            storage=setup.storage,
+            view=setup.view,
+            interrupts=setup.interrupts,
+            resume=resume,
+            allow_changes=allow_changes,
+        )
+    except ClusterError as error:
+        setup.can_resume = error.can_resume
+        raise
+    sessions.take_finished_run()
+    return summary
