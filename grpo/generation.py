@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,12 +36,11 @@ def generate(
     rows = [{config.data.prompt_column: prompt} for prompt in as_list(prompts)]
     if not rows:
         return []
-    prepared = prepare_prompts(
-        rows, setup.inputs.tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length
-    )
-    if prepared.dropped:
+    prepared = prepare_prompts(rows, setup.inputs.tokenizer, config.data, max_prompt_length=sys.maxsize)
+    too_long = sum(len(prompt.token_ids) > config.rollout.max_prompt_length for prompt in prepared.rows)
+    if too_long:
         raise ValueError(
-            f"{prepared.dropped} of {len(rows)} prompts are longer than rollout.max_prompt_length, which is "
+            f"{too_long} of {len(rows)} prompts are longer than rollout.max_prompt_length, which is "
             f"{config.rollout.max_prompt_length}: shorten them, or increase it"
         )
     longest = config.rollout.max_completion_length if max_completion_length is None else max_completion_length
@@ -60,6 +60,7 @@ def generate(
 
 def as_list(prompts: UserPrompt | Sequence[UserPrompt]) -> list[UserPrompt]:
     """The prompts; one alone, a text or a conversation, is a list of one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping)):
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    if not is_list or (len(prompts) > 0 and isinstance(prompts[0], Mapping)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

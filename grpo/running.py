@@ -44,8 +44,12 @@ def run(
     except RunInterrupted as interruption:
         forget_models(interruption)
         if interruption.signal == "SIGINT" and is_interactive():
-            where = f" from {interruption.checkpoint}" if interruption.checkpoint else ""
-            raise KeyboardInterrupt(f"train(resume_from_checkpoint=True) continues the run{where}") from None
+            checkpoint = interruption.checkpoint
+            raise KeyboardInterrupt(
+                "stopped before the first step was done"
+                if checkpoint is None
+                else f"train(resume_from_checkpoint=True) continues the run from {checkpoint}"
+            ) from None
         raise
     except BaseException as error:  # raised again
         forget_models(error)

@@ -143,7 +143,9 @@ class TorchEngine:
         return results
 
     def close(self) -> None:
-        """Nothing to free: model and slots are the policy's."""
+        """Let go of model and slots, which are the policy's."""
+        self.slots = {}
+        del self._policy
 
     def _rows(self, index: int, prompt: Sequence[int], sampling: SamplingConfig, seeds: Sequence[int] | None) -> list[_Row]:
         """The completions of a prompt, before their first token."""

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +89,10 @@ def engine_and_policy(
         with quiet_stderr():
             policy = make_policy(config, model_path)
         max_length = config.rollout.max_model_length
-        yield TorchEngine(policy, model_path, max_num_seqs=config.max_num_seqs, max_model_length=max_length), policy
+        with closing(
+            TorchEngine(policy, model_path, max_num_seqs=config.max_num_seqs, max_model_length=max_length)
+        ) as of_policy:
+            yield of_policy, policy
         return
     settings = engine_settings(config, model_path)
     if engine is not None and (differences := engine.settings.differences(settings)):
