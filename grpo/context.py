@@ -98,6 +98,7 @@ def open_run(
             session,
             setup.store,
             output=output,
+            callbacks=setup.callbacks,
             inputs=setup.fingerprint,
             world=setup.world,
             storage=setup.storage,

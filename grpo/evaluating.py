@@ -109,7 +109,7 @@ def evaluate_now(setup: RunSetup, session: Session, adapter: Path | None) -> dic
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:
-        setup.callbacks.evaluate(metrics(evaluation))
+        setup.callbacks.evaluate(metrics(evaluation), is_of_run=False)
     return metrics(evaluation)
 
 

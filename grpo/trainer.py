@@ -29,7 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from ..rollout.engine import RolloutEngine
 from . import generation, sharing
 from .checkpoint.resume import Resume
-from .common.log import log_to
+from .common.log import log_to, logger
 from .config import GRPOConfig
 from .display.terminal import View, make_view
 from .evaluating import evaluate_now
@@ -174,6 +174,8 @@ class GRPOTrainer:
                 allow_changes=allow_changes,
                 engine=engine,
             )
+        if self.args.checkpoint.push_to_hub:
+            self._push_after_run()
         metrics = self.setup.callbacks.train_metrics(self.summary["seconds"]["total"])
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
@@ -245,8 +247,8 @@ class GRPOTrainer:
         """Upload what `save_model` writes to the Hub; returns the address of the commit.
 
         Args:
-            repo_id: None: the name of the run folder.
-            private: of a repository that does not exist yet; None: the default of the account.
+            repo_id: None: `checkpoint.hub_model_id`, or the name of the run folder.
+            private: of a repository that does not exist yet; None: `checkpoint.hub_private_repo`.
             token: None: the one of `hf auth login`.
 
         Raises:
@@ -254,8 +256,8 @@ class GRPOTrainer:
         """
         return sharing.push_to_hub(
             self.save_model,
-            repo_id=repo_id or self.args.logging.output_dir.resolve().name,
-            private=private,
+            repo_id=repo_id or self.args.checkpoint.hub_model_id or self.args.logging.output_dir.resolve().name,
+            private=self.args.checkpoint.hub_private_repo if private is None else private,
             token=token,
             commit_message=commit_message,
         )
@@ -285,6 +287,13 @@ class GRPOTrainer:
                 yield
         finally:
             self._is_shown = False
+
+    def _push_after_run(self) -> None:
+        with self._shown():
+            try:
+                logger.info(f"uploaded to {self.push_to_hub()}")
+            except ValueError as error:  # the run itself has ended well
+                logger.warning(f"{error}; the adapter is in the run folder, and push_to_hub() tries again")
 
     def _current(self) -> Session:
         with self._shown():

@@ -1,6 +1,6 @@
 """The position of a run (steps done, pending evaluation) and its checkpoints: saved when due, resumed later.
 
-    manager = CheckpointManager(config, session, store, output=output, inputs=inputs)
+    manager = CheckpointManager(config, session, store, output=output, callbacks=callbacks, inputs=inputs)
     manager.resume(resumption)                      # or manager.start(evaluation_pending=True) for a new run
     manager.leave_position()
     ... the update, publish, metrics ...
@@ -23,6 +23,7 @@ from ..common.log import logger
 from ..common.random_states import random_states, set_random_states
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig, dump_config
+from ..run.callbacks import Callbacks
 from ..run.output import RunOutput
 from ..run.records import METRICS_FILE, RunRecorder
 from ..update.session import Session
@@ -56,6 +57,7 @@ class CheckpointManager:
         store: CheckpointStore,
         *,
         output: RunOutput | None,
+        callbacks: Callbacks,
         inputs: Mapping[str, Any],
         world: World = SINGLE_PROCESS,
         storage: Storage | None = None,
@@ -66,6 +68,8 @@ class CheckpointManager:
         self._session = session
         self._store = store
         self._output = output
+        self._callbacks = callbacks
+        self._callback_states: dict[str, Any] = {}
         self._inputs = inputs
         self._world = world
         self._storage = storage
@@ -97,6 +101,7 @@ class CheckpointManager:
             random_states=[random_states()],
         )
         self._records = {} if self._output is None else self._output.recorder.state_dict()
+        self._callback_states = self._callbacks.states()
 
     def resume(self, resumption: Resumption) -> None:
         """Restore everything from a checkpoint. Checkpoints of later steps are set aside."""
@@ -113,6 +118,7 @@ class CheckpointManager:
             self._resume_records(self._output.recorder, checkpoint.step)
         for change in software_changes(state, self._session.policy.device):
             logger.info(f"results may differ in the last bits from an uninterrupted run: {change}")
+        self._callbacks.restore_states(state.callbacks)
         self.num_tokens, self.last = state.position.num_tokens, checkpoint.path
         self._saved = (state.position.steps_done, state.position.evaluation_pending)
         states = state.position.random_states  # of all workers of the interrupted run
@@ -178,6 +184,7 @@ class CheckpointManager:
                 config_yaml=dump_config(self._config),
                 recorder=self._records,
                 inputs=self._inputs,
+                callbacks=self._callback_states,
             )
 
         reward = recorder.reward_at(position.steps_done, by_evaluation=self._config.logging.eval_steps > 0)

@@ -21,7 +21,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class RunState:
         recorder: how long the record files were.
         inputs: fingerprint of data and reward functions.
         made_with: versions of the software, device and threads.
+        callbacks: states of the user's callbacks, see `Callbacks.states`.
     """
 
     position: Position
@@ -75,6 +76,7 @@ class RunState:
     recorder: dict[str, Any]
     inputs: dict[str, Any]
     made_with: dict[str, str]
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
 
 def write_state(
@@ -85,8 +87,9 @@ def write_state(
     config_yaml: str,
     recorder: Mapping[str, Any],
     inputs: Mapping[str, Any],
+    callbacks: Mapping[str, Any],
 ) -> None:
-    """Write the state into `folder`. `recorder` and `inputs` are plain data, which `read_state` returns."""
+    """Write the state into `folder`. `recorder`, `inputs` and `callbacks` are plain data, which `read_state` returns."""
     (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
     policy, learner = session.policy, session.learner
     policy.save_adapter(folder / ADAPTER)
@@ -101,6 +104,7 @@ def write_state(
         recorder=dict(recorder),
         inputs=dict(inputs),
         made_with=made_with(session.policy.device),
+        callbacks=dict(callbacks),
     )
     (folder / STATE).write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The section `checkpoint`: when and where a run is saved. Imports no torch."""
+"""The section `checkpoint`: when and where a run is saved, and whether the result is shared. Imports no torch."""
 
 from pydantic import Field
 
@@ -25,3 +25,12 @@ class CheckpointConfig(Section):
     storage: str | None = None
     """Folder that the run folder is copied to after every checkpoint and at the end, used by this run only: any fsspec path
     (`s3://bucket/runs/mine`, `/mnt/shared/mine`). `--resume` downloads missing files from there. None: no copy."""
+
+    push_to_hub: bool = False
+    """Upload adapter and tokenizer to the Hub when the run has ended. Needs `hf auth login`."""
+
+    hub_model_id: str | None = Field(default=None, min_length=1)
+    """Repository for `push_to_hub`, such as `me/mine`. None: the name of the run folder, in the account that is logged in."""
+
+    hub_private_repo: bool | None = None
+    """Whether `push_to_hub` makes a private repository, if it does not exist yet. None: the default of the account."""

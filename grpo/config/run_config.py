@@ -9,6 +9,7 @@ is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -21,7 +22,7 @@ from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .guards import GuardsConfig
-from .loading import KnownKeys, by_section, describe_errors
+from .loading import KnownKeys, by_section, describe_errors, read
 from .logging import LoggingConfig
 from .lora import LoraConfig
 from .model import ModelConfig
@@ -131,6 +132,8 @@ class GRPOConfig(Section):
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
     _has_trl_batch: bool = PrivateAttr(default=False)
+    _given: Mapping[str, Any] = PrivateAttr(default={})
+    """The values of TRL's names that a script gave and no option keeps."""
 
     def __init__(self, **values: Unpack[Arguments]) -> None:
         keys = known_keys()
@@ -139,18 +142,16 @@ class GRPOConfig(Section):
             super().__init__(**converted.values)
         except ValidationError as error:
             raise ValueError(describe_errors(error, keys)) from None
-        self._notes, self._has_trl_batch = converted.notes, converted.has_trl_batch
+        self._notes, self._has_trl_batch, self._given = converted.notes, converted.has_trl_batch, converted.given
 
     if not TYPE_CHECKING:  # for type checkers, only sections and `seed` are attributes
 
         def __getattr__(self, name: str) -> Any:
-            """The value of an option by its flat name, as TRL's scripts read it: `args.output_dir`."""
+            """The value of an option by its flat name, or of a name of TRL, as its scripts read it: `args.output_dir`."""
             if name.startswith("_"):
                 return super().__getattr__(name)
             section, _, field = (known_keys().locate(name) or "").partition(".")
-            if not field:
-                raise AttributeError(f"GRPOConfig has no option {name}")
-            return getattr(getattr(self, section), field)
+            return getattr(getattr(self, section), field) if field else read(self, name, given=self._given)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -161,6 +162,14 @@ class GRPOConfig(Section):
     def has_trl_batch(self) -> bool:
         """Whether the batch was given in TRL's terms."""
         return self._has_trl_batch
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options by section, in JSON types; for callbacks written for transformers."""
+        return self.model_dump(mode="json")
+
+    def to_json_string(self) -> str:
+        """The same as JSON text."""
+        return self.model_dump_json(indent=2)
 
     @property
     def max_num_seqs(self) -> int:
@@ -202,5 +211,5 @@ def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:
             given = values[section].model_dump(exclude_unset=True)
             values[section] = {**given, in_epochs: None, in_steps: steps}
     resolved = GRPOConfig(**values)
-    resolved._notes, resolved._has_trl_batch = config._notes, config._has_trl_batch
+    resolved._notes, resolved._has_trl_batch, resolved._given = config._notes, config._has_trl_batch, config._given
     return resolved

@@ -14,6 +14,7 @@ looks at `state.is_world_process_zero`. What one worker's callbacks ask for coun
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from typing import Any
 
 from torch import nn, optim
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
+from ..common.log import logger
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
@@ -147,6 +149,8 @@ class Callbacks:
         self._inside = inside
         self.restore(steps_done, rows)
         self.control = TrainerControl()
+        if steps_done == 0:
+            self.state.best_metric = self.state.best_global_step = None
         self._event(self._all, "on_train_begin")
         self._event(self._all, "on_epoch_begin")
         self._collect_requests()
@@ -192,11 +196,17 @@ class Callbacks:
         """An evaluation is over: those inside record it."""
         self._event(self._inside, "on_evaluate", evaluation=evaluation, when=when)
 
-    def evaluate(self, metrics: Mapping[str, float]) -> None:
-        """An evaluation: the user's callbacks see its metrics, whose names begin with `eval_`."""
+    def evaluate(self, metrics: Mapping[str, float], *, is_of_run: bool = True) -> None:
+        """An evaluation: the user's callbacks see its metrics, whose names begin with `eval_`.
+
+        is_of_run: it can be the best one of the run; not if the user asked for it.
+        """
         self.control.should_evaluate = False
         self._log(metrics)
         self._event(self.instances, "on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
+        best, reward = self.state.best_metric, metrics["eval_reward"]
+        if is_of_run and reward > (-math.inf if best is None else best):  # after the event, as in transformers
+            self.state.best_metric, self.state.best_global_step = reward, self.state.global_step
         self._collect_requests()
 
     def save(self) -> None:
@@ -231,6 +241,40 @@ class Callbacks:
             if isinstance(callback, RecordsUserLogs):
                 callback.on_user_log(self.state, metrics)
         self._log(metrics)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def states(self) -> dict[str, Any]:
+        """The best evaluation, and the states of the user's callbacks that export one (`ExportableState`), as plain data.
+
+        Raises:
+            ValueError: a callback's state is no plain data.
+        """
+        found = []
+        for callback in self.instances:
+            if isinstance(callback, ExportableState):
+                attributes = callback.state()["attributes"]
+                try:
+                    found.append((type(callback).__name__, json.loads(json.dumps(attributes))))
+                except TypeError as error:
+                    name = type(callback).__name__
+                    raise ValueError(f"callback {name}: its state() must be JSON data: {error}") from None
+        return {"best": [self.state.best_metric, self.state.best_global_step], "exported": found}
+
+    def restore_states(self, states: Mapping[str, Any]) -> None:
+        """Set what `states` returned; states of callbacks that this run does not have are skipped, with a note."""
+        self.state.best_metric, self.state.best_global_step = states.get("best", (None, None))
+        waiting = [callback for callback in self.instances if isinstance(callback, ExportableState)]
+        for name, attributes in states.get("exported", ()):
+            callback = next((one for one in waiting if type(one).__name__ == name), None)
+            if callback is None:
+                logger.info(f"the checkpoint has the state of a callback {name}, which this run does not have")
+                continue
+            waiting.remove(callback)
+            for attribute, value in attributes.items():
+                setattr(callback, attribute, value)
+
+    # ---------------------------------------------------------------------------------------------- internals
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         logs = {**metrics, "epoch": self.state.epoch}

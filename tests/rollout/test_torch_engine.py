@@ -132,7 +132,8 @@ def test_groups_are_handed_on_as_they_finish_and_the_rest_can_be_left(make: Make
     engine = make(max_num_seqs=2)
     iterator: Any = engine.rollout([[5], [6], [7]], settings(num_generations=1, max_completion_length=3), seeds=[1, 2, 3])
     assert next(iterator).index in (0, 1)
-    assert policy_of(engine).model.config._attn_implementation == "rankup_shared_prompt", "the trainer's attention is back"
+    with policy_of(engine).packed():  # the trainer may compute meanwhile
+        assert policy_of(engine).model.config._attn_implementation == "rankup_shared_prompt"
     iterator.close()
 
 

@@ -188,6 +188,9 @@ class Arguments(TypedDict, total=False):
     keep_last: int
     keep_best: int
     storage: str | None
+    push_to_hub: bool
+    hub_model_id: str | None
+    hub_private_repo: bool | None
     workers: int
     cpus_per_worker: float
     gpus_per_worker: float | None
@@ -241,10 +244,7 @@ class Arguments(TypedDict, total=False):
     save_on_each_node: bool
     save_total_limit: int | None
     enable_jit_checkpoint: bool
-    push_to_hub: bool
     hub_token: str | None
-    hub_private_repo: bool | None
-    hub_model_id: str | None
     hub_strategy: str
     hub_always_push: bool
     hub_revision: str | None

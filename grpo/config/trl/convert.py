@@ -51,11 +51,12 @@ DEFAULT_STEPS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """The values by our names; notes for the user; and whether the script has a batch in TRL's terms."""
+    """The values by our names; notes for the user; whether the script has a batch in TRL's terms; the values by TRL's names."""
 
     values: dict[str, Value]
     notes: tuple[str, ...] = field(default=())
     has_trl_batch: bool = False
+    given: Mapping[str, Value] = field(default_factory=dict)
 
 
 def convert(values: Mapping[str, Value]) -> Converted:
@@ -85,7 +86,10 @@ def convert(values: Mapping[str, Value]) -> Converted:
     if errors:
         raise ValueError("\n".join(errors))
     return Converted(
-        values=script.values, notes=_notes(script), has_trl_batch=any(name in BATCH_FIELDS for name in script.names)
+        values=script.values,
+        notes=_notes(script),
+        has_trl_batch=any(name in BATCH_FIELDS for name in script.names),
+        given=script.given,
     )
 
 

@@ -35,6 +35,11 @@ class Script:
         """The value of a name of TRL that is converted; None if it is not set."""
         return self._trl.get(name)
 
+    @property
+    def given(self) -> Mapping[str, Value]:
+        """The values of TRL's names that are set."""
+        return self._trl
+
     def ours(self, dotted: str) -> Value:
         """The value of an option of ours; None if it is not set."""
         section, _, field = dotted.partition(".")

@@ -3,8 +3,7 @@
 from .field import TrlField, converted, mapped, moot, other_default, refused
 
 RAY = "set cluster.workers: Ray starts the workers, and each holds the complete model"
-EXPORT = "share the result after the run: docs/export.md"
-OF_THE_HUB = "acts only with push_to_hub"
+AT_THE_END = "push_to_hub uploads once, at the end of the run"
 NO_DATALOADER = "prompts are tokenized before the run; there is no DataLoader"
 NO_DDP = "only the adapter's gradients are summed, in one collective"
 STEPS = "in TRL's steps, see [steps](#steps); below 1 a share of the run"
@@ -99,20 +98,20 @@ TRAINING_FIELDS: dict[str, TrlField] = {
     "save_on_each_node": moot("bool", False, "the main process saves, to checkpoint.storage if workers share no disk"),
     "save_total_limit": mapped("checkpoint.keep_last", "int | None", None, "None: the default here"),
     "enable_jit_checkpoint": moot("bool", False, "SIGTERM always saves a checkpoint"),
-    "push_to_hub": refused("bool", False, EXPORT),
-    "hub_token": moot("str | None", None, OF_THE_HUB),
-    "hub_private_repo": moot("bool | None", None, OF_THE_HUB),
-    "hub_model_id": moot("str | None", None, OF_THE_HUB),
-    "hub_strategy": moot("str", "every_save", OF_THE_HUB),
-    "hub_always_push": moot("bool", False, OF_THE_HUB),
-    "hub_revision": moot("str | None", None, OF_THE_HUB),
+    "push_to_hub": mapped("checkpoint.push_to_hub", "bool", False, "adapter and tokenizer, at the end of the run"),
+    "hub_token": refused("str | None", None, "log in with `hf auth login`: a configuration is written to files"),
+    "hub_private_repo": mapped("checkpoint.hub_private_repo", "bool | None", None),
+    "hub_model_id": mapped("checkpoint.hub_model_id", "str | None", None),
+    "hub_strategy": moot("str", "every_save", AT_THE_END),
+    "hub_always_push": moot("bool", False, AT_THE_END),
+    "hub_revision": refused("str | None", None, "leave it out: the main branch is pushed to"),
     "load_best_model_at_end": mapped("guards.load_best_model_at_end", "bool", False, "best by the evaluation's mean reward"),
     "metric_for_best_model": converted(
         "guards.load_best_model_at_end", "str | None", None, "only the mean reward: reward, eval_reward"
     ),
     "greater_is_better": converted("guards.load_best_model_at_end", "bool | None", None, "only true: higher is better"),
     "ignore_data_skip": moot("bool", False, "the prompts of a step depend on seed and step only; nothing is skipped"),
-    "restore_callback_states_from_checkpoint": refused("bool", False, "callbacks keep no state when a run is resumed"),
+    "restore_callback_states_from_checkpoint": moot("bool", False, "the states of callbacks are always restored"),
     "full_determinism": moot("bool", False, "runs are bit-exact on the CPU; CUDA kernels are not", is_reported=True),
     "seed": mapped("seed", "int", 42),
     "data_seed": mapped("data.shuffle_seed", "int | None", None),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from tiny_runs import metrics_of, steps_of, tiny_config
+from transformers.trainer_callback import ExportableState
 
 from rankup.grpo.common.world import World
 from rankup.grpo.run.callbacks import Callbacks, Requests, StepRecord
@@ -145,3 +146,76 @@ def test_a_stop_of_one_run_does_not_end_the_next_one_of_the_same_trainer(make_tr
     assert trainer.train().global_step == 1
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
     assert [row["step"] for row in steps_of(tmp_path / "run")] == [1, 2]
+
+
+def test_early_stopping_of_transformers_ends_the_run(make_trainer, tmp_path, capsys):
+    def constant(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    stopping = transformers.EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = make_trainer(constant, callbacks=[stopping], eval_steps=1, eval_before=False, max_steps=9)
+    assert trainer.train().global_step == 3, "the first evaluation is the best one, and two do not exceed it"
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (1.0, 1)
+    with pytest.raises(AssertionError, match="requires IntervalStrategy"):
+        make_trainer(callbacks=[stopping], eval_steps=0).train()
+
+
+def test_callbacks_keep_their_state_when_a_run_resumes(make_trainer, tmp_path, capsys):
+    def constant(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def trainer(name: str, *others: Any):
+        callbacks = [transformers.EarlyStoppingCallback(early_stopping_patience=3), *others]
+        options = {"eval_steps": 1, "eval_before": False, "save_steps": 1, "output_dir": tmp_path / name}
+        return make_trainer(constant, callbacks=callbacks, max_steps=9, **options)
+
+    assert trainer("whole").train().global_step == 4
+    with pytest.raises(ZeroDivisionError):
+        trainer("run", Failing(3)).train()
+    resumed = trainer("run")
+    assert resumed.train(resume_from_checkpoint=True).global_step == 4, "not three evaluations more"
+    assert resumed.state.best_global_step == 1
+    without = make_trainer(constant, eval_steps=1, eval_before=False, max_steps=9, output_dir=tmp_path / "run")
+    without.train(resume_from_checkpoint=True)
+    assert "the state of a callback EarlyStoppingCallback, which this run does not have" in capsys.readouterr().out
+
+
+class Failing(transformers.TrainerCallback):
+    """Fails at the beginning of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise ZeroDivisionError
+
+
+def test_a_state_that_is_no_plain_data_is_refused(make_trainer):
+    class Odd(transformers.TrainerCallback, ExportableState):
+        def state(self):
+            return {"args": {}, "attributes": {"model": object()}}
+
+    with pytest.raises(ValueError, match=r"callback Odd: its state\(\) must be JSON data"):
+        make_trainer(callbacks=[Odd()]).train()
+
+
+@pytest.mark.parametrize("callback", [transformers.PrinterCallback, transformers.ProgressCallback])
+def test_callbacks_of_transformers_run_unchanged(make_trainer, capsys, callback):
+    make_trainer(callbacks=[callback]).train()
+    assert "reward" in capsys.readouterr().out
+
+
+def test_callbacks_read_the_configuration_by_the_names_of_trl(make_trainer):
+    class Reads(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            names = ("eval_strategy", "metric_for_best_model", "per_device_train_batch_size", "dataloader_num_workers", "bf16")
+            seen.update({name: getattr(args, name) for name in names}, text=args.to_json_string(), lr=args.learning_rate)
+
+    seen: dict[str, Any] = {}
+    make_trainer(callbacks=[Reads], dataloader_num_workers=3, eval_steps=1).train()
+    assert json.loads(seen.pop("text"))["optim"]["max_steps"] == 2
+    assert seen == {
+        "eval_strategy": "steps", "metric_for_best_model": "eval_reward", "per_device_train_batch_size": 8,
+        "dataloader_num_workers": 3, "bf16": False, "lr": 1e-2,
+    }  # fmt: skip
