@@ -64,7 +64,7 @@ def record_evaluation(ctx: RunContext, step: int, evaluation: Evaluation, when: 
     """Record and show an evaluation after `step` updates."""
     if ctx.output is not None:
         ctx.output.evaluation(step, evaluation, when)
-    ctx.setup.callbacks.evaluate({"eval_reward": evaluation.mean_reward})
+    ctx.setup.callbacks.evaluate(evaluation.metrics())
 
 
 def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:

@@ -75,10 +75,11 @@ class RunOutput:
 
     def evaluation(self, step: int, evaluation: Evaluation, when: When) -> None:
         """Record and show an evaluation after `step` updates."""
-        self.recorder.evaluation(step, evaluation.mean_reward, when=when)
+        metrics = evaluation.metrics()
+        self.recorder.evaluation(step, metrics, when=when)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
-        self.view.evaluation(step, evaluation.mean_reward, when)
+        self.view.evaluation(step, metrics, when)
 
     def draw(self) -> None:
         """`learning_curve.png`."""

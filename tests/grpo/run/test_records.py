@@ -93,7 +93,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 def test_metrics_are_lines_of_strict_json(recorder):
     recorder.step(1, {"reward": math.nan, "kl": math.inf, "num_tokens": np.int64(7), "entropy": np.float32(0.5)})
-    recorder.evaluation(1, 0.25, when="during", metrics={"completions/mean_length": 9.5})
+    recorder.evaluation(1, {"eval_reward": 0.25, "eval_completions/mean_length": 9.5}, when="during")
     lines = (recorder.output_dir / "metrics.jsonl").read_text().splitlines()
     assert [strict_json(line) for line in lines] == [
         {"step": 1, "reward": None, "kl": None, "num_tokens": 7, "entropy": 0.5},
@@ -156,16 +156,16 @@ def test_values_without_a_plain_type_are_kept_as_json(recorder):
 
 
 def test_the_summary_has_the_documented_fields(recorder):
-    recorder.evaluation(0, 0.11, when="before")
+    recorder.evaluation(0, {"eval_reward": 0.11}, when="before")
     for step in (1, 2):
         recorder.step(step, {"reward": 0.5, "time/rollout": 3.0, "time/train": 2.0})
-    recorder.evaluation(1, 0.3, when="during")
-    recorder.evaluation(2, 0.86, when="after")
+    recorder.evaluation(1, {"eval_reward": 0.3}, when="during")
+    recorder.evaluation(2, {"eval_reward": 0.86}, when="after")
     written = recorder.summary({"run_name": "first", "seconds": {"publish": 0.5}, "broken": math.nan})
 
     summary = strict_json((recorder.output_dir / "summary.json").read_text())
     assert summary == written
-    assert summary["evaluation"] == {"before": {"reward": 0.11}, "after": {"reward": 0.86}}
+    assert summary["evaluation"] == {"before": {"reward": 0.11, "rewards": {}}, "after": {"reward": 0.86, "rewards": {}}}
     total = summary["seconds"].pop("total")
     assert 0 < total < 60
     assert summary["seconds"] == {"rollout": 6.0, "reward": 0.0, "train": 4.0, "publish": 0.5, "checkpoint": 0.0}
@@ -176,7 +176,8 @@ def test_the_summary_has_the_documented_fields(recorder):
 
 
 def test_a_summary_without_an_evaluation_has_the_same_fields(recorder):
-    assert recorder.summary({})["evaluation"] == {"before": {"reward": None}, "after": {"reward": None}}
+    nothing = {"reward": None, "rewards": {}}
+    assert recorder.summary({})["evaluation"] == {"before": nothing, "after": nothing}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -206,7 +207,7 @@ def make_run(folder: Path, steps: range, *, resume: dict | None = None) -> dict:
         for step in steps:
             recorder.step(step, {"reward": step / 10, "time/rollout": 2.0})
             recorder.completions(step, TABLE)
-        recorder.evaluation(steps[-1], 0.5, when="during")
+        recorder.evaluation(steps[-1], {"eval_reward": 0.5}, when="during")
         return json.loads(json.dumps(recorder.state_dict()))
 
 
@@ -240,7 +241,7 @@ def test_a_checkpoint_is_ranked_by_its_evaluation_or_by_the_last_ten_steps(recor
         recorder.step(step, {"reward": float(step)})
     assert recorder.reward_at(12, by_evaluation=False) == sum(range(3, 13)) / 10
     assert recorder.reward_at(12, by_evaluation=True) is None
-    recorder.evaluation(12, 0.75, when="during")
+    recorder.evaluation(12, {"eval_reward": 0.75}, when="during")
     assert recorder.reward_at(12, by_evaluation=True) == 0.75
     assert recorder.reward_at(13, by_evaluation=True) is None
     recorder.step(13, {"reward": math.nan})

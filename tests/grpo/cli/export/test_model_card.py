@@ -31,12 +31,12 @@ def make_run(tmp_path: Path) -> MakeRun:
         values: dict[str, Any] = {"model": HUB_MODEL, "max_steps": 12, "output_dir": output_dir, **options}
         config = GRPOConfig(**values)
         recorder = RunRecorder(output_dir, config_yaml=dump_config(config))
-        recorder.evaluation(0, 0.25, when="before")
+        recorder.evaluation(0, {"eval_reward": 0.25}, when="before")
         for step in range(1, 13):
             recorder.step(step, {"reward": step / 10, "rewards/brief/mean": 0.5, "time/train": 2.0})
             if step == 6:
-                recorder.evaluation(6, 0.5, when="during")
-        recorder.evaluation(12, 0.75, when="after")
+                recorder.evaluation(6, {"eval_reward": 0.5}, when="during")
+        recorder.evaluation(12, {"eval_reward": 0.75}, when="after")
         if ends:
             recorder.summary({"guards": GUARDS, "interrupted": False, "seconds": {"total": 370.0}, **(summary or {})})
         save_adapter(output_dir)
