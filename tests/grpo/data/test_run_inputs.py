@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_runs import ROWS, tiny_config
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.data.prompts import Prompt, PromptData
 from rankup.grpo.data.run_inputs import RunInputs, load_run_inputs, read_streams
+from rankup.grpo.user_inputs import UserInputs
 
 TRAIN = datasets.Dataset.from_list(ROWS)
 
@@ -79,6 +81,14 @@ def test_a_stream_and_a_number_of_epochs_are_refused(load):
 def test_of_a_stream_for_evaluation_eval_rows_are_read_or_all(load):
     assert texts(load(ROWS, endless(), eval_rows=5).eval_prompts) == [f"count to {n}" for n in range(5)]
     assert len(load(ROWS, iter(ROWS)).eval_prompts.rows) == 12
+
+
+def test_inputs_with_streams_can_be_sent_to_workers(tmp_path: Path):
+    streamed = datasets.IterableDatasetDict(easy=datasets.IterableDataset.from_generator(endless))
+    inputs = UserInputs(reward_funcs="last_integer", train_dataset=endless(), eval_dataset=streamed)
+    sent = pickle.loads(pickle.dumps(inputs.without_streams(tiny_config(tmp_path, eval_rows=2))))
+    assert sent.train_dataset == list(itertools.islice(endless(), 6)) and sent.eval_dataset == {"easy": ROWS[:2]}
+    assert sent.reward_funcs == "last_integer"
 
 
 def test_workers_get_the_rows_of_streams(tmp_path: Path):
