@@ -144,7 +144,7 @@ def test_callbacks_see_the_metrics_of_an_evaluation(make):
     seen = []
 
     class OnEvaluate(transformers.TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics, **kwargs):
+        def on_evaluate(self, args, state, control, *, metrics, **kwargs):
             seen.append(metrics)
 
     trainer = make()

@@ -62,12 +62,11 @@ def test_of_an_infinite_training_set_the_prompts_of_all_steps_are_read(load, mak
 
 
 def test_the_training_split_of_a_dictionary_of_streams_is_read(load):
-    both = datasets.IterableDatasetDict(
-        train=datasets.IterableDataset.from_generator(endless), extra=datasets.IterableDataset.from_generator(endless)
-    )
+    stream = datasets.IterableDataset.from_generator(endless)
+    both = datasets.IterableDatasetDict({"train": stream, "extra": stream})
     assert len(load(both).train_prompts.rows) == 6
     assert len(load(both, train_split="extra", max_steps=1).train_prompts.rows) == 3
-    assert len(load(datasets.DatasetDict(train=TRAIN, test=TRAIN)).train_prompts.rows) == 12
+    assert len(load(datasets.DatasetDict({"train": TRAIN, "test": TRAIN})).train_prompts.rows) == 12
 
 
 def test_a_stream_and_a_number_of_epochs_are_refused(load):
@@ -84,7 +83,7 @@ def test_of_a_stream_for_evaluation_eval_rows_are_read_or_all(load):
 
 
 def test_inputs_with_streams_can_be_sent_to_workers(tmp_path: Path):
-    streamed = datasets.IterableDatasetDict(easy=datasets.IterableDataset.from_generator(endless))
+    streamed = datasets.IterableDatasetDict({"easy": datasets.IterableDataset.from_generator(endless)})
     inputs = UserInputs(reward_funcs="last_integer", train_dataset=endless(), eval_dataset=streamed)
     sent = pickle.loads(pickle.dumps(inputs.without_streams(tiny_config(tmp_path, eval_rows=2))))
     assert sent.train_dataset == list(itertools.islice(endless(), 6)) and sent.eval_dataset == {"easy": ROWS[:2]}
@@ -95,9 +94,9 @@ def test_workers_get_the_rows_of_streams(tmp_path: Path):
     stream = datasets.IterableDataset.from_generator(endless)
     config = tiny_config(tmp_path, eval_rows=2)
     assert read_streams(config, endless(), endless()) == (list(itertools.islice(endless(), 6)), ROWS[:2])
-    train, sets = read_streams(config, datasets.IterableDatasetDict(train=stream), {"a": stream, "b": "b.jsonl", "c": TRAIN})
+    train, sets = read_streams(config, datasets.IterableDatasetDict({"train": stream}), {"a": stream, "b": "b.jsonl", "c": TRAIN})
     assert train == list(itertools.islice(endless(), 6)) and sets == {"a": ROWS[:2], "b": "b.jsonl", "c": TRAIN}
-    assert read_streams(config, ROWS, datasets.IterableDatasetDict(easy=stream)) == (ROWS, {"easy": ROWS[:2]})
+    assert read_streams(config, ROWS, datasets.IterableDatasetDict({"easy": stream})) == (ROWS, {"easy": ROWS[:2]})
     assert read_streams(config, None, None) == (None, None)
     assert read_streams(config, "train.jsonl", TRAIN) == ("train.jsonl", TRAIN)
     with pytest.raises(ValueError, match=r"optim\.max_steps must be set"):
@@ -119,7 +118,7 @@ def test_several_evaluation_sets_of_any_kind_are_evaluated_by_name(load, tmp_pat
 def test_all_splits_of_a_dictionary_of_data_sets_are_evaluated(load):
     by_split = datasets.DatasetDict({datasets.Split.TEST: TRAIN, "dev": TRAIN.select(range(1))})
     assert {name: len(rows) for name, rows in of_sets(load(ROWS, by_split)).items()} == {"test": 12, "dev": 1}
-    streams = datasets.IterableDatasetDict(dev=datasets.IterableDataset.from_generator(endless))
+    streams = datasets.IterableDatasetDict({"dev": datasets.IterableDataset.from_generator(endless)})
     assert of_sets(load(ROWS, streams, eval_rows=1)) == {"dev": ["count to 0"]}
 
 

@@ -68,7 +68,7 @@ def test_data_with_a_length_is_read_completely():
         raise AssertionError("it has a length")
 
     table = datasets.Dataset.from_list(ROWS)
-    for source in (ROWS, tuple(ROWS), table, datasets.DatasetDict(a=table)):
+    for source in (ROWS, tuple(ROWS), table, datasets.DatasetDict({"a": table})):
         assert load_rows(source, split="a", stream_rows=never) == ROWS
 
 
