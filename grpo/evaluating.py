@@ -3,7 +3,7 @@ those that a user asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from .common.errors import TrainingStoppedError
 from .common.log import logger
 from .context import RunContext
+from .data.prompts import Prompt
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
 from .run.notes import evaluation_notes
@@ -34,7 +35,7 @@ def evaluate_between_steps(ctx: RunContext, step: int) -> None:
     ctx.setup.callbacks.record_evaluation(evaluation, "during" if step else "before")
     if is_complete:  # before a user's callback can fail
         ctx.checkpoints.set_position(step, evaluation_pending=False)
-    ctx.setup.callbacks.evaluate(metrics(evaluation))
+    ctx.setup.callbacks.evaluate(evaluation.metrics())
     if is_complete:
         ctx.checkpoints.set_position(step, evaluation_pending=False)
     for note in decision.notes if decision is not None else ():
@@ -76,12 +77,7 @@ def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
 def record_evaluation(ctx: RunContext, evaluation: Evaluation, when: When) -> None:
     """Record and show an evaluation."""
     ctx.setup.callbacks.record_evaluation(evaluation, when)
-    ctx.setup.callbacks.evaluate(metrics(evaluation))
-
-
-def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """What callbacks see of an evaluation."""
-    return {"eval_reward": evaluation.mean_reward}
+    ctx.setup.callbacks.evaluate(evaluation.metrics())
 
 
 def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
@@ -99,18 +95,19 @@ def is_due(steps_done: int, every: int) -> bool:
     return every > 0 and steps_done % every == 0
 
 
-def evaluate_now(setup: RunSetup, session: Session, adapter: Path | None) -> dict[str, float]:
+def evaluate_now(
+    setup: RunSetup, session: Session, prompts: Sequence[Prompt], adapter: Path | None
+) -> dict[str, float]:
     """Evaluate outside of the loop: the current policy, or a saved adapter. See `GRPOTrainer.evaluate`."""
-    assert setup.eval_prompts is not None
-    setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")
+    setup.stage(f"evaluating {len(prompts)} prompts")
     step = setup.callbacks.state.global_step
     with nullcontext() if adapter is None else _adapter_in_place(session, adapter):
-        evaluation = evaluate(session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step)
+        evaluation = evaluate(session.engine, setup.scorer, prompts, setup.config, step=step)
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:
-        setup.callbacks.evaluate(metrics(evaluation), is_of_run=False)
-    return metrics(evaluation)
+        setup.callbacks.evaluate(evaluation.metrics(), is_of_run=False)
+    return evaluation.metrics()
 
 
 @contextmanager

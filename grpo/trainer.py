@@ -31,12 +31,13 @@ from . import generation, sharing
 from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
+from .data.run_inputs import load_eval_prompts
 from .display.terminal import View, make_view
 from .evaluating import evaluate_now
 from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
-from .user_inputs import DataSource, RewardSpec, UserInputs
+from .user_inputs import DataSource, EvalSource, RewardSpec, UserInputs
 
 
 class GRPOTrainer:
@@ -50,7 +51,8 @@ class GRPOTrainer:
         model: embedded name, folder or Hub id; None: `args.model.name`.
         reward_funcs: one or several functions (TRL's contract), or `file.py:name`; None: `args.rewards.functions`.
         args: the configuration.
-        train_dataset, eval_dataset: a `datasets.Dataset`, rows, or a source as in `args.data`; None: `args.data`.
+        train_dataset: a `datasets.Dataset` or `IterableDataset`, rows, or a source as in `args.data`; None: `args.data`.
+        eval_dataset: the same, or several by name, each of which is evaluated.
         callbacks: `transformers.TrainerCallback`s, as in TRL; `add_callback` adds further ones.
         view: where progress is shown; None: the terminal.
 
@@ -68,7 +70,7 @@ class GRPOTrainer:
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: DataSource | None = None,
-        eval_dataset: DataSource | None = None,
+        eval_dataset: EvalSource | None = None,
         *,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         view: View | None = None,
@@ -76,8 +78,6 @@ class GRPOTrainer:
         config = args or GRPOConfig()
         if model is not None:
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
-        if config.cluster.workers > 1:  # an iterator could be read only once, and every worker reads the data
-            train_dataset, eval_dataset = (list(d) if isinstance(d, Iterator) else d for d in (train_dataset, eval_dataset))
         self.summary: dict[str, Any] = {}
         self._inputs = UserInputs(
             reward_funcs=reward_funcs,
@@ -85,6 +85,8 @@ class GRPOTrainer:
             eval_dataset=eval_dataset,
             callbacks=list(callbacks or ()),
         )
+        if config.cluster.workers > 1:
+            self._inputs = self._inputs.without_streams(config)
         self.setup = prepare_run(config, self._inputs, view=view or _view_of(config))
         self.args = self.setup.config
         self.view = view or _view_of(self.args)  # now the number of steps is known, also of a run in epochs
@@ -179,20 +181,26 @@ class GRPOTrainer:
         metrics = self.setup.callbacks.train_metrics(self.summary["seconds"]["total"])
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    def evaluate(self, *, adapter: str | Path | None = None) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: EvalSource | None = None, *, adapter: str | Path | None = None
+    ) -> dict[str, float]:
         """Greedy completions of the evaluation data by the current policy: their metrics, such as `eval_reward`, the mean
         reward. They are added to `state.log_history`, and callbacks see them.
 
         Args:
+            eval_dataset: other data, or several sets by name; None: that of the trainer.
             adapter: evaluate the saved adapter in this folder instead.
 
         Raises:
             ValueError: no evaluation data, or no such adapter.
         """
-        if self.setup.eval_prompts is None:
-            raise ValueError("no evaluation data: set data.eval, or pass eval_dataset to GRPOTrainer")
+        prompts = self.setup.eval_prompts
+        if eval_dataset is not None:
+            prompts = load_eval_prompts(self.args, eval_dataset, self.processing_class).rows
+        if prompts is None:
+            raise ValueError("no evaluation data: set data.eval, or pass eval_dataset")
         with self._shown(), self._sessions.scoring() as session:
-            return evaluate_now(self.setup, session, None if adapter is None else Path(adapter))
+            return evaluate_now(self.setup, session, prompts, None if adapter is None else Path(adapter))
 
     def generate(
         self,

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers.trainer_callback import TrainerCallback
 
 from ..rewards.loading import RewardSpec
-from .data.sources import DataSource
+from .config import GRPOConfig
+from .data.run_inputs import read_streams
+from .data.sources import DataSource, EvalSource
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserInputs:
-    """Reward functions and data sets (None: those of the configuration), and callbacks."""
+    """Reward functions and data sets (None: those of the configuration), and callbacks.
+
+    `eval_dataset` may be several data sets by name.
+    """
 
     reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
     train_dataset: DataSource | None = None
-    eval_dataset: DataSource | None = None
+    eval_dataset: EvalSource | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
+
+    def without_streams(self, config: GRPOConfig) -> UserInputs:
+        """The same with the rows of streams in their place: a stream could be read only once, or differently by each worker.
+
+        Raises:
+            ValueError: the length of the run is given in epochs, and the training data has no length.
+        """
+        train_dataset, eval_dataset = read_streams(config, self.train_dataset, self.eval_dataset)
+        return replace(self, train_dataset=train_dataset, eval_dataset=eval_dataset)

@@ -31,7 +31,8 @@ from common import ROOT, script_parser
 SAVE_STEPS = 2
 WRITE_SECONDS = 0.02  # about the time to write a checkpoint of a small model
 STEP = re.compile(r"^step +(\d+)/\d+ ", re.MULTILINE)
-NOT_REPRODUCIBLE = ("time/", "tokens_per_second/", "memory/")  # metrics that differ between any two runs
+NOT_REPRODUCIBLE = ("time/", "tokens_per_second/", "memory/", "eval_runtime", "eval_samples_per_second")
+"""Metrics that differ between any two runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..common.errors import explain
 from ..common.interrupts import RunInterrupted
 from ..config import GRPOConfig, load_config
+from ..display.view_text import evaluation_rewards, rewards_text
 from ..run.records import CONFIG_FILE
 from .command import add_command
 from .doctor.doctor import add_doctor_command
@@ -146,9 +147,13 @@ def evaluate(options: argparse.Namespace) -> int:
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine starts
         raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
     with _trainer(load_config(config_file, options.overrides)) as trainer:
-        reward = trainer.evaluate(adapter=adapter)["eval_reward"]
+        metrics = trainer.evaluate(adapter=adapter)
     count = len(trainer.setup.eval_prompts or ())
-    print(f"{adapter or trainer.args.model.name}: reward {reward:.4f} on {count} prompts, sampled greedily")
+    name = adapter or trainer.args.model.name
+    print(f"{name}: reward {metrics['eval_reward']:.4f} on {count} prompts, sampled greedily")
+    by_function_and_set = rewards_text(evaluation_rewards(metrics))
+    if " " in by_function_and_set:
+        print(by_function_and_set)
     return 0
 
 

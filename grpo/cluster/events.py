@@ -45,8 +45,8 @@ class EventView(View):
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
         self._send(Event("completions", (step, rows)))
 
-    def evaluation(self, step: int, reward: float, when: When) -> None:
-        self._send(Event("evaluation", (step, reward, when)))
+    def evaluation(self, step: int, metrics: Mapping[str, float], when: When) -> None:
+        self._send(Event("evaluation", (step, metrics, when)))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._send(Event("finish", (summary,)))

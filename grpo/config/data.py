@@ -1,10 +1,37 @@
 """The section `data`: prompts for training and evaluation. Imports no torch."""
 
-from typing import Any
+from collections.abc import Collection
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from ...section import Section
+
+
+def _form(value: object) -> str:
+    """One source or several by name, so that an error message is about that form only."""
+    return "<mapping>" if isinstance(value, dict) else "<source>"
+
+
+EvalSources = Annotated[
+    Annotated[str, Tag("<source>")] | Annotated[dict[str, str], Tag("<mapping>")], Discriminator(_form)
+]
+
+
+def check_set_names(names: Collection[object]) -> None:
+    """Check the names of evaluation sets: they become part of the names of metrics, `eval_<name>_reward`.
+
+    Raises:
+        ValueError: there is none; one is empty, no text, or has a slash or white space.
+    """
+    if not names:
+        raise ValueError("the mapping of evaluation sets is empty: name at least one, or leave it out")
+    for name in names:
+        if not isinstance(name, str) or not name or "/" in name or any(map(str.isspace, name)):
+            raise ValueError(
+                f"an evaluation set cannot be called {name!r}, since metrics are named after it: use a text without slashes "
+                "and white space"
+            )
 
 
 class DataConfig(Section):
@@ -14,17 +41,18 @@ class DataConfig(Section):
     """Training rows: a .json, .jsonl, .parquet or .csv file, an id on the Hub, `reasoning_gym:<task>`, or a function that
     returns rows (`file.py:name`, `package.module:name`). None: the `train_dataset` of `GRPOTrainer`."""
 
-    eval: str | None = None
-    """Evaluation rows, in the same forms. None: no evaluation."""
+    eval: EvalSources | None = None
+    """Evaluation rows, in the same forms; or a mapping of names to such sources, which are evaluated together and also reported
+    one by one (`eval_<name>_reward`). None: no evaluation."""
 
     subset: str | None = None
     """Subset (configuration name) of a data set on the Hub, such as `main` of openai/gsm8k. None: its only one."""
 
     train_split: str = "train"
-    """Split of a data set on the Hub for training."""
+    """Split of a data set on the Hub, or of a `DatasetDict`, for training."""
 
     eval_split: str = "test"
-    """Split of a data set on the Hub for evaluation."""
+    """Split of a data set on the Hub for evaluation. A `DatasetDict` as `eval_dataset` is evaluated with all of its splits."""
 
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a conversation (a list of messages with role and content)."""
@@ -42,7 +70,14 @@ class DataConfig(Section):
     """Seed of the order alone, 0 to 2**32 - 1 (TRL's `data_seed`). None: `seed`."""
 
     eval_rows: int | None = Field(default=None, ge=1)
-    """Evaluate on the first `eval_rows` rows only. None: all."""
+    """Evaluate on the first `eval_rows` rows of each set only. None: all, also of a data set without a length."""
 
     options: dict[str, Any] = Field(default={})
     """Options of a `reasoning_gym:<task>` source (`size`, `seed` and those of the task), or keyword arguments of a function."""
+
+    @field_validator("eval")
+    @classmethod
+    def _sets_have_names(cls, sources: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        if isinstance(sources, dict):
+            check_set_names(sources)
+        return sources

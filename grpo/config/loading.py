@@ -20,7 +20,9 @@ from .trl.convert import Converted, convert
 from .trl.fields import ALL_NAMES, HINTS, NONE_IS_UNSET, RENAMED, TEXT_FOR_SECTIONS
 from .trl.reading import read
 
-__all__ = ["KnownKeys", "by_section", "describe_errors", "dump_yaml", "parse_yaml", "read", "read_run_file"]
+__all__ = [
+    "KnownKeys", "apply_override", "by_section", "describe_errors", "dump_yaml", "nest", "parse_yaml", "read", "read_run_file",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

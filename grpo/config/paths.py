@@ -22,7 +22,13 @@ DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
     """The configuration with resolved names of data, reward functions and loss. `folder` is the run file's."""
     data, loss = config.data, config.algorithm.loss_type
-    sources = {name: resolve(source, folder) for name, source in (("train", data.train), ("eval", data.eval)) if source}
+    sources: dict[str, str | dict[str, str]] = {}
+    if data.train:
+        sources["train"] = resolve(data.train, folder)
+    if isinstance(data.eval, dict):
+        sources["eval"] = {name: resolve(source, folder) for name, source in data.eval.items()}
+    elif data.eval:
+        sources["eval"] = resolve(data.eval, folder)
     functions = [
         resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
         for one in config.rewards.functions

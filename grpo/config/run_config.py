@@ -151,7 +151,9 @@ class GRPOConfig(Section):
             if name.startswith("_"):
                 return super().__getattr__(name)
             section, _, field = (known_keys().locate(name) or "").partition(".")
-            return getattr(getattr(self, section), field) if field else read(self, name, given=self._given)
+            if field and hasattr(getattr(self, section), field):
+                return getattr(getattr(self, section), field)
+            return read(self, name, given=self._given)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ class Prompt:
     """The model's input, including special tokens."""
     columns: dict[str, Any] = field(default_factory=dict)
     """All other columns of the row; the same for every row, None where the source has no value."""
+    eval_set: str | None = None
+    """Name of the evaluation set that it belongs to; None if the sets have no names, and in training."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,23 +3,29 @@
     inputs = load_run_inputs(config)
     inputs.train_prompts.rows, inputs.eval_prompts, inputs.tokenizer
     inputs.fingerprint()                        # changes if a resumed run has other data
+
+There may be several evaluation sets, each with a name. Their prompts are one list, and each knows its set (`Prompt.eval_set`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.log import logger
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
+from ..config.data import check_set_names
 from .prompts import Prompt, PromptData, prepare_prompts
-from .sources import DataSource, load_rows
+from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,40 +38,170 @@ class RunInputs:
     eval_prompts: PromptData | None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number and hash of the rows of both data sets."""
+        """Number and hash of the rows of the training data and of each evaluation set."""
+        prompts = [] if self.eval_prompts is None else self.eval_prompts.rows
+        names = dict.fromkeys(prompt.eval_set for prompt in prompts)
+        of_sets = {name: _fingerprint([prompt for prompt in prompts if prompt.eval_set == name]) for name in names}
         return {
             "training data": _fingerprint(self.train_prompts.rows),
-            "evaluation data": None if self.eval_prompts is None else _fingerprint(self.eval_prompts.rows),
+            "evaluation data": of_sets.get(None, of_sets or None),  # a single set has no name
         }
 
 
 def load_run_inputs(
     config: GRPOConfig,
     train_dataset: DataSource | None = None,
-    eval_dataset: DataSource | None = None,
+    eval_dataset: EvalSource | None = None,
 ) -> RunInputs:
     """Find the model, then read and tokenize the data sets, by default those of the configuration. Writes nothing.
+
+    Of training data without a length, only as many rows are read as the steps of the run have prompts.
 
     Raises:
         ValueError, FileNotFoundError: missing or invalid data, no such model; the message says what to do.
     """
-    train_rows = _rows(config, train_dataset, config.data.train, split=config.data.train_split)
-    eval_rows = _rows(config, eval_dataset, config.data.eval, split=config.data.eval_split)
-    if train_rows is None:
+    data = config.data
+    train_source = data.train if train_dataset is None else train_dataset
+    eval_source = data.eval if eval_dataset is None else eval_dataset
+    if train_source is None:
         raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
+    train_rows = _load(config, train_source, data.train_split, lambda: _rows_of_all_steps(config))
+    eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
-
-    def prepare(rows: list[dict[str, Any]]) -> PromptData:
-        return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length)
-
     return RunInputs(
         model_path=model_path,
         tokenizer=tokenizer,
-        train_prompts=prepare(train_rows),
-        eval_prompts=None if eval_rows is None else prepare(eval_rows[: config.data.eval_rows]),
+        train_prompts=_prepare(config, train_rows, tokenizer),
+        eval_prompts=_prepare_eval(config, eval_rows, tokenizer) if eval_rows else None,
     )
+
+
+def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, tokenizer: PreTrainedTokenizerBase) -> PromptData:
+    """Evaluation data other than the run's.
+
+    Raises:
+        ValueError, FileNotFoundError: missing or invalid data.
+    """
+    return _prepare_eval(config, _load_eval(config, eval_dataset), tokenizer)
+
+
+def read_streams(
+    config: GRPOConfig, train_dataset: DataSource | None, eval_dataset: EvalSource | None
+) -> tuple[DataSource | None, EvalSource | None]:
+    """The data sets, but of every stream the rows that `load_run_inputs` would read, so that all workers have the same.
+
+    Raises:
+        ValueError: as `load_run_inputs` does for a stream.
+    """
+
+    def read(source: DataSource, split: str, stream_rows: Callable[[], int | None]) -> DataSource:
+        if isinstance(source, datasets.IterableDatasetDict) and split in source:
+            source = source[split]
+        return take_rows(source, stream_rows()) if is_stream(source) else source
+
+    data = config.data
+    if train_dataset is not None:
+        train_dataset = read(train_dataset, data.train_split, lambda: _rows_of_all_steps(config))
+    eval_sets = {name: read(one, data.eval_split, lambda: data.eval_rows) for name, one in _eval_sets(eval_dataset).items()}
+    if None in eval_sets:
+        return train_dataset, eval_sets[None]
+    return train_dataset, {str(name): one for name, one in eval_sets.items()} or None
+
+
+def _load(
+    config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]
+) -> list[dict[str, Any]]:
+    takes_options = isinstance(source, str) and ":" in source
+    return load_rows(
+        source,
+        split=split,
+        subset=config.data.subset,
+        options=config.data.options if takes_options else None,
+        stream_rows=stream_rows,
+    )
+
+
+def _load_eval(config: GRPOConfig, source: EvalSource | None) -> dict[str | None, list[dict[str, Any]]]:
+    """The rows of each evaluation set."""
+    data, rows = config.data, {}
+    for name, one in _eval_sets(source).items():
+        with _errors_about(name):
+            rows[name] = _load(config, one, data.eval_split, lambda: data.eval_rows)[: data.eval_rows]
+    return rows
+
+
+def _prepare(
+    config: GRPOConfig, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, eval_set: str | None = None
+) -> PromptData:
+    with _errors_about(eval_set):
+        return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length)
+
+
+def _prepare_eval(
+    config: GRPOConfig, rows: Mapping[str | None, list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> PromptData:
+    return _joined({name: _prepare(config, of_set, tokenizer, name) for name, of_set in rows.items()})
+
+
+def _rows_of_all_steps(config: GRPOConfig) -> int:
+    """How many rows of a stream the run can use.
+
+    Raises:
+        ValueError: the run's length is given in epochs, which a stream does not have.
+    """
+    optim = config.optim
+    if optim.num_train_epochs is not None:
+        raise ValueError(
+            "optim.max_steps must be set: the training data has no length (it is an iterator or an IterableDataset), so "
+            f"optim.num_train_epochs={optim.num_train_epochs:g} is no number of steps"
+        )
+    rows = optim.max_steps * optim.prompts_per_step
+    logger.info(f"reading at most {rows} rows of the training data, which has no length: the prompts of all steps")
+    return rows
+
+
+def _eval_sets(source: EvalSource | None) -> dict[str | None, DataSource]:
+    """The evaluation sets by name; a single data set has none.
+
+    Raises:
+        ValueError: a name would make the names of metrics ambiguous; an empty mapping.
+    """
+    if source is None:
+        return {}
+    if not isinstance(source, Mapping):
+        return {None: source}
+    is_by_split = isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict)
+    # A split may be a `datasets.Split`.
+    by_name: dict[Any, DataSource] = {str(name) if is_by_split else name: one for name, one in source.items()}
+    try:
+        check_set_names(by_name)
+    except ValueError as error:
+        raise ValueError(f"eval_dataset: {error}") from None
+    return {**by_name}
+
+
+@contextmanager
+def _errors_about(eval_set: str | None) -> Iterator[None]:
+    """Put the name of the evaluation set before errors about its rows."""
+    try:
+        yield
+    except ValueError as error:
+        if eval_set is None:
+            raise
+        raise ValueError(f"evaluation set {eval_set!r}: {error}") from error
+
+
+def _joined(sets: Mapping[str | None, PromptData]) -> PromptData:
+    """The prompts of all evaluation sets, each with the name of its set and the columns of all sets."""
+    columns = dict.fromkeys(name for data in sets.values() for name in data.rows[0].columns)
+    rows = [
+        replace(prompt, eval_set=name, columns={column: prompt.columns.get(column) for column in columns})
+        for name, data in sets.items()
+        for prompt in data.rows
+    ]
+    return PromptData(rows=rows, dropped=sum(data.dropped for data in sets.values()))
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -76,16 +212,3 @@ def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
         columns = json.dumps(row.columns, skipkeys=True, default=lambda value: type(value).__name__)
         digest.update(f"{row.token_ids}{columns}\n".encode())
     return {"rows": len(prompts), "hash": digest.hexdigest()}
-
-
-def _rows(config: GRPOConfig, dataset: DataSource | None, configured: str | None, *, split: str) -> list[dict[str, Any]] | None:
-    source = configured if dataset is None else dataset
-    if source is None:
-        return None
-    takes_options = isinstance(source, str) and ":" in source
-    return load_rows(
-        source,
-        split=split,
-        subset=config.data.subset,
-        options=config.data.options if takes_options else None,
-    )

@@ -1,19 +1,23 @@
-"""Where rows come from: files, the Hub, Reasoning Gym tasks, functions, or rows in memory.
+"""Where rows come from: files, the Hub, Reasoning Gym tasks, functions, rows in memory, or streams.
 
     rows = load_rows("data/train.jsonl", split="train")
+    rows = load_rows(endless_generator(), split="train", stream_rows=lambda: 800)       # the first 800
+
+A stream is a source without a length: an iterator, a generator, a `datasets.IterableDataset`. It may be infinite.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import logging
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import datasets
 import huggingface_hub.utils
@@ -23,8 +27,15 @@ from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
 from ..config.paths import DATA_FORMATS
 
-DataSource = str | datasets.Dataset | Iterable[Mapping[str, Any]]
-"""A source of rows by name, a data set, or rows in memory; see `load_rows`."""
+Rows = Iterable[Mapping[str, Any]]
+
+DataSource = (
+    str | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict | Rows
+)
+"""A source of rows by name, a data set, rows in memory, or a stream; see `load_rows`."""
+
+EvalSource = DataSource | Mapping[str, DataSource]
+"""One data set for evaluation, or several by name. A dictionary of splits is several data sets."""
 
 _REASONING_GYM = "reasoning_gym:"
 _DEFAULT_SEED = 42
@@ -37,8 +48,9 @@ def load_rows(
     split: str,
     subset: str | None = None,
     options: Mapping[str, Any] | None = None,
+    stream_rows: Callable[[], int | None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Read all rows of a data set into memory. `source` is one of:
+    """Read all rows of a data set into memory, or the first ones of a stream. `source` is one of:
 
     - a path ending in .json, .jsonl, .parquet or .csv, relative to the working directory (files have no splits: all rows are
       read);
@@ -46,7 +58,11 @@ def load_rows(
     - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the options of the
       task. Every split has a different seed, so that training and test rows differ;
     - `file.py:function` or `package.module:function`, called with `options` as keyword arguments;
-    - rows, as a `datasets.Dataset` or any iterable of mappings.
+    - rows, as a `datasets.Dataset` or any iterable of mappings, or a dictionary of them by `split` (`datasets.DatasetDict`);
+    - a stream: a `datasets.IterableDataset`, an iterator, or any other iterable of mappings without a length.
+
+    Args:
+        stream_rows: called only if the source is a stream: how many rows to read at most; None: all.
 
     Raises:
         FileNotFoundError: no such file.
@@ -54,11 +70,11 @@ def load_rows(
     """
     options = dict(options or {})
     if not isinstance(source, str):
-        return _as_rows(source, source="the data set", split=split)
+        return _as_rows(source, source="the data set", split=split, stream_rows=stream_rows)
     if source.startswith(_REASONING_GYM):
         return _reasoning_gym_rows(source.removeprefix(_REASONING_GYM), split=split, options=options)
     if ":" in source:
-        return _function_rows(source, split=split, options=options)
+        return _function_rows(source, split=split, options=options, stream_rows=stream_rows)
     if options:
         raise ValueError(
             f"data.options ({', '.join(options)}) are for reasoning_gym tasks and functions only: remove them for {source!r}"
@@ -66,6 +82,17 @@ def load_rows(
     if Path(source).suffix in DATA_FORMATS:
         return _file_rows(find_file(source))
     return _hub_rows(source, split=split, subset=subset)
+
+
+def is_stream(source: DataSource) -> TypeGuard[Rows]:
+    """Whether the source has no length."""
+    return isinstance(source, Iterable) and not isinstance(source, Sized)
+
+
+def take_rows(stream: Rows, limit: int | None) -> list[Mapping[str, Any]]:
+    """The first `limit` rows of a stream; None: all. Reads no further."""
+    rows = stream.with_format(None) if isinstance(stream, datasets.IterableDataset) else stream
+    return list(itertools.islice(rows, limit))
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
@@ -97,15 +124,17 @@ def _hub_rows(source: str, *, split: str, subset: str | None) -> list[dict[str, 
         return _as_rows(loaded, source=source, split=split)
 
 
-def _function_rows(source: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+def _function_rows(
+    source: str, *, split: str, options: dict[str, Any], stream_rows: Callable[[], int | None]
+) -> list[dict[str, Any]]:
     function = load_object(source)
     if not callable(function):
-        return _as_rows(function, source=source, split=split)
+        return _as_rows(function, source=source, split=split, stream_rows=stream_rows)
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
         raise ValueError(f"{source} cannot be called with the data options ({', '.join(options)}): {error}") from error
-    return _as_rows(function(**options), source=source, split=split)
+    return _as_rows(function(**options), source=source, split=split, stream_rows=stream_rows)
 
 
 def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +167,9 @@ def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> li
     ]
 
 
-def _as_rows(rows: Any, *, source: str, split: str) -> list[dict[str, Any]]:
+def _as_rows(
+    rows: Any, *, source: str, split: str, stream_rows: Callable[[], int | None] = lambda: None
+) -> list[dict[str, Any]]:
     if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in rows:
             raise ValueError(f"{source} has no split {split!r} (splits: {', '.join(map(str, rows))})")
@@ -148,7 +179,7 @@ def _as_rows(rows: Any, *, source: str, split: str) -> list[dict[str, Any]]:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
         raise ValueError(f"{source} returned {type(rows).__name__}: it must return rows, each a mapping of column to value")
-    rows = list(rows)
+    rows = take_rows(rows, stream_rows()) if is_stream(rows) else list(rows)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {index} of {source} is a {type(row).__name__}: it must map columns to values")

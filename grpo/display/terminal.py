@@ -2,7 +2,7 @@
 
     with make_view(max_steps=80, run_name="quickstart", output_dir=Path("runs/quickstart")) as view:
         view.stage("starting the engine")
-        view.evaluation(0, 0.11, "before")
+        view.evaluation(0, {"eval_reward": 0.11}, "before")
         view.step(1, metrics, {"rollout": 3.1, "train": 2.1})
         view.completions(1, [(prompt, completion, reward)])
         view.finish(summary)
@@ -66,7 +66,7 @@ class View(Protocol):
         """The run was resumed after `step` steps; `rows` are the lines of `metrics.jsonl` up to there."""
     def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None: ...
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None: ...
-    def evaluation(self, step: int, reward: float, when: When) -> None: ...
+    def evaluation(self, step: int, metrics: Mapping[str, float], when: When) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Show the summary and the output folder."""
 
@@ -144,8 +144,8 @@ class PlainView(_TerminalView):
             self._print(f"    reward {decimal(reward)}  {shorten(one_line(prompt), 160)}")
             self._print(f"        {shorten(one_line(completion), 320)}")
 
-    def evaluation(self, step: int, reward: float, when: When) -> None:
-        self._print(evaluation_text(step, reward, when))
+    def evaluation(self, step: int, metrics: Mapping[str, float], when: When) -> None:
+        self._print(evaluation_text(step, metrics, when))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         for line in self._summary_text(summary).splitlines():
@@ -230,11 +230,11 @@ class LiveView(_TerminalView):
         self._samples = grid if num_shown else None
         self._live.refresh()
 
-    def evaluation(self, step: int, reward: float, when: When) -> None:
-        self._evaluations.append(reward)
+    def evaluation(self, step: int, metrics: Mapping[str, float], when: When) -> None:
+        self._evaluations.append(as_number(metrics["eval_reward"]))
         self._stage = "finishing" if when == "after" else "training"
         self._build_tables()
-        self._console.print(Text(evaluation_text(step, reward, when), style="cyan"))
+        self._console.print(Text(evaluation_text(step, metrics, when), style="cyan"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._stage = "stopped" if summary.get("interrupted") else "done"

@@ -9,6 +9,7 @@ An unknown (None) or non-finite number is a dash. Colours and widths are in `ter
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -63,8 +64,50 @@ def workers_text(metrics: Mapping[str, float]) -> str:
     return f"{len(speeds)} workers, {slowest} to {fastest} tok/s"
 
 
-def evaluation_text(step: int, reward: float, when: When) -> str:
-    return f"evaluation {WHEN_TEXT.get(when, f'at step {step}')}: reward {decimal(reward, 3)}"
+def evaluation_text(step: int, metrics: Mapping[str, float], when: When) -> str:
+    """`evaluation at step 20: reward 0.412`, see `rewards_text`."""
+    return f"evaluation {WHEN_TEXT.get(when, f'at step {step}')}: reward {rewards_text(evaluation_rewards(metrics))}"
+
+
+def evaluation_rewards(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The mean rewards in the metrics of an evaluation, in the form of `summary.json`.
+
+    `{"reward": 0.4, "rewards": {"format": 0.9}}`, and with named sets also `"sets": {"easy": {"reward": ..., "rewards": ...}}`.
+    """
+
+    def with_prefix(prefix: str) -> dict[str, Any]:
+        names = re.compile(rf"{re.escape(prefix)}rewards/(.*)/mean")
+        by_function = {match[1]: value for name, value in metrics.items() if (match := names.fullmatch(name))}
+        return {"reward": metrics[f"{prefix}reward"], "rewards": by_function}
+
+    sets = [match[1] for name in metrics if (match := re.fullmatch(r"eval_([^/]+)_reward", name))]
+    of_all = with_prefix("eval_")
+    return {**of_all, "sets": {name: with_prefix(f"eval_{name}_") for name in sets}} if sets else of_all
+
+
+def rewards_text(*evaluations: Mapping[str, Any]) -> str:
+    """The mean rewards of one evaluation, or their course over several: of all prompts, then of each named set.
+
+    With two functions, `0.412 (answer 0.310, format 0.514); easy 0.612 (answer ...); hard 0.212 (answer ...)`, and of two
+    evaluations `0.109 → 0.412 (answer 0.100 → 0.310, format ...); easy 0.200 → 0.612; hard ...`, without the functions of each
+    set. The arguments are in the form of `evaluation_rewards`.
+    """
+
+    def course(values: Sequence[float | None]) -> str:
+        return " → ".join(decimal(value, 3) for value in values)
+
+    def text(of_each: Sequence[Mapping[str, Any]], *, functions: bool) -> str:
+        names = of_each[-1].get("rewards", {})
+        parts = [f"{name} {course([one.get('rewards', {}).get(name) for one in of_each])}" for name in names]
+        return course([one.get("reward") for one in of_each]) + (
+            f" ({', '.join(parts)})" if functions and len(parts) > 1 else ""
+        )
+
+    texts = [text(evaluations, functions=True)]
+    for name in evaluations[-1].get("sets", {}):
+        of_set = [one.get("sets", {}).get(name, {}) for one in evaluations]
+        texts.append(f"{name} {text(of_set, functions=len(evaluations) == 1)}")
+    return "; ".join(texts)
 
 
 def summary_text(
@@ -80,10 +123,10 @@ def summary_text(
     text = f"{how}: {summary.get('steps', 0)} steps in {duration(seconds)}"
     if wall_seconds is not None and seconds is not None and wall_seconds - seconds >= 1:
         text += f" ({duration(wall_seconds)} with start-up)"
-    rewards = [summary.get("evaluation", {}).get(when, {}).get("reward") for when in ("before", "after")]
-    if rewards[1] is not None:
-        before = "" if rewards[0] is None else f"{decimal(rewards[0], 3)} → "
-        text += f", evaluation reward {before}{decimal(rewards[1], 3)}"
+    evaluations = [summary.get("evaluation", {}).get(when, {}) for when in ("before", "after")]
+    done = [evaluation for evaluation in evaluations if evaluation.get("reward") is not None]
+    if done and done[-1] is evaluations[-1]:
+        text += f", evaluation reward {rewards_text(*done)}"
     return text if output_dir is None else f"{text}\noutput: {output_dir}"
 
 

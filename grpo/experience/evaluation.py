@@ -2,10 +2,12 @@
 
     evaluation = evaluate(session.engine, scorer, eval_prompts, config, step=20)
     evaluation.mean_reward, evaluation.failures
+    evaluation.metrics()            # {"eval_reward": 0.4, "eval_rewards/format/mean": 0.9, "eval_easy_reward": 0.7, ...}
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,23 +15,58 @@ from ...rewards.runner import Scorer
 from ...rollout.protocol import Engine
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
+from ..data.groups import Group
 from ..data.prompts import Prompt
 from ..guards.evaluations import Rewards, mean_reward
 from .collect import collect
-from .step_metrics import failures
+from .step_metrics import completion_metrics, failures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Rewards in the order of the evaluation data, and by function why it failed on completions."""
+    """Scored completions of the evaluation data, the same in every worker.
 
-    rewards: Rewards
-    failures: dict[str, list[str]]
+    Attributes:
+        groups: one of one completion for each prompt, in the order of the data; remote ones as metadata.
+        seconds: time that sampling and scoring took.
+    """
+
+    groups: list[Group]
+    seconds: float
+
+    @property
+    def rewards(self) -> Rewards:
+        """In the order of the evaluation data."""
+        return [reward for group in self.groups for reward in group.scores.total]
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """Why functions failed on completions, by function."""
+        return failures(self.groups)
 
     @property
     def mean_reward(self) -> float:
         """Mean over the prompts that have a reward; NaN if none has."""
         return mean_reward(self.rewards)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics by TRL's names with the prefix `eval_`; the rewards also of each named set, with `eval_<set>_`.
+
+        A mean is NaN if there is nothing to average.
+        """
+        completions = completion_metrics(self.groups)
+        metrics = {
+            **_mean_rewards(self.groups, prefix="eval_"),
+            "eval_completions/mean_length": completions["completions/mean_length"],
+            "eval_completions/clipped_ratio": completions["completions/clipped_ratio"],
+            "eval_runtime": self.seconds,
+            "eval_samples_per_second": len(self.groups) / self.seconds,
+        }
+        for name in dict.fromkeys(group.prompt.eval_set for group in self.groups):
+            if name is not None:
+                of_set = [group for group in self.groups if group.prompt.eval_set == name]
+                metrics |= _mean_rewards(of_set, prefix=f"eval_{name}_")
+        return metrics
 
 
 def evaluate(
@@ -46,6 +83,7 @@ def evaluate(
 
     Each worker takes its shard of the prompts; all get the complete evaluation.
     """
+    started = time.perf_counter()
     groups = collect(
         engine,
         scorer,
@@ -56,4 +94,13 @@ def evaluate(
         use_adapter=use_adapter,
         world=world,
     ).groups
-    return Evaluation(rewards=[reward for group in groups for reward in group.scores.total], failures=failures(groups))
+    return Evaluation(groups=groups, seconds=time.perf_counter() - started)
+
+
+def _mean_rewards(groups: Sequence[Group], *, prefix: str) -> dict[str, float]:
+    """The mean of the rewards, and of those of each function."""
+    metrics = {f"{prefix}reward": mean_reward([reward for group in groups for reward in group.scores.total])}
+    for name in groups[0].scores.by_function:
+        rewards = [reward for group in groups for reward in group.scores.by_function[name]]
+        metrics[f"{prefix}rewards/{name}/mean"] = mean_reward(rewards)
+    return metrics

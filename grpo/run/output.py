@@ -74,10 +74,11 @@ class RunOutput(RecordsUserLogs):
         self, args: Any, state: TrainerState, control: Any, *, evaluation: Evaluation, when: When, **kwargs: Any
     ) -> None:
         """Record and show an evaluation."""
-        self.recorder.evaluation(state.global_step, evaluation.mean_reward, when=when)
+        metrics = evaluation.metrics()
+        self.recorder.evaluation(state.global_step, metrics, when=when)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
-        self.view.evaluation(state.global_step, evaluation.mean_reward, when)
+        self.view.evaluation(state.global_step, metrics, when)
 
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Write the completions of this worker's groups, and show a few. `step`: updates done before it."""

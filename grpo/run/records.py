@@ -1,7 +1,7 @@
 """The run folder: everything that a run writes, while it runs.
 
     recorder = RunRecorder(Path("runs/quickstart"), config_yaml=text)
-    recorder.evaluation(0, 0.11, when="before")
+    recorder.evaluation(0, {"eval_reward": 0.11, "eval_rewards/exact/mean": 0.11}, when="before")
     recorder.step(1, {"reward": 0.12, "time/rollout": 3.1})
     recorder.completions(10, {"prompt": ["1 + 1?"], "completion": ["2"]}, rewards={"exact": [1.0]})
     recorder.summary({"run_name": "quickstart"})
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..common.files import atomic_write
-from ..display.view_text import When
+from ..display.view_text import When, evaluation_rewards
 from .completions import write_completions
 from .reporting import Report
 from .run_folder import ADAPTER_DIR, CONFIG_FILE, METRICS_FILE, locked_folder, move_aside
@@ -59,7 +59,7 @@ class RunRecorder:
         self._lock = ExitStack()
         self._steps = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._evaluation: dict[str, float | None] = {"before": None, "after": None}
+        self._evaluation: dict[str, Mapping[str, Any] | None] = {"before": None, "after": None}
         self._recent_rewards: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_evaluation: tuple[int, float] | None = None
         self._started = time.monotonic()
@@ -105,13 +105,12 @@ class RunRecorder:
         """Add time outside of steps, such as that of a checkpoint, to the seconds in the summary."""
         self._seconds[phase] += seconds
 
-    def evaluation(self, step: int, reward: float, *, when: When, metrics: Mapping[str, float] | None = None) -> None:
-        """Append an evaluation after `step` steps as `eval_reward`, and every further metric as `eval_<name>`."""
-        others = {f"eval_{name}": value for name, value in (metrics or {}).items()}
-        self._append({"step": step, "eval_reward": reward, **others})
-        self._last_evaluation = (step, float(reward))
+    def evaluation(self, step: int, metrics: Mapping[str, float], *, when: When) -> None:
+        """Append an evaluation after `step` steps; `metrics` are those of `Evaluation.metrics`, at least `eval_reward`."""
+        self._append({"step": step, **metrics})
+        self._last_evaluation = (step, float(metrics["eval_reward"]))
         if when != "during":
-            self._evaluation[when] = float(reward)
+            self._evaluation[when] = evaluation_rewards(metrics)
 
     def completions(
         self,
@@ -130,13 +129,14 @@ class RunRecorder:
     def summary(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Write `summary.json` and return its content.
 
-        The recorder adds evaluation, seconds by phase (summed over the steps), steps, and peak resident memory in bytes.
+        The recorder adds the evaluations (each in the form of `evaluation_rewards`), seconds by phase (summed over the steps),
+        steps, and peak resident memory in bytes.
         `values` (run_name, model, ...) has priority; its `seconds` are merged. `seconds.total` is the time of the run, also
         before it was resumed, unless `values` has it.
         """
         measured = {**dict.fromkeys(PHASES, 0.0), **self._seconds, "total": time.monotonic() - self._started}
         summary = {
-            "evaluation": {when: {"reward": reward} for when, reward in self._evaluation.items()},
+            "evaluation": {when: rewards or {"reward": None, "rewards": {}} for when, rewards in self._evaluation.items()},
             "steps": self._steps,
             "peak_memory_bytes": self._peak(),
             **values,
@@ -216,7 +216,8 @@ class RunRecorder:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._steps = state["steps"]
         self._seconds.update(state["seconds"])
-        self._evaluation = dict(state["evaluation"])
+        for when, rewards in state["evaluation"].items():  # a number in checkpoints of earlier versions
+            self._evaluation[when] = {"reward": rewards, "rewards": {}} if isinstance(rewards, float) else rewards
         self._recent_rewards.extend(state["recent_rewards"])
         self._last_evaluation = state["last_evaluation"] and tuple(state["last_evaluation"])
         self._started -= state["elapsed"]

@@ -141,8 +141,8 @@ class Watch:
         if self.stop_early and has_collapsed([m["reward"] for m in self.metrics]):
             raise CollapsedError
 
-    def evaluation(self, step: int, reward: float, _when: str) -> None:
-        self.evaluations.append((step, reward))
+    def evaluation(self, step: int, metrics: Mapping[str, float], _when: str) -> None:
+        self.evaluations.append((step, metrics["eval_reward"]))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

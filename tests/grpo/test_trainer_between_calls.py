@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_runs import metrics_of, timeless
+from tiny_runs import ROWS, metrics_of, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -24,6 +24,10 @@ CONVERSATION = [{"role": "user", "content": QUESTION}]
 def weights_of(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
     """The adapter of `trainer.model`."""
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+
+def timeless_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name not in ("eval_runtime", "eval_samples_per_second")}
 
 
 def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -45,19 +49,28 @@ def test_train_returns_what_transformers_returns(make_trainer, tmp_path):
 def test_evaluate_is_of_the_policy_as_it_is_now(make_trainer, engine_shelf, tmp_path, engine):
     engine_shelf.close()  # the trainer starts a vLLM of its own
     with make_trainer(engine=engine, max_steps=6) as trainer:
-        before = trainer.evaluate()
+        before = timeless_metrics(trainer.evaluate())
         trainer.train()
-        after = trainer.evaluate()
+        after = timeless_metrics(trainer.evaluate())
         evaluation = trainer.summary["evaluation"]
         assert before["eval_reward"] == pytest.approx(evaluation["before"]["reward"])
         assert after["eval_reward"] == pytest.approx(evaluation["after"]["reward"])
         assert before["eval_reward"] != after["eval_reward"], "the test needs a run that changes the evaluation"
         assert trainer.state.log_history[-1]["eval_reward"] == after["eval_reward"]
-        assert trainer.evaluate(adapter=tmp_path / "run" / "adapter") == after
+        assert timeless_metrics(trainer.evaluate(adapter=tmp_path / "run" / "adapter")) == after
         texts = trainer.generate([QUESTION, "count to 7"], temperature=0)
         trainer.close()
-        assert trainer.evaluate() == after, "opened again, with the run's adapter"
+        assert timeless_metrics(trainer.evaluate()) == after, "opened again, with the run's adapter"
         assert trainer.generate([QUESTION, "count to 7"], temperature=0) == texts
+
+
+def test_other_data_can_be_evaluated(make_trainer):
+    trainer = make_trainer()
+    own = trainer.evaluate()["eval_reward"]
+    other = trainer.evaluate({"first": ROWS[:4], "rest": ROWS[4:]})
+    assert other["eval_first_reward"] == own
+    assert other["eval_reward"] == pytest.approx((4 * own + 8 * other["eval_rest_reward"]) / 12)
+    assert trainer.evaluate()["eval_reward"] == own
 
 
 def test_an_adapter_that_is_evaluated_leaves_the_policy_as_it_is(make_trainer, tmp_path):

@@ -134,7 +134,7 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
     lines = {
         "base model": f"{_base(trained)}{revision}, its weights in {config.model.dtype}{_rounding(config)}",
         "training data": _data(config, config.data.train, config.data.train_split),
-        "evaluation data": _data(config, config.data.eval, config.data.eval_split, rows=config.data.eval_rows),
+        "evaluation data": _eval_data(config),
         "reward": _rewards(trained),
         "adapter": _lora(config),
         "objective": _objective(config),
@@ -163,6 +163,14 @@ def _data(config: GRPOConfig, source: str | None, split: str, *, rows: int | Non
     if _is_on_hub(source) or source.startswith("reasoning_gym:"):
         text += f", split `{split}`"
     return text + (f", at most its first {rows} rows" if rows else "")
+
+
+def _eval_data(config: GRPOConfig) -> str:
+    data = config.data
+    if isinstance(data.eval, dict):
+        sets = [f"{name}: {_data(config, source, data.eval_split, rows=data.eval_rows)}" for name, source in data.eval.items()]
+        return "; ".join(sets)
+    return _data(config, data.eval, data.eval_split, rows=data.eval_rows)
 
 
 def _is_on_hub(source: str) -> bool:

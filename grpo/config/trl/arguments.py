@@ -162,7 +162,7 @@ class Arguments(TypedDict, total=False):
     on_error: Literal["stop", "none"] | float | str
     rows_per_call: int | None
     train: str | None
-    eval: str | None
+    eval: str | dict[str, str] | None
     subset: str | None
     train_split: str
     eval_split: str

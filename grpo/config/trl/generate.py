@@ -111,6 +111,12 @@ steps, as in TRL. They differ from steps of this package with `num_iterations` a
 up. Values below 1 are shares of the run. `num_train_epochs` and the strategy `epoch` become steps once the data is loaded:
 an epoch is `rows / optim.prompts_per_step` steps, and an incomplete batch at its end is filled with rows of the next epoch,
 where TRL drops it.
+
+## Data sets
+
+`train_dataset` and `eval_dataset` are those of TRL: a `datasets.Dataset`, an `IterableDataset` (for training with `max_steps`,
+not `num_train_epochs`), and for evaluation also a dictionary of data sets, each of which is evaluated under its name.
+[data.md](data.md) has the details, and the metrics of an evaluation.
 """
 
 

@@ -190,7 +190,7 @@ def test_a_trainer_evaluates_after_an_interruption(make_trainer, tmp_path: Path)
 
 def test_a_complete_run_returns_although_a_signal_came_too_late(make_trainer, tmp_path: Path):
     class Asks(EventView):
-        def evaluation(self, step: int, reward: float, when: Any) -> None:
+        def evaluation(self, step: int, metrics: Any, when: Any) -> None:
             if when == "after":
                 os.kill(os.getpid(), signal.SIGTERM)
 

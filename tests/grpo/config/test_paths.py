@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def names(config: GRPOConfig) -> list[str | None]:
+def names(config: GRPOConfig) -> list[object]:
     functions = [entry.function for entry in config.rewards.entries()]
     return [config.data.train, config.data.eval, *functions, config.algorithm.loss_type]
 

@@ -46,12 +46,12 @@ def speeds(of_each: Sequence[float]) -> dict[str, float]:
 
 def drive(view: View) -> None:
     view.stage("starting the engine")
-    view.evaluation(0, 0.109, "before")
+    view.evaluation(0, {"eval_reward": 0.109}, "before")
     view.step(1, METRICS, PHASES)
     view.completions(1, SAMPLES)
     view.note("the gradient norm is 8 times [its] usual size")
     view.step(2, METRICS, PHASES)
-    view.evaluation(2, 0.57, "during")
+    view.evaluation(2, {"eval_reward": 0.57}, "during")
 
 
 def plain_view(file: io.TextIOBase, *, max_steps: int = 80) -> PlainView:
@@ -144,7 +144,7 @@ def test_live_panel_fits_the_width_and_shows_the_run(width):
 def test_live_panel_shows_the_workers_on_one_line_below_the_metrics(of_each, text, width, is_evaluated):
     view, console = live_view(width=width)
     if is_evaluated:
-        view.evaluation(0, 0.109, "before")
+        view.evaluation(0, {"eval_reward": 0.109}, "before")
     view.step(1, METRICS | speeds(of_each), PHASES)
     lines = frame(view, console).splitlines()
     assert any(line.startswith(f"│ workers     {text} ") for line in lines)
@@ -275,7 +275,7 @@ def test_evaluating_is_not_shown_during_the_next_step() -> None:
     view, console = live_view()
     view.stage("evaluating 128 prompts")
     assert "evaluating" in frame(view, console)
-    view.evaluation(0, 0.1, "before")
+    view.evaluation(0, {"eval_reward": 0.1}, "before")
     assert "evaluating" not in frame(view, console) and "training" in frame(view, console)
 
 

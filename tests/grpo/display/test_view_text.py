@@ -6,6 +6,7 @@ from rankup.grpo.display.view_text import (
     as_number,
     decimal,
     duration,
+    evaluation_rewards,
     evaluation_text,
     guards_text,
     one_line,
@@ -94,7 +95,35 @@ def test_the_seconds_of_a_step_are_its_total_if_present():
     [(0, "before", "before training"), (20, "during", "at step 20"), (80, "after", "after training")],
 )
 def test_evaluation_text(step, when, text):
-    assert evaluation_text(step, 0.57, when) == f"evaluation {text}: reward 0.570"
+    one_function = {"eval_reward": 0.57, "eval_rewards/exact/mean": 0.57, "eval_runtime": 3.0}
+    assert evaluation_text(step, one_function, when) == f"evaluation {text}: reward 0.570"
+
+
+TWO_FUNCTIONS = {"eval_reward": 0.4, "eval_rewards/answer/mean": 0.3, "eval_rewards/form/at/mean": 0.5}
+TWO_SETS = {
+    "eval_easy_reward": 0.6, "eval_easy_rewards/answer/mean": 0.5, "eval_easy_rewards/form/at/mean": 0.7,
+    "eval_a_rewards_reward": 0.2, "eval_a_rewards_rewards/answer/mean": math.nan, "eval_a_rewards_rewards/form/at/mean": 0.2,
+}  # fmt: skip
+
+
+def test_an_evaluation_of_several_functions_and_sets_names_each():
+    assert evaluation_text(8, TWO_FUNCTIONS, "during") == (
+        "evaluation at step 8: reward 0.400 (answer 0.300, form/at 0.500)"
+    )
+    assert evaluation_text(8, TWO_FUNCTIONS | TWO_SETS, "during") == (
+        "evaluation at step 8: reward 0.400 (answer 0.300, form/at 0.500); easy 0.600 (answer 0.500, form/at 0.700); "
+        "a_rewards 0.200 (answer -, form/at 0.200)"
+    )
+    assert evaluation_text(8, {"eval_reward": 0.4, "eval_easy_reward": 0.6, "eval_hard_reward": 0.2}, "during") == (
+        "evaluation at step 8: reward 0.400; easy 0.600; hard 0.200"
+    )
+
+
+def test_the_rewards_of_an_evaluation_have_the_form_of_the_summary():
+    assert evaluation_rewards(TWO_FUNCTIONS) == {"reward": 0.4, "rewards": {"answer": 0.3, "form/at": 0.5}}
+    sets = evaluation_rewards(TWO_FUNCTIONS | TWO_SETS)["sets"]
+    assert list(sets) == ["easy", "a_rewards"]
+    assert sets["easy"] == {"reward": 0.6, "rewards": {"answer": 0.5, "form/at": 0.7}}
 
 
 def test_summary_text():
@@ -102,6 +131,15 @@ def test_summary_text():
     assert summary_text({"steps": 3, "seconds": {"total": 370}, "evaluation": rewards}) == (
         "done: 3 steps in 6m10s, evaluation reward 0.109 → 0.860"
     )
+    before = {"reward": 0.2, "rewards": {"answer": 0.1, "form": 0.3}}
+    after = {"reward": 0.5, "rewards": {"answer": 0.1, "form": 0.9}}
+    with_sets = {"before": before, "after": {**after, "sets": {"easy": after}}}  # the run before had no names of sets
+    assert summary_text({"steps": 3, "evaluation": with_sets}) == (
+        "done: 3 steps in -, evaluation reward 0.200 → 0.500 (answer 0.100 → 0.100, form 0.300 → 0.900); "
+        "easy - → 0.500"
+    )
+    only_before = {"before": before, "after": {"reward": None, "rewards": {}}}
+    assert summary_text({"steps": 3, "evaluation": only_before}) == "done: 3 steps in -"
     only_after = {"steps": 3, "seconds": {"total": 370}, "evaluation": {"after": {"reward": 0.86}}}
     assert summary_text(only_after) == "done: 3 steps in 6m10s, evaluation reward 0.860"
     assert summary_text({"steps": 2, "interrupted": True}) == "stopped: 2 steps in -"

@@ -11,11 +11,11 @@ from rankup.grpo.run.records import RunRecorder
 def make_run(folder: Path, *, seed: int, rewards: list[float], evaluations: bool = True) -> Path:
     recorder = RunRecorder(folder, config_yaml=f"seed: {seed}\nmodel: {{name: tiny}}\nlogging: {{run_name: sums}}\n")
     if evaluations:
-        recorder.evaluation(0, 0.1, when="before")
+        recorder.evaluation(0, {"eval_reward": 0.1}, when="before")
     for step, reward in enumerate(rewards, start=1):
         recorder.step(step, {"reward": reward})
     if evaluations:
-        recorder.evaluation(len(rewards), 0.9, when="after")
+        recorder.evaluation(len(rewards), {"eval_reward": 0.9}, when="after")
     recorder.close()
     return folder
 

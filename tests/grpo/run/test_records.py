@@ -93,7 +93,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 def test_metrics_are_lines_of_strict_json(recorder):
     recorder.step(1, {"reward": math.nan, "kl": math.inf, "num_tokens": np.int64(7), "entropy": np.float32(0.5)})
-    recorder.evaluation(1, 0.25, when="during", metrics={"completions/mean_length": 9.5})
+    recorder.evaluation(1, {"eval_reward": 0.25, "eval_completions/mean_length": 9.5}, when="during")
     lines = (recorder.output_dir / "metrics.jsonl").read_text().splitlines()
     assert [strict_json(line) for line in lines] == [
         {"step": 1, "reward": None, "kl": None, "num_tokens": 7, "entropy": 0.5},
@@ -156,16 +156,16 @@ def test_values_without_a_plain_type_are_kept_as_json(recorder):
 
 
 def test_the_summary_has_the_documented_fields(recorder):
-    recorder.evaluation(0, 0.11, when="before")
+    recorder.evaluation(0, {"eval_reward": 0.11}, when="before")
     for step in (1, 2):
         recorder.step(step, {"reward": 0.5, "time/rollout": 3.0, "time/train": 2.0})
-    recorder.evaluation(1, 0.3, when="during")
-    recorder.evaluation(2, 0.86, when="after")
+    recorder.evaluation(1, {"eval_reward": 0.3}, when="during")
+    recorder.evaluation(2, {"eval_reward": 0.86}, when="after")
     written = recorder.summary({"run_name": "first", "seconds": {"publish": 0.5}, "broken": math.nan})
 
     summary = strict_json((recorder.output_dir / "summary.json").read_text())
     assert summary == written
-    assert summary["evaluation"] == {"before": {"reward": 0.11}, "after": {"reward": 0.86}}
+    assert summary["evaluation"] == {"before": {"reward": 0.11, "rewards": {}}, "after": {"reward": 0.86, "rewards": {}}}
     total = summary["seconds"].pop("total")
     assert 0 < total < 60
     assert summary["seconds"] == {"rollout": 6.0, "reward": 0.0, "train": 4.0, "publish": 0.5, "checkpoint": 0.0}
@@ -175,8 +175,20 @@ def test_the_summary_has_the_documented_fields(recorder):
     assert summary["broken"] is None
 
 
+def test_the_summary_has_the_mean_of_each_function_and_each_set(recorder):
+    means = {"eval_reward": 0.5, "eval_rewards/exact/mean": math.nan, "eval_rewards/form/mean": 0.5}
+    recorder.evaluation(0, means, when="before")
+    easy = {"eval_easy_reward": 0.7, "eval_easy_rewards/form/mean": 0.7}
+    recorder.evaluation(2, means | easy | {"eval_runtime": 2.0}, when="after")
+    before = {"reward": 0.5, "rewards": {"exact": None, "form": 0.5}}
+    evaluation = recorder.summary({})["evaluation"]
+    assert evaluation["before"] == before
+    assert evaluation["after"] == before | {"sets": {"easy": {"reward": 0.7, "rewards": {"form": 0.7}}}}
+
+
 def test_a_summary_without_an_evaluation_has_the_same_fields(recorder):
-    assert recorder.summary({})["evaluation"] == {"before": {"reward": None}, "after": {"reward": None}}
+    nothing = {"reward": None, "rewards": {}}
+    assert recorder.summary({})["evaluation"] == {"before": nothing, "after": nothing}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -206,7 +218,7 @@ def make_run(folder: Path, steps: range, *, resume: dict | None = None) -> dict:
         for step in steps:
             recorder.step(step, {"reward": step / 10, "time/rollout": 2.0})
             recorder.completions(step, TABLE)
-        recorder.evaluation(steps[-1], 0.5, when="during")
+        recorder.evaluation(steps[-1], {"eval_reward": 0.5}, when="during")
         return json.loads(json.dumps(recorder.state_dict()))
 
 
@@ -234,13 +246,27 @@ def test_a_resumed_run_removes_later_records_and_continues_the_sums(tmp_path: Pa
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 3, 4]
 
 
+def test_a_resumed_run_keeps_the_first_evaluation(tmp_path: Path):
+    with RunRecorder(tmp_path / "run", config_yaml="") as recorder:
+        recorder.evaluation(0, {"eval_reward": 0.5, "eval_rewards/form/mean": 0.5}, when="before")
+        state = json.loads(json.dumps(recorder.state_dict()))
+    with RunRecorder(tmp_path / "run", config_yaml="", resume=state) as recorder:
+        summary = recorder.summary({})
+    nothing = {"reward": None, "rewards": {}}
+    assert summary["evaluation"] == {"before": {"reward": 0.5, "rewards": {"form": 0.5}}, "after": nothing}
+    earlier = state | {"evaluation": {"before": 0.5, "after": None}}  # a checkpoint of an earlier version
+    with RunRecorder(tmp_path / "run", config_yaml="", resume=earlier) as recorder:
+        summary = recorder.summary({})
+    assert summary["evaluation"] == {"before": {"reward": 0.5, "rewards": {}}, "after": nothing}
+
+
 def test_a_checkpoint_is_ranked_by_its_evaluation_or_by_the_last_ten_steps(recorder):
     assert recorder.reward_at(0, by_evaluation=False) is None
     for step in range(1, 13):
         recorder.step(step, {"reward": float(step)})
     assert recorder.reward_at(12, by_evaluation=False) == sum(range(3, 13)) / 10
     assert recorder.reward_at(12, by_evaluation=True) is None
-    recorder.evaluation(12, 0.75, when="during")
+    recorder.evaluation(12, {"eval_reward": 0.75}, when="during")
     assert recorder.reward_at(12, by_evaluation=True) == 0.75
     assert recorder.reward_at(13, by_evaluation=True) is None
     recorder.step(13, {"reward": math.nan})

