@@ -144,7 +144,8 @@ def evaluate(options: argparse.Namespace) -> int:
     config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine starts
         raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
-    trainer = _trainer(load_config(config_file, options.overrides))
+    without_start = ["lora.start_from=null"] if adapter else []  # the run's adapter needs no other one
+    trainer = _trainer(load_config(config_file, [*without_start, *options.overrides]))
     reward = trainer.evaluate(adapter=adapter)
     count = len(trainer.setup.eval_prompts or ())
     print(f"{adapter or trainer.config.model.name}: reward {reward:.4f} on {count} prompts, sampled greedily")

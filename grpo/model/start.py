@@ -14,6 +14,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,9 @@ def _read_config(folder: Path) -> PeftLoraConfig:
             f"the adapter in {folder} was initialised with {init}, which also changes the base weights: convert it to plain "
             "LoRA (PEFT's path_initial_model_for_weight_conversion), or merge it into its base model"
         )
-    return cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # they are off
+        return cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -220,15 +223,18 @@ def _taken(start: StartAdapter, model: nn.Module, is_set: set[str]) -> dict[str,
 
 
 def _targets(start: StartAdapter, model: nn.Module) -> str | list[str]:
-    """The adapter's targets: a preset, its names or its expression, or else the complete names of its layers."""
-    targets = start.peft.target_modules
-    targets = targets if isinstance(targets, str) else sorted(targets or ())
+    """`lora.targets` for the layers of the adapter: a preset, its own names or expression, or else their complete names."""
+
+    def selects_them(targets: str | list[str]) -> bool:
+        return set(targeted_modules(model, targets)) == set(start.layers)
+
     for preset, names in TARGET_PRESETS.items():
-        targets = preset if sorted(names) == targets else targets
-    wanted = TARGET_PRESETS.get(targets, targets) if isinstance(targets, str) else targets
-    # Other fields of PEFT can leave out some of the layers, and a name alone is no expression here.
-    selects_them = wanted and set(targeted_modules(model, wanted)) == set(start.layers) and targets not in list(start.layers)
-    return targets if selects_them else list(start.layers)
+        if selects_them(names):
+            return preset
+    own = start.peft.target_modules
+    own = own if isinstance(own, str) else sorted(own or ())
+    # Other fields of PEFT can leave out some of its layers, and a name alone is no expression here.
+    return own if selects_them(own) and own not in list(start.layers) else list(start.layers)
 
 
 def _names_of(model: PreTrainedModel, name: str) -> list[str]:

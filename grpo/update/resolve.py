@@ -18,10 +18,17 @@ def resolve_training(config: GRPOConfig, model_path: str) -> tuple[GRPOConfig, S
     """`resolve_start`, and a check that a user-supplied objective can be loaded.
 
     Raises:
-        ValueError, FileNotFoundError: the objective cannot be loaded, or training cannot start from this adapter.
+        ValueError, FileNotFoundError: the objective cannot be loaded, or training cannot start from this adapter, or it is in
+            the folder that the run replaces.
     """
     Objective(config)
-    return resolve_start(config, model_path)
+    config, start = resolve_start(config, model_path)
+    output_dir = config.logging.output_dir
+    if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):
+        raise ValueError(
+            f"lora.start_from: {start.folder} is inside {output_dir}, which a new run replaces: set another logging.output_dir"
+        )
+    return config, start
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
