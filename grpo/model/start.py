@@ -151,8 +151,8 @@ def read_start(folder: Path) -> StartAdapter:
 def _read_config(folder: Path) -> PeftLoraConfig:
     """The adapter's configuration. ValueError if anything in it means more than LoRA layers."""
     try:
-        values: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+        values: dict[str, Any] = dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"the adapter in {folder} is damaged: {ADAPTER_CONFIG} is not JSON: {first_line(error)}") from error
     if values.get("peft_type") != "LORA":
         raise ValueError(f"the adapter in {folder} is of type {values.get('peft_type')}: training can only start from LORA")
@@ -312,11 +312,8 @@ def write_start(layers: Mapping[str, FusedLoRALayer], start: StartAdapter) -> No
         a, b = layer.master_a, layer.master_b
         a[:rank] = factors.a.to(a)
         b[:, :rank] = (factors.b.double() * (factors.scaling / layer.scaling[ADAPTER])).to(b)
-        # What is beyond the adapter's rank is initialised. One of the two must be zero, as in a new layer of that kind.
-        if factors.is_embedding:
-            a[rank:] = 0
-        else:
-            b[:, rank:] = 0
+        if not factors.is_embedding:  # whose new rows of A are zero already
+            b[:, rank:] = 0  # not zero after an orthogonal initialisation
 
 
 # ----------------------------------------------------------------------------------------------------------------- notes
