@@ -25,7 +25,7 @@ from .data.run_inputs import RunInputs, load_run_inputs
 from .data.sampler import PromptSampler
 from .display.terminal import View
 from .run.callbacks import Callbacks
-from .update.objective import Objective
+from .update.resolve import resolve_training
 from .user_inputs import UserInputs
 
 
@@ -34,6 +34,7 @@ class RunSetup:
     """See the module's docstring.
 
     Attributes:
+        start_fingerprint: hash of the adapter of `lora.start_from`, if it is set.
         view: what shows the run; None on all workers but the main process.
         stop_requested: asked between steps, for requests that do not arrive as signals; one worker's answer stops all.
         on_ready: called once, when this worker's engine has started.
@@ -50,6 +51,7 @@ class RunSetup:
     store: CheckpointStore
     storage: Storage | None
     view: View | None
+    start_fingerprint: str | None = None
     world: World = SINGLE_PROCESS
     interrupts: Interrupts = field(default_factory=Interrupts)
     stop_requested: Callable[[], bool] = lambda: False
@@ -66,7 +68,8 @@ class RunSetup:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """The run's inputs besides its configuration, to compare when it resumes."""
-        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names)}
+        start = {} if self.start_fingerprint is None else {"adapter of lora.start_from": self.start_fingerprint}
+        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), **start}
 
     def stage(self, text: str) -> None:
         """Show the current phase of the run, outside of its steps."""
@@ -91,9 +94,9 @@ def prepare_run(
     if view is None and world.is_main:
         raise ValueError("the main process needs a view: it records the run and shows it")
     scorer = Scorer(config.rewards, inputs.reward_funcs)
-    Objective(config)  # reports a user-supplied one that cannot be loaded before anything is started
     with log_to(lambda text: None if view is None else view.stage(text)):
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
+        config, start = resolve_training(config, loaded.model_path)
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
@@ -111,6 +114,7 @@ def prepare_run(
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),
+        start_fingerprint=None if start is None else start.fingerprint,
         view=view,
         world=world,
         stop_requested=stop_requested,

@@ -90,9 +90,9 @@ def sequence_ratio(log_ratio_n: torch.Tensor, lengths_S: torch.Tensor) -> torch.
     return torch.exp(sequence_mean(log_ratio_n, lengths_S)).repeat_interleave(lengths_S, output_size=len(log_ratio_n))
 
 
-def kl_k3(logprobs_n: torch.Tensor, base_logprobs_n: torch.Tensor) -> torch.Tensor:
-    """The k3 estimator of KL(policy || base), each token's [n]: `exp(d) - 1 - d`, d = base - policy. Never negative."""
-    difference_n = base_logprobs_n - logprobs_n
+def kl_k3(logprobs_n: torch.Tensor, reference_logprobs_n: torch.Tensor) -> torch.Tensor:
+    """The k3 estimator of KL(policy || reference), each token's [n]: `exp(d) - 1 - d`, d = reference - policy. At least 0."""
+    difference_n = reference_logprobs_n - logprobs_n
     return torch.expm1(difference_n) - difference_n
 
 

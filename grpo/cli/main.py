@@ -146,7 +146,8 @@ def evaluate(options: argparse.Namespace) -> int:
     config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine starts
         raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
-    with _trainer(load_config(config_file, options.overrides)) as trainer:
+    without_start = ["lora.start_from=null"] if adapter else []  # the run's adapter needs no other one
+    with _trainer(load_config(config_file, [*without_start, *options.overrides])) as trainer:
         metrics = trainer.evaluate(adapter=adapter)
     count = len(trainer.setup.eval_prompts or ())
     name = adapter or trainer.args.model.name

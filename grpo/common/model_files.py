@@ -1,13 +1,15 @@
-"""From a model's name to a local folder of safetensors that both transformers and vLLM read.
+"""From a model's name to a local folder of safetensors that both transformers and vLLM read, and the same for adapters.
 
     path = resolve_model("smollm2-135m-instruct")     # embedded: converted once from a PyPI package, then cached; offline
     path = resolve_model("path/to/folder")            # local
     path = resolve_model("Qwen/Qwen2.5-0.5B")         # id on the Hub
+    folder = resolve_adapter("runs/a/adapter")        # in PEFT's format; or an id on the Hub
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,9 @@ EMBEDDED = {
 }
 # Files to download from a repository on the Hub: weights as safetensors only, not their duplicates in other formats.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""PEFT's names; of two files with weights the first is read."""
 
 
 def cache_folder() -> Path:
@@ -54,18 +59,67 @@ def resolve_model(name: str, *, revision: str | None = None, config_only: bool =
     Logs a note before anything that takes long.
 
     Raises:
-        ValueError: no such model, or a folder without a config.json.
+        ValueError: no such model, a folder without a config.json, or an adapter.
     """
     if name.lower() in EMBEDDED:
         return str(_embedded(name.lower()))
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _refuse_adapter(name, folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: the folder has no config.json")
         return str(folder)
     if hub_id(name) is None:
         raise ValueError(f"model {name}: no such folder")
-    return _from_hub(name, revision, ["config.json"] if config_only else HUB_PATTERNS)
+    known = ", ".join(EMBEDDED)
+    path = _from_hub(
+        name,
+        revision,
+        ["config.json"] if config_only else HUB_PATTERNS,
+        not_found=f"model {name}: no folder of this name, not embedded ({known}), and not available on the Hub",
+        invalid=f"model {name}: neither a folder, nor an embedded model ({known}), nor an id on the Hub",
+    )
+    _refuse_adapter(name, Path(path))
+    return path
+
+
+def resolve_adapter(name: str) -> Path:
+    """The local folder of an adapter in PEFT's format: path, or id on the Hub (downloaded if it is not cached).
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    option, folder = f"lora.start_from: {name}", Path(name).expanduser()
+    if not folder.is_dir():
+        if hub_id(name) is None:
+            raise ValueError(f"{option}: no such folder")
+        reason = "no folder of this name, and not available on the Hub"
+        folder = Path(
+            _from_hub(
+                name,
+                None,
+                [ADAPTER_CONFIG, *ADAPTER_WEIGHTS],
+                not_found=f"{option}: {reason}",
+                invalid=f"{option}: neither a folder, nor an id on the Hub",
+            )
+        )
+    if not (folder / ADAPTER_CONFIG).is_file():
+        inside = f"; {name}/adapter has one" if (folder / "adapter" / ADAPTER_CONFIG).is_file() else ""
+        raise ValueError(f"{option} is not an adapter in PEFT's format: it has no {ADAPTER_CONFIG}{inside}")
+    if not any((folder / file).is_file() for file in ADAPTER_WEIGHTS):
+        raise ValueError(f"{option} has no weights: {ADAPTER_WEIGHTS[0]} is missing")
+    return folder
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    """Raise ValueError if the folder has an adapter and no model."""
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    of_it = f", {base}," if base else ""
+    raise ValueError(
+        f"model {name} is an adapter, not a model: set model.name to its base model{of_it} and lora.start_from={name}"
+    )
 
 
 def _embedded(name: str) -> Path:
@@ -108,17 +162,15 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def _from_hub(name: str, revision: str | None, patterns: list[str]) -> str:
+def _from_hub(name: str, revision: str | None, patterns: list[str], *, not_found: str, invalid: str) -> str:
+    """Download these files. `not_found` and `invalid`: the messages of the errors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    known = ", ".join(EMBEDDED)
     logger.info(f"looking for {name} on the Hub")
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
     except HFValidationError as error:
-        raise ValueError(f"model {name}: neither a folder, nor an embedded model ({known}), nor an id on the Hub") from error
+        raise ValueError(invalid) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"model {name}: no folder of this name, not embedded ({known}), and not available on the Hub: {first_line(error)}"
-        ) from error
+        raise ValueError(f"{not_found}: {first_line(error)}") from error

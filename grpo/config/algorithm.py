@@ -94,7 +94,11 @@ class AlgorithmConfig(Section):
     """Temperature of SAPO's gate for all other tokens, above 0."""
 
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty to the base model (k3 estimator), at least 0. At 0 the base model's forward pass is skipped."""
+    """Weight of the KL penalty to the reference policy (k3 estimator), at least 0. At 0 its forward pass is skipped."""
+
+    reference: Literal["start", "base"] = "start"
+    """Reference policy of the KL penalty: `start`, the policy that training started from, or `base`, the base model. They
+    differ only with `lora.start_from`."""
 
     use_bias_correction_kl: bool = False
     """Multiply the KL penalty by the probability ratio, which makes its gradient that of the reverse KL (DeepSeek-V3.2,

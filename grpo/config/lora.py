@@ -23,8 +23,11 @@ TARGET_PRESETS: dict[str, list[str]] = {
 Init = Literal["default", "gaussian", "orthogonal"]
 
 
+MAX_RANK = 128
+
+
 def _fits_the_buffers(rank: int) -> int:
-    if rank > 128:
+    if rank > MAX_RANK:
         raise ValueError(
             f"must be at most 128 (got {rank}): the adapter is stored in vLLM's buffers, which rankup allocates for rank 64 or "
             "128; higher ranks do not improve quality"
@@ -37,6 +40,12 @@ Rank = Annotated[int, Field(ge=1), AfterValidator(_fits_the_buffers)]
 
 class LoraConfig(Section):
     """The adapter. Updates are `scaling * B @ A`, without dropout."""
+
+    start_from: str | None = Field(default=None, min_length=1)
+    """Adapter to start training from: a folder in PEFT's format, such as an earlier run's `adapter`, or an id on the Hub.
+    `rank`, `alpha`, `use_rslora` and `targets` are taken from it unless they are set, and so are `rank_pattern` and
+    `alpha_pattern` unless they or `rank` and `alpha` are set. If they differ, the adapter is converted to the same function:
+    ranks can grow but not shrink, and further targets start at zero. None: a new adapter."""
 
     rank: Rank = 64
     """Rank of the update (PEFT's `r`), 1 to 128."""

@@ -29,6 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..config import LoraConfig
 from .lora_layers import FusedLoRAEmbedding, FusedLoRALinear
 
+INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""PEFT's initialisations that leave the base weights unmodified."""
+
 # Fields of a saved adapter on which the meaning of its weights depends.
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -49,12 +52,12 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
     norms = [name for name, module in others.items() if _is_norm(module)]
     if norms and len(norms) == len(others):
         raise ValueError(
-            f"lora.targets: {_some(norms)} cannot be adapted: LoRA does not apply to norm layers, whose weights are vectors; "
+            f"lora.targets: {some(norms)} cannot be adapted: LoRA does not apply to norm layers, whose weights are vectors; "
             "remove them"
         )
     if others:
         raise ValueError(
-            f"lora.targets: {_some(list(others))} cannot be adapted: only linear layers and the input embedding can"
+            f"lora.targets: {some(list(others))} cannot be adapted: only linear layers and the input embedding can"
         )
 
 
@@ -81,7 +84,7 @@ def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     Raises:
         ValueError: a key of `lora.rank_pattern` or `lora.alpha_pattern` has no effect, or only because of its position.
     """
-    _check_patterns(list(targeted_modules(base, lora.target_modules)), lora)
+    check_patterns(list(targeted_modules(base, lora.target_modules)), lora)
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=_as_integer(lora.alpha),  # type: ignore[arg-type]
@@ -122,7 +125,7 @@ def check_saved_config(folder: Path, ours: PeftConfig) -> None:
     for name in ("use_dora", "lora_bias", "lora_dropout"):
         if getattr(theirs, name):
             raise ValueError(f"the adapter in {folder} uses {name}, which is not supported: vLLM would sample another policy")
-    if theirs.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+    if theirs.init_lora_weights not in INITS:
         raise ValueError(f"the adapter in {folder} needs the base weights changed by {theirs.init_lora_weights}: not supported")
 
 
@@ -158,12 +161,17 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(parameters) and not list(module.children()) and all(parameter.dim() == 1 for parameter in parameters)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first three names, and the number of others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_patterns(names: Sequence[str], lora: LoraConfig) -> None:
+def check_patterns(names: Sequence[str], lora: LoraConfig) -> None:
+    """Check the patterns of ranks and alphas against the names of all layers with an adapter.
+
+    Raises:
+        ValueError: a key has no effect, or only because of its position.
+    """
     for option, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         matches = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if no key matches
         unused = [key for key in pattern if key not in matches.values()]

@@ -123,6 +123,13 @@ def nf4_names(model_path: str) -> tuple[str, ...]:
     return names
 
 
+def saved_weight(model_path: str, names: Sequence[str]) -> torch.Tensor | None:
+    """The first of these weights that the model's files have; None if they have none of them."""
+    files = _files_of_weights(Path(model_path))
+    found = [name for name in names if name in files]
+    return next(_read(files, found[:1], "cpu"))[1] if found else None
+
+
 def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
     """Replace the named weights of a model of any dtype by their values after rounding `dtype` to 4 bits."""
     for name in names:

@@ -30,6 +30,7 @@ from .fusing import fuse
 from .heads import head_of
 from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
 from .packing import Pack
+from .start import StartAdapter, write_start
 
 # Logits formed at a time: what CPU caches and memory like, and 2k to 4k tokens on a GPU, whose products want many rows.
 LOGITS_MIB = {"cpu": 128, "cuda": 1024}
@@ -39,6 +40,7 @@ class Policy:
     """See the module's docstring.
 
     Args:
+        start: the adapter to begin with, as `resolve_start` gives it with `lora`; None: a new one.
         load_in, shared: in which form and in whose memory the base is held, see `load_base`.
         slots: the engine's, see `attach`; None: slots of its own.
 
@@ -58,6 +60,7 @@ class Policy:
         model_path: str,
         *,
         lora: LoraConfig,
+        start: StartAdapter | None = None,
         dtype: str = "bfloat16",
         seed: int = 0,
         device: str = "cpu",
@@ -82,6 +85,9 @@ class Policy:
         self.model = base
         self.peft_model = inject(base, lora, seed)
         self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
+        if start is not None:
+            write_start(self.layers, start)
+        self._reference: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)) if slots is None else slots)
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
@@ -131,6 +137,9 @@ class Policy:
     def write_slots(self) -> None:
         """Master weights to slots: `a = A`, `b = scaling * B`, rounded once to the sampler's dtype. They do not change."""
         self._check_base_weights(thoroughly=False)
+        self._copy_masters_to_slots()
+
+    def _copy_masters_to_slots(self) -> None:
         all_of = self._adapters
         torch._foreach_copy_([one.a for one in all_of], [one.master_a.data for one in all_of])  # type: ignore[attr-defined]
         scaled = torch._foreach_mul([one.master_b.data for one in all_of], [one.scaling for one in all_of])  # type: ignore[attr-defined]
@@ -153,6 +162,31 @@ class Policy:
             raise ValueError(f"no adapter in {folder}: adapter_model.safetensors is missing")
         check_saved_config(folder, self.peft_model.peft_config[ADAPTER])
         load_weights(self.peft_model, folder, device=self.device)
+
+    # ----------------------------------------------------------------------------------------- reference
+
+    def keep_reference(self) -> None:
+        """Keep the adapter in the slots as the reference policy, in host memory."""
+        self._reference = [(one.a.to("cpu", copy=True), one.b.to("cpu", copy=True)) for one in self._adapters]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within it, the model computes the reference policy: what `keep_reference` has kept, else the base model.
+
+        The slots then hold the reference: nothing may sample or train. Afterwards they hold the master weights again.
+        """
+        if self._reference is None:
+            with self.peft_model.disable_adapter():
+                yield
+            return
+        try:
+            with torch.no_grad():
+                for one, (a, b) in zip(self._adapters, self._reference, strict=True):
+                    one.a.copy_(a)
+                    one.b.copy_(b)
+            yield
+        finally:
+            self._copy_masters_to_slots()
 
     # ------------------------------------------------------------------------------------------ computing
 

@@ -12,6 +12,7 @@ from ..data.groups import Group
 from ..data.run_inputs import RunInputs
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import failures
+from ..model.start import describe_start
 from ..update.ranks import describe
 
 
@@ -26,6 +27,7 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
             iterations=config.algorithm.num_iterations,
             max_steps=config.optim.max_steps,
         )
+    yield from describe_start(config, inputs.model_path)
     yield from describe(config)
     if config.model.dtype == "bfloat16" and native_dtype() == "float32":
         yield "this CPU has no bf16 instructions and emulates them: model.dtype=float32 is many times faster here"

@@ -81,7 +81,7 @@ class StepGradients:
     """A step's first backward pass: its clipped gradients are in `.grad` of the fp32 master weights.
 
     `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs, the
-    constants of the loss, and per pack the log-probabilities under the step's initial policy and under the base model.
+    constants of the loss, and per pack the log-probabilities under the step's initial policy and under the reference.
     """
 
     stats: GradientStats | None = None
@@ -89,7 +89,7 @@ class StepGradients:
     packs: Sequence[Pack] = ()
     constants: StepConstants | None = None
     old_logprobs: Sequence[torch.Tensor] = ()
-    base_logprobs: Sequence[torch.Tensor | None] = ()
+    reference_logprobs: Sequence[torch.Tensor | None] = ()
 
     def metrics(self) -> dict[str, float]:
         """Of gradients and packing, by TRL's names; empty if there was nothing to train on."""
@@ -140,16 +140,16 @@ class Learner:
         packs = self._packs(local)
         with self.policy.packed():
             constants = self._constants(groups, trained, packs)
-            base = self._base_logprobs(packs)
+            reference = self._reference_logprobs(packs)
             # The policy of the first iteration is that of the start of the step: its log-probabilities are the old ones.
-            stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), base)
+            stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), reference)
         return StepGradients(
             stats=stats,
             packing=_packing_metrics(self.world.all_gather(_packing_counts(packs, local))),
             packs=packs,
             constants=constants,
             old_logprobs=logprobs,
-            base_logprobs=base,
+            reference_logprobs=reference,
         )
 
     def apply(self, decision: Decision, gradients: StepGradients, *, step: int) -> Update:
@@ -177,7 +177,7 @@ class Learner:
         for _ in range(1, self.config.algorithm.num_iterations):
             self.policy.write_slots()  # the forward reads the slots: they must follow the master weights
             stats, _ = self._forward_backward(
-                gradients.packs, gradients.constants, gradients.old_logprobs, gradients.base_logprobs
+                gradients.packs, gradients.constants, gradients.old_logprobs, gradients.reference_logprobs
             )
             metrics |= stats.off_policy_metrics()
             skip_note = self.guards.reason_to_skip_iteration(step, stats.grad_norm)
@@ -191,13 +191,13 @@ class Learner:
         packs: Sequence[Pack],
         constants: StepConstants,
         old: Sequence[torch.Tensor | None],
-        base: Sequence[torch.Tensor | None],
+        reference: Sequence[torch.Tensor | None],
     ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
         """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities."""
         self.optimizer.zero_grad(set_to_none=True)
         results = []
-        for one, old_N, base_N in zip(packs, old, base, strict=True):
-            loss = self.objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
+        for one, old_N, reference_N in zip(packs, old, reference, strict=True):
+            loss = self.objective.of(one, constants, old_logprobs_N=old_N, reference_logprobs_N=reference_N)
             results.append(
                 self.policy.backward(
                     one,
@@ -209,7 +209,7 @@ class Learner:
             )
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
-        local = self._tally(packs, losses, logprobs, entropies, old=old, base=base) if packs else Tally()
+        local = self._tally(packs, losses, logprobs, entropies, old=old, reference=reference) if packs else Tally()
         tally = Tally.merge(self.world.all_gather(local))
         grad_norm = self._clip_gradients()
         stats = GradientStats(
@@ -218,7 +218,7 @@ class Learner:
             entropy=tally.mean("entropy"),
             gap=gap_metrics(tally),
             left_out_ratio=1.0 - tally.mean("kept"),
-            kl=tally.mean("kl_to_base") if "kl_to_base" in tally.sums else None,
+            kl=tally.mean("kl_to_reference") if "kl_to_reference" in tally.sums else None,
             clip_low=tally.mean("clip_low") if "clip_low" in tally.sums else None,
             clip_high=tally.mean("clip_high") if "clip_high" in tally.sums else None,
         )
@@ -232,7 +232,7 @@ class Learner:
         entropies: Sequence[torch.Tensor],
         *,
         old: Sequence[torch.Tensor | None],
-        base: Sequence[torch.Tensor | None],
+        reference: Sequence[torch.Tensor | None],
     ) -> Tally:
         """Sums and extremes over this worker's tokens, for the stats."""
         pairs = list(zip(packs, logprobs, strict=True))
@@ -243,7 +243,7 @@ class Learner:
             "kept": torch.cat([self.objective.keeps(one, logprobs_N) for one, logprobs_N in pairs]),
         }
         if self.config.algorithm.beta > 0:
-            sums["kl_to_base"] = kl_k3(logprobs_all, torch.cat([b for b in base if b is not None]))
+            sums["kl_to_reference"] = kl_k3(logprobs_all, torch.cat([r for r in reference if r is not None]))
         if old[0] is not None:
             counts = [
                 self.objective.clip_counts(one, logprobs_N, old_N)
@@ -319,12 +319,13 @@ class Learner:
         bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
         return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 
-    def _base_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
-        """Log-probabilities of the model without its adapter, if there is a KL penalty."""
+    def _reference_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
+        """Log-probabilities of the reference policy, if there is a KL penalty."""
         if self.config.algorithm.beta == 0:
             return [None] * len(packs)
         temperature = self.config.rollout.temperature
-        return [self.policy.logprobs(one, temperature=temperature, use_adapter=False)[0] for one in packs]
+        with self.policy.as_reference():
+            return [self.policy.logprobs(one, temperature=temperature)[0] for one in packs]
 
 
 def without_truncated(group: Group) -> Group:

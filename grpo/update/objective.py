@@ -1,7 +1,7 @@
 """The configured objective: from a pack to the loss that `linear_logprob_loss` differentiates.
 
     objective = Objective(config)
-    loss = objective.of(pack, constants, old_logprobs_N=None, base_logprobs_N=None)
+    loss = objective.of(pack, constants, old_logprobs_N=None, reference_logprobs_N=None)
     policy.backward(pack, loss.token_loss, passes=loss.passes, factor=loss.factor)
 
 If a token's loss depends on that token alone, one pass over the logits computes it. A ratio of complete sequences needs their
@@ -92,16 +92,16 @@ class Objective:
         constants: StepConstants,
         *,
         old_logprobs_N: torch.Tensor | None,
-        base_logprobs_N: torch.Tensor | None,
+        reference_logprobs_N: torch.Tensor | None,
     ) -> PackLoss:
         """The loss of one pack.
 
         Args:
             old_logprobs_N: None if the policy is still that of the start of the step; the ratio is then exactly 1.
-            base_logprobs_N: required if `algorithm.beta` is above 0.
+            reference_logprobs_N: required if `algorithm.beta` is above 0.
         """
         algorithm = self.algorithm
-        assert (base_logprobs_N is None) == (algorithm.beta == 0.0)
+        assert (reference_logprobs_N is None) == (algorithm.beta == 0.0)
         weights_N = token_weights(algorithm.loss_aggregation, pack.lengths_S, constants.counts)[pack.sequence_N]
 
         def loss(logprobs_n: torch.Tensor, entropy_n: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -113,8 +113,8 @@ class Objective:
                 loss_n = loss_n * active_n
             if self._passes == 2 and self._switches_off:
                 loss_n = loss_n * self._keep(tokens)
-            if base_logprobs_N is not None:
-                kl_n = kl_k3(logprobs_n, base_logprobs_N[chunk])
+            if reference_logprobs_N is not None:
+                kl_n = kl_k3(logprobs_n, reference_logprobs_N[chunk])
                 if algorithm.use_bias_correction_kl:
                     kl_n = kl_n * self._ratio(logprobs_n - old_n, tokens.lengths)
                 loss_n = loss_n + algorithm.beta * kl_n

@@ -15,19 +15,19 @@ from typing import Literal
 import torch
 
 from ...kernels.cpu_memory import keep_freed_memory
-from ...rollout.engine import EngineSettings, RolloutEngine
+from ...rollout.engine import RolloutEngine
 from ...rollout.protocol import Engine
 from ...rollout.torch_engine import TorchEngine
 from ..common.log import logger
 from ..common.quiet import quiet_stderr
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
-from ..model.adapters import target_module_names
-from ..model.base_model import nf4_names
 from ..model.policy import Policy
 from ..model.prove import prove_slots
+from ..model.start import StartAdapter, resolve_start
 from .learner import Learner
 from .optimizer import check_device
+from .resolve import engine_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,12 @@ def engine_and_policy(
     Raises:
         ValueError: see `open_session`.
     """
+    config, start = resolve_start(config, model_path)
     if config.rollout.engine == "torch":
         if engine is not None:
             raise ValueError("rollout.engine=torch samples with the policy of the run itself: leave out `engine`")
         with quiet_stderr():
-            policy = make_policy(config, model_path)
+            policy = make_policy(config, model_path, start=start)
         max_length = config.rollout.max_model_length
         with closing(
             TorchEngine(policy, model_path, max_num_seqs=config.max_num_seqs, max_model_length=max_length)
@@ -101,7 +102,7 @@ def engine_and_policy(
         sampler = engine or RolloutEngine(settings)
     try:
         with quiet_stderr():
-            policy = make_policy(config, model_path, sampler)
+            policy = make_policy(config, model_path, sampler, start=start)
         yield sampler, policy
     finally:
         if engine is None:
@@ -112,36 +113,21 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
-    """The settings of vLLM from the configuration.
-
-    Raises:
-        ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
-    """
-    return EngineSettings(
-        model=model_path,
-        rollout=config.rollout,
-        target_modules=target_module_names(model_path, config.lora),
-        max_rank=config.lora.max_rank,
-        dtype=config.model.dtype,
-        seed=config.seed,
-        max_num_seqs=config.max_num_seqs,
-        keep_base_weights=config.model.share_base_weights is True,
-        nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
-    )
-
-
-def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None) -> Policy:
+def make_policy(
+    config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None, *, start: StartAdapter | None = None
+) -> Policy:
     """Build the policy on vLLM's adapter slots and, depending on `model.share_base_weights`, on its base weights. Without vLLM
-    the policy allocates both.
+    the policy allocates both. `config`, `start`: the results of `resolve_start`.
 
     Raises:
         ValueError: the model cannot be adapted as asked, or not all of its base weights can be shared.
     """
+    assert (start is None) == (config.lora.start_from is None), "resolve_start comes first"
     share = config.model.share_base_weights if engine is not None else False
     policy = Policy(
         model_path,
         lora=config.lora,
+        start=start,
         dtype=config.model.dtype,
         seed=config.seed,
         device=_device() if engine is None else engine.device,
@@ -156,6 +142,8 @@ def make_policy(config: GRPOConfig, model_path: str, engine: RolloutEngine | Non
             f"model.share_base_weights=true: vLLM does not keep {len(policy.base.unshared)} base weights in the layout that "
             f"the trainer needs (first: {policy.base.unshared[0]}): use auto or false"
         )
+    if start is not None and config.algorithm.beta > 0 and config.algorithm.reference == "start":
+        policy.keep_reference()
     return policy
 
 

@@ -28,7 +28,8 @@ from rankup.grpo.data.sources import load_rows
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.run.records import CONFIG_FILE
 from rankup.grpo.update.learner import Learner
-from rankup.grpo.update.session import engine_settings, make_policy
+from rankup.grpo.update.resolve import engine_settings
+from rankup.grpo.update.session import make_policy
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.config import SamplingConfig
 from rankup.rollout.engine import RolloutEngine

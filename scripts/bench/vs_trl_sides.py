@@ -24,7 +24,7 @@ from rankup.configs.quickstart import train as quickstart_rows
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.display.terminal import PlainView
-from rankup.grpo.update.session import engine_settings
+from rankup.grpo.update.resolve import engine_settings
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.vllm_compat import import_vllm
 

@@ -171,7 +171,7 @@ def perform(run: Run, engine: RolloutEngine | None, folder: Path) -> tuple[dict[
     from rankup.grpo.common.model_files import resolve_model
     from rankup.grpo.common.quiet import quiet_stderr
     from rankup.grpo.config import load_config
-    from rankup.grpo.update.session import engine_settings
+    from rankup.grpo.update.resolve import engine_settings
     from rankup.rollout.engine import RolloutEngine
 
     overrides = {"seed": run.seed, "logging.output_dir": str(folder / run.key.replace(" ", "_")), **run.settings}

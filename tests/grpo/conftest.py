@@ -59,7 +59,7 @@ def make_trainer(tiny_model_path, tmp_path: Path):
 @pytest.fixture
 def vllm_engine(engine_shelf, tiny_model_path):
     """The session's vLLM for runs of `make_trainer` with `engine="vllm"` and otherwise its settings."""
-    from rankup.grpo.update.session import engine_settings
+    from rankup.grpo.update.resolve import engine_settings
 
     settings = engine_settings(tiny_config(Path("unused"), engine="vllm"), str(tiny_model_path("llama")))
     return engine_shelf.get(settings)

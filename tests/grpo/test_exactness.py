@@ -112,7 +112,7 @@ def accumulate(policy: Policy, packs: list[Pack], config: GRPOConfig, *, off_pol
         uses_base = config.algorithm.beta > 0
         base_N = policy.logprobs(one, temperature=TEMPERATURE, use_adapter=False)[0] if uses_base else None
         old_N = one.sampler_logprobs_N if off_policy else None
-        loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
+        loss = objective.of(one, constants, old_logprobs_N=old_N, reference_logprobs_N=base_N)
         total += policy.backward(
             one, loss.token_loss, temperature=TEMPERATURE, passes=loss.passes, factor=loss.factor
         )[0].item()

@@ -8,7 +8,7 @@ import torch
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
-from rankup.grpo.update.session import engine_settings
+from rankup.grpo.update.resolve import engine_settings
 
 pytestmark = pytest.mark.engine
 

@@ -137,6 +137,7 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
         "evaluation data": _eval_data(config),
         "reward": _rewards(trained),
         "adapter": _lora(config),
+        "training started from": _start(config),
         "objective": _objective(config),
         "optimizer": f"{adamw}, {rate}, gradients clipped to norm {optim.max_grad_norm:g}",
         "a step": f"{optim.prompts_per_step} prompts with {rollout.num_generations} completions each, of at most "
@@ -201,10 +202,20 @@ def _lora(config: GRPOConfig) -> str:
     return text
 
 
+def _start(config: GRPOConfig) -> str:
+    start = config.lora.start_from
+    if start is None:
+        return ""
+    hub = hub_id(start)
+    return f"the adapter `{without_folders(start)}`" if hub is None else f"the adapter [{hub}](https://huggingface.co/{hub})"
+
+
 def _objective(config: GRPOConfig) -> str:
     algorithm = config.algorithm
     text = f"`{without_folders(algorithm.loss_type)}`, advantages scaled by {algorithm.scale_rewards}"
     text += f", KL coefficient {algorithm.beta:g}" if algorithm.beta else ""
+    if algorithm.beta and config.lora.start_from is not None:
+        text += " (to the base model)" if algorithm.reference == "base" else " (to the adapter that training started from)"
     text += f", entropy coefficient {algorithm.entropy_coef:g}" if algorithm.entropy_coef else ""
     return text + (f", {algorithm.num_iterations} updates per rollout" if algorithm.num_iterations > 1 else "")
 

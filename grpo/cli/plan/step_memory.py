@@ -224,7 +224,7 @@ def backward_pass(policy: Policy, one: Pack, config: GRPOConfig) -> None:
         max_completion_length=config.rollout.max_completion_length,
     )
     constants = StepConstants(counts=counts, entropy_tokens=tokens)
-    loss = Objective(config).of(one, constants, old_logprobs_N=None, base_logprobs_N=None)
+    loss = Objective(config).of(one, constants, old_logprobs_N=None, reference_logprobs_N=None)
     policy.backward(one, loss.token_loss, passes=loss.passes, factor=loss.factor)
 
 

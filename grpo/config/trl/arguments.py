@@ -42,6 +42,7 @@ class Arguments(TypedDict, total=False):
     dtype: Literal["bfloat16", "float32"]
     load_in: Literal["nf4"] | None
     share_base_weights: Literal["auto"] | bool
+    start_from: str | None
     rank: int
     alpha: float
     rank_pattern: dict[str, int]
@@ -78,6 +79,7 @@ class Arguments(TypedDict, total=False):
     sapo_temperature_pos: float
     sapo_temperature_neg: float
     beta: float
+    reference: Literal["start", "base"]
     use_bias_correction_kl: bool
     entropy_coef: float
     top_entropy_quantile: float

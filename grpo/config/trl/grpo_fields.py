@@ -79,7 +79,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "scale_rewards": mapped("algorithm.scale_rewards", "str | bool", "group"),
     "loss_type": mapped("algorithm.loss_type", "str", "dapo", "all but luspo and vespo"),
     "mask_truncated_completions": mapped("algorithm.mask_truncated_completions", "bool", False),
-    "sync_ref_model": refused("bool", False, "leave it out: the KL penalty is to the base model, which needs no memory"),
+    "sync_ref_model": refused("bool", False, "leave it out: the reference of the KL penalty is fixed, see algorithm.reference"),
     "ref_model_mixup_alpha": moot("float", 0.6, REF_MODEL),
     "ref_model_sync_steps": moot("int", 512, REF_MODEL),
     "top_entropy_quantile": mapped("algorithm.top_entropy_quantile", "float", 1.0),

@@ -109,7 +109,7 @@ def test_on_policy_every_objective_is_the_policy_gradient(loss_type: str) -> Non
     objective = Objective(config)
     constants = StepConstants(counts=counts, entropy_tokens=17)
     for old_N in (None, logprobs_N.detach().clone()):
-        loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=None)
+        loss = objective.of(one, constants, old_logprobs_N=old_N, reference_logprobs_N=None)
         (gradient,) = torch.autograd.grad(loss_on_leaves(loss, logprobs_N, torch.ones(17)), logprobs_N)
         weights_N = token_weights(config.algorithm.loss_aggregation, one.lengths_S, counts)[one.sequence_N]
         torch.testing.assert_close(gradient, -one.advantages_N * weights_N)

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankup.grpo.common import model_files
-from rankup.grpo.common.model_files import EMBEDDED, EmbeddedModel, resolve_model
+from rankup.grpo.common.model_files import EMBEDDED, EmbeddedModel, resolve_adapter, resolve_model
 
 NAME = "smollm2-135m-instruct"
 
@@ -184,6 +184,54 @@ def test_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "~/absent"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
     assert error_of(name) == f"model {name}: no such folder"
+
+
+@pytest.mark.parametrize(("base", "named"), [("someone/base", ", someone/base,"), (None, "")])
+def test_an_adapter_is_not_a_model(tmp_path: Path, base: str | None, named: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert error_of(str(tmp_path)) == (
+        f"model {tmp_path} is an adapter, not a model: set model.name to its base model{named} and lora.start_from={tmp_path}"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == str(tmp_path)
+
+
+# Adapters
+
+
+def test_a_local_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run" / "adapter"
+    folder.mkdir(parents=True)
+    option = f"lora.start_from: {folder}"
+    with pytest.raises(ValueError, match=f"^{option} is not an adapter in PEFT's format: it has no adapter_config.json$"):
+        resolve_adapter(str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"^{option} has no weights: adapter_model.safetensors is missing$"):
+        resolve_adapter(str(folder))
+    with pytest.raises(ValueError, match=r"run is not an adapter in PEFT's .*config.json; .*run/adapter has one$"):
+        resolve_adapter(str(folder.parent))
+    (folder / "adapter_model.bin").touch()
+    assert resolve_adapter(str(folder)) == folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_adapter("~/run/adapter") == folder
+    with pytest.raises(ValueError, match=r"^lora.start_from: ./absent: no such folder$"):
+        resolve_adapter("./absent")
+
+
+def test_an_adapter_on_the_hub(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--someone--sft"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "adapter_config.json").write_text("{}")
+    (snapshot / "adapter_model.safetensors").touch()
+    assert resolve_adapter("someone/sft") == snapshot
+    assert error_of("someone/sft").startswith("model someone/sft is an adapter, not a model: set model.name to its base model")
+    with pytest.raises(ValueError, match=r"^lora.start_from: no/such: no folder of this name, and not available on the Hub: "):
+        resolve_adapter("no/such")
+    with pytest.raises(ValueError, match=r"^lora.start_from: two words: neither a folder, nor an id on the Hub$"):
+        resolve_adapter("two words")
 
 
 # Hub

@@ -210,6 +210,7 @@ def test_dump_is_complete_and_plain_yaml() -> None:
     dumped = yaml.safe_load(dump_config(GRPOConfig(rank=100)))
     assert list(dumped) == list(GRPOConfig.model_fields)
     assert dumped["lora"] == {
+        "start_from": None,
         **{"rank": 100, "alpha": 32.0, "rank_pattern": {}, "alpha_pattern": {}, "max_rank": 128, "use_rslora": False},
         **{"targets": "all-linear", "init_lora_weights": "default", "dropout": 0.0, "use_dora": False},
     }

@@ -27,7 +27,8 @@ from rankup.grpo.model.base_model import load_base, nf4_names
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import prove_slots, trainer_logprobs
-from rankup.grpo.update.session import engine_settings, make_policy
+from rankup.grpo.update.resolve import engine_settings
+from rankup.grpo.update.session import make_policy
 from rankup.kernels.nf4 import Nf4Weight
 
 pytestmark = pytest.mark.engine
@@ -177,7 +178,7 @@ import ctypes, gc, json, sys
 from pathlib import Path
 import torch
 from rankup import GRPOConfig
-from rankup.grpo.update.session import engine_settings
+from rankup.grpo.update.resolve import engine_settings
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_loggers, quiet_stderr
 from rankup.grpo.update.session import make_policy

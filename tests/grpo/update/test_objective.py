@@ -66,14 +66,14 @@ def test_two_passes_over_the_logits_only_where_a_token_depends_on_others(
     one: Pack, options: dict[str, Any], passes: int, has_factor: bool
 ) -> None:
     base_N = one.sampler_logprobs_N if "beta" in options else None
-    loss = Objective(GRPOConfig(**options)).of(one, constants_of([one]), old_logprobs_N=None, base_logprobs_N=base_N)
+    loss = Objective(GRPOConfig(**options)).of(one, constants_of([one]), old_logprobs_N=None, reference_logprobs_N=base_N)
     assert (loss.passes, loss.factor is not None) == (passes, has_factor)
 
 
 @pytest.mark.parametrize("loss_type", sorted(OBJECTIVES))
 def test_only_gspo_takes_two_passes(one: Pack, loss_type: str) -> None:
     config = GRPOConfig(loss_type=loss_type, veto=0.0)
-    loss = Objective(config).of(one, constants_of([one]), old_logprobs_N=None, base_logprobs_N=None)
+    loss = Objective(config).of(one, constants_of([one]), old_logprobs_N=None, reference_logprobs_N=None)
     assert loss.passes == (2 if loss_type == "gspo" else 1)
 
 
@@ -91,7 +91,7 @@ def test_a_veto_takes_a_completion_out_of_the_policy_s_part(one: Pack, options: 
     for veto in (1e-4, 0.0):
         objective = Objective(GRPOConfig(veto=veto, **options))
         base_N = one.sampler_logprobs_N if "beta" in options else None
-        loss = objective.of(one, constants_of([one]), old_logprobs_N=None, base_logprobs_N=base_N)
+        loss = objective.of(one, constants_of([one]), old_logprobs_N=None, reference_logprobs_N=base_N)
         gradients += torch.autograd.grad(loss_on_leaves(loss, logprobs_N, torch.ones_like(logprobs_N)), logprobs_N)
     with_veto_N, without_N = gradients
     assert torch.equal(with_veto_N[~vetoed_N], without_N[~vetoed_N])
@@ -104,7 +104,7 @@ def test_the_reported_weights_are_those_of_the_loss(one: Pack) -> None:
     old_N = logprobs_near_the_sampler(one, width=3.0).detach()
     old_N[4] -= 10.0
     objective = Objective(GRPOConfig(mode="token_mask", cap=1.5))
-    loss = objective.of(one, constants_of([one]), old_logprobs_N=old_N, base_logprobs_N=None)
+    loss = objective.of(one, constants_of([one]), old_logprobs_N=old_N, reference_logprobs_N=None)
     logprobs_N = old_N.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_on_leaves(loss, logprobs_N, torch.ones_like(old_N)), logprobs_N)
     weights_N = objective.weights(one, old_N)
@@ -131,7 +131,7 @@ def custom(tmp_path: Path) -> Callable[..., Objective]:
 
 def gradient_of(objective: Objective, one: Pack, old_N: torch.Tensor | None = None) -> torch.Tensor:
     logprobs_N = logprobs_near_the_sampler(one)
-    loss = objective.of(one, constants_of([one]), old_logprobs_N=old_N, base_logprobs_N=None)
+    loss = objective.of(one, constants_of([one]), old_logprobs_N=old_N, reference_logprobs_N=None)
     assert loss.passes == 2, "it may depend on complete completions"
     return torch.autograd.grad(loss_on_leaves(loss, logprobs_N, torch.ones_like(logprobs_N)), logprobs_N)[0]
 
@@ -231,7 +231,7 @@ def loss_and_gradients(policy: Policy, packs: list[Pack], config: GRPOConfig, *,
     for one in packs:
         base_N = policy.logprobs(one, use_adapter=False)[0] if algorithm.beta else None
         old_N = one.sampler_logprobs_N - 0.05 if off_policy else None
-        loss = objective.of(one, constants, old_logprobs_N=old_N, base_logprobs_N=base_N)
+        loss = objective.of(one, constants, old_logprobs_N=old_N, reference_logprobs_N=base_N)
         total += policy.backward(one, loss.token_loss, passes=loss.passes, factor=loss.factor)[0]
     gradients = [master.grad.flatten() for master in policy.masters if master.grad is not None]
     for master in policy.masters:

@@ -148,7 +148,7 @@ def trained(make_policy: MakePolicy, *, rescale: bool = False, **lora: Any) -> d
     constants = StepConstants(counts=counts, entropy_tokens=tokens)
     for _ in range(5):
         policy.write_slots()
-        loss = Objective(config).of(one, constants, old_logprobs_N=None, base_logprobs_N=None)
+        loss = Objective(config).of(one, constants, old_logprobs_N=None, reference_logprobs_N=None)
         policy.backward(one, loss.token_loss, passes=loss.passes)
         optimizer.step()
         optimizer.zero_grad()

@@ -142,7 +142,7 @@ def ours(case: Case) -> torch.Tensor:
         case.one,
         StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=active),
         old_logprobs_N=None if case.old_M is None else case.old_M[kept_M],
-        base_logprobs_N=case.base_M[kept_M] if algorithm.beta else None,
+        reference_logprobs_N=case.base_M[kept_M] if algorithm.beta else None,
     )
     return loss_on_leaves(loss, case.logprobs_M[kept_M], entropies_N)
 

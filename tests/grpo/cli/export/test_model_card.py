@@ -123,6 +123,20 @@ def test_the_card_describes_the_training(make_run: MakeRun) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("start", "reference", "shown", "penalty"),
+    [
+        ("/home/me/runs/sft", "start", "`sft`", "to the adapter that training started from"),
+        ("./runs/sft/adapter", "base", "`./runs/sft/adapter`", "to the base model"),
+        ("me/sft", "start", "[me/sft](https://huggingface.co/me/sft)", "to the adapter that training started from"),
+    ],
+)
+def test_the_card_says_where_training_started(make_run: MakeRun, start: str, reference: str, shown: str, penalty: str) -> None:
+    card = card_of(make_run(start_from=start, reference=reference, beta=0.1))
+    assert f"\n- training started from: the adapter {shown}\n" in card
+    assert f", KL coefficient 0.1 ({penalty})\n" in card
+
+
 def results(card: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^\| (.+) \| ([\d.]+) \|$", card, re.MULTILINE)}
 

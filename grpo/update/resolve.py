@@ -1,0 +1,50 @@
+"""What the engine, the policy and the learner need to know before any of them is made.
+
+    config, start = resolve_training(config, model_path)       # complete: with the ranks of the adapter that it starts from
+    settings = engine_settings(config, model_path)             # of vLLM
+"""
+
+from __future__ import annotations
+
+from ...rollout.engine import EngineSettings
+from ..config import GRPOConfig
+from ..model.adapters import target_module_names
+from ..model.base_model import nf4_names
+from ..model.start import StartAdapter, resolve_start
+from .objective import Objective
+
+
+def resolve_training(config: GRPOConfig, model_path: str) -> tuple[GRPOConfig, StartAdapter | None]:
+    """`resolve_start`, and a check that a user-supplied objective can be loaded.
+
+    Raises:
+        ValueError, FileNotFoundError: the objective cannot be loaded, or training cannot start from this adapter, or it is in
+            the folder that the run replaces.
+    """
+    Objective(config)
+    config, start = resolve_start(config, model_path)
+    output_dir = config.logging.output_dir
+    if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):
+        raise ValueError(
+            f"lora.start_from: {start.folder} is inside {output_dir}, which a new run replaces: set another logging.output_dir"
+        )
+    return config, start
+
+
+def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
+    """The settings of vLLM from the configuration.
+
+    Raises:
+        ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
+    """
+    return EngineSettings(
+        model=model_path,
+        rollout=config.rollout,
+        target_modules=target_module_names(model_path, config.lora),
+        max_rank=config.lora.max_rank,
+        dtype=config.model.dtype,
+        seed=config.seed,
+        max_num_seqs=config.max_num_seqs,
+        keep_base_weights=config.model.share_base_weights is True,
+        nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
+    )
