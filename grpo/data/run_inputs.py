@@ -82,7 +82,7 @@ def _rows(config: GRPOConfig, dataset: DataSource | None, configured: str | None
     source = configured if dataset is None else dataset
     if source is None:
         return None
-    takes_options = isinstance(source, str) and ":" in source
+    takes_options = callable(source) or (isinstance(source, str) and ":" in source)
     return load_rows(
         source,
         split=split,

@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from datasets.exceptions import DatasetsError
 
 from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
+from ..config.functions import text_of
 from ..config.paths import DATA_FORMATS
 
-DataSource = str | datasets.Dataset | Iterable[Mapping[str, Any]]
-"""A source of rows by name, a data set, or rows in memory; see `load_rows`."""
+DataSource = str | datasets.Dataset | Iterable[Mapping[str, Any]] | Callable[..., Iterable[Mapping[str, Any]]]
+"""A source of rows by name, a data set, rows in memory, or a function that returns them; see `load_rows`."""
 
 _REASONING_GYM = "reasoning_gym:"
 _DEFAULT_SEED = 42
@@ -45,7 +46,7 @@ def load_rows(
     - the id of a data set on the Hub (with `split`, and `subset` if it has several);
     - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the options of the
       task. Every split has a different seed, so that training and test rows differ;
-    - `file.py:function` or `package.module:function`, called with `options` as keyword arguments;
+    - `file.py:function` or `package.module:function`, or the function itself, called with `options` as keyword arguments;
     - rows, as a `datasets.Dataset` or any iterable of mappings.
 
     Raises:
@@ -53,12 +54,14 @@ def load_rows(
         ValueError: anything else; the message says what to do.
     """
     options = dict(options or {})
+    if callable(source):
+        return _function_rows(source, name=text_of(source), split=split, options=options)
     if not isinstance(source, str):
         return _as_rows(source, source="the data set", split=split)
     if source.startswith(_REASONING_GYM):
         return _reasoning_gym_rows(source.removeprefix(_REASONING_GYM), split=split, options=options)
     if ":" in source:
-        return _function_rows(source, split=split, options=options)
+        return _function_rows(load_object(source), name=source, split=split, options=options)
     if options:
         raise ValueError(
             f"data.options ({', '.join(options)}) are for reasoning_gym tasks and functions only: remove them for {source!r}"
@@ -97,15 +100,15 @@ def _hub_rows(source: str, *, split: str, subset: str | None) -> list[dict[str, 
         return _as_rows(loaded, source=source, split=split)
 
 
-def _function_rows(source: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    function = load_object(source)
+def _function_rows(function: object, *, name: str, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a function returns, or an object that is rows already."""
     if not callable(function):
-        return _as_rows(function, source=source, split=split)
+        return _as_rows(function, source=name, split=split)
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
-        raise ValueError(f"{source} cannot be called with the data options ({', '.join(options)}): {error}") from error
-    return _as_rows(function(**options), source=source, split=split)
+        raise ValueError(f"{name} cannot be called with the data options ({', '.join(options)}): {error}") from error
+    return _as_rows(function(**options), source=name, split=split)
 
 
 def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import yaml
 
 from ...common.model_files import EMBEDDED, hub_id
 from ...config import GRPOConfig, dump_config, load_config
+from ...config.functions import text_of
 from ...config.loading import dump_yaml
 from ...display.view_text import duration
 from ...run.records import CONFIG_FILE, METRICS_FILE, read_metrics, read_summary
@@ -195,7 +196,9 @@ def _lora(config: GRPOConfig) -> str:
 
 def _objective(config: GRPOConfig) -> str:
     algorithm = config.algorithm
-    text = f"`{without_folders(algorithm.loss_type)}`, advantages scaled by {algorithm.scale_rewards}"
+    own_advantages = algorithm.custom_advantages is not None
+    scaled = f"by `{without_folders(algorithm.estimator_name)}`" if own_advantages else f"scaled by {algorithm.scale_rewards}"
+    text = f"`{without_folders(text_of(algorithm.loss_type))}`, advantages {scaled}"
     text += f", KL coefficient {algorithm.beta:g}" if algorithm.beta else ""
     text += f", entropy coefficient {algorithm.entropy_coef:g}" if algorithm.entropy_coef else ""
     return text + (f", {algorithm.num_iterations} updates per rollout" if algorithm.num_iterations > 1 else "")
