@@ -141,10 +141,7 @@ class AlgorithmConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _none_is_not_set(cls, values: Any) -> Any:
-        """A dump has None for options that depend on the objective: reading it back does not set them."""
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None or name not in COMMON}
+        return _without_none(values, COMMON)
 
     @field_validator(*COMMON, mode="before")
     @classmethod
@@ -210,6 +207,14 @@ class AlgorithmConfig(Section):
         return self.beta > 0 or self.entropy_coef != 0
 
 
+def _without_none(values: Any, names: Iterable[str]) -> Any:
+    """The values of a section without None for these options, which a dump has for defaults that depend on another option.
+
+    Otherwise they would count as set once the dump is read back.
+    """
+    return {name: v for name, v in values.items() if v is not None or name not in names} if isinstance(values, dict) else values
+
+
 def _is_custom(value: UserFunction | None, names: Iterable[str]) -> bool:
     """Whether the value of an option is a function or its spec, and none of the names."""
     return value is not None and not (isinstance(value, str) and value in names)
@@ -244,6 +249,7 @@ class CorrectionConfig(Section):
     @classmethod
     def _switch_and_mode_of_trl(cls, values: Any) -> Any:
         """TRL's `vllm_importance_sampling_correction` turns the correction off whatever the mode; if on, the mode decides."""
+        values = _without_none(values, ("cap", "veto"))
         if not (isinstance(values, dict) and TRL_SWITCH in values):
             return values
         rest = {key: value for key, value in values.items() if key != TRL_SWITCH}
