@@ -11,7 +11,6 @@ import pyarrow.parquet
 import pytest
 from pages import ROOT, code_blocks
 from tiny_runs import steps_of
-from trl.trainer.grpo_trainer import GRPOTrainer as TrlTrainer
 
 import rankup
 from rankup.rewards.combining import Scores
@@ -98,7 +97,10 @@ def test_the_tables_name_the_fields_of_the_types() -> None:
     assert named <= groups | scores and {name.partition(".")[0] for name in named} == groups
 
 
+@pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")
 def test_the_methods_of_trl_that_the_page_names_exist() -> None:
+    from trl.trainer.grpo_trainer import GRPOTrainer as TrlTrainer
+
     named = names_in_table("TRL")
     assert len(named) > 8 and [name for name in named if not hasattr(TrlTrainer, name)] == []
 
