@@ -41,7 +41,7 @@ class GRPOTrainer:
         model: embedded name, folder or Hub id; None: `args.model.name`.
         reward_funcs: one or several functions (TRL's contract), or `file.py:name`; None: `args.rewards.functions`.
         args: the configuration.
-        train_dataset, eval_dataset: a `datasets.Dataset`, rows, or a source as in `args.data`; None: `args.data`.
+        train_dataset, eval_dataset: a `datasets.Dataset`, rows, a function, or a source as in `args.data`; None: `args.data`.
         callbacks: `transformers.TrainerCallback`s, as in TRL; `add_callback` adds further ones.
         view: where progress is shown; None: the terminal.
 

@@ -83,21 +83,21 @@ def collect_batch(
             world=world,
         )
 
-    def judged(rounds: Sequence[Collected]) -> list[Group]:
-        """All groups with their advantages, and whether they are kept."""
+    def groups_of(rounds: Sequence[Collected]) -> list[Group]:
+        """All groups, with their advantages and the decision of the user's filter."""
         groups = with_advantages([group for one in rounds for group in one.groups], config, functions, world)
         return groups if functions.group_filter is None else filtered(functions.group_filter, groups, world)
 
     rounds = [collect_round(0)]
-    groups = judged(rounds)
-    while len(rounds) <= max_rounds and sum(group.has_variance and group.is_kept for group in groups) < wanted:
+    groups = groups_of(rounds)
+    while len(rounds) <= max_rounds and sum(group.has_variance and group.passes_filter for group in groups) < wanted:
         rounds.append(collect_round(len(rounds)))
-        groups = judged(rounds)
-    kept = [group for group in groups if group.is_kept]
+        groups = groups_of(rounds)
+    passing = [group for group in groups if group.passes_filter]
     return Batch(
         groups=groups,
-        # Without resampling all that are kept: the learner leaves out groups without a gradient.
-        trained=kept if len(rounds) == 1 else [group for group in kept if group.has_variance][:wanted],
+        # Without resampling all that pass: the learner leaves out groups without a gradient.
+        trained=passing if len(rounds) == 1 else [group for group in passing if group.has_variance][:wanted],
         metrics=_metrics(groups, scorer.names, config, rounds=len(rounds)),
         rollout_seconds=sum(one.rollout_seconds for one in rounds),
         reward_seconds=sum(one.reward_seconds for one in rounds),
@@ -148,7 +148,7 @@ def _metrics(groups: Sequence[Group], function_names: Sequence[str], config: GRP
         penalties = [penalty for group in groups for penalty in _overlong_penalties(group, config)]
         metrics["overlong_penalty"] = sum(penalties) / len(penalties)
     if algorithm.group_filter is not None:
-        metrics["filtered_ratio"] = sum(not group.is_kept for group in groups) / len(groups)
+        metrics["filtered_ratio"] = sum(not group.passes_filter for group in groups) / len(groups)
     if algorithm.max_resampling_rounds:
         metrics["resampling_rounds"] = float(rounds - 1)
     return metrics

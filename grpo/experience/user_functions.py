@@ -4,8 +4,8 @@
     rows = user_advantages(center, groups, world)           # center: functions.advantages
     groups = filtered(keep, groups, world)                  # keep: functions.group_filter
 
-With several workers each calls the functions itself. It holds the tokens and texts of the groups that it has sampled, and only
-metadata of the others. Its results for its own groups count on every worker, so all of them decide alike.
+With several workers, each of them calls the functions. It holds tokens and texts of its local groups, those that it has sampled,
+and metadata of all others. The results for a group are those of the worker where it is local, so all workers decide alike.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def user_advantages(function: UserAdvantages, groups: Sequence[Group], world: Wo
             raise ValueError(f"{name}: {problem} in group {index}, whose rewards are {group.scores.total}")
         if group.is_local:
             local[index] = row
-    return _of_owners(local, world)
+    return _gathered(local, world)
 
 
 def filtered(function: UserGroupFilter, groups: Sequence[Group], world: World) -> list[Group]:
-    """The groups, marked with whether the function keeps them. Each worker calls it for the groups that it has sampled.
+    """The groups with `passes_filter` as the function decides. Each worker calls it for its local groups only.
 
     Raises:
         ValueError: it returns neither True nor False.
@@ -96,12 +96,12 @@ def filtered(function: UserGroupFilter, groups: Sequence[Group], world: World) -
     for index, group in enumerate(groups):
         if not group.is_local:
             continue
-        is_kept = function(group)
-        if not isinstance(is_kept, bool | np.bool_):
-            raise ValueError(f"{text_of(function)} must return True or False (got {is_kept!r})")
-        local[index] = bool(is_kept)
-    kept = _of_owners(local, world)
-    return [dataclasses.replace(group, is_kept=is_kept) for group, is_kept in zip(groups, kept, strict=True)]
+        passes_filter = function(group)
+        if not isinstance(passes_filter, bool | np.bool_):
+            raise ValueError(f"{text_of(function)} must return True or False (got {passes_filter!r})")
+        local[index] = bool(passes_filter)
+    kept = _gathered(local, world)
+    return [dataclasses.replace(group, passes_filter=passes_filter) for group, passes_filter in zip(groups, kept, strict=True)]
 
 
 def _problem(advantages: Sequence[float], rewards: Sequence[float | None]) -> str | None:
@@ -116,7 +116,7 @@ def _problem(advantages: Sequence[float], rewards: Sequence[float | None]) -> st
     return None
 
 
-def _of_owners(local: Mapping[int, T], world: World) -> list[T]:
-    """The values of all groups in order, each from the worker that has sampled the group."""
+def _gathered(local: Mapping[int, T], world: World) -> list[T]:
+    """The values of all groups in order, each from the worker where the group is local."""
     found = {index: value for part in world.all_gather(local) for index, value in part.items()}
     return [found[index] for index in range(len(found))]

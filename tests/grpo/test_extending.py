@@ -91,7 +91,7 @@ def names_in_table(first: str) -> set[str]:
 def test_the_tables_name_the_fields_of_the_types() -> None:
     fields = {field.name for field in dataclasses.fields(rankup.LossInputs)}
     assert names_in_table("`LossInputs`") == fields
-    groups = {field.name for field in dataclasses.fields(rankup.Group)} - {"is_kept"}
+    groups = {field.name for field in dataclasses.fields(rankup.Group)} - {"passes_filter"}
     scores = {f"scores.{field.name}" for field in dataclasses.fields(Scores)}
     named = names_in_table("`Group`")
     assert named <= groups | scores and {name.partition(".")[0] for name in named} == groups

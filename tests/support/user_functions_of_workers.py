@@ -53,6 +53,6 @@ def call_in_a_group(rank: int, size: int, rendezvous: str, out: str) -> None:
         for place, group in enumerate(GROUPS)
     ]
     rows = user_advantages(length_of_the_first_text, groups, world)
-    kept = [group.is_kept for group in filtered(has_a_long_text, groups, world)]
-    torch.save((rows, kept, [group.is_local for group in groups]), Path(out) / f"{rank}.pt")
+    passing = [group.passes_filter for group in filtered(has_a_long_text, groups, world)]
+    torch.save((rows, passing, [group.is_local for group in groups]), Path(out) / f"{rank}.pt")
     dist.destroy_process_group()

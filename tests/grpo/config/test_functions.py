@@ -116,15 +116,12 @@ def without_spec() -> dict[str, Any]:
 
     replaced.__qualname__ = "last_integer"
     replaced.__module__ = "rankup.rewards.answers"
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec("def mine(inputs): ...", namespace)
     return {
         f"<function without_spec.<locals>.<lambda> in {__name__}>": lambda inputs: inputs,
         f"<object Filter in {__name__}>": Filter(),
         f"<function Filter.method in {__name__}>": Filter().method,
         "<partial last_integer in rankup.rewards.answers>": functools.partial(last_integer),
         "<function last_integer in rankup.rewards.answers>": replaced,
-        "<function mine in __main__>": namespace["mine"],
     }
 
 
@@ -138,6 +135,14 @@ def test_a_function_without_a_spec_is_text_that_does_not_load(tmp_path: Path, te
         assert read == text
         with pytest.raises(ValueError, match=rf"^{OPTIONS[option]}: <.*> was passed in Python, .*path/to/file.py:name$"):
             load_function(OPTIONS[option], read)
+
+
+def test_a_function_of_a_script_has_no_spec(tmp_path: Path) -> None:
+    """To import a script would run it again."""
+    script = tmp_path / "script.py"
+    script.write_text("from rankup.grpo.config.functions import text_of\ndef mine(): ...\nprint(text_of(mine))\n")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.stdout == "<function mine in __main__>\n", result.stderr
 
 
 def test_a_configuration_with_specs_survives_yaml(tmp_path: Path, in_file: Callable[..., Any]) -> None:

@@ -88,12 +88,12 @@ def test_a_filter_marks_groups() -> None:
     def long_prompt(group: Group) -> bool:
         return len(group.prompt.token_ids) > 1
 
-    assert [group.is_kept for group in filtered(long_prompt, GROUPS, SINGLE_PROCESS)] == [False, True, True]
-    assert [group.is_kept for group in filtered(lambda group: np.bool_(False), GROUPS, SINGLE_PROCESS)] == [False] * 3
+    assert [group.passes_filter for group in filtered(long_prompt, GROUPS, SINGLE_PROCESS)] == [False, True, True]
+    assert [group.passes_filter for group in filtered(lambda group: np.bool_(False), GROUPS, SINGLE_PROCESS)] == [False] * 3
 
 
 @pytest.mark.parametrize("result", [None, 1, 0.5, "yes", []])
-def test_a_filter_that_forgets_to_answer_is_refused(result: Any) -> None:
+def test_a_filter_that_returns_no_bool_is_refused(result: Any) -> None:
     with pytest.raises(ValueError, match=rf"mine in .*> must return True or False \(got {result!r}\)".replace("[", r"\[")):
         filtered(returning(result), GROUPS, SINGLE_PROCESS)
 
@@ -110,9 +110,9 @@ def test_the_worker_that_sampled_a_group_decides_about_it(tmp_path: Path) -> Non
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # otherwise it stays until the end of all tests
     workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected = [(float(len(text)), 0.0, 0.0) for text in ("a", "bb", "ccc")]
-    for rows, kept, is_local in workers:
+    for rows, passing, is_local in workers:
         assert rows == expected
-        assert kept == [False, True, True]
+        assert passing == [False, True, True]
         assert sum(is_local) in (1, 2)
 
 
@@ -126,7 +126,6 @@ def test_groups_of_other_workers_hold_prompts_rewards_and_lengths() -> None:
         return [ZEROS] * 3
 
     seen: list[Group] = []
-    # Only one process here: its world has nobody to ask about the remote groups, so it lacks their values.
     user_advantages(looks, [*GROUPS[:2], metadata(GROUPS[2])], SINGLE_PROCESS)
     remote = seen[2]
     assert not remote.is_local and remote.prompt == GROUPS[2].prompt and remote.scores.total == GROUPS[2].scores.total
