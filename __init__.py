@@ -12,15 +12,27 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .grpo.algorithm.losses import LossInputs
     from .grpo.common.interrupts import RunInterrupted
     from .grpo.config import GRPOConfig
+    from .grpo.data.groups import Group
+    from .grpo.data.prompts import Prompt
     from .grpo.trainer import GRPOTrainer
+    from .rollout.types import Completion
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "RunInterrupted", "__version__"]
+__all__ = ["Completion", "GRPOConfig", "GRPOTrainer", "Group", "LossInputs", "Prompt", "RunInterrupted", "__version__"]
 
 __version__ = version("rankup")
 
-_HOMES = {"GRPOConfig": ".grpo.config", "GRPOTrainer": ".grpo.trainer", "RunInterrupted": ".grpo.common.interrupts"}
+_HOMES = {
+    "Completion": ".rollout.types",
+    "GRPOConfig": ".grpo.config",
+    "GRPOTrainer": ".grpo.trainer",
+    "Group": ".grpo.data.groups",
+    "LossInputs": ".grpo.algorithm.losses",
+    "Prompt": ".grpo.data.prompts",
+    "RunInterrupted": ".grpo.common.interrupts",
+}
 
 
 def __getattr__(name: str) -> Any:

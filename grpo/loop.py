@@ -100,7 +100,9 @@ def train_step(ctx: RunContext, step: int) -> None:
     """One step: rollouts, rewards and advantages; gradients; the guards' decision; update; publish; record."""
     setup, learner, clock = ctx.setup, ctx.session.learner, Clock()
     setup.callbacks.step_begin(step)
-    batch = collect_batch(ctx.session.engine, setup.scorer, setup.sampler, setup.config, step=step, world=setup.world)
+    batch = collect_batch(
+        ctx.session.engine, setup.scorer, setup.sampler, setup.config, functions=setup.functions, step=step, world=setup.world
+    )
     clock.seconds |= {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds}
     with clock.phase("train"):
         gradients = learner.backward(batch.trained)

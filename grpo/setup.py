@@ -20,10 +20,10 @@ from .common.interrupts import Interrupts
 from .common.log import log_to
 from .common.world import SINGLE_PROCESS, World
 from .config import GRPOConfig, resolve_epochs
-from .data.prompts import Prompt
-from .data.run_inputs import RunInputs, load_run_inputs
+from .data.run_inputs import Prompt, RunInputs, load_run_inputs
 from .data.sampler import PromptSampler
 from .display.terminal import View
+from .experience.user_functions import UserFunctions
 from .run.callbacks import Callbacks
 from .update.resolve import resolve_training
 from .user_inputs import UserInputs
@@ -35,6 +35,7 @@ class RunSetup:
 
     Attributes:
         start_fingerprint: hash of the adapter of `lora.start_from`, if it is set.
+        functions: the user's functions on prompts and groups.
         view: what shows the run; None on all workers but the main process.
         stop_requested: asked between steps, for requests that do not arrive as signals; one worker's answer stops all.
         on_ready: called once, when this worker's engine has started.
@@ -47,6 +48,7 @@ class RunSetup:
     scorer: Scorer
     inputs: RunInputs
     callbacks: Callbacks
+    functions: UserFunctions
     sampler: PromptSampler
     store: CheckpointStore
     storage: Storage | None
@@ -89,11 +91,12 @@ def prepare_run(
     """Check and load all inputs of a run. Writes nothing.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
+        ValueError, FileNotFoundError: bad configuration, data or functions, with the remedy.
     """
     if view is None and world.is_main:
         raise ValueError("the main process needs a view: it records the run and shows it")
     scorer = Scorer(config.rewards, inputs.reward_funcs)
+    functions = UserFunctions.load(config)
     with log_to(lambda text: None if view is None else view.stage(text)):
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
         config, start = resolve_training(config, loaded.model_path)
@@ -106,11 +109,13 @@ def prepare_run(
         scorer=scorer,
         inputs=loaded,
         callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),
+        functions=functions,
         sampler=PromptSampler(
             prompts,
             prompts_per_step=config.optim.prompts_per_step,
             seed=config.seed if config.data.shuffle_seed is None else config.data.shuffle_seed,
             shuffle=config.data.shuffle,
+            function=functions.sampler,
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),

@@ -51,7 +51,8 @@ class GRPOTrainer:
         model: embedded name, folder or Hub id; None: `args.model.name`.
         reward_funcs: one or several functions (TRL's contract), or `file.py:name`; None: `args.rewards.functions`.
         args: the configuration.
-        train_dataset: a `datasets.Dataset` or `IterableDataset`, rows, or a source as in `args.data`; None: `args.data`.
+        train_dataset: a `datasets.Dataset` or `IterableDataset`, rows, a function, or a source as in `args.data`; None:
+            `args.data`.
         eval_dataset: the same, or several by name, each of which is evaluated.
         callbacks: `transformers.TrainerCallback`s, as in TRL; `add_callback` adds further ones.
         view: where progress is shown; None: the terminal.

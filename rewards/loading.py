@@ -30,6 +30,9 @@ from .texts import Function, describe, did_you_mean
 
 RewardSpec = str | Function
 
+_FILE_MODULE = "rankup_file_"
+"""Start of the names of modules that were imported from a `file.py` of a spec."""
+
 ENTRY_POINTS = "rankup.rewards"
 """Entry point group in which packages, rankup included, register rewards under a short name."""
 
@@ -53,6 +56,23 @@ def load_object(spec: str) -> object:
         return getattr(module, name)
     except AttributeError:
         raise ValueError(f"{location} has no {name!r}: {_suggestion(module, name)}") from None
+
+
+def spec_of(function: Function) -> str | None:
+    """The spec by which `load_object` finds this function, files relative to the working directory if they are inside of it.
+
+    None if there is none: for lambdas, functions inside of others, methods, objects, and what a script or notebook defines.
+    """
+    name, module = getattr(function, "__qualname__", ""), sys.modules.get(getattr(function, "__module__", None) or "")
+    if module is None or module.__name__ == "__main__" or not name.isidentifier():
+        return None
+    if getattr(module, name, None) is not function:  # replaced, or never stored under its name
+        return None
+    if not module.__name__.startswith(_FILE_MODULE):
+        return f"{module.__name__}:{name}"
+    assert module.__file__ is not None, module
+    path = Path(module.__file__)
+    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{name}"
 
 
 def load_reward(spec: RewardSpec, *, kwargs: Mapping[str, Any] | None = None) -> Function:
@@ -122,7 +142,7 @@ def _import_file(path: Path) -> ModuleType:
     # The module name encodes path and content: two files called reward.py are different modules, an unchanged file is imported
     # once, and an edited one (in a notebook that trains twice) is imported again.
     digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"rankup_file_{path.stem}_{digest}"
+    name = f"{_FILE_MODULE}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pages import code_blocks
 
 from rankup.configs import quickstart
 from rankup.grpo.cli.main import parse
@@ -17,12 +18,6 @@ from rankup.grpo.config.reference import reference
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 SHELLS = {"bash", "sh", "shell", "console"}
-
-
-def code_blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of every fenced block of a Markdown page."""
-    pattern = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
-    return [(match[1].lower(), match[2]) for match in pattern.finditer(text)]
 
 
 def commands(text: str) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """The mathematics of the objectives, as pure functions of per-token tensors. All losses are minimised.
 
-`update/objective.py` combines them as configured. A user-supplied objective (`algorithm.loss_type: file.py:name`) is a function
-of the same kind: it takes `LossInputs` and returns the loss of each token [n], which is then weighted and summed.
+`update/objective.py` combines them as configured. A user-supplied objective (`algorithm.loss_type`, docs/extending.md) is a
+function of the same kind: it takes `LossInputs` and returns the loss of each token [n], which is then weighted and summed.
 
     def reinforce(inputs):
         return -inputs.advantages * inputs.logprobs

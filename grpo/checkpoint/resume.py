@@ -123,7 +123,7 @@ class Change:
 
 def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
     """Options that differ from the configuration in the folder of a checkpoint or a run."""
-    before = _flat(read_run_file(folder / CONFIG_FILE))
+    before = _with_new_options(_flat(read_run_file(folder / CONFIG_FILE)))
     now = _flat(parse_yaml(dump_config(config)))
     schedules = ("constant", "constant_with_warmup", "inverse_sqrt")  # they do not depend on the number of steps
     keeps_rates = config.optim.lr_scheduler_type in schedules and config.optim.warmup_ratio == 0
@@ -131,6 +131,16 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
         is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
         is_harmless |= change.option == "optim.max_steps" and keeps_rates
         yield dataclasses.replace(change, affects_training=not is_harmless)
+
+
+def _with_new_options(before: dict[str, Any]) -> dict[str, Any]:
+    """Options that did not exist when the configuration was written had no effect: they have their defaults."""
+    defaults = _flat(parse_yaml(dump_config(GRPOConfig())))
+    return before | {
+        option: default
+        for option, default in defaults.items()
+        if option not in before and not any(name.startswith(f"{option}.") for name in before)
+    }
 
 
 def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:

@@ -69,7 +69,7 @@ def train_on_cluster(
     """
     with ExitStack() as stack:
         stack.enter_context(_connected(view, config.cluster))
-        _check_inputs(inputs)
+        _check_inputs(config, inputs)
         mailbox = open_mailbox()
         view.stage(f"starting {config.cluster.workers} workers")
         job = _job(config, inputs, mailbox, resume=resume, allow_changes=allow_changes)
@@ -142,14 +142,14 @@ def _ended(reference: Any) -> Iterator[None]:
             ray.cancel(reference, force=True)
 
 
-def _check_inputs(inputs: UserInputs) -> None:
-    """Check that reward functions and data can be pickled."""
+def _check_inputs(config: GRPOConfig, inputs: UserInputs) -> None:
+    """Check that the user's functions and data can be pickled."""
     try:
         with open(os.devnull, "wb") as nowhere:
-            cloudpickle.dump(inputs, nowhere)  # type: ignore[attr-defined]
+            cloudpickle.dump((config, inputs), nowhere)  # type: ignore[attr-defined]
     except (TypeError, pickle.PicklingError, AttributeError) as error:
         raise ValueError(
-            f"reward functions and data are sent to the workers, but these cannot be pickled ({error}): pass them by name, "
+            f"functions and data are sent to the workers, but these cannot be pickled ({error}): pass them by name, "
             "such as reward.py:score and rows.jsonl"
         ) from error
 

@@ -7,12 +7,13 @@ explicitly takes precedence, so all parts can be combined freely.
     AlgorithmConfig(loss_type="grpo", epsilon_high=0.28).epsilon       # 0.2
 """
 
-import re
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ...section import Section
+from .functions import UserFunction, check_name_or_spec, text_of
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_aggregation": "sequence_mean", "epsilon_high": 0.2},
@@ -38,6 +39,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 """The defaults in which each objective differs from `COMMON`, which has the values of DAPO."""
 
+ESTIMATORS = ("group", "rloo", "reinforce_pp", "maxrl")
+"""The built-in values of `advantage_estimator`."""
+
 COMMON: dict[str, Any] = {
     "advantage_estimator": "group",
     "scale_rewards": "group",
@@ -51,19 +55,20 @@ COMMON: dict[str, Any] = {
 class AlgorithmConfig(Section):
     """The objective."""
 
-    loss_type: str = "dapo"
+    loss_type: UserFunction = "dapo"
     """The objective: `grpo` (2402.03300), `dapo` (2503.14476), `dr_grpo` (2503.20783), `bnpo`, `gspo` (2507.18071), `cispo`
     (2506.13585), `sapo` (2511.20347), `rloo` (2402.14740), `reinforce_pp` (2501.03262), `maxrl` (2602.02710), or a
-    user-supplied function, `path/to/file.py:name` or `package.module:name`, see `rankup.grpo.algorithm.losses`. It selects the
-    defaults of the next options."""
+    function from `LossInputs` to one loss per token: `path/to/file.py:name` or `package.module:name`, in Python also the
+    function itself (docs/extending.md). It selects the defaults of the next options."""
 
-    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "maxrl"] = Field(default=None, validate_default=True)
+    advantage_estimator: UserFunction = Field(default=None, validate_default=True)
     """Baseline that is subtracted from a reward: `group` (mean of the group), `rloo` (mean of the other completions in the
-    group), `reinforce_pp` (mean of the batch), `maxrl` (mean of the group, which also divides). None: that of `loss_type`."""
+    group), `reinforce_pp` (mean of the batch), `maxrl` (mean of the group, which also divides); or a function from the groups
+    of a step to their final advantages, given as for `loss_type`. None: that of `loss_type`."""
 
     scale_rewards: Literal["group", "batch", "none"] = Field(default=None, validate_default=True)
-    """Standard deviation that divides advantages: of the `group`, of the `batch` (2508.08221), or `none` (2503.20783). None:
-    that of `loss_type`, usually `group`."""
+    """Standard deviation that divides advantages: of the `group`, of the `batch` (2508.08221), or `none` (2503.20783); not
+    for advantages of a function. None: that of `loss_type`, usually `group`."""
 
     loss_aggregation: Literal["token_mean", "local_token_mean", "sequence_mean", "constant"] = Field(
         default=None, validate_default=True
@@ -130,27 +135,50 @@ class AlgorithmConfig(Section):
     """Dynamic sampling (DAPO): while fewer than `optim.prompts_per_step` groups have reward variance, sample further prompts,
     drawn at random, at most this many times per step; then train only on groups with variance. 0: off."""
 
+    group_filter: UserFunction | None = None
+    """A function from a group with advantages to whether it is trained on, given as for `loss_type`. Dynamic sampling replaces
+    rejected groups as it does those without variance. The metric `filtered_ratio` is their share. None: all are."""
+
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of completions (mu in the GRPO paper). 1 is fully on-policy."""
 
-    @field_validator("loss_type")
+    @model_validator(mode="before")
     @classmethod
-    def _built_in_or_user_supplied(cls, loss_type: str) -> str:
-        if loss_type in OBJECTIVES or re.fullmatch(r".+:[A-Za-z_]\w*", loss_type):
-            return loss_type
-        raise ValueError(
-            f"must be {', '.join(OBJECTIVES)}, or your own function, path/to/file.py:name (got {loss_type!r})"
-        )
+    def _none_is_not_set(cls, values: Any) -> Any:
+        return _without_none(values, COMMON)
 
     @field_validator(*COMMON, mode="before")
     @classmethod
     def _default_of_the_objective(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        if value is None:
+            loss_type = info.data.get("loss_type")
+            preset = OBJECTIVES.get(loss_type, {}) if isinstance(loss_type, str) else {}
+            return preset.get(info.field_name, COMMON[info.field_name])
+        if info.field_name == "scale_rewards" and _is_custom(info.data.get("advantage_estimator"), ESTIMATORS):
+            raise ValueError("has no effect on the advantages of your own algorithm.advantage_estimator: leave it out")
         if info.field_name == "scale_rewards" and isinstance(value, bool):  # TRL also takes a bool
             return "group" if value else "none"
-        assert info.field_name is not None
+        return value
+
+    @field_validator("loss_type")
+    @classmethod
+    def _built_in_or_your_loss(cls, value: UserFunction) -> UserFunction:
+        check_name_or_spec(value, OBJECTIVES)
+        return value
+
+    @field_validator("advantage_estimator")
+    @classmethod
+    def _built_in_or_your_advantages(cls, value: UserFunction) -> UserFunction:
+        check_name_or_spec(value, ESTIMATORS)
+        return value
+
+    @field_validator("group_filter")
+    @classmethod
+    def _your_filter(cls, value: UserFunction | None) -> UserFunction | None:
         if value is not None:
-            return value
-        return OBJECTIVES.get(info.data.get("loss_type", ""), {}).get(info.field_name, COMMON[info.field_name])
+            check_name_or_spec(value)
+        return value
 
     @field_validator("delta")
     @classmethod
@@ -163,14 +191,37 @@ class AlgorithmConfig(Section):
         return delta
 
     @property
-    def custom_loss(self) -> str | None:
+    def custom_loss(self) -> UserFunction | None:
         """`loss_type` if it is a user-supplied function; None for a built-in objective."""
-        return None if self.loss_type in OBJECTIVES else self.loss_type
+        return self.loss_type if _is_custom(self.loss_type, OBJECTIVES) else None
+
+    @property
+    def custom_advantages(self) -> UserFunction | None:
+        """`advantage_estimator` if it is a user-supplied function; None for a built-in estimator."""
+        return self.advantage_estimator if _is_custom(self.advantage_estimator, ESTIMATORS) else None
+
+    @property
+    def estimator_name(self) -> str:
+        """`advantage_estimator` as text, for messages."""
+        return text_of(self.advantage_estimator)
 
     @property
     def needs_every_group(self) -> bool:
         """Whether groups whose advantages are all zero still have a gradient."""
         return self.beta > 0 or self.entropy_coef != 0
+
+
+def _without_none(values: Any, names: Iterable[str]) -> Any:
+    """The values of a section without None for these options, which a dump has for defaults that depend on another option.
+
+    Otherwise they would count as set once the dump is read back.
+    """
+    return {name: v for name, v in values.items() if v is not None or name not in names} if isinstance(values, dict) else values
+
+
+def _is_custom(value: UserFunction | None, names: Iterable[str]) -> bool:
+    """Whether the value of an option is a function or its spec, and none of the names."""
+    return value is not None and not (isinstance(value, str) and value in names)
 
 
 TRL_SWITCH = "vllm_importance_sampling_correction"
@@ -202,6 +253,7 @@ class CorrectionConfig(Section):
     @classmethod
     def _switch_and_mode_of_trl(cls, values: Any) -> Any:
         """TRL's `vllm_importance_sampling_correction` turns the correction off whatever the mode; if on, the mode decides."""
+        values = _without_none(values, ("cap", "veto"))
         if not (isinstance(values, dict) and TRL_SWITCH in values):
             return values
         rest = {key: value for key, value in values.items() if key != TRL_SWITCH}

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from ...section import Section
+from .functions import UserFunction, check_name_or_spec
 
 
 def _form(value: object) -> str:
@@ -69,6 +70,11 @@ class DataConfig(Section):
     shuffle_seed: int | None = Field(default=None, ge=0, lt=2**32)
     """Seed of the order alone, 0 to 2**32 - 1 (TRL's `data_seed`). None: `seed`."""
 
+    sampler: UserFunction | None = None
+    """A function from a step, a number and the training prompts to the indices of that many of them, the prompts of the step:
+    `path/to/file.py:name` or `package.module:name`, in Python also the function itself (docs/extending.md). It replaces
+    `shuffle`. None: every epoch has each row once."""
+
     eval_rows: int | None = Field(default=None, ge=1)
     """Evaluate on the first `eval_rows` rows of each set only. None: all, also of a data set without a length."""
 
@@ -81,3 +87,10 @@ class DataConfig(Section):
         if isinstance(sources, dict):
             check_set_names(sources)
         return sources
+
+    @field_validator("sampler")
+    @classmethod
+    def _your_sampler(cls, value: UserFunction | None) -> UserFunction | None:
+        if value is not None:
+            check_name_or_spec(value)
+        return value

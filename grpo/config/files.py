@@ -16,8 +16,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     """Read a run file (YAML) and apply overrides of the form `section.field=value` with a value in YAML.
 
     `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
-    of a key takes precedence. The name of a run defaults to that of its file. Data, reward functions and a loss
-    that exist only beside the run file are found there.
+    of a key takes precedence. The name of a run defaults to that of its file. Data and functions that exist only
+    beside the run file are found there.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -37,7 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
 def dump_config(config: GRPOConfig) -> str:
     """The complete configuration as YAML, including defaults; `load_config` reads it back to the same values.
 
-    Options that depend on `algorithm.loss_type` or `correction.mode` are null unless they were set.
+    Options that depend on `algorithm.loss_type` or `correction.mode` are null unless they were set. A function that was passed
+    in Python is its spec, or a text in angle brackets if it has none (`functions.py`).
     """
     values = config.model_dump(mode="json")
     # Derived defaults are not written: otherwise a copy of the file with another `loss_type` would keep these values.

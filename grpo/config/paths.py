@@ -8,38 +8,49 @@ configuration made in Python, and nothing needs to know where the run file was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from ...section import Section
 
 if TYPE_CHECKING:
     from .run_config import GRPOConfig
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffixes of data files, and the builder of `datasets` for each."""
 
 
 def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
-    """The configuration with resolved names of data, reward functions and loss. `folder` is the run file's."""
-    data, loss = config.data, config.algorithm.loss_type
-    sources: dict[str, str | dict[str, str]] = {}
-    if data.train:
-        sources["train"] = resolve(data.train, folder)
-    if isinstance(data.eval, dict):
-        sources["eval"] = {name: resolve(source, folder) for name, source in data.eval.items()}
-    elif data.eval:
-        sources["eval"] = resolve(data.eval, folder)
+    """The configuration with resolved names of data, reward functions and other functions. `folder` is the run file's."""
     functions = [
         resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
         for one in config.rewards.functions
     ]
     return config.model_copy(
         update={
-            "data": data.model_copy(update=sources),
-            "algorithm": config.algorithm.model_copy(update={"loss_type": resolve(loss, folder)}),
+            "data": _resolved(config.data, ("train", "eval", "sampler"), folder),
+            "algorithm": _resolved(config.algorithm, ("loss_type", "advantage_estimator", "group_filter"), folder),
             "rewards": config.rewards.model_copy(update={"functions": functions}),
         }
     )
+
+
+def _resolved(section: SectionT, options: Sequence[str], folder: Path) -> SectionT:
+    """The section with other values of the options that name a file beside the run file. Unset options stay unset."""
+    values = {option: getattr(section, option) for option in options}
+    found = {option: _resolved_value(value, folder) for option, value in values.items()}
+    return section.model_copy(update={option: value for option, value in found.items() if value != values[option]})
+
+
+def _resolved_value(value: object, folder: Path) -> object:
+    """A name, or every name of a mapping; anything else, such as a function, is unchanged."""
+    if isinstance(value, dict):
+        return {key: _resolved_value(one, folder) for key, one in value.items()}
+    return resolve(value, folder) if isinstance(value, str) else value
 
 
 def resolve(name: str, folder: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -69,6 +69,8 @@ def _types(annotation: Any) -> Iterator[str]:
         yield "null"
     elif origin is dict:
         yield "mapping"
+    elif origin is Callable:
+        yield "function"
     elif arguments:  # a union
         for argument in arguments:
             yield from _types(argument)

@@ -97,6 +97,11 @@ class GRPOConfig(Section):
                 "algorithm.soft_overlong_tokens: cannot be used with maxrl, which needs rewards of at least 0: leave it out or "
                 "use another estimator"
             )
+        if soft_tokens and self.algorithm.custom_advantages is not None:
+            raise ValueError(
+                "algorithm.soft_overlong_tokens: does not go with your own algorithm.advantage_estimator, which gets rewards "
+                "without penalties: use the reward function soft_overlong instead"
+            )
         return self
 
     @model_validator(mode="after")
@@ -106,7 +111,7 @@ class GRPOConfig(Section):
         if self.algorithm.advantage_estimator != "group":
             raise ValueError(
                 "rewards.multi_objective_aggregation: normalize_then_sum has a different advantage formula: leave "
-                f"algorithm.advantage_estimator at group (got {self.algorithm.advantage_estimator})"
+                f"algorithm.advantage_estimator at group (got {self.algorithm.estimator_name})"
             )
         if self.algorithm.soft_overlong_tokens:
             raise ValueError(

@@ -19,7 +19,9 @@ class Group:
         scores: rewards of the completions; empty before they are scored.
         advantages: one for each completion; empty before they are computed.
         reward_std: standard deviation of the rewards, after overlong penalties.
-        has_variance: whether the rewards differ. Without variance, there is nothing to learn from the group.
+        has_variance: whether the rewards differ; with a user's advantage function, whether any advantage is not 0. Without
+            variance, there is nothing to learn from the group.
+        passes_filter: False if `algorithm.group_filter` rejects the group: it is not trained on.
         is_local: whether this worker sampled it. Remote groups hold only metadata: rewards and lengths without tokens.
     """
 
@@ -29,6 +31,7 @@ class Group:
     advantages: tuple[float, ...] = ()
     reward_std: float = 0.0
     has_variance: bool = False
+    passes_filter: bool = True
     is_local: bool = True
 
     def select(self, places: Sequence[int]) -> Group:

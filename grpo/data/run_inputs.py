@@ -113,7 +113,7 @@ def read_streams(
 def _load(
     config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]
 ) -> list[dict[str, Any]]:
-    takes_options = isinstance(source, str) and ":" in source
+    takes_options = callable(source) or (isinstance(source, str) and ":" in source)
     return load_rows(
         source,
         split=split,

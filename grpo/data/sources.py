@@ -25,14 +25,21 @@ from datasets.exceptions import DatasetsError
 
 from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
+from ..config.functions import text_of
 from ..config.paths import DATA_FORMATS
 
 Rows = Iterable[Mapping[str, Any]]
 
 DataSource = (
-    str | datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict | Rows
+    str
+    | datasets.Dataset
+    | datasets.IterableDataset
+    | datasets.DatasetDict
+    | datasets.IterableDatasetDict
+    | Rows
+    | Callable[..., Rows]
 )
-"""A source of rows by name, a data set, rows in memory, or a stream; see `load_rows`."""
+"""A source of rows by name, a data set, rows in memory, a stream, or a function that returns them; see `load_rows`."""
 
 EvalSource = DataSource | Mapping[str, DataSource]
 """One data set for evaluation, or several by name. A dictionary of splits is several data sets."""
@@ -57,7 +64,7 @@ def load_rows(
     - the id of a data set on the Hub (with `split`, and `subset` if it has several);
     - `reasoning_gym:<task>`: columns prompt, answer, metadata (JSON) and task; `options` are size, seed and the options of the
       task. Every split has a different seed, so that training and test rows differ;
-    - `file.py:function` or `package.module:function`, called with `options` as keyword arguments;
+    - `file.py:function` or `package.module:function`, or the function itself, called with `options` as keyword arguments;
     - rows, as a `datasets.Dataset` or any iterable of mappings, or a dictionary of them by `split` (`datasets.DatasetDict`);
     - a stream: a `datasets.IterableDataset`, an iterator, or any other iterable of mappings without a length.
 
@@ -69,12 +76,14 @@ def load_rows(
         ValueError: anything else; the message says what to do.
     """
     options = dict(options or {})
+    if callable(source):
+        return _function_rows(source, name=text_of(source), split=split, options=options, stream_rows=stream_rows)
     if not isinstance(source, str):
         return _as_rows(source, source="the data set", split=split, stream_rows=stream_rows)
     if source.startswith(_REASONING_GYM):
         return _reasoning_gym_rows(source.removeprefix(_REASONING_GYM), split=split, options=options)
     if ":" in source:
-        return _function_rows(source, split=split, options=options, stream_rows=stream_rows)
+        return _function_rows(load_object(source), name=source, split=split, options=options, stream_rows=stream_rows)
     if options:
         raise ValueError(
             f"data.options ({', '.join(options)}) are for reasoning_gym tasks and functions only: remove them for {source!r}"
@@ -125,16 +134,16 @@ def _hub_rows(source: str, *, split: str, subset: str | None) -> list[dict[str, 
 
 
 def _function_rows(
-    source: str, *, split: str, options: dict[str, Any], stream_rows: Callable[[], int | None]
+    function: object, *, name: str, split: str, options: dict[str, Any], stream_rows: Callable[[], int | None]
 ) -> list[dict[str, Any]]:
-    function = load_object(source)
+    """The rows that a function returns, or an object that is rows already."""
     if not callable(function):
-        return _as_rows(function, source=source, split=split, stream_rows=stream_rows)
+        return _as_rows(function, source=name, split=split, stream_rows=stream_rows)
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
-        raise ValueError(f"{source} cannot be called with the data options ({', '.join(options)}): {error}") from error
-    return _as_rows(function(**options), source=source, split=split, stream_rows=stream_rows)
+        raise ValueError(f"{name} cannot be called with the data options ({', '.join(options)}): {error}") from error
+    return _as_rows(function(**options), source=name, split=split, stream_rows=stream_rows)
 
 
 def _reasoning_gym_rows(task: str, *, split: str, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """A step's batch: groups sampled and scored, with their advantages, and which of them are trained on.
 
-    batch = collect_batch(engine, scorer, sampler, config, step=3)
+    batch = collect_batch(engine, scorer, sampler, config, functions=UserFunctions.load(config), step=3)
     learner.backward(batch.trained)
 
-Dynamic sampling (`algorithm.max_resampling_rounds`, DAPO) draws further prompts while too few groups have variance. Every
-sampled group counts in the reported rewards.
+Dynamic sampling (`algorithm.max_resampling_rounds`, DAPO) draws further prompts while too few groups have variance and pass the
+user's filter. Every sampled group counts in the reported rewards.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..data.groups import Group
 from ..data.sampler import PromptSampler
 from .collect import Collected, collect
 from .step_metrics import completion_metrics, reward_metrics
+from .user_functions import NO_FUNCTIONS, UserFunctions, filtered, user_advantages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +50,29 @@ def collect_batch(
     sampler: PromptSampler,
     config: GRPOConfig,
     *,
+    functions: UserFunctions,
     step: int,
     world: World = SINGLE_PROCESS,
 ) -> Batch:
     """Sample and score the groups of a step and compute their advantages; the same for the same step, seed and policy.
 
     Each worker samples its shard of every round. Advantages are computed from the groups of all workers.
+
+    Args:
+        functions: those of `config`, loaded.
+
+    Raises:
+        ValueError: a user's function returned something else than it should.
     """
     wanted, max_rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
 
     def collect_round(number: int) -> Collected:
         """The step's prompts (number 0), or those of a resampling round."""
-        prompts = sampler.batch(step) if number == 0 else sampler.further_batch(step, number)
+        if number == 0:  # a user's sampler could differ between workers: the main process decides
+            indices = world.broadcast_from_main(lambda: sampler.indices(step))
+            prompts = [sampler.rows[index] for index in indices]
+        else:
+            prompts = sampler.further_batch(step, number)
         return collect(
             engine,
             scorer,
@@ -71,37 +83,53 @@ def collect_batch(
             world=world,
         )
 
+    def groups_of(rounds: Sequence[Collected]) -> list[Group]:
+        """All groups, with their advantages and the decision of the user's filter."""
+        groups = with_advantages([group for one in rounds for group in one.groups], config, functions, world)
+        return groups if functions.group_filter is None else filtered(functions.group_filter, groups, world)
+
     rounds = [collect_round(0)]
-    groups = with_advantages(rounds[0].groups, config)
-    while len(rounds) <= max_rounds and sum(group.has_variance for group in groups) < wanted:
+    groups = groups_of(rounds)
+    while len(rounds) <= max_rounds and sum(group.has_variance and group.passes_filter for group in groups) < wanted:
         rounds.append(collect_round(len(rounds)))
-        groups = with_advantages([group for one in rounds for group in one.groups], config)
-    metrics = {**reward_metrics(groups, scorer.names), **completion_metrics(groups)}
-    if config.algorithm.soft_overlong_tokens:
-        penalties = [penalty for group in groups for penalty in _overlong_penalties(group, config)]
-        metrics["overlong_penalty"] = sum(penalties) / len(penalties)
-    if max_rounds:
-        metrics["resampling_rounds"] = float(len(rounds) - 1)
+        groups = groups_of(rounds)
+    passing = [group for group in groups if group.passes_filter]
     return Batch(
         groups=groups,
-        # Without resampling all of them: the learner leaves out groups without a gradient.
-        trained=groups if len(rounds) == 1 else [group for group in groups if group.has_variance][:wanted],
-        metrics=metrics,
+        # Without resampling all that pass: the learner leaves out groups without a gradient.
+        trained=passing if len(rounds) == 1 else [group for group in passing if group.has_variance][:wanted],
+        metrics=_metrics(groups, scorer.names, config, rounds=len(rounds)),
         rollout_seconds=sum(one.rollout_seconds for one in rounds),
         reward_seconds=sum(one.reward_seconds for one in rounds),
     )
 
 
-def with_advantages(groups: Sequence[Group], config: GRPOConfig) -> list[Group]:
-    """The groups with their advantages. Soft overlong penalties are subtracted from the rewards first."""
+def with_advantages(
+    groups: Sequence[Group],
+    config: GRPOConfig,
+    functions: UserFunctions = NO_FUNCTIONS,
+    world: World = SINGLE_PROCESS,
+) -> list[Group]:
+    """The groups with their advantages: those of the user's function, else of the rewards less soft overlong penalties.
+
+    Raises:
+        ValueError: the user's function did not return one finite number for each completion.
+    """
+    algorithm = config.algorithm
+    assert (functions.advantages is None) == (algorithm.custom_advantages is None), "the functions are of another configuration"
     rewards = [
         [None if r is None else r - penalty for r, penalty in zip(g.scores.total, _overlong_penalties(g, config), strict=True)]
         for g in groups
     ]
-    algorithm = config.algorithm
-    of_rewards = group_advantages(rewards, estimator=algorithm.advantage_estimator, scale_rewards=algorithm.scale_rewards)
+    estimator = str(algorithm.advantage_estimator) if functions.advantages is None else "group"
+    of_rewards = group_advantages(rewards, estimator=estimator, scale_rewards=algorithm.scale_rewards)
     computed = of_rewards
-    if config.rewards.multi_objective_aggregation == "normalize_then_sum":
+    if functions.advantages is not None:
+        rows = user_advantages(functions.advantages, groups, world)
+        computed = [
+            dataclasses.replace(one, advantages=row, has_variance=any(row)) for one, row in zip(of_rewards, rows, strict=True)
+        ]
+    elif config.rewards.multi_objective_aggregation == "normalize_then_sum":
         sums = normalized_sums([list(g.scores.by_function.values()) for g in groups], groups[0].scores.weights)
         computed = group_advantages(sums, estimator="group", scale_rewards="batch")
     return [
@@ -110,6 +138,20 @@ def with_advantages(groups: Sequence[Group], config: GRPOConfig) -> list[Group]:
         )
         for group, one, of_reward in zip(groups, computed, of_rewards, strict=True)
     ]
+
+
+def _metrics(groups: Sequence[Group], function_names: Sequence[str], config: GRPOConfig, *, rounds: int) -> dict[str, float]:
+    """Of all groups that were sampled."""
+    algorithm = config.algorithm
+    metrics = {**reward_metrics(groups, function_names), **completion_metrics(groups)}
+    if algorithm.soft_overlong_tokens:
+        penalties = [penalty for group in groups for penalty in _overlong_penalties(group, config)]
+        metrics["overlong_penalty"] = sum(penalties) / len(penalties)
+    if algorithm.group_filter is not None:
+        metrics["filtered_ratio"] = sum(not group.passes_filter for group in groups) / len(groups)
+    if algorithm.max_resampling_rounds:
+        metrics["resampling_rounds"] = float(rounds - 1)
+    return metrics
 
 
 def _overlong_penalties(group: Group, config: GRPOConfig) -> list[float]:

@@ -14,11 +14,10 @@ Legend: N tokens of a pack, n those of a chunk, S completions of the pack.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ...rewards.loading import load_object
 from ..algorithm.corrections import correction_weights, veto_keep
 from ..algorithm.losses import (
     Counts,
@@ -33,6 +32,7 @@ from ..algorithm.losses import (
     token_weights,
 )
 from ..config import GRPOConfig
+from ..config.functions import load_function, text_of
 
 if TYPE_CHECKING:
     from ...kernels.logprob import TokenFactor, TokenLoss
@@ -72,10 +72,7 @@ class Objective:
         self.correction = config.correction
         self._user_loss: UserLoss | None = None
         if self.algorithm.custom_loss is not None:
-            user_loss = load_object(self.algorithm.custom_loss)
-            if not callable(user_loss):
-                raise ValueError(f"algorithm.loss_type: {self.algorithm.custom_loss} is not a function")
-            self._user_loss = cast(UserLoss, user_loss)
+            self._user_loss = load_function("algorithm.loss_type", self.algorithm.custom_loss)
         self._sequence_level = (
             self.algorithm.importance_sampling_level == "sequence"
             or self.correction.mode.startswith("sequence")
@@ -161,7 +158,7 @@ class Objective:
             loss_n = self._user_loss(tokens)
             if not isinstance(loss_n, torch.Tensor) or loss_n.shape != tokens.logprobs.shape:
                 raise ValueError(
-                    f"{self.algorithm.custom_loss} must return one loss for each token: a tensor of shape "
+                    f"{text_of(self._user_loss)} must return one loss for each token: a tensor of shape "
                     f"{list(tokens.logprobs.shape)}"
                 )
         else:

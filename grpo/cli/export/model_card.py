@@ -19,6 +19,7 @@ import yaml
 
 from ...common.model_files import EMBEDDED, hub_id
 from ...config import GRPOConfig, dump_config, load_config
+from ...config.functions import text_of
 from ...config.loading import dump_yaml
 from ...display.view_text import duration
 from ...run.records import CONFIG_FILE, METRICS_FILE, read_metrics, read_summary
@@ -212,7 +213,9 @@ def _start(config: GRPOConfig) -> str:
 
 def _objective(config: GRPOConfig) -> str:
     algorithm = config.algorithm
-    text = f"`{without_folders(algorithm.loss_type)}`, advantages scaled by {algorithm.scale_rewards}"
+    own_advantages = algorithm.custom_advantages is not None
+    scaled = f"by `{without_folders(algorithm.estimator_name)}`" if own_advantages else f"scaled by {algorithm.scale_rewards}"
+    text = f"`{without_folders(text_of(algorithm.loss_type))}`, advantages {scaled}"
     text += f", KL coefficient {algorithm.beta:g}" if algorithm.beta else ""
     if algorithm.beta and config.lora.start_from is not None:
         text += " (to the base model)" if algorithm.reference == "base" else " (to the adapter that training started from)"

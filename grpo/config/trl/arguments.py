@@ -5,6 +5,7 @@ Generated: `python -m rankup.grpo.config.trl.generate`. Do not edit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -68,8 +69,8 @@ class Arguments(TypedDict, total=False):
     kv_cache_gib: float
     enforce_eager: bool | None
     lora_path: Literal["auto", "dense", "punica"]
-    loss_type: str
-    advantage_estimator: Literal["group", "rloo", "reinforce_pp", "maxrl"] | None
+    loss_type: str | Callable[..., Any]
+    advantage_estimator: str | Callable[..., Any] | None
     scale_rewards: Literal["group", "batch", "none"] | bool | None
     loss_aggregation: Literal["token_mean", "local_token_mean", "sequence_mean", "constant"] | None
     importance_sampling_level: Literal["token", "sequence"] | None
@@ -88,6 +89,7 @@ class Arguments(TypedDict, total=False):
     soft_overlong_tokens: int
     filter_zero_variance: bool
     max_resampling_rounds: int
+    group_filter: str | Callable[..., Any] | None
     num_iterations: int
     mode: Literal["none", "token_truncate", "token_mask", "icepop", "sequence_truncate", "sequence_mask"] | bool
     cap: float | None
@@ -173,6 +175,7 @@ class Arguments(TypedDict, total=False):
     chat_template_kwargs: dict[str, Any] | str | None
     shuffle: bool
     shuffle_seed: int | None
+    sampler: str | Callable[..., Any] | None
     eval_rows: int | None
     options: dict[str, Any]
     run_name: str | None

@@ -8,7 +8,7 @@ Run it from the root of the repository after a change of an option or of `fields
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
@@ -51,6 +51,7 @@ Generated: `python -m rankup.grpo.config.trl.generate`. Do not edit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -166,6 +167,8 @@ def _source(annotation: Any) -> Iterator[str]:
         yield f"Literal[{', '.join(_quoted(argument) for argument in arguments)}]"
     elif origin in (list, dict):
         yield f"{origin.__name__}[{', '.join(_union(list(_source(argument))) for argument in arguments)}]"
+    elif origin is Callable:
+        yield "Callable[..., Any]"
     elif arguments:
         for argument in arguments:
             yield from _source(argument)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rankup import GRPOConfig
-from rankup.grpo.checkpoint.resume import find_resumption
+from rankup.grpo.checkpoint.resume import config_changes, find_resumption
 from rankup.grpo.checkpoint.state import STATE, Position, RunState
 from rankup.grpo.checkpoint.store import CheckpointStore
 from rankup.grpo.config import dump_config
@@ -100,3 +100,15 @@ def test_another_rank_or_scale_is_refused_before_the_engine_starts(store: Checkp
     changed = config(store.folder.parent, **options)
     with pytest.raises(ValueError, match=f"(?s)has another rank or scale:\n.*{difference}"):
         find_resumption(True, changed, store, inputs=INPUTS, allow_changes=True)
+
+
+def test_an_option_that_the_checkpoint_does_not_know_yet_had_its_default(tmp_path: Path):
+    older = tmp_path / "older"
+    older.mkdir()
+    lines = dump_config(config(tmp_path, rank=32, rank_pattern={"q_proj": 8})).splitlines()
+    (older / "config.yaml").write_text("\n".join(line for line in lines if "reference:" not in line))
+    same = config(tmp_path, rank=32, rank_pattern={"q_proj": 8})
+    assert list(config_changes(older, same)) == []
+    changed = config(tmp_path, rank=32, rank_pattern={"q_proj": 8}, reference="base")
+    [change] = config_changes(older, changed)
+    assert (change.option, change.before, change.now, change.affects_training) == ("algorithm.reference", "start", "base", True)

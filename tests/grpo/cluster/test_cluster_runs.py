@@ -75,23 +75,36 @@ SCRIPT = (
     + """
 import sys
 from rankup import GRPOConfig, GRPOTrainer
+from rankup.grpo.algorithm.advantages import group_advantages
+from rankup.grpo.data.sampler import PromptSampler
 from transformers import TrainerCallback
 
 class Marks(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         Path(f"called_{os.environ['RANK']}_{state.global_step}").touch()
 
-rows = [{"prompt": f"count to {n}", "target": n} for n in range(12)]
+def advantages(groups):
+    rewards = [group.scores.total for group in groups]
+    return [one.advantages for one in group_advantages(rewards, estimator="group", scale_rewards="batch")]
+
+def sample(step, num_prompts, prompts):
+    Path(f"sampled_{os.environ['RANK']}").touch()
+    return PromptSampler(prompts, prompts_per_step=num_prompts, seed=42).indices(step)
+
+def make_rows(count):
+    return [{"prompt": f"count to {n}", "target": n} for n in range(count)]
+
 trainer = GRPOTrainer(
     model=sys.argv[1],
     reward_funcs=many_low_ids,
     args=GRPOConfig(
         dtype="float32", rank=8, alpha=16, num_generations=4, max_prompt_length=64, max_completion_length=8, prompts_per_step=3,
-        max_steps=5, learning_rate=1e-2, scale_rewards="batch", eval_steps=2, save_steps=1, keep_last=10, engine="torch",
+        max_steps=5, learning_rate=1e-2, eval_steps=2, save_steps=1, keep_last=10, engine="torch",
         output_dir="runs/run", workers=2, max_failures=0,
+        advantage_estimator=advantages, sampler=sample, options={"count": 12},
     ),
-    train_dataset=rows,
-    eval_dataset=rows,
+    train_dataset=make_rows,
+    eval_dataset=make_rows,
 )
 trainer.add_callback(Marks)
 output = trainer.train()
@@ -134,6 +147,7 @@ def test_from_python_with_functions_and_rows_of_the_script(from_python: tuple[su
     assert result.stdout.endswith("in the end: 5 True 5\n")
     calls = {path.name for path in run.parents[1].glob("called_*")}
     assert calls == {f"called_{rank}_{step}" for rank in range(2) for step in range(1, 6)}, "callbacks run on every worker"
+    assert {path.name for path in run.parents[1].glob("sampled_*")} == {"sampled_0"}, "the main process picks the prompts"
 
 
 def test_two_workers_come_to_the_adapter_of_one(one: Path, two: Path):

@@ -16,6 +16,7 @@ from rankup.grpo.cluster.final_errors import is_final
 from rankup.grpo.cluster.ray_train import summarize
 from rankup.grpo.common.errors import BaseWeightsModifiedError, TrainingStoppedError
 from rankup.grpo.common.world import WorkerLostError
+from rankup.grpo.config import GRPOConfig
 from rankup.grpo.run.worker_reports import DivergedError
 from rankup.grpo.user_inputs import UserInputs
 
@@ -102,9 +103,9 @@ def test_a_storage_that_could_be_reached_when_the_run_began_leads_to_a_restart(e
 
 def test_inputs_that_cannot_be_pickled_are_refused_before_any_worker_starts():
     lock = threading.Lock()
-    _check_inputs(UserInputs(reward_funcs=len, train_dataset=[{"prompt": "a"}]))
+    _check_inputs(GRPOConfig(), UserInputs(reward_funcs=len, train_dataset=[{"prompt": "a"}]))
     with pytest.raises(ValueError, match=r"sent to the workers, but these cannot be pickled .*lock.* reward\.py:score"):
-        _check_inputs(UserInputs(reward_funcs=lambda completions: [lock.locked()]))
+        _check_inputs(GRPOConfig(), UserInputs(reward_funcs=lambda completions: [lock.locked()]))
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ def test_the_error_for_an_unknown_objective_lists_all(error_of: ErrorOf, loss_ty
         ("scale_rewards=yes please", "algorithm.scale_rewards: must be 'group', 'batch' or 'none' (got 'yes please')"),
         (
             "advantage_estimator=gae",
-            "algorithm.advantage_estimator: must be 'group', 'rloo', 'reinforce_pp' or 'maxrl' (got 'gae')",
+            "algorithm.advantage_estimator: must be group, rloo, reinforce_pp, maxrl, or your own function, "
+            "path/to/file.py:name (got 'gae')",
         ),
         ("importance_sampling_level=word", "algorithm.importance_sampling_level: must be 'token' or 'sequence' (got 'word')"),
     ],

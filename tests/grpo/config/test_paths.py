@@ -9,9 +9,9 @@ from rankup.grpo.config import GRPOConfig, dump_config, load_config
 from rankup.grpo.config.paths import resolve
 
 RUN_FILE = """
-data: {train: train.jsonl, eval: "make.py:rows"}
+data: {train: train.jsonl, eval: "make.py:rows", sampler: "make.py:sample"}
 rewards: {functions: [reward.py:score, {function: package.module:score, weight: 0.5}, last_integer]}
-algorithm: {loss_type: loss.py:mine}
+algorithm: {advantage_estimator: "loss.py:advantages", group_filter: loss.py:keep, loss_type: loss.py:mine}
 """
 
 
@@ -28,7 +28,9 @@ def folder(tmp_path: Path) -> Path:
 
 def names(config: GRPOConfig) -> list[object]:
     functions = [entry.function for entry in config.rewards.entries()]
-    return [config.data.train, config.data.eval, *functions, config.algorithm.loss_type]
+    algorithm = config.algorithm
+    own = [config.data.sampler, algorithm.advantage_estimator, algorithm.group_filter, algorithm.loss_type]
+    return [config.data.train, config.data.eval, *functions, *map(str, own)]
 
 
 def test_files_beside_the_run_file_get_their_path_from_the_working_directory(
@@ -37,7 +39,8 @@ def test_files_beside_the_run_file_get_their_path_from_the_working_directory(
     monkeypatch.chdir(folder.parent)
     expected = ["there/train.jsonl", "there/make.py:rows", "there/reward.py:score", "there/package/module.py:score"]
     config = load_config("there/run.yaml")
-    assert names(config) == [*expected, "last_integer", "there/loss.py:mine"]
+    own = ["there/make.py:sample", "there/loss.py:advantages", "there/loss.py:keep", "there/loss.py:mine"]
+    assert names(config) == [*expected, "last_integer", *own]
     (folder / "copy.yaml").write_text(dump_config(config))
     assert names(load_config("there/copy.yaml")) == names(config)
 
@@ -73,3 +76,10 @@ def test_other_names_do_not_change(folder: Path, name: str) -> None:
 
 def test_the_user_folder_is_expanded_by_whoever_opens_the_file(folder: Path) -> None:
     assert resolve("~/train.jsonl", folder) == "~/train.jsonl"
+
+
+def test_options_that_name_no_file_stay_unset(tmp_path: Path) -> None:
+    """A derived default that counted as set would be kept under another objective."""
+    (tmp_path / "run.yaml").write_text("algorithm: {loss_type: rloo}")
+    config = load_config(tmp_path / "run.yaml")
+    assert config.algorithm.model_fields_set == {"loss_type"} and config.algorithm.advantage_estimator == "rloo"

@@ -25,7 +25,7 @@ def make_batch(make_trainer):
     def make(reward=many_low_ids, step=0, **changes):
         setup = make_trainer(reward=reward, **changes).setup
         with engine_and_policy(setup.config, setup.inputs.model_path) as (engine, _):
-            return collect_batch(engine, setup.scorer, setup.sampler, setup.config, step=step)
+            return collect_batch(engine, setup.scorer, setup.sampler, setup.config, functions=setup.functions, step=step)
 
     return make
 

@@ -108,8 +108,8 @@ def test_every_update_is_the_same_matrix(data, larger, alphas, rslora, init, has
     factors = {}
     for (name, layer), is_there in zip(layers.items(), has_layer, strict=True):
         if is_there:
-            a = torch.randn(rank, int(layer.in_features), generator=generator)
-            b = torch.randn(int(layer.out_features), rank, generator=generator)
+            a = torch.randn(rank, layer.master_a.shape[1], generator=generator)
+            b = torch.randn(layer.master_b.shape[0], rank, generator=generator)
             scaling = alphas[0] / (rank**0.5 if rslora[0] else rank)
             factors[name] = LayerFactors(a=a, b=b, scaling=scaling, is_embedding="embed" in name)
     write_start(layers, StartAdapter(folder=Path(), peft=PeftLoraConfig(), layers=factors, base_weights={}))

@@ -221,3 +221,11 @@ def test_the_card_of_an_adapter_shows_how_to_load_it(make_run: MakeRun) -> None:
     compile(python, "card", "exec")
     assert f'"{HUB_MODEL}", revision="v2", dtype="bfloat16"' in python
     assert f"vllm serve {HUB_MODEL} --revision v2 --enable-lora" in card and "--max-lora-rank 128" in card
+
+
+def test_functions_of_a_script_are_named_as_the_run_file_has_them(make_run: MakeRun) -> None:
+    def loss(inputs: Any) -> Any: ...
+
+    card = card_of(make_run(loss_type=loss, advantage_estimator="/home/me/mine.py:centered"))
+    assert "- objective: `<function test_functions_of_a_script_are_named_as_the_run_file_has_them.<locals>.loss in " in card
+    assert ">`, advantages by `mine.py:centered`\n" in card

@@ -17,8 +17,20 @@ ROOT = Path(__file__).parents[4]
 COMMAND = "run: python -m rankup.grpo.config.trl.generate"
 
 SCRIPT = """
-from rankup import GRPOConfig
+import torch
 
+from rankup import Group, GRPOConfig, LossInputs
+
+
+def loss(inputs: LossInputs) -> torch.Tensor:
+    return -inputs.advantages * inputs.logprobs
+
+
+def keep(group: Group) -> bool:
+    return group.has_variance
+
+
+GRPOConfig(loss_type=loss, advantage_estimator="mine.py:f", group_filter=keep, sampler=lambda step, count, prompts: [0])
 GRPOConfig(
     learning_rate=1e-6,
     per_device_train_batch_size=8,
@@ -37,6 +49,7 @@ GRPOConfig(learning_rate="x" * 2)
 GRPOConfig(per_device_train_batch_sizes=8)
 GRPOConfig(use_vllm="yes")
 GRPOConfig(lr_scheduler_type="cosin")
+GRPOConfig(group_filter=3)
 """
 
 
@@ -67,4 +80,4 @@ def test_a_type_checker_reports_mistakes_in_a_script_and_nothing_else(tmp_path: 
     )
     errors = [line for line in result.stdout.splitlines() if " - error: " in line]
     last = SCRIPT.count("\n")
-    assert [int(line.split(":")[1]) for line in errors] == [last - 3, last - 2, last - 1, last], result.stdout
+    assert [int(line.split(":")[1]) for line in errors] == [last - 4, last - 3, last - 2, last - 1, last], result.stdout
