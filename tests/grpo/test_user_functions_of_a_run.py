@@ -125,12 +125,13 @@ def test_rejected_groups_are_not_trained_on_and_count_in_the_reported_rewards(ma
 
 
 def test_a_step_without_any_group_left_is_no_update(make_trainer: Any, tmp_path: Path, capsys: Any) -> None:
-    assert make_trainer(group_filter=lambda group: False, max_resampling_rounds=1).train().global_step == 2
+    trainer = make_trainer(group_filter=lambda group: False, max_resampling_rounds=1)
+    assert trainer.train().global_step == 2
     for step in steps_of(tmp_path / "run"):
         assert step["filtered_ratio"] == 1.0 and "loss" not in step and "updates" not in step
         assert step["reward"] > 0 and step["resampling_rounds"] == 1
     assert "(no update)" in capsys.readouterr().out
-    assert summary["evaluation"]["before"] == summary["evaluation"]["after"]
+    assert trainer.summary["evaluation"]["before"] == trainer.summary["evaluation"]["after"]
 
 
 def test_dynamic_sampling_replaces_rejected_groups(make_trainer: Any, tmp_path: Path) -> None:
