@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.errors import first_line
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
@@ -55,7 +56,7 @@ def load_run_inputs(
         raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        tokenizer = _tokenizer(config, model_path)
 
     def prepare(rows: list[dict[str, Any]]) -> PromptData:
         return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length)
@@ -66,6 +67,16 @@ def load_run_inputs(
         train_prompts=prepare(train_rows),
         eval_prompts=None if eval_rows is None else prepare(eval_rows[: config.data.eval_rows]),
     )
+
+
+def _tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
+    name = config.model.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name or model_path)
+    except (OSError, ValueError) as error:  # transformers' errors for a folder or an id that has none
+        if name is None:
+            raise
+        raise ValueError(f"model.tokenizer: no tokenizer in {name}: {first_line(error)}") from error
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:

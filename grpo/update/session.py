@@ -88,8 +88,13 @@ def engine_and_policy(
             raise ValueError("rollout.engine=torch samples with the policy of the run itself: leave out `engine`")
         with quiet_stderr():
             policy = make_policy(config, model_path)
-        max_length = config.rollout.max_model_length
-        yield TorchEngine(policy, model_path, max_num_seqs=config.max_num_seqs, max_model_length=max_length), policy
+        yield TorchEngine(
+            policy,
+            model_path,
+            tokenizer=config.model.tokenizer,
+            max_num_seqs=config.max_num_seqs,
+            max_model_length=config.rollout.max_model_length,
+        ), policy
         return
     settings = engine_settings(config, model_path)
     if engine is not None and (differences := engine.settings.differences(settings)):
@@ -117,6 +122,7 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     """
     return EngineSettings(
         model=model_path,
+        tokenizer=config.model.tokenizer,
         rollout=config.rollout,
         target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,

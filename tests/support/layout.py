@@ -26,6 +26,7 @@ LAYERS = (
     {"grpo/context"},
     {"grpo/evaluating"},
     {"grpo/loop"},
+    {"grpo/objects"},
     {"grpo/cluster"},
     {"grpo/trainer"},
     {"grpo/cli"},
