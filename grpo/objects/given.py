@@ -26,6 +26,7 @@ from .peft_config import check_agreement, lora_options, without_effect
 from .quantization import quantization
 from .targets import Structure, structure_of, structure_of_files
 from .tokenizer import check_ids, fingerprint, own_tokenizer, save_tokenizer, tokenizer_of
+from .weights import wrapped_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,8 @@ def _add_model(
         raise TypeError(
             f"model must be a name, a transformers.PreTrainedModel or a peft.PeftModel (got {type(model).__name__})"
         )
+    if isinstance(model, PreTrainedModel) and wrapped_layers(model):
+        raise ValueError("model: has layers of PEFT: pass the PeftModel, or the model before get_peft_model and add_adapter")
     adapter = adapter_name(model) if isinstance(model, PeftModel) else None
     base = base_of(base_model_of(model) if isinstance(model, PeftModel) else model, config, tokenizer)
     found.model |= {"name": base.name, "revision": base.revision, "dtype": base.dtype, "load_in": base.load_in}

@@ -23,13 +23,18 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 def plain_weights(model: PreTrainedModel) -> Weights:
     """The model's state dict with the names that it had before PEFT wrapped layers, without the adapters' weights."""
     weights: Weights = dict(model.state_dict())
-    for layer in [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+    for layer in wrapped_layers(model):
         base = f"{layer}.base_layer."
         for name in [name for name in weights if name.startswith(f"{layer}.")]:
             tensor = weights.pop(name)
             if name.startswith(base):
                 weights[f"{layer}.{name.removeprefix(base)}"] = tensor
     return weights
+
+
+def wrapped_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that PEFT has put an adapter in."""
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def tied_names(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> set[str]:
