@@ -69,8 +69,10 @@ def base_of(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTo
                 raise ValueError(_no_tokenizer(found.name))
             return Base(name=found.name, revision=found.revision, dtype=dtype, load_in=config.load_in, notes=notes)
     folder = _save(model, weights, tokenizer or _configured(config))
-    why = f"differs from the files of {model.name_or_path}" if model.name_or_path else "has no files"
-    notes = (*notes, f"model: the object {why}, so it is saved in {folder} ({size_of(folder)})")
+    why = "the object has no files"
+    if model.name_or_path:
+        why = f"the object differs from the files of {model.name_or_path}, or its weights have other names in them"
+    notes = (*notes, f"model: {why}: saved in {folder} ({size_of(folder)})")
     is_given = tokenizer is not None
     return Base(
         name=str(folder), revision=None, dtype=dtype, load_in=config.load_in, notes=notes, tokenizer_is_given=is_given

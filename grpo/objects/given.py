@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -79,7 +80,7 @@ def from_objects(
     name = found.model.get("name", config.model.name)
     revision = found.model.get("revision", config.model.revision)
     if tokenizer is not None and not found.tokenizer_is_given:
-        _add_tokenizer(found, tokenizer, name, revision, _embeddings(model, name, revision))
+        _add_tokenizer(found, tokenizer, model, name, revision)
     if peft_config is not None:
         found.lora |= lora_options(peft_config, _structure(model, name, revision))
         check_agreement(config.lora, found.lora)
@@ -139,24 +140,26 @@ def _add_quantization(
 
 
 def _add_tokenizer(
-    found: _Options, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None, embeddings: int
+    found: _Options,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str | PreTrainedModel | PeftModel | None,
+    name: str,
+    revision: str | None,
 ) -> None:
     own, content = own_tokenizer(name, revision), fingerprint(tokenizer)
     if own is not None and fingerprint(own) == content:
         found.model["tokenizer"] = None
         return
+    if isinstance(model, PreTrainedModel | PeftModel):
+        base = model if isinstance(model, PreTrainedModel) else base_model_of(model)
+        config, embeddings = base.config, cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
+    else:
+        config = AutoConfig.from_pretrained(resolve_model(name, revision=revision, config_only=True))
+        embeddings = config.get_text_config().vocab_size
     check_ids(tokenizer, embeddings=embeddings, own=own)
-    folder = save_tokenizer(tokenizer, content)
+    folder = save_tokenizer(tokenizer, content, model_type=config.model_type)
     found.model["tokenizer"] = str(folder)
     found.notes.append(f"processing_class: differs from the model's tokenizer, so it is saved in {folder}")
-
-
-def _embeddings(model: str | PreTrainedModel | PeftModel | None, name: str, revision: str | None) -> int:
-    """The number of tokens that the model has embeddings for."""
-    if isinstance(model, PreTrainedModel | PeftModel):
-        return model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    path = resolve_model(name, revision=revision, config_only=True)
-    return AutoConfig.from_pretrained(path).get_text_config().vocab_size
 
 
 def _structure(

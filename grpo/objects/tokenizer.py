@@ -2,7 +2,7 @@
 
     tokenizer, notes = tokenizer_of(processing_class)               # that of a processor; only text is used
     fingerprint(tokenizer) == fingerprint(own)                      # both encode and decode alike
-    folder = save_tokenizer(tokenizer, fingerprint(tokenizer))      # in the cache; the same tokenizer has the same folder
+    folder = save_tokenizer(tokenizer, fingerprint(tokenizer), model_type="llama")      # in the cache
 """
 
 from __future__ import annotations
@@ -78,17 +78,22 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(digest)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, content: str) -> Path:
-    """Its folder in the cache, written if it is not there. `content`: the tokenizer's fingerprint.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, content: str, *, model_type: str) -> Path:
+    """Its folder in the cache, written if it is not there. The same tokenizer has the same folder.
+
+    Args:
+        content: the tokenizer's fingerprint.
+        model_type: that of the model, which vLLM looks for beside a tokenizer.
 
     Raises:
         ValueError: transformers saves it in a form that encodes texts differently when it is loaded.
     """
     digest = Digest()
-    digest.add("tokenizer", content.encode())
+    digest.add("tokenizer", f"{content} {model_type}".encode())
     folder = cached_folder("tokenizers", Path(tokenizer.name_or_path).name or "tokenizer", digest)
     with new_folder(folder) as partial:
         if partial is not None:
+            (partial / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
             write_tokenizer(tokenizer, partial)
     return folder
 

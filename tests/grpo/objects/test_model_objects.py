@@ -109,7 +109,7 @@ def test_a_changed_object_is_saved_with_the_same_logits(kind: str, load_model: L
     assert folder.is_relative_to(cache / "models") and given.config.model.dtype == "float32"
     assert torch.equal(logits(folder), logits(model))
     (note,) = given.config.notes
-    assert str(folder) in note and "MiB" in note and note.startswith("model: the object differs from the files of")
+    assert str(folder) in note and "MiB" in note and note.startswith("model: the object differs from the files of ")
     assert AutoTokenizer.from_pretrained(folder).encode("as before") == AutoTokenizer.from_pretrained(
         model.name_or_path
     ).encode("as before")
@@ -175,7 +175,7 @@ def test_a_new_model_without_files_is_saved(logits: Logits, tiny_model_path):
     model = LlamaForCausalLM(config).eval()
     given = given_of(model, processing_class=tokenizer)
     assert torch.equal(logits(given.config.model.name), logits(model))
-    assert "LlamaForCausalLM-" in given.config.model.name and "has no files" in given.notes[0]
+    assert "LlamaForCausalLM-" in given.config.model.name and given.notes[0].startswith("model: the object has no files: saved in ")
     assert given.config.model.tokenizer is None  # the folder has it
 
 

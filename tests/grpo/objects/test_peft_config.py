@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
@@ -79,7 +78,7 @@ def test_the_same_layers_are_adapted_as_by_peft(kind: str, options: dict[str, An
     model = load_model(kind)
     check_targets(model, targets)
     ours = set(targeted_modules(model, targets))
-    theirs = get_peft_model(model, LoraConfig(**options)).base_model.targeted_module_names
+    theirs: Any = get_peft_model(model, LoraConfig(**options)).base_model.targeted_module_names
     assert ours == set(theirs) != set()
 
 
@@ -87,8 +86,8 @@ def test_all_linear_layers_of_another_architecture_are_named(load_model: Load, t
     """Phi3's projections have other names; only the head is left out, as by PEFT."""
     from transformers import Phi3Config
 
-    sizes = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": 0}
-    Phi3Config(**sizes, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "phi3")
+    sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    Phi3Config(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "phi3")
     config = LoraConfig(target_modules="all-linear")
     lora = from_objects(GRPOConfig(), model=str(tmp_path / "phi3"), peft_config=config).config.lora
     assert lora.targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
@@ -280,11 +279,8 @@ def test_the_options_train_the_same_adapter(given, load_model: Load):
     ours = inject(load_model("qwen2"), given(config, kind="qwen2").config.lora, seed=0)
     theirs = get_peft_model(load_model("qwen2"), config)
 
-    def layers(model: Any) -> dict[str, tuple[float, torch.Size]]:
-        return {
-            name: (layer.scaling["default"], layer.lora_A["default"].weight.shape)
-            for name, layer in model.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
+    def layers(model: Any) -> dict[str, tuple[float, int]]:
+        found = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        return {name: (layer.scaling["default"], layer.r["default"]) for name, layer in found.items()}
 
     assert layers(ours) == layers(theirs) and len(layers(ours)) == 14

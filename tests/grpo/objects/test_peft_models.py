@@ -149,21 +149,21 @@ def test_a_peft_config_in_addition_is_refused(make_peft: Make):
 
 
 def test_a_merged_adapter_is_refused(make_peft: Make):
-    model = make_peft()
+    model: Any = make_peft()
     model.merge_adapter()
     with pytest.raises(ValueError, match="an adapter is merged into the base weights: call unmerge_adapter"):
         from_objects(GRPOConfig(), model=model)
 
 
 def test_a_disabled_adapter_is_refused(make_peft: Make):
-    model = make_peft()
+    model: Any = make_peft()
     model.base_model.disable_adapter_layers()
     with pytest.raises(ValueError, match="its adapter is disabled: call enable_adapter_layers"):
         from_objects(GRPOConfig(), model=model)
 
 
 def test_several_active_adapters_are_refused(make_peft: Make):
-    model = make_peft()
+    model: Any = make_peft()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"one adapter must be active \(active: default, other\): call set_adapter"):

@@ -43,8 +43,9 @@ def test_a_model_is_a_reward_function(classifier: Any, tokenizer: Any):
     functions = reward_functions([score, classifier], [tokenizer, tokenizer])
     assert functions is not None and functions[0] is score
     assert isinstance(functions[1], SequenceClassifier) and functions[1].tokenizer is tokenizer
-    (alone,) = reward_functions(classifier, tokenizer) or ()
-    assert alone(prompts=["a"], completions=["b"]) == functions[1](prompts=["a"], completions=["b"])  # type: ignore[operator]
+    alone = (reward_functions(classifier, tokenizer) or [])[0]
+    assert isinstance(alone, SequenceClassifier)
+    assert alone(prompts=["a"], completions=["b"]) == functions[1](prompts=["a"], completions=["b"])
 
 
 def test_a_tokenizer_belongs_to_a_model_by_name_too(tiny_model_path, tokenizer: Any):
@@ -72,8 +73,9 @@ def test_arguments_without_a_value_are_accepted():
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
 def test_what_needs_several_turns_is_refused(name: str):
+    values: dict[str, Any] = {name: [score]}
     with pytest.raises(ValueError, match=rf"^{name}: is not supported: a completion is one answer to one prompt$"):
-        check_unsupported(**{name: [score]})
+        check_unsupported(**values)
 
 
 def test_an_optimizer_is_refused_with_the_options_that_replace_it():

@@ -71,15 +71,14 @@ def other_normaliser(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("change", [other_template, other_eos, other_special_token, other_normaliser])
 def test_another_tokenizer_is_saved_once(change: Callable[[Any], None], load: Load, given, cache: Path):
-    folders = []
-    for _ in range(2):
-        tokenizer = load()
-        change(tokenizer)
-        found = given(tokenizer)
-        folders.append(Path(found.config.model.tokenizer))
-    assert folders[0] == folders[1] and folders[0].parent == cache / "tokenizers"
-    assert found.config.notes == (f"processing_class: differs from the model's tokenizer, so it is saved in {folders[0]}",)
-    saved = AutoTokenizer.from_pretrained(folders[0])
+    tokenizer, again = load(), load()
+    change(tokenizer)
+    change(again)
+    found = given(tokenizer)
+    folder = Path(found.config.model.tokenizer)
+    assert folder.parent == cache / "tokenizers" and given(again).config.model.tokenizer == str(folder)
+    assert found.config.notes == (f"processing_class: differs from the model's tokenizer, so it is saved in {folder}",)
+    saved = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "An Apple"}]
     assert saved.apply_chat_template(messages, tokenize=False) == tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer.encode("An Apple")
