@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
 from rankup import GRPOConfig
+from rankup.grpo.objects.adapter import adapter_name, base_model_of, save_adapter
+from rankup.grpo.objects.base import base_of
 from rankup.grpo.objects.given import Given, from_objects
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -106,3 +110,13 @@ def test_a_model_whose_files_are_quantized_is_refused(quantized, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match=r"the files of .*packed are quantized: pass the original model"):
         from_objects(GRPOConfig(), model=model)
+
+
+def test_an_adapter_on_a_model_in_nf4_is_saved_by_itself(quantized, tiny_model_path, cache):
+    model = get_peft_model(quantized(), LoraConfig(r=4, target_modules=["q_proj"]))
+    base = base_of(base_model_of(model), GRPOConfig().model, None)
+    assert (base.name, base.load_in) == (str(tiny_model_path("llama64")), "nf4")
+    folder = save_adapter(model, adapter_name(model), base=base.name)
+    names = sorted(load_file(folder / "adapter_model.safetensors"))
+    assert len(names) == 4 and names[0] == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert not (cache / "models").exists()
