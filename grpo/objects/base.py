@@ -12,9 +12,11 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -24,7 +26,7 @@ from ..model.base_model import files_of_weights
 from .cache import Digest, cached_folder, new_folder, size_of
 from .found import LocalCopy, comparable, different_weight, is_quantized, is_same_model, local_copies
 from .quantization import quantization
-from .tokenizer import fingerprint, load_tokenizer, own_tokenizer, write_tokenizer
+from .tokenizer import check_ids, fingerprint, load_tokenizer, own_tokenizer, write_tokenizer
 from .weights import plain_weights, run_dtype, tied_names, without_ties
 
 MAX_SHARD_SIZE = "4GB"
@@ -68,6 +70,8 @@ def base_of(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTo
             if not (tokenizer or config.tokenizer) and own_tokenizer(found.name, found.revision) is None:
                 raise ValueError(_no_tokenizer(found.name))
             return Base(name=found.name, revision=found.revision, dtype=dtype, load_in=config.load_in, notes=notes)
+    if tokenizer is not None:
+        check_ids(tokenizer, embeddings=num_embeddings(model), own=lambda: _own(model))
     folder = _save(model, weights, tokenizer or _configured(config))
     why = "the object has no files"
     if model.name_or_path:
@@ -117,7 +121,7 @@ def _nf4_base(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], confi
 
 def _save(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None) -> Path:
     """The folder in the cache that has this model and tokenizer; written if it is not there."""
-    of_name = tokenizer or (own_tokenizer(model.name_or_path, None) if model.name_or_path else None)
+    of_name = tokenizer or _own(model)
     if of_name is None:
         raise ValueError(_no_tokenizer(model.name_or_path or "the model"))
     unique = without_ties(model, weights)
@@ -158,6 +162,15 @@ def _shell_of(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> Pr
     if misfits:
         raise ValueError(f"model: its weights do not fit its class {type(model).__name__} and its config, see {misfits[0]}")
     return shell
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """The number of tokens that the model has input embeddings for."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
+def _own(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    return own_tokenizer(model.name_or_path, None) if model.name_or_path else None
 
 
 def _configured(config: ModelConfig) -> PreTrainedTokenizerBase | None:

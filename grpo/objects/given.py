@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..common.model_files import resolve_model
 from ..config import GRPOConfig, ModelConfig, with_options
 from .adapter import adapter_name, base_model_of, save_adapter
-from .base import base_of
+from .base import base_of, num_embeddings
 from .peft_config import check_agreement, lora_options, without_effect
 from .quantization import quantization
 from .targets import Structure, structure_of, structure_of_files
@@ -112,7 +111,8 @@ def _add_model(
     adapter = adapter_name(model) if isinstance(model, PeftModel) else None
     base = base_of(base_model_of(model) if isinstance(model, PeftModel) else model, config, tokenizer)
     found.model |= {"name": base.name, "revision": base.revision, "dtype": base.dtype, "load_in": base.load_in}
-    found.tokenizer_is_given = base.tokenizer_is_given
+    if base.tokenizer_is_given:
+        found.tokenizer_is_given, found.model["tokenizer"] = True, None
     found.notes += base.notes
     if isinstance(model, PeftModel) and adapter is not None:
         folder = save_adapter(model, adapter, base=base.name)
@@ -152,11 +152,11 @@ def _add_tokenizer(
         return
     if isinstance(model, PreTrainedModel | PeftModel):
         base = model if isinstance(model, PreTrainedModel) else base_model_of(model)
-        config, embeddings = base.config, cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0]
+        config, embeddings = base.config, num_embeddings(base)
     else:
         config = AutoConfig.from_pretrained(resolve_model(name, revision=revision, config_only=True))
         embeddings = config.get_text_config().vocab_size
-    check_ids(tokenizer, embeddings=embeddings, own=own)
+    check_ids(tokenizer, embeddings=embeddings, own=lambda: own)
     folder = save_tokenizer(tokenizer, content, model_type=config.model_type)
     found.model["tokenizer"] = str(folder)
     found.notes.append(f"processing_class: differs from the model's tokenizer, so it is saved in {folder}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,19 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         )
 
 
-def check_ids(tokenizer: PreTrainedTokenizerBase, *, embeddings: int, own: PreTrainedTokenizerBase | None) -> None:
-    """Check that the model has an embedding for every token, except for those that its own tokenizer has too.
+def check_ids(
+    tokenizer: PreTrainedTokenizerBase, *, embeddings: int, own: Callable[[], PreTrainedTokenizerBase | None]
+) -> None:
+    """Check that the model has an embedding for every token, except for those that its `own` tokenizer has too.
 
     Raises:
         ValueError: it has not.
     """
-    known = set() if own is None else own.get_vocab().items()
-    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() - known if index >= embeddings)
+    beyond = {(index, token) for token, index in tokenizer.get_vocab().items() if index >= embeddings}
+    if beyond and (found := own()) is not None:
+        beyond -= {(index, token) for token, index in found.get_vocab().items()}
     if beyond:
-        index, token = beyond[0]
+        index, token = min(beyond)
         raise ValueError(
             f"processing_class: the model has {embeddings} embeddings, and token {token!r} has the id {index}: call "
             "model.resize_token_embeddings, and train the model on the new tokens first"

@@ -212,6 +212,23 @@ def test_new_tokens_are_a_change(load_model: Load, logits: Logits, tiny_model_pa
     assert given.config.model.tokenizer is None
 
 
+def test_new_tokens_without_embeddings_are_refused(load_model: Load, tiny_model_path, cache: Path):
+    model, tokenizer = load_model(), AutoTokenizer.from_pretrained(tiny_model_path("llama"))
+    change(model)
+    tokenizer.add_tokens(["<think>"])
+    with pytest.raises(ValueError, match=r"the model has 260 embeddings, and token '<think>' has the id 260"):
+        given_of(model, processing_class=tokenizer)
+    assert saved_models(cache) == []
+
+
+def test_a_processing_class_wins_over_the_option(load_model: Load, tiny_model_path):
+    model = load_model()
+    change(model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("llama"))
+    given = given_of(model, GRPOConfig(tokenizer="some/tokenizer"), processing_class=tokenizer)
+    assert given.config.model.tokenizer is None
+
+
 def test_the_same_model_with_another_tokenizer_is_another_folder(load_model: Load, tiny_model_path):
     model, tokenizer = load_model(), AutoTokenizer.from_pretrained(tiny_model_path("llama"))
     change(model)
