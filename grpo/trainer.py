@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..rollout.engine import RolloutEngine
 from . import generation, sharing
@@ -34,10 +35,11 @@ from .config import GRPOConfig
 from .data.run_inputs import load_eval_prompts
 from .display.terminal import View, make_view
 from .evaluating import evaluate_now
+from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
 from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
-from .user_inputs import DataSource, EvalSource, RewardSpec, UserInputs
+from .user_inputs import DataSource, EvalSource, UserInputs
 
 
 class GRPOTrainer:
@@ -48,13 +50,20 @@ class GRPOTrainer:
     adapter that the run has saved.
 
     Args:
-        model: embedded name, folder or Hub id; None: `args.model.name`.
-        reward_funcs: one or several functions (TRL's contract), or `file.py:name`; None: `args.rewards.functions`.
+        model: embedded name, folder or Hub id; a `PreTrainedModel`, which is read, not trained: the trained one is `model`; or
+            a `PeftModel`, whose adapter training starts from. None: `args.model.name`.
+        reward_funcs: one or several functions (TRL's contract), `file.py:name`, or sequence classifiers, by name or loaded;
+            None: `args.rewards.functions`.
         args: the configuration.
         train_dataset: a `datasets.Dataset` or `IterableDataset`, rows, a function, or a source as in `args.data`; None:
             `args.data`.
         eval_dataset: the same, or several by name, each of which is evaluated.
+        processing_class: the tokenizer, if it is not the model's own.
+        reward_processing_classes: the tokenizers of classifiers, in the order of `reward_funcs`.
         callbacks: `transformers.TrainerCallback`s, as in TRL; `add_callback` adds further ones.
+        quantization_config: NF4 (`BitsAndBytesConfig`): `args.model.load_in`.
+        peft_config: `peft.LoraConfig`; None: `args.lora`.
+        optimizers, tools, rollout_func, environment_factory: of TRL; not supported.
         view: where progress is shown; None: the terminal.
 
     Attributes:
@@ -62,26 +71,44 @@ class GRPOTrainer:
         summary: the content of the last run's `summary.json`; empty before.
 
     Raises:
-        ValueError, FileNotFoundError: bad configuration, data or reward functions, with the remedy.
+        TypeError, ValueError, FileNotFoundError: bad arguments, configuration, data or reward functions, with the remedy.
     """
 
     def __init__(
         self,
-        model: str | None = None,
-        reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+        model: Model | None = None,
+        reward_funcs: RewardFunctions | None = None,
         args: GRPOConfig | None = None,
         train_dataset: DataSource | None = None,
         eval_dataset: EvalSource | None = None,
-        *,
+        processing_class: ProcessingClass | None = None,
+        reward_processing_classes: RewardTokenizers = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        optimizers: tuple[object, object] | None = (None, None),
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: object = None,
+        rollout_func: object = None,
+        environment_factory: object = None,
+        *,
         view: View | None = None,
     ) -> None:
-        config = args or GRPOConfig()
-        if model is not None:
-            config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
+        config, functions = resolve_arguments(
+            args or GRPOConfig(),
+            model=model,
+            reward_funcs=reward_funcs,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
         self.summary: dict[str, Any] = {}
         self._inputs = UserInputs(
-            reward_funcs=reward_funcs,
+            reward_funcs=functions,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks or ()),

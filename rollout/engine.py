@@ -63,6 +63,7 @@ class EngineSettings:
 
     Attributes:
         model: path of the model.
+        tokenizer: path or Hub id of the tokenizer; None: the model's own.
         max_rank: largest LoRA rank that the slots can hold.
         max_num_seqs: sequences that are sampled concurrently; used instead of `rollout.max_num_seqs`, which may be None.
         keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
@@ -78,6 +79,7 @@ class EngineSettings:
     max_num_seqs: int = 128
     keep_base_weights: bool = False
     nf4_weights: tuple[str, ...] = field(default=(), repr=False)
+    tokenizer: str | None = None
 
     def differences(self, needed: EngineSettings) -> list[str]:
         """Settings that keep this engine from serving a run with other ones, each as "NAME VALUE instead of NEEDED VALUE".
@@ -336,6 +338,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
     rollout = settings.rollout
     return EngineArgs(
         model=settings.model,
+        tokenizer=settings.tokenizer,
         dtype=settings.dtype,  # type: ignore[arg-type]
         seed=settings.seed,
         max_model_len=rollout.max_model_length,

@@ -71,6 +71,7 @@ class TorchEngine:
     """See the module's docstring. The public methods are those of `protocol.Engine`.
 
     Args:
+        tokenizer: folder or Hub id of the tokenizer; None: the model's own.
         max_num_seqs: completions that are sampled concurrently, at least one group.
         max_model_length: tokens of prompt and completion at most.
 
@@ -79,14 +80,20 @@ class TorchEngine:
     """
 
     def __init__(
-        self, policy: SampledPolicy, model_path: str, *, max_num_seqs: int, max_model_length: int
+        self,
+        policy: SampledPolicy,
+        model_path: str,
+        *,
+        tokenizer: str | None = None,
+        max_num_seqs: int,
+        max_model_length: int,
     ) -> None:
         check_cache(policy.model)
         self.device = policy.device
         self.slots = policy.slots
         self.policy_version = 0
         self._policy = policy
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path)
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer or model_path)
         self._max_num_seqs = max_num_seqs
         self._max_model_length = max_model_length
         self._eos_token_ids = eos_token_ids(model_path, self._tokenizer)

@@ -17,6 +17,7 @@ from .run_config import (
     RewardsConfig,
     RolloutConfig,
     resolve_epochs,
+    with_options,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "resolve_epochs",
+    "with_options",
 ]

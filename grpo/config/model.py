@@ -1,8 +1,9 @@
 """The section `model`: the base model. Imports no torch."""
 
-from typing import Literal
+import os.path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ...section import Section
 
@@ -15,6 +16,10 @@ class ModelConfig(Section):
 
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub. None: the default branch."""
+
+    tokenizer: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)] | None = None
+    """Tokenizer, if it is not the model's: a local folder, or an id on the Hub. Prompts are encoded and completions decoded
+    with it. None: the model's own."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the base weights and of the adapter that vLLM samples with. The adapter's master weights are always

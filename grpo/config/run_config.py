@@ -3,13 +3,14 @@
     config = GRPOConfig(learning_rate=1e-4, num_generations=8, output_dir="runs/mine")  # TRL's flat names
     config = GRPOConfig(optim=OptimConfig(learning_rate=1e-4))                          # the same, section by section
     config = resolve_epochs(config, rows=1000)                                          # once the data is loaded
+    config = with_options(config, {"lora": {"rank": 16}}, notes=["..."])                # checked again as a whole
 
 Each section is defined in a file named after it, `rollout` and `rewards` in the packages that they configure. A configuration
 is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing here imports torch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -162,7 +163,7 @@ class GRPOConfig(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user of TRL's names should know: options that have no effect here."""
+        """What the user should know about the configuration: options and arguments that have no effect here, and the like."""
         return self._notes
 
     @property
@@ -209,14 +210,27 @@ def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:
     }
     if not any(lengths.values()):
         return config
-    values: dict[str, Any] = {name: getattr(config, name) for name in GRPOConfig.model_fields}
+    options: dict[str, dict[str, Any]] = {}
     for (section, in_steps, in_epochs), epochs in lengths.items():
         if epochs is not None:
             steps = epochs * rows / config.optim.prompts_per_step
             # Rounded first: 0.1 * 30 is a little more than 3.
             steps = math.ceil(round(steps, 6)) if in_steps == "max_steps" else max(1, round(steps))
-            given = values[section].model_dump(exclude_unset=True)
-            values[section] = {**given, in_epochs: None, in_steps: steps}
-    resolved = GRPOConfig(**values)
-    resolved._notes, resolved._has_trl_batch, resolved._given = config._notes, config._has_trl_batch, config._given
-    return resolved
+            options[section] = {in_epochs: None, in_steps: steps}
+    return with_options(config, options)
+
+
+def with_options(
+    config: GRPOConfig, options: Mapping[str, Mapping[str, Any]], *, notes: Sequence[str] = ()
+) -> GRPOConfig:
+    """The configuration with these options of these sections set, and these notes added to its own.
+
+    Raises:
+        ValueError: one of them is invalid.
+    """
+    values: dict[str, Any] = {name: getattr(config, name) for name in GRPOConfig.model_fields}
+    for section, changed in options.items():
+        values[section] = {**values[section].model_dump(exclude_unset=True), **changed}
+    result = GRPOConfig(**values)
+    result._notes, result._has_trl_batch, result._given = (*config._notes, *notes), config._has_trl_batch, config._given
+    return result

@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..common.errors import first_line
 from ..common.log import logger
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
@@ -69,7 +70,7 @@ def load_run_inputs(
     eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        tokenizer = _tokenizer(config, model_path)
     return RunInputs(
         model_path=model_path,
         tokenizer=tokenizer,
@@ -202,6 +203,16 @@ def _joined(sets: Mapping[str | None, PromptData]) -> PromptData:
         for prompt in data.rows
     ]
     return PromptData(rows=rows, dropped=sum(data.dropped for data in sets.values()))
+
+
+def _tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
+    name = config.model.tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name or model_path)
+    except (OSError, ValueError) as error:  # transformers' errors for a folder or an id that has none
+        if name is None:
+            raise
+        raise ValueError(f"model.tokenizer: no tokenizer in {name}: {first_line(error)}") from error
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:

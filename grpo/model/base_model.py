@@ -84,7 +84,7 @@ def load_base(
     shared = shared or {}
     if load_in is None and not shared:
         return _loaded_plainly(model_path, dtype, device)
-    files = _files_of_weights(Path(model_path))
+    files = files_of_weights(Path(model_path))
     model = empty_model(model_path, dtype, files)
     rounded = set(_linear_weights(model)) if load_in == "nf4" else set()
     fitting = {name: shared[name] for name, p in model.named_parameters() if name in shared and _fits(shared[name], p, device)}
@@ -98,7 +98,7 @@ def load_base(
         return _loaded_plainly(model_path, dtype, device)
     for name, tensor in fitting.items():
         _set_parameter(model, name, tensor)
-    for name, tensor in _read(files, unshared, device):
+    for name, tensor in read_weights(files, unshared, device):
         if name in rounded:
             _set_nf4(model, name, Nf4Weight.quantise(tensor.to(dtype)))
         else:
@@ -115,7 +115,7 @@ def nf4_names(model_path: str) -> tuple[str, ...]:
     Raises:
         ValueError: the files of the model do not have one of them.
     """
-    files = _files_of_weights(Path(model_path))
+    files = files_of_weights(Path(model_path))
     names = tuple(_linear_weights(empty_model(model_path, torch.bfloat16, files)))
     for name in names:
         if name not in files:
@@ -125,9 +125,9 @@ def nf4_names(model_path: str) -> tuple[str, ...]:
 
 def saved_weight(model_path: str, names: Sequence[str]) -> torch.Tensor | None:
     """The first of these weights that the model's files have; None if they have none of them."""
-    files = _files_of_weights(Path(model_path))
+    files = files_of_weights(Path(model_path))
     found = [name for name in names if name in files]
-    return next(_read(files, found[:1], "cpu"))[1] if found else None
+    return next(read_weights(files, found[:1], "cpu"))[1] if found else None
 
 
 def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
@@ -154,7 +154,7 @@ def _tie(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
     ties: dict[str, str] = model.all_tied_weights_keys
     for target, source in ties.items():
         if target in files and source in files:
-            (_, a), (_, b) = _read(files, [target, source], "cpu")
+            (_, a), (_, b) = read_weights(files, [target, source], "cpu")
             if not torch.equal(a, b):
                 return
     model.tie_weights()
@@ -225,7 +225,7 @@ def _changed_by_loading(shared: Mapping[str, torch.Tensor], files: Mapping[str, 
     for name, tensor in shared.items():
         if name not in files:
             continue
-        with safe_open(files[name], framework="pt") as file:  # opened each time, as in `_read`
+        with safe_open(files[name], framework="pt") as file:  # opened each time, as in `read_weights`
             rows = file.get_slice(name)
             last = rows.get_shape()[0] - 1
             pairs = ((rows[:1], tensor[:1]), (rows[last:], tensor[last:]))
@@ -255,7 +255,7 @@ def _set_nf4(model: PreTrainedModel, name: str, weight: Nf4Weight) -> None:
     model.set_submodule(layer_name, Nf4Linear(weight, cast(nn.Linear, model.get_submodule(layer_name)).bias))
 
 
-def _files_of_weights(folder: Path) -> dict[str, Path]:
+def files_of_weights(folder: Path) -> dict[str, Path]:
     """Which file holds each weight."""
     index, single_file = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
     if index.is_file():
@@ -267,7 +267,7 @@ def _files_of_weights(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single_file)
 
 
-def _read(files: Mapping[str, Path], names: Sequence[str], device: str) -> Iterator[tuple[str, torch.Tensor]]:
+def read_weights(files: Mapping[str, Path], names: Sequence[str], device: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight. On CPU it is the file itself, mapped into memory."""
     for name in names:
         # Opened each time: pages mapped through one opening stay resident until all its tensors are freed.

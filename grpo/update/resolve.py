@@ -39,6 +39,7 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     """
     return EngineSettings(
         model=model_path,
+        tokenizer=config.model.tokenizer,
         rollout=config.rollout,
         target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,

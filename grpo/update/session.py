@@ -89,10 +89,14 @@ def engine_and_policy(
             raise ValueError("rollout.engine=torch samples with the policy of the run itself: leave out `engine`")
         with quiet_stderr():
             policy = make_policy(config, model_path, start=start)
-        max_length = config.rollout.max_model_length
-        with closing(
-            TorchEngine(policy, model_path, max_num_seqs=config.max_num_seqs, max_model_length=max_length)
-        ) as of_policy:
+        of_policy = TorchEngine(
+            policy,
+            model_path,
+            tokenizer=config.model.tokenizer,
+            max_num_seqs=config.max_num_seqs,
+            max_model_length=config.rollout.max_model_length,
+        )
+        with closing(of_policy):
             yield of_policy, policy
         return
     settings = engine_settings(config, model_path)

@@ -184,3 +184,60 @@ def test_conversations_need_a_chat_template(tmp_path):
         SequenceClassifier(str(folder), device="cpu")(prompts=prompts, completions=completions)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     assert len(SequenceClassifier(str(folder), device="cpu")(prompts=prompts, completions=completions)) == 1
+
+
+# ------------------------------------------------------------------------------------------ a loaded model
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder, as a script loads it, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama without pad", "bert"])
+def test_a_loaded_model_gives_the_same_rewards_as_its_folder(classifiers, kind):
+    model, tokenizer = load(classifiers[kind])
+    model.train()
+    expected = SequenceClassifier(str(classifiers[kind]), device="cpu")(prompts=PROMPTS, completions=COMPLETIONS)
+    for given in (tokenizer, None):
+        classifier = SequenceClassifier(model, tokenizer=given, device="cpu")
+        assert classifier.__name__ == classifiers[kind].name
+        assert classifier(prompts=PROMPTS, completions=COMPLETIONS) == expected
+
+
+def test_a_loaded_model_is_scored_with_the_tokenizer_that_is_passed(classifiers):
+    model, tokenizer = load(classifiers["bert"])
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    prompts, completions = as_messages("user", PROMPTS), as_messages("assistant", [*COMPLETIONS[:3], "x", "y"])
+    classifier = SequenceClassifier(model, tokenizer=tokenizer, device="cpu")
+    without_prompts = classifier(prompts=[""] * 5, completions=[row[-1]["content"] for row in completions])
+    assert classifier(prompts=prompts, completions=completions) == without_prompts
+
+
+def test_a_loaded_model_is_pickled_with_its_weights(classifiers):
+    import torch
+
+    model, tokenizer = load(classifiers["llama"])
+    with torch.no_grad():
+        model.score.weight.mul_(3)
+    classifier = SequenceClassifier(model, tokenizer=tokenizer, device="cpu")
+    rewards = classifier(prompts=PROMPTS, completions=COMPLETIONS)
+    copy = cloudpickle.loads(cloudpickle.dumps(classifier))
+    assert (copy.__name__, copy(prompts=PROMPTS, completions=COMPLETIONS)) == ("llama", rewards)
+
+
+def test_a_loaded_model_needs_one_label_and_a_tokenizer(classifiers, tiny_model_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = load(classifiers["three labels"])
+    with pytest.raises(ValueError, match="is not a reward model: it is a BertForSequenceClassification with 3 labels instead"):
+        SequenceClassifier(model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="is not a reward model: it is a LlamaForCausalLM with 2 labels instead of one"):
+        SequenceClassifier(AutoModelForCausalLM.from_pretrained(tiny_model_path("llama")), tokenizer=tokenizer)
+    model, _ = load(classifiers["bert"])
+    new = type(model)(model.config)
+    new.name_or_path = ""
+    with pytest.raises(ValueError, match="BertForSequenceClassification has no name to load its tokenizer by: pass"):
+        SequenceClassifier(new)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from rankup.rollout.config import RolloutConfig, SamplingConfig
-from rankup.rollout.engine import EngineSettings
+from rankup.rollout.engine import EngineSettings, engine_args
 
 SETTINGS = EngineSettings(model="model", rollout=RolloutConfig(), target_modules=("q_proj",))
 
@@ -34,6 +34,7 @@ def test_an_engine_serves_runs_that_sample_differently():
     ("needed", "difference"),
     [
         ({"max_rank": 128}, "max_rank 64 instead of 128"),
+        ({"tokenizer": "mine"}, "tokenizer None instead of mine"),
         ({"rollout": RolloutConfig(max_prompt_length=100)}, "max_model_length 768 instead of 356"),
         ({"rollout": RolloutConfig(kv_cache_gib=2.0)}, "kv_cache_gib 1.0 instead of 2.0"),
         ({"rollout": RolloutConfig(lora_path="punica")}, "lora_path auto instead of punica"),
@@ -42,3 +43,12 @@ def test_an_engine_serves_runs_that_sample_differently():
 )
 def test_an_engine_with_other_settings_names_the_differences(needed: dict, difference: str):
     assert SETTINGS.differences(dataclasses.replace(SETTINGS, **needed)) == [difference]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokenizer", "expected"), [(None, "model"), ("mine", "mine")])
+def test_vllm_decodes_with_the_tokenizer_of_the_settings(tokenizer: str | None, expected: str, tiny_model_path):
+    model = str(tiny_model_path("llama"))
+    settings = dataclasses.replace(SETTINGS, model=model, tokenizer=tokenizer)
+    args = engine_args(settings, on_cpu=True)
+    assert (args.tokenizer or args.model) == {"model": model}.get(expected, expected)

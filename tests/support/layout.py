@@ -28,6 +28,7 @@ LAYERS = (
     {"grpo/ending", "grpo/evaluating"},
     {"grpo/recording"},
     {"grpo/loop"},
+    {"grpo/objects"},
     {"grpo/cluster"},
     {"grpo/running"},
     {"grpo/trainer"},

@@ -107,7 +107,7 @@ def _serve_command(trained: TrainedAdapter, output: Path, *, merged: bool) -> li
 
 
 def export_adapter(trained: TrainedAdapter, output: Path, *, overwrite: bool = False) -> None:
-    """Write the adapter in PEFT's format (fp32), its tokenizer and a model card to the folder `output`.
+    """Write the adapter in PEFT's format (fp32), the run's tokenizer and a model card to the folder `output`.
 
     The configuration names the base model by its Hub id, or by its bare name if it is not from the Hub.
 
@@ -122,12 +122,12 @@ def export_adapter(trained: TrainedAdapter, output: Path, *, overwrite: bool = F
         config["revision"] = trained.config.model.revision
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(trained.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
-        _save_tokenizer(model_path, partial)
+        _save_tokenizer(trained, model_path, partial)
         (partial / CARD_FILE).write_text(model_card(trained), encoding="utf-8")
 
 
 def export_merged(trained: TrainedAdapter, output: Path, *, dtype: str = "auto", overwrite: bool = False) -> float:
-    """Write the base model with the adapter merged into it, its tokenizer and a model card to the folder `output`.
+    """Write the base model with the adapter merged into it, the run's tokenizer and a model card to the folder `output`.
 
     Returns the change of the adapted weights by rounding to the dtype, relative to their change by training (Frobenius norms
     over all of them).
@@ -148,7 +148,7 @@ def export_merged(trained: TrainedAdapter, output: Path, *, dtype: str = "auto",
     with atomic_folder(output.resolve()) as partial:
         logger.info("writing the weights in %s", stored_as)
         _save_model(merged.model, Path(model_path), partial)
-        _save_tokenizer(model_path, partial)
+        _save_tokenizer(trained, model_path, partial)
         (partial / CARD_FILE).write_text(model_card(trained, merged_dtype=stored_as), encoding="utf-8")
     return rounding
 
@@ -264,12 +264,13 @@ def _save_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
         shutil.copyfile(base / GENERATION_FILE, folder / GENERATION_FILE)
 
 
-def _save_tokenizer(model_path: str, folder: Path) -> None:
-    """The base model's tokenizer, with its chat template."""
+def _save_tokenizer(trained: TrainedAdapter, model_path: str, folder: Path) -> None:
+    """The run's tokenizer, with its chat template: that of `model.tokenizer`, or the base model's."""
     from transformers import AutoTokenizer
 
     with quiet_stderr():
-        AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+        source = trained.config.model.tokenizer or model_path
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> None:

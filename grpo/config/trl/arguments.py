@@ -40,6 +40,7 @@ class Arguments(TypedDict, total=False):
     seed: int
     name: str
     revision: str | None
+    tokenizer: str | None
     dtype: Literal["bfloat16", "float32"]
     load_in: Literal["nf4"] | None
     share_base_weights: Literal["auto"] | bool

@@ -20,6 +20,8 @@ from ....section import Section
 from ..run_config import GRPOConfig, known_keys
 from .field import Kind, TrlField
 from .fields import ALIASES, ALL_NAMES, FIELDS, NONE_IS_UNSET, OLDER_NAMES, OTHER_NAMES, TEXT_FOR_SECTIONS, TRL_VERSION
+from .peft_fields import PEFT_FIELDS, PEFT_VERSION
+from .trainer_arguments import TRAINER_ARGUMENTS
 
 TYPES_FILE = Path("grpo/config/trl/arguments.py")
 PAGE = Path("docs/trl.md")
@@ -120,6 +122,35 @@ not `num_train_epochs`), and for evaluation also a dictionary of data sets, each
 [data.md](data.md) has the details, and the metrics of an evaluation.
 """
 
+ARGUMENTS_HEADER = """## Arguments of GRPOTrainer
+
+`from rankup import GRPOTrainer` takes the place of TRL's. Its arguments may be the same objects:
+
+{arguments}
+**Model objects.** Training reads the model from a folder. If `model` is unchanged since it was loaded, that is the folder (or
+the cached files of the Hub) that it came from; nothing is written. Otherwise it is saved once into the cache
+(`~/.cache/rankup`, or `$XDG_CACHE_HOME/rankup`), under a name with a hash of its content: the same object has the same
+folder, also in a resumed run, and nothing there is deleted. On several machines the cache must be on a shared disk.
+The weights' dtype becomes `model.dtype`, unless that is set. The object itself is not trained: the trained model is
+`trainer.model`. A model that bitsandbytes quantized to NF4 is read from its original files again and rounded here; other
+quantizations are errors.
+
+**A PeftModel.** Its base model is treated like that, and its active adapter is saved into the cache and becomes
+`lora.start_from`. Adapters other than LoRA, merged or disabled ones, and a `peft_config` in addition are errors.
+
+**Tokenizers.** A `processing_class` that encodes and decodes like the model's tokenizer changes nothing; the padding side and
+token do not matter, as nothing is padded. Another one is saved into the cache and becomes `model.tokenizer`.
+
+**Quantization.** Weights are rounded to the same values of NF4 as by bitsandbytes, but without double quantization, and
+`model.dtype` is the dtype of all products, whatever `bnb_4bit_compute_dtype` says.
+
+### peft_config
+
+The fields of `LoraConfig` in PEFT {peft}. What PEFT sets by default (`r=8`, `lora_alpha=8`) counts, not the defaults of this
+package. An option of `lora` that the configuration sets to another value is an error.
+
+{fields}"""
+
 
 def types_module() -> str:
     """The text of `arguments.py`."""
@@ -214,7 +245,7 @@ def page() -> str:
         "refused": "Refused",
         "no effect": "Without effect",
     }
-    parts = [header]
+    parts = [header, _arguments()]
     for kind, title in titles.items():
         parts.append(f"## {title}\n\n{_table({name: field for name, field in FIELDS.items() if field.kind == kind}, kind)}")
     aliases = ", ".join(f"`{old}` ({new})" for old, new in ALIASES.items())
@@ -225,6 +256,18 @@ def page() -> str:
         f"{_table(others, 'mapped')}\nWithout effect: {silent}. Renamed in TRL: {aliases}.\n"
     )
     return "\n".join(parts)
+
+
+def _arguments() -> str:
+    """The section about the arguments of `GRPOTrainer`."""
+    arguments = ["| argument | here |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in TRAINER_ARGUMENTS.items())]
+    rows = ["| PEFT | default | here | note |", "|---|---|---|---|"]
+    for name, field in PEFT_FIELDS.items():
+        here = ", ".join(f"`{to}`" for to in field.to) or field.kind
+        rows.append(f"| `{name}` | {_shown(field.default)} | {here} | {field.note} |")
+    return ARGUMENTS_HEADER.format(
+        arguments="\n".join(arguments) + "\n", peft=PEFT_VERSION, fields="\n".join(rows) + "\n"
+    )
 
 
 def _table(fields: dict[str, TrlField], kind: Kind) -> str:

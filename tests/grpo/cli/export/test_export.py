@@ -53,6 +53,18 @@ def save_run(make_policy: Callable[..., Any], tiny_model_path: Callable[[str], P
     return save
 
 
+def test_exports_have_the_tokenizer_of_the_run(save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path):
+    run, tokenizer = save_run(), AutoTokenizer.from_pretrained(tiny_model_path("llama"))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "mine")
+    config = load_config(run / "config.yaml", [f"model.tokenizer={tmp_path / 'mine'}"])
+    (run / "config.yaml").write_text(dump_config(config))
+    export_adapter(read_run(run), tmp_path / "adapter")
+    export_merged(read_run(run), tmp_path / "merged")
+    for folder in (tmp_path / "adapter", tmp_path / "merged"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+
+
 def exact_merge(base: Path, run: Path, scales: dict[str, float]) -> dict[str, torch.Tensor]:
     """`W + s * B @ A` in fp64 from the files alone. `scales`: by the end of a module's name, "" for all others."""
     weights = {name: weight.double() for name, weight in load_file(base / "model.safetensors").items()}

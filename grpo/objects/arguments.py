@@ -1,0 +1,56 @@
+"""The arguments of `GRPOTrainer` that TRL has and a run needs as configuration or as reward functions.
+
+    config, functions = resolve_arguments(config, model=model, reward_funcs=[classifier], peft_config=peft_config)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...rewards.loading import RewardSpec
+from ..config import GRPOConfig
+from .given import from_objects
+from .rewards import RewardFunction, Tokenizer, reward_functions
+from .unsupported import check_unsupported
+
+Model = str | PreTrainedModel | PeftModel
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+RewardFunctions = RewardFunction | Sequence[RewardFunction]
+RewardTokenizers = Tokenizer | Sequence[Tokenizer]
+
+
+def resolve_arguments(
+    config: GRPOConfig,
+    *,
+    model: Model | None = None,
+    reward_funcs: RewardFunctions | None = None,
+    processing_class: ProcessingClass | None = None,
+    reward_processing_classes: RewardTokenizers = None,
+    optimizers: tuple[object, object] | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
+    peft_config: PeftConfig | None = None,
+    tools: object = None,
+    rollout_func: object = None,
+    environment_factory: object = None,
+) -> tuple[GRPOConfig, list[RewardSpec] | None]:
+    """The configuration with these arguments, and the reward functions; None for those of the configuration.
+
+    Raises:
+        TypeError, ValueError: an argument is not supported, or contradicts another one; the message says what to do.
+    """
+    check_unsupported(
+        optimizers=optimizers, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
+    )
+    functions = reward_functions(reward_funcs, reward_processing_classes)
+    given = from_objects(
+        config,
+        model=model,
+        peft_config=peft_config,
+        quantization_config=quantization_config,
+        processing_class=processing_class,
+    )
+    return given.config, functions
