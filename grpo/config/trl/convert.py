@@ -171,11 +171,14 @@ def _optimizer(script: Script) -> None:
 
 def _sampling(script: Script) -> None:
     """`generation_kwargs` takes precedence over the options of the same meaning, as in TRL."""
-    text, template, longest = (
+    use_vllm, text, template, longest = (
+        script.trl("use_vllm"),
         script.trl("generation_kwargs"),
         script.ours("data.chat_template_kwargs"),
         script.trl("vllm_max_model_length"),
     )
+    if use_vllm is not None:
+        script.set("rollout.engine", "vllm" if use_vllm else "torch", by="use_vllm")
     for name, value in ({} if text is None else mapping(text, "generation_kwargs")).items():
         if name in GENERATION_KWARGS:
             script.replace(GENERATION_KWARGS[name], value)

@@ -132,6 +132,9 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model_init_kwargs": {"dtype": "auto", "revision": "v2"}}, {"model.dtype": "bfloat16", "model.revision": "v2"}),
     ({"model_init_kwargs": '{"dtype": "float32", "device_map": "auto"}'}, {"model.dtype": "float32"}),
     ({"bf16": True, "model_init_kwargs": {"dtype": "float32"}}, {"model.dtype": "bfloat16"}),
+    ({"use_vllm": False}, {"rollout.engine": "torch"}),
+    ({"use_vllm": True}, {"rollout.engine": "vllm"}),
+    ({"use_vllm": None}, {"rollout.engine": "vllm"}),
     ({"optim": "adamw_torch"}, {"optim.optimizer": "adamw"}),
     ({"optim": "adamw_bnb_8bit", "learning_rate": 1e-5}, {"optim.optimizer": "adamw_8bit", "optim.learning_rate": 1e-5}),
     ({"optim": "paged_adamw_8bit"}, {"optim.optimizer": "paged_adamw_8bit"}),
@@ -270,6 +273,8 @@ def test_with_several_iterations_trls_steps_are_divided_by_them():
             "model_init_kwargs.quantization_config: is not supported; set model.load_in=nf4 for 4 bits",
         ),
         ({"bf16": True, "dtype": "float32"}, "bf16: is the same option as model.dtype, which is set too; keep one of them"),
+        ({"use_vllm": True, "engine": "torch"}, "use_vllm: is the same option as rollout.engine, which is set too; keep one"),
+        ({"use_vllm": False, "repetition_penalty": 1.1}, "rollout.engine: torch has no repetition_penalty: leave it out, or"),
         (
             {"eval_on_start": True, "eval_before": True},
             "eval_on_start: is the same option as logging.eval_before, which is set",
