@@ -36,10 +36,11 @@ from .evaluating import evaluate_now
 from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
+from .trainer_methods import TrainerMethods
 from .user_inputs import DataSource, RewardSpec, UserInputs
 
 
-class GRPOTrainer:
+class GRPOTrainer(TrainerMethods):
     """Trains one LoRA adapter with GRPO. See the module's docstring.
 
     The engine and the policy start when they are first needed and stay in memory until `close`, until the trainer is garbage,

@@ -30,6 +30,7 @@ LAYERS = (
     {"grpo/loop"},
     {"grpo/cluster"},
     {"grpo/running"},
+    {"grpo/trainer_methods"},
     {"grpo/trainer"},
     {"grpo/cli"},
 )
