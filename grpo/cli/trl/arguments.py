@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from pydantic import PrivateAttr
@@ -25,6 +25,9 @@ from ...config.trl.fields import ALIASES, ALL_NAMES, BATCH_FIELDS, FIELDS, OLDER
 
 Value = Any
 """A value as a script wrote it."""
+
+NO = "no_"
+"""The beginning of an option that switches another one off."""
 
 
 class ScriptConfig(RankupConfig):
@@ -94,7 +97,7 @@ class ScriptConfig(RankupConfig):
 
 
 def _new(cls: type, *positional: Value, **named: Value) -> ScriptConfig:
-    """What calling the dataclass gives; a parser gives all fields, those that nobody has set with their defaults."""
+    """What calling the dataclass gives. A parser passes all fields, as None those that nobody has set."""
     _refuse_methods(cls)
     values = {**dict(zip(FIELDS, positional, strict=False)), **named}
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -103,15 +106,13 @@ def _new(cls: type, *positional: Value, **named: Value) -> ScriptConfig:
         if is_changed and name not in values:
             values[name] = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if values.keys() >= FIELDS.keys():
-        values = {name: value for name, value in values.items() if name not in _FIELDS or not _is_unset(name, value)}
+        values = {name: value for name, value in values.items() if value is not None or name not in _FIELDS}
+    for name in [name for name in values if name.startswith(NO) and name in _FIELDS]:
+        values[name.removeprefix(NO)] = not values.pop(name)
     more = {name: values.pop(name) for name in fields if name not in _FIELDS and name in values}
     if taken := [name for name in more if name in RankupConfig.model_fields]:
         raise ValueError(f"{cls.__name__}.{taken[0]}: is the name of a section of the configuration; rename this field")
     return ScriptConfig(**cast(Arguments, values)).with_more(more)
-
-
-def _is_unset(name: str, value: Value) -> bool:
-    return value is None or value is _FIELDS[name].default
 
 
 def _refuse_methods(cls: type) -> None:
@@ -127,17 +128,14 @@ def _refuse_methods(cls: type) -> None:
                 )
 
 
-def _field(name: str, field: TrlField) -> tuple[str, type, dataclasses.Field[Value]]:
-    """A field that is None if nobody has set it: so a parser does not pass it on.
-
-    A switch that is on in TRL has to be on here too, or a parser would make no option `--no_...` of it. If it has another
-    default in rankup, its value can still be written: `--use_bias_correction_kl true`.
-    """
+def _options(name: str, field: TrlField) -> Iterator[tuple[str, type, dataclasses.Field[Value]]]:
+    """Fields that are None if nobody has set them, so that a parser passes nothing on: the name, and `no_...` of a switch that
+    is on in TRL, for which its parsers have an option too."""
     text = field.note if field.kind != "mapped" or field.converts else f"sets {field.to[0]}{field.note and '; ' + field.note}"
-    is_on = field.default is True and (field.kind == "no effect" or getattr(RankupConfig(), name, None) is True)
-    default = True if is_on else None
-    metadata = {"help": f"{text} [{field.kind}]".replace("%", "%%")}
-    return name, _type(field.type), dataclasses.field(default=default, metadata=metadata)
+    help_text = f"{text} [{field.kind}]".replace("%", "%%")
+    yield name, _type(field.type), dataclasses.field(default=None, metadata={"help": help_text})
+    if field.default is True:
+        yield f"{NO}{name}", bool, dataclasses.field(default=None, metadata={"help": f"{name}=false"})
 
 
 def _type(written: str) -> type:
@@ -150,7 +148,7 @@ def _type(written: str) -> type:
 
 GRPOConfig = dataclasses.make_dataclass(
     "GRPOConfig",
-    [_field(name, field) for name, field in {**FIELDS, **OLDER_NAMES}.items()],
+    [option for name, field in {**FIELDS, **OLDER_NAMES}.items() for option in _options(name, field)],
     namespace={"__new__": _new, "__module__": __name__, "__doc__": __doc__},
 )
 """See the module's docstring."""
