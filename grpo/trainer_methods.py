@@ -1,11 +1,11 @@
 """Methods of transformers' and TRL's trainers that scripts call around the training, and those that a subclass cannot override.
 
-    metrics = trainer.train().metrics
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)      # train_results.json in the run folder
-    trainer.save_state()                        # trainer_state.json
-    if trainer.accelerator.is_main_process:
-        ...
+metrics = trainer.train().metrics
+trainer.log_metrics("train", metrics)
+trainer.save_metrics("train", metrics)      # train_results.json in the run folder
+trainer.save_state()                        # trainer_state.json
+if trainer.accelerator.is_main_process:
+    ...
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class TrainerMethods:
         overridden = [name for name, value in vars(cls).items() if callable(value) and not name.startswith("__")]
         if overridden and (without_effect := sorted(set(overridden) & set(_methods_of_trl()) - CALLED_BY_USERS)):
             raise ValueError(
-                f"{cls.__name__}: {', '.join(without_effect)}: TRL's trainer calls this, rankup's does not: use reward functions, "
-                "callbacks, or options such as algorithm.loss_type, which may be a function"
+                f"{cls.__name__} overrides {', '.join(without_effect)}, which rankup's trainer does not call: use reward "
+                "functions, callbacks, or options such as algorithm.loss_type, which may be a function"
             )
 
     @property
