@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -177,6 +178,20 @@ def test_an_unchanged_script_with_the_installed_command(inputs, here: Path):
     )
     assert result.returncode == 0, result.stderr
     check("quick_start", result.stdout)
+
+
+@pytest.mark.runs
+def test_the_script_of_the_documentation_unchanged(inputs, here: Path, capsys):
+    """Apart from the model and the sampler."""
+    (script,) = re.findall(r"```python\n(from datasets.*?)```", (FOLDER.parents[1] / "docs" / "trl.md").read_text(), re.DOTALL)
+    model = ("HuggingFaceTB/SmolLM2-135M-Instruct", inputs[0])
+    for text, other in (model, ("use_vllm=True", "use_vllm=False"), ("max_steps=100", "max_steps=2")):
+        assert script.count(text) == 1
+        script = script.replace(text, other)
+    (here / "train_grpo.py").write_text(script)
+    assert main(["trl", "train_grpo.py"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0.0"  # no completion has the answer
+    assert (here / "sums" / "adapter_model.safetensors").is_file()
 
 
 REWARDS = """
