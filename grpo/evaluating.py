@@ -13,6 +13,7 @@ from .common.errors import TrainingStoppedError
 from .common.log import logger
 from .context import RunContext
 from .data.prompts import Prompt
+from .data.run_inputs import EvalSource, load_eval_prompts
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
 from .run.notes import evaluation_notes
@@ -20,8 +21,9 @@ from .setup import RunSetup
 from .update.session import Session
 
 
-def evaluate_between_steps(ctx: RunContext, step: int) -> None:
-    """Evaluate, and apply the guards' decision if the run evaluates while it trains."""
+def evaluate_between_steps(ctx: RunContext, step: int) -> Evaluation | None:
+    """Evaluate, and apply the guards' decision if the run evaluates while it trains. Returns the evaluation, unless the policy
+    is another one now."""
     evaluation, guards = evaluate_policy(ctx, step), ctx.session.learner.guards
     decision = None
     # A failed reward function says nothing about the policy.
@@ -42,26 +44,33 @@ def evaluate_between_steps(ctx: RunContext, step: int) -> None:
         logger.info(note)
     if decision is not None and decision.stop_reason is not None:
         raise TrainingStoppedError(decision.stop_reason)
+    return None if decision is not None and decision.restore is not None else evaluation
 
 
-def end_with_best_policy(ctx: RunContext) -> None:
-    """The final evaluation. If the reward has declined from its best, restore the best snapshot first."""
+def end_with_best_policy(ctx: RunContext, recorded: Evaluation | None) -> None:
+    """The final evaluation. If the reward has declined from its best, restore the best snapshot first.
+
+    recorded: an evaluation of the current policy that is recorded already.
+    """
     steps_done, guards = ctx.checkpoints.position.steps_done, ctx.session.learner.guards
-    last = None
-    if ctx.setup.eval_prompts is not None and ctx.setup.config.logging.eval_steps > 0:
+    last = recorded
+    if last is None and ctx.setup.eval_prompts is not None and ctx.setup.config.logging.eval_steps > 0:
         last = evaluate_policy(ctx, steps_done)
     kind = guards.final_snapshot(None if last is None or last.failures else last.rewards)
     if kind is not None:
         ctx.checkpoints.save()  # the final state, before it is left
-        if last is not None:
+        if last is not None and recorded is None:
             record_evaluation(ctx, last, "during")
-            last = None
+        last = recorded = None
         ctx.checkpoints.leave_position()
         step = guards.restore(kind)
         ctx.session.publish()
         origin = f"before the update of step {step + 1}" if kind == "step" else f"the evaluation after step {step}"
         logger.info(f"the reward declined from its best: the run ends with the adapter from {origin}")
-    if ctx.setup.eval_prompts is not None:
+    if recorded is not None:
+        if ctx.output is not None:
+            ctx.output.end_with(recorded)
+    elif ctx.setup.eval_prompts is not None:
         record_evaluation(ctx, last or evaluate_policy(ctx, steps_done), "after")
 
 
@@ -93,6 +102,19 @@ def evaluation_is_due(setup: RunSetup, steps_done: int) -> bool:
 def is_due(steps_done: int, every: int) -> bool:
     """Whether something that happens every so many steps is due; never for 0."""
     return every > 0 and steps_done % every == 0
+
+
+def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Prompt]:
+    """The evaluation data, by default that of the run.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none, or it is invalid.
+    """
+    if eval_dataset is not None:
+        return load_eval_prompts(setup.config, eval_dataset, setup.inputs.tokenizer).rows
+    if setup.eval_prompts is None:
+        raise ValueError("no evaluation data: set data.eval, or pass eval_dataset")
+    return setup.eval_prompts
 
 
 def evaluate_now(

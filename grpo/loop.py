@@ -20,7 +20,7 @@ from .common.log import log_to, logger
 from .common.timing import Clock
 from .context import RunContext, open_run, run_folder_owned
 from .ending import save_on_error, write_final_files
-from .evaluating import end_with_best_policy, evaluate_between_steps, evaluation_is_due, is_due
+from .evaluating import Evaluation, end_with_best_policy, evaluate_between_steps, evaluation_is_due, is_due
 from .experience.batch import collect_batch
 from .recording import record_step
 from .run.reporting import check_reports
@@ -85,15 +85,15 @@ def begin(ctx: RunContext) -> None:
 
 def run(ctx: RunContext) -> None:
     """All steps and evaluations that are left, unless a callback ends the training."""
-    max_steps = ctx.setup.config.optim.max_steps
+    max_steps, evaluation = ctx.setup.config.optim.max_steps, None
     for step in range(ctx.checkpoints.position.steps_done, max_steps):
-        evaluate_and_save_if_due(ctx, step)
+        evaluation = evaluate_and_save_if_due(ctx, step)
         if ctx.setup.callbacks.requests.stop:
             break
         train_step(ctx, step)
     else:
-        evaluate_and_save_if_due(ctx, max_steps)
-    end_with_best_policy(ctx)
+        evaluation = evaluate_and_save_if_due(ctx, max_steps)
+    end_with_best_policy(ctx, evaluation)
 
 
 def train_step(ctx: RunContext, step: int) -> None:
@@ -119,11 +119,10 @@ def train_step(ctx: RunContext, step: int) -> None:
         raise TrainingStoppedError(decision.stop_reason)
 
 
-def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:
-    """Between two steps, after `step` updates."""
+def evaluate_and_save_if_due(ctx: RunContext, step: int) -> Evaluation | None:
+    """Between two steps, after `step` updates. Returns the evaluation of the policy, if there was one."""
     ctx.stop_if_requested()
-    if ctx.checkpoints.position.evaluation_pending:
-        evaluate_between_steps(ctx, step)
+    evaluation = evaluate_between_steps(ctx, step) if ctx.checkpoints.position.evaluation_pending else None
     save_steps, requests = ctx.setup.config.checkpoint.save_steps, ctx.setup.callbacks.requests
     is_last = requests.stop or step == ctx.setup.config.optim.max_steps
     is_wanted = requests.save or is_due(step, save_steps) or (is_last and save_steps > 0)
@@ -132,3 +131,4 @@ def evaluate_and_save_if_due(ctx: RunContext, step: int) -> None:
         if ctx.checkpoints.is_saved:
             ctx.setup.callbacks.save()
     ctx.stop_if_requested()
+    return evaluation

@@ -32,17 +32,17 @@ from . import generation, sharing
 from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
-from .data.run_inputs import load_eval_prompts
 from .display.terminal import View, make_view
-from .evaluating import evaluate_now
+from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
 from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
+from .trainer_methods import TrainerMethods
 from .user_inputs import DataSource, EvalSource, UserInputs
 
 
-class GRPOTrainer:
+class GRPOTrainer(TrainerMethods):
     """Trains one LoRA adapter with GRPO. See the module's docstring.
 
     The engine and the policy start when they are first needed and stay in memory until `close`, until the trainer is garbage,
@@ -222,11 +222,7 @@ class GRPOTrainer:
         Raises:
             ValueError: no evaluation data, or no such adapter.
         """
-        prompts = self.setup.eval_prompts
-        if eval_dataset is not None:
-            prompts = load_eval_prompts(self.args, eval_dataset, self.processing_class).rows
-        if prompts is None:
-            raise ValueError("no evaluation data: set data.eval, or pass eval_dataset")
+        prompts = prompts_of(self.setup, eval_dataset)
         with self._shown(), self._sessions.scoring() as session:
             return evaluate_now(self.setup, session, prompts, None if adapter is None else Path(adapter))
 

@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, export, check, doctor, plan, new, reward."""
+"""The command `rankup`: train, eval, export, check, doctor, plan, new, reward, trl."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .doctor.doctor import add_doctor_command
 from .export.export import add_export_command
 from .plan.plan import add_plan_command
 from .reward import add_reward_commands
+from .trl.trl import add_trl_command, split_words
 
 if TYPE_CHECKING:
     from ..trainer import GRPOTrainer
@@ -36,6 +37,7 @@ EXAMPLES = """examples:
   rankup plan Qwen/Qwen2.5-7B --vram 80                           a recommended adapter and a memory budget
   rankup new reward short_answers                                 a template for a reward function, and its test
   rankup reward short_answers.py:short_answers --data runs/sums   try a reward function on a run's completions
+  rankup trl train_grpo.py                                        a script written for TRL, unchanged
 """
 
 INTERRUPTED = 130  # the exit status that shells expect after Ctrl-C
@@ -67,11 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line. Overrides may come before and after options, which argparse itself does not allow."""
     parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    words, of_script = split_words(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
     if rest:
         options.overrides += rest
+    if of_script:
+        options.arguments = of_script
     return options
 
 
@@ -103,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_export_command(commands)
     add_plan_command(commands)
     add_reward_commands(commands)
+    add_trl_command(commands)
     return parser
 
 

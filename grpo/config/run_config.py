@@ -180,10 +180,14 @@ class GRPOConfig(Section):
         return self.model_dump_json(indent=2)
 
     @property
+    def completions_per_step(self) -> int:
+        """Completions that are sampled in a step, without resampling."""
+        return self.optim.prompts_per_step * self.rollout.num_generations
+
+    @property
     def max_num_seqs(self) -> int:
         """Sequences that vLLM samples concurrently: `rollout.max_num_seqs`, else the completions of a step, at most 256."""
-        completions_per_step = self.optim.prompts_per_step * self.rollout.num_generations
-        return self.rollout.max_num_seqs or min(completions_per_step, MAX_NUM_SEQS)
+        return self.rollout.max_num_seqs or min(self.completions_per_step, MAX_NUM_SEQS)
 
 
 def known_keys() -> KnownKeys:

@@ -60,11 +60,14 @@ def completion_metrics(groups: Sequence[Group]) -> dict[str, float]:
     completions = [completion for group in groups for completion in group.completions]
     lengths = [completion.num_tokens for completion in completions]
     terminated = [completion.num_tokens for completion in completions if completion.finish_reason == "stop"]
+    of_terminated = terminated or [0]  # TRL's value if there is none
     return {
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/mean_terminated_length": _mean(terminated),
+        "completions/min_terminated_length": float(min(of_terminated)),
+        "completions/max_terminated_length": float(max(of_terminated)),
         "completions/clipped_ratio": 1.0 - len(terminated) / len(completions),
     }
 

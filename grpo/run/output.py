@@ -80,6 +80,12 @@ class RunOutput(RecordsUserLogs):
             logger.warning(note)
         self.view.evaluation(state.global_step, metrics, when)
 
+    def end_with(self, evaluation: Evaluation) -> None:
+        """The evaluation that was recorded last is also that after training."""
+        metrics = evaluation.metrics()
+        self.recorder.end_with(metrics)
+        self.view.evaluation(self.config.optim.max_steps, metrics, "after")
+
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Write the completions of this worker's groups, and show a few. `step`: updates done before it."""
         local = [group for group in groups if group.is_local]

@@ -112,6 +112,10 @@ class RunRecorder:
         if when != "during":
             self._evaluation[when] = evaluation_rewards(metrics)
 
+    def end_with(self, metrics: Mapping[str, float]) -> None:
+        """The evaluation with these metrics, which has its row already, is that after training."""
+        self._evaluation["after"] = evaluation_rewards(metrics)
+
     def completions(
         self,
         step: int,

@@ -1,4 +1,4 @@
-"""Runs of a trainer that gets objects, as in scripts for TRL: models, adapters, tokenizers, classifiers, PEFT configurations."""
+"""Runs of a trainer that gets objects, as in scripts for TRL: models, adapters, tokenizers, classifiers, a `LoraConfig`."""
 
 from __future__ import annotations
 

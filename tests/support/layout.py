@@ -31,6 +31,7 @@ LAYERS = (
     {"grpo/objects"},
     {"grpo/cluster"},
     {"grpo/running"},
+    {"grpo/trainer_methods"},
     {"grpo/trainer"},
     {"grpo/cli"},
 )

@@ -175,11 +175,14 @@ def _optimizer(script: Script) -> None:
 
 def _sampling(script: Script) -> None:
     """`generation_kwargs` takes precedence over the options of the same meaning, as in TRL."""
-    text, template, longest = (
+    use_vllm, text, template, longest = (
+        script.trl("use_vllm"),
         script.trl("generation_kwargs"),
         script.ours("data.chat_template_kwargs"),
         script.trl("vllm_max_model_length"),
     )
+    if use_vllm is not None:
+        script.set("rollout.engine", "vllm" if use_vllm else "torch", by="use_vllm")
     for name, value in ({} if text is None else mapping(text, "generation_kwargs")).items():
         if name in GENERATION_KWARGS:
             script.replace(GENERATION_KWARGS[name], value)
@@ -221,8 +224,6 @@ def _evaluation(script: Script) -> None:
             pass
         case "no":  # as in TRL, eval_steps has no effect then
             script.replace("logging.eval_steps", 0)
-            if script.ours("logging.eval_before") is None:
-                script.replace("logging.eval_before", False)
         case "steps":
             script.replace("logging.eval_steps", script.ours("logging.eval_steps") or logging_steps)
         case "epoch":
@@ -230,6 +231,8 @@ def _evaluation(script: Script) -> None:
             script.set("logging.eval_epochs", 1.0, by="eval_strategy")
         case _:
             raise ValueError(f"eval_strategy: must be no, steps or epoch (got {strategy!r})")
+    if strategy is not None and script.ours("logging.eval_before") is None:  # the default of eval_on_start
+        script.replace("logging.eval_before", False)
     if shown is not None:
         script.set("logging.completions_steps", logging_steps if shown else 0, by="log_completions")
 

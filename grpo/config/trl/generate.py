@@ -61,11 +61,80 @@ from ....rewards.config import RewardFunction, RewardsConfig
 from ....rollout.config import RolloutConfig
 '''
 
-PAGE_HEADER = """# Scripts written for TRL
+SCRIPTS_HEADER = """# Scripts written for TRL
 
-In a script for TRL, `from rankup import GRPOConfig` takes the place of `from trl import GRPOConfig`. It accepts every field
-of TRL {version}, next to the [options](options.md) of this package: as flat names in Python, in run files and in overrides. An
-option that is set twice, by its name here and by TRL's, is an error. Numbers may be text (`"1e-6"`).
+Change the import, or change nothing:
+
+```python
+from rankup import GRPOConfig, GRPOTrainer  # instead of: from trl import GRPOConfig, GRPOTrainer
+```
+
+```bash
+rankup trl train_grpo.py                    # the unchanged script; everything after its name is the script's, --help too
+```
+
+`rankup trl` replaces `GRPOConfig` and `GRPOTrainer` in `trl`, `trl.trainer` and the modules that define them. Reward functions,
+`SFTTrainer` and all other names stay TRL's. It needs TRL to be installed; the changed import does not. For example, with this
+script as `train_grpo.py`:
+
+```python
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+numbers = [(a, b) for a in range(1, 10) for b in range(1, 10)]
+dataset = Dataset.from_list([{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in numbers])
+
+
+def correct(completions, answer, **kwargs):
+    return [float(expected in completion) for completion, expected in zip(completions, answer)]
+
+
+trainer = GRPOTrainer(
+    model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    reward_funcs=correct,
+    args=GRPOConfig(
+        output_dir="runs/sums",
+        per_device_train_batch_size=8,
+        num_generations=8,
+        max_completion_length=32,
+        max_steps=100,
+        learning_rate=1e-4,
+        use_vllm=True,
+    ),
+    train_dataset=dataset,
+)
+trainer.train()
+trainer.save_model("sums")
+print(trainer.state.log_history[-1]["train_loss"])
+```
+
+**What is trained.** Always a LoRA adapter, also where TRL would train the complete model; `save_model` writes it in PEFT's
+format. `rankup export --merge` makes a plain model of it.
+
+**What samples.** `use_vllm=True` is `rollout.engine=vllm`; `use_vllm=False` is `rollout.engine=torch`, the trainer's own
+forward: slower, but without vLLM. A script that does not set it gets the default here, vLLM.
+
+**Command lines.** Scripts that parse theirs with `TrlParser` or `HfArgumentParser` run with `rankup trl` only. Options that
+neither the command line nor the file of `--config` names have the defaults of this package. TRL's own `trl/scripts/grpo.py`
+runs too.
+
+**Reading and changing options.** With `rankup trl` a script can read every field of TRL from its configuration, and set fields
+until a trainer has read them. A dataclass derived from `GRPOConfig` may add fields, no methods. With the changed import the
+configuration is frozen.
+
+**The trainer.** Besides `train`, `evaluate`, `save_model`, `push_to_hub`, `log`, callbacks and `state`, it has `log_metrics`,
+`save_metrics`, `save_state`, `accelerator` (`print`, `is_main_process`, ...), `is_world_process_zero` and `end`. A subclass
+that overrides what TRL calls while it trains, such as `compute_loss`, is an error: it would never be called here.
+
+**Log entries.** `state.log_history` has an entry for each step, whatever `logging_steps` is, with TRL's names. `step_time` is
+`time/<phase>` here, `total_flos` does not exist, and `clip_ratio/...` needs `num_iterations` above 1.
+"""
+
+PAGE_HEADER = """## The configuration
+
+`GRPOConfig` accepts every field of TRL {version}, next to the [options](options.md) of this package: as flat names in Python,
+in run files and in overrides. An option that is set twice, by its name here and by TRL's, is an error. Numbers may be text
+(`"1e-6"`).
 
 ```python
 GRPOConfig(output_dir="runs/mine", per_device_train_batch_size=8, gradient_accumulation_steps=4, num_train_epochs=1,
@@ -245,7 +314,7 @@ def page() -> str:
         "refused": "Refused",
         "no effect": "Without effect",
     }
-    parts = [header, _arguments()]
+    parts = [SCRIPTS_HEADER, header, _arguments()]
     for kind, title in titles.items():
         parts.append(f"## {title}\n\n{_table({name: field for name, field in FIELDS.items() if field.kind == kind}, kind)}")
     aliases = ", ".join(f"`{old}` ({new})" for old, new in ALIASES.items())

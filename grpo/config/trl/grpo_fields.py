@@ -6,7 +6,7 @@ SERVER = "of vllm_mode='server'; vLLM runs in this process"
 ADAPTIVE = "acts only with use_adaptive_entropy"
 REF_MODEL = "acts only with sync_ref_model"
 VESPO = "of loss_type='vespo'"
-ONE_SAMPLER = "vLLM always samples; rollout.engine=torch samples without it"
+OTHER_SAMPLERS = "vLLM samples, or with use_vllm=False the torch engine"
 
 GRPO_FIELDS: dict[str, TrlField] = {
     "model_init_kwargs": converted(
@@ -45,7 +45,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "chat_template_kwargs": mapped("data.chat_template_kwargs", "dict[str, Any] | str | None", None),
     "repetition_penalty": mapped("rollout.repetition_penalty", "float", 1.0),
     "cache_implementation": moot("str | None", None, "vLLM has its own KV cache"),
-    "use_vllm": moot("bool", False, ONE_SAMPLER),
+    "use_vllm": converted("rollout.engine", "bool", False, "false: torch, true: vllm"),
     "vllm_mode": refused("str", "colocate", "leave it out: vLLM runs in this process, so there is no server to start"),
     "vllm_model_impl": refused("str", "vllm", "leave it out: vLLM's own layers hold the adapter"),
     "vllm_enable_sleep_mode": moot("bool", False, "vLLM's weights are the trainer's, so they stay in place", is_reported=True),
@@ -105,8 +105,8 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "num_completions_to_print": mapped("logging.num_completions_to_print", "int | None", None),
     "log_unique_prompts": moot("bool", False, "completions/ has all of them"),
     "log_completions_hub_repo": refused("str | None", None, "completions/ in the run folder has them as parquet: upload it"),
-    "use_transformers_continuous_batching": moot("bool", False, ONE_SAMPLER),
-    "transformers_continuous_batching_config": moot("dict | str | None", None, ONE_SAMPLER),
-    "use_transformers_paged": moot("bool", False, ONE_SAMPLER),
+    "use_transformers_continuous_batching": moot("bool", False, OTHER_SAMPLERS),
+    "transformers_continuous_batching_config": moot("dict | str | None", None, OTHER_SAMPLERS),
+    "use_transformers_paged": moot("bool", False, OTHER_SAMPLERS),
     "vllm_importance_sampling_cap": mapped("correction.cap", "float | None", None, "TRL's older name of clip_max"),
 }

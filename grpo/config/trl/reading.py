@@ -32,6 +32,14 @@ DERIVED: dict[str, Callable[[GRPOConfig], Value]] = {
 }
 """Names that no single option has."""
 
+BATCH: dict[str, Callable[[GRPOConfig], Value]] = {
+    "per_device_train_batch_size": lambda config: config.completions_per_step // config.cluster.workers,
+    "gradient_accumulation_steps": lambda config: 1,
+    "steps_per_generation": lambda config: 1,
+    "generation_batch_size": lambda config: config.completions_per_step,
+}
+"""A step in TRL's terms, if the script has not given it in these."""
+
 
 def read(config: GRPOConfig, name: str, *, given: Mapping[str, Value]) -> Value:
     """The value of one of TRL's names.
@@ -40,8 +48,9 @@ def read(config: GRPOConfig, name: str, *, given: Mapping[str, Value]) -> Value:
         AttributeError: TRL has no such name.
     """
     name = ALIASES.get(name, name)
-    if name in DERIVED:
-        return DERIVED[name](config)
+    derived = DERIVED if config.has_trl_batch else {**DERIVED, **BATCH}
+    if name in derived:
+        return derived[name](config)
     field = ALL_NAMES.get(name)
     if field is None:
         raise AttributeError(f"GRPOConfig has no option {name}")

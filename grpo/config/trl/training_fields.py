@@ -76,7 +76,7 @@ TRAINING_FIELDS: dict[str, TrlField] = {
         "logging.eval_steps, logging.eval_epochs, logging.eval_before",
         "str",
         "no",
-        "no: only after training; steps; epoch",
+        "no: only after training; steps; epoch; none before the first step without eval_on_start",
     ),
     "eval_steps": converted(
         "logging.eval_steps, logging.eval_epochs", "float | None", None, f"{STEPS}; evaluates without eval_strategy too"

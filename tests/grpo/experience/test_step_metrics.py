@@ -94,6 +94,8 @@ def test_completion_metrics(groups: list[Group]) -> None:
         "completions/min_length": 1.0,
         "completions/max_length": 4.0,
         "completions/mean_terminated_length": 3.5,  # of the two that ended by themselves
+        "completions/min_terminated_length": 3.0,
+        "completions/max_terminated_length": 4.0,
         "completions/clipped_ratio": 0.5,
     }
 

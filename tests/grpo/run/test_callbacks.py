@@ -155,6 +155,9 @@ def test_early_stopping_of_transformers_ends_the_run(make_trainer, tmp_path, cap
     stopping = transformers.EarlyStoppingCallback(early_stopping_patience=2)
     trainer = make_trainer(constant, callbacks=[stopping], eval_steps=1, eval_before=False, max_steps=9)
     assert trainer.train().global_step == 3, "the first evaluation is the best one, and two do not exceed it"
+    evaluated = [row["step"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row]
+    assert evaluated == [1, 2, 3], "the last one is not repeated"
+    assert trainer.summary["evaluation"]["after"]["reward"] == 1.0
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (1.0, 1)
     with pytest.raises(AssertionError, match="requires IntervalStrategy"):
         make_trainer(callbacks=[stopping], eval_steps=0).train()
@@ -216,6 +219,6 @@ def test_callbacks_read_the_configuration_by_the_names_of_trl(make_trainer):
     make_trainer(callbacks=[Reads], dataloader_num_workers=3, eval_steps=1).train()
     assert json.loads(seen.pop("text"))["optim"]["max_steps"] == 2
     assert seen == {
-        "eval_strategy": "steps", "metric_for_best_model": "eval_reward", "per_device_train_batch_size": 8,
+        "eval_strategy": "steps", "metric_for_best_model": "eval_reward", "per_device_train_batch_size": 12,
         "dataloader_num_workers": 3, "bf16": False, "lr": 1e-2,
     }  # fmt: skip
