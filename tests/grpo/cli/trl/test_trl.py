@@ -72,7 +72,8 @@ def test_all_ways_to_import_the_two_names_give_rankups_and_others_stay_trls(run)
     assert outcome.out.startswith(
         f"rankup trl: GRPOConfig and GRPOTrainer are those of rankup, everything else is TRL {trl.__version__}\n"
     )
-    assert vars(trl)["GRPOTrainer"] is GRPOTrainer and GRPOTrainer.__module__ == "trl.trainer.grpo_trainer"
+    assert getattr(trl, "GRPOTrainer") is GRPOTrainer  # noqa: B009  # type checkers find no such name
+    assert GRPOTrainer.__module__ == "trl.trainer.grpo_trainer"
     assert sys.modules["trl.trainer.grpo_trainer"].GRPOTrainer is GRPOTrainer
 
 
