@@ -32,7 +32,7 @@ from . import generation, sharing
 from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
-from .display.terminal import View, make_view
+from .display.terminal import View, make_view, make_view_without_run
 from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
 from .running import run
@@ -118,6 +118,7 @@ class GRPOTrainer(TrainerMethods):
         self.setup = prepare_run(config, self._inputs, view=view or _view_of(config))
         self.args = self.setup.config
         self.view = view or _view_of(self.args)  # now the number of steps is known, also of a run in epochs
+        self._view_without_run = view or make_view_without_run()
         self._sessions = Sessions(self.setup)
         self._is_shown = False
 
@@ -195,7 +196,7 @@ class GRPOTrainer(TrainerMethods):
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
             KeyboardInterrupt: Ctrl-C in a notebook or at a prompt.
         """
-        with self._shown():
+        with self._shown(self.view):
             self.summary = run(
                 self.setup,
                 self._sessions,
@@ -307,15 +308,15 @@ class GRPOTrainer(TrainerMethods):
     # ------------------------------------------------------------------------------------------ internals
 
     @contextmanager
-    def _shown(self) -> Iterator[None]:
-        """Show progress and notes, also if a callback of a run calls a method."""
+    def _shown(self, view: View | None = None) -> Iterator[None]:
+        """Show progress and notes in this view, or outside of a run as lines; where a run shows its own if there is one."""
         if self._is_shown:
             yield
             return
         self._is_shown = True
-        self.setup.view = self.view
+        self.setup.view = view = view or self._view_without_run
         try:
-            with self.view, log_to(self.view.note):
+            with view, log_to(view.note):
                 yield
         finally:
             self._is_shown = False

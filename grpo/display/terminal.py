@@ -90,6 +90,11 @@ def make_view(*, max_steps: int, run_name: str, output_dir: Path | None = None, 
     return kind(max_steps=max_steps, run_name=run_name, output_dir=output_dir, console=console)
 
 
+def make_view_without_run(console: Console | None = None) -> View:
+    """Plain lines for what happens outside of a run."""
+    return PlainView(max_steps=0, run_name="", console=console or Console(force_terminal=sys.stdout.isatty()))
+
+
 class _TerminalView(View):
     """The settings of both views, and the clock."""
 
@@ -152,7 +157,8 @@ class PlainView(_TerminalView):
             self._print(line)
 
     def __enter__(self) -> Self:
-        self._print(f"run {self._run_name}: {self._max_steps} steps")
+        if self._run_name:
+            self._print(f"run {self._run_name}: {self._max_steps} steps")
         return super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import ROOT, code_blocks
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_runs import ROWS, metrics_of, timeless
@@ -271,3 +272,21 @@ def test_a_finished_run_is_taken_as_it_is(make_trainer):
     again = make_trainer()
     assert again.train(resume_from_checkpoint=True).global_step == 2
     assert are_equal(weights_of(again), weights_of(trainer))
+
+
+def test_the_example_of_the_documentation(tiny_model_path, tmp_path, monkeypatch, capsys):
+    """Apart from the model, the engine and the number of steps."""
+    page = (ROOT / "docs" / "runs.md").read_text()
+    [example] = [block for language, block in code_blocks(page) if language == "python" and "with GRPOTrainer(" in block]
+    for text, other in (
+        ("smollm2-135m-instruct", str(tiny_model_path("llama"))),
+        ("max_steps=20", 'max_steps=2, engine="torch", dtype="float32", max_completion_length=8'),
+    ):
+        assert example.count(text) == 1
+        example = example.replace(text, other)
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": f"{n}+1=", "answer": n + 1}) + "\n" for n in range(8)))
+    exec(example, {})
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("[")
