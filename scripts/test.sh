@@ -20,8 +20,8 @@ case "${1:-}" in
     --quick) lane=(-m "not engine and not ray and not runs and not slow") && shift ;;
     --all) lane=(--exhaustive tests) && shift ;;
 esac
-# The tests of a file run in one process: they share engines, and Ray. In their order, files that take minutes come early.
-processes=(-n "$(nproc)" --dist loadfile --no-loadscope-reorder)
+# Not nproc, which OMP_NUM_THREADS changes. The tests of a file run in one process: they share engines, and Ray. In their order, files that take minutes come early.
+processes=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder)
 previous=""
 for argument in "$@"; do
     if [[ "$previous" != --exhaustive && -e "${argument%%::*}" ]]; then
