@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from .common.errors import first_line
 from .model.policy import Policy
 
+HUB_ERRORS: tuple[type[Exception], ...] = (LocalTokenNotFoundError, OSError, *HfHubHTTPError.__bases__)
+"""No token, answers with an error, and connections that fail; the latter are only known as a base class."""
+
 
 def write_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write adapter and tokenizer into a folder. Other files there stay as they are: it may be the run folder.
@@ -51,7 +54,7 @@ def push_to_hub(
         try:
             name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(hub.upload_folder(repo_id=name, folder_path=temporary, commit_message=commit_message).commit_url)
-        except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        except HUB_ERRORS as error:
             raise ValueError(
                 f"could not upload to {repo_id} on the Hub: {first_line(error)} (log in with `hf auth login`)"
             ) from error
