@@ -3,10 +3,9 @@
     rewards: {functions: Skywork/Skywork-Reward-V2-Qwen3-0.6B}      # a Hub id or a local folder
 
     helpful = SequenceClassifier("models/helpful", device="cpu")
-    helpful = SequenceClassifier(model, tokenizer=tokenizer)        # loaded already
 
-The reward of a row is the classifier's single logit for the prompt followed by the completion; conversations are formatted by
-the chat template of the classifier's tokenizer.
+A loaded model is taken too, with its tokenizer. The reward of a row is the classifier's single logit for the prompt followed by the
+completion; conversations are formatted by the chat template of the classifier's tokenizer.
 """
 
 from __future__ import annotations

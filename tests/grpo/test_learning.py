@@ -15,10 +15,9 @@ GAIN = 0.1
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("changes", [{}, {"loss_type": "gspo"}, {"num_iterations": 2}], ids=["dapo", "gspo", "two iterations"])
 def test_twelve_steps_raise_the_reward(make_trainer, tmp_path: Path, seed: int, changes: dict) -> None:
-    summary = make_trainer(
-        seed=seed, max_steps=12, prompts_per_step=8, num_generations=8, save_steps=0, **changes
-    ).train()
-    evaluation = summary["evaluation"]
+    trainer = make_trainer(seed=seed, max_steps=12, prompts_per_step=8, num_generations=8, save_steps=0, **changes)
+    trainer.train()
+    evaluation = trainer.summary["evaluation"]
     assert evaluation["after"]["reward"] > evaluation["before"]["reward"] + GAIN, "it evaluates the trained adapter"
     rewards = [step["reward"] for step in steps_of(tmp_path / "run")]
     assert statistics.fmean(rewards[-3:]) > statistics.fmean(rewards[:3]) + GAIN

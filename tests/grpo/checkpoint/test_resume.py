@@ -151,7 +151,7 @@ def test_records_that_cannot_be_synced_cost_only_that_checkpoint(train, tmp_path
 def test_an_interruption_that_could_not_be_saved_does_not_end_with_status_0(make_trainer, monkeypatch):
     """The state was left for that of the best snapshot, and the checkpoint before it had failed."""
 
-    def leaves_its_position(ctx: Any) -> None:
+    def leaves_its_position(ctx: Any, recorded: Any) -> None:
         ctx.checkpoints.leave_position()
         raise RunInterrupted(signal.SIGTERM)
 
