@@ -4,8 +4,8 @@
 
     helpful = SequenceClassifier("models/helpful", device="cpu")
 
-A loaded model is taken too, with its tokenizer. The reward of a row is the classifier's single logit for the prompt followed by the
-completion; conversations are formatted by the chat template of the classifier's tokenizer.
+A loaded model is taken too, with its tokenizer. The reward of a row is the classifier's single logit for the prompt followed by
+the completion; conversations are formatted by the chat template of the classifier's tokenizer.
 """
 
 from __future__ import annotations
