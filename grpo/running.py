@@ -28,6 +28,8 @@ def run(
     engine: RolloutEngine | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`. See `GRPOTrainer.train`; `setup.can_resume` says whether there is a checkpoint."""
+    if sessions.is_in_use:  # a callback has called train, or another thread
+        raise ValueError("this trainer is in the middle of a run or an evaluation: call train again when that has ended")
     interrupts = setup.interrupts
     setup.can_resume = False
     try:

@@ -68,6 +68,12 @@ class Sessions:
         self._open: _OpenSession | None = None
         self._close_as_garbage: weakref.finalize | None = None
         self._is_in_use = False
+        self._closes_after_use = False
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a run or an evaluation is in progress."""
+        return self._is_in_use
 
     @contextmanager
     def for_run(self, engine: RolloutEngine | None = None) -> Iterator[Session]:
@@ -136,8 +142,11 @@ class Sessions:
         self._setup.saved_adapter = run_dir / ADAPTER_DIR if (run_dir / ADAPTER_DIR).is_dir() else None
 
     def close(self) -> None:
-        """Close the engine and free its memory and the policy's. Does nothing if no session is open."""
-        if self._close_as_garbage is not None:
+        """Close the engine and free its memory and the policy's. Does nothing if no session is open; if it is in use, it is
+        closed at the end of that use."""
+        if self._is_in_use:
+            self._closes_after_use = True
+        elif self._close_as_garbage is not None:
             self._setup.callbacks.release()
             self._open = None
             self._close_as_garbage()
@@ -182,3 +191,6 @@ class Sessions:
             yield
         finally:
             self._is_in_use = False
+            if self._closes_after_use:
+                self._closes_after_use = False
+                self.close()

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from ..data.groups import Group
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from .records import read_metrics
+
+NAMES_OF_THE_RUN = frozenset({"step", "epoch", "loss", "reward", "eval_reward"})
+"""What tells the rows of steps and evaluations from those of a user, who cannot log them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +205,8 @@ class Callbacks:
 
         is_of_run: it can be the best one of the run; not if the user asked for it.
         """
-        self.control.should_evaluate = False
+        if is_of_run:  # else the one that a callback has asked for is still due
+            self.control.should_evaluate = False
         self._log(metrics)
         self._event(self.instances, "on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
         best, reward = self.state.best_metric, metrics["eval_reward"]
@@ -236,7 +241,13 @@ class Callbacks:
         }
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """A user's metrics: added to `log_history` and, during a run, to `metrics.jsonl`."""
+        """A user's metrics: added to `log_history` and, during a run, to `metrics.jsonl`.
+
+        Raises:
+            ValueError: a name is in `NAMES_OF_THE_RUN`.
+            TypeError: a value is no number.
+        """
+        metrics = _numbers(metrics)
         for callback in self._inside:
             if isinstance(callback, RecordsUserLogs):
                 callback.on_user_log(self.state, metrics)
@@ -301,3 +312,18 @@ class Callbacks:
 
     def _epoch(self, steps_done: int) -> float:
         return steps_done / self._steps_per_epoch
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """A user's metrics as Python's numbers, from scalars of any library. None stays: there is no value."""
+    if taken := sorted(NAMES_OF_THE_RUN.intersection(metrics)):
+        raise ValueError(f"log: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} logged by the run: use another name")
+    numbers: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            numbers[str(name)] = value if value is None else int(value) if isinstance(value, Integral) else float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last one is torch's, of a tensor with several elements
+            raise TypeError(f"log: {name} must be a number (got {value!r})") from None
+    return numbers
