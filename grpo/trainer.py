@@ -273,6 +273,7 @@ class GRPOTrainer(TrainerMethods):
         """
         folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(output_dir).expanduser()
         sharing.write_model(folder, self._current().policy, self.processing_class)
+        self._sessions.written(folder)
 
     def push_to_hub(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -340,3 +341,18 @@ def test_an_evaluation_by_one_callback_leaves_that_which_another_asked_for(make_
     trainer = make_trainer(callbacks=[Asks(), InSteps(lambda: trainer.evaluate(ROWS[4:]))], max_steps=3)
     trainer.train()
     assert [row["step"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row] == [0, 1, 2, 3]
+
+
+def test_a_trainer_keeps_its_adapter_when_another_one_takes_its_folder(make_trainer, tmp_path):
+    first, second = make_trainer(), make_trainer(seed=1)
+    first.train()
+    trained = weights_of(first)
+    first.save_model()
+    second.train()
+    assert (tmp_path / "run.1").is_dir() and not are_equal(weights_of(second), trained)
+    assert are_equal(weights_of(first), trained)
+    shutil.rmtree(tmp_path / "run.1")
+    first.close()
+    with pytest.raises(ValueError, match=r"is gone, or another run has replaced it"):
+        first.evaluate()
+    assert first.train().global_step == 2
