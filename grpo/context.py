@@ -36,6 +36,7 @@ class RunContext:
     """The components of the loop. `output` is None on all workers but the main process, `inside` the callbacks of our own."""
 
     setup: RunSetup
+    sessions: Sessions
     session: Session
     checkpoints: CheckpointManager
     output: RunOutput | None
@@ -52,7 +53,7 @@ class RunContext:
         """Write the policy into the run folder."""
         if self.output is not None:
             self.session.policy.save_adapter(self.output.recorder.adapter_dir)
-            self.setup.saved_adapter = self.output.recorder.adapter_dir
+            self.sessions.adapter_saved()
 
     def draw(self) -> None:
         """Draw the learning curve, if there was a step."""
@@ -104,7 +105,9 @@ def open_run(
             storage=setup.storage,
         )
         inside = [profiling] if output is None else [output, profiling]
-        ctx = RunContext(setup=setup, session=session, checkpoints=checkpoints, output=output, inside=inside)
+        ctx = RunContext(
+            setup=setup, sessions=sessions, session=session, checkpoints=checkpoints, output=output, inside=inside
+        )
         if resumption is None:
             checkpoints.start(evaluation_pending=evaluation_pending)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..kernels.cpu_memory import return_freed_memory
 from ..rollout.engine import RolloutEngine
 from . import loop
 from .checkpoint.resume import Resume
@@ -28,6 +29,8 @@ def run(
     engine: RolloutEngine | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`. See `GRPOTrainer.train`; `setup.can_resume` says whether there is a checkpoint."""
+    if sessions.is_in_use:  # a callback has called train, or another thread
+        raise ValueError("this trainer is in the middle of a run or an evaluation: call train again when that has ended")
     interrupts = setup.interrupts
     setup.can_resume = False
     try:
@@ -43,6 +46,7 @@ def run(
             return {**summary, "interrupted": True} if interrupts.requested is not None else summary
     except RunInterrupted as interruption:
         forget_models(interruption)
+        return_freed_memory()
         if interruption.signal == "SIGINT" and is_interactive():
             checkpoint = interruption.checkpoint
             raise KeyboardInterrupt(
@@ -53,6 +57,7 @@ def run(
         raise
     except BaseException as error:  # raised again
         forget_models(error)
+        return_freed_memory()
         raise
 
 

@@ -13,17 +13,17 @@ that of another trainer, which opens its own again when it is needed.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import cast
 
 from ..kernels.cpu_memory import return_freed_memory
 from ..rollout.engine import RolloutEngine
 from ..rollout.vllm_compat import vllm_version
 from .common.log import logger
-from .run.run_folder import ADAPTER_DIR
+from .run.run_folder import SavedAdapter
 from .setup import RunSetup
 from .update.session import Session, open_session
 
@@ -67,7 +67,14 @@ class Sessions:
         self._setup = setup
         self._open: _OpenSession | None = None
         self._close_as_garbage: weakref.finalize | None = None
+        self._saved_adapter: SavedAdapter | None = None
         self._is_in_use = False
+        self._closes_after_use = False
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a run or an evaluation is in progress."""
+        return self._is_in_use
 
     @contextmanager
     def for_run(self, engine: RolloutEngine | None = None) -> Iterator[Session]:
@@ -120,9 +127,10 @@ class Sessions:
         """
         found = self._usable()
         if found is None:
+            adapter = None if self._saved_adapter is None else self._saved_adapter.find()
             found = self._open_new(None)
-            if self._setup.saved_adapter is not None:
-                found.session.policy.load_adapter(self._setup.saved_adapter)
+            if adapter is not None:
+                found.session.policy.load_adapter(adapter)
                 found.has_run = True
         if not self._is_in_use:
             found.session.publish()
@@ -131,18 +139,28 @@ class Sessions:
     def take_finished_run(self) -> None:
         """From now on the current policy, and the state, are those of the finished run in the run folder."""
         self.close()
-        run_dir = self._setup.config.logging.output_dir
-        self._setup.callbacks.read(run_dir)
-        self._setup.saved_adapter = run_dir / ADAPTER_DIR if (run_dir / ADAPTER_DIR).is_dir() else None
+        self._setup.callbacks.read(self._setup.config.logging.output_dir)
+        self.adapter_saved()
+
+    def adapter_saved(self) -> None:
+        """The run has saved its adapter: from now on a new session has that one."""
+        self._saved_adapter = SavedAdapter.of(self._setup.config.logging.output_dir)
+
+    def written(self, folder: Path) -> None:
+        """The current adapter was written to `folder`, which may be that of the run's adapter."""
+        if self._saved_adapter is not None and folder.resolve() == self._saved_adapter.folder:
+            self.adapter_saved()
 
     def close(self) -> None:
-        """Close the engine and free its memory and the policy's. Does nothing if no session is open."""
-        if self._close_as_garbage is not None:
+        """Close the engine and free its memory and the policy's. Does nothing if no session is open; if it is in use, it is
+        closed at the end of that use."""
+        if self._is_in_use:
+            self._closes_after_use = True
+        elif self._close_as_garbage is not None:
             self._setup.callbacks.release()
             self._open = None
             self._close_as_garbage()
             self._close_as_garbage = None
-            gc.collect()  # a model is full of cycles
             return_freed_memory()
 
     def _usable(self) -> _OpenSession | None:
@@ -182,3 +200,6 @@ class Sessions:
             yield
         finally:
             self._is_in_use = False
+            if self._closes_after_use:
+                self._closes_after_use = False
+                self.close()

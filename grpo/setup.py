@@ -41,7 +41,6 @@ class RunSetup:
         on_ready: called once, when this worker's engine has started.
         last_checkpoint: the newest one that the run wrote or resumed from, once it has ended in whatever way.
         can_resume: whether the last run has left a checkpoint, on a cluster too.
-        saved_adapter: folder of the adapter that the last run has saved.
     """
 
     config: GRPOConfig
@@ -60,7 +59,6 @@ class RunSetup:
     on_ready: Callable[[], None] = lambda: None
     last_checkpoint: Path | None = None
     can_resume: bool = False
-    saved_adapter: Path | None = None
 
     @property
     def eval_prompts(self) -> Sequence[Prompt] | None:

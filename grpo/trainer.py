@@ -162,7 +162,12 @@ class GRPOTrainer(TrainerMethods):
         return self.setup.callbacks.remove(callback)
 
     def log(self, logs: Mapping[str, float]) -> None:
-        """Add metrics to `state.log_history` and tell the callbacks; during a run, also to `metrics.jsonl` and the trackers."""
+        """Add metrics to `state.log_history` and tell the callbacks; during a run, also to `metrics.jsonl` and the trackers.
+
+        Raises:
+            ValueError: a name is one of the run's own, such as `reward`.
+            TypeError: a value is no number.
+        """
         self.setup.callbacks.log(logs)
 
     # ------------------------------------------------------------------------------------------- training
@@ -190,7 +195,8 @@ class GRPOTrainer(TrainerMethods):
 
         Raises:
             StorageError: `checkpoint.storage` could not be reached when the run was looked up, or started.
-            ValueError: the run in `output_dir` differs, with the differences; or the engine has other settings.
+            ValueError: the run in `output_dir` differs, with the differences; the engine has other settings; or a run of this
+                trainer is in progress, as when a callback calls `train`.
             TrainingStoppedError: the guards gave up.
             ClusterError: a run with `cluster.workers` above 1 has failed.
             RunInterrupted: a signal came; a SystemExit with status 0 once everything is saved.
@@ -268,6 +274,7 @@ class GRPOTrainer(TrainerMethods):
         """
         folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(output_dir).expanduser()
         sharing.write_model(folder, self._current().policy, self.processing_class)
+        self._sessions.written(folder)
 
     def push_to_hub(
         self,
@@ -296,7 +303,8 @@ class GRPOTrainer(TrainerMethods):
         )
 
     def close(self) -> None:
-        """Close the engine and free its memory and the policy's. The trainer can still be used: both start again then."""
+        """Close the engine and free its memory and the policy's. The trainer can still be used: both start again then. In a
+        callback it takes effect when the run, or the evaluation, has ended."""
         self._sessions.close()
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ quarter of a training step on two cores. `keep_freed_memory()` raises the two th
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # From glibc's malloc.h.
@@ -27,6 +28,10 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Return freed memory to the kernel. Returns whether there was any (glibc on Linux only)."""
+    """Return freed memory to the kernel. Returns whether there was any (glibc on Linux only).
+
+    Collects garbage first: models are full of cycles.
+    """
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     return trim is not None and bool(trim(0))

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from ..config import GRPOConfig
 from ..data.groups import Group
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
-from .records import read_metrics
+from .records import read_metrics, read_summary
+
+NAMES_OF_THE_RUN = frozenset({"step", "epoch", "loss", "reward", "eval_reward"})
+"""What tells the rows of steps and evaluations from those of a user, who cannot log them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class StepRecord:
 class RecordsUserLogs(TrainerCallback):
     """A callback inside that records what a user logs during a run."""
 
-    def on_user_log(self, state: TrainerState, metrics: Mapping[str, float]) -> None:
+    def on_user_log(self, state: TrainerState, metrics: Mapping[str, float | None]) -> None:
         """See the class."""
         raise NotImplementedError
 
@@ -166,8 +170,14 @@ class Callbacks:
 
     def read(self, run_dir: Path) -> None:
         """Set the state to that at the end of the run in that folder, which other processes have made."""
-        rows = read_metrics(run_dir)
+        rows, summary = read_metrics(run_dir), read_summary(run_dir)
         self.restore(rows[-1]["step"] if rows else 0, rows)
+        evaluated = [(row["eval_reward"], row["step"]) for row in rows if row.get("eval_reward") is not None]
+        if evaluated:
+            self.state.best_metric, self.state.best_global_step = max(evaluated, key=lambda one: one[0])
+        if summary is not None:
+            end: dict[str, Any] = dict(self.train_metrics(summary["seconds"]["total"]))
+            self.state.log_history.append({**end, "epoch": self.state.epoch, "step": self.state.global_step})
 
     def step_begin(self, step: int) -> None:
         """A step begins, after `step` updates. What was asked for before is forgotten, a stop aside."""
@@ -201,7 +211,8 @@ class Callbacks:
 
         is_of_run: it can be the best one of the run; not if the user asked for it.
         """
-        self.control.should_evaluate = False
+        if is_of_run:  # else the one that a callback has asked for is still due
+            self.control.should_evaluate = False
         self._log(metrics)
         self._event(self.instances, "on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
         best, reward = self.state.best_metric, metrics["eval_reward"]
@@ -236,11 +247,17 @@ class Callbacks:
         }
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """A user's metrics: added to `log_history` and, during a run, to `metrics.jsonl`."""
+        """A user's metrics: added to `log_history` and, during a run, to `metrics.jsonl`.
+
+        Raises:
+            ValueError: a name is in `NAMES_OF_THE_RUN`.
+            TypeError: a value is no number.
+        """
+        numbers = _numbers(metrics)
         for callback in self._inside:
             if isinstance(callback, RecordsUserLogs):
-                callback.on_user_log(self.state, metrics)
-        self._log(metrics)
+                callback.on_user_log(self.state, numbers)
+        self._log(numbers)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -276,7 +293,7 @@ class Callbacks:
 
     # ---------------------------------------------------------------------------------------------- internals
 
-    def _log(self, metrics: Mapping[str, float]) -> None:
+    def _log(self, metrics: Mapping[str, float | None]) -> None:
         logs = {**metrics, "epoch": self.state.epoch}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self._event(self._all, "on_log", logs=logs)
@@ -301,3 +318,18 @@ class Callbacks:
 
     def _epoch(self, steps_done: int) -> float:
         return steps_done / self._steps_per_epoch
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """A user's metrics as Python's numbers, from scalars of any library. None stays: there is no value."""
+    if taken := sorted(NAMES_OF_THE_RUN.intersection(metrics)):
+        raise ValueError(f"log: {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} logged by the run: use another name")
+    numbers: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            numbers[str(name)] = value if value is None else int(value) if isinstance(value, Integral) else float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last one is torch's, of a tensor with several elements
+            raise TypeError(f"log: {name} must be a number (got {value!r})") from None
+    return numbers

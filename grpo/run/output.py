@@ -66,7 +66,7 @@ class RunOutput(RecordsUserLogs):
         if step == 0 or (every and (step + 1) % every == 0):
             self.completions(step, record.groups)
 
-    def on_user_log(self, state: TrainerState, metrics: Mapping[str, float]) -> None:
+    def on_user_log(self, state: TrainerState, metrics: Mapping[str, float | None]) -> None:
         """Record what a user logs during the run."""
         self.recorder.log(state.global_step, metrics)
 

@@ -97,7 +97,7 @@ class RunRecorder:
             if name.startswith("time/"):
                 self._seconds[name.removeprefix("time/")] += float(value)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Append a row of a user's metrics after `step` steps."""
         self._append({"step": step, **metrics})
 

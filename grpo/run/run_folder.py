@@ -4,11 +4,15 @@
         moved = move_aside(Path("runs/mine"))           # runs/mine.1, if it held a run
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
@@ -17,6 +21,46 @@ CHECKPOINTS = "checkpoints"
 ADAPTER_DIR = "adapter"
 RUN_FILES = (CONFIG_FILE, METRICS_FILE)
 """A folder with one of these holds a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """The adapter that a run has saved in its folder, which another run may take and move aside.
+
+    Attributes:
+        run_dir: where it was saved, without links.
+        identity: device, inode and time of its folder, which renaming `run_dir` does not change.
+    """
+
+    run_dir: Path
+    identity: tuple[int, int, int]
+
+    @property
+    def folder(self) -> Path:
+        """Where it was saved."""
+        return self.run_dir / ADAPTER_DIR
+
+    @staticmethod
+    def of(run_dir: Path) -> SavedAdapter | None:
+        """The one in the folder of a run; None if there is none."""
+        run_dir = run_dir.resolve()
+        identity = _written(run_dir / ADAPTER_DIR)
+        return None if identity is None else SavedAdapter(run_dir=run_dir, identity=identity)
+
+    def find(self) -> Path:
+        """Its folder, also after the run was moved aside.
+
+        Raises:
+            ValueError: it is gone, or another run has replaced it.
+        """
+        for run_dir in (self.run_dir, *sorted(self.run_dir.parent.glob(f"{escape(self.run_dir.name)}.*"))):
+            if _written(run_dir / ADAPTER_DIR) == self.identity:
+                return run_dir / ADAPTER_DIR
+        raise ValueError(
+            f"the adapter that this trainer saved in {self.folder} is gone, or another run has replaced it: "
+            "train again, or make a new trainer of that run"
+        )
+
 
 _LOCKED: set[tuple[int, int]] = set()
 """Folders that this process has locked, by device and inode, since the system would refuse it a second lock."""
@@ -86,3 +130,11 @@ def _lock(descriptor: int, timeout: float) -> None:
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
+
+
+def _written(adapter: Path) -> tuple[int, int, int] | None:
+    """Device, inode and time of the folder of an adapter; None if it is missing."""
+    if not adapter.is_dir():
+        return None
+    status = adapter.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns

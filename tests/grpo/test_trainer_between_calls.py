@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pages import ROOT, code_blocks
@@ -272,6 +275,8 @@ def test_a_finished_run_is_taken_as_it_is(make_trainer):
     again = make_trainer()
     assert again.train(resume_from_checkpoint=True).global_step == 2
     assert are_equal(weights_of(again), weights_of(trainer))
+    *steps, end = again.state.log_history
+    assert (steps, end["train_loss"]) == (trainer.state.log_history[:-1], trainer.state.log_history[-1]["train_loss"])
 
 
 def test_the_example_of_the_documentation(tiny_model_path, tmp_path, monkeypatch, capsys):
@@ -290,3 +295,85 @@ def test_the_example_of_the_documentation(tiny_model_path, tmp_path, monkeypatch
     exec(example, {})
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().out.splitlines()[-1].startswith("[")
+
+
+class InSteps(TrainerCallback):
+    """Does something at the end of each step."""
+
+    def __init__(self, does: Callable[[], object]) -> None:
+        self.does = does
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.does()
+
+
+def test_a_trainer_that_a_callback_closes_is_closed_after_the_run(make_trainer, tmp_path):
+    policies = []
+
+    def close() -> None:
+        policies.append(weakref.ref(trainer._current().policy))
+        trainer.close()
+
+    trainer = make_trainer(callbacks=[InSteps(close)])
+    assert trainer.train().global_step == 2
+    gc.collect()
+    assert policies[0]() is None
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(trainer.summary["evaluation"]["after"]["reward"])
+
+
+def test_a_run_inside_of_a_run_is_refused(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[InSteps(lambda: trainer.train())])
+    with pytest.raises(ValueError, match="in the middle of a run or an evaluation"):
+        trainer.train()
+    assert not (tmp_path / "run.1").exists()
+    trainer.remove_callback(InSteps)
+    assert trainer.can_resume and trainer.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_what_is_logged_are_plain_numbers(make_trainer, tmp_path):
+    metrics = {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.int64(3), "d": float("nan"), "e": None}
+    trainer = make_trainer(callbacks=[InSteps(lambda: trainer.log(metrics))], max_steps=1)
+    trainer.train()
+    [row] = [row for row in metrics_of(tmp_path / "run") if "a" in row]
+    assert row == {"step": 1, "a": 0.5, "b": 2, "c": 3, "d": None, "e": None}
+    trainer.save_state()
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+@pytest.mark.parametrize("value", ["good", [1.0], {"a": 1.0}, np.arange(3), torch.zeros(2)])
+def test_what_is_no_number_is_not_logged(make_trainer, value: Any):
+    trainer = make_trainer()
+    with pytest.raises(TypeError, match=r"log: mine must be a number \(got "):
+        trainer.log({"mine": value})
+    assert trainer.state.log_history == []
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "loss", "reward", "eval_reward"])
+def test_names_of_the_run_are_not_logged(make_trainer, name: str):
+    with pytest.raises(ValueError, match=rf"log: {name} is logged by the run: use another name"):
+        make_trainer().log({name: 1.0, "mine": 2.0})
+
+
+def test_an_evaluation_by_one_callback_leaves_that_which_another_asked_for(make_trainer, tmp_path):
+    class Asks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_evaluate = True
+
+    trainer = make_trainer(callbacks=[Asks(), InSteps(lambda: trainer.evaluate(ROWS[4:]))], max_steps=3)
+    trainer.train()
+    assert [row["step"] for row in metrics_of(tmp_path / "run") if "eval_reward" in row] == [0, 1, 2, 3]
+
+
+def test_a_trainer_keeps_its_adapter_when_another_one_takes_its_folder(make_trainer, tmp_path):
+    first, second = make_trainer(), make_trainer(seed=1)
+    first.train()
+    trained = weights_of(first)
+    first.save_model()
+    second.train()
+    assert (tmp_path / "run.1").is_dir() and not are_equal(weights_of(second), trained)
+    assert are_equal(weights_of(first), trained)
+    shutil.rmtree(tmp_path / "run.1")
+    first.close()
+    with pytest.raises(ValueError, match=r"is gone, or another run has replaced it"):
+        first.evaluate()
+    assert first.train().global_step == 2
