@@ -49,9 +49,7 @@ def generate(
             f"max_completion_length: must be at most rollout.max_completion_length, which is "
             f"{config.rollout.max_completion_length} and determines the engine's context (got {longest})"
         )
-    sampling = config.rollout.single(
-        temperature=config.rollout.temperature if temperature is None else temperature, max_completion_length=longest
-    )
+    sampling = config.rollout.as_in_training(1, temperature=temperature, max_completion_length=longest)
     seeds = None if seed is None else [request_seed(seed, 0, index) for index in range(len(rows))]
     groups = engine.rollout([prompt.token_ids for prompt in prepared.rows], sampling, seeds=seeds)
     texts = {group.index: group.completions[0].text for group in groups}

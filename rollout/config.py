@@ -94,7 +94,7 @@ class RolloutConfig(SamplingConfig):
         return engine
 
     def greedy(self) -> SamplingConfig:
-        """How evaluation samples: one completion of each prompt, the likeliest token each time."""
+        """How evaluation samples by default: one completion of each prompt, the likeliest token each time."""
         return SamplingConfig(
             num_generations=1,
             max_prompt_length=self.max_prompt_length,
@@ -103,8 +103,11 @@ class RolloutConfig(SamplingConfig):
             stop=self.stop,
         )
 
-    def single(self, *, temperature: float, max_completion_length: int) -> SamplingConfig:
-        """How one completion of a prompt is sampled as in training, apart from these options."""
+    def as_in_training(
+        self, num_generations: int, *, temperature: float | None = None, max_completion_length: int | None = None
+    ) -> SamplingConfig:
+        """How that many completions of a prompt are sampled as in training, apart from options that are not None."""
         ours = {name: getattr(self, name) for name in SamplingConfig.model_fields}
-        changes = {"num_generations": 1, "temperature": temperature, "max_completion_length": max_completion_length}
-        return SamplingConfig.model_validate({**ours, **changes})
+        changes = {"temperature": temperature, "max_completion_length": max_completion_length}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return SamplingConfig.model_validate({**ours, "num_generations": num_generations, **given})

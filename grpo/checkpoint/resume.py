@@ -27,7 +27,7 @@ Resume = bool | str | Path | None
 
 HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
 """Options of these sections do not affect training, except those below. Nor do more steps, if no rate depends on them."""
-TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
+TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "logging.num_generations_eval", "cluster.workers")
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
 """They give the shapes and scales of the weights in a checkpoint, so no resumed run can change them."""

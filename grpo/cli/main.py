@@ -157,7 +157,9 @@ def evaluate(options: argparse.Namespace) -> int:
         metrics = trainer.evaluate(adapter=adapter)
     count = len(trainer.setup.eval_prompts or ())
     name = adapter or trainer.args.model.name
-    print(f"{name}: reward {metrics['eval_reward']:.4f} on {count} prompts, sampled greedily")
+    each = trainer.args.logging.num_generations_eval
+    how = "sampled greedily" if each is None else f"{each} completions each"
+    print(f"{name}: reward {metrics['eval_reward']:.4f} on {count} prompts, {how}")
     by_function_and_set = rewards_text(evaluation_rewards(metrics))
     if " " in by_function_and_set:
         print(by_function_and_set)

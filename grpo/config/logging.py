@@ -27,6 +27,10 @@ class LoggingConfig(Section):
     eval_before: bool = True
     """Evaluate before the first step."""
 
+    num_generations_eval: int | None = Field(default=None, ge=1)
+    """Completions of each evaluation prompt, sampled as in training and with the same random numbers each time. None: one, the
+    likeliest token each time."""
+
     completions_steps: int = Field(default=10, ge=0)
     """Show a few completions every `completions_steps` steps. 0: never."""
 

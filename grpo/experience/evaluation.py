@@ -1,4 +1,4 @@
-"""Greedy completions of the evaluation data, and their rewards.
+"""Completions of the evaluation data, greedy by default, and their rewards.
 
     evaluation = evaluate(session.engine, scorer, eval_prompts, config, step=20)
     evaluation.mean_reward, evaluation.failures
@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...rewards.runner import Scorer
+from ...rollout.engine import request_seed
 from ...rollout.protocol import Engine
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
@@ -21,13 +23,16 @@ from ..guards.evaluations import Rewards, mean_reward
 from .collect import collect
 from .step_metrics import completion_metrics, failures
 
+EVALUATION = -1
+"""In the place of a step, in the seeds of an evaluation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Scored completions of the evaluation data, the same in every worker.
 
     Attributes:
-        groups: one of one completion for each prompt, in the order of the data; remote ones as metadata.
+        groups: one for each prompt, in the order of the data; remote ones as metadata.
         seconds: time that sampling and scoring took.
     """
 
@@ -60,7 +65,8 @@ class Evaluation:
             "eval_completions/mean_length": completions["completions/mean_length"],
             "eval_completions/clipped_ratio": completions["completions/clipped_ratio"],
             "eval_runtime": self.seconds,
-            "eval_samples_per_second": len(self.groups) / self.seconds,
+            "eval_samples_per_second": sum(len(group.completions) for group in self.groups) / self.seconds,
+            **_spread(self.groups),
         }
         for name in dict.fromkeys(group.prompt.eval_set for group in self.groups):
             if name is not None:
@@ -79,22 +85,36 @@ def evaluate(
     use_adapter: bool = True,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Sample one greedy completion of each prompt, with or without the adapter, and score it. `step`: updates done.
+    """Sample completions of each prompt, with or without the adapter, and score them: one greedy one, or as many as
+    `logging.num_generations_eval` says. `step`: updates done.
 
     Each worker takes its shard of the prompts; all get the complete evaluation.
     """
-    started = time.perf_counter()
+    started, count = time.perf_counter(), config.logging.num_generations_eval
     groups = collect(
         engine,
         scorer,
         prompts,
-        config.rollout.greedy(),
-        seeds=None,
+        config.rollout.greedy() if count is None else config.rollout.as_in_training(count),
+        # The same in every evaluation: what differs between two of them is the policy.
+        seeds=None if count is None else [request_seed(config.seed, EVALUATION, index) for index in range(len(prompts))],
         trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
         world=world,
     ).groups
     return Evaluation(groups=groups, seconds=time.perf_counter() - started)
+
+
+def _spread(groups: Sequence[Group]) -> dict[str, float]:
+    """The standard deviation of the rewards within a prompt's completions, if there are several."""
+    rewards = [[reward for reward in group.scores.total if reward is not None] for group in groups]
+    spreads = [statistics.stdev(known) for known in rewards if len(known) > 1]
+    if not spreads:
+        return {}
+    return {
+        "eval_reward_std": statistics.fmean(spreads),
+        "eval_frac_reward_zero_std": statistics.fmean(float(spread == 0) for spread in spreads),
+    }
 
 
 def _mean_rewards(groups: Sequence[Group], *, prefix: str) -> dict[str, float]:

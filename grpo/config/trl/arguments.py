@@ -184,6 +184,7 @@ class Arguments(TypedDict, total=False):
     eval_steps: int | float | None
     eval_epochs: float | None
     eval_before: bool
+    num_generations_eval: int | None
     completions_steps: int
     num_completions_to_print: int | None
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] | str | None
@@ -295,7 +296,6 @@ class Arguments(TypedDict, total=False):
     router_aux_loss_coef: float | None
     disable_dropout: bool
     cast_lm_head_to_fp32: bool
-    num_generations_eval: int | None
     ds3_gather_for_generation: bool
     shuffle_dataset: bool | None
     pad_to_multiple_of: int | str | None

@@ -20,7 +20,9 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "disable_dropout": moot("bool", False, "there is no dropout in training"),
     "cast_lm_head_to_fp32": refused("bool", False, "leave it out: log-probabilities are computed in fp32 from the logits"),
     "num_generations": other_default("rollout.num_generations", "int", 8, "the same option, see [batch](#batch)"),
-    "num_generations_eval": refused("int | None", None, "leave it out: an evaluation is one greedy completion of each prompt"),
+    "num_generations_eval": mapped(
+        "logging.num_generations_eval", "int | None", None, "None: one greedy completion of each prompt, not num_generations"
+    ),
     "max_completion_length": other_default("rollout.max_completion_length", "int", 512, "the same option"),
     "ds3_gather_for_generation": moot("bool", True, "of DeepSpeed"),
     "shuffle_dataset": mapped("data.shuffle", "bool | None", True),

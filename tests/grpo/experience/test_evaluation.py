@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -103,3 +104,22 @@ def test_every_one_of_several_workers_has_the_metrics_of_one(make_trainer):
             of_workers = list(threads.map(metrics_on, worlds, engines))
         assert of_workers == [metrics_on(SINGLE_PROCESS, engines[0])] * 2
     assert of_workers[0]["eval_few_rewards/even/mean"] == 1.0 and of_workers[0]["eval_rewards/even/mean"] == 2 / 3
+
+
+def test_several_completions_of_each_prompt_are_sampled_as_in_training(make_trainer):
+    trainer = make_trainer(num_generations_eval=3, max_steps=1)
+    with engine_and_policy(trainer.args, trainer.setup.inputs.model_path) as (engine, policy):
+        engine.publish(policy.write_slots)
+        prompts = trainer.setup.eval_prompts
+        assert prompts is not None
+        first, second = (evaluate(engine, trainer.setup.scorer, prompts, trainer.args, step=step) for step in (0, 5))
+    texts = [[completion.text for completion in group.completions] for group in first.groups]
+    assert [len(of_prompt) for of_prompt in texts] == [3] * 4 and all(len(set(of_prompt)) > 1 for of_prompt in texts)
+    assert texts == [[completion.text for completion in group.completions] for group in second.groups]
+    metrics = first.metrics()
+    assert metrics["eval_reward"] == pytest.approx(statistics.fmean(reward for reward in first.rewards if reward is not None))
+    spreads = [statistics.stdev([r for r in group.scores.total if r is not None]) for group in first.groups]
+    assert metrics["eval_reward_std"] == pytest.approx(statistics.fmean(spreads)) and len(first.rewards) == 12
+    assert metrics["eval_frac_reward_zero_std"] == sum(spread == 0 for spread in spreads) / 4
+    trainer.train()
+    assert trainer.summary["evaluation"]["before"]["reward"] == pytest.approx(metrics["eval_reward"])
