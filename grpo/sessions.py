@@ -29,6 +29,9 @@ from .update.session import Session, open_session
 
 __all__ = ["Session", "Sessions"]
 
+LARGE_BYTES = 2**26
+"""Base weights whose memory is worth the half second that collecting garbage takes."""
+
 
 class _OpenSession:
     """A session and what closes it, without a reference to `Sessions`: it is closed when those are garbage."""
@@ -36,6 +39,7 @@ class _OpenSession:
     def __init__(self, setup: RunSetup, engine: RolloutEngine | None) -> None:
         self.engine = engine
         self.has_run = False
+        self._callbacks = setup.callbacks
         self._stack = ExitStack()
         self._session: Session | None = self._stack.enter_context(
             open_session(
@@ -53,8 +57,14 @@ class _OpenSession:
         return self._session
 
     def close(self) -> None:
+        base = self.session.policy.base
+        is_large = base.unshared_bytes + base.shared_bytes > LARGE_BYTES
+        del base
         self._session = None
+        self._callbacks.release()
         self._stack.close()
+        if is_large:
+            return_freed_memory()
 
 
 class Sessions:
@@ -157,7 +167,6 @@ class Sessions:
         if self._is_in_use:
             self._closes_after_use = True
         elif self._close_as_garbage is not None:
-            self._setup.callbacks.release()
             self._open = None
             self._close_as_garbage()
             self._close_as_garbage = None
