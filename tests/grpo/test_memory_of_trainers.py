@@ -71,7 +71,7 @@ print("measured", json.dumps(measured))
 """
 
 
-AFTER_ERRORS = pytest.mark.xfail(reason="after an error in a run something still holds vLLM's base weights (746 MiB)", strict=True)
+AFTER_ERRORS = pytest.mark.xfail(reason="after an error in a run something holds vLLM's base weights, 746 MiB", strict=True)
 
 
 @pytest.mark.exhaustive
