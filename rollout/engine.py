@@ -231,6 +231,7 @@ class RolloutEngine:
         with collections_skipped() if self.device == "cpu" else nullcontext():
             self._engine.engine_core.shutdown()
         self.slots = {}
+        self._write_slots = None  # the policy's
         del self._engine
         cleanup_dist_env_and_memory()  # collects garbage; what this revives (the embedding) is collected now
         gc.collect()
