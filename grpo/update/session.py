@@ -99,18 +99,29 @@ def engine_and_policy(
         with closing(of_policy):
             yield of_policy, policy
         return
-    settings = engine_settings(config, model_path)
-    if engine is not None and (differences := engine.settings.differences(settings)):
-        raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
-    with quiet_stderr():
-        sampler = engine or RolloutEngine(settings)
-    try:
+    with _vllm_engine(config, model_path, engine) as sampler:
         with quiet_stderr():
             policy = make_policy(config, model_path, sampler, start=start)
         yield sampler, policy
-    finally:
-        if engine is None:
-            sampler.close()
+
+
+@contextmanager
+def _vllm_engine(config: GRPOConfig, model_path: str, engine: RolloutEngine | None) -> Iterator[RolloutEngine]:
+    """The user's engine, or a new one that is closed at the end.
+
+    It is apart from the policy for memory's sake: modules of vLLM keep the ImportErrors of optional packages for ever, and with
+    them the frames that imported vLLM first, up to this generator. A policy among its variables would stay in memory.
+    """
+    settings = engine_settings(config, model_path)
+    if engine is not None:
+        if differences := engine.settings.differences(settings):
+            raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
+        yield engine
+        return
+    with quiet_stderr():
+        started = RolloutEngine(settings)
+    with closing(started):
+        yield started
 
 
 def _device() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import gc, json, sys
 from pathlib import Path
 from rankup import GRPOConfig, GRPOTrainer
 from rankup.grpo.common.memory import resident_mib
+from rankup.grpo.model.policy import Policy
 
 other_model, engine = sys.argv[1:]
 rows = [{"prompt": f"{n}+{n}=", "answer": 2 * n} for n in range(8)]
-measured = {}
+measured, policies = {}, {}
 
 def length(completions, **kwargs):
     return [float(len(completion)) for completion in completions]
@@ -43,6 +45,7 @@ def use(trainer):
 def measure(phase):
     gc.collect()
     measured[phase] = resident_mib()
+    policies[phase] = sum(isinstance(each, Policy) for each in gc.get_objects())
 
 with made("warm-up") as trainer:
     use(trainer)
@@ -67,22 +70,26 @@ third = made("third")
 use(third)
 del third, trainer, second
 measure("garbage")
-print("measured", json.dumps(measured))
+print("measured", json.dumps([measured, policies]))
 """
 
 
-RESTARTS = pytest.mark.xfail(reason="every start of vLLM leaves some 25 MiB: 7.5 % above after five of them", strict=True)
-
-
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=[pytest.mark.engine, RESTARTS])])
-def test_memory_is_back_where_it_was_within_five_percent(engine: str, tiny_model_path, tmp_path: Path, engine_shelf):
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.engine)])
+def test_closed_trainers_leave_no_policy_and_give_back_nine_tenths_of_their_memory(
+    engine: str, tiny_model_path, tmp_path: Path, engine_shelf
+):
     engine_shelf.close()
+    # One arena: with one per thread, half-empty pages make the same state 60 MiB larger in one run than in the next.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tiny_model_path("qwen2")), engine]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     [line] = [line for line in result.stdout.splitlines() if line.startswith("measured")]
-    measured = json.loads(line.removeprefix("measured"))
-    assert measured["open"] > measured["closed"] + 400, "the test needs a model that takes memory"
+    measured, policies = json.loads(line.removeprefix("measured"))
+    assert policies.pop("open") == 1 and set(policies.values()) == {0}, policies
+    taken = measured["open"] - measured["closed"]
+    assert taken > 400, "the test needs a model that takes memory"
     for phase in ("closed again", "second closed", "failed", "garbage"):
-        assert measured[phase] < 1.05 * measured["closed"], (phase, measured)
+        # The rest: tokenizers of trainers that still have a name, and half-empty pages, which malloc cannot return.
+        assert measured[phase] - measured["closed"] < 0.1 * taken, (phase, measured)
