@@ -43,8 +43,7 @@ def _of_both(sampling: SamplingConfig) -> Iterator[str]:
     longest, kwargs = sampling.max_completion_length, sampling.generation_kwargs
     if kwargs.min_tokens > longest:
         yield (
-            "generation_kwargs.min_tokens: must be at most the longest completion (rollout.max_completion_length), "
-            f"{longest} tokens (got {kwargs.min_tokens})"
+            f"generation_kwargs.min_tokens: must be at most max_completion_length, which is {longest} (got {kwargs.min_tokens})"
         )
 
 

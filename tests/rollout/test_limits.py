@@ -56,7 +56,7 @@ def test_rounding_would_decide_at_a_lower_temperature() -> None:
         ({"repetition_penalty": 0.0}, "rollout.repetition_penalty: must be above 0"),
         (
             {"generation_kwargs": {"min_tokens": 9}, "max_completion_length": 8},
-            "rollout.generation_kwargs.min_tokens: must be at most the longest completion (rollout.max_completion_length), 8",
+            "rollout.generation_kwargs.min_tokens: must be at most max_completion_length, which is 8 (got 9)",
         ),
         ({"generation_kwargs": {"presence_penalty": 2.5}}, "rollout.generation_kwargs.presence_penalty: must be at most 2"),
         ({"generation_kwargs": {"frequency_penalty": -3}}, "rollout.generation_kwargs.frequency_penalty: must be at least -2"),

@@ -61,6 +61,12 @@ def test_the_end_of_sequence_is_no_text_unless_all_is_wanted() -> None:
     assert texts(include_stop_str_in_output=True, stop="<eos>").ended_by_token(sampled) == "ab<eos>"
 
 
+def test_a_stop_string_inside_of_a_shown_special_token_ends_the_text_as_with_vllm() -> None:
+    options: dict[str, Any] = {"skip_special_tokens": False, "stop": ["e", "<unk>"]}
+    assert texts(**options, include_stop_str_in_output=True).ended_by_token([*ids("ab"), EOS]) == "ab<e"
+    assert texts(**options).ended_by_token([*ids("ab"), EOS]) == "ab"
+
+
 @pytest.mark.parametrize(("includes", "expected"), [(False, "a"), (True, "a</b>")])
 def test_the_text_ends_at_the_first_stop_string(includes: bool, expected: str) -> None:
     found = texts(stop=["</bc", "</b>", "<", "c"][:2], include_stop_str_in_output=includes)

@@ -210,9 +210,9 @@ def test_a_stop_string_ends_a_completion_and_its_text(make: Make) -> None:
 X = tiny_tokenizer().convert_tokens_to_ids("x")
 STOPS: list[dict[str, Any]] = [
     {"stop": ["<unk>"]},
-    {"stop": ["e", "<unk>", "<eos>", "never there"]},
+    {"stop": ["g", "<unk>", "<eos>", "never there"]},
     {"generation_kwargs": {"stop_token_ids": [X, UNK]}},
-    {"generation_kwargs": {"stop_token_ids": [X], "ignore_eos": True}, "stop": ["<eos>", "aa", "b"]},
+    {"generation_kwargs": {"stop_token_ids": [X], "ignore_eos": True}, "stop": ["<eos>", "aa", "g"]},
 ]
 
 
