@@ -23,7 +23,8 @@ class SamplingConfig(Section):
     """Completions for each prompt (the group size G)."""
 
     max_prompt_length: int = Field(default=512, ge=1)
-    """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted."""
+    """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted. The default is less if the
+    model's context has no room for it."""
 
     max_completion_length: int = Field(default=256, ge=1)
     """Longest completion, in tokens."""

@@ -50,6 +50,15 @@ def check_model_limits(rollout: RolloutConfig, model_path: str, tokenizer: PreTr
             )
 
 
+def prompt_length(rollout: RolloutConfig, model_path: str) -> int:
+    """`rollout.max_prompt_length`; unless it was set, at most what the longest completion leaves of the model's context."""
+    longest = context_length(AutoConfig.from_pretrained(model_path))
+    left = None if longest is None else longest - rollout.max_completion_length
+    if left is None or left < 1 or "max_prompt_length" in rollout.model_fields_set:
+        return rollout.max_prompt_length
+    return min(rollout.max_prompt_length, left)
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """The longest sequence that the model is made for, in tokens, as vLLM determines it. None: the configuration says nothing.
 

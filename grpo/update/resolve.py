@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ...rollout.engine import EngineSettings
 from ...rollout.model_limits import check_model_limits
 from ..config import GRPOConfig
+from ..data.run_inputs import with_fitting_prompts
 from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
@@ -27,6 +28,7 @@ def resolve_training(
             `rollout` needs, or training cannot start from this adapter, or it is in the folder that the run replaces.
     """
     Objective(config)
+    config = with_fitting_prompts(config, model_path)
     check_model_limits(config.rollout, model_path, tokenizer)
     config, start = resolve_start(config, model_path)
     output_dir = config.logging.output_dir

@@ -93,3 +93,20 @@ def test_what_generate_cannot_sample_is_refused_before_the_engine_starts(
     trainer = make_trainer(engine="vllm", generation_kwargs={"min_tokens": 4})
     with pytest.raises(ValueError, match=message):
         trainer.generate("a question", **options)
+
+
+def test_a_short_context_shortens_the_default_of_prompts_and_not_an_explicit_one(make_trainer, tiny_model_path) -> None:
+    from rankup import GRPOConfig, GRPOTrainer
+
+    rows = [{"prompt": "x" * length} for length in (5, 100, 400, 500)]
+
+    def prepared(**options: Any) -> GRPOTrainer:
+        args = GRPOConfig(engine="torch", dtype="float32", max_completion_length=40, **options)
+        return GRPOTrainer(model=str(tiny_model_path("llama")), reward_funcs=Seen(), args=args, train_dataset=rows)
+
+    setup = prepared().setup
+    assert (setup.config.rollout.max_prompt_length, setup.inputs.train_prompts.dropped) == (472, 1)
+    assert any("rollout.max_prompt_length is 472" in note for note in setup.config.notes)
+    assert prepared(max_prompt_length=450).setup.inputs.train_prompts.dropped == 1
+    with pytest.raises(ValueError, match=r"must be at most 512"):
+        prepared(max_prompt_length=500)

@@ -12,7 +12,7 @@ import transformers
 from tiny_models import tiny_tokenizer
 
 from rankup.rollout.config import RolloutConfig
-from rankup.rollout.model_limits import check_model_limits, context_length
+from rankup.rollout.model_limits import check_model_limits, context_length, prompt_length
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
 LLAMA3 = {
@@ -93,6 +93,16 @@ def test_sequences_longer_than_the_context_are_refused_by_both_options(model: st
         "rollout.max_prompt_length + rollout.max_completion_length: must be at most 512, the context of the model "
         "(got 500 + 13 = 513): lower one of them"
     )
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"max_completion_length": 12}, 500), ({"max_completion_length": 9}, 503), ({"max_completion_length": 600}, 512),
+    ({"max_completion_length": 12, "max_prompt_length": 512}, 512),
+])  # fmt: skip
+def test_the_default_of_the_longest_prompt_is_what_the_context_leaves(
+    model: str, options: dict[str, int], expected: int
+) -> None:
+    assert prompt_length(RolloutConfig.model_validate(options), model) == expected
 
 
 def test_a_scaled_model_has_room_for_longer_ones(model: str, tmp_path: Path) -> None:
