@@ -27,6 +27,7 @@ from .config import RolloutConfig, SamplingConfig
 from .dense_lora import wrapper_name
 from .engine_errors import in_our_names
 from .limits import check_engine_limits
+from .model_limits import check_cache_on_cpu
 from .sampling_params import check_sampling_params, sampling_params, text_of
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
 from .texts import Texts
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 ADAPTER_ID = 1
+CPU_BLOCK = 32  # tokens of a block of the KV cache on CPU
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
 # vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
 # every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
@@ -134,6 +136,8 @@ class RolloutEngine:
         lora_path = settings.rollout.lora_path
         dense = lora_path == "dense" or (lora_path == "auto" and on_cpu)
         check_engine_limits(settings.rollout, "vllm")
+        if on_cpu:
+            check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper):
@@ -337,7 +341,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         max_model_len=rollout.max_model_length,
         max_num_seqs=settings.max_num_seqs,
         # Only full blocks of a prompt's keys are shared by its completions: smaller blocks share more.
-        block_size=32 if on_cpu else None,
+        block_size=CPU_BLOCK if on_cpu else None,
         enable_prefix_caching=True,
         # After a chunk of a prompt, vLLM 0.32 rewinds the request's random generator, which CPU generators do not support.
         enable_chunked_prefill=False if on_cpu else None,

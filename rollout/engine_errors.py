@@ -26,6 +26,21 @@ _CPU_CACHE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
+def cache_too_small(tokens: int, *, needed: float, available: float, memory: str, longest: int | None = None) -> str:
+    """The message for a KV cache that has no room for one sequence.
+
+    Args:
+        needed, available: bytes.
+        memory: the option that says how large the cache is.
+        longest: tokens that it has room for, if known.
+    """
+    at_most = f" to at most {longest} tokens together" if longest else ""
+    return (
+        f"the KV cache has {available / 2**30:.3g} GiB, and a sequence of {tokens} tokens ({LENGTHS}) needs "
+        f"{needed / 2**30:.3g} GiB: raise {memory}, or lower the lengths{at_most}"
+    )
+
+
 @contextmanager
 def in_our_names(rollout: RolloutConfig, *, on_cpu: bool) -> Iterator[None]:
     """Raise vLLM's errors about lengths and memory as ValueErrors that name the options; others pass."""
@@ -46,11 +61,8 @@ def _message(text: str, rollout: RolloutConfig, *, on_cpu: bool) -> str | None:
         return f"{LENGTHS} is {wanted} tokens, and the model's context ends at {float(limit):g} ({key}): lower one of them"
     if found := _CACHE.search(text):
         wanted, needed, available, longest = found.groups()
-        at_most = f" to at most {longest} tokens together" if longest else ""
-        return (
-            f"the KV cache has {available} GiB, and a sequence of {wanted} tokens ({LENGTHS}) needs {needed} GiB: "
-            f"raise {memory}, or lower the lengths{at_most}"
-        )
+        sizes = {"needed": float(needed) * 2**30, "available": float(available) * 2**30}
+        return cache_too_small(int(wanted), **sizes, memory=memory, longest=int(longest) if longest else None)
     if _NO_CACHE.search(text):
         return f"{memory} {_value(rollout, on_cpu)} leaves no memory for vLLM's KV cache: raise it, or use a smaller model"
     if found := _FREE.search(text):

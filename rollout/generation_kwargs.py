@@ -116,8 +116,8 @@ class GenerationKwargs(Section):
     bad_words: list[Text] = Field(default=[])
     """Texts that are never completed: the last of their tokens is not sampled after the others."""
 
-    logit_bias: dict[TokenId, float] = Field(default={})
-    """Added to the logits of tokens, by token id."""
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(default={})
+    """Added to the logits of tokens, by token id, [-100, 100]."""
 
     allowed_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
     """The only tokens that are sampled. None: all."""
@@ -140,6 +140,18 @@ class GenerationKwargs(Section):
             if problems:
                 raise ValueError("; ".join(problems))
         return values
+
+    @model_validator(mode="after")
+    def _a_grammar_says_it_all(self) -> GenerationKwargs:
+        """Together they can leave no token at all, and without the end of sequence nothing ends a match."""
+        others = ("min_tokens", "bad_words", "allowed_token_ids", "ignore_eos")
+        conflicting = [name for name in others if name in self.given]
+        if self.structured_outputs is not None and conflicting:
+            raise ValueError(
+                f"structured_outputs does not go with {' and '.join(conflicting)}: let the expression or grammar say which "
+                "texts there are, and how long"
+            )
+        return self
 
     @property
     def given(self) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import RolloutConfig
-from .engine_errors import LENGTHS
+from .engine_errors import LENGTHS, cache_too_small
 from .generation_kwargs import GenerationKwargs
 from .texts import check_stop_strings
 
@@ -24,6 +24,10 @@ LENGTH_KEYS = (
 
 SCALED_ALREADY = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"})
 """Kinds of RoPE scaling with which `max_position_embeddings` is the length after scaling."""
+
+
+KEEPS_ALL_KEYS = frozenset({"llama", "qwen2", "qwen3", "mistral", "granite", "cohere"})
+"""Kinds of models whose layers keep the keys and values of all tokens, if they have no window."""
 
 
 def check_model_limits(rollout: RolloutConfig, model_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -76,6 +80,41 @@ def context_length(config: PretrainedConfig) -> int | None:
         if parameters.get("rope_type", "default") not in SCALED_ALREADY:
             factor = parameters.get("factor") or factor
     return int(longest * factor)
+
+
+def check_cache_on_cpu(rollout: RolloutConfig, model_path: str, *, dtype: str, block: int) -> None:
+    """Whether vLLM's KV cache on CPU has room for one sequence, for models of which that can be told without building them.
+
+    Args:
+        block: tokens of a block of the cache.
+
+    Raises:
+        ValueError: it has not. vLLM would say so after it has loaded the weights.
+    """
+    config = AutoConfig.from_pretrained(model_path)
+    bytes_of_a_block = _cache_bytes_per_token(config, dtype) * block
+    available = int(rollout.kv_cache_gib * 2**30)
+    needed = -(-rollout.max_model_length // block) * bytes_of_a_block
+    if needed > available:
+        longest = available // bytes_of_a_block * block
+        raise ValueError(
+            cache_too_small(
+                rollout.max_model_length,
+                needed=needed,
+                available=available,
+                memory="rollout.kv_cache_gib",
+                longest=longest,
+            )
+        )
+
+
+def _cache_bytes_per_token(config: PretrainedConfig, dtype: str) -> int:
+    """Keys and values of all layers; 0 for models whose layers may keep less than that."""
+    has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if config.model_type not in KEEPS_ALL_KEYS or has_window:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * (4 if dtype == "float32" else 2)
 
 
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, float | str]]:

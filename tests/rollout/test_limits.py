@@ -62,6 +62,11 @@ def test_rounding_would_decide_at_a_lower_temperature() -> None:
         ({"generation_kwargs": {"frequency_penalty": -3}}, "rollout.generation_kwargs.frequency_penalty: must be at least -2"),
         ({"generation_kwargs": {"bad_words": [""]}}, "rollout.generation_kwargs.bad_words.0: must not be empty"),
         ({"generation_kwargs": {"logit_bias": {-1: 2.0}}}, "rollout.generation_kwargs.logit_bias.-1"),
+        ({"generation_kwargs": {"logit_bias": {3: 101}}}, "rollout.generation_kwargs.logit_bias.3: must be at most 100"),
+        (
+            {"generation_kwargs": {"structured_outputs": {"regex": "a"}, "min_tokens": 2, "ignore_eos": True}},
+            "rollout.generation_kwargs: structured_outputs does not go with min_tokens and ignore_eos: let the expression or ",
+        ),
         ({"generation_kwargs": {"allowed_token_ids": []}}, "rollout.generation_kwargs.allowed_token_ids: "),
         ({"generation_kwargs": {"min_tokns": 3}}, "rollout.generation_kwargs: min_tokns is unknown; did you mean min_tokens?"),
         (
@@ -181,14 +186,13 @@ def test_what_passes_the_check_reaches_vllm_unchanged(temperature: float) -> Non
     sampling = SamplingConfig(
         num_generations=1, temperature=temperature, stop=["a"], repetition_penalty=1.1, max_completion_length=9,
         generation_kwargs=GenerationKwargs(
-            presence_penalty=-2, frequency_penalty=2, min_tokens=9, bad_words=["b"], logit_bias={5: -1e4},
-            allowed_token_ids=[5, 6], structured_outputs=StructuredOutputs(choice=["x", "y"]), ignore_eos=True,
+            presence_penalty=-2, frequency_penalty=2, min_tokens=9, bad_words=["b"], logit_bias={5: -100},
+            allowed_token_ids=[5, 6], ignore_eos=True,
         ),
     )  # fmt: skip
     check_engine_limits(sampling, "vllm")
     params = sampling_params(sampling, 3, stop_token_ids=[8])
     assert (params.temperature, params.repetition_penalty, params.max_tokens) == (temperature, 1.1, 9)
     assert (params.presence_penalty, params.frequency_penalty, params.min_tokens) == (-2, 2, 9)
-    assert (params.bad_words, params.logit_bias, params.allowed_token_ids) == (["b"], {5: -1e4}, [5, 6])
-    assert params.structured_outputs is not None and params.structured_outputs.choice == ["x", "y"]
+    assert (params.bad_words, params.logit_bias, params.allowed_token_ids) == (["b"], {5: -100}, [5, 6])
     assert (params.stop, params.stop_token_ids, params.ignore_eos, params.seed) == (["a"], [8], True, 3)

@@ -12,7 +12,13 @@ import transformers
 from tiny_models import tiny_tokenizer
 
 from rankup.rollout.config import RolloutConfig
-from rankup.rollout.model_limits import check_model_limits, context_length, prompt_length
+from rankup.rollout.model_limits import (
+    _cache_bytes_per_token,
+    check_cache_on_cpu,
+    check_model_limits,
+    context_length,
+    prompt_length,
+)
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
 LLAMA3 = {
@@ -111,6 +117,30 @@ def test_a_scaled_model_has_room_for_longer_ones(model: str, tmp_path: Path) -> 
     config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     (folder / "config.json").write_text(json.dumps(config))
     check_model_limits(rollout(max_prompt_length=1000), str(folder), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(("kind", "bytes_per_token"), [("llama", 1024), ("qwen2", 1024), ("qwen3", 1024), ("mistral", 0)])
+def test_a_cache_without_room_for_a_sequence_is_refused(tiny_model_path, kind: str, bytes_per_token: int) -> None:
+    """2 layers of 2 heads of 32, keys and values in fp32; a model with a window may keep fewer."""
+    path, gib = str(tiny_model_path(kind)), 128 * 1024 / 2**30
+    for length, fits in ((128, True), (129, not bytes_per_token)):
+        sizes = rollout(max_prompt_length=length - 20, kv_cache_gib=gib)
+        if fits:
+            check_cache_on_cpu(sizes, path, dtype="float32", block=32)
+            continue
+        with pytest.raises(ValueError, match=r"a sequence of 129 tokens .* raise rollout\.kv_cache_gib, .* at most 128 tokens"):
+            check_cache_on_cpu(sizes, path, dtype="float32", block=32)
+        check_cache_on_cpu(sizes, path, dtype="bfloat16", block=32)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_cache_of_vllm_has_as_many_tokens(make_engine, tiny_model_path, kind: str) -> None:
+    engine = make_engine(kind)
+    cache = engine._engine.vllm_config.cache_config
+    config = transformers.AutoConfig.from_pretrained(tiny_model_path(kind))
+    of_a_block = _cache_bytes_per_token(config, "float32") * cache.block_size
+    assert cache.num_gpu_blocks == int(engine.settings.rollout.kv_cache_gib * 2**30) // of_a_block
 
 
 @pytest.mark.parametrize("kwargs", [{"stop_token_ids": [1, 260]}, {"allowed_token_ids": [260]}, {"logit_bias": {260: 1.0}}])
