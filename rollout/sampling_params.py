@@ -87,6 +87,7 @@ def check_sampling_params(args: EngineArgs, sampling: SamplingConfig) -> None:
     params = sampling_params(sampling, None, stop_token_ids=sampling.generation_kwargs.stop_token_ids)
     config = args.create_engine_config()
     tokenizer = cached_tokenizer_from_config(config.model_config)
+    assert tokenizer is not None, "an engine has one unless skip_tokenizer_init is set"
     try:
         params.update_from_tokenizer(tokenizer)
         params.verify(config.model_config, None, config.structured_outputs_config, tokenizer)

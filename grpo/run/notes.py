@@ -72,7 +72,7 @@ class SamplingNotes:
 
     def __init__(self, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
-        ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         skips = config.rollout.skip_special_tokens
         self._skipped = {id: text for text, id in special_tokens(tokenizer).items() if id not in ends} if skips else {}
         self._has_noted_cut_off = False

@@ -230,11 +230,12 @@ def test_a_completion_ends_at_what_comes_first(make: Make, options: dict[str, An
     ends |= {{"<unk>": UNK, "<eos>": EOS}.get(string, -1) for string in sampling.stop}
     assert {c.finish_reason for c in stopped.completions} == {"stop", "length"}
     for before, after in zip(free.completions, stopped.completions, strict=True):
+        text = ""
         for count in range(1, 41):
             ids = list(before.token_ids[:count])
-            text = engine._tokenizer.decode(ids, skip_special_tokens=skip)
+            text = str(engine._tokenizer.decode(ids, skip_special_tokens=skip))
             if ids[-1] in ends:
-                shown = engine._tokenizer.decode(ids if includes else ids[:-1], skip_special_tokens=skip)
+                shown = str(engine._tokenizer.decode(ids if includes else ids[:-1], skip_special_tokens=skip))
                 named = {UNK: "<unk>", EOS: "<eos>"}.get(ids[-1], "")
                 expected = shown + named if includes and skip and named in sampling.stop and named else shown
                 break
