@@ -195,8 +195,8 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"generation_kwargs": None}, {"rollout.generation_kwargs": GenerationKwargs()}),
     (
-        {"generation_kwargs": {"min_tokens": 2}, "vllm_structured_outputs_regex": "[0-9]+"},
-        {"rollout.generation_kwargs": GenerationKwargs(min_tokens=2, structured_outputs=StructuredOutputs(regex="[0-9]+"))},
+        {"generation_kwargs": {"presence_penalty": 1}, "vllm_structured_outputs_regex": "a+"},
+        {"rollout.generation_kwargs": GenerationKwargs(presence_penalty=1, structured_outputs=StructuredOutputs(regex="a+"))},
     ),
     (
         {"vllm_guided_decoding_regex": "a|b", "generation_kwargs": {"structured_outputs": {"choice": ["x"]}}},
