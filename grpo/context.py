@@ -92,7 +92,7 @@ def open_run(
         if setup.world.is_main:
             assert setup.view is not None, "the main process has a view"
             recorder = stack.enter_context(_open_recorder(setup, resumption))
-            output = RunOutput(setup.config, setup.view, recorder)
+            output = RunOutput(setup.config, setup.view, recorder, setup.inputs.tokenizer)
         profiling = stack.enter_context(Profiling(setup.config.logging, rank=setup.world.rank))
         checkpoints = CheckpointManager(
             setup.config,

@@ -97,7 +97,7 @@ def prepare_run(
     functions = UserFunctions.load(config)
     with log_to(lambda text: None if view is None else view.stage(text)):
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
-        config, start = resolve_training(config, loaded.model_path)
+        config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)

@@ -250,11 +250,10 @@ class GRPOTrainer(TrainerMethods):
             seed: the same seed gives the same completions; None: others each time.
 
         Raises:
-            ValueError: a prompt is neither text nor conversation, or too long.
+            ValueError: a prompt is neither text nor conversation, or too long; or the engine cannot sample like this.
         """
-        engine = self._current().engine
         return generation.generate(
-            engine,
+            lambda: self._current().engine,
             self.setup,
             prompts,
             temperature=temperature,

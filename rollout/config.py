@@ -1,10 +1,16 @@
 """The section `rollout` of a run's configuration: how completions are sampled. Imports no torch."""
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from ..section import Section
+from .generation_kwargs import GenerationKwargs, Text
+from .limits import EngineName, check_engine_limits
+
+MAX_COMPLETIONS = 16384
+"""Most completions of a prompt: vLLM's limit."""
 
 
 class SamplingConfig(Section):
@@ -13,17 +19,18 @@ class SamplingConfig(Section):
     The engine does not read `max_prompt_length`: longer prompts are dropped when the data is prepared.
     """
 
-    num_generations: int = Field(default=8, ge=1)
+    num_generations: int = Field(default=8, ge=1, le=MAX_COMPLETIONS)
     """Completions for each prompt (the group size G)."""
 
     max_prompt_length: int = Field(default=512, ge=1)
-    """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted."""
+    """Longest prompt, in tokens, chat template included. Longer prompts are dropped and counted. The default is less if the
+    model's context has no room for it."""
 
     max_completion_length: int = Field(default=256, ge=1)
     """Longest completion, in tokens."""
 
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature. 0: the likeliest token each time."""
+    """Sampling temperature. 0: the likeliest token each time. Others: as in `RolloutConfig`."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Probability mass to sample from, (0, 1]. Below 1 the policy that samples is not the one that is trained."""
@@ -38,8 +45,21 @@ class SamplingConfig(Section):
     """Above 1, tokens that occur in the prompt or the completion so far become less likely, above 0. Another value than 1
     samples from another policy than the one that is trained; `rollout.engine=vllm` only."""
 
-    stop: list[str] = Field(default=[])
-    """Strings that end a completion. A single string will do."""
+    stop: list[Text] = Field(default=[])
+    """Strings that end a completion. A single string will do. A string that is a special token, such as `<|im_end|>`, ends it
+    too, although the text has no special tokens."""
+
+    include_stop_str_in_output: bool = False
+    """Keep the stop string in the text that reward functions see. False: the text ends before it. The tokens that are trained
+    on are the same."""
+
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text that reward functions see. False: keep them, for tags such as `<think>` that the
+    tokenizer has as special tokens. The token that ended a completion stays out unless `include_stop_str_in_output` is true."""
+
+    generation_kwargs: GenerationKwargs = GenerationKwargs()
+    """Further arguments of vLLM's SamplingParams: penalties, `min_tokens`, `bad_words`, structured output and others. Most of
+    them sample from another policy than the one that is trained, and need `rollout.engine=vllm`."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -60,13 +80,13 @@ class SamplingConfig(Section):
 class RolloutConfig(SamplingConfig):
     """Sampling in the trainer's process: sampling options of training, and settings of the engine."""
 
-    num_generations: int = Field(default=8, ge=2)
+    num_generations: int = Field(default=8, ge=2, le=MAX_COMPLETIONS)
     """Completions for each prompt (the group size G), at least 2."""
 
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature in training, above 0. Evaluation is greedy."""
+    """Sampling temperature in training: 0.01 to 2, or with `rollout.engine=torch` 0.001 and above. Evaluation is greedy."""
 
-    engine: Literal["vllm", "torch"] = "vllm"
+    engine: EngineName = "vllm"
     """What samples: `vllm`, or `torch`: the trainer's own forward with a KV cache. It is slower, needs no vLLM, and runs models
     whose layers mix tokens by attention only (no Mamba or RWKV). The options below, except `max_num_seqs`, are vLLM's."""
 
@@ -86,28 +106,24 @@ class RolloutConfig(SamplingConfig):
     """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's kernels), `auto`
     (dense on CPU, punica on CUDA)."""
 
-    @field_validator("engine")
-    @classmethod
-    def _penalties_need_vllm(cls, engine: str, info: ValidationInfo) -> str:
-        if engine == "torch" and info.data.get("repetition_penalty", 1.0) != 1.0:
-            raise ValueError("torch has no repetition_penalty: leave it out, or use vllm")
-        return engine
-
     def greedy(self) -> SamplingConfig:
-        """How evaluation samples by default: one completion of each prompt, the likeliest token each time."""
-        return SamplingConfig(
-            num_generations=1,
-            max_prompt_length=self.max_prompt_length,
-            max_completion_length=self.max_completion_length,
-            temperature=0.0,
-            stop=self.stop,
-        )
+        """How evaluation samples by default: one completion of each prompt, the likeliest token each time.
+
+        What changes the likelihoods themselves, such as a penalty or a grammar, applies as in training.
+        """
+        return self._changed({"num_generations": 1, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0})
 
     def as_in_training(
         self, num_generations: int, *, temperature: float | None = None, max_completion_length: int | None = None
     ) -> SamplingConfig:
         """How that many completions of a prompt are sampled as in training, apart from options that are not None."""
-        ours = {name: getattr(self, name) for name in SamplingConfig.model_fields}
         changes = {"temperature": temperature, "max_completion_length": max_completion_length}
-        given = {name: value for name, value in changes.items() if value is not None}
-        return SamplingConfig.model_validate({**ours, "num_generations": num_generations, **given})
+        return self._changed({"num_generations": num_generations, **{k: v for k, v in changes.items() if v is not None}})
+
+    def check(self, sampling: SamplingConfig | None = None, *, section: str = "rollout.") -> None:
+        """Whether `engine` can sample like this, or as `sampling` says; see `check_engine_limits`."""
+        check_engine_limits(sampling or self, self.engine, section=section)
+
+    def _changed(self, changes: Mapping[str, float]) -> SamplingConfig:
+        ours = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        return SamplingConfig.model_validate({**ours, **changes})

@@ -25,7 +25,12 @@ from typing import TYPE_CHECKING, Any
 from .base_weights import find_base_weights, loading
 from .config import RolloutConfig, SamplingConfig
 from .dense_lora import wrapper_name
+from .engine_errors import in_our_names
+from .limits import check_engine_limits
+from .model_limits import check_cache_on_cpu
+from .sampling_params import check_sampling_params, sampling_params, text_of
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
+from .texts import Texts
 from .types import Completion, EngineError, PromptGroup
 from .vllm_compat import (
     collections_skipped,
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 ADAPTER_ID = 1
+CPU_BLOCK = 32  # tokens of a block of the KV cache on CPU
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
 # vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
 # every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
@@ -112,7 +118,8 @@ class RolloutEngine:
         policy_version: number of publishes; 0 is the base model (all slots zero).
 
     Raises:
-        ValueError: the installed vLLM lacks something that rankup needs, or cannot adapt some of `target_modules`.
+        ValueError: the installed vLLM lacks something that rankup needs, cannot adapt some of `target_modules`, cannot sample
+            as `settings.rollout` says, or has too little memory for it.
     """
 
     slots: dict[str, AdapterSlot]
@@ -128,9 +135,13 @@ class RolloutEngine:
         on_cpu = current_platform.device_type == "cpu"
         lora_path = settings.rollout.lora_path
         dense = lora_path == "dense" or (lora_path == "auto" and on_cpu)
+        check_engine_limits(settings.rollout, "vllm")
+        if on_cpu:
+            check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
-        with existing_objects_frozen(), lora_wrapper_replaced(wrapper):
+        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper):
+            check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
         if on_cpu:
             replace_cpu_sampler(self._engine)
@@ -202,13 +213,17 @@ class RolloutEngine:
 
         Raises:
             EngineError: vLLM failed.
+            ValueError: vLLM cannot sample like this.
         """
+        check_engine_limits(sampling, "vllm")
         assert seeds is None or len(seeds) == len(prompts)
-        all_params = [self._sampling_params(sampling, seed) for seed in seeds or [None] * len(prompts)]
+        texts = Texts(self._tokenizer, sampling)
+        ends, no_seeds = texts.stop_token_ids, [None] * len(prompts)
+        all_params = [sampling_params(sampling, seed, stop_token_ids=ends) for seed in seeds or no_seeds]
         requests = zip(prompts, all_params, strict=True)
         with closing(self._run(requests, use_adapter=use_adapter)) as outputs:
             for index, output in outputs:
-                yield self._group(output, index=index, has_text=bool(sampling.stop))
+                yield self._group(output, texts, index=index)
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, under the engine's policy at temperature 1."""
@@ -267,47 +282,28 @@ class RolloutEngine:
             raise EngineError(f"vLLM failed while sampling: {reason}") from error
 
     def _submit(self, prompt: Sequence[int], params: SamplingParams, *, use_adapter: bool) -> str:
+        from vllm.exceptions import VLLMError
+
         self._requests += 1
         name = str(self._requests)
         lora_request = self._lora_request if use_adapter else None
-        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=lora_request)
+        try:
+            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=lora_request)
+        except VLLMError as error:
+            raise ValueError(f"vLLM refuses to sample like this: {error}") from error
         return name
 
-    @staticmethod
-    def _sampling_params(sampling: SamplingConfig, seed: int | None) -> SamplingParams:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            n=sampling.num_generations,
-            max_tokens=sampling.max_completion_length,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            stop=sampling.stop or None,
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            # Needed for stop strings only. Detokenizing token by token takes 5 % of a rollout.
-            detokenize=bool(sampling.stop),
-        )
-
-    def _group(self, output: Any, *, index: int, has_text: bool) -> PromptGroup:
-        completions = tuple(self._completion(c, has_text=has_text) for c in sorted(output.outputs, key=lambda c: c.index))
+    def _group(self, output: Any, texts: Texts, *, index: int) -> PromptGroup:
+        completions = tuple(self._completion(c, texts) for c in sorted(output.outputs, key=lambda c: c.index))
         return PromptGroup(index=index, prompt_token_ids=tuple(output.prompt_token_ids), completions=completions)
 
-    def _completion(self, output: Any, *, has_text: bool) -> Completion:
+    def _completion(self, output: Any, texts: Texts) -> Completion:
         flat = output.logprobs
         assert tuple(flat.token_ids) == tuple(output.token_ids), "one log-probability for each sampled token"
-        # The token that ended the completion is not part of the text, even if the tokenizer does not treat it as special.
-        of_text = output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
         return Completion(
             token_ids=tuple(output.token_ids),
             logprobs=tuple(flat.logprobs),
-            text=output.text if has_text else self._tokenizer.decode(of_text, skip_special_tokens=True),
+            text=text_of(output, texts),
             finish_reason=output.finish_reason,
             policy_version=self.policy_version,
         )
@@ -345,11 +341,11 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         max_model_len=rollout.max_model_length,
         max_num_seqs=settings.max_num_seqs,
         # Only full blocks of a prompt's keys are shared by its completions: smaller blocks share more.
-        block_size=32 if on_cpu else None,
+        block_size=CPU_BLOCK if on_cpu else None,
         enable_prefix_caching=True,
         # After a chunk of a prompt, vLLM 0.32 rewinds the request's random generator, which CPU generators do not support.
         enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length) if on_cpu else None,
+        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length, settings.max_num_seqs) if on_cpu else None,
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,

@@ -49,6 +49,7 @@ class Engine(Protocol):
 
         Raises:
             EngineError: the engine failed.
+            ValueError: it cannot sample like this.
         """
         ...
 

@@ -19,7 +19,8 @@ from torch import nn
 from . import cpu_ops, dense_lora, vllm_compat
 from .base_weights import find_base_weights
 from .config import RolloutConfig, SamplingConfig
-from .engine import EngineSettings, RolloutEngine, engine_args
+from .engine import EngineSettings, engine_args
+from .sampling_params import sampling_params
 from .slots import find_slots
 
 
@@ -47,7 +48,7 @@ def self_test() -> dict[str, Exception | None]:
     sampling = SamplingConfig(num_generations=2, max_completion_length=1, stop=["a"])
     uses: dict[str, Callable[[], object]] = {
         "engine arguments": lambda: engine_args(settings, on_cpu=device == "cpu"),
-        "sampling parameters": lambda: RolloutEngine._sampling_params(sampling, 0),
+        "sampling parameters": lambda: sampling_params(sampling, 0, stop_token_ids=[1]),
         "adapter slots": lambda: find_slots(module),
         "base weights": lambda: find_base_weights(module),
         "unpacked linear weights": lambda: vllm_compat.keep_linear_weights(module),

@@ -44,7 +44,9 @@ from transformers.generation.logits_process import (
 )
 
 from .config import SamplingConfig
+from .limits import check_engine_limits
 from .slots import AdapterSlot
+from .texts import Texts
 from .types import Completion, PromptGroup
 
 ROWS_OF_LOGPROBS = 8
@@ -113,8 +115,11 @@ class TorchEngine:
         use_adapter: bool = True,
     ) -> Iterator[PromptGroup]:
         """Sample all prompts in waves of at most `max_num_seqs` completions; yield each group when it is finished."""
+        check_engine_limits(sampling, "torch")
         assert seeds is None or len(seeds) == len(prompts)
-        indices = list(range(len(prompts)))
+        texts, indices = Texts(self._tokenizer, sampling), list(range(len(prompts)))
+        eos = set() if sampling.generation_kwargs.ignore_eos else self._eos_token_ids
+        end_tokens = {*texts.stop_token_ids, *eos}
         prompts_per_wave = max(1, self._max_num_seqs // sampling.num_generations)
         for first in range(0, len(prompts), prompts_per_wave):
             of_wave = indices[first : first + prompts_per_wave]
@@ -126,12 +131,12 @@ class TorchEngine:
                 with self._policy.sampling(use_adapter=use_adapter):  # left while the caller has a group, and it may train
                     while not finished:
                         wave.step()
-                        self._end_rows(wave.rows, sampling.stop)
+                        _end_rows(wave.rows, texts, end_tokens)
                         wave.drop_finished()
                         finished = [i for i in unfinished if all(row.finish_reason for row in rows if row.index == i)]
                 unfinished = [i for i in unfinished if i not in finished]
                 for index in finished:
-                    completions = tuple(self._completion(row) for row in rows if row.index == index)
+                    completions = tuple(self._completion(row, texts) for row in rows if row.index == index)
                     yield PromptGroup(index=index, prompt_token_ids=tuple(prompts[index]), completions=completions)
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
@@ -166,37 +171,27 @@ class TorchEngine:
             rows.append(row)
         return rows
 
-    def _end_rows(self, rows: Sequence[_Row], stop: Sequence[str]) -> None:
-        """Mark rows that end with their newest token. With stop strings, set the text up to the first of them."""
-        for row in rows:
-            if row.token_ids[-1] in self._eos_token_ids:
-                row.finish_reason = "stop"
-            elif len(row.token_ids) == row.longest:
-                row.finish_reason = "length"
-            if stop:
-                text = self._text(row.token_ids)
-                # As with vLLM, the one that is complete first counts; of several, the first that is listed.
-                found = [(at + len(string), place, at) for place, string in enumerate(stop) if (at := text.find(string)) >= 0]
-                if found:
-                    _, _, at = min(found)
-                    row.finish_reason, row.text = "stop", text[:at]
-
-    def _completion(self, row: _Row) -> Completion:
+    def _completion(self, row: _Row, texts: Texts) -> Completion:
         assert row.finish_reason is not None
-        # As with vLLM, the token that ended the completion is not part of the text, special or not.
-        of_text = row.token_ids[:-1] if row.token_ids[-1] in self._eos_token_ids else row.token_ids
-        text = self._text(of_text) if row.text is None else row.text
         return Completion(
             token_ids=tuple(row.token_ids),
             logprobs=tuple(row.logprobs),
-            text=text,
+            text=texts.decode(row.token_ids) if row.text is None else row.text,
             finish_reason=row.finish_reason,
             policy_version=self.policy_version,
         )
 
 
-    def _text(self, token_ids: list[int]) -> str:
-        return cast(str, self._tokenizer.decode(token_ids, skip_special_tokens=True))
+def _end_rows(rows: Sequence[_Row], texts: Texts, end_tokens: set[int]) -> None:
+    """Mark rows that end with their newest token, and set their text if it is not that of all tokens."""
+    for row in rows:
+        if row.token_ids[-1] in end_tokens:
+            row.finish_reason, row.text = "stop", texts.ended_by_token(row.token_ids)
+            continue
+        if len(row.token_ids) == row.longest:
+            row.finish_reason = "length"
+        if texts.stop_strings and (text := texts.first_stop(row.token_ids)) is not None:
+            row.finish_reason, row.text = "stop", text
 
 
 @dataclass(eq=False, slots=True)
@@ -209,7 +204,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     text: str | None = None
-    """Set if a stop string ended it."""
+    """Set if a token or a stop string ended it."""
     uniforms: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """A random number in [0, 1) for each token it may get; empty if it is greedy."""
 

@@ -17,8 +17,8 @@ class Completion:
     Attributes:
         token_ids: the sampled tokens, including the end-of-sequence token if the model ended the completion.
         logprobs: the sampler's log-probability of each token, after temperature and the other sampling options.
-        text: `token_ids` decoded without special tokens and the token that ended the completion; if stop strings are
-            configured, it ends before the first of them.
+        text: `token_ids` decoded, without special tokens (unless `skip_special_tokens` is false), and without the token or the
+            stop string that ended the completion (unless `include_stop_str_in_output` is true).
         policy_version: number of publishes before sampling: it identifies the policy.
         omitted_tokens: tokens that this object does not hold: all of them in metadata, otherwise none.
     """

@@ -10,6 +10,7 @@ Legend: n tokens, S completions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -83,9 +84,19 @@ def gap_metrics(tally: Tally) -> dict[str, float]:
 
 
 def sampling_warnings(
-    *, temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float = 1.0
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float = 1.0,
+    generation_kwargs: Sequence[str] = (),
 ) -> list[str]:
-    """Warnings about sampling settings under which the sampled policy differs from the trained one."""
+    """Warnings about sampling settings under which the sampled policy differs from the trained one.
+
+    Args:
+        generation_kwargs: those of `rollout.generation_kwargs` that change the distribution.
+    """
     truncated = [
         f"{name} {value:g}"
         for name, value, off in (("top_p", top_p, 1.0), ("top_k", top_k, -1), ("min_p", min_p, 0.0))
@@ -102,6 +113,12 @@ def sampling_warnings(
             f"rollout.repetition_penalty {repetition_penalty:g}: tokens are drawn from another distribution than the trained "
             "one, so every ratio is biased, and guards may skip every update; the reward function repetition_penalty has no "
             "such effect"
+        )
+    if generation_kwargs:
+        warnings.append(
+            f"rollout.generation_kwargs, {' and '.join(generation_kwargs)}: tokens are drawn from another distribution than "
+            "the trained one, so every ratio is biased, and guards may skip every update; a reward function for the same "
+            "purpose has no such effect"
         )
     if temperature != 1.0:
         warnings.append(

@@ -6,6 +6,7 @@ from ..common.log import log_to
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
+from ..data.run_inputs import with_fitting_prompts
 from ..model.prove import prove_slots
 from ..update.session import base_note, engine_and_policy
 
@@ -14,6 +15,7 @@ def check_slots(config: GRPOConfig) -> int:
     """Prove the slot map for all projections of `config.model`; print the result and return the exit status."""
     with quiet_stderr(), log_to(print):
         model_path = resolve_model(config.model.name, revision=config.model.revision)
+    config = with_fitting_prompts(config, model_path)
     name = "vLLM" if config.rollout.engine == "vllm" else "the torch engine"
     print(f"starting {name} with {config.model.name}", flush=True)
     with engine_and_policy(config, model_path) as (engine, policy):

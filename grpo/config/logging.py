@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...rollout.config import MAX_COMPLETIONS
 from ...section import Section
 
 
@@ -27,7 +28,7 @@ class LoggingConfig(Section):
     eval_before: bool = True
     """Evaluate before the first step."""
 
-    num_generations_eval: int | None = Field(default=None, ge=1)
+    num_generations_eval: int | None = Field(default=None, ge=1, le=MAX_COMPLETIONS)
     """Completions of each evaluation prompt, sampled as in training and with the same random numbers each time. None: one, the
     likeliest token each time."""
 

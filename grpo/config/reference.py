@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ...rewards.config import RewardFunction
+from ...rollout.generation_kwargs import GenerationKwargs, StructuredOutputs
 from ...section import Section
 from .run_config import DERIVED_DEFAULTS, GRPOConfig, known_keys
 from .trl.fields import RENAMED
@@ -36,6 +37,11 @@ def reference() -> str:
         if name == "rewards":
             text = "An entry of `rewards.functions` may be a mapping with these keys:"
             parts.append(f"{text}\n\n{_table('', RewardFunction.model_fields)}")
+        if name == "rollout":
+            text = "`rollout.generation_kwargs` is a mapping with these keys:"
+            parts.append(f"{text}\n\n{_table('', GenerationKwargs.model_fields)}")
+            text = "And its `structured_outputs` is a mapping with one of these:"
+            parts.append(f"{text}\n\n{_table('', StructuredOutputs.model_fields)}")
     parts.append(f"## Outside of the sections\n\n{_table('', {name: fields[name] for name in keys.top_level})}")
     renamed = "\n".join(f"| `{trl}` | `{ours}` |" for trl, ours in RENAMED.items() if ours.rpartition(".")[2] != trl)
     text = (
@@ -52,7 +58,7 @@ def _table(section: str, fields: dict[str, FieldInfo]) -> str:
         kind = _escape(" or ".join(dict.fromkeys(_types(field.annotation))))
         default = _default(field, is_derived=name in DERIVED_DEFAULTS.get(section, ()))
         description = _escape(_one_line(field.description).replace("None:", "null:"))
-        rows.append(f"| `{name}` | {kind} | {default} | {description} |")
+        rows.append(f"| `{field.alias or name}` | {kind} | {default} | {description} |")
     return "\n".join(rows) + "\n"
 
 
@@ -62,7 +68,7 @@ def _types(annotation: Any) -> Iterator[str]:
     if origin is Annotated:
         yield from _types(arguments[0])
     elif origin is Literal:
-        yield from (f"`{value}`" for value in arguments)
+        yield from (f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in arguments)
     elif origin is list:
         yield "list of " + " or ".join(dict.fromkeys(_types(arguments[0])))
     elif annotation is type(None):
@@ -75,8 +81,8 @@ def _types(annotation: Any) -> Iterator[str]:
         for argument in arguments:
             yield from _types(argument)
     else:
-        words = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", RewardFunction: "mapping"}
-        yield words[annotation]
+        words = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
+        yield "mapping" if isinstance(annotation, type) and issubclass(annotation, Section) else words[annotation]
 
 
 def _default(field: FieldInfo, *, is_derived: bool) -> str:
@@ -87,6 +93,8 @@ def _default(field: FieldInfo, *, is_derived: bool) -> str:
         return "required"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Section):
+        return "`{}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

@@ -86,6 +86,11 @@ class GRPOConfig(Section):
     """Seed for the data order, the adapter's initialisation and sampling, 0 to 2**32 - 1."""
 
     @model_validator(mode="after")
+    def _the_engine_can_sample_like_this(self) -> "GRPOConfig":
+        self.rollout.check()
+        return self
+
+    @model_validator(mode="after")
     def _penalty_is_within_the_length_limit(self) -> "GRPOConfig":
         soft_tokens, longest = self.algorithm.soft_overlong_tokens, self.rollout.max_completion_length
         if soft_tokens > longest:

@@ -19,11 +19,12 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...rollout.model_limits import prompt_length
 from ..common.errors import first_line
 from ..common.log import logger
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
-from ..config import GRPOConfig
+from ..config import GRPOConfig, with_options
 from ..config.data import check_set_names
 from .prompts import Prompt, PromptData, prepare_prompts
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows
@@ -71,12 +72,22 @@ def load_run_inputs(
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
         tokenizer = _tokenizer(config, model_path)
+    config = with_fitting_prompts(config, model_path)
     return RunInputs(
         model_path=model_path,
         tokenizer=tokenizer,
         train_prompts=_prepare(config, train_rows, tokenizer),
         eval_prompts=_prepare_eval(config, eval_rows, tokenizer) if eval_rows else None,
     )
+
+
+def with_fitting_prompts(config: GRPOConfig, model_path: str) -> GRPOConfig:
+    """The configuration with a default of `rollout.max_prompt_length` that the model's context has room for."""
+    fitting = prompt_length(config.rollout, model_path)
+    if fitting == config.rollout.max_prompt_length:
+        return config
+    note = f"rollout.max_prompt_length is {fitting}, less than its default, as the model's context is short"
+    return with_options(config, {"rollout": {"max_prompt_length": fitting}}, notes=[note])
 
 
 def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, tokenizer: PreTrainedTokenizerBase) -> PromptData:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from ...kernels.device import native_dtype
+from ...rollout.texts import special_tokens
+from ...rollout.types import Completion
 from ..algorithm.corrections import sampling_warnings
 from ..config import GRPOConfig
 from ..config.trl.batch import effective_step
@@ -37,6 +41,7 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         repetition_penalty=rollout.repetition_penalty,
+        generation_kwargs=rollout.generation_kwargs.that_change_the_distribution,
     )
     for name, prompts in (("training", inputs.train_prompts), ("evaluation", inputs.eval_prompts)):
         if prompts is not None and prompts.dropped:
@@ -55,6 +60,56 @@ def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
     )
     if unscored:
         yield f"step {step + 1}: no reward function applied to {unscored} completions: nothing is learned from them"
+
+
+class SamplingNotes:
+    """What a user should know about the completions as soon as it shows, and once in a run: that all of them are cut off, and
+    that their texts lack special tokens.
+
+        notes = SamplingNotes(config, tokenizer)
+        for note in notes.about("step 1", groups): ...
+    """
+
+    def __init__(self, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config = config
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        skips = config.rollout.skip_special_tokens
+        self._skipped = {id: text for text, id in special_tokens(tokenizer).items() if id not in ends} if skips else {}
+        self._has_noted_cut_off = False
+
+    def about(self, what: str, groups: Sequence[Group]) -> Iterator[str]:
+        """Notes about these groups' completions. `what`: where they come from."""
+        completions = [completion for group in groups for completion in group.completions]
+        if not self._has_noted_cut_off and completions and all(c.finish_reason == "length" for c in completions):
+            self._has_noted_cut_off = True
+            yield f"{what}: all {len(completions)} completions were cut off at {self._limit()}"
+        if self._skipped:
+            yield from self._about_special_tokens(what, completions)
+
+    def _limit(self) -> str:
+        """The length limit, and what can be done about it."""
+        rollout = self._config.rollout
+        limit = rollout.max_completion_length
+        text = f"rollout.max_completion_length, which is {limit}: reward functions see unfinished answers"
+        if self._config.algorithm.mask_truncated_completions:
+            text += ", and algorithm.mask_truncated_completions excludes all of them, so nothing is learned"
+        if rollout.generation_kwargs.ignore_eos:
+            return f"{text}; leave out rollout.generation_kwargs.ignore_eos"
+        stop = "check rollout.stop, which none of them has" if rollout.stop else "set rollout.stop to a text that ends them"
+        return f"{text}; increase it, ask for shorter answers, or {stop}"
+
+    def _about_special_tokens(self, what: str, completions: Sequence[Completion]) -> Iterator[str]:
+        """A note if any special token but end and padding was sampled. The token that ended a completion belongs to no text."""
+        local = [c for c in completions if c.token_ids]
+        bodies = [c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in local]
+        found = [ids for body in bodies if (ids := self._skipped.keys() & set(body))]
+        if found:
+            tokens = ", ".join(repr(self._skipped[id]) for id in sorted(set().union(*found))[:3])
+            self._skipped = {}
+            yield (
+                f"{what}: {len(found)} of {len(local)} completions have special tokens ({tokens}), which are left out of the "
+                "text that reward functions see: rollout.skip_special_tokens=false keeps them"
+            )
 
 
 def evaluation_notes(evaluation: Evaluation) -> Iterator[str]:

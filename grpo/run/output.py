@@ -1,6 +1,6 @@
 """Output of a run's main process, a callback: terminal view, run folder, trackers, notes. The other processes have none.
 
-    output = RunOutput(config, view, recorder)
+    output = RunOutput(config, view, recorder, tokenizer)
     callbacks.begin(steps_done, rows, objects, inside=[output])
     output.draw()
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
 from ..common.log import logger
@@ -20,7 +21,7 @@ from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import completions_table
 from .callbacks import RecordsUserLogs, StepRecord
-from .notes import evaluation_notes, step_notes
+from .notes import SamplingNotes, evaluation_notes, step_notes
 from .records import RunRecorder
 from .reporting import make_reports
 
@@ -28,11 +29,14 @@ from .reporting import make_reports
 class RunOutput(RecordsUserLogs):
     """See the module's docstring. A step is recorded in `on_step_end` and shown in `on_log`."""
 
-    def __init__(self, config: GRPOConfig, view: View, recorder: RunRecorder) -> None:
+    def __init__(
+        self, config: GRPOConfig, view: View, recorder: RunRecorder, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.config = config
         self.view = view
         self.recorder = recorder
         self._unshown: StepRecord | None = None
+        self._sampling_notes = SamplingNotes(config, tokenizer)
 
     def open_trackers(self, resume: Mapping[str, Any] | None) -> None:
         """Start the trackers of `logging.report_to`; `resume`: the recorder's state in the checkpoint that the run resumes."""
@@ -60,7 +64,8 @@ class RunOutput(RecordsUserLogs):
         if record is None:
             return
         self.view.step(step + 1, record.metrics, record.seconds)
-        for note in (*record.notes, *step_notes(step, record.groups)):
+        of_sampling = self._sampling_notes.about(f"step {step + 1}", record.groups)
+        for note in (*record.notes, *step_notes(step, record.groups), *of_sampling):
             logger.info(note)
         every = self.config.logging.completions_steps
         if step == 0 or (every and (step + 1) % every == 0):
@@ -78,6 +83,8 @@ class RunOutput(RecordsUserLogs):
         self.recorder.evaluation(state.global_step, metrics, when=when)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
+        for note in self._sampling_notes.about("evaluation", evaluation.groups):
+            logger.info(note)
         self.view.evaluation(state.global_step, metrics, when)
 
     def end_with(self, evaluation: Evaluation) -> None:

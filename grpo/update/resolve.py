@@ -1,27 +1,35 @@
 """What the engine, the policy and the learner need to know before any of them is made.
 
-    config, start = resolve_training(config, model_path)       # complete: with the ranks of the adapter that it starts from
-    settings = engine_settings(config, model_path)             # of vLLM
+    config, start = resolve_training(config, model_path, tokenizer)    # complete: with the ranks of the adapter to start from
+    settings = engine_settings(config, model_path)                     # of vLLM
 """
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 from ...rollout.engine import EngineSettings
+from ...rollout.model_limits import check_model_limits
 from ..config import GRPOConfig
+from ..data.run_inputs import with_fitting_prompts
 from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
 from .objective import Objective
 
 
-def resolve_training(config: GRPOConfig, model_path: str) -> tuple[GRPOConfig, StartAdapter | None]:
-    """`resolve_start`, and a check that a user-supplied objective can be loaded.
+def resolve_training(
+    config: GRPOConfig, model_path: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[GRPOConfig, StartAdapter | None]:
+    """`resolve_start`, and checks that a user-supplied objective can be loaded, and that the model can sample as asked.
 
     Raises:
-        ValueError, FileNotFoundError: the objective cannot be loaded, or training cannot start from this adapter, or it is in
-            the folder that the run replaces.
+        ValueError, FileNotFoundError: the objective cannot be loaded, or the model has not the context or the tokens that
+            `rollout` needs, or training cannot start from this adapter, or it is in the folder that the run replaces.
     """
     Objective(config)
+    config = with_fitting_prompts(config, model_path)
+    check_model_limits(config.rollout, model_path, tokenizer)
     config, start = resolve_start(config, model_path)
     output_dir = config.logging.output_dir
     if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):

@@ -39,7 +39,8 @@ def test_a_healthy_run_of_forty_steps_is_silent(run):
     assert all(step["guards/alarms"] == 0 and step["update_skipped"] == 0 for step in steps)
     assert steps[-1]["guards/learning_rate_factor"] == 1.0
     notes = [line for line in printed.splitlines() if line.startswith("note: step")]
-    assert not notes, notes
+    of_completions = ("all 64 completions were cut off", "special tokens")  # a random model's
+    assert not [note for note in notes if not any(text in note for text in of_completions)], notes
 
 
 def test_a_non_finite_gradient_is_skipped_and_reported(run):

@@ -11,7 +11,11 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
+from tiny_models import tiny_tokenizer
 
+from rankup.grpo.data.groups import Group
+from rankup.grpo.data.prompts import Prompt
+from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import trainer_logprobs
 from rankup.rollout.config import SamplingConfig
@@ -19,6 +23,7 @@ from rankup.rollout.torch_engine import TorchEngine, check_cache, eos_token_ids,
 from rankup.rollout.types import PromptGroup
 
 PROMPTS = [[5, 9, 14, 3], [7, 21, 40], [11, 12, 13, 14, 15]]
+EOS, UNK = 2, 3
 Make = Callable[..., TorchEngine]
 
 
@@ -202,6 +207,65 @@ def test_a_stop_string_ends_a_completion_and_its_text(make: Make) -> None:
     assert any(stop in completion.text for completion in free.completions)
 
 
+X = tiny_tokenizer().convert_tokens_to_ids("x")
+STOPS: list[dict[str, Any]] = [
+    {"stop": ["<unk>"]},
+    {"stop": ["g", "<unk>", "<eos>", "never there"]},
+    {"generation_kwargs": {"stop_token_ids": [X, UNK]}},
+    {"generation_kwargs": {"stop_token_ids": [X], "ignore_eos": True}, "stop": ["<eos>", "aa", "g"]},
+]
+
+
+@pytest.mark.parametrize("options", STOPS)
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("includes", [True, False])
+def test_a_completion_ends_at_what_comes_first(make: Make, options: dict[str, Any], skip: bool, includes: bool) -> None:
+    """Against the definition, from completions that nothing ends."""
+    engine, many = make(), {"num_generations": 32, "max_completion_length": 40}
+    (free,) = engine.rollout(PROMPTS[:1], settings(**many, generation_kwargs={"ignore_eos": True}), seeds=[1])
+    sampling = settings(**many, **options, skip_special_tokens=skip, include_stop_str_in_output=includes)
+    (stopped,) = engine.rollout(PROMPTS[:1], sampling, seeds=[1])
+    kwargs = sampling.generation_kwargs
+    ends = {*kwargs.stop_token_ids, *(() if kwargs.ignore_eos else (EOS,))}
+    ends |= {{"<unk>": UNK, "<eos>": EOS}.get(string, -1) for string in sampling.stop}
+    assert {c.finish_reason for c in stopped.completions} == {"stop", "length"}
+    for before, after in zip(free.completions, stopped.completions, strict=True):
+        text = ""
+        for count in range(1, 41):
+            ids = list(before.token_ids[:count])
+            text = str(engine._tokenizer.decode(ids, skip_special_tokens=skip))
+            if ids[-1] in ends:
+                shown = str(engine._tokenizer.decode(ids if includes else ids[:-1], skip_special_tokens=skip))
+                named = {UNK: "<unk>", EOS: "<eos>"}.get(ids[-1], "")
+                expected = shown + named if includes and skip and named in sampling.stop and named else shown
+                break
+            if found := [text.index(stop) + len(stop) * includes for stop in sampling.stop if stop in text]:
+                expected = text[: min(found)]
+                break
+        else:
+            assert (after.token_ids, after.finish_reason, after.text) == (before.token_ids, "length", text)
+            continue
+        assert (list(after.token_ids), after.finish_reason, after.text) == (ids, "stop", expected)
+
+
+def test_an_engine_refuses_what_it_cannot_sample(make: Make) -> None:
+    for options in ({"temperature": 1e-4}, {"repetition_penalty": 2.0}, {"generation_kwargs": {"min_tokens": 3}}):
+        with pytest.raises(ValueError, match=r"^rollout\."):
+            list(make().rollout(PROMPTS, settings(**options)))
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.01, 0.1, 2.0, 50.0])
+def test_log_probabilities_at_any_temperature_are_the_trainers(make: Make, temperature: float) -> None:
+    engine = make()
+    (sampled,) = engine.rollout(PROMPTS[:1], settings(temperature=temperature), seeds=[3])
+    prompt = Prompt(content="", token_ids=sampled.prompt_token_ids)
+    group = Group(prompt=prompt, completions=sampled.completions, advantages=(0.0,) * 4)
+    (one,) = pack([group], tokens_per_pack=4096)
+    trainers = policy_of(engine).logprobs(one, temperature=temperature)[0]
+    log_w = trainers - one.sampler_logprobs_N
+    assert (log_w.exp() - 1 - log_w).mean().item() < 1e-5, "the divergence of sampler and trainer"
+
+
 def test_no_sequence_is_longer_than_the_model_length(make: Make) -> None:
     (group,) = make(max_model_length=7).rollout(PROMPTS[:1], settings(num_generations=2), seeds=[1])
     assert all(len(completion.token_ids) <= 3 for completion in group.completions)
@@ -231,6 +295,27 @@ def test_greedy_tokens_are_vllms(make: Make, make_engine, kind: str) -> None:
         a, b = one.completions[0], other.completions[0]
         assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("options", STOPS)
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("includes", [True, False])
+def test_texts_and_ends_are_vllms(make: Make, make_engine, options: dict[str, Any], skip: bool, includes: bool) -> None:
+    engine, vllm = make(max_num_seqs=64), make_engine()
+    policy_of(engine).attach(vllm.slots)
+    vllm.publish(policy_of(engine).write_slots)
+    texts = [f"{a}{b}c" for a in "abcdefgh" for b in "ijklmnop"]
+    prompts = [tiny_tokenizer().encode(text, add_special_tokens=False) for text in texts]
+    sampling = settings(
+        temperature=0.0, num_generations=1, max_completion_length=24, **options, skip_special_tokens=skip,
+        include_stop_str_in_output=includes,
+    )  # fmt: skip
+    ours, theirs = by_index(engine, prompts, sampling), by_index(vllm, prompts, sampling)
+    for one, other in zip(ours, theirs, strict=True):
+        a, b = one.completions[0], other.completions[0]
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+    assert {group.completions[0].finish_reason for group in ours} == {"stop", "length"}
 
 
 @pytest.mark.engine

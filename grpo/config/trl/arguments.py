@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from ....rewards.config import RewardFunction, RewardsConfig
 from ....rollout.config import RolloutConfig
+from ....rollout.generation_kwargs import GenerationKwargs
 from ..algorithm import AlgorithmConfig, CorrectionConfig
 from ..checkpoint import CheckpointConfig
 from ..cluster import ClusterConfig
@@ -64,6 +65,9 @@ class Arguments(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float
     stop: list[str] | str
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    generation_kwargs: GenerationKwargs | dict[str, Any] | str | None
     engine: Literal["vllm", "torch"]
     max_num_seqs: int | None
     gpu_memory_utilization: float
@@ -301,7 +305,6 @@ class Arguments(TypedDict, total=False):
     pad_to_multiple_of: int | str | None
     generation_batch_size: int | None
     steps_per_generation: int | None
-    generation_kwargs: dict[str, Any] | str | None
     cache_implementation: str | None
     use_vllm: bool
     vllm_mode: str
@@ -370,7 +373,7 @@ class Arguments(TypedDict, total=False):
     vllm_device: str
     vllm_dtype: str
     vllm_enable_prefix_caching: bool
-    vllm_guided_decoding_regex: str | None
     evaluation_strategy: str
     no_cuda: bool
     vllm_max_model_len: int | None
+    vllm_guided_decoding_regex: str | None

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ....rollout.generation_kwargs import OPTIONS, GenerationKwargs
 from .batch import Batch, batch_of
 from .fields import ALL_NAMES, BATCH_FIELDS, FIELDS
 from .script import Script, Value, mapping, positive
@@ -30,17 +31,17 @@ OPTIMIZERS = {
 """transformers' names of optimizers that have another name here. Paging changes where the state is, not the update."""
 
 GENERATION_KWARGS = {
-    "temperature": "rollout.temperature",
-    "top_p": "rollout.top_p",
-    "top_k": "rollout.top_k",
-    "min_p": "rollout.min_p",
-    "repetition_penalty": "rollout.repetition_penalty",
-    "stop": "rollout.stop",
+    **{name: option for name, option in OPTIONS.items() if option.startswith("rollout.") and name != "n"},
     "stop_strings": "rollout.stop",
-    "max_tokens": "rollout.max_completion_length",
     "max_new_tokens": "rollout.max_completion_length",
 }
-"""Keys of TRL's `generation_kwargs`: arguments of vLLM's SamplingParams or of transformers' GenerationConfig."""
+"""Keys of TRL's `generation_kwargs` that are options here: arguments of vLLM's SamplingParams, and two of transformers."""
+
+RENAMED_KWARGS = {"min_new_tokens": "min_tokens"}
+"""transformers' names of arguments of vLLM."""
+
+KWARGS_WITHOUT_EFFECT = (("do_sample", True), ("num_beams", 1), ("n", 1), ("use_cache", True))
+"""Keys with a value that says what is done anyway."""
 
 DECIDED_HERE = frozenset({"attn_implementation", "device_map", "low_cpu_mem_usage", "use_cache"})
 """Keys of TRL's `model_init_kwargs` without effect: how the model is placed and computed."""
@@ -173,22 +174,31 @@ def _optimizer(script: Script) -> None:
         script.replace("optim.lr_scheduler_kwargs", mapping(kwargs, "lr_scheduler_kwargs"))
 
 
+def _generation_kwargs(script: Script) -> None:
+    """Keys that are options here become these, and take precedence over them, as in TRL."""
+    given, regex = script.ours("rollout.generation_kwargs"), script.trl("vllm_structured_outputs_regex")
+    given = given.model_dump(exclude_unset=True) if isinstance(given, GenerationKwargs) else given
+    kwargs: dict[str, Value] = {}
+    for name, value in ({} if given is None else mapping(given, "generation_kwargs")).items():
+        if name in GENERATION_KWARGS:
+            script.replace(GENERATION_KWARGS[name], value)
+        elif (name, value) not in KWARGS_WITHOUT_EFFECT:
+            kwargs[RENAMED_KWARGS.get(name, name)] = value
+    if regex is not None:
+        kwargs["structured_outputs"] = {"regex": regex}
+    script.replace("rollout.generation_kwargs", kwargs or None)
+
+
 def _sampling(script: Script) -> None:
-    """`generation_kwargs` takes precedence over the options of the same meaning, as in TRL."""
-    use_vllm, text, template, longest = (
+    """What samples, how, and how long a sequence may be."""
+    use_vllm, template, longest = (
         script.trl("use_vllm"),
-        script.trl("generation_kwargs"),
         script.ours("data.chat_template_kwargs"),
         script.trl("vllm_max_model_length"),
     )
     if use_vllm is not None:
         script.set("rollout.engine", "vllm" if use_vllm else "torch", by="use_vllm")
-    for name, value in ({} if text is None else mapping(text, "generation_kwargs")).items():
-        if name in GENERATION_KWARGS:
-            script.replace(GENERATION_KWARGS[name], value)
-        elif (name, value) not in (("do_sample", True), ("num_beams", 1), ("n", 1)):
-            known = ", ".join(GENERATION_KWARGS)
-            raise ValueError(f"generation_kwargs.{name}: is not supported; {known} are")
+    _generation_kwargs(script)
     if isinstance(template, str):
         script.replace("data.chat_template_kwargs", mapping(template, "chat_template_kwargs"))
     if longest is not None and script.ours("rollout.max_prompt_length") is None:

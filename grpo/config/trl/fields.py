@@ -6,7 +6,7 @@
 A test holds the table complete against the installed TRL.
 """
 
-from .field import TrlField, mapped, moot, refused
+from .field import TrlField, mapped, moot
 from .grpo_fields import GRPO_FIELDS
 from .training_fields import TRAINING_FIELDS
 
@@ -44,7 +44,6 @@ OLDER_NAMES: dict[str, TrlField] = {
     "vllm_device": moot("str", "auto", "vLLM runs on the trainer's device"),
     "vllm_dtype": moot("str", "auto", "model.dtype decides"),
     "vllm_enable_prefix_caching": moot("bool", True, "the prefix cache is always on"),
-    "vllm_guided_decoding_regex": refused("str | None", None, "use the reward function `matches` with the expression"),
 }
 """Names that earlier versions had and scripts still use."""
 
@@ -52,6 +51,7 @@ ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "vllm_max_model_len": "vllm_max_model_length",
+    "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
 }
 """Names that were changed: the old one and the new one."""
 
@@ -66,6 +66,7 @@ BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps", "s
 
 NONE_IS_UNSET = frozenset(
     {"min_p", "chat_template_kwargs", "lr_scheduler_kwargs", "num_completions_to_print", "shuffle_dataset", "save_total_limit"}
+    | {"generation_kwargs"}
     | {"eval_steps", "max_steps", "report_to", "vllm_importance_sampling_cap"}
 )
 """Options for which TRL accepts None, and the option here has no such value: they keep the default."""

@@ -39,6 +39,7 @@ ALSO_ACCEPTED = {
     "save_steps": "float",
     "lr_scheduler_kwargs": "str",
     "chat_template_kwargs": "str",
+    "generation_kwargs": "dict[str, Any] | str",
     "run_name": "None",
     "output_dir": "None",
     "on_error": "str",
@@ -59,6 +60,7 @@ from typing import Any, Literal, TypedDict
 
 from ....rewards.config import RewardFunction, RewardsConfig
 from ....rollout.config import RolloutConfig
+from ....rollout.generation_kwargs import GenerationKwargs
 '''
 
 SCRIPTS_HEADER = """# Scripts written for TRL
@@ -358,7 +360,7 @@ def _default_here(field: TrlField) -> str:
 
 
 def _shown(value: object) -> str:
-    if value is None:
+    if value is None or isinstance(value, Section):
         return "None"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 

@@ -39,10 +39,11 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "min_p": mapped("rollout.min_p", "float | None", None),
     "generation_kwargs": converted(
         "rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.repetition_penalty, rollout.stop, "
-        "rollout.max_completion_length",
+        "rollout.max_completion_length, rollout.skip_special_tokens, rollout.include_stop_str_in_output, "
+        "rollout.generation_kwargs",
         "dict[str, Any] | str | None",
         None,
-        "takes precedence over the options of the same meaning, as in TRL",
+        "keys that are options here take precedence over these, as in TRL; the others are rollout.generation_kwargs",
     ),
     "chat_template_kwargs": mapped("data.chat_template_kwargs", "dict[str, Any] | str | None", None),
     "repetition_penalty": mapped("rollout.repetition_penalty", "float", 1.0),
@@ -51,7 +52,9 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "vllm_mode": refused("str", "colocate", "leave it out: vLLM runs in this process, so there is no server to start"),
     "vllm_model_impl": refused("str", "vllm", "leave it out: vLLM's own layers hold the adapter"),
     "vllm_enable_sleep_mode": moot("bool", False, "vLLM's weights are the trainer's, so they stay in place", is_reported=True),
-    "vllm_structured_outputs_regex": refused("str | None", None, "use the reward function `matches` with the expression"),
+    "vllm_structured_outputs_regex": converted(
+        "rollout.generation_kwargs", "str | None", None, "structured_outputs.regex, instead of one in generation_kwargs"
+    ),
     "vllm_server_base_url": moot("str | None", None, SERVER),
     "vllm_server_host": moot("str", "0.0.0.0", SERVER),
     "vllm_server_port": moot("int", 8000, SERVER),

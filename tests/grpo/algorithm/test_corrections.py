@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rankup.grpo.algorithm.corrections import correction_weights, gap_metrics, gap_tally, sampling_warnings, veto_keep
 from rankup.grpo.config import CorrectionConfig
 from rankup.grpo.config.algorithm import CORRECTION_MODES
+from rankup.rollout.generation_kwargs import GenerationKwargs
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
@@ -144,6 +145,15 @@ def test_sampling_from_a_part_is_warned_of(settings: dict[str, float], parts: li
     untruncated = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
     (warning,) = sampling_warnings(**(untruncated | settings))  # type: ignore[arg-type]
     assert all(part in warning for part in parts), warning
+
+
+def test_arguments_that_change_the_distribution_are_warned_of_by_name() -> None:
+    kwargs = GenerationKwargs(min_tokens=2, stop_token_ids=[5], ignore_eos=True, logit_bias={3: 1.0})
+    (warning,) = sampling_warnings(
+        temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, generation_kwargs=kwargs.that_change_the_distribution
+    )
+    assert warning.startswith("rollout.generation_kwargs, min_tokens and logit_bias: tokens are drawn from another ")
+    assert GenerationKwargs(stop_token_ids=[5], ignore_eos=True).that_change_the_distribution == []
 
 
 def test_both_kinds_of_warnings_come_together() -> None:

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from rankup.grpo.config import GRPOConfig, dump_config, resolve_epochs
 from rankup.grpo.config.trl.fields import ALIASES, ALL_NAMES, FIELDS, RENAMED
+from rankup.rollout.generation_kwargs import GenerationKwargs, StructuredOutputs
 
 Load = Callable[..., GRPOConfig]
 ErrorOf = Callable[..., str]
@@ -176,6 +177,31 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"generation_kwargs": {"top_p": 0.5, "stop": "</a>"}}, {"rollout.top_p": 0.5, "rollout.stop": ["</a>"]}),
     ({"top_p": 0.7, "generation_kwargs": {"top_p": 0.5, "do_sample": True}}, {"rollout.top_p": 0.5}),
     ({"generation_kwargs": '{"max_new_tokens": 64}'}, {"rollout.max_completion_length": 64}),
+    (
+        {"generation_kwargs": {"max_tokens": 9, "skip_special_tokens": False, "include_stop_str_in_output": True, "n": 1}},
+        {
+            "rollout.max_completion_length": 9,
+            "rollout.skip_special_tokens": False,
+            "rollout.include_stop_str_in_output": True,
+            "rollout.generation_kwargs": GenerationKwargs(),
+        },
+    ),
+    (
+        {"generation_kwargs": {"min_new_tokens": 4, "temperature": 0.5, "bad_words": ["x"], "logit_bias": {"7": -5}}},
+        {
+            "rollout.temperature": 0.5,
+            "rollout.generation_kwargs": GenerationKwargs(min_tokens=4, bad_words=["x"], logit_bias={7: -5.0}),
+        },
+    ),
+    ({"generation_kwargs": None}, {"rollout.generation_kwargs": GenerationKwargs()}),
+    (
+        {"generation_kwargs": {"presence_penalty": 1}, "vllm_structured_outputs_regex": "a+"},
+        {"rollout.generation_kwargs": GenerationKwargs(presence_penalty=1, structured_outputs=StructuredOutputs(regex="a+"))},
+    ),
+    (
+        {"vllm_guided_decoding_regex": "a|b", "generation_kwargs": {"structured_outputs": {"choice": ["x"]}}},
+        {"rollout.generation_kwargs": GenerationKwargs(structured_outputs=StructuredOutputs(regex="a|b"))},
+    ),
     ({"repetition_penalty": 1.1}, {"rollout.repetition_penalty": 1.1}),
     ({"vllm_max_model_length": 1000}, {"rollout.max_prompt_length": 744}),
     ({"vllm_max_model_len": 1000, "max_completion_length": 400}, {"rollout.max_prompt_length": 600}),
@@ -258,8 +284,7 @@ def test_with_several_iterations_trls_steps_are_divided_by_them():
         ),
         (
             {"generation_kwargs": {"suppress_tokens": [1]}},
-            "generation_kwargs.suppress_tokens: is not supported; temperature, top_p, top_k, min_p, repetition_penalty, stop, "
-            "stop_strings, max_tokens, max_new_tokens are",
+            "rollout.generation_kwargs: suppress_tokens is unknown; known are presence_penalty, frequency_penalty, ",
         ),
         (
             {"generation_kwargs": "{"},
