@@ -59,6 +59,12 @@ def test_folder_kernels_does_not_break_packages_that_import_kernels():
     assert Path(result.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
+def test_no_file_has_the_marks_of_an_unfinished_merge():
+    marks = ["git", "grep", "--line-number", "-E", "^(<{7} |>{7} )"]
+    found = subprocess.run(marks, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1, found.stdout or found.stderr
+
+
 @pytest.mark.parametrize(
     ("device", "present", "absent"),
     [
