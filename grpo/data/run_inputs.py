@@ -26,7 +26,8 @@ from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
 from ..config.data import check_set_names
 from .prompts import Prompt, PromptData, prepare_prompts
-from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows
+from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
+from .values import check_column_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ def load_run_inputs(
     if train_source is None:
         raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
     train_rows = _load(config, train_source, data.train_split, lambda: _rows_of_all_steps(config))
+    check_column_types(train_rows, data.column_types)
     eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
@@ -114,13 +116,14 @@ def read_streams(
 def _load(
     config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]
 ) -> list[dict[str, Any]]:
-    takes_options = callable(source) or (isinstance(source, str) and ":" in source)
     return load_rows(
         source,
         split=split,
         subset=config.data.subset,
-        options=config.data.options if takes_options else None,
+        options=config.data.options if takes_options(source) else None,
         stream_rows=stream_rows,
+        encoding=config.data.encoding,
+        column_types=config.data.column_types,
     )
 
 

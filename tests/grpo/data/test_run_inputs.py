@@ -184,7 +184,8 @@ def test_a_run_file_may_map_names_to_files_beside_it(tiny_model_path, tmp_path: 
         ({}, r"data\.eval: the mapping of evaluation sets is empty"),
         ({"easy": 5}, r"data\.eval\.easy: must be text"),
         (5, r"^data\.eval: must be text, in quotes if YAML would read it as another type \(got 5\)$"),
-        (["x.jsonl"], r"data\.eval: must be text"),
+        ([], r"data\.eval: List should have at least 1 item"),
+        ({"easy": ["x.jsonl", 5]}, r"data\.eval\.easy\.1: must be text"),
     ],
 )
 def test_a_mapping_with_mistakes_is_refused_in_a_run_file(value, message):

@@ -1,0 +1,118 @@
+"""Data sets that are folders, here or on the Hub: their splits, and the rows of each.
+
+    folder_splits("data/sums", subset=None, read=read)          # files, or what `save_to_disk` wrote
+    hub_splits("openai/gsm8k", subset="main", read=read)
+
+`datasets` finds the files of each split, as in `load_dataset`. It also reads formats with types; JSON, CSV and text, whose types
+it would guess, are read by `files.read_file`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from ..common.errors import first_line
+from ..common.log import logger
+from ..config.paths import DATA_FORMATS, split_suffix
+from .quiet import quiet_datasets
+from .splits import Part, Splits
+from .values import Row
+
+ReadFile = Callable[[str, str, str], list[Row]]
+"""From a local path, its name for messages and its format to its rows."""
+
+_BUILDERS = {"json": "json", "csv": "csv", "text": "text"}
+"""Formats whose values `datasets` would guess, by the module that reads them there."""
+
+_ERRORS = (DatasetsError, OSError, ValueError)
+
+
+def folder_splits(folder: str, *, subset: str | None, read: ReadFile) -> Splits:
+    """The splits of a local folder: one that `save_to_disk` wrote, or one with data files.
+
+    Raises:
+        ValueError: it has no data, or more than one format.
+    """
+    path = Path(folder).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except _ERRORS as error:
+            raise ValueError(f"cannot load {folder}: {first_line(error)}") from error
+        return splits_of(saved, folder)
+    with tempfile.TemporaryDirectory() as cache:  # an edited file is read again
+        splits = _splits_of_files(str(path), subset=subset, read=read, cache=cache)
+    _note_other_files(path)
+    return splits
+
+
+def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
+    """The splits of a data set on the Hub.
+
+    Raises:
+        ValueError: it does not exist, or cannot be reached.
+    """
+    try:
+        return _splits_of_files(name, subset=subset, read=read, cache=None)
+    except ConnectionError as error:
+        raise ValueError(
+            f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file "
+            f"({', '.join(DATA_FORMATS)}; there is no file or folder {name})"
+        ) from error
+
+
+def splits_of(loaded: datasets.Dataset | datasets.DatasetDict, source: str) -> Splits:
+    """The splits of a `DatasetDict` by name; a `Dataset` is one split, whatever its name."""
+    if isinstance(loaded, datasets.Dataset):
+        return Splits(source, None, lambda name: loaded)
+    by_name = {str(name): one for name, one in loaded.items()}  # a key may be a `datasets.Split`
+    return Splits(source, tuple(by_name), by_name.__getitem__)
+
+
+def _splits_of_files(name: str, *, subset: str | None, read: ReadFile, cache: str | None) -> Splits:
+    with quiet_datasets():
+        try:
+            builder = datasets.load_dataset_builder(name, subset, cache_dir=cache)
+            if (format := _untyped_format(builder)) is None:
+                loaded = datasets.load_dataset(name, subset, cache_dir=cache, keep_in_memory=cache is not None)
+                return splits_of(loaded, name)
+            files = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
+            local = datasets.DownloadManager(dataset_name=builder.dataset_name).download(files)
+        except ConnectionError:
+            raise
+        except _ERRORS as error:
+            raise ValueError(f"cannot load data set {name!r}: {first_line(error.__cause__ or error)}") from error
+
+    def rows(split: str) -> Part:
+        return [row for path, shown in zip(local[split], files[split], strict=True) for row in read(path, shown, format)]
+
+    return Splits(name, tuple(files), rows)
+
+
+def _untyped_format(builder: datasets.DatasetBuilder) -> str | None:
+    """The format of a data set that declares no types of columns and no options of its own for reading; None for others."""
+    module = type(builder).__module__
+    format = _BUILDERS.get(module.rpartition(".")[2]) if module.startswith("datasets.packaged_modules.") else None
+    if format is None or builder.info.features is not None:
+        return None
+    config, default = builder.config, type(builder.config)()
+    names = {field.name for field in dataclasses.fields(config)} - {"name", "version", "data_dir", "data_files", "description"}
+    return format if all(getattr(config, name) == getattr(default, name) for name in names - {"sep"}) else None
+
+
+def _note_other_files(folder: Path) -> None:
+    """Say which data files of a folder belong to no split, since `datasets` reads one format of a folder only."""
+    formats = {DATA_FORMATS.get(split_suffix(path.name)[0]) for path in _data_files(folder)}
+    if len(formats) > 1:
+        logger.info(f"{folder} has files of several formats, of which one is read: name the files, or a pattern")
+
+
+def _data_files(folder: Path) -> Sequence[Path]:
+    ignored = ("config.json", "dataset_info.json", "dataset_infos.json")
+    return [path for path in folder.iterdir() if split_suffix(path.name)[0] in DATA_FORMATS and path.name not in ignored]

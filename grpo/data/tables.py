@@ -1,0 +1,64 @@
+"""Rows of tables: of data sets, Arrow and pandas. Typed values stay what they are, in plain Python.
+
+    table_rows(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [7]}))       # [{"prompt": "a", "answer": 7}]
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import pandas
+import pyarrow
+
+from ..common.errors import first_line
+from .values import Row, plain, plain_rows
+
+_FEATURES = b"huggingface"
+"""Key in the metadata of a table: its columns as `datasets` has written them."""
+
+
+def table_rows(table: datasets.Dataset | pyarrow.Table) -> list[Row]:
+    """All rows, with values as `plain` returns them.
+
+    The format of a data set (such as "numpy") has no effect, except for its selection of columns; a function that was set with
+    `set_transform` is applied.
+
+    Raises:
+        ValueError: a value that Python or a decoder cannot represent, or a column that occurs twice.
+    """
+    if isinstance(table, pyarrow.Table):
+        names = table.column_names
+        if len(set(names)) < len(names):
+            raise ValueError(f"the column {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        if _FEATURES not in (table.schema.metadata or {}):
+            return _by_row(table.to_pydict(maps_as_pydicts="strict"))
+        table = datasets.Dataset(table)
+    try:
+        return _by_row(_columns(table))
+    except ImportError as error:  # a decoder of images, sound or video that is not installed
+        raise ValueError(first_line(error)) from error
+
+
+def frame_rows(frame: pandas.DataFrame, source: str) -> list[Row]:
+    """The rows of a table of pandas without its index; what pandas counts as missing is None.
+
+    Raises:
+        ValueError: a column that occurs twice.
+    """
+    if not frame.columns.is_unique:
+        raise ValueError(f"{source} has a column twice: {', '.join(map(str, frame.columns[frame.columns.duplicated()]))}")
+    return plain_rows(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+
+
+def _columns(table: datasets.Dataset) -> Mapping[str, Sequence[Any]]:
+    """The values of every column; decoding by columns is faster than by rows."""
+    format = table.format
+    if format["type"] == "custom":
+        return table[:]
+    columns = None if format["output_all_columns"] else format["columns"]
+    return table.with_format(None, columns=columns)[:]
+
+
+def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[Row]:
+    values = [[plain(value) for value in column] for column in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
