@@ -76,8 +76,8 @@ def read_file(
     name = name or file
     suffix, compression = split_suffix(name)
     format = format or DATA_FORMATS.get(suffix)
-    if format is None and compression == ".zip":  # the format is that of the file inside
-        suffix, format = "", "zip"
+    if compression == ".zip":
+        format = "zip"  # the file inside has its own
     if format is None:
         return typed_rows(_read_with_datasets(file), column_types, source=name)
     content = _uncompressed(name, _content(name, file), compression)
@@ -143,7 +143,10 @@ def _read_with_datasets(file: str) -> list[Row]:
             )
         except (DatasetsError, OSError, ValueError, ImportError) as error:
             known = ", ".join(DATA_FORMATS)
-            raise ValueError(f"cannot read {file}: data files are {known}, and may be compressed (.gz, .xz, ...)") from error
+            raise ValueError(
+                f"cannot read {file}: data files are {known}, and may be compressed (.gz, .xz, ...); `datasets` says: "
+                f"{first_line(error.__cause__ or error)}"
+            ) from error
         return table_rows(loaded)
 
 
@@ -154,8 +157,8 @@ def _content(name: str, file: str) -> bytes:
     try:
         with fsspec.open(file, "rb") as opened:
             return opened.read()
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {name}") from error
     except (OSError, ImportError, ValueError) as error:  # a file system that is not installed is an ImportError
         raise ValueError(f"cannot read {name}: {first_line(error)}") from error
 

@@ -21,7 +21,7 @@ from ..common.errors import first_line
 from ..common.log import logger
 from ..config.paths import DATA_FORMATS, split_suffix
 from .quiet import quiet_datasets
-from .splits import Part, Splits
+from .splits import Part, Splits, one_split
 from .values import Row
 
 ReadFile = Callable[[str, str, str], list[Row]]
@@ -45,7 +45,7 @@ def folder_splits(folder: str, *, subset: str | None, read: ReadFile) -> Splits:
             saved = datasets.load_from_disk(str(path))
         except _ERRORS as error:
             raise ValueError(f"cannot load {folder}: {first_line(error)}") from error
-        return splits_of(saved, folder)
+        return one_split(folder, lambda: saved) if isinstance(saved, datasets.Dataset) else splits_of(saved, folder)
     with tempfile.TemporaryDirectory() as cache:  # an edited file is read again
         splits = _splits_of_files(str(path), subset=subset, read=read, cache=cache)
     _note_other_files(path)
@@ -60,6 +60,8 @@ def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
     """
     try:
         return _splits_of_files(name, subset=subset, read=read, cache=None)
+    except ValueError as error:
+        raise ValueError(f"{error} (there is no file or folder of this name)") from error
     except ConnectionError as error:
         raise ValueError(
             f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file "
@@ -87,12 +89,20 @@ def _splits_of_files(name: str, *, subset: str | None, read: ReadFile, cache: st
         except ConnectionError:
             raise
         except _ERRORS as error:
-            raise ValueError(f"cannot load data set {name!r}: {first_line(error.__cause__ or error)}") from error
+            raise ValueError(f"cannot load data set {name!r}: {_reason(error)}") from error
 
     def rows(split: str) -> Part:
         return [row for path, shown in zip(local[split], files[split], strict=True) for row in read(path, shown, format)]
 
     return Splits(name, tuple(files), rows)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error.__cause__ or error).strip().splitlines()
+    if lines and lines[0].startswith("Config name is missing"):  # the second line has the names
+        return f"{' '.join(lines[:2])} (data.subset)"
+    hint = " (formats by suffix in lower case; or name the files, or a pattern)" if isinstance(error, FileNotFoundError) else ""
+    return first_line(error.__cause__ or error) + hint
 
 
 def _untyped_format(builder: datasets.DatasetBuilder) -> str | None:

@@ -153,13 +153,12 @@ class _Reading:
             return self._selected(hub_splits(source, subset=self.subset, read=self._read))
         if Path(source).expanduser().is_dir():
             return self._selected(folder_splits(source, subset=self.subset, read=self._read))
-        return self._selected(one_split(source, self.split, lambda: self._file_rows(source)))
+        return self._selected(one_split(source, lambda: self._file_rows(source)))
 
     def joined_rows(self, sources: Sequence[str]) -> list[Row]:
         """The rows of several sources by name, of which `split` is a part."""
         if all(names_files(source) and not Path(source).expanduser().is_dir() for source in sources):
-            together = one_split("the list of files", self.split, lambda: list(_chained(map(self._file_rows, sources))))
-            return self._selected(together)
+            return self._selected(one_split("the list of files", lambda: list(_chained(map(self._file_rows, sources)))))
 
         def load(name: str) -> Part:
             whole = replace(self, split=name)

@@ -25,11 +25,13 @@ class Splits:
         source: its name in error messages.
         names: of the splits that exist. None: the source takes any name.
         load: the rows of a split.
+        is_one: they are names of one and the same split.
     """
 
     source: str
     names: tuple[str, ...] | None
     load: Callable[[str], Part]
+    is_one: bool = False
 
     def select(self, spec: str) -> list[Part]:
         """The parts that `spec` names, in its order.
@@ -41,7 +43,7 @@ class Splits:
             return [self.load(spec)]
         if self.names is not None and spec in self.names:
             return [self.load(spec)]
-        if self.names is not None and spec == "all":
+        if self.names is not None and spec == "all" and not self.is_one:
             return [self.load(name) for name in self.names]
         parts = {name: self.load(name) for name in self._named(spec)}
         try:
@@ -55,13 +57,16 @@ class Splits:
         names = list(dict.fromkeys(re.split(r"[\[(]", part, maxsplit=1)[0].strip() for part in spec.split("+")))
         for name in names:
             if self.names is not None and name not in self.names:
-                raise ValueError(f"{self.source} has no split {name!r} (splits: {', '.join(self.names)})")
+                what = "it is one split, called train or test" if self.is_one else f"splits: {', '.join(self.names)}"
+                raise ValueError(f"{self.source} has no split {name!r} ({what})")
+        if self.is_one and len(names) > 1:
+            raise ValueError(f"{self.source} is one split, called train or test: {spec!r} would repeat its rows")
         return names
 
 
-def one_split(source: str, spec: str, load: Callable[[], Part]) -> Splits:
-    """Those of a source without splits: it is one split, called `train` or `test`."""
-    return Splits(source, ("test" if re.match(r"test\b", spec) else "train",), lambda name: load())
+def one_split(source: str, load: Callable[[], Part]) -> Splits:
+    """Those of a source without named splits: it is one, called `train` or `test`, the defaults of the options."""
+    return Splits(source, ("train", "test"), lambda name: load(), is_one=True)
 
 
 def is_partial(spec: str) -> bool:

@@ -26,17 +26,19 @@ def table_rows(table: datasets.Dataset | pyarrow.Table) -> list[Row]:
     Raises:
         ValueError: a value that Python or a decoder cannot represent, or a column that occurs twice.
     """
-    if isinstance(table, pyarrow.Table):
-        names = table.column_names
-        if len(set(names)) < len(names):
-            raise ValueError(f"the column {next(name for name in names if names.count(name) > 1)!r} occurs twice")
-        if _FEATURES not in (table.schema.metadata or {}):
-            return _by_row(table.to_pydict(maps_as_pydicts="strict"))
-        table = datasets.Dataset(table)
     try:
-        return _by_row(_columns(table))
-    except ImportError as error:  # a decoder of images, sound or video that is not installed
+        return _by_row(_columns(table) if isinstance(table, datasets.Dataset) else _arrow_columns(table))
+    except (ImportError, OverflowError) as error:  # a decoder of images or sound that is not installed; a date beyond Python's
         raise ValueError(first_line(error)) from error
+
+
+def _arrow_columns(table: pyarrow.Table) -> Mapping[str, Sequence[Any]]:
+    names = table.column_names
+    if len(set(names)) < len(names):
+        raise ValueError(f"the column {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    if _FEATURES in (table.schema.metadata or {}):
+        return _columns(datasets.Dataset(table))
+    return table.to_pydict(maps_as_pydicts="strict")
 
 
 def frame_rows(frame: pandas.DataFrame, source: str) -> list[Row]:

@@ -13,6 +13,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def json_rows(text: str) -> Iterator[tuple[int, Row]]:
 
 def _json_values(text: str) -> Iterator[tuple[int, Any]]:
     """The values of a text, or of the list that the text is, each with its line."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float)
     at, line, counted = _skip_blank(text, 0), 1, 0
     is_list = text.startswith("[", at)
     if is_list:
@@ -88,7 +89,7 @@ def _decode(decoder: json.JSONDecoder, text: str, at: int, line: int) -> tuple[A
         raise LineError(line, f"no JSON: {error.msg} ({where})") from error
     except RecursionError:
         raise LineError(line, "JSON is nested too deeply") from None
-    except ValueError as error:  # a key that occurs twice, or a number with more digits than Python reads
+    except ValueError as error:  # a key that occurs twice, or a number that Python cannot represent
         raise LineError(line, str(error)) from error
 
 
@@ -104,6 +105,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # not the token Infinity, which Python writes
+        raise ValueError(f"the number {text} is larger than any float")
     return value
 
 
@@ -149,7 +157,7 @@ def csv_rows(text: str, delimiter: str | None = None) -> Iterator[tuple[int, Row
             raise LineError(header_line, f"the header has the column {name!r} twice")
     for line, cells in lines[1:]:
         if len(cells) != len(names):
-            raise LineError(line, f"{len(cells)} cells in a table of {len(names)} columns")
+            raise LineError(line, f"the row has {len(cells)} cells, and the header {len(names)}")
         yield line, {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,9 +32,9 @@ def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
 def plain(value: Any) -> Any:
     """`value` in Python's types.
 
-    Dates, times and time stamps become ISO 8601 text, and durations too (`PT1M30S`). Scalars and arrays of numpy, pandas and
-    torch become Python's scalars and lists, tuples become lists, pandas' `NA` and `NaT` become None. Texts, numbers, booleans,
-    None, bytes, decimals, and objects of any other type are unchanged.
+    Dates, times, time stamps and durations become ISO 8601 text, UUIDs text. Scalars and arrays of numpy, pandas and torch
+    become Python's scalars and lists, tuples become lists, pandas' `NA` and `NaT` become None. Texts, numbers, booleans, None,
+    bytes, decimals, and objects of any other type are unchanged.
     """
     kind = type(value)
     if kind in _UNCHANGED:
@@ -49,7 +50,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, np.datetime64 | np.timedelta64):
-        return plain(pandas.Series([value]).iloc[0])
+        text = str(value) if isinstance(value, np.datetime64) else pandas.Timedelta(value).isoformat()
+        return None if np.isnat(value) else text
+    if isinstance(value, uuid.UUID):
+        return str(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "mM":
         return [plain(one) for one in value]
     if isinstance(value, str):  # numpy's text
