@@ -10,7 +10,6 @@ There may be several evaluation sets, each with a name. Their prompts are one li
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..common.errors import first_line
+from ..common.exact_json import encode
 from ..common.log import logger
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
@@ -219,10 +219,10 @@ def _tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Number and hash of the rows: tokens and columns in order; for values that JSON cannot represent, only their type."""
+    """Number and hash of the rows: tokens and columns in order; for objects of other types than `plain` makes, only the type."""
     digest = hashlib.blake2b(digest_size=16)
     for row in prompts:
         # Not the text of such a value: it may contain a memory address, which changes from run to run.
-        columns = json.dumps(row.columns, skipkeys=True, default=lambda value: type(value).__name__)
+        columns = encode(row.columns, default=lambda value: type(value).__name__)
         digest.update(f"{row.token_ids}{columns}\n".encode())
     return {"rows": len(prompts), "hash": digest.hexdigest()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.exact_json import decode, encode
 from ..common.files import atomic_write
 
 COLUMN_NAMES = "rankup.columns"
@@ -79,7 +80,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     for row in table.to_pylist():
         data = {name: (row.pop(one["column"]), one["json"]) for name, one in names["data"].items()}
         rewards = {name: row.pop(column) for name, column in names["rewards"].items()}
-        decoded = {name: json.loads(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
+        decoded = {name: decode(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
         rows.append({**row, "rewards": rewards, "data": decoded})
     return rows
 
@@ -89,11 +90,15 @@ def _exact_column(values: Sequence) -> tuple[Any, bool]:
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
-    types = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    types = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string(), bytes: pyarrow.binary()}
     kind = kinds.pop() if len(kinds) == 1 else None
-    if kind in types and (kind is not int or all(value is None or -(2**63) <= value < 2**63 for value in values)):
-        return pyarrow.array(values, types[kind]), False
-    return _json_strings(values), True
+    if kind in types:
+        try:
+            return pyarrow.array(values, types[kind]), False
+        except (OverflowError, UnicodeEncodeError):  # an integer of more than 64 bits; half of a surrogate pair
+            pass
+    texts = [None if value is None else encode(value) for value in values]
+    return pyarrow.array(texts, pyarrow.string()), True
 
 
 def _typed_column(name: str, values: Sequence) -> Any:

@@ -131,7 +131,14 @@ def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, caps
         (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
         (["--data", "."], "has no saved completions"),
         (["--data", "rows.jsonl"], "no column `completion`"),
-        (["--data", "rows.txt"], "cannot read"),
+        (["--data", "rows.txt"], "cannot read completions from rows.txt: it has no column `completion` (columns: text)"),
+        (["--data", "rows.xlsx"], "data files are .jsonl"),
+        (["--data", "some.jsonl"], "row 1 of some.jsonl has no completion"),
+        (["--data", "good.jsonl", "--split", "dev"], "good.jsonl has no split 'dev'"),
+        (["--data", "good.jsonl", "--encoding", "latin-x"], "Python knows no encoding 'latin-x'"),
+        (["--data", "good.jsonl", "--column-types", "{answer: num}"], "data.column_types.answer: must be 'str', 'int'"),
+        (["--data", "good.jsonl", "--column-types", "int"], "--column-types must be a mapping"),
+        (["--data", "good.jsonl", "--column-types", "{answer: int}"], "data.column_types: no column 'answer'"),
         (["--data", "good.jsonl"], "requires 'answer', which is not a column"),
         (["--data", "good.jsonl", "--kwargs", "3"], "--kwargs must be a mapping"),
         (["--data", "good.jsonl", "--rows", "0"], "--rows must be at least 1"),
@@ -142,6 +149,8 @@ def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys, arguments, expect
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "rows.txt").write_text("a\n")
+    (tmp_path / "rows.xlsx").write_text("a\n")
+    (tmp_path / "some.jsonl").write_text('{"completion": "a"}\n{"prompt": "b"}\n')
     (tmp_path / "good.jsonl").write_text('{"completion": "a"}\n')
     assert main(["reward", "rankup.rewards.answers:last_integer", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
