@@ -207,27 +207,23 @@ def _reading(options: argparse.Namespace) -> DataConfig:
 
 def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     """Saved completions, oldest first."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    path = Path(source).expanduser()
+    is_saved = path.match("step_*.parquet") and path.is_file()
+    folder = path if path.name == "completions" else path / "completions"
+    files = [path] if is_saved else sorted(folder.glob("step_*.parquet"))
+    if files:
+        rows = [row for file in files for row in read_completions(file)]
+        return [_row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+    try:
         return _rows_of_data(source, reading)
-    completions = folder if folder.name == "completions" else folder / "completions"
-    files = sorted(completions.glob("step_*.parquet"))
-    if not files:
-        try:
-            return _rows_of_data(source, reading)
-        except ValueError as error:
-            raise ValueError(f"{source} has no saved completions, and is no data either: {error}") from error
-    rows = [row for file in files for row in read_completions(file)]
-    return [_row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+    except ValueError as error:
+        if not path.is_dir():
+            raise
+        raise ValueError(f"{source} has no saved completions, and is no data either: {error}") from error
 
 
 def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
     """Those of a user's data, which is read as training data is. A column that a row lacks is None, as in training."""
-    if Path(source).match("step_*.parquet") and Path(source).is_file():
-        return [
-            _row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"])
-            for row in read_completions(Path(source))
-        ]
     rows = load_rows(
         source,
         split=reading.train_split,
@@ -242,8 +238,7 @@ def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
     for index, row in enumerate(rows):
         if row.get("completion") is None:
             raise ValueError(f"row {index} of {source} has no completion")
-    not_columns = ("prompt", "completion", *RESERVED_ARGUMENTS)
-    columns = [name for name in names if name not in not_columns]
+    columns = [name for name in names if name not in ("prompt", "completion", *RESERVED_ARGUMENTS)]
     return [_row(row, row.get("prompt", ""), columns={name: row.get(name) for name in columns}, rewards={}) for row in rows]
 
 
