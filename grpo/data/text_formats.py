@@ -163,7 +163,9 @@ def csv_rows(text: str, delimiter: str | None = None) -> Iterator[tuple[int, Row
 
 def _csv_cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each row that is not blank, with its first line."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # A lone \r ends a row only where no \n does; elsewhere it is in a quoted cell, or a mistake that the reader refuses.
+    lines = io.StringIO(text, newline="\n" if "\n" in text else "")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:

@@ -144,7 +144,9 @@ def test_cells_are_text_and_empty_ones_none():
 )
 def test_tables_written_by_python_come_back(names: list[str], cells: list[list[str]], delimiter: str, end: str):
     file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter=delimiter, lineterminator=end)
+    has_return = any("\r" in cell for row in cells for cell in row)  # Python does not always quote it
+    quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=quoting)
     writer.writerows([names, *([*row][: len(names)] for row in cells)])
     expected = [{name: cell or None for name, cell in zip(names, row, strict=False)} for row in cells]
     assert from_csv(file.getvalue(), delimiter) == expected
@@ -162,6 +164,7 @@ def test_long_cells_blank_lines_nul_bytes_and_columns_without_a_name():
     assert from_csv("a,b\n\n" + "x" * 300_000 + ",y\0z\n\n") == [{"a": "x" * 300_000, "b": "y\0z"}]
     assert csv.field_size_limit() == limit
     assert from_csv(",a\n0,x\n") == [{"Unnamed: 0": "0", "a": "x"}]
+    assert from_csv("a,b\r1,2\r") == [{"a": "1", "b": "2"}]
     assert from_csv('a\n""\nx\n') == [{"a": None}, {"a": "x"}]
 
 
@@ -172,6 +175,7 @@ def test_long_cells_blank_lines_nul_bytes_and_columns_without_a_name():
         ('a,b\n"1\n2",3\n1,2,3\n', 4, "the row has 3 cells, and the header 2"),
         ("a,b,a\n1,2,3\n", 1, "the header has the column 'a' twice"),
         ('a,b\n1,2\n"1,2\n3,4\n', 3, "a quoted cell has no end"),
+        ("a,b\nx\ry,2\n", 2, "new-line character seen in unquoted field - do you need to open the file with newline=''?"),
         ('a,b\n"1"x,2\n', 2, "',' expected after '\"'"),
     ],
 )
