@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 import datasets
@@ -27,8 +27,11 @@ from .values import Row
 ReadFile = Callable[[str, str, str], list[Row]]
 """From a local path, its name for messages and its format to its rows."""
 
-_BUILDERS = {"json": "json", "csv": "csv", "text": "text"}
-"""Formats whose values `datasets` would guess, by the module that reads them there."""
+_GUESSED = frozenset({"json", "csv", "text"})
+"""Formats whose types `datasets` would guess."""
+
+_TYPED = frozenset({"parquet", "arrow"})
+"""Formats whose files may differ in their columns, for which `datasets` would refuse a folder."""
 
 _ERRORS = (DatasetsError, OSError, ValueError)
 
@@ -81,7 +84,8 @@ def _splits_of_files(name: str, *, subset: str | None, read: ReadFile, cache: st
     with quiet_datasets():
         try:
             builder = datasets.load_dataset_builder(name, subset, cache_dir=cache)
-            if (format := _untyped_format(builder)) is None:
+            format = _format_read_here(builder, _GUESSED if cache is None else _GUESSED | _TYPED)
+            if format is None:
                 loaded = datasets.load_dataset(name, subset, cache_dir=cache, keep_in_memory=cache is not None)
                 return splits_of(loaded, name)
             files = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
@@ -105,15 +109,15 @@ def _reason(error: Exception) -> str:
     return first_line(error.__cause__ or error) + hint
 
 
-def _untyped_format(builder: datasets.DatasetBuilder) -> str | None:
+def _format_read_here(builder: datasets.DatasetBuilder, formats: Container[str]) -> str | None:
     """The format of a data set that declares no types of columns and no options of its own for reading; None for others."""
-    module = type(builder).__module__
-    format = _BUILDERS.get(module.rpartition(".")[2]) if module.startswith("datasets.packaged_modules.") else None
-    if format is None or builder.info.features is not None:
+    package, _, format = type(builder).__module__.rpartition(".")
+    if not package.startswith("datasets.packaged_modules.") or format not in formats or builder.info.features is not None:
         return None
     config, default = builder.config, type(builder.config)()
-    names = {field.name for field in dataclasses.fields(config)} - {"name", "version", "data_dir", "data_files", "description"}
-    return format if all(getattr(config, name) == getattr(default, name) for name in names - {"sep"}) else None
+    of_files = {"name", "version", "data_dir", "data_files", "description", "sep"}
+    names = {field.name for field in dataclasses.fields(config)} - of_files
+    return format if all(getattr(config, name) == getattr(default, name) for name in names) else None
 
 
 def _note_other_files(folder: Path) -> None:

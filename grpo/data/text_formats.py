@@ -171,7 +171,8 @@ def _csv_cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            reason = "a quoted cell has no end" if "unexpected end of data" in str(error) else str(error)
+            reasons = {"unexpected end": "a quoted cell has no end", "new-line char": "a cell with a line break needs quotes"}
+            reason = next((ours for start, ours in reasons.items() if str(error).startswith(start)), str(error))
             raise LineError(line, reason) from error
         if cells is None:
             return

@@ -175,7 +175,7 @@ def test_long_cells_blank_lines_nul_bytes_and_columns_without_a_name():
         ('a,b\n"1\n2",3\n1,2,3\n', 4, "the row has 3 cells, and the header 2"),
         ("a,b,a\n1,2,3\n", 1, "the header has the column 'a' twice"),
         ('a,b\n1,2\n"1,2\n3,4\n', 3, "a quoted cell has no end"),
-        ("a,b\nx\ry,2\n", 2, "new-line character seen in unquoted field - do you need to open the file with newline=''?"),
+        ("a,b\nx\ry,2\n", 2, "a cell with a line break needs quotes"),
         ('a,b\n"1"x,2\n', 2, "',' expected after '\"'"),
     ],
 )
