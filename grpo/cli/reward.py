@@ -239,7 +239,15 @@ def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
         if row.get("completion") is None:
             raise ValueError(f"row {index} of {source} has no completion")
     columns = [name for name in names if name not in ("prompt", "completion", *RESERVED_ARGUMENTS)]
-    return [_row(row, row.get("prompt", ""), columns={name: row.get(name) for name in columns}, rewards={}) for row in rows]
+    return [
+        _row(
+            row,
+            "" if row.get("prompt") is None else row["prompt"],
+            columns={name: row.get(name) for name in columns},
+            rewards={},
+        )
+        for row in rows
+    ]
 
 
 def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], rewards: dict[str, float | None]) -> _Row:

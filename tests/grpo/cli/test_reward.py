@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from rankup.grpo.cli.main import main
@@ -93,6 +95,50 @@ def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     arguments = [f"{tmp_path}/made.py:above", "--kwargs", "{limit: 6}", "--data", str(tmp_path / "rows.jsonl")]
     assert [row["reward"] for row in tried(capsys, *arguments)["rows"]] == [1.0, 0.0]
     assert [row["reward"] for row in tried(capsys, *arguments, "--rows", "1")["rows"]] == [0.0]
+
+
+SEEN = """
+seen = []
+def see(prompts, completions, answer, **columns):
+    seen.extend(zip(prompts, completions, answer, columns["n"]))
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}'), ()),
+        ("ROWS.JSONL", b'\xef\xbb\xbf{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}', ()),
+        ("rows.json", b'[{"prompt": "a", "completion": "b", "answer": "007"},\n{"completion": "c", "n": 1}]', ()),
+        ("rows.csv", b"prompt,completion,answer,n\na,b,007,\n,c,,1\n", ("--column-types", "{n: int}")),
+        ("wide.tsv", "prompt\tcompletion\tanswer\tn\na\tb\t007\t\n\tc\t\t1\n".encode("utf-16"), ("--column-types", "{n: int}")),
+    ],
+)
+def test_a_file_is_read_as_in_training(tmp_path, monkeypatch, capsys, name, content, options):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    Path("mine.py").write_text(SEEN)
+    encoding = ("--encoding", "utf-16") if name.startswith("wide") else ()
+    assert tried(capsys, "mine.py:see", "--data", name, *options, *encoding)["completions"] == 2
+    (module,) = [module for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(tmp_path / "mine.py")]
+    assert module.seen == [("a", "b", "007", None), ("", "c", None, 1)]
+
+
+def test_a_saved_data_set_and_a_part_of_it_are_read(tmp_path, capsys):
+    rows = [{"completion": str(n), "answer": n} for n in range(5)]
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
+    arguments = ["rankup.rewards.answers:last_integer", "--data", str(tmp_path / "saved")]
+    assert tried(capsys, *arguments)["mean"] == 1.0
+    assert tried(capsys, *arguments, "--split", "train[:2]")["completions"] == 2
+
+
+def test_completions_of_one_prompt_are_told_from_those_whose_columns_are_only_equal(tmp_path, capsys):
+    rows = [{"completion": "x", "answer": answer} for answer in (1, 1, 1.0, True, "1")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"completion": "x", "answer": NaN}\n' * 2)
+    (tmp_path / "mine.py").write_text("def size(completions, **columns): return [float(len(completions))] * len(completions)\n")
+    result = tried(capsys, f"{tmp_path}/mine.py:size", "--data", str(tmp_path / "rows.jsonl"))
+    assert [row["reward"] for row in result["rows"]] == [2.0, 2.0, 1.0, 1.0, 1.0, 2.0, 2.0]
 
 
 def test_the_summary_and_examples_are_shown(run_folder, capsys):

@@ -219,3 +219,35 @@ def test_the_fingerprint_of_a_single_set_has_not_changed_and_sets_are_told_apart
 def test_loaded_evaluation_data_has_the_fingerprint_of_the_same_training_data(load):
     found = load(ROWS, ROWS).fingerprint()
     assert found["evaluation data"] == found["training data"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(1, "1", 1.0, True), (None, "", "None", []), ({1: 2}, {"1": 2}, [[1, 2]]), (b"a", "a", b"b"), (0.1, 0.1 + 2**-56)],
+)
+def test_the_fingerprint_changes_with_the_type_of_a_value(load, values):
+    hashes = {load([{"prompt": "a", "answer": value}]).fingerprint()["training data"]["hash"] for value in values}
+    assert len(hashes) == len(values)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_options_about_files_reach_every_data_set(load, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_bytes("prompt,answer\ncafé,007\nthé,8\n".encode("latin-1"))
+    names = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    options = {"encoding": "latin-1", "column_types": {"answer": "int"}}
+    inputs = load(names, {"some": names, "pattern": str(tmp_path / "*.csv")}, **options, train_split="train[1:3]", eval_rows=3)
+    assert [(prompt.content, prompt.columns) for prompt in inputs.train_prompts.rows] == [
+        ("thé", {"answer": 8}),
+        ("café", {"answer": 7}),
+    ]
+    assert of_sets(inputs) == {"some": ["café", "thé", "café"], "pattern": ["café", "thé", "café"]}
+    with pytest.raises(ValueError, match=r"data\.column_types: no column 'anwser' \(columns: prompt, answer\)"):
+        load(names, encoding="latin-1", column_types={"anwser": "int"})
+
+
+def test_a_key_that_a_row_lacks_is_none_for_reward_functions(load):
+    rows = [{"prompt": "a", "x": 1}, {"prompt": "b", "y": None}]
+    assert [prompt.columns for prompt in load(rows).train_prompts.rows] == [{"x": 1, "y": None}, {"x": None, "y": None}]
