@@ -1,8 +1,8 @@
 """The commands `rankup new reward` and `rankup reward`: write a template of a reward function, and try one without training.
 
-    rankup new reward short_answers                                     # short_answers.py and its test
-    rankup reward short_answers.py:short_answers --data runs/quickstart # on the completions that the run has saved
-    rankup reward rankup.rewards.lengths:target_length --kwargs "{tokens: 20, tolerance: 10}" --data rows.jsonl
+rankup new reward short_answers                                     # short_answers.py and its test
+rankup reward short_answers.py:short_answers --data runs/quickstart # on the completions that the run has saved
+rankup reward rankup.rewards.lengths:target_length --kwargs "{tokens: 20, tolerance: 10}" --data rows.jsonl
 """
 
 from __future__ import annotations

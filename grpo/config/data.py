@@ -8,7 +8,6 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from ...section import Section
 from .functions import UserFunction, check_name_or_spec
 
-
 ColumnType = Literal["str", "int", "float", "bool", "json"]
 
 

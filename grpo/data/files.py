@@ -3,8 +3,8 @@
     files = find_files("data/part-*.jsonl.gz")
     rows = [row for file in files for row in read_file(file, encoding="utf-8", column_types={})]
 
-JSON, CSV and lines of text are read here (`text_formats.py`), so that no value is guessed from other rows. Formats with types are
-read by pyarrow, and further formats by `datasets`.
+JSON, CSV and lines of text are read by `text_formats.py`, so that no value is guessed from other rows; formats with types by
+pyarrow, and further formats by `datasets`.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def read_file(
 
 
 def _text_rows(name: str, text: str, format: str, column_types: Mapping[str, ColumnType]) -> list[Row]:
-    rows, line = [], 1
+    rows: list[Row] = []
     try:
         for line, row in TEXT_FORMATS[format](text):
-            rows.append(with_types(row, column_types))
+            try:
+                rows.append(with_types(row, column_types))
+            except ValueError as error:
+                raise ValueError(f"{name}, line {line}: {error}") from error
     except LineError as error:
         raise ValueError(f"cannot read {name}, line {error.line}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}, line {line}: {error}") from error
     return rows
 
 
@@ -155,8 +156,10 @@ def _read_with_datasets(file: str) -> list[Row]:
 
 def _content(name: str, file: str) -> bytes:
     try:
-        with fsspec.open(file, "rb") as opened:
-            return opened.read()
+        if not is_url(file):
+            return Path(file).read_bytes()
+        system, path = fsspec.url_to_fs(file)
+        return system.cat_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no file {name}") from error
     except (OSError, ImportError, ValueError) as error:  # a file system that is not installed is an ImportError

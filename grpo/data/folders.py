@@ -3,8 +3,8 @@
     folder_splits("data/sums", subset=None, read=read)          # files, or what `save_to_disk` wrote
     hub_splits("openai/gsm8k", subset="main", read=read)
 
-`datasets` finds the files of each split, as in `load_dataset`. It also reads formats with types; JSON, CSV and text, whose types
-it would guess, are read by `files.read_file`.
+`datasets` finds the files of each split, as in `load_dataset`, and reads formats with types on the Hub. JSON, CSV and text,
+whose types it would guess, and files of a local folder, which may differ in their columns, are read by `files.read_file`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
@@ -88,8 +89,8 @@ def _splits_of_files(name: str, *, subset: str | None, read: ReadFile, cache: st
             if format is None:
                 loaded = datasets.load_dataset(name, subset, cache_dir=cache, keep_in_memory=cache is not None)
                 return splits_of(loaded, name)
-            files = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
-            local = datasets.DownloadManager(dataset_name=builder.dataset_name).download(files)
+            files = {str(split): list(of_split) for split, of_split in (builder.config.data_files or {}).items()}
+            local: Any = datasets.DownloadManager(dataset_name=builder.dataset_name).download(files)
         except ConnectionError:
             raise
         except _ERRORS as error:

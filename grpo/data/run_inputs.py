@@ -113,9 +113,7 @@ def read_streams(
     return train_dataset, {str(name): one for name, one in eval_sets.items()} or None
 
 
-def _load(
-    config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]
-) -> list[dict[str, Any]]:
+def _load(config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]) -> list[dict[str, Any]]:
     return load_rows(
         source,
         split=split,
@@ -219,7 +217,7 @@ def _tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Number and hash of the rows: tokens and columns in order; for objects of other types than `plain` makes, only the type."""
+    """Number and hash of the rows: tokens and columns in order; of an object with another type than `plain` makes, its type."""
     digest = hashlib.blake2b(digest_size=16)
     for row in prompts:
         # Not the text of such a value: it may contain a memory address, which changes from run to run.

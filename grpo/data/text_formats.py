@@ -1,7 +1,7 @@
 """Rows in text: JSON, CSV, and lines. Each row is read by itself, so its values do not depend on other rows.
 
     list(json_rows('{"prompt": "a", "answer": "007"}\\n{"prompt": "b", "answer": 7}'))      # lines 1 and 2, and their rows
-    list(csv_rows("prompt,answer\\na,007\\n"))                                              # (2, {"prompt": "a", "answer": "007"})
+    list(csv_rows("prompt,answer\\na,007\\n"))                              # line 2: {"prompt": "a", "answer": "007"}
 
 Every function yields the number of the line on which a row starts, from 1, and the row.
 """

@@ -1,7 +1,7 @@
 """Values of rows as plain Python: what reward functions get, and what a run records.
 
-    plain(numpy.float64(0.5)), plain(datetime.date(2024, 1, 1))        # 0.5, "2024-01-01"
-    with_types({"answer": "7"}, {"answer": "int"})                     # {"answer": 7}
+plain(numpy.float64(0.5)), plain(datetime.date(2024, 1, 1))        # 0.5, "2024-01-01"
+with_types({"answer": "7"}, {"answer": "int"})                     # {"answer": 7}
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Completions files: sampled completions of one step with their rewards, in Parquet.
 
-    path = Path("runs/mine/completions/step_000010.parquet")
-    write_completions(path, 10, {"prompt": ["1 + 1?"], "completion": ["2"]}, rewards={"exact": [1.0]}, data={"answer": [2]})
-    read_completions(path)      # [{"step": 10, "prompt": "1 + 1?", ..., "rewards": {"exact": 1.0}, "data": {"answer": 2}}]
+path = Path("runs/mine/completions/step_000010.parquet")
+write_completions(path, 10, {"prompt": ["1 + 1?"], "completion": ["2"]}, rewards={"exact": [1.0]}, data={"answer": [2]})
+read_completions(path)      # [{"step": 10, "prompt": "1 + 1?", ..., "rewards": {"exact": 1.0}, "data": {"answer": 2}}]
 """
 
 import io
@@ -90,7 +90,8 @@ def _exact_column(values: Sequence) -> tuple[Any, bool]:
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
-    types = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string(), bytes: pyarrow.binary()}
+    numbers = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    types = {**numbers, str: pyarrow.string(), bytes: pyarrow.binary()}
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind in types:
         try:

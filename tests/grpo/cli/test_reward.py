@@ -97,6 +97,8 @@ def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     assert [row["reward"] for row in tried(capsys, *arguments, "--rows", "1")["rows"]] == [0.0]
 
 
+SEEN_ROWS = b'{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}'
+WIDE = "prompt\tcompletion\tanswer\tn\na\tb\t007\t\n\tc\t\t1\n".encode("utf-16")
 SEEN = """
 seen = []
 def see(prompts, completions, answer, **columns):
@@ -108,26 +110,26 @@ def see(prompts, completions, answer, **columns):
 @pytest.mark.parametrize(
     ("name", "content", "options"),
     [
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}'), ()),
-        ("ROWS.JSONL", b'\xef\xbb\xbf{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}', ()),
+        ("rows.jsonl.gz", gzip.compress(SEEN_ROWS), ()),
+        ("ROWS.JSONL", b"\xef\xbb\xbf" + SEEN_ROWS, ()),
         ("rows.json", b'[{"prompt": "a", "completion": "b", "answer": "007"},\n{"completion": "c", "n": 1}]', ()),
         ("rows.csv", b"prompt,completion,answer,n\na,b,007,\n,c,,1\n", ("--column-types", "{n: int}")),
-        ("wide.tsv", "prompt\tcompletion\tanswer\tn\na\tb\t007\t\n\tc\t\t1\n".encode("utf-16"), ("--column-types", "{n: int}")),
+        ("wide.tsv", WIDE, ("--column-types", "{n: int}", "--encoding", "utf-16")),
     ],
 )
 def test_a_file_is_read_as_in_training(tmp_path, monkeypatch, capsys, name, content, options):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     Path("mine.py").write_text(SEEN)
-    encoding = ("--encoding", "utf-16") if name.startswith("wide") else ()
-    assert tried(capsys, "mine.py:see", "--data", name, *options, *encoding)["completions"] == 2
-    (module,) = [module for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(tmp_path / "mine.py")]
+    assert tried(capsys, "mine.py:see", "--data", name, *options)["completions"] == 2
+    file = str(tmp_path / "mine.py")
+    (module,) = [module for module in sys.modules.values() if getattr(module, "__file__", None) == file]
     assert module.seen == [("a", "b", "007", None), ("", "c", None, 1)]
 
 
 def test_a_saved_data_set_and_a_part_of_it_are_read(tmp_path, capsys):
     rows = [{"completion": str(n), "answer": n} for n in range(5)]
-    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
     arguments = ["rankup.rewards.answers:last_integer", "--data", str(tmp_path / "saved")]
     assert tried(capsys, *arguments)["mean"] == 1.0
     assert tried(capsys, *arguments, "--split", "train[:2]")["completions"] == 2
@@ -135,7 +137,8 @@ def test_a_saved_data_set_and_a_part_of_it_are_read(tmp_path, capsys):
 
 def test_completions_of_one_prompt_are_told_from_those_whose_columns_are_only_equal(tmp_path, capsys):
     rows = [{"completion": "x", "answer": answer} for answer in (1, 1, 1.0, True, "1")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"completion": "x", "answer": NaN}\n' * 2)
+    rows += [{"completion": "x", "answer": float("nan")}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text("def size(completions, **columns): return [float(len(completions))] * len(completions)\n")
     result = tried(capsys, f"{tmp_path}/mine.py:size", "--data", str(tmp_path / "rows.jsonl"))
     assert [row["reward"] for row in result["rows"]] == [2.0, 2.0, 1.0, 1.0, 1.0, 2.0, 2.0]

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from rankup.grpo.common.exact_json import decode, encode
 
 KEYS = st.text(max_size=3) | st.integers() | st.booleans() | st.none() | st.sampled_from(["$rankup.dict", "$rankup.bytes"])
+NUMBERS = st.booleans() | st.integers() | st.floats(allow_nan=False) | st.decimals(allow_nan=False)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.decimals(allow_nan=False),
+    st.none() | NUMBERS | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=10,
 )

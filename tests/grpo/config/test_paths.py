@@ -46,9 +46,7 @@ def test_files_beside_the_run_file_get_their_path_from_the_working_directory(
     assert names(load_config("there/copy.yaml")) == names(config)
 
 
-def test_they_get_an_absolute_path_if_they_are_elsewhere(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_get_an_absolute_path_if_they_are_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config = load_config("../there/run.yaml")
@@ -87,9 +85,7 @@ def test_options_that_name_no_file_stay_unset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["there", "run[1]"])
-def test_every_form_of_data_is_found_beside_the_run_file(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_form_of_data_is_found_beside_the_run_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / place
     for name in ("ROWS.JSONL", "rows.ndjson", "parts/a.csv", "parts/b.csv", "set/train.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

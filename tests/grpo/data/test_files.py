@@ -8,7 +8,6 @@ import gzip
 import json
 import lzma
 import zipfile
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -184,9 +183,8 @@ def test_another_encoding_is_an_error_with_line_and_option_unless_it_is_named():
     text = "prompt,answer\na,b\ncafé,c\n"
     rows = [{"prompt": "a", "answer": "b"}, {"prompt": "café", "answer": "c"}]
     latin, wide = write("latin.csv", text.encode("latin-1")), write("wide.csv", text.encode("utf-16"))
-    path = Path.cwd() / "latin.csv"
-    expected = f"cannot read {path}, line 3: byte 21 of the file (0xe9) is not UTF-8: set data.encoding to its encoding, such as"
-    assert refusal(latin) == f"{expected} latin-1"
+    expected = "line 3: byte 21 of the file (0xe9) is not UTF-8: set data.encoding to its encoding, such as latin-1"
+    assert refusal(latin) == f"cannot read {Path.cwd()}/latin.csv, {expected}"
     assert refusal(wide).endswith("set data.encoding to its encoding, utf-16")
     assert load(latin, encoding="latin-1") == load(wide, encoding="utf-16") == rows
     assert load(write("utf.csv", text), encoding="UTF8") == rows
@@ -212,7 +210,7 @@ def test_types_apply_to_every_source():
     assert load("rows.jsonl", column_types={"a": "str"})[:3] == [{"a": "7"}, {"a": "7"}, {"a": "7.0"}]
     table = datasets.Dataset.from_dict({"a": ["7", "8"]})
     table.to_parquet("rows.parquet")
-    for source in (table, datasets.DatasetDict(train=table), "rows.parquet"):
+    for source in (table, datasets.DatasetDict({"train": table}), "rows.parquet"):
         assert load(source, column_types={"a": "float"}) == [{"a": 7.0}, {"a": 8.0}]
 
 
@@ -221,11 +219,9 @@ def test_types_apply_to_every_source():
 )
 def test_a_cell_of_another_type_is_an_error_with_line_and_column(kind: Any, cell: str, line: int):
     name = write("rows.csv", f'a,b\n"x","1"\n"y","{cell}"\n')
-    path = Path.cwd() / name
-    assert refusal(name, column_types={"b": kind}) == f"{path}, line {line}: column 'b': '{cell}' is no {kind} (data.column_types)"
-    rows = [{"b": "1"}, {"b": cell}]
-    expected = f"row 1 of the data set: column 'b': '{cell}' is no {kind} (data.column_types)"
-    assert refusal(rows, column_types={"b": kind}) == expected
+    reason = f"column 'b': '{cell}' is no {kind} (data.column_types)"
+    assert refusal(name, column_types={"b": kind}) == f"{Path.cwd() / name}, line {line}: {reason}"
+    assert refusal([{"b": "1"}, {"b": cell}], column_types={"b": kind}) == f"row 1 of the data set: {reason}"
 
 
 # ------------------------------------------------------------------------------------------ names
@@ -284,15 +280,16 @@ def test_the_files_of_a_folder_are_its_splits():
 
 def test_a_folder_may_say_which_files_are_which_split():
     write("card/a.jsonl")
-    write("card/README.md", "---\nconfigs:\n- {config_name: x, data_files: [{split: dev, path: a.jsonl}]}\n- {config_name: y}\n---\n")
+    configs = "- {config_name: x, data_files: [{split: dev, path: a.jsonl}]}\n- {config_name: y}"
+    write("card/README.md", f"---\nconfigs:\n{configs}\n---\n")
     assert load("card", "dev", subset="x") == ROWS
     assert "available configs: ['x', 'y'] (data.subset)" in refusal("card")
     assert "BuilderConfig 'z' not found" in refusal("card", subset="z")
 
 
 def test_columns_that_a_folder_declares_have_its_types():
-    card = "---\ndataset_info: {features: [{name: n, dtype: int64}]}\nconfigs: [{config_name: default, data_files: a.jsonl}]\n---\n"
-    write("card/README.md", card)
+    configs = "configs: [{config_name: default, data_files: a.jsonl}]"
+    write("card/README.md", f"---\ndataset_info: {{features: [{{name: n, dtype: int64}}]}}\n{configs}\n---\n")
     write("card/a.jsonl", '{"n": 1}\n{"n": 2}\n')
     assert load("card") == [{"n": 1}, {"n": 2}]
 
@@ -316,7 +313,7 @@ def test_files_of_a_folder_that_are_not_read_are_mentioned():
 def test_folders_of_save_to_disk_are_read():
     table = datasets.Dataset.from_list(ROWS[:2])
     table.save_to_disk("one")
-    datasets.DatasetDict(train=table, dev=table.select([1])).save_to_disk("several")
+    datasets.DatasetDict({"train": table, "dev": table.select([1])}).save_to_disk("several")
     rows = load(table)
     assert load("one") == load("several") == load("several/train") == rows
     assert load("one", "test[1:]") == load("several", "dev") == load("several", "train[-1:]") == rows[1:]
@@ -327,13 +324,12 @@ def test_folders_of_save_to_disk_are_read():
 def test_parts_of_a_split_are_those_of_datasets():
     rows: list[Any] = [{"n": n} for n in range(20)]
     write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    table = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
-    made: list[Callable[[str], Any]] = [lambda spec, source=source: load(source, spec) for source in ("rows.jsonl", table, rows)]
+    table = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
     for spec in ("train[:3]", "train[10%:20%]", "train[-2:]", "train[5:7]+train[:10%]", "train[:200]"):
         expected = datasets.concatenate_datasets(
             [table["train"].select(range(one.from_, one.to)) for one in _instructions(spec)]
         ).to_list()
-        assert all(read(spec) == expected for read in made), spec
+        assert all(load(source, spec) == expected for source in ("rows.jsonl", table, rows)), spec
 
 
 def _instructions(spec: str) -> Any:
