@@ -260,6 +260,11 @@ def test_a_file_of_another_format_is_refused_with_the_formats(name: str):
     assert f"cannot read {Path(name).resolve()}: {known}" in refusal(write(name, gzip.compress(b"text")))
 
 
+def test_other_formats_are_left_to_datasets():
+    name = write("rows.conll", "EU NNP\nrejects VBZ\n\nPeter NNP\n")
+    assert load(name) == [{"tokens": ["EU", "rejects"]}, {"tokens": ["Peter"]}]
+
+
 # ------------------------------------------------------------------------------------------ folders and splits
 
 
