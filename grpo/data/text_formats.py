@@ -142,7 +142,7 @@ def _json_type(value: object) -> str:
 def csv_rows(text: str, delimiter: str | None = None) -> Iterator[tuple[int, Row]]:
     """The rows of CSV with a header: every cell is text, and an empty one None. Blank lines are skipped.
 
-    Without `delimiter` it is a comma; a semicolon or a tab if the header has some and no comma. A column without a name is
+    Without `delimiter` it is a comma; a semicolon or a tab if no comma divides the header. A column without a name is
     called `Unnamed: <index>`, as in pandas.
 
     Raises:
@@ -181,12 +181,13 @@ def _csv_cells(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _delimiter(text: str) -> str:
-    try:
-        _, header = next(_csv_cells(text, ","), (1, []))
-    except LineError:
-        return ","
-    found = [delimiter for delimiter in ";\t" if len(header) == 1 and delimiter in header[0]]
-    return found[0] if found else ","
+    """The first one that divides the header, which may have quotes."""
+    for delimiter in ",;\t":
+        with contextlib.suppress(LineError):
+            _, header = next(_csv_cells(text, delimiter), (1, []))
+            if len(header) > 1:
+                return delimiter
+    return ","
 
 
 @contextlib.contextmanager

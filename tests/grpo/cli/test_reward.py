@@ -100,9 +100,11 @@ def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
 SEEN_ROWS = b'{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}'
 WIDE = "prompt\tcompletion\tanswer\tn\na\tb\t007\t\n\tc\t\t1\n".encode("utf-16")
 SEEN = """
-seen = []
+from pathlib import Path
+
 def see(prompts, completions, answer, **columns):
-    seen.extend(zip(prompts, completions, answer, columns["n"]))
+    with Path("seen.txt").open("a") as file:
+        file.writelines(f"{row!r}\\n" for row in zip(prompts, completions, answer, columns["n"]))
     return [0.0] * len(completions)
 """
 
@@ -122,9 +124,7 @@ def test_a_file_is_read_as_in_training(tmp_path, monkeypatch, capsys, name, cont
     Path(name).write_bytes(content)
     Path("mine.py").write_text(SEEN)
     assert tried(capsys, "mine.py:see", "--data", name, *options)["completions"] == 2
-    file = str(tmp_path / "mine.py")
-    (module,) = [module for module in sys.modules.values() if getattr(module, "__file__", None) == file]
-    assert module.seen == [("a", "b", "007", None), ("", "c", None, 1)]
+    assert Path("seen.txt").read_text().splitlines() == ["('a', 'b', '007', None)", "('', 'c', None, 1)"]
 
 
 def test_a_saved_data_set_and_a_part_of_it_are_read(tmp_path, capsys):

@@ -157,6 +157,8 @@ def test_a_header_without_commas_may_be_separated_by_semicolons_or_tabs():
     assert from_csv("prompt\tanswer\na\tb, c\n") == [{"prompt": "a", "answer": "b, c"}]
     assert from_csv("prompt;x,answer\na,b\n") == [{"prompt;x": "a", "answer": "b"}]
     assert from_csv("prompt\na;b\n") == [{"prompt": "a;b"}]
+    assert from_csv('"a, b";"c"\n"1";"2"\n') == [{"a, b": "1", "c": "2"}]
+    assert from_csv('"a;b"\n1\n') == [{"a;b": "1"}]
 
 
 def test_long_cells_blank_lines_nul_bytes_and_columns_without_a_name():
