@@ -94,7 +94,7 @@ def trained_on(prompts: Sequence[Prompt], run: Path) -> None:
     config = tiny_config(run)
     with closing(Scorer(RewardsConfig(functions=["see.py:see"]))) as scorer:
         groups = collect(
-            Repeating(),  # type: ignore[arg-type]  # all that `collect` needs of an engine
+            Repeating(),  # type: ignore[arg-type]  # `collect` needs no more of an engine
             scorer,
             prompts,
             config.rollout,
@@ -228,7 +228,9 @@ def _as_text(value: Any) -> Any:
     return value.isoformat() if is_date else value
 
 
-many_files = settings(max_examples=FILES, deadline=None, suppress_health_check=list(HealthCheck))
+many_files = settings(
+    max_examples=FILES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @many_files

@@ -96,7 +96,7 @@ def test_workers_get_the_rows_of_streams(tmp_path: Path):
     assert read_streams(config, endless(), endless()) == (list(itertools.islice(endless(), 6)), ROWS[:2])
     by_split = datasets.IterableDatasetDict({"train": stream})
     train, sets = read_streams(config, by_split, {"a": stream, "b": "b.jsonl", "c": TRAIN})
-    assert train == list(itertools.islice(endless(), 6)) and sets == {"a": ROWS[:2], "b": "b.jsonl", "c": TRAIN}
+    assert (train, sets) == (list(itertools.islice(endless(), 6)), {"a": ROWS[:2], "b": "b.jsonl", "c": TRAIN})
     assert read_streams(config, ROWS, datasets.IterableDatasetDict({"easy": stream})) == (ROWS, {"easy": ROWS[:2]})
     assert read_streams(config, None, None) == (None, None)
     assert read_streams(config, "train.jsonl", TRAIN) == ("train.jsonl", TRAIN)
