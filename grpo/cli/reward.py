@@ -27,6 +27,7 @@ from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
+from ..data.messages import BadRowError, read_prompt
 from ..run.completions import read_completions
 from .command import add_command
 
@@ -185,6 +186,7 @@ class _Row:
 
     prompt: Any
     completion: Any
+    completion_prefix: str
     completion_ids: list[int]
     columns: dict[str, Any]
     rewards: dict[str, float | None]
@@ -202,7 +204,7 @@ def _read_rows(source: Path) -> list[_Row]:
     if not files[0].match("step_*.parquet"):
         return _rows_of_file(files[0])
     rows = [row for file in files for row in read_completions(file)]
-    return [_row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+    return [_row(row, read_prompt(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
 
 
 def _rows_of_file(path: Path) -> list[_Row]:
@@ -217,11 +219,20 @@ def _rows_of_file(path: Path) -> list[_Row]:
         raise ValueError(f"cannot read {path}: give a run folder, or a .parquet or .jsonl file")
     if not rows or "completion" not in rows[0]:
         raise ValueError(f"{path} has no column `completion`")
-    not_columns = ("prompt", "completion", *RESERVED_ARGUMENTS)
+    not_columns = ("prompt", "completion", "completion_prefix", *RESERVED_ARGUMENTS)
     return [
-        _row(row, row.get("prompt", ""), columns={k: v for k, v in row.items() if k not in not_columns}, rewards={})
-        for row in rows
+        _row(row, _prompt_of(row, index), columns={k: v for k, v in row.items() if k not in not_columns}, rewards={})
+        for index, row in enumerate(rows)
     ]
+
+
+def _prompt_of(row: Mapping[str, Any], index: int) -> Any:
+    """The prompt of a user's row as training reads it; an empty text if there is none."""
+    prompt = row.get("prompt")
+    try:
+        return "" if prompt is None else read_prompt(prompt)
+    except BadRowError as error:
+        raise ValueError(f"the prompt of row {index} {error}") from error
 
 
 def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], rewards: dict[str, float | None]) -> _Row:
@@ -229,17 +240,8 @@ def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], reward
     completion = row["completion"]
     if isinstance(completion, str) and not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _Row(prompt, completion, list(row.get("completion_ids") or ()), columns, rewards)
-
-
-def _parsed(prompt: Any) -> Any:
-    """Conversations are stored as JSON."""
-    if isinstance(prompt, str) and prompt.startswith('[{"'):
-        try:
-            return json.loads(prompt)
-        except json.JSONDecodeError:
-            return prompt
-    return prompt
+    prefix, ids = row.get("completion_prefix") or "", list(row.get("completion_ids") or ())
+    return _Row(prompt, completion, prefix, ids, columns, rewards)
 
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
@@ -268,6 +270,7 @@ def _inputs(group: Sequence[_Row]) -> Inputs:
         completion_ids=[row.completion_ids for row in group],
         columns={name: [row.columns[name] for row in group] for name in group[0].columns},
         trainer_state={"global_step": 0, "max_steps": 0},
+        completion_prefixes=[row.completion_prefix for row in group],
     )
 
 

@@ -27,6 +27,7 @@ from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
 from ..config.functions import text_of
 from ..config.paths import DATA_FORMATS
+from .padding import unpadded
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -100,8 +101,9 @@ def is_stream(source: DataSource) -> TypeGuard[Rows]:
 
 def take_rows(stream: Rows, limit: int | None) -> list[Mapping[str, Any]]:
     """The first `limit` rows of a stream; None: all. Reads no further."""
-    rows = stream.with_format(None) if isinstance(stream, datasets.IterableDataset) else stream
-    return list(itertools.islice(rows, limit))
+    if isinstance(stream, datasets.IterableDataset):
+        return [unpadded(row, stream.features) for row in itertools.islice(stream.with_format(None), limit)]
+    return list(itertools.islice(stream, limit))
 
 
 def _file_rows(path: Path) -> list[dict[str, Any]]:
@@ -185,7 +187,8 @@ def _as_rows(
         rows = rows[split]
     if isinstance(rows, datasets.Dataset):
         columns: dict[str, list[Any]] = rows.with_format(None)[:]  # decodes once per column instead of once per row
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        features = rows.features
+        rows = [unpadded(dict(zip(columns, values, strict=True)), features) for values in zip(*columns.values(), strict=True)]
     if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
         raise ValueError(f"{source} returned {type(rows).__name__}: it must return rows, each a mapping of column to value")
     rows = take_rows(rows, stream_rows()) if is_stream(rows) else list(rows)
