@@ -22,9 +22,11 @@ Message = dict[str, Any]
 
 NEITHER = "is neither a text nor a conversation (a list of mappings with role and content)"
 _MAY_HOLD_MESSAGES = re.compile(r"""\s*(?:array\()?["']?\s*[\[{]""")
-_BEGINS_LIKE_MESSAGES = re.compile(r"""\s*(?:array\()?["']?\s*\[\s*\{\s*\\?["']+(?:role|content)\\?["']+\s*:""")
+_BEGINS_LIKE_MESSAGES = re.compile(
+    r"""\s*(?:array\()?["']?\s*\[\s*\{\s*  \\?["']+ (?:role (?=.*content) | content (?=.*role)) \\?["']+\s*:\s*  \\?["'\[]""",
+    re.VERBOSE | re.DOTALL,
+)
 _NAMES_KEYS = re.compile(r"""['"](?:role|from)\\?['"]""")
-_WRITE_JSON = "write the column as JSON (json.dumps), or the rows as JSONL"
 
 
 class BadRowError(ValueError):
@@ -87,8 +89,10 @@ def _parsed(text: str) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         if not _BEGINS_LIKE_MESSAGES.match(text):
             return None
-        reason = f"is text that begins like a conversation, but it is neither JSON nor Python's notation ({first_line(error)})"
-        raise BadRowError(f"{reason}: {_WRITE_JSON}: {shorten(repr(text), 60)}") from None
+        raise BadRowError(
+            "is text that begins like a conversation, but it is neither JSON nor Python's notation "
+            f"({shorten(repr(text), 60)}): write the column as JSON (json.dumps), or the rows as JSONL"
+        ) from error
 
 
 def _are_messages(value: object) -> bool:

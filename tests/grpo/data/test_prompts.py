@@ -5,55 +5,16 @@ import sys
 
 import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from prompt_tokenizers import CHAT_TEMPLATE, make_tokenizer, prepared, user
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from rankup.grpo.config import DataConfig
-from rankup.grpo.data.prompts import prepare_prompts
 from rankup.grpo.data.sources import load_rows
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'system' and no_system %}{{ raise_exception('no system role') }}{% endif %}"
-    "{{ m.role }} : {{ m.content }}{% if m.name is defined %} named{% endif %}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
-)
-TRAINING_LINES = [
-    "what is one plus two ?",
-    "system : user : assistant : you are brief named",
-    "the sum of one and two is three . <s> </s>",
-]
-
-
-def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
-    """A byte-level BPE tokenizer that puts <s> before every text, as Llama's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TRAINING_LINES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = chat_template
-    return wrapped
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def prepared(rows, tokenizer, *, max_prompt_length=100, **options):
-    return prepare_prompts(rows, tokenizer, DataConfig(**options), max_prompt_length=max_prompt_length)
 
 
 # ------------------------------------------------------------------------------------------ files
