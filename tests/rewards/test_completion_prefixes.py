@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from pages import ROOT, code_blocks
 from reasoning_gym.factory import create_dataset
 
 from rankup.rewards.config import RewardsConfig
@@ -11,6 +12,7 @@ from rankup.rewards.formats import matches, tags, think_format
 from rankup.rewards.reasoning import reasoning_gym_score
 from rankup.rewards.runner import Scorer
 
+PAGE = ROOT / "docs" / "rewards.md"
 COMPLETIONS = ["so</think>42", "<think>so</think>42", "42", [{"role": "assistant", "content": "so\n</think>\n42"}]]
 
 
@@ -66,6 +68,16 @@ def test_prefixes_reach_the_functions_that_name_them_and_only_those(isolation):
         assert scorer.score(inputs).by_function == {"sees": [7.0, 0.0], "of_trl": [0.0, 0.0], "think_format": [1.0, 0.0]}
     finally:
         scorer.close()
+
+
+def test_the_page_s_function_sees_the_open_thought():
+    python = [block for language, block in code_blocks(PAGE.read_text()) if language == "python"]
+    (code,) = [block for block in python if "completion_prefixes" in block]
+    names = {}
+    exec(code, names)
+    texts = ["so</think>42", "word " * 60 + "</think>42"]
+    inputs = Inputs(prompts=["p"] * 2, completions=texts, completion_ids=[[1]] * 2, completion_prefixes=["<think>"] * 2)
+    assert Scorer(RewardsConfig(), functions=names["thinks_briefly"]).score(inputs).total == [1.0, 0.0]
 
 
 def test_a_call_without_prefixes_has_empty_ones():

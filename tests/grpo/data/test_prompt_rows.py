@@ -4,6 +4,8 @@ import json
 
 import datasets
 import pytest
+import yaml
+from pages import ROOT, code_blocks
 from prompt_tokenizers import CHAT_TEMPLATE, make_tokenizer, prepared, user
 from tokenizers import processors
 
@@ -15,6 +17,23 @@ from rankup.grpo.data.sources import load_rows
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
+
+
+PAGE = [block for language, block in code_blocks((ROOT / "docs" / "data.md").read_text()) if language in ("json", "yaml")]
+
+
+def test_the_page_s_rows_and_run_file(tokenizer):
+    rows = [json.loads(line) for line in PAGE[0].splitlines()]
+    text, conversation, parts = prepared(rows, tokenizer).rows
+    assert tokenizer.decode(text.token_ids) == "<s>2 + 3 ="
+    assert conversation.token_ids == parts.token_ids and parts.content == rows[2]["prompt"]
+    (options,) = [yaml.safe_load(block)["data"] for block in PAGE if "chat_template" in block]
+    (row,) = prepared([{"prompt": json.dumps(user("one"))}, {"prompt": ""}], make_tokenizer(), **{
+        name: value for name, value in options.items() if name == "on_bad_row"
+    }).rows  # fmt: skip
+    assert row.content == user("one")
+    own = make_tokenizer(chat_template=options["chat_template"])
+    assert own.decode(prepared([{"prompt": user("one")}], own).rows[0].token_ids) == "user: one\nassistant:"
 
 
 # ------------------------------------------------------------------------------------------ special tokens
