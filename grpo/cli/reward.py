@@ -240,8 +240,8 @@ def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], reward
     completion = row["completion"]
     if isinstance(completion, str) and not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": completion}]
-    prefix, ids = row.get("completion_prefix") or "", list(row.get("completion_ids") or ())
-    return _Row(prompt, completion, prefix, ids, columns, rewards)
+    prefix = row.get("completion_prefix") or ""
+    return _Row(prompt, completion, prefix, list(row.get("completion_ids") or ()), columns, rewards)
 
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:

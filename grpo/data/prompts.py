@@ -156,7 +156,8 @@ class _Reader:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> None:
         self._tokenizer, self._config = tokenizer, config
-        tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()]
+        added = (token.content for token in tokenizer.added_tokens_decoder.values())
+        tokens = [re.escape(token) for token in added if token.strip()]
         self._rendered = re.compile("|".join(tokens)) if tokens else None
 
     @cached_property

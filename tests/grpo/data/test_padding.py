@@ -64,4 +64,4 @@ def test_arguments_survive_a_table(arguments: list[dict[str, Any]]):
     texts = [{key: {name: json.dumps(one) for name, one in inner.items()} for key, inner in row.items()} for row in typed]
     rows = [{"prompt": talk(row)} for row in texts]
     table = datasets.Dataset.from_list(rows)
-    assert [read_prompt(unpadded(row, table.features)["prompt"]) for row in table] == [row["prompt"] for row in rows]
+    assert [read_prompt(unpadded(row, table.features)["prompt"]) for row in map(dict, table)] == [row["prompt"] for row in rows]

@@ -210,7 +210,7 @@ def test_a_chat_template_is_text_or_a_file_beside_the_run_file(
     for overrides in ([], [f"data.chat_template={json.dumps(TEMPLATE)}"], [f"data.chat_template={folder}/mine.jinja"]):
         config = load_config("there/run.yaml", [f"model={tiny_model_path('llama')}", *overrides])
         inputs = load_run_inputs(config)
-        assert inputs.tokenizer.decode(inputs.train_prompts.rows[0].token_ids) == "<a>"
+        assert inputs.tokenizer.decode(list(inputs.train_prompts.rows[0].token_ids)) == "<a>"
         assert inputs.tokenizer.chat_template == TEMPLATE == with_template_text(config).data.chat_template
 
 
