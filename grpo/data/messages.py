@@ -15,6 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ...rewards.texts import content_parts, shorten
 from ..common.errors import first_line
 
@@ -42,8 +44,8 @@ def read_prompt(value: object) -> str | list[Message]:
     if isinstance(value, str):
         messages = messages_in(value)
         return value if messages is None else messages
-    if hasattr(value, "tolist"):  # pandas and numpy have lists of mappings as arrays
-        value = value.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if not isinstance(value, Sequence) or not value or not all(isinstance(one, Mapping) and "role" in one for one in value):
         hint = ": its keys from and value must be called role and content" if _is_sharegpt(value) else ""
         raise BadRowError(f"{NEITHER}{hint}: {shorten(repr(value), 80)}")
@@ -202,8 +204,8 @@ def read_template_kwargs(value: object) -> dict[str, Any]:
 
 
 def _from_json(value: object, column: str) -> object:
-    if hasattr(value, "tolist"):
-        value = value.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns that the chat template gets, besides the prompt."""
@@ -29,8 +30,15 @@ def unpadded(row: Mapping[str, Any], features: Mapping[str, Any] | None) -> dict
     }
 
 
-def _is_conversation(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+def unpadded_arrays(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in memory, in which conversations and `TEMPLATE_COLUMNS` are arrays if pandas has read them from a typed table."""
+    padded = {name: value for name, value in row.items() if isinstance(value, np.ndarray)}
+    return {**row, **unpadded(padded, None)} if padded else dict(row)
+
+
+def _is_conversation(value: Any) -> bool:
+    is_list = isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    return is_list and len(value) > 0 and isinstance(value[0], Mapping) and "role" in value[0]
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:
@@ -41,6 +49,8 @@ def _without_nulls(value: Any, feature: Any) -> Any:
             for key, one in value.items()
             if one is not None or (key == "content" and "role" in value)  # a message has content, which may be None
         }
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, list) and not isinstance(feature, datasets.Json):
         inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
         return [_without_nulls(one, inner) for one in value]

@@ -27,7 +27,7 @@ from ...rewards.loading import find_file, load_object
 from ..common.errors import first_line
 from ..config.functions import text_of
 from ..config.paths import DATA_FORMATS
-from .padding import unpadded
+from .padding import unpadded, unpadded_arrays
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -197,7 +197,7 @@ def _as_rows(
             raise ValueError(f"row {index} of {source} is a {type(row).__name__}: it must map columns to values")
     if not rows:
         raise ValueError(f"{source} has no rows")
-    return [dict(row) for row in rows]
+    return [unpadded_arrays(row) for row in rows]
 
 
 @contextlib.contextmanager

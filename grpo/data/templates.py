@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MARK = "qzxmarkqzx"
 """A text that no template contains."""
 
+SET_HERE = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
+"""Arguments of a template that are no variables."""
+
 CALLS = "tool calls"
 """In the place of a role."""
 
@@ -78,6 +81,8 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
             raise ValueError(NO_TEMPLATE)
+        if taken := SET_HERE & self.kwargs.keys():
+            raise ValueError(f"data.chat_template_kwargs: {', '.join(sorted(taken))} is set for each conversation: remove it")
 
     def takes(self, variable: str) -> bool:
         """Whether the template looks at a variable, such as `tools`."""
@@ -90,7 +95,7 @@ class ChatTemplate:
         for the model to continue.
 
         Args:
-            tools: schemas or functions that the model may call.
+            tools: schemas or functions that the model may call; None: those in the keyword arguments.
             kwargs: variables of the template for this row, which take precedence.
 
         Raises:
@@ -100,18 +105,20 @@ class ChatTemplate:
         """
         if messages[-1]["role"] == "assistant" and messages[-1].get("tool_calls"):
             raise BadRowError("ends with a tool call: add its result, a message of the role tool")
-        options = {**self.kwargs, **(kwargs or {})}
+        options = {**self.kwargs, **(kwargs or {}), **({} if tools is None else {"tools": tools})}
+        if taken := SET_HERE & options.keys():
+            raise BadRowError(f"has {', '.join(sorted(taken))} in chat_template_kwargs, which is set here: remove it")
         reason, second_best = "", None
         for form in self._forms(messages):
             shaped = [self._shaped(message, form) for message in messages]
             try:
-                text = self._apply(shaped, tools, options)
+                text = self._apply(shaped, options)
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"the chat template has a mistake in line {error.lineno}: {error.message}") from error
             except Exception as error:  # a template may raise anything
                 reason = reason or f"is refused by the chat template: {first_line(error)}"
                 continue
-            lost = self._lost_roles(shaped, form, tools, options)
+            lost = self._lost_roles(shaped, form, options)
             if not lost:
                 return Rendered(text)
             if lost == {CALLS}:
@@ -160,17 +167,16 @@ class ChatTemplate:
             return "both" if of_text == of_parts else "text"
         return "parts" if MARK in of_parts else "text"
 
-    def _lost_roles(
-        self, shaped: Sequence[Message], form: Form, tools: list[Any] | None, options: Mapping[str, Any]
-    ) -> set[str]:
+    def _lost_roles(self, shaped: Sequence[Message], form: Form, options: Mapping[str, Any]) -> set[str]:
         """The roles whose messages are not in the text, and `CALLS` if a tool call is not.
 
         An assistant's text may be missing: templates leave out its thoughts, or what it says besides a tool call.
         """
         kinds = tuple((message["role"], len(message.get("tool_calls") or ())) for message in shaped)
-        key = (form, kinds, tools is not None, json.dumps(options, default=str, sort_keys=True))
+        variables = {name: value for name, value in options.items() if name != "tools"}
+        key = (form, kinds, "tools" in options, json.dumps(variables, default=str, sort_keys=True))
         if key not in self._losses:
-            text = self._try([_marked(message, place) for place, message in enumerate(shaped)], options, tools)
+            text = self._try([_marked(message, place) for place, message in enumerate(shaped)], options)
             self._losses[key] = {
                 role
                 for place, message in enumerate(shaped)
@@ -181,11 +187,10 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------------------ rendering
 
-    def _apply(self, messages: Sequence[Message], tools: list[Any] | None, options: Mapping[str, Any]) -> str:
+    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         is_open = messages[-1]["role"] == "assistant"
         rendered: Any = self.tokenizer.apply_chat_template(
             list(messages),
-            tools=tools,
             tokenize=False,
             add_generation_prompt=not is_open,
             continue_final_message=is_open,
@@ -193,10 +198,10 @@ class ChatTemplate:
         )
         return rendered
 
-    def _try(self, messages: Sequence[Message], options: Mapping[str, Any], tools: list[Any] | None = None) -> str:
+    def _try(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         """The text, or none if the template refuses the messages."""
         try:
-            return self._apply(messages, tools, options)
+            return self._apply(messages, options)
         except Exception:  # a template may raise anything
             return ""
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -41,6 +43,14 @@ def test_padding_is_removed_at_any_depth_from_conversations_and_tools_only(tmp_p
     assert [read_prompt(row["prompt"]) for row in rows] == [row["prompt"] for row in ROWS]
     assert [row["tools"] for row in rows] == [row["tools"] for row in ROWS]
     assert [row["facts"] for row in rows] == PADDED_FACTS, "columns of reward functions are as the table has them"
+
+
+def test_what_pandas_has_read_from_a_typed_table_has_no_padding(tmp_path: Path):
+    rows = pandas.read_parquet(parquet_of(ROWS, tmp_path / "rows.parquet")).to_dict("records")
+    rows = [{**row, "scalar": np.float64(0.5), "none": np.array(None), "table": np.zeros((2, 2))} for row in rows]
+    loaded = load_rows(rows, split="train")  # type: ignore[arg-type]
+    assert [read_prompt(row["prompt"]) for row in loaded] == [row["prompt"] for row in ROWS]
+    assert [row["tools"] for row in loaded] == [row["tools"] for row in ROWS]
 
 
 def test_a_null_that_json_has_in_arguments_stays(tmp_path: Path):

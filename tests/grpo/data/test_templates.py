@@ -30,9 +30,9 @@ class Tokenizer:
     def __init__(self, template: str) -> None:
         self.chat_template = template
 
-    def apply_chat_template(self, messages: Any, *, tools: Any, tokenize: bool, **options: Any) -> str:
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, **options: Any) -> str:
         special = {"bos_token": "<s>", "eos_token": "</s>"}
-        return render_jinja_template([messages], tools=tools, chat_template=self.chat_template, **special, **options)[0][0]
+        return render_jinja_template([messages], chat_template=self.chat_template, **special, **options)[0][0]
 
 
 def template(text: str, **kwargs: Any) -> ChatTemplate:
@@ -111,6 +111,7 @@ def test_tools_and_variables_of_the_row_reach_the_template():
     tools = [{"type": "function", "function": {"name": "find_weather", "description": "", "parameters": {}}}]
     assert "find_weather" in of_family("qwen3").render([USER], tools=tools).text
     assert of_family("qwen3").takes("tools") and not template(PLAIN).takes("tools")
+    assert "find_weather" in template((FOLDER / "qwen3.jinja").read_text(), tools=tools).render([USER]).text
     shown = template("{{ a }}{{ b }}" + PLAIN, a=1, b=2)
     assert shown.render([USER], kwargs={"b": 3}).text == "13<user>QUESTION<assistant>"
     assert shown.render([USER]).text == "12<user>QUESTION<assistant>"
@@ -140,6 +141,13 @@ def test_whatever_a_template_raises_is_a_refusal(text: str, reason: str | None):
     with pytest.raises(ValueError, match=reason and f"is refused by the chat template: .*{reason}") as caught:
         template(text).render([USER])
     assert isinstance(caught.value, BadRowError) == (reason is not None)
+
+
+def test_arguments_of_rendering_are_no_variables():
+    with pytest.raises(ValueError, match=r"^data\.chat_template_kwargs: tokenize is set for each conversation: remove it"):
+        template(PLAIN, tokenize=True)
+    with pytest.raises(BadRowError, match="has add_generation_prompt in chat_template_kwargs, which is set here"):
+        template(PLAIN).render([USER], kwargs={"add_generation_prompt": False})
 
 
 def test_a_mistake_in_the_template_is_no_fault_of_a_row():
