@@ -71,8 +71,8 @@ class DataConfig(Section):
 
     on_bad_row: Literal["stop", "drop"] = "stop"
     """What to do with a row whose prompt cannot be trained on: it is empty, neither text nor conversation, has parts other than
-    text, is refused by the chat template, or has a token that the model does not know. `stop`: an error that names the row;
-    `drop`: leave such rows out, with their number and reasons in a note and in `summary.json`."""
+    text or no valid Unicode, is refused by the chat template, or has a token that the model does not know. `stop`: an error
+    that names the row; `drop`: leave such rows out, with their number and reasons in a note and in `summary.json`."""
 
     shuffle: bool = True
     """Draw prompts in a random order that depends on `seed`, different in each epoch (TRL's `shuffle_dataset`)."""

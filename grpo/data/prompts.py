@@ -36,6 +36,7 @@ REMARKS = {
     "continued": "end with an assistant's message, which the completion continues (an answer to learn is no part of a prompt)",
     "without_calls": "have tool calls, which the chat template leaves out: set another data.chat_template",
     "without_tools": "have tools, which the chat template does not look at: set another data.chat_template",
+    "ended": "end with the end-of-sequence token, after which a model has nothing to write: check the chat template",
     "opened": "have begun the completion with a tag such as <think>: the built-in format rewards count it as part of the "
     "completion, other reward functions get it as `completion_prefixes`",
 }
@@ -107,8 +108,8 @@ def prepare_prompts(
     Raises:
         ValueError: no rows; no such column; a conversation without a chat template, or one with a syntax error; a column with
             the name of an argument of reward functions; all prompts too long; and, unless `config.on_bad_row` is `drop`, a row
-            whose prompt is empty, is neither text nor conversation, has content other than text, is refused by the chat
-            template, or has a token that the model does not know.
+            whose prompt is empty, is neither text nor conversation, has content other than text, has no valid Unicode, is
+            refused by the chat template, or has a token that the model does not know.
     """
     rows, config = list(rows), config or DataConfig()
     if not rows:
@@ -119,7 +120,7 @@ def prepare_prompts(
     column_names.remove(config.prompt_column)
     check_column_names(column_names)
 
-    bad = _BadRows(config)
+    bad = _BadRows(config.on_bad_row == "stop")
     reader, drafts = _Reader(tokenizer, config), []
     for index, row in enumerate(rows):
         with bad.of_row(index):
@@ -134,7 +135,8 @@ def prepare_prompts(
     if not kept:
         raise ValueError(_nothing_left(rows, too_long, bad.errors, max_prompt_length))
     remarks = Counter(remark for draft in drafts for remark in draft.remarks)
-    return PromptData(rows=kept, dropped=len(too_long), bad_rows=tuple(bad.errors), remarks=dict(remarks))
+    remarks["ended"] = sum(prompt.token_ids[-1] == tokenizer.eos_token_id for prompt in kept)
+    return PromptData(rows=kept, dropped=len(too_long), bad_rows=tuple(bad.errors), remarks=dict(+remarks))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -190,6 +192,7 @@ class _Reader:
                 "without_calls": rendered.loses_calls,
                 "without_tools": tools is not None and not self._template.takes("tools"),
             }
+        _check_encodable(rendered.text)
         prefix = self._prefix(rendered.text, last)
         remarks["opened"] = bool(prefix)
         noted = tuple(remark for remark, is_so in remarks.items() if is_so)
@@ -226,8 +229,13 @@ class _Reader:
 class _BadRows:
     """The errors of rows: the first one is raised, or all are collected."""
 
-    config: DataConfig
-    errors: list[str] = field(default_factory=list)
+    stop: bool
+    _by_row: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[str]:
+        """In the order of the rows."""
+        return [self._by_row[row] for row in sorted(self._by_row)]
 
     @contextmanager
     def of_row(self, row: int) -> Iterator[None]:
@@ -236,9 +244,17 @@ class _BadRows:
             yield
         except BadRowError as error:
             message = f"the prompt of row {row} {error}"
-            if self.config.on_bad_row == "stop":
+            if self.stop:
                 raise ValueError(f"{message} (data.on_bad_row=drop leaves such rows out)") from error
-            self.errors.append(message)
+            self._by_row[row] = message
+
+
+def _check_encodable(text: str) -> None:
+    """Raise BadRowError for half of a surrogate pair, which JSON can hold and no tokenizer takes: an emoji was cut in two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"has half of a surrogate pair, {text[error.start]!a}, which is no character: remove it") from None
 
 
 def _nothing_left(

@@ -5,6 +5,8 @@ import json
 import datasets
 import pytest
 import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from pages import ROOT, code_blocks
 from prompt_tokenizers import CHAT_TEMPLATE, make_tokenizer, prepared, user
 from tokenizers import processors
@@ -93,6 +95,40 @@ def test_a_conversation_in_a_table_of_text_goes_through_the_template_with_a_rema
     assert data.remarks == {"from_text": 2, "plain": 1}
 
 
+TEXTS = st.text(min_size=1, max_size=20)
+ARGUMENTS = st.dictionaries(st.sampled_from("abc"), TEXTS, min_size=1)
+TALKS = st.builds(
+    lambda question, arguments, result: [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        {"role": "tool", "content": result, "name": "f"},
+    ],
+    TEXTS, ARGUMENTS, TEXTS,
+)  # fmt: skip
+CALLS = (  # with sorted keys: the keys of a typed table have one order
+    "{% for m in messages %}{{ m.role }}{{ m.content if m.content is not none }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson(sort_keys=true) }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(TALKS, min_size=30, max_size=40))
+def test_a_conversation_is_the_same_prompt_from_every_kind_of_source(tmp_path, talks):
+    tokenizer = make_tokenizer(chat_template=CALLS)
+    expected = prepared([{"prompt": talk} for talk in talks], tokenizer, max_prompt_length=10**4)
+    assert [row.content for row in expected.rows] == talks
+    rows, texts = ([{"prompt": write(talk)} for talk in talks] for write in (lambda talk: talk, json.dumps))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(texts).to_csv(tmp_path / "rows.csv")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (table, *(str(tmp_path / f"rows.{suffix}") for suffix in ("parquet", "csv", "jsonl"))):
+        found = prepared(load_rows(source, split="train"), tokenizer, max_prompt_length=10**4)
+        assert [row.token_ids for row in found.rows] == [row.token_ids for row in expected.rows]
+        assert [row.content for row in found.rows] == talks
+
+
 def test_a_row_s_tools_and_variables_reach_the_template_and_the_reward_functions():
     shows = make_tokenizer(chat_template="{{ tools }}|{{ level }}|{{ base }}|{{ messages[0].content }}")
     rows = [
@@ -120,6 +156,9 @@ def test_what_a_user_should_know_is_counted(tokenizer):
     assert prepared(rows, tokenizer).remarks == {"plain": 1, "without_tools": 1, "continued": 1, "without_calls": 1}
     assert prepared(rows[:2], make_tokenizer(chat_template=None)).remarks == {}
     assert prepared(rows[:1], tokenizer, system_prompt="brief").remarks == {}
+    assert prepared([{"prompt": "user : a</s>"}], tokenizer).remarks == {"ended": 1}
+    ends = make_tokenizer(chat_template=CHAT_TEMPLATE.replace("assistant : ", ""))
+    assert prepared([{"prompt": user("q")}, {"prompt": user("p")}], ends).remarks == {"ended": 2}
 
 
 # ------------------------------------------------------------------------------------------ bad rows
@@ -135,6 +174,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
         ("[{'role': 'user', 'content': 'a'} x]", "is text that begins like a conversation"),
         (IMAGE, r"has a part of type 'image' in message 0 \(user\)"),
         ([{"role": "system", "content": "x"}, *user("q")], "is refused by the chat template: no system role"),
+        ("cut \ud83d", r"has half of a surrogate pair, '\\ud83d'"),
+        (user("cut \ud83d"), r"has half of a surrogate pair, '\\ud83d'"),
         ("assistant", r"has the token '.*' with the id \d+, and the model's embedding has \d+ rows"),
     ],
 )
