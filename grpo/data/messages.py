@@ -44,33 +44,29 @@ def read_prompt(value: object) -> str | list[Message]:
     if isinstance(value, str):
         messages = messages_in(value)
         return value if messages is None else messages
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, Sequence) or not value or not all(isinstance(one, Mapping) and "role" in one for one in value):
-        hint = ": its keys from and value must be called role and content" if _is_sharegpt(value) else ""
-        raise BadRowError(f"{NEITHER}{hint}: {shorten(repr(value), 80)}")
-    return [_read_message(message, place) for place, message in enumerate(value)]
+    return _read_messages(value.tolist() if isinstance(value, np.ndarray) else value)
 
 
 def messages_in(text: str) -> list[Message] | None:
     """The conversation that a text holds as JSON or as Python's `repr`, as tables of text do; None: it is an ordinary text.
 
-    A conversation is a list of mappings that all have a role, and content or tool calls. Other JSON is ordinary text.
+    A conversation is a list in which a mapping has a role, and content or tool calls. Other JSON is ordinary text.
 
     Raises:
-        BadRowError: the text begins like a conversation and cannot be parsed, or holds messages in another form.
+        BadRowError: the text begins like a conversation and cannot be parsed, holds messages in another form, or a message that
+            cannot be trained on.
     """
     if not _MAY_HOLD_MESSAGES.match(text):
         return None
     value = _parsed(text)
     if isinstance(value, str):  # encoded twice
         value = _parsed(value)
-    if _are_messages(value):
-        return [_read_message(message, place) for place, message in enumerate(value)]
+    if _has_messages(value):
+        return _read_messages(value)
     hint = None
-    if _are_messages([value]):
+    if _has_messages([value]):
         hint = "one message: put it into a list"
-    elif isinstance(value, Mapping) and _are_messages(value.get("messages")):
+    elif isinstance(value, Mapping) and _has_messages(value.get("messages")):
         hint = "a mapping with a conversation: write only the list"
     elif _is_sharegpt(value):
         hint = "a conversation with the keys from and value: call them role and content"
@@ -97,15 +93,11 @@ def _parsed(text: str) -> Any:
         ) from error
 
 
-def _are_messages(value: object) -> bool:
-    def is_message(one: object) -> bool:
-        return (
-            isinstance(one, Mapping)
-            and isinstance(one.get("role"), str)
-            and (isinstance(one.get("content"), str | list) or bool(one.get("tool_calls")))
-        )
-
-    return isinstance(value, list | tuple) and bool(value) and all(map(is_message, value))
+def _has_messages(value: object) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(one, Mapping) and isinstance(one.get("role"), str) and ("content" in one or "tool_calls" in one)
+        for one in value
+    )
 
 
 def _is_sharegpt(value: object) -> bool:
@@ -114,6 +106,14 @@ def _is_sharegpt(value: object) -> bool:
         and bool(value)
         and all(isinstance(one, Mapping) and {"from", "value"} <= one.keys() for one in value)
     )
+
+
+def _read_messages(value: object) -> list[Message]:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not value or not all(isinstance(one, Mapping) and "role" in one for one in value):
+        hint = ": its keys from and value must be called role and content" if _is_sharegpt(value) else ""
+        raise BadRowError(f"{NEITHER}{hint}: {shorten(repr(value), 80)}")
+    return [_read_message(message, place) for place, message in enumerate(value)]
 
 
 def _read_message(written: Mapping[str, Any], place: int) -> Message:

@@ -50,11 +50,12 @@ def template_text(template: str) -> str:
     """
     if not is_template_file(template):
         return template
-    path = find_file(template)
     try:
-        return path.read_text(encoding="utf-8")
+        return find_file(template).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.chat_template: {error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.chat_template: {path} is not UTF-8 text") from error
+        raise ValueError(f"data.chat_template: {template} is not UTF-8 text") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,9 @@ def test_every_conversation_survives_a_table_of_text(talk, write):
         ('[{""role"": ""user"", ""content"": ""a""}]', "write the column as JSON"),
         ('{"role": "user", "content": "a"}', "holds one message: put it into a list"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "a mapping with a conversation: write only the list"),
+        ('[{"role": "user", "content": "a"}, {"role": "user", "content": null}]', r"has no content in message 1 \(user\)"),
+        ('[{"role": "user", "content": "a"}, {"content": "b"}]', "is neither a text nor a conversation"),
+        ('[{"role": "user", "content": [{"type": "image"}]}]', "has a part of type 'image'"),
         ('[{"from": "human", "value": "a"}]', "the keys from and value: call them role and content"),
     ],
 )

@@ -215,7 +215,7 @@ def test_a_chat_template_is_text_or_a_file_beside_the_run_file(
 
 
 def test_a_chat_template_that_is_no_file_is_an_error(load):
-    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.jinja"):
+    with pytest.raises(FileNotFoundError, match=r"^data\.chat_template: no file nowhere\.jinja"):
         load(ROWS, chat_template="nowhere.jinja")
 
 
