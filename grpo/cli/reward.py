@@ -28,6 +28,7 @@ from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
 from ..common.exact_json import encode
 from ..config import DataConfig, GRPOConfig
+from ..data.messages import BadRowError, read_prompt
 from ..data.sources import load_rows
 from ..data.values import check_column_types
 from ..run.completions import read_completions
@@ -191,6 +192,7 @@ class _Row:
 
     prompt: Any
     completion: Any
+    completion_prefix: str
     completion_ids: list[int]
     columns: dict[str, Any]
     rewards: dict[str, float | None]
@@ -213,7 +215,7 @@ def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     files = [path] if is_saved else sorted(folder.glob("step_*.parquet"))
     if files:
         rows = [row for file in files for row in read_completions(file)]
-        return [_row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+        return [_row(row, read_prompt(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
     try:
         return _rows_of_data(source, reading)
     except ValueError as error:
@@ -238,16 +240,25 @@ def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
     for index, row in enumerate(rows):
         if row.get("completion") is None:
             raise ValueError(f"row {index} of {source} has no completion")
-    columns = [name for name in names if name not in ("prompt", "completion", *RESERVED_ARGUMENTS)]
+    columns = [name for name in names if name not in ("prompt", "completion", "completion_prefix", *RESERVED_ARGUMENTS)]
     return [
         _row(
             row,
-            "" if row.get("prompt") is None else row["prompt"],
+            _prompt_of(row, index),
             columns={name: row.get(name) for name in columns},
             rewards={},
         )
-        for row in rows
+        for index, row in enumerate(rows)
     ]
+
+
+def _prompt_of(row: Mapping[str, Any], index: int) -> Any:
+    """The prompt of a user's row as training reads it; an empty text if there is none."""
+    prompt = row.get("prompt")
+    try:
+        return "" if prompt is None else read_prompt(prompt)
+    except BadRowError as error:
+        raise ValueError(f"the prompt of row {index} {error}") from error
 
 
 def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], rewards: dict[str, float | None]) -> _Row:
@@ -255,17 +266,8 @@ def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], reward
     completion = row["completion"]
     if isinstance(completion, str) and not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _Row(prompt, completion, list(row.get("completion_ids") or ()), columns, rewards)
-
-
-def _parsed(prompt: Any) -> Any:
-    """Conversations are stored as JSON."""
-    if isinstance(prompt, str) and prompt.startswith('[{"'):
-        try:
-            return json.loads(prompt)
-        except json.JSONDecodeError:
-            return prompt
-    return prompt
+    prefix = row.get("completion_prefix") or ""
+    return _Row(prompt, completion, prefix, list(row.get("completion_ids") or ()), columns, rewards)
 
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
@@ -294,6 +296,7 @@ def _inputs(group: Sequence[_Row]) -> Inputs:
         completion_ids=[row.completion_ids for row in group],
         columns={name: [row.columns[name] for row in group] for name in group[0].columns},
         trainer_state={"global_step": 0, "max_steps": 0},
+        completion_prefixes=[row.completion_prefix for row in group],
     )
 
 

@@ -89,13 +89,23 @@ class DataConfig(Section):
     """Encoding of data files of text, such as latin-1 or utf-16."""
 
     prompt_column: str = "prompt"
-    """Column with the prompt: text, or a conversation (a list of messages with role and content)."""
+    """Column with the prompt: text, or a conversation (a list of messages with role and content, also as JSON text)."""
 
     system_prompt: str | None = None
     """System message before each prompt; turns a text prompt into a conversation, so that the chat template applies."""
 
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Chat template in place of the tokenizer's: a file (in a run file looked up beside it too), or the Jinja text itself. The
+    run's `config.yaml` has the text, and the tokenizers that it saves have it as theirs. None: the tokenizer's own."""
+
     chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Keyword arguments of the tokenizer's chat template, such as `enable_thinking: false`."""
+    """Keyword arguments of the chat template, such as `enable_thinking: false`. Those of a row, in a column
+    `chat_template_kwargs`, take precedence."""
+
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """What to do with a row whose prompt cannot be trained on: it is empty, neither text nor conversation, has parts other than
+    text or no valid Unicode, is refused by the chat template, or has a token that the model does not know. `stop`: an error
+    that names the row; `drop`: leave such rows out, with their number and reasons in a note and in `summary.json`."""
 
     shuffle: bool = True
     """Draw prompts in a random order that depends on `seed`, different in each epoch (TRL's `shuffle_dataset`)."""

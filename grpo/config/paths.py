@@ -81,9 +81,12 @@ def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
         resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
         for one in config.rewards.functions
     ]
+    data = _resolved(_resolved(config.data, ("train", "eval"), folder, resolve_data), ("sampler",), folder)
+    if data.chat_template is not None and is_template_file(data.chat_template):
+        data = data.model_copy(update={"chat_template": _beside(data.chat_template, folder)})
     return config.model_copy(
         update={
-            "data": _resolved(_resolved(config.data, ("train", "eval"), folder, resolve_data), ("sampler",), folder),
+            "data": data,
             "algorithm": _resolved(config.algorithm, ("loss_type", "advantage_estimator", "group_filter"), folder),
             "rewards": config.rewards.model_copy(update={"functions": functions}),
         }
@@ -133,6 +136,11 @@ def resolve(name: str, folder: Path) -> str:
     file = Path(*parts).with_suffix(".py")
     found = _beside(str(file), folder)
     return name if found == str(file) else f"{found}:{attribute}"
+
+
+def is_template_file(template: str) -> bool:
+    """Whether `data.chat_template` names a file: a template has braces."""
+    return "{" not in template
 
 
 def _beside(name: str, folder: Path) -> str:

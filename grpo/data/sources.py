@@ -27,6 +27,7 @@ from ..config.paths import names_files
 from .files import find_files, read_file, typed_rows
 from .folders import folder_splits, hub_splits, splits_of
 from .gym_tasks import gym_rows
+from .padding import unpadded, unpadded_arrays
 from .splits import Part, Splits, is_partial, one_split
 from .tables import frame_rows, table_rows
 from .values import Row, plain_rows
@@ -121,8 +122,9 @@ def is_stream(source: DataSource) -> TypeGuard[Rows]:
 
 def take_rows(stream: Rows, limit: int | None) -> list[Mapping[str, Any]]:
     """The first `limit` rows of a stream; None: all. Reads no further."""
-    rows = stream.with_format(None) if isinstance(stream, datasets.IterableDataset) else stream
-    return list(itertools.islice(rows, limit))
+    if isinstance(stream, datasets.IterableDataset):
+        return [unpadded(row, stream.features) for row in itertools.islice(stream.with_format(None), limit)]
+    return list(itertools.islice(stream, limit))
 
 
 def takes_options(source: DataSource) -> bool:
@@ -228,4 +230,4 @@ def _checked(rows: list[Any], source: str) -> list[Row]:
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {index} of {source} is a {type(row).__name__}: it must map columns to values")
-    return plain_rows(rows)
+    return plain_rows(map(unpadded_arrays, rows))

@@ -11,6 +11,7 @@ import pandas
 import pyarrow
 
 from ..common.errors import first_line
+from .padding import unpadded, unpadded_arrays
 from .values import Row, plain, plain_rows
 
 _FEATURES = b"huggingface"
@@ -27,9 +28,18 @@ def table_rows(table: datasets.Dataset | pyarrow.Table) -> list[Row]:
         ValueError: a value that Python or a decoder cannot represent, or a column that occurs twice.
     """
     try:
-        return _by_row(_columns(table) if isinstance(table, datasets.Dataset) else _arrow_columns(table))
+        rows = _by_row(_columns(table) if isinstance(table, datasets.Dataset) else _arrow_columns(table))
     except (ImportError, OverflowError) as error:  # a decoder of images or sound that is not installed; a date beyond Python's
         raise ValueError(first_line(error)) from error
+    features = _features(table)
+    return [unpadded(row, features) for row in rows]
+
+
+def _features(table: datasets.Dataset | pyarrow.Table) -> datasets.Features | None:
+    """Those that `datasets` has given to the columns; None if it has written none into a table of Arrow."""
+    if isinstance(table, datasets.Dataset):
+        return table.features
+    return datasets.Features.from_arrow_schema(table.schema) if _FEATURES in (table.schema.metadata or {}) else None
 
 
 def _arrow_columns(table: pyarrow.Table) -> Mapping[str, Sequence[Any]]:
@@ -49,7 +59,7 @@ def frame_rows(frame: pandas.DataFrame, source: str) -> list[Row]:
     """
     if not frame.columns.is_unique:
         raise ValueError(f"{source} has a column twice: {', '.join(map(str, frame.columns[frame.columns.duplicated()]))}")
-    return plain_rows(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+    return plain_rows(map(unpadded_arrays, frame.astype(object).where(frame.notna(), None).to_dict("records")))
 
 
 def _columns(table: datasets.Dataset) -> Mapping[str, Sequence[Any]]:

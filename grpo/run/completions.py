@@ -32,8 +32,8 @@ def write_completions(
     A reward, extra or data column whose name is taken becomes `rewards/<name>`, `extras/<name>` or `data/<name>`.
 
     Args:
-        table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens (or some of them); `step` is
-            added.
+        table: prompt (conversations as JSON text), completion_prefix, completion, completion_ids, advantage, reward,
+            finish_reason, num_tokens (or some of them); `step` is added.
         rewards: one column for each reward function, None where it did not apply.
         extras: columns that reward functions logged.
         data: the columns of the dataset, which `read_completions` returns unmodified.
@@ -110,6 +110,8 @@ def _typed_column(name: str, values: Sequence) -> Any:
     import pyarrow
 
     present = [value for value in values if value is not None]
+    if name == "prompt":  # a text stays as it is, also beside conversations
+        return pyarrow.array([value if isinstance(value, str) else _json(value) for value in values], pyarrow.string())
     if name == "completion_ids":
         return pyarrow.array(values, pyarrow.list_(pyarrow.int32()))
     if name in ("step", "num_tokens"):
@@ -132,5 +134,8 @@ def _doubles(values: Sequence) -> Any:
 def _json_strings(values: Sequence) -> Any:
     import pyarrow
 
-    texts = [None if value is None else json.dumps(value, default=str) for value in values]
-    return pyarrow.array(texts, pyarrow.string())
+    return pyarrow.array([None if value is None else _json(value) for value in values], pyarrow.string())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)

@@ -175,7 +175,9 @@ class Arguments(TypedDict, total=False):
     encoding: str
     prompt_column: str
     system_prompt: str | None
+    chat_template: str | None
     chat_template_kwargs: dict[str, Any] | str | None
+    on_bad_row: Literal["stop", "drop"]
     shuffle: bool
     shuffle_seed: int | None
     sampler: str | Callable[..., Any] | None

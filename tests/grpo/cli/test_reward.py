@@ -88,6 +88,36 @@ def test_columns_are_restored_unchanged(run_folder, tmp_path, capsys):
     assert result["failed"] == 0 and result["differ_from_recorded"] == 0, "not the run's sum, which is called reward too"
 
 
+def test_prompts_of_a_file_are_read_as_training_reads_them(tmp_path, capsys):
+    written = {
+        "[1, 2]": 0.0, '[{"a": 1}]': 0.0, '{"a": 1}': 0.0, '[{"role": "user", "content": "2 + 2?"}]': 1.0,
+        "[{'role': 'user', 'content': '2 + 2?'}]": 1.0,
+    }  # fmt: skip
+    rows = [{"prompt": prompt, "completion": "4"} for prompt in written]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(
+        "def is_messages(prompts, completions):\n"
+        "    assert all(isinstance(p, str) == isinstance(c, str) for p, c in zip(prompts, completions))\n"
+        "    return [not isinstance(p, str) for p in prompts]\n"
+    )
+    result = tried(capsys, f"{tmp_path}/mine.py:is_messages", "--data", str(tmp_path / "rows.jsonl"))
+    assert [row["reward"] for row in result["rows"]] == list(written.values())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "{\\"role\\": \\"user\\", \\"content\\": \\"x\\"}", "completion": "4"}\n')
+    assert main(["reward", f"{tmp_path}/mine.py:is_messages", "--data", str(tmp_path / "rows.jsonl")]) == 1
+    assert "the prompt of row 0 is text that holds one message: put it into a list" in capsys.readouterr().err
+
+
+def test_saved_prompts_stay_what_they_were(tmp_path, capsys):
+    """Texts that look like JSON, beside conversations."""
+    prompts = ["[1, 2]", '[{"a": 1}]', '"quoted"', CONVERSATION]
+    recorder = RunRecorder(tmp_path / "run", config_yaml="")
+    recorder.completions(1, {"prompt": prompts, "completion": ["x"] * 4}, rewards={}, data={"sent": list(map(repr, prompts))})
+    recorder.close()
+    (tmp_path / "mine.py").write_text("def same(prompts, sent):\n    return [repr(p) == s for p, s in zip(prompts, sent)]\n")
+    result = tried(capsys, f"{tmp_path}/mine.py:same", "--data", str(tmp_path / "run"))
+    assert [row["reward"] for row in result["rows"]] == [1.0] * 4
+
+
 def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     factory = "def above(limit):\n    return lambda completions, **kw: [len(c) > limit for c in completions]\n"
     (tmp_path / "made.py").write_text(factory)

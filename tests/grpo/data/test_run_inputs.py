@@ -12,10 +12,11 @@ from typing import Any
 import datasets
 import pytest
 from tiny_runs import ROWS, tiny_config
+from transformers import AutoTokenizer
 
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.data.prompts import Prompt, PromptData
-from rankup.grpo.data.run_inputs import RunInputs, load_run_inputs, read_streams
+from rankup.grpo.data.run_inputs import RunInputs, load_run_inputs, read_streams, with_template_text
 from rankup.grpo.user_inputs import UserInputs
 
 TRAIN = datasets.Dataset.from_list(ROWS)
@@ -191,6 +192,56 @@ def test_a_run_file_may_map_names_to_files_beside_it(tiny_model_path, tmp_path: 
 def test_a_mapping_with_mistakes_is_refused_in_a_run_file(value, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(data={"eval": value})
+
+
+# ------------------------------------------------------------------------------------------ tokenizer
+
+TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+
+
+def test_a_chat_template_is_text_or_a_file_beside_the_run_file(
+    tiny_model_path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "mine.jinja").write_text(TEMPLATE)
+    write(folder / "train.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
+    (folder / "run.yaml").write_text("data: {train: train.jsonl, chat_template: mine.jinja}\n")
+    monkeypatch.chdir(tmp_path)
+    for overrides in ([], [f"data.chat_template={json.dumps(TEMPLATE)}"], [f"data.chat_template={folder}/mine.jinja"]):
+        config = load_config("there/run.yaml", [f"model={tiny_model_path('llama')}", *overrides])
+        inputs = load_run_inputs(config)
+        assert inputs.tokenizer.decode(list(inputs.train_prompts.rows[0].token_ids)) == "<a>"
+        assert inputs.tokenizer.chat_template == TEMPLATE == with_template_text(config).data.chat_template
+
+
+def test_a_chat_template_that_is_no_file_is_an_error(load):
+    with pytest.raises(FileNotFoundError, match=r"^data\.chat_template: no file nowhere\.jinja"):
+        load(ROWS, chat_template="nowhere.jinja")
+
+
+def test_a_token_beyond_the_embedding_is_found_by_row_in_every_data_set(tiny_model_path, tmp_path: Path, load):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("llama"))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    new = [{"prompt": "count to <new>", "target": 0}]
+    reason = r"the prompt of row 12 has the token '<new>' with the id 260, and the model's embedding has 260 rows: .*resize"
+    for inputs in ([[*ROWS, *new]], [ROWS, {"easy": ROWS, "hard": [*ROWS, *new]}]):
+        with pytest.raises(ValueError, match=reason):
+            load(*inputs, tokenizer=str(tmp_path / "more"))
+    dropped = load(ROWS, [*ROWS, *new], tokenizer=str(tmp_path / "more"), on_bad_row="drop")
+    assert dropped.counts()["evaluation"]["bad_rows"] == 1
+
+
+def test_bad_rows_of_sets_name_them(load):
+    bad = [{"prompt": ""}]
+    inputs = load(ROWS, {"easy": [*ROWS, *bad], "hard": [*bad, *ROWS]}, on_bad_row="drop")
+    assert inputs.eval_prompts.bad_rows == (
+        "evaluation set 'easy': the prompt of row 12 is empty: remove the row",
+        "evaluation set 'hard': the prompt of row 0 is empty: remove the row",
+    )
+    with pytest.raises(ValueError, match="evaluation set 'hard': the prompt of row 0 is empty"):
+        load(ROWS, {"easy": ROWS, "hard": bad})
 
 
 # ------------------------------------------------------------------------------------------ fingerprint
