@@ -109,8 +109,7 @@ def _is_sharegpt(value: object) -> bool:
 
 
 def _read_messages(value: object) -> list[Message]:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    if not is_list or not value or not all(isinstance(one, Mapping) and "role" in one for one in value):
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, Mapping) and "role" in one for one in value):
         hint = ": its keys from and value must be called role and content" if _is_sharegpt(value) else ""
         raise BadRowError(f"{NEITHER}{hint}: {shorten(repr(value), 80)}")
     return [_read_message(message, place) for place, message in enumerate(value)]

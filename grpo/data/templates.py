@@ -173,7 +173,7 @@ class ChatTemplate:
 
         An assistant's text may be missing: templates leave out its thoughts, or what it says besides a tool call.
         """
-        kinds = tuple((message["role"], len(message.get("tool_calls") or ())) for message in shaped)
+        kinds = tuple((one["role"], bool(one["content"]), len(one.get("tool_calls") or ())) for one in shaped)
         variables = {name: value for name, value in options.items() if name != "tools"}
         key = (form, kinds, "tools" in options, json.dumps(variables, default=str, sort_keys=True))
         if key not in self._losses:

@@ -126,6 +126,13 @@ def test_messages_of_a_role_that_the_template_leaves_out_are_refused(family: str
         of_family(family).render([{"role": "developer", "content": "Be brief."}, USER])
 
 
+def test_an_empty_message_does_not_hide_what_a_later_one_loses():
+    deaf = template("{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}")
+    assert deaf.render([USER, {"role": "tool", "content": ""}]).text == "QUESTION"
+    with pytest.raises(BadRowError, match="messages of the role tool"):
+        deaf.render([USER, RESULT])
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
