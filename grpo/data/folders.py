@@ -65,12 +65,13 @@ def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
     try:
         return _splits_of_files(name, subset=subset, read=read, cache=None)
     except ValueError as error:
-        raise ValueError(f"{error} (there is no file or folder of this name)") from error
-    except ConnectionError as error:
-        raise ValueError(
-            f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file "
-            f"({', '.join(DATA_FORMATS)}; there is no file or folder {name})"
-        ) from error
+        reason = str(error)
+    except ConnectionError:
+        reason = f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file"
+    starts_here = "/" in name and Path(name).parts and Path(Path(name).parts[0]).is_dir()
+    raise ValueError(
+        f"no file or folder {name}, and no data set: {reason}" if starts_here else f"{reason} (no file or folder is called {name})"
+    )
 
 
 def splits_of(loaded: datasets.Dataset | datasets.DatasetDict, source: str) -> Splits:
