@@ -103,7 +103,9 @@ def _as_prompt(prompt: Any, index: int, system_prompt: str | None) -> str | list
             f"content): {repr(prompt)[:80]}"
         )
     # Arrow adds the keys of all messages to every message, as None, but templates test whether a key exists.
-    messages = [{key: value for key, value in message.items() if value is not None or key == "content"} for message in prompt]
+    messages = [
+        {key: value for key, value in message.items() if value is not None or key == "content"} for message in prompt
+    ]
     return messages if messages[0]["role"] == "system" else [*system, *messages]
 
 
@@ -130,7 +132,9 @@ def _one_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return ids[1:] if doubled else ids
 
 
-def _render(prompt: str | list[Message], tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any]) -> str:
+def _render(
+    prompt: str | list[Message], tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any]
+) -> str:
     """A text, or a conversation in the chat template."""
     if isinstance(prompt, str):
         return prompt
