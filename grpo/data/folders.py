@@ -68,10 +68,10 @@ def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
         reason = str(error)
     except ConnectionError:
         reason = f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file"
-    starts_here = "/" in name and Path(name).parts and Path(Path(name).parts[0]).is_dir()
-    raise ValueError(
-        f"no file or folder {name}, and no data set: {reason}" if starts_here else f"{reason} (no file or folder is called {name})"
-    )
+    folder, slash, _ = name.partition("/")
+    if slash and Path(folder).is_dir():  # a misspelled path is likelier
+        raise ValueError(f"no file or folder {name}, and no data set: {reason}")
+    raise ValueError(f"{reason} (no file or folder is called {name})")
 
 
 def splits_of(loaded: datasets.Dataset | datasets.DatasetDict, source: str) -> Splits:
