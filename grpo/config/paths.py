@@ -61,7 +61,7 @@ def is_pattern(name: str) -> bool:
 def names_files(name: str) -> bool:
     """Whether a source is a file, a folder, a pattern or a URL, rather than the id of a data set on the Hub or a function.
 
-    A name that does not exist is one if it has a path's form, a file's suffix, or starts with an existing folder.
+    A name that does not exist is one if it has a path's form or a file's suffix.
     """
     path = Path(name).expanduser()
     if is_url(name) or glob.has_magic(name) or path.exists():
@@ -72,7 +72,7 @@ def names_files(name: str) -> bool:
     suffix, compression = split_suffix(name)
     is_file = suffix in DATA_FORMATS or bool(compression) or mimetypes.guess_type(name)[0] is not None
     has_form = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") > 1
-    return is_file or has_form or ("/" in name and Path(path.parts[0]).is_dir())
+    return is_file or has_form
 
 
 def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:

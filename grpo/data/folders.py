@@ -10,8 +10,9 @@ whose types it would guess, and files of a local folder, which may differ in the
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ _GUESSED = frozenset({"json", "csv", "text"})
 _TYPED = frozenset({"parquet", "arrow"})
 """Formats whose files may differ in their columns, for which `datasets` would refuse a folder."""
 
+_NOT_OPTIONS = frozenset({"name", "version", "data_dir", "data_files", "description"})
+"""Fields of a builder's configuration that do not change how a file is read."""
+
 _ERRORS = (DatasetsError, OSError, ValueError)
 
 
@@ -51,9 +55,7 @@ def folder_splits(folder: str, *, subset: str | None, read: ReadFile) -> Splits:
             raise ValueError(f"cannot load {folder}: {first_line(error)}") from error
         return one_split(folder, lambda: saved) if isinstance(saved, datasets.Dataset) else splits_of(saved, folder)
     with tempfile.TemporaryDirectory() as cache:  # an edited file is read again
-        splits = _splits_of_files(str(path), subset=subset, read=read, cache=cache)
-    _note_other_files(path)
-    return splits
+        return _splits_of_files(folder, location=str(path.absolute()), subset=subset, read=read, cache=cache)
 
 
 def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
@@ -63,14 +65,15 @@ def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
         ValueError: it does not exist, or cannot be reached.
     """
     try:
-        return _splits_of_files(name, subset=subset, read=read, cache=None)
+        return _splits_of_files(name, location=name, subset=subset, read=read, cache=None)
     except ValueError as error:
-        raise ValueError(f"{error} (there is no file or folder of this name)") from error
-    except ConnectionError as error:
-        raise ValueError(
-            f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file "
-            f"({', '.join(DATA_FORMATS)}; there is no file or folder {name})"
-        ) from error
+        reason = str(error)
+    except ConnectionError:
+        reason = f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file"
+    folder, slash, _ = name.partition("/")
+    if slash and Path(folder).is_dir():  # a misspelled path is likelier
+        raise ValueError(f"no file or folder {name}, and no data set: {reason}")
+    raise ValueError(f"{reason} (no file or folder is called {name})")
 
 
 def splits_of(loaded: datasets.Dataset | datasets.DatasetDict, source: str) -> Splits:
@@ -81,13 +84,16 @@ def splits_of(loaded: datasets.Dataset | datasets.DatasetDict, source: str) -> S
     return Splits(source, tuple(by_name), by_name.__getitem__)
 
 
-def _splits_of_files(name: str, *, subset: str | None, read: ReadFile, cache: str | None) -> Splits:
+def _splits_of_files(name: str, *, location: str, subset: str | None, read: ReadFile, cache: str | None) -> Splits:
+    """`location`: a local folder, or an id on the Hub. `cache`: None: that of `datasets`, for the Hub."""
     with quiet_datasets():
         try:
-            builder = datasets.load_dataset_builder(name, subset, cache_dir=cache)
+            builder = datasets.load_dataset_builder(location, subset, cache_dir=cache)
+            if cache is not None:
+                _note_unread_files(name, Path(location), builder)
             format = _format_read_here(builder, _GUESSED if cache is None else _GUESSED | _TYPED)
             if format is None:
-                loaded = datasets.load_dataset(name, subset, cache_dir=cache, keep_in_memory=cache is not None)
+                loaded = datasets.load_dataset(location, subset, cache_dir=cache, keep_in_memory=cache is not None)
                 return splits_of(loaded, name)
             files = {str(split): list(of_split) for split, of_split in (builder.config.data_files or {}).items()}
             local: Any = datasets.DownloadManager(dataset_name=builder.dataset_name).download(files)
@@ -97,7 +103,10 @@ def _splits_of_files(name: str, *, subset: str | None, read: ReadFile, cache: st
             raise ValueError(f"cannot load data set {name!r}: {_reason(error)}") from error
 
     def rows(split: str) -> Part:
-        return [row for path, shown in zip(local[split], files[split], strict=True) for row in read(path, shown, format)]
+        found: list[Row] = []
+        for path, shown in zip(local[split], files[split], strict=True):
+            found += read(path, shown, DATA_FORMATS.get(split_suffix(shown)[0], format))
+        return found
 
     return Splits(name, tuple(files), rows)
 
@@ -116,18 +125,22 @@ def _format_read_here(builder: datasets.DatasetBuilder, formats: Container[str])
     if not package.startswith("datasets.packaged_modules.") or format not in formats or builder.info.features is not None:
         return None
     config, default = builder.config, type(builder.config)()
-    of_files = {"name", "version", "data_dir", "data_files", "description", "sep"}
-    names = {field.name for field in dataclasses.fields(config)} - of_files
+    names = {field.name for field in dataclasses.fields(config)} - _NOT_OPTIONS
+    if getattr(config, "sep", ",") in (",", ";", "\t"):  # found here, too
+        names -= {"sep"}
     return format if all(getattr(config, name) == getattr(default, name) for name in names) else None
 
 
-def _note_other_files(folder: Path) -> None:
-    """Say which data files of a folder belong to no split, since `datasets` reads one format of a folder only."""
-    formats = {DATA_FORMATS.get(split_suffix(path.name)[0]) for path in _data_files(folder)}
-    if len(formats) > 1:
-        logger.info(f"{folder} has files of several formats, of which one is read: name the files, or a pattern")
-
-
-def _data_files(folder: Path) -> Sequence[Path]:
-    ignored = ("config.json", "dataset_info.json", "dataset_infos.json")
-    return [path for path in folder.iterdir() if split_suffix(path.name)[0] in DATA_FORMATS and path.name not in ignored]
+def _note_unread_files(name: str, folder: Path, builder: datasets.DatasetBuilder) -> None:
+    """Say which data files belong to no split: `datasets` reads one format of a folder, and suffixes in lower case only."""
+    read = {os.path.realpath(file) for files in (builder.config.data_files or {}).values() for file in files}
+    unread = [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if DATA_FORMATS.get(split_suffix(path.name)[0], "text") != "text"
+        and os.path.realpath(path) not in read
+        and path.name not in ("config.json", "dataset_info.json", "dataset_infos.json")
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    ]
+    if unread:
+        logger.info(f"{name}: not read, since they are in no split: {', '.join(unread[:5])}{', ...' if unread[5:] else ''}")

@@ -107,6 +107,8 @@ def load_rows(
     if not isinstance(names, Sequence) or not names or not all(isinstance(one, Named) for one in names):
         return reading.object_rows(source, "the data set")
     names = [str(one) for one in names]
+    if not all(name.strip() for name in names):
+        raise ValueError("the name of a data set is empty")
     if options and not takes_options(names):
         raise ValueError(
             f"data.options ({', '.join(options)}) are for reasoning_gym tasks and functions only: remove them for "

@@ -86,7 +86,9 @@ def _decode(decoder: json.JSONDecoder, text: str, at: int, line: int) -> tuple[A
         return decoder.raw_decode(text, at)
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == line else f"line {error.lineno}, column {error.colno}"
-        raise LineError(line, f"no JSON: {error.msg.removesuffix(' at')} ({where})") from error
+        reason = f"no JSON: {error.msg.removesuffix(' at')} ({where})"
+        is_at_end = error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
+        raise LineError(line, f"{reason}: is the file complete?" if is_at_end else reason) from error
     except RecursionError:
         raise LineError(line, "JSON is nested too deeply") from None
     except ValueError as error:  # a key that occurs twice, or a number that Python cannot represent

@@ -25,8 +25,18 @@ _ADAPTERS = {"int": TypeAdapter(int), "float": TypeAdapter(float), "bool": TypeA
 
 
 def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The rows as dictionaries of plain values."""
-    return [{name: plain(value) for name, value in row.items()} for row in rows]
+    """The rows as dictionaries of plain values.
+
+    Raises:
+        ValueError: a list or mapping contains itself, with the number of the row.
+    """
+    made: list[Row] = []
+    for row in rows:
+        try:
+            made.append({name: plain(value) for name, value in row.items()})
+        except RecursionError:
+            raise ValueError(f"row {len(made)}: a value contains itself, or is nested too deeply") from None
+    return made
 
 
 def plain(value: Any) -> Any:

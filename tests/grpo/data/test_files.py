@@ -238,6 +238,15 @@ def test_several_files_and_patterns_are_read_in_order():
     assert load(["b.jsonl", "a.jsonl"], "train[1:]") == load("*.jsonl", "train[:50%]") == [{"n": 1}]
 
 
+def test_an_empty_name_is_an_error():
+    assert refusal("") == refusal(["a.jsonl", " "]) == "the name of a data set is empty"
+
+
+def test_the_working_directory_may_be_the_folder():
+    write("train.jsonl")
+    assert load(".") == ROWS
+
+
 def test_a_file_in_the_home_folder_and_one_at_a_url_are_read(monkeypatch: pytest.MonkeyPatch):
     write("home/rows.jsonl")
     monkeypatch.setenv("HOME", str(Path("home").resolve()))
@@ -276,6 +285,8 @@ def test_the_files_of_a_folder_are_its_splits():
     assert load("data", "test") == [{"answer": "2024-01-01"}]
     assert load("data", "train[1:2]+test") == [ROWS[1], {"answer": "2024-01-01"}]
     assert refusal("data", "dev") == "data has no split 'dev' (splits: train, test)"
+    write("tabs/train.tsv", "a, b\tc\n1\t2\n")
+    assert load("tabs") == [{"a, b": "1", "c": "2"}]
     write("plain/rows.csv.gz", gzip.compress(b"n\n007\n"))
     assert load("plain") == [{"n": "007"}]
     assert refusal("plain", "test") == "plain has no split 'test' (splits: train)"
@@ -309,10 +320,12 @@ def test_a_folder_of_parquet_is_read_by_split():
 def test_files_of_a_folder_that_are_not_read_are_mentioned():
     write("data/train.jsonl")
     write("data/more.csv", "n\n1\n")
+    write("data/extra/MORE.JSONL")
+    write("data/license.txt")
     notes: list[str] = []
     with log_to(notes.append):
         assert load("data") == ROWS
-    assert notes == ["data has files of several formats, of which one is read: name the files, or a pattern"]
+    assert notes == ["data: not read, since they are in no split: extra/MORE.JSONL, more.csv"]
 
 
 def test_folders_of_save_to_disk_are_read():

@@ -101,9 +101,10 @@ def test_one_object_is_a_row_or_holds_the_rows(text: str, rows: list[dict[str, A
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
-        ('{"a": 1}\n\n{"a": 2', 3, "no JSON: Expecting ',' delimiter (column 8)"),
+        ('{"a": 1}\n\n{"a": 2', 3, "no JSON: Expecting ',' delimiter (column 8): is the file complete?"),
+        ('{"a": 1}\n{"a": "text', 2, "no JSON: Unterminated string starting (column 7): is the file complete?"),
         ('{"a": 1}\n{"a": "x\n{"a": 2}', 2, "no JSON: Invalid control character (column 9)"),
-        ('{"a": 1}\n{"a":\n2', 2, "no JSON: Expecting ',' delimiter (line 3, column 2)"),
+        ('{"a": 1}\n{"a":\n2', 2, "no JSON: Expecting ',' delimiter (line 3, column 2): is the file complete?"),
         ('{"a": 1},\n{"a": 2}', 1, "no JSON: Expecting value (column 9)"),
         ("{'a': 1}", 1, "no JSON: Expecting property name enclosed in double quotes (column 2)"),
         ('{"a": 1}\n7', 2, "a row must be a JSON object, not a number"),

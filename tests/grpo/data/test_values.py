@@ -69,6 +69,13 @@ def test_numbers_that_are_not_finite_and_other_objects_are_unchanged():
     assert plain([anything]) == [anything] and plain({1: "a"}) == {1: "a"}
 
 
+def test_a_value_that_contains_itself_is_refused_by_row():
+    endless: list[Any] = []
+    endless.append({"again": endless})
+    with pytest.raises(ValueError, match="row 1: a value contains itself, or is nested too deeply"):
+        load([{"value": 1}, {"value": endless}])
+
+
 def test_a_table_of_pandas_is_read_with_none_for_what_is_missing():
     frame = pandas.DataFrame(
         {
