@@ -65,7 +65,10 @@ class RunContext:
         if self.output is None:
             return {}
         guards = self.session.learner.guards.metrics()
-        return self.output.summarize(guards=guards, inputs=self.setup.fingerprint, interrupted=interrupted)
+        setup = self.setup
+        return self.output.summarize(
+            guards=guards, inputs=setup.fingerprint, data=setup.inputs.counts(), interrupted=interrupted
+        )
 
 
 @contextmanager

@@ -45,7 +45,10 @@ def generate(
     rows = [{config.data.prompt_column: prompt} for prompt in as_list(prompts)]
     if not rows:
         return []
-    prepared = prepare_prompts(rows, setup.inputs.tokenizer, config.data, max_prompt_length=sys.maxsize)
+    all_of_them = config.data.model_copy(update={"on_bad_row": "stop"})
+    prepared = prepare_prompts(
+        rows, setup.inputs.tokenizer, all_of_them, max_prompt_length=sys.maxsize, vocab_size=setup.inputs.vocab_size
+    )
     too_long = sum(len(prompt.token_ids) > config.rollout.max_prompt_length for prompt in prepared.rows)
     if too_long:
         raise ValueError(

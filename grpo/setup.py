@@ -20,7 +20,7 @@ from .common.interrupts import Interrupts
 from .common.log import log_to
 from .common.world import SINGLE_PROCESS, World
 from .config import GRPOConfig, resolve_epochs
-from .data.run_inputs import Prompt, RunInputs, load_run_inputs
+from .data.run_inputs import Prompt, RunInputs, load_run_inputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
 from .experience.user_functions import UserFunctions
@@ -93,6 +93,7 @@ def prepare_run(
     """
     if view is None and world.is_main:
         raise ValueError("the main process needs a view: it records the run and shows it")
+    config = with_template_text(config)
     scorer = Scorer(config.rewards, inputs.reward_funcs)
     functions = UserFunctions.load(config)
     with log_to(lambda text: None if view is None else view.stage(text)):

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .texts import content_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -95,7 +97,8 @@ class SequenceClassifier:
 def _text(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> str:
     if isinstance(prompt, str):
         return prompt + completion
-    text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    messages = [{**message, "content": content_text(message.get("content"))} for message in (*prompt, *completion)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert isinstance(text, str)
     return text
 

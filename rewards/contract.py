@@ -9,9 +9,10 @@
     returned.rewards        # [1.0, None]
 
 A reward function is any callable. It is called with keyword arguments only: `prompts`, `completions`, `completion_ids`, every
-other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. It
-returns one number for each completion, or `None` where it does not apply to the row. The same code runs in the trainer's
-process and in reward processes (`worker.py`).
+other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. A
+function that names `completion_prefixes` gets what the prompt has written of each completion. It returns one number for each
+completion, or `None` where it does not apply to the row. The same code runs in the trainer's process and in reward processes
+(`worker.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from typing import Any
 
 from .texts import Function, describe, shorten
 
-RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+ONLY_BY_NAME = ("completion_prefixes",)
+"""Arguments that TRL does not have: a function gets them only if it names them."""
+
+RESERVED_ARGUMENTS = (
+    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
+    *ONLY_BY_NAME,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +47,8 @@ class Inputs:
         completion_ids: n unpadded lists of token ids.
         columns: the data set's other columns, n values each.
         trainer_state: functions get it as an object with attributes (`trainer_state.global_step`), as in TRL.
+        completion_prefixes: n texts: what the prompt has written of the completion, from a tag on, such as "<think>\\n" at the
+            end of a chat template; None: nothing.
 
     Raises ValueError if lengths differ, or if a column has the name of an argument.
     """
@@ -49,6 +58,7 @@ class Inputs:
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     trainer_state: Mapping[str, Any] = field(default_factory=dict)
+    completion_prefixes: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_column_names(self.columns)
@@ -65,6 +75,7 @@ class Inputs:
             "prompts": self.prompts,
             "completions": self.completions,
             "completion_ids": self.completion_ids,
+            "completion_prefixes": [""] * len(self) if self.completion_prefixes is None else self.completion_prefixes,
             **self.columns,
         }
 
@@ -77,6 +88,7 @@ class Inputs:
                 completion_ids=self.completion_ids[start : start + size],
                 columns={name: values[start : start + size] for name, values in self.columns.items()},
                 trainer_state=self.trainer_state,
+                completion_prefixes=self.completion_prefixes and self.completion_prefixes[start : start + size],
             )
             for start in range(0, len(self), size)
         ]
@@ -169,14 +181,14 @@ def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned
 
 
 def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that `function` takes: all of them if it has `**kwargs`, else those that it names.
+    """The arguments that `function` takes: all of TRL's if it has `**kwargs`, and those that it names.
 
     Raises ValueError if it requires one that does not exist.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some callables written in C have no signature
-        return arguments
+        return {key: value for key, value in arguments.items() if key not in ONLY_BY_NAME}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     missing = [parameter for parameter in required if parameter not in arguments]
@@ -186,10 +198,9 @@ def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[s
             f"reward function {name!r} requires {missing[0]!r}, which is not a column of the data "
             f"(columns: {', '.join(columns) or 'none'})"
         )
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return arguments
     names = {p.name for p in parameters}
-    return {key: value for key, value in arguments.items() if key in names}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {key: value for key, value in arguments.items() if key in names or (takes_all and key not in ONLY_BY_NAME)}
 
 
 def check_column_names(columns: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .loading import find_file
-from .texts import Completion, Function, text_of
+from .texts import Completion, Function, text_of, with_prefixes
 
 _THINK = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
 _TAG_NAME = re.compile(r"[A-Za-z_][\w.-]*")
@@ -25,14 +25,16 @@ _JSON_BLOCK = re.compile(r"^```json[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MUL
 _FLAGS = {name: re.RegexFlag[name] for name in ("ASCII", "DOTALL", "IGNORECASE", "MULTILINE", "VERBOSE")}
 
 
-def think_format(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
+def think_format(
+    completions: Sequence[Completion], completion_prefixes: Sequence[str] | None = None, **kwargs: Any
+) -> list[float | None]:
     """1.0 for one `<think>...</think>` at the beginning and an answer after it, else 0.0.
 
     White space before the first tag is allowed; the thought may be empty, the answer may not; neither tag may occur again.
-    Some chat templates put `<think>` at the end of the prompt, so it is not part of the completion: use `matches` with the
-    pattern `(?:(?!</?think>).)*</think>(?!.*</?think>).*\\S.*` there.
+    Some chat templates put `<think>` at the end of the prompt: it counts as the beginning of the completion.
     """
-    return [_is_think_format(text_of(completion)) for completion in completions]
+    texts = with_prefixes(completions, completion_prefixes, lambda tag: tag == "<think>")
+    return [_is_think_format(text) for text in texts]
 
 
 def _is_think_format(text: str) -> float:
@@ -49,6 +51,7 @@ def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = F
     partial_credit: for other completions, give the share of correct pairs: each tag of the pair occurs exactly once, and
     the pair follows the correct pairs before it. If all pairs are correct but there is text outside of them, the last one
     counts as wrong, so that only the correct form gets 1.0.
+    A tag of `names` at the end of the prompt counts as the beginning of the completion.
 
     Raises ValueError if `names` is not a list of different names.
     """
@@ -56,8 +59,11 @@ def tags(names: Sequence[str] = ("think", "answer"), *, partial_credit: bool = F
     if not are_tags or not names or len(set(names)) != len(names):
         raise ValueError(f"tags needs a list of different tag names without brackets, such as [think, answer], not {names!r}")
 
-    def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        shares = [_share_of_correct_pairs(text_of(completion), names) for completion in completions]
+    def reward(
+        completions: Sequence[Completion], completion_prefixes: Sequence[str] | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        texts = with_prefixes(completions, completion_prefixes, lambda tag: tag[1:-1] in names)
+        shares = [_share_of_correct_pairs(text, names) for text in texts]
         return [share if partial_credit else float(share == 1.0) for share in shares]
 
     reward.__name__ = "tags"
@@ -82,7 +88,8 @@ def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: boo
     """Make a reward: 1.0 if the completion matches a regular expression, else 0.0.
 
     pattern: in the syntax of Python's `re`. flags: names of its flags, such as [DOTALL, IGNORECASE]; by default a dot also
-    matches line breaks. full: the complete text must match, else any part of it.
+    matches line breaks. full: the complete text must match, else any part of it. A tag at the end of the prompt, such as
+    `<think>`, counts as the beginning of the completion if the pattern contains it.
 
     A pattern with nested repetitions, such as `(a+)+b`, can take forever on some texts, and Python cannot interrupt it. Run
     the reward with `isolation: process` and a time limit unless the pattern is simple.
@@ -102,8 +109,11 @@ def matches(pattern: str, *, flags: str | Sequence[str] = ("DOTALL",), full: boo
         raise ValueError(f"invalid regular expression {pattern!r}: {error}") from error
     match = compiled.fullmatch if full else compiled.search
 
-    def reward(completions: Sequence[Completion], **kwargs: Any) -> list[float | None]:
-        return [float(match(text_of(completion)) is not None) for completion in completions]
+    def reward(
+        completions: Sequence[Completion], completion_prefixes: Sequence[str] | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        texts = with_prefixes(completions, completion_prefixes, lambda tag: tag in pattern)
+        return [float(match(text) is not None) for text in texts]
 
     reward.__name__ = "matches"
     return reward

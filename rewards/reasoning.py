@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .texts import Completion, Function, describe, did_you_mean, text_of
+from .texts import Completion, Function, describe, did_you_mean, text_of, with_prefixes
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BOARD_TASKS = ("arc_agi", "rearc")
@@ -28,8 +28,9 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
     """Make a reward: the score, at most 1.0, that a task of Reasoning Gym gives the completion.
 
     The answer is the content of the last `<answer>...</answer>` in the completion, or else the complete text, without
-    surrounding white space. The data needs the columns of `reasoning_gym:<task>`: answer, metadata and, without the argument
-    `task`, also task. A row whose metadata is None gets None.
+    surrounding white space; `<answer>` at the end of the prompt counts as the beginning of the completion. The data needs the
+    columns of `reasoning_gym:<task>`: answer, metadata and, without the argument `task`, also task. A row whose metadata is
+    None gets None.
 
     task: the task of all rows; None: the column `task` of each row. options: the options that the data was made with, for
     the tasks whose scorer depends on them (decimal_arithmetic, polynomial_equations, puzzle24, time_intervals, word_ladder);
@@ -50,19 +51,20 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
         answer: Sequence[str | None],
         metadata: Sequence[Any],
         task: Sequence[str],
+        completion_prefixes: Sequence[str] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
         scores: list[float | None] = []
         failed = 0
-        for row, (prompt, completion, right, facts, name) in enumerate(
-            zip(prompts, completions, answer, metadata, task, strict=True)
-        ):
+        texts = with_prefixes(completions, completion_prefixes, lambda tag: tag == "<answer>")
+        rows = zip(prompts, texts, answer, metadata, task, strict=True)
+        for row, (prompt, text, right, facts, name) in enumerate(rows):
             if facts is None:
                 scores.append(None)
                 continue
             entry = {"question": text_of(prompt), "answer": right, "metadata": _read_metadata(facts, row, name)}
-            score = _score(_scorer(name, settings), _answer_in(text_of(completion)), entry, f"row {row} ({name})")
+            score = _score(_scorer(name, settings), _answer_in(text), entry, f"row {row} ({name})")
             failed += score is None
             scores.append(score or 0.0)
         if log_metric is not None and scores:
@@ -70,13 +72,11 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
         return scores
 
     def with_task(
-        prompts: Sequence[Completion],
-        completions: Sequence[Completion],
-        answer: Sequence[str | None],
-        metadata: Sequence[Any],
-        **kwargs: Any,
-    ) -> list[float | None]:
-        return by_row(prompts, completions, answer, metadata, **{**kwargs, "task": [task] * len(completions)})
+        prompts: Sequence[Completion], completions: Sequence[Completion], answer: Sequence[str | None],
+        metadata: Sequence[Any], completion_prefixes: Sequence[str] | None = None, **kwargs: Any,
+    ) -> list[float | None]:  # fmt: skip
+        more = {**kwargs, "completion_prefixes": completion_prefixes, "task": [task] * len(completions)}
+        return by_row(prompts, completions, answer, metadata, **more)
 
     if task is not None:
         _scorer(task, settings)

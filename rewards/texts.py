@@ -2,6 +2,8 @@
 
     text_of("42")                                         # "42"
     text_of([{"role": "assistant", "content": "42"}])     # "42"
+    content_text([{"type": "text", "text": "42"}])        # "42"
+    with_prefixes(["a</think>b"], ["<think>"], bool)      # ["<think>a</think>b"]
     shorten("x" * 99, 10)                                 # "xxxxxxx..."
     describe(KeyError("gold"))                            # "KeyError: 'gold'"
     did_you_mean("lenght", ["length", "tags"])            # "did you mean length?"
@@ -10,6 +12,8 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 Completion = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: a list of messages."""
@@ -21,7 +25,44 @@ apply."""
 
 def text_of(completion: Completion) -> str:
     """The text itself, or the content of a conversation's last message: "" where that is None or missing (a tool call)."""
-    return completion if isinstance(completion, str) else completion[-1].get("content") or ""
+    return completion if isinstance(completion, str) else content_text(completion[-1].get("content"))
+
+
+def content_text(content: str | Sequence[Any] | None) -> str:
+    """A message's content as one text: parts are joined as they are, those that are no text are left out; None is ""."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(text for text in content_parts(content) if text is not None)
+
+
+def content_parts(content: Sequence[Any]) -> list[str | None]:
+    """The text of each part of a message's content: `{"type": "text", "text": ...}`, or a text; None for any other part."""
+
+    def text_of_part(part: Any) -> str | None:
+        if isinstance(part, str):
+            return part
+        if not isinstance(part, Mapping) or part.get("type", "text") not in _TEXT_PARTS:
+            return None
+        text = part.get("text")
+        return text if isinstance(text, str) else None
+
+    return [text_of_part(part) for part in content]
+
+
+def with_prefixes(
+    completions: Sequence[Completion], prefixes: Sequence[str] | None, is_used: Callable[[str], bool]
+) -> list[str]:
+    """The texts of completions, each after what its prompt has written of it (`completion_prefixes`).
+
+    is_used: called with the tag that a prefix begins with, such as `<think>`; otherwise the prefix is left out.
+    """
+    texts = [text_of(completion) for completion in completions]
+    if prefixes is None:
+        return texts
+    return [
+        prefix + text if prefix and is_used(prefix[: prefix.index(">") + 1]) else text
+        for prefix, text in zip(prefixes, texts, strict=True)
+    ]
 
 
 def shorten(text: str, limit: int) -> str:

@@ -1,8 +1,8 @@
 """The commands `rankup new reward` and `rankup reward`: write a template of a reward function, and try one without training.
 
-    rankup new reward short_answers                                     # short_answers.py and its test
-    rankup reward short_answers.py:short_answers --data runs/quickstart # on the completions that the run has saved
-    rankup reward rankup.rewards.lengths:target_length --kwargs "{tokens: 20, tolerance: 10}" --data rows.jsonl
+rankup new reward short_answers                                     # short_answers.py and its test
+rankup reward short_answers.py:short_answers --data runs/quickstart # on the completions that the run has saved
+rankup reward rankup.rewards.lengths:target_length --kwargs "{tokens: 20, tolerance: 10}" --data rows.jsonl
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ import yaml
 
 from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
-from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
+from ..common.exact_json import encode
+from ..config import DataConfig, GRPOConfig
+from ..data.messages import BadRowError, read_prompt
+from ..data.sources import load_rows
+from ..data.values import check_column_types
 from ..run.completions import read_completions
 from .command import add_command
 
@@ -82,9 +86,11 @@ def add_reward_commands(commands: argparse._SubParsersAction[Any]) -> None:
     text = "try a reward function on saved completions, without training"
     reward = add_command(commands, "reward", text, examples=EXAMPLES, run=try_reward)
     reward.add_argument("function", help="path/to/file.py:name, package.module:name, or a built-in's name")
-    reward.add_argument(
-        "--data", type=Path, required=True, help="a run folder, or a .parquet or .jsonl file with a column `completion`"
-    )
+    reward.add_argument("--data", required=True, help="a run folder, or data as in data.train with a column `completion`")
+    reward.add_argument("--split", default="train", help="split of the data, or a part of it (default train)")
+    reward.add_argument("--subset", help="subset of a data set that has several")
+    reward.add_argument("--column-types", help="types of columns as in data.column_types: '{answer: int}'")
+    reward.add_argument("--encoding", default="utf-8", help="encoding of a file of text (default utf-8)")
     reward.add_argument("--kwargs", help="arguments of a factory, as YAML or JSON: '{tokens: 100}'")
     reward.add_argument("--rows", type=int, default=256, help="score at most this many completions, the newest (default 256)")
     reward.add_argument(
@@ -156,6 +162,7 @@ def try_reward(options: argparse.Namespace) -> int:
     kwargs = None if options.kwargs is None else yaml.safe_load(options.kwargs)
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError(f"--kwargs must be a mapping, such as '{{tokens: 100}}' (got {options.kwargs})")
+    reading = _reading(options)
     if options.rows < 1:
         raise ValueError(f"--rows must be at least 1 (got {options.rows})")
     if not 0 < options.timeout < math.inf:
@@ -167,7 +174,7 @@ def try_reward(options: argparse.Namespace) -> int:
         on_error="none",
     )
     with closing(Scorer(config)) as scorer:
-        trial = _score_saved(scorer, _read_rows(options.data)[-options.rows :])
+        trial = _score_saved(scorer, _read_rows(options.data, reading)[-options.rows :])
     if options.json:
         rows = [
             {"completion": c, "reward": r, "error": e}
@@ -185,43 +192,73 @@ class _Row:
 
     prompt: Any
     completion: Any
+    completion_prefix: str
     completion_ids: list[int]
     columns: dict[str, Any]
     rewards: dict[str, float | None]
 
 
-def _read_rows(source: Path) -> list[_Row]:
+def _reading(options: argparse.Namespace) -> DataConfig:
+    """How to read data that no run has saved. Raises ValueError for mistakes in the options."""
+    types = {} if options.column_types is None else yaml.safe_load(options.column_types)
+    if not isinstance(types, dict):
+        raise ValueError(f"--column-types must be a mapping, such as '{{answer: int}}' (got {options.column_types})")
+    data = {"train_split": options.split, "subset": options.subset, "encoding": options.encoding, "column_types": types}
+    return GRPOConfig(data=data).data
+
+
+def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     """Saved completions, oldest first."""
-    if source.is_dir():
-        folder = source if source.name == "completions" else source / "completions"
-        files = sorted(folder.glob("step_*.parquet"))
-    else:
-        files = [find_file(source)]
-    if not files:
-        raise ValueError(f"{source} has no saved completions: give a run folder, or a .parquet or .jsonl file")
-    if not files[0].match("step_*.parquet"):
-        return _rows_of_file(files[0])
-    rows = [row for file in files for row in read_completions(file)]
-    return [_row(row, _parsed(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+    path = Path(source).expanduser()
+    is_saved = path.match("step_*.parquet") and path.is_file()
+    folder = path if path.name == "completions" else path / "completions"
+    files = [path] if is_saved else sorted(folder.glob("step_*.parquet"))
+    if files:
+        rows = [row for file in files for row in read_completions(file)]
+        return [_row(row, read_prompt(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+    try:
+        return _rows_of_data(source, reading)
+    except ValueError as error:
+        if not path.is_dir():
+            raise
+        raise ValueError(f"{source} has no saved completions, and is no data either: {error}") from error
 
 
-def _rows_of_file(path: Path) -> list[_Row]:
-    """Those of a user's file."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix in (".jsonl", ".json"):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        raise ValueError(f"cannot read {path}: give a run folder, or a .parquet or .jsonl file")
-    if not rows or "completion" not in rows[0]:
-        raise ValueError(f"{path} has no column `completion`")
-    not_columns = ("prompt", "completion", *RESERVED_ARGUMENTS)
+def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
+    """Those of a user's data, which is read as training data is. A column that a row lacks is None, as in training."""
+    rows = load_rows(
+        source,
+        split=reading.train_split,
+        subset=reading.subset,
+        encoding=reading.encoding,
+        column_types=reading.column_types,
+    )
+    check_column_types(rows, reading.column_types)
+    names = dict.fromkeys(name for row in rows for name in row)
+    if "completion" not in names:
+        raise ValueError(f"cannot read completions from {source}: it has no column `completion` (columns: {', '.join(names)})")
+    for index, row in enumerate(rows):
+        if row.get("completion") is None:
+            raise ValueError(f"row {index} of {source} has no completion")
+    columns = [name for name in names if name not in ("prompt", "completion", "completion_prefix", *RESERVED_ARGUMENTS)]
     return [
-        _row(row, row.get("prompt", ""), columns={k: v for k, v in row.items() if k not in not_columns}, rewards={})
-        for row in rows
+        _row(
+            row,
+            _prompt_of(row, index),
+            columns={name: row.get(name) for name in columns},
+            rewards={},
+        )
+        for index, row in enumerate(rows)
     ]
+
+
+def _prompt_of(row: Mapping[str, Any], index: int) -> Any:
+    """The prompt of a user's row as training reads it; an empty text if there is none."""
+    prompt = row.get("prompt")
+    try:
+        return "" if prompt is None else read_prompt(prompt)
+    except BadRowError as error:
+        raise ValueError(f"the prompt of row {index} {error}") from error
 
 
 def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], rewards: dict[str, float | None]) -> _Row:
@@ -229,22 +266,13 @@ def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], reward
     completion = row["completion"]
     if isinstance(completion, str) and not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _Row(prompt, completion, list(row.get("completion_ids") or ()), columns, rewards)
-
-
-def _parsed(prompt: Any) -> Any:
-    """Conversations are stored as JSON."""
-    if isinstance(prompt, str) and prompt.startswith('[{"'):
-        try:
-            return json.loads(prompt)
-        except json.JSONDecodeError:
-            return prompt
-    return prompt
+    prefix = row.get("completion_prefix") or ""
+    return _Row(prompt, completion, prefix, list(row.get("completion_ids") or ()), columns, rewards)
 
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
     """Score rows as a run would: all completions of a prompt in one call."""
-    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: (row.prompt, row.columns))]
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: encode([row.prompt, row.columns]))]
     (name,) = scorer.names
     scorer.check_columns(rows[0].columns)
     started = time.perf_counter()
@@ -268,6 +296,7 @@ def _inputs(group: Sequence[_Row]) -> Inputs:
         completion_ids=[row.completion_ids for row in group],
         columns={name: [row.columns[name] for row in group] for name in group[0].columns},
         trainer_state={"global_step": 0, "max_steps": 0},
+        completion_prefixes=[row.completion_prefix for row in group],
     )
 
 

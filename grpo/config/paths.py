@@ -8,7 +8,9 @@ configuration made in Python, and nothing needs to know where the run file was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import glob
+import mimetypes
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,9 +21,58 @@ if TYPE_CHECKING:
     from .run_config import GRPOConfig
 
 SectionT = TypeVar("SectionT", bound=Section)
+Resolver = Callable[[str, Path], str]
 
-DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Suffixes of data files, and the builder of `datasets` for each."""
+DATA_FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+"""Suffixes of data files, in any case, and the format of each."""
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+"""Suffixes that may follow."""
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """The suffix of a file and that of its compression (empty if it has none), both in lower case: `.jsonl` and `.gz`."""
+    path = Path(name)
+    compression = path.suffix.lower()
+    if compression not in COMPRESSIONS:
+        return compression, ""
+    return Path(path.stem).suffix.lower(), compression
+
+
+def is_url(name: str) -> bool:
+    """Whether a source is at a URL, such as `https://...` or `s3://...`."""
+    return "://" in name
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name is a glob pattern and not a file or folder."""
+    return glob.has_magic(name) and not is_url(name) and not Path(name).expanduser().exists()
+
+
+def names_files(name: str) -> bool:
+    """Whether a source is a file, a folder, a pattern or a URL, rather than the id of a data set on the Hub or a function.
+
+    A name that does not exist is one if it has a path's form or a file's suffix.
+    """
+    path = Path(name).expanduser()
+    if is_url(name) or glob.has_magic(name) or path.exists():
+        return True
+    location, colon, attribute = name.rpartition(":")
+    if colon and (location.endswith(".py") or attribute.isidentifier()):
+        return False
+    suffix, compression = split_suffix(name)
+    is_file = suffix in DATA_FORMATS or bool(compression) or mimetypes.guess_type(name)[0] is not None
+    has_form = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") > 1
+    return is_file or has_form
 
 
 def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
@@ -30,34 +81,52 @@ def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
         resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
         for one in config.rewards.functions
     ]
+    data = _resolved(_resolved(config.data, ("train", "eval"), folder, resolve_data), ("sampler",), folder)
+    if data.chat_template is not None and is_template_file(data.chat_template):
+        data = data.model_copy(update={"chat_template": _beside(data.chat_template, folder)})
     return config.model_copy(
         update={
-            "data": _resolved(config.data, ("train", "eval", "sampler"), folder),
+            "data": data,
             "algorithm": _resolved(config.algorithm, ("loss_type", "advantage_estimator", "group_filter"), folder),
             "rewards": config.rewards.model_copy(update={"functions": functions}),
         }
     )
 
 
-def _resolved(section: SectionT, options: Sequence[str], folder: Path) -> SectionT:
+def _resolved(section: SectionT, options: Sequence[str], folder: Path, how: Resolver | None = None) -> SectionT:
     """The section with other values of the options that name a file beside the run file. Unset options stay unset."""
     values = {option: getattr(section, option) for option in options}
-    found = {option: _resolved_value(value, folder) for option, value in values.items()}
+    found = {option: _resolved_value(value, folder, how or resolve) for option, value in values.items()}
     return section.model_copy(update={option: value for option, value in found.items() if value != values[option]})
 
 
-def _resolved_value(value: object, folder: Path) -> object:
-    """A name, or every name of a mapping; anything else, such as a function, is unchanged."""
+def _resolved_value(value: object, folder: Path, how: Resolver) -> object:
+    """A name, or every name of a list or a mapping; anything else, such as a function, is unchanged."""
     if isinstance(value, dict):
-        return {key: _resolved_value(one, folder) for key, one in value.items()}
-    return resolve(value, folder) if isinstance(value, str) else value
+        return {key: _resolved_value(one, folder, how) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_resolved_value(one, folder, how) for one in value]
+    return how(value, folder) if isinstance(value, str) else value
+
+
+def resolve_data(name: str, folder: Path) -> str:
+    """A data file, a folder, a pattern of files, or a function, with a path if it exists in `folder` only; else unchanged."""
+    path = Path(name).expanduser()
+    if is_url(name) or path.is_absolute() or path.exists():
+        return name
+    if (folder / path).exists():
+        return _path_from_here(folder / path)
+    if glob.has_magic(name) and not glob.glob(name, recursive=True):
+        pattern = f"{glob.escape(_path_from_here(folder))}/{name}"
+        return pattern if glob.glob(pattern, recursive=True) else name
+    return resolve(name, folder)
 
 
 def resolve(name: str, folder: Path) -> str:
-    """`train.jsonl`, `reward.py:score` or `package.module:score` with a path if it exists in `folder` only; else unchanged."""
+    """`reward.py:score` or `package.module:score` with a path if it exists in `folder` only; else unchanged."""
     location, colon, attribute = name.rpartition(":")
     if not colon:
-        return _beside(name, folder) if Path(name).suffix in DATA_FORMATS else name
+        return name
     if location.endswith(".py"):
         return f"{_beside(location, folder)}:{attribute}"
     top, *_ = parts = location.split(".")
@@ -69,9 +138,19 @@ def resolve(name: str, folder: Path) -> str:
     return name if found == str(file) else f"{found}:{attribute}"
 
 
+def is_template_file(template: str) -> bool:
+    """Whether `data.chat_template` names a file: a template has braces."""
+    return "{" not in template
+
+
 def _beside(name: str, folder: Path) -> str:
     path = Path(name).expanduser()
     if path.is_absolute() or path.is_file() or not (folder / path).is_file():
         return name
-    found, here = (folder / path).resolve(), Path.cwd()
+    return _path_from_here(folder / path)
+
+
+def _path_from_here(path: Path) -> str:
+    """The path from the working directory if it is inside, else the absolute one."""
+    found, here = path.resolve(), Path.cwd()
     return str(found.relative_to(here) if found.is_relative_to(here) else found)

@@ -10,24 +10,27 @@ There may be several evaluation sets, each with a name. Their prompts are one li
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ...rollout.model_limits import prompt_length
 from ..common.errors import first_line
+from ..common.exact_json import encode
 from ..common.log import logger
 from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig, with_options
 from ..config.data import check_set_names
 from .prompts import Prompt, PromptData, prepare_prompts
-from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows
+from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
+from .templates import template_text
+from .values import check_column_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,15 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     train_prompts: PromptData
     eval_prompts: PromptData | None
+    vocab_size: int | None = None
+    """Rows of the model's embedding; None: not known."""
+
+    def counts(self) -> dict[str, Any]:
+        """What became of the rows of the training data and of the evaluation data; see `PromptData.counts`."""
+        return {
+            "training": self.train_prompts.counts(),
+            "evaluation": None if self.eval_prompts is None else self.eval_prompts.counts(),
+        }
 
     def fingerprint(self) -> dict[str, Any]:
         """Number and hash of the rows of the training data and of each evaluation set."""
@@ -68,16 +80,23 @@ def load_run_inputs(
     if train_source is None:
         raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
     train_rows = _load(config, train_source, data.train_split, lambda: _rows_of_all_steps(config))
+    check_column_types(train_rows, data.column_types)
     eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
-        tokenizer = _tokenizer(config, model_path)
+        tokenizer = load_tokenizer(config, model_path)
+        vocab_size = getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "vocab_size", None)
     config = with_fitting_prompts(config, model_path)
+
+    def prepare(rows: list[dict[str, Any]], eval_set: str | None = None) -> PromptData:
+        return _prepare(config, rows, tokenizer, vocab_size, eval_set)
+
     return RunInputs(
         model_path=model_path,
         tokenizer=tokenizer,
-        train_prompts=_prepare(config, train_rows, tokenizer),
-        eval_prompts=_prepare_eval(config, eval_rows, tokenizer) if eval_rows else None,
+        train_prompts=prepare(train_rows),
+        eval_prompts=_joined({name: prepare(rows, name) for name, rows in eval_rows.items()}) if eval_rows else None,
+        vocab_size=vocab_size,
     )
 
 
@@ -90,13 +109,45 @@ def with_fitting_prompts(config: GRPOConfig, model_path: str) -> GRPOConfig:
     return with_options(config, {"rollout": {"max_prompt_length": fitting}}, notes=[note])
 
 
-def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, tokenizer: PreTrainedTokenizerBase) -> PromptData:
-    """Evaluation data other than the run's.
+def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, inputs: RunInputs) -> PromptData:
+    """Evaluation data other than the run's, whose inputs are `inputs`.
 
     Raises:
         ValueError, FileNotFoundError: missing or invalid data.
     """
-    return _prepare_eval(config, _load_eval(config, eval_dataset), tokenizer)
+    sets = _load_eval(config, eval_dataset).items()
+    return _joined({name: _prepare(config, rows, inputs.tokenizer, inputs.vocab_size, name) for name, rows in sets})
+
+
+def load_tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
+    """The run's tokenizer: that of `model.tokenizer` or of the model's folder, with the template of `data.chat_template`.
+
+    Raises:
+        ValueError: `model.tokenizer` has no tokenizer.
+        FileNotFoundError: `data.chat_template` names a file that does not exist.
+    """
+    name = config.model.tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name or model_path)
+    except (OSError, ValueError) as error:  # transformers' errors for a folder or an id that has none
+        if name is None:
+            raise
+        raise ValueError(f"model.tokenizer: no tokenizer in {name}: {first_line(error)}") from error
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = template_text(config.data.chat_template)
+    return tokenizer
+
+
+def with_template_text(config: GRPOConfig) -> GRPOConfig:
+    """The configuration with the text of `data.chat_template` in the place of its file, so that a run keeps what it used.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    template = config.data.chat_template
+    if template is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_template": template_text(template)})})
 
 
 def read_streams(
@@ -122,16 +173,15 @@ def read_streams(
     return train_dataset, {str(name): one for name, one in eval_sets.items()} or None
 
 
-def _load(
-    config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]
-) -> list[dict[str, Any]]:
-    takes_options = callable(source) or (isinstance(source, str) and ":" in source)
+def _load(config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]) -> list[dict[str, Any]]:
     return load_rows(
         source,
         split=split,
         subset=config.data.subset,
-        options=config.data.options if takes_options else None,
+        options=config.data.options if takes_options(source) else None,
         stream_rows=stream_rows,
+        encoding=config.data.encoding,
+        column_types=config.data.column_types,
     )
 
 
@@ -145,16 +195,15 @@ def _load_eval(config: GRPOConfig, source: EvalSource | None) -> dict[str | None
 
 
 def _prepare(
-    config: GRPOConfig, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, eval_set: str | None = None
+    config: GRPOConfig,
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None,
+    eval_set: str | None,
 ) -> PromptData:
+    longest = config.rollout.max_prompt_length
     with _errors_about(eval_set):
-        return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=config.rollout.max_prompt_length)
-
-
-def _prepare_eval(
-    config: GRPOConfig, rows: Mapping[str | None, list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
-) -> PromptData:
-    return _joined({name: _prepare(config, of_set, tokenizer, name) for name, of_set in rows.items()})
+        return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=longest, vocab_size=vocab_size)
 
 
 def _rows_of_all_steps(config: GRPOConfig) -> int:
@@ -213,24 +262,26 @@ def _joined(sets: Mapping[str | None, PromptData]) -> PromptData:
         for name, data in sets.items()
         for prompt in data.rows
     ]
-    return PromptData(rows=rows, dropped=sum(data.dropped for data in sets.values()))
-
-
-def _tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
-    name = config.model.tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(name or model_path)
-    except (OSError, ValueError) as error:  # transformers' errors for a folder or an id that has none
-        if name is None:
-            raise
-        raise ValueError(f"model.tokenizer: no tokenizer in {name}: {first_line(error)}") from error
+    remarks = Counter[str]()
+    for data in sets.values():
+        remarks.update(data.remarks)
+    return PromptData(
+        rows=rows,
+        dropped=sum(data.dropped for data in sets.values()),
+        bad_rows=tuple(
+            error if name is None else f"evaluation set {name!r}: {error}"
+            for name, data in sets.items()
+            for error in data.bad_rows
+        ),
+        remarks=dict(remarks),
+    )
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Number and hash of the rows: tokens and columns in order; for values that JSON cannot represent, only their type."""
+    """Number and hash of the rows: tokens and columns in order; of an object with another type than `plain` makes, its type."""
     digest = hashlib.blake2b(digest_size=16)
     for row in prompts:
         # Not the text of such a value: it may contain a memory address, which changes from run to run.
-        columns = json.dumps(row.columns, skipkeys=True, default=lambda value: type(value).__name__)
+        columns = encode(row.columns, default=lambda value: type(value).__name__)
         digest.update(f"{row.token_ids}{columns}\n".encode())
     return {"rows": len(prompts), "hash": digest.hexdigest()}

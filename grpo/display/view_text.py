@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ...rewards.texts import text_of
+
 When = Literal["before", "during", "after"]
 """When an evaluation took place: before, during or after training."""
 
@@ -133,7 +135,7 @@ def summary_text(
 def one_line(text: Prompt) -> str:
     """`text`, or the last message of a conversation, on one line: line breaks as ⏎, control characters as ·."""
     if not isinstance(text, str):
-        text = str(text[-1]["content"])
+        text = text_of(text)
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
     return "".join(character if character.isprintable() else "·" for character in text)
 

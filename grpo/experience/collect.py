@@ -110,5 +110,6 @@ def _inputs(prompt: Prompt, completions: Sequence[Completion], trainer_state: Ma
         completions=[[{"role": "assistant", "content": text}] for text in texts] if is_conversation else texts,
         completion_ids=[list(completion.token_ids) for completion in completions],
         columns={name: [value] * count for name, value in prompt.columns.items()},
+        completion_prefixes=[prompt.completion_prefix] * count,
         trainer_state=trainer_state,
     )

@@ -77,6 +77,7 @@ def completions_table(groups: Sequence[Group]) -> CompletionsTable:
     pairs = [(group, completion) for group in groups for completion in group.completions]
     table = {
         "prompt": [g.prompt.content for g, _ in pairs],
+        "completion_prefix": [g.prompt.completion_prefix for g, _ in pairs],
         "completion": [c.text for _, c in pairs],
         "completion_ids": [list(c.token_ids) for _, c in pairs],
         "advantage": [advantage for g in groups for advantage in g.advantages],

@@ -1,8 +1,8 @@
 """Completions files: sampled completions of one step with their rewards, in Parquet.
 
-    path = Path("runs/mine/completions/step_000010.parquet")
-    write_completions(path, 10, {"prompt": ["1 + 1?"], "completion": ["2"]}, rewards={"exact": [1.0]}, data={"answer": [2]})
-    read_completions(path)      # [{"step": 10, "prompt": "1 + 1?", ..., "rewards": {"exact": 1.0}, "data": {"answer": 2}}]
+path = Path("runs/mine/completions/step_000010.parquet")
+write_completions(path, 10, {"prompt": ["1 + 1?"], "completion": ["2"]}, rewards={"exact": [1.0]}, data={"answer": [2]})
+read_completions(path)      # [{"step": 10, "prompt": "1 + 1?", ..., "rewards": {"exact": 1.0}, "data": {"answer": 2}}]
 """
 
 import io
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.exact_json import decode, encode
 from ..common.files import atomic_write
 
 COLUMN_NAMES = "rankup.columns"
@@ -31,8 +32,8 @@ def write_completions(
     A reward, extra or data column whose name is taken becomes `rewards/<name>`, `extras/<name>` or `data/<name>`.
 
     Args:
-        table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens (or some of them); `step` is
-            added.
+        table: prompt (conversations as JSON text), completion_prefix, completion, completion_ids, advantage, reward,
+            finish_reason, num_tokens (or some of them); `step` is added.
         rewards: one column for each reward function, None where it did not apply.
         extras: columns that reward functions logged.
         data: the columns of the dataset, which `read_completions` returns unmodified.
@@ -79,7 +80,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     for row in table.to_pylist():
         data = {name: (row.pop(one["column"]), one["json"]) for name, one in names["data"].items()}
         rewards = {name: row.pop(column) for name, column in names["rewards"].items()}
-        decoded = {name: json.loads(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
+        decoded = {name: decode(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
         rows.append({**row, "rewards": rewards, "data": decoded})
     return rows
 
@@ -89,11 +90,16 @@ def _exact_column(values: Sequence) -> tuple[Any, bool]:
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
-    types = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    numbers = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    types = {**numbers, str: pyarrow.string(), bytes: pyarrow.binary()}
     kind = kinds.pop() if len(kinds) == 1 else None
-    if kind in types and (kind is not int or all(value is None or -(2**63) <= value < 2**63 for value in values)):
-        return pyarrow.array(values, types[kind]), False
-    return _json_strings(values), True
+    if kind in types:
+        try:
+            return pyarrow.array(values, types[kind]), False
+        except (OverflowError, UnicodeEncodeError):  # an integer of more than 64 bits; half of a surrogate pair
+            pass
+    texts = [None if value is None else encode(value) for value in values]
+    return pyarrow.array(texts, pyarrow.string()), True
 
 
 def _typed_column(name: str, values: Sequence) -> Any:
@@ -104,6 +110,8 @@ def _typed_column(name: str, values: Sequence) -> Any:
     import pyarrow
 
     present = [value for value in values if value is not None]
+    if name == "prompt":  # a text stays as it is, also beside conversations
+        return pyarrow.array([value if isinstance(value, str) else _json(value) for value in values], pyarrow.string())
     if name == "completion_ids":
         return pyarrow.array(values, pyarrow.list_(pyarrow.int32()))
     if name in ("step", "num_tokens"):
@@ -126,5 +134,8 @@ def _doubles(values: Sequence) -> Any:
 def _json_strings(values: Sequence) -> Any:
     import pyarrow
 
-    texts = [None if value is None else json.dumps(value, default=str) for value in values]
-    return pyarrow.array(texts, pyarrow.string())
+    return pyarrow.array([None if value is None else _json(value) for value in values], pyarrow.string())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)

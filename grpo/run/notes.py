@@ -13,11 +13,14 @@ from ..algorithm.corrections import sampling_warnings
 from ..config import GRPOConfig
 from ..config.trl.batch import effective_step
 from ..data.groups import Group
+from ..data.prompts import REMARKS, PromptData
 from ..data.run_inputs import RunInputs
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import failures
 from ..model.start import describe_start
 from ..update.ranks import describe
+
+SHOWN_BAD_ROWS = 3
 
 
 def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
@@ -44,9 +47,20 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
         generation_kwargs=rollout.generation_kwargs.that_change_the_distribution,
     )
     for name, prompts in (("training", inputs.train_prompts), ("evaluation", inputs.eval_prompts)):
-        if prompts is not None and prompts.dropped:
-            total, limit = prompts.dropped + len(prompts.rows), rollout.max_prompt_length
-            yield f"{prompts.dropped} of {total} {name} prompts are longer than {limit} tokens and were dropped"
+        if prompts is not None:
+            yield from data_notes(name, prompts, rollout.max_prompt_length)
+
+
+def data_notes(name: str, prompts: PromptData, max_prompt_length: int) -> Iterator[str]:
+    """What a user should know about the prompts of a data set; `name`: training or evaluation."""
+    if prompts.dropped:
+        yield f"{prompts.dropped} of {prompts.total} {name} prompts are longer than {max_prompt_length} tokens and were dropped"
+    if prompts.bad_rows:
+        first, more = prompts.bad_rows[:SHOWN_BAD_ROWS], len(prompts.bad_rows) - SHOWN_BAD_ROWS
+        reasons = "; ".join(first) + (f"; and {more} more" if more > 0 else "")
+        yield f"{len(prompts.bad_rows)} of {prompts.total} rows of the {name} data were dropped (data.on_bad_row): {reasons}"
+    for remark, count in prompts.remarks.items():
+        yield f"{count} of {prompts.total} {name} prompts {REMARKS[remark]}"
 
 
 def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:

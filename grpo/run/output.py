@@ -111,7 +111,9 @@ class RunOutput(RecordsUserLogs):
         run_dir = self.recorder.output_dir
         plot_learning_curve([run_dir], run_dir / "learning_curve.png")
 
-    def summarize(self, *, guards: Mapping[str, float], inputs: Mapping[str, Any], interrupted: bool) -> dict[str, Any]:
+    def summarize(
+        self, *, guards: Mapping[str, float], inputs: Mapping[str, Any], data: Mapping[str, Any], interrupted: bool
+    ) -> dict[str, Any]:
         """Write `summary.json`, the last file of a run: it says whether the run is complete."""
         return self.recorder.summary(
             {
@@ -121,5 +123,6 @@ class RunOutput(RecordsUserLogs):
                 "interrupted": interrupted,
                 "guards": guards,
                 "inputs": inputs,
+                "data": data,
             }
         )

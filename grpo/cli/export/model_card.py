@@ -21,12 +21,12 @@ from ...common.model_files import EMBEDDED, hub_id
 from ...config import GRPOConfig, dump_config, load_config
 from ...config.functions import text_of
 from ...config.loading import dump_yaml
+from ...config.paths import names_files
 from ...display.view_text import duration
 from ...run.records import CONFIG_FILE, METRICS_FILE, read_metrics, read_summary
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 LAST_STEPS = 10  # over which the final training reward is averaged, since that of one step is noisy
-DATA_FILES = (".json", ".jsonl", ".parquet", ".csv")
 GUARD_COUNTS = {
     "alarms": "alarms",
     "skipped_steps": "skipped steps",
@@ -90,12 +90,12 @@ def model_card(trained: TrainedAdapter, *, merged_dtype: str | None = None) -> s
     """Markdown with the Hub's metadata. `merged_dtype`: the type of the merged weights; None for an adapter."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    model, data, is_merged = trained.config.model, trained.config.data.train, merged_dtype is not None
+    model, is_merged = trained.config.model, merged_dtype is not None
     base = hub_id(model.name)
     metadata = ModelCardData(
         base_model=base,  # None: the Hub knows only its own ids
         base_model_relation=None if base is None else "finetune" if is_merged else "adapter",
-        datasets=[data] if data is not None and _is_on_hub(data) else None,
+        datasets=[source for source in _sources(trained.config.data.train) if _is_on_hub(source)] or None,
         library_name="transformers" if is_merged else "peft",
         pipeline_tag="text-generation",
         tags=["rankup", "grpo", "reinforcement-learning", "lora"],
@@ -156,15 +156,21 @@ def _rounding(config: GRPOConfig) -> str:
     return ", its linear layers (except the head) in NF4" if config.model.load_in == "nf4" else ""
 
 
-def _data(config: GRPOConfig, source: str | None, split: str, *, rows: int | None = None) -> str:
-    if source is None:
+def _data(config: GRPOConfig, source: str | list[str] | None, split: str, *, rows: int | None = None) -> str:
+    sources = _sources(source)
+    if not sources:
         return ""
-    text = f"`{without_folders(source)}`"
-    if _is_on_hub(source):
+    text = " and ".join(f"`{without_folders(one)}`" for one in sources)
+    is_on_hub = any(map(_is_on_hub, sources))
+    if is_on_hub:
         text += f", subset `{config.data.subset}`" if config.data.subset else ""
-    if _is_on_hub(source) or source.startswith("reasoning_gym:"):
+    if is_on_hub or any(one.startswith("reasoning_gym:") for one in sources) or "[" in split:
         text += f", split `{split}`"
     return text + (f", at most its first {rows} rows" if rows else "")
+
+
+def _sources(source: str | list[str] | None) -> list[str]:
+    return source if isinstance(source, list) else [] if source is None else [source]
 
 
 def _eval_data(config: GRPOConfig) -> str:
@@ -177,7 +183,7 @@ def _eval_data(config: GRPOConfig) -> str:
 
 def _is_on_hub(source: str) -> bool:
     """Whether a data source is the Hub id of a dataset: not a file, a function, or a task of reasoning_gym."""
-    return ":" not in source and Path(source).suffix not in DATA_FILES
+    return ":" not in source and not names_files(source)
 
 
 def _rewards(trained: TrainedAdapter) -> str:

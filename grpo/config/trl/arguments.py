@@ -170,14 +170,18 @@ class Arguments(TypedDict, total=False):
     memory_gib: float | None
     on_error: Literal["stop", "none"] | float | str
     rows_per_call: int | None
-    train: str | None
-    eval: str | dict[str, str] | None
+    train: str | list[str] | None
+    eval: str | list[str] | dict[str, str | list[str]] | None
     subset: str | None
     train_split: str
     eval_split: str
+    column_types: dict[str, Literal["str", "int", "float", "bool", "json"]]
+    encoding: str
     prompt_column: str
     system_prompt: str | None
+    chat_template: str | None
     chat_template_kwargs: dict[str, Any] | str | None
+    on_bad_row: Literal["stop", "drop"]
     shuffle: bool
     shuffle_seed: int | None
     sampler: str | Callable[..., Any] | None
@@ -352,7 +356,7 @@ class Arguments(TypedDict, total=False):
     transformers_continuous_batching_config: dict | str | None
     use_transformers_paged: bool
     vllm_importance_sampling_cap: float | None
-    dataset_name: str | None
+    dataset_name: str | list[str] | None
     dataset_config: str | None
     dataset_train_split: str
     dataset_test_split: str

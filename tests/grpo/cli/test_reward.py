@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from rankup.grpo.cli.main import main
@@ -86,6 +88,36 @@ def test_columns_are_restored_unchanged(run_folder, tmp_path, capsys):
     assert result["failed"] == 0 and result["differ_from_recorded"] == 0, "not the run's sum, which is called reward too"
 
 
+def test_prompts_of_a_file_are_read_as_training_reads_them(tmp_path, capsys):
+    written = {
+        "[1, 2]": 0.0, '[{"a": 1}]': 0.0, '{"a": 1}': 0.0, '[{"role": "user", "content": "2 + 2?"}]': 1.0,
+        "[{'role': 'user', 'content': '2 + 2?'}]": 1.0,
+    }  # fmt: skip
+    rows = [{"prompt": prompt, "completion": "4"} for prompt in written]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(
+        "def is_messages(prompts, completions):\n"
+        "    assert all(isinstance(p, str) == isinstance(c, str) for p, c in zip(prompts, completions))\n"
+        "    return [not isinstance(p, str) for p in prompts]\n"
+    )
+    result = tried(capsys, f"{tmp_path}/mine.py:is_messages", "--data", str(tmp_path / "rows.jsonl"))
+    assert [row["reward"] for row in result["rows"]] == list(written.values())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "{\\"role\\": \\"user\\", \\"content\\": \\"x\\"}", "completion": "4"}\n')
+    assert main(["reward", f"{tmp_path}/mine.py:is_messages", "--data", str(tmp_path / "rows.jsonl")]) == 1
+    assert "the prompt of row 0 is text that holds one message: put it into a list" in capsys.readouterr().err
+
+
+def test_saved_prompts_stay_what_they_were(tmp_path, capsys):
+    """Texts that look like JSON, beside conversations."""
+    prompts = ["[1, 2]", '[{"a": 1}]', '"quoted"', CONVERSATION]
+    recorder = RunRecorder(tmp_path / "run", config_yaml="")
+    recorder.completions(1, {"prompt": prompts, "completion": ["x"] * 4}, rewards={}, data={"sent": list(map(repr, prompts))})
+    recorder.close()
+    (tmp_path / "mine.py").write_text("def same(prompts, sent):\n    return [repr(p) == s for p, s in zip(prompts, sent)]\n")
+    result = tried(capsys, f"{tmp_path}/mine.py:same", "--data", str(tmp_path / "run"))
+    assert [row["reward"] for row in result["rows"]] == [1.0] * 4
+
+
 def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     factory = "def above(limit):\n    return lambda completions, **kw: [len(c) > limit for c in completions]\n"
     (tmp_path / "made.py").write_text(factory)
@@ -93,6 +125,53 @@ def test_a_factory_on_a_jsonl_file(tmp_path, capsys):
     arguments = [f"{tmp_path}/made.py:above", "--kwargs", "{limit: 6}", "--data", str(tmp_path / "rows.jsonl")]
     assert [row["reward"] for row in tried(capsys, *arguments)["rows"]] == [1.0, 0.0]
     assert [row["reward"] for row in tried(capsys, *arguments, "--rows", "1")["rows"]] == [0.0]
+
+
+SEEN_ROWS = b'{"prompt": "a", "completion": "b", "answer": "007"}\n{"completion": "c", "n": 1}'
+WIDE = "prompt\tcompletion\tanswer\tn\na\tb\t007\t\n\tc\t\t1\n".encode("utf-16")
+SEEN = """
+from pathlib import Path
+
+def see(prompts, completions, answer, **columns):
+    with Path("seen.txt").open("a") as file:
+        file.writelines(f"{row!r}\\n" for row in zip(prompts, completions, answer, columns["n"]))
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("rows.jsonl.gz", gzip.compress(SEEN_ROWS), ()),
+        ("ROWS.JSONL", b"\xef\xbb\xbf" + SEEN_ROWS, ()),
+        ("rows.json", b'[{"prompt": "a", "completion": "b", "answer": "007"},\n{"completion": "c", "n": 1}]', ()),
+        ("rows.csv", b"prompt,completion,answer,n\na,b,007,\n,c,,1\n", ("--column-types", "{n: int}")),
+        ("wide.tsv", WIDE, ("--column-types", "{n: int}", "--encoding", "utf-16")),
+    ],
+)
+def test_a_file_is_read_as_in_training(tmp_path, monkeypatch, capsys, name, content, options):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    Path("mine.py").write_text(SEEN)
+    assert tried(capsys, "mine.py:see", "--data", name, *options)["completions"] == 2
+    assert Path("seen.txt").read_text().splitlines() == ["('a', 'b', '007', None)", "('', 'c', None, 1)"]
+
+
+def test_a_saved_data_set_and_a_part_of_it_are_read(tmp_path, capsys):
+    rows = [{"completion": str(n), "answer": n} for n in range(5)]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    arguments = ["rankup.rewards.answers:last_integer", "--data", str(tmp_path / "saved")]
+    assert tried(capsys, *arguments)["mean"] == 1.0
+    assert tried(capsys, *arguments, "--split", "train[:2]")["completions"] == 2
+
+
+def test_completions_of_one_prompt_are_told_from_those_whose_columns_are_only_equal(tmp_path, capsys):
+    rows = [{"completion": "x", "answer": answer} for answer in (1, 1, 1.0, True, "1")]
+    rows += [{"completion": "x", "answer": float("nan")}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def size(completions, **columns): return [float(len(completions))] * len(completions)\n")
+    result = tried(capsys, f"{tmp_path}/mine.py:size", "--data", str(tmp_path / "rows.jsonl"))
+    assert [row["reward"] for row in result["rows"]] == [2.0, 2.0, 1.0, 1.0, 1.0, 2.0, 2.0]
 
 
 def test_the_summary_and_examples_are_shown(run_folder, capsys):
@@ -131,7 +210,14 @@ def test_a_function_that_fails_is_shown_with_status_1(run_folder, tmp_path, caps
         (["--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
         (["--data", "."], "has no saved completions"),
         (["--data", "rows.jsonl"], "no column `completion`"),
-        (["--data", "rows.txt"], "cannot read"),
+        (["--data", "rows.txt"], "cannot read completions from rows.txt: it has no column `completion` (columns: text)"),
+        (["--data", "rows.xlsx"], "data files are .jsonl"),
+        (["--data", "some.jsonl"], "row 1 of some.jsonl has no completion"),
+        (["--data", "good.jsonl", "--split", "dev"], "good.jsonl has no split 'dev'"),
+        (["--data", "good.jsonl", "--encoding", "latin-x"], "Python knows no encoding 'latin-x'"),
+        (["--data", "good.jsonl", "--column-types", "{answer: num}"], "data.column_types.answer: must be 'str', 'int'"),
+        (["--data", "good.jsonl", "--column-types", "int"], "--column-types must be a mapping"),
+        (["--data", "good.jsonl", "--column-types", "{answer: int}"], "data.column_types: no column 'answer'"),
         (["--data", "good.jsonl"], "requires 'answer', which is not a column"),
         (["--data", "good.jsonl", "--kwargs", "3"], "--kwargs must be a mapping"),
         (["--data", "good.jsonl", "--rows", "0"], "--rows must be at least 1"),
@@ -142,6 +228,8 @@ def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys, arguments, expect
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "rows.txt").write_text("a\n")
+    (tmp_path / "rows.xlsx").write_text("a\n")
+    (tmp_path / "some.jsonl").write_text('{"completion": "a"}\n{"prompt": "b"}\n')
     (tmp_path / "good.jsonl").write_text('{"completion": "a"}\n')
     assert main(["reward", "rankup.rewards.answers:last_integer", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from rankup.grpo.config import GRPOConfig, dump_config, load_config
-from rankup.grpo.config.paths import resolve
+from rankup.grpo.config.paths import resolve, resolve_data
+from rankup.grpo.data.sources import load_rows
 
 RUN_FILE = """
 data: {train: train.jsonl, eval: "make.py:rows", sampler: "make.py:sample"}
@@ -45,9 +46,7 @@ def test_files_beside_the_run_file_get_their_path_from_the_working_directory(
     assert names(load_config("there/copy.yaml")) == names(config)
 
 
-def test_they_get_an_absolute_path_if_they_are_elsewhere(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_get_an_absolute_path_if_they_are_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config = load_config("../there/run.yaml")
@@ -83,3 +82,32 @@ def test_options_that_name_no_file_stay_unset(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("algorithm: {loss_type: rloo}")
     config = load_config(tmp_path / "run.yaml")
     assert config.algorithm.model_fields_set == {"loss_type"} and config.algorithm.advantage_estimator == "rloo"
+
+
+@pytest.mark.parametrize("place", ["there", "run[1]"])
+def test_every_form_of_data_is_found_beside_the_run_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / place
+    for name in ("ROWS.JSONL", "rows.ndjson", "parts/a.csv", "parts/b.csv", "set/train.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("n\n7\n" if name.endswith("csv") else '{"n": "7"}\n')
+    (folder / "run.yaml").write_text(
+        "data: {train: [ROWS.JSONL, rows.ndjson, parts/*.csv], eval: {whole: set, more: [set/train.jsonl, './parts/?.csv']}}"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = load_config(folder / "run.yaml").data
+    assert data.train is not None and isinstance(data.eval, dict)
+    assert load_rows(data.train, split="train") == [{"n": "7"}] * 4
+    if place == "there":  # `datasets` takes brackets in the name of a folder for a pattern
+        assert load_rows(data.eval["whole"], split="train") == [{"n": "7"}]
+    assert load_rows(data.eval["more"], split="test") == [{"n": "7"}] * 3
+
+
+def test_data_elsewhere_or_nowhere_does_not_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    Path("near").mkdir()
+    Path("near/rows.csv").touch()
+    (folder / "near").mkdir()
+    names = ["near", "near/*.csv", "org/data", "*.nowhere", "no.jsonl", "~/*.jsonl", "/no/*.csv", "s3://bucket/train.jsonl"]
+    assert [resolve_data(name, folder) for name in names] == names
+    assert resolve_data("make.py:rows", folder) == "there/make.py:rows"
+    assert resolve("package", folder) == "package", "only data may be a folder"

@@ -5,55 +5,17 @@ import sys
 
 import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from prompt_tokenizers import CHAT_TEMPLATE, make_tokenizer, prepared, user
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from rankup.grpo.config import DataConfig
-from rankup.grpo.data.prompts import prepare_prompts
+from rankup.grpo.config.data import ColumnType
 from rankup.grpo.data.sources import load_rows
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'system' and no_system %}{{ raise_exception('no system role') }}{% endif %}"
-    "{{ m.role }} : {{ m.content }}{% if m.name is defined %} named{% endif %}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
-)
-TRAINING_LINES = [
-    "what is one plus two ?",
-    "system : user : assistant : you are brief named",
-    "the sum of one and two is three . <s> </s>",
-]
-
-
-def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
-    """A byte-level BPE tokenizer that puts <s> before every text, as Llama's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TRAINING_LINES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = chat_template
-    return wrapped
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def prepared(rows, tokenizer, *, max_prompt_length=100, **options):
-    return prepare_prompts(rows, tokenizer, DataConfig(**options), max_prompt_length=max_prompt_length)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -77,10 +39,11 @@ def write(path, rows):
 def test_files_of_all_kinds_are_read_without_noise(tmp_path, monkeypatch, capfd, suffix):
     path = tmp_path / f"rows{suffix}"
     write(path, ROWS)
+    types: dict[str, ColumnType] = {"answer": "int"} if suffix == ".csv" else {}
     capfd.readouterr()
-    assert load_rows(str(path), split="test") == ROWS
+    assert load_rows(str(path), split="test", column_types=types) == ROWS
     monkeypatch.chdir(tmp_path)
-    assert load_rows(f"rows{suffix}", split="train") == ROWS
+    assert load_rows(f"rows{suffix}", split="train", column_types=types) == ROWS
     assert capfd.readouterr() == ("", "")
     assert not datasets.utils.are_progress_bars_disabled()
 
@@ -114,7 +77,7 @@ def test_the_error_for_a_missing_file_names_it():
         ("a.jsonl", "", "is empty"),
         ("a.json", "[]", "has no rows"),
         ("a.csv", "prompt,answer\n", "has no rows"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt":\n', "cannot read .*JSON parse error"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt":\n', r"cannot read .*a\.jsonl, line 2: no JSON: Expecting value"),
         ("a.parquet", "not parquet", "cannot read .*Parquet"),
     ],
 )
@@ -144,7 +107,7 @@ def test_a_folder_is_read_by_split(tmp_path):
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "test.jsonl", ROWS[:1])
     assert load_rows(str(tmp_path), split="test") == ROWS[:1]
-    with pytest.raises(ValueError, match=r"cannot load data set .*Unknown split \"nope\""):
+    with pytest.raises(ValueError, match=r"has no split 'nope' \(splits: train, test\)"):
         load_rows(str(tmp_path), split="nope")
 
 
@@ -303,12 +266,12 @@ def test_prompts_over_the_limit_are_dropped_and_counted(tokenizer):
 
 def test_template_variables_reach_the_template(tokenizer):
     options = {"system_prompt": "be brief", "chat_template_kwargs": {"no_system": True}}
-    with pytest.raises(ValueError, match="chat template failed for a prompt: no system role"):
+    with pytest.raises(ValueError, match="the prompt of row 0 is refused by the chat template: no system role"):
         prepared([{"prompt": "one"}], tokenizer, **options)
     assert prepared([{"prompt": user("one")}], tokenizer, chat_template_kwargs={"no_system": True}).rows
 
 
-def test_thousands_of_prompts_take_two_calls_of_the_tokenizer():
+def test_thousands_of_prompts_take_a_few_calls_of_the_tokenizer():
     class CountingTokenizer(PreTrainedTokenizerFast):
         calls = 0
 
@@ -320,7 +283,7 @@ def test_thousands_of_prompts_take_two_calls_of_the_tokenizer():
     counting.chat_template = CHAT_TEMPLATE
     rows = [{"prompt": user(f"what is {i} plus {i} ?") if i % 2 else f"what is {i} ?"} for i in range(3000)]
     assert len(prepared(rows, counting).rows) == 3000
-    assert counting.calls == 2
+    assert counting.calls == 4  # texts, conversations, and two for what it adds to a text
 
 
 # ------------------------------------------------------------------------------------------ mistakes
@@ -339,7 +302,7 @@ def test_errors_in_the_rows(tokenizer):
         prepared([{"prompt": "what is this ?"}], tokenizer, max_prompt_length=2)
 
 
-@pytest.mark.parametrize("prompt", [None, 5, [], ["text"], [{"role": "user"}], {"role": "user", "content": "x"}])
+@pytest.mark.parametrize("prompt", [None, 5, [], ["text"], [{"content": "x"}], {"role": "user", "content": "x"}])
 def test_the_error_for_a_prompt_of_another_kind_names_its_row(tokenizer, prompt):
     with pytest.raises(ValueError, match="the prompt of row 1 is neither a text nor a conversation"):
         prepared([{"prompt": "one"}, {"prompt": prompt}], tokenizer)

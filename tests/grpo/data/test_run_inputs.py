@@ -12,10 +12,11 @@ from typing import Any
 import datasets
 import pytest
 from tiny_runs import ROWS, tiny_config
+from transformers import AutoTokenizer
 
 from rankup.grpo.config import GRPOConfig, load_config
 from rankup.grpo.data.prompts import Prompt, PromptData
-from rankup.grpo.data.run_inputs import RunInputs, load_run_inputs, read_streams
+from rankup.grpo.data.run_inputs import RunInputs, load_run_inputs, read_streams, with_template_text
 from rankup.grpo.user_inputs import UserInputs
 
 TRAIN = datasets.Dataset.from_list(ROWS)
@@ -96,7 +97,7 @@ def test_workers_get_the_rows_of_streams(tmp_path: Path):
     assert read_streams(config, endless(), endless()) == (list(itertools.islice(endless(), 6)), ROWS[:2])
     by_split = datasets.IterableDatasetDict({"train": stream})
     train, sets = read_streams(config, by_split, {"a": stream, "b": "b.jsonl", "c": TRAIN})
-    assert train == list(itertools.islice(endless(), 6)) and sets == {"a": ROWS[:2], "b": "b.jsonl", "c": TRAIN}
+    assert (train, sets) == (list(itertools.islice(endless(), 6)), {"a": ROWS[:2], "b": "b.jsonl", "c": TRAIN})
     assert read_streams(config, ROWS, datasets.IterableDatasetDict({"easy": stream})) == (ROWS, {"easy": ROWS[:2]})
     assert read_streams(config, None, None) == (None, None)
     assert read_streams(config, "train.jsonl", TRAIN) == ("train.jsonl", TRAIN)
@@ -184,12 +185,63 @@ def test_a_run_file_may_map_names_to_files_beside_it(tiny_model_path, tmp_path: 
         ({}, r"data\.eval: the mapping of evaluation sets is empty"),
         ({"easy": 5}, r"data\.eval\.easy: must be text"),
         (5, r"^data\.eval: must be text, in quotes if YAML would read it as another type \(got 5\)$"),
-        (["x.jsonl"], r"data\.eval: must be text"),
+        ([], r"data\.eval: List should have at least 1 item"),
+        ({"easy": ["x.jsonl", 5]}, r"data\.eval\.easy\.1: must be text"),
     ],
 )
 def test_a_mapping_with_mistakes_is_refused_in_a_run_file(value, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(data={"eval": value})
+
+
+# ------------------------------------------------------------------------------------------ tokenizer
+
+TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+
+
+def test_a_chat_template_is_text_or_a_file_beside_the_run_file(
+    tiny_model_path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "mine.jinja").write_text(TEMPLATE)
+    write(folder / "train.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
+    (folder / "run.yaml").write_text("data: {train: train.jsonl, chat_template: mine.jinja}\n")
+    monkeypatch.chdir(tmp_path)
+    for overrides in ([], [f"data.chat_template={json.dumps(TEMPLATE)}"], [f"data.chat_template={folder}/mine.jinja"]):
+        config = load_config("there/run.yaml", [f"model={tiny_model_path('llama')}", *overrides])
+        inputs = load_run_inputs(config)
+        assert inputs.tokenizer.decode(list(inputs.train_prompts.rows[0].token_ids)) == "<a>"
+        assert inputs.tokenizer.chat_template == TEMPLATE == with_template_text(config).data.chat_template
+
+
+def test_a_chat_template_that_is_no_file_is_an_error(load):
+    with pytest.raises(FileNotFoundError, match=r"^data\.chat_template: no file nowhere\.jinja"):
+        load(ROWS, chat_template="nowhere.jinja")
+
+
+def test_a_token_beyond_the_embedding_is_found_by_row_in_every_data_set(tiny_model_path, tmp_path: Path, load):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("llama"))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    new = [{"prompt": "count to <new>", "target": 0}]
+    reason = r"the prompt of row 12 has the token '<new>' with the id 260, and the model's embedding has 260 rows: .*resize"
+    for inputs in ([[*ROWS, *new]], [ROWS, {"easy": ROWS, "hard": [*ROWS, *new]}]):
+        with pytest.raises(ValueError, match=reason):
+            load(*inputs, tokenizer=str(tmp_path / "more"))
+    dropped = load(ROWS, [*ROWS, *new], tokenizer=str(tmp_path / "more"), on_bad_row="drop")
+    assert dropped.counts()["evaluation"]["bad_rows"] == 1
+
+
+def test_bad_rows_of_sets_name_them(load):
+    bad = [{"prompt": ""}]
+    inputs = load(ROWS, {"easy": [*ROWS, *bad], "hard": [*bad, *ROWS]}, on_bad_row="drop")
+    assert inputs.eval_prompts.bad_rows == (
+        "evaluation set 'easy': the prompt of row 12 is empty: remove the row",
+        "evaluation set 'hard': the prompt of row 0 is empty: remove the row",
+    )
+    with pytest.raises(ValueError, match="evaluation set 'hard': the prompt of row 0 is empty"):
+        load(ROWS, {"easy": ROWS, "hard": bad})
 
 
 # ------------------------------------------------------------------------------------------ fingerprint
@@ -218,3 +270,35 @@ def test_the_fingerprint_of_a_single_set_has_not_changed_and_sets_are_told_apart
 def test_loaded_evaluation_data_has_the_fingerprint_of_the_same_training_data(load):
     found = load(ROWS, ROWS).fingerprint()
     assert found["evaluation data"] == found["training data"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(1, "1", 1.0, True), (None, "", "None", []), ({1: 2}, {"1": 2}, [[1, 2]]), (b"a", "a", b"b"), (0.1, 0.1 + 2**-56)],
+)
+def test_the_fingerprint_changes_with_the_type_of_a_value(load, values):
+    hashes = {load([{"prompt": "a", "answer": value}]).fingerprint()["training data"]["hash"] for value in values}
+    assert len(hashes) == len(values)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_options_about_files_reach_every_data_set(load, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_bytes("prompt,answer\ncafé,007\nthé,8\n".encode("latin-1"))
+    names = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    options = {"encoding": "latin-1", "column_types": {"answer": "int"}}
+    inputs = load(names, {"some": names, "pattern": str(tmp_path / "*.csv")}, **options, train_split="train[1:3]", eval_rows=3)
+    assert [(prompt.content, prompt.columns) for prompt in inputs.train_prompts.rows] == [
+        ("thé", {"answer": 8}),
+        ("café", {"answer": 7}),
+    ]
+    assert of_sets(inputs) == {"some": ["café", "thé", "café"], "pattern": ["café", "thé", "café"]}
+    with pytest.raises(ValueError, match=r"data\.column_types: no column 'anwser' \(columns: prompt, answer\)"):
+        load(names, encoding="latin-1", column_types={"anwser": "int"})
+
+
+def test_a_key_that_a_row_lacks_is_none_for_reward_functions(load):
+    rows = [{"prompt": "a", "x": 1}, {"prompt": "b", "y": None}]
+    assert [prompt.columns for prompt in load(rows).train_prompts.rows] == [{"x": 1, "y": None}, {"x": None, "y": None}]

@@ -109,6 +109,7 @@ def test_completions_table(groups: list[Group]) -> None:
     table = completions_table(groups)
     assert table.table == {
         "prompt": ["prompt 0", "prompt 0", "prompt 1", "prompt 1"],
+        "completion_prefix": [""] * 4,
         "completion": ["aa", "bbB", "c", "dddd"],
         "completion_ids": [[0, 1], [0, 1, 2], [0], [0, 1, 2, 3]],
         "advantage": [*groups[0].advantages, *groups[1].advantages],

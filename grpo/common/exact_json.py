@@ -1,0 +1,54 @@
+"""JSON from which values come back as they were: with bytes, decimals, and keys that are not text.
+
+decode(encode({"n": 1.0, "gold": Decimal("12.50"), 3: b"\\xff"}))       # an equal dictionary
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+_TAG = "$rankup."
+"""Starts the only key of an object that stands for another type; a dictionary of the user that looks like one is tagged too."""
+
+
+def encode(value: Any, *, default: Callable[[Any], str] = str) -> str:
+    """The JSON text of a value of None, booleans, numbers, texts, bytes, decimals, lists and dictionaries of these.
+
+    Tuples become lists, and values of any other type what `default` returns.
+    """
+    return json.dumps(_tagged(value), default=default)
+
+
+def decode(text: str) -> Any:
+    """The value whose text `encode` has returned."""
+    return json.loads(text, object_hook=_untagged)
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = {key: _tagged(item) for key, item in value.items()}
+        if all(type(key) is str for key in items):
+            return {f"{_TAG}dict": list(items.items())} if _is_tagged(items) else items
+        return {f"{_TAG}dict": [[_tagged(key), item] for key, item in items.items()]}
+    if isinstance(value, list | tuple):
+        return [_tagged(item) for item in value]
+    if isinstance(value, bytes):
+        return {f"{_TAG}bytes": base64.b64encode(value).decode()}
+    return {f"{_TAG}decimal": str(value)} if isinstance(value, Decimal) else value
+
+
+def _untagged(value: dict[str, Any]) -> Any:
+    if not _is_tagged(value):
+        return value
+    ((tag, content),) = value.items()
+    if tag == f"{_TAG}dict":
+        return {tuple(key) if isinstance(key, list) else key: item for key, item in content}
+    return base64.b64decode(content) if tag == f"{_TAG}bytes" else Decimal(content)
+
+
+def _is_tagged(value: dict[str, Any]) -> bool:
+    return len(value) == 1 and next(iter(value)).startswith(_TAG)
