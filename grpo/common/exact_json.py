@@ -1,6 +1,6 @@
 """JSON from which values come back as they were: with bytes, decimals, and keys that are not text.
 
-decode(encode({"n": 1.0, "gold": Decimal("12.50"), 3: b"\\xff"}))       # an equal dictionary
+    decode(encode({"n": 1.0, "gold": Decimal("12.50"), 3: b"\\xff"}))       # an equal dictionary
 """
 
 from __future__ import annotations

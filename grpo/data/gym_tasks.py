@@ -1,6 +1,6 @@
 """Rows of Reasoning Gym's tasks.
 
-gym_rows("chain_sum", split="train", options={"size": 100})
+    gym_rows("chain_sum", split="train", options={"size": 100})
 """
 
 import dataclasses

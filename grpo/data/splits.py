@@ -1,7 +1,7 @@
 """Splits of a source, and parts of them as `datasets` writes them: `train[:100]`, `train[10%:20%]`, `train+validation`.
 
-splits = Splits("rows.jsonl", names=("train",), load=lambda name: rows)
-splits.select("train[:100]")                # the first 100 rows
+    splits = Splits("rows.jsonl", names=("train",), load=lambda name: rows)
+    splits.select("train[:100]")                # the first 100 rows
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows of tables: of data sets, Arrow and pandas. Typed values stay what they are, in plain Python.
 
-table_rows(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [7]}))       # [{"prompt": "a", "answer": 7}]
+    table_rows(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [7]}))       # [{"prompt": "a", "answer": 7}]
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Values of rows as plain Python: what reward functions get, and what a run records.
 
-plain(numpy.float64(0.5)), plain(datetime.date(2024, 1, 1))        # 0.5, "2024-01-01"
-with_types({"answer": "7"}, {"answer": "int"})                     # {"answer": 7}
+    plain(numpy.float64(0.5)), plain(datetime.date(2024, 1, 1))        # 0.5, "2024-01-01"
+    with_types({"answer": "7"}, {"answer": "int"})                     # {"answer": 7}
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def plain(value: Any) -> Any:
         return None if np.isnat(value) else text
     if isinstance(value, uuid.UUID):
         return str(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "mM":
-        return [plain(one) for one in value]
-    if isinstance(value, str):  # numpy's text
-        return str(value) if isinstance(value, np.str_) else value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "mM":  # `tolist` would lose the unit
+        return [plain(one) for one in value] if value.ndim else plain(value[()])
+    if isinstance(value, np.str_):
+        return str(value)
     return plain(value.tolist()) if hasattr(value, "tolist") else value
 
 

@@ -38,6 +38,8 @@ def load(source: Any) -> list[dict[str, Any]]:
         (np.datetime64("2024-01-01"), "2024-01-01"),
         (np.array(["2024-01-01T00:00:00.123456789"], "datetime64[ns]"), ["2024-01-01T00:00:00.123456789"]),
         (np.datetime64("NaT"), None),
+        (np.array(np.datetime64("2024-01-01T00:00:00.5", "ns")), "2024-01-01T00:00:00.500000000"),
+        (np.array(7), 7),
         (np.timedelta64(90, "s"), "P0DT0H1M30S"),
         (pandas.Series([1, 2]), [1, 2]),
         (pandas.Timestamp("2024-01-01T02:03:04.123456789", tz="UTC"), "2024-01-01T02:03:04.123456789+00:00"),
