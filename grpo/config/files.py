@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     """
     path = Path(path)
     keys = known_keys()
-    values = nest(read_run_file(path), keys)
+    values = nest(read_run_file(path, keys), keys)
     for override in overrides:
         apply_override(values, override, keys)
     logging = values.setdefault("logging", {})
