@@ -174,13 +174,12 @@ def merge(model_path: str, adapter: Path, *, load_in: Literal["nf4"] | None = No
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
-    from transformers import AutoModelForCausalLM
 
     from ...model.adapters import load_weights
-    from ...model.base_model import nf4_names, round_to_nf4
+    from ...model.base_model import load_plainly, nf4_names, round_to_nf4
 
     with quiet_stderr():
-        base = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
+        base = load_plainly(model_path, torch.float32)
         if load_in == "nf4":
             round_to_nf4(base, nf4_names(model_path), getattr(torch, dtype))
     config = LoraConfig.from_pretrained(str(adapter))
