@@ -106,6 +106,11 @@ def _check_config(name: str, folder: Path) -> None:
     """Raise ValueError if a folder has no model, or one that training cannot use by its configuration."""
     _refuse_adapter(name, folder)
     if not (folder / "config.json").is_file():
+        adapter = folder / "adapter"
+        if (adapter / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"model {name} is a run folder, not a model: set model.name to its base model and lora.start_from={adapter}"
+            )
         raise ValueError(f"model {name}: the folder has no config.json")
     refuse_quantized(name, folder)
 
