@@ -35,7 +35,12 @@ EMBEDDED = {
     )
 }
 # Files to download from a repository on the Hub: weights as safetensors only, not their duplicates in other formats.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+TOKENIZER_PATTERNS = [
+    *("tokenizer*", "*vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "tekken.json", "dict.txt", "*.model"),
+    *("*.model.v*", "*.tiktoken", "*.tokenizer", "*.spm", "chat_template*", "*.jinja", "additional_chat_templates/*"),
+]
+"""Files of a tokenizer, of whatever class."""
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", *TOKENIZER_PATTERNS]
 NOT_FROM_HUB = ["consolidated*"]
 """The same weights in the original format of their authors."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -140,6 +145,21 @@ def resolve_adapter(name: str) -> Path:
     if not any((folder / file).is_file() for file in ADAPTER_WEIGHTS):
         raise ValueError(f"{option} has no weights: {ADAPTER_WEIGHTS[0]} is missing")
     return folder
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """The local folder of a tokenizer: path, or id on the Hub, of which only the tokenizer's files are downloaded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder, option = Path(name).expanduser(), f"model.tokenizer: {name}"
+    if folder.is_dir():
+        return folder
+    if hub_id(name) is None:
+        raise ValueError(f"{option}: no such folder")
+    unknown = f"{option}: no folder of this name, and not available on the Hub"
+    return _from_hub(name, None, TOKENIZER_PATTERNS, not_found=unknown, invalid=unknown)
 
 
 def _refuse_adapter(name: str, folder: Path) -> None:

@@ -27,6 +27,7 @@ from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
 from ..command import add_command
 from .model_card import TrainedAdapter, model_card, read_run
+from .tokenizer import copy_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +123,7 @@ def export_adapter(trained: TrainedAdapter, output: Path, *, overwrite: bool = F
         config["revision"] = trained.config.model.revision
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(trained.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
-        _save_tokenizer(trained, model_path, partial)
+        copy_tokenizer(trained.config, model_path, partial)
         (partial / CARD_FILE).write_text(model_card(trained), encoding="utf-8")
 
 
@@ -148,7 +149,7 @@ def export_merged(trained: TrainedAdapter, output: Path, *, dtype: str = "auto",
     with atomic_folder(output.resolve()) as partial:
         logger.info("writing the weights in %s", stored_as)
         _save_model(merged.model, Path(model_path), partial)
-        _save_tokenizer(trained, model_path, partial)
+        copy_tokenizer(trained.config, model_path, partial)
         (partial / CARD_FILE).write_text(model_card(trained, merged_dtype=stored_as), encoding="utf-8")
     return rounding
 
@@ -261,15 +262,6 @@ def _save_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
         shutil.copymode(folder / "config.json", weights)
     if has_generation_config:
         shutil.copyfile(base / GENERATION_FILE, folder / GENERATION_FILE)
-
-
-def _save_tokenizer(trained: TrainedAdapter, model_path: str, folder: Path) -> None:
-    """The run's tokenizer, with its chat template: that of `model.tokenizer`, or the base model's."""
-    from transformers import AutoTokenizer
-
-    with quiet_stderr():
-        source = trained.config.model.tokenizer or model_path
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> None:
