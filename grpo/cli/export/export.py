@@ -293,8 +293,6 @@ def _save_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
         model.generation_config = GenerationConfig()
     with quiet_stderr():
         model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable for the owner only
-        shutil.copymode(folder / "config.json", weights)
     if has_generation_config:
         shutil.copyfile(base / GENERATION_FILE, folder / GENERATION_FILE)
 
