@@ -75,7 +75,8 @@ def check_weights(model: str, folder: Path) -> None:
             raise ValueError(f"the folder has no {SINGLE} and no {INDEX}{hint}: save the model with transformers")
         missing = [name for name in found.names if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"the index names {missing[0]}, which is missing: download or copy the model again")
+            stale = f", or remove {INDEX} if {SINGLE} is the model" if SINGLE in found.others else ""
+            raise ValueError(f"the index names {missing[0]}, which is missing: download or copy the model again{stale}")
         if (folder / PICKLED).is_file() and (folder / PICKLED_INDEX).is_file() and found.names[0].endswith(".bin"):
             raise ValueError(f"the folder has {PICKLED} and {PICKLED_INDEX}: remove the one that is not the model")
         files = files_of_weights(folder)

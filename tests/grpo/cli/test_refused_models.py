@@ -49,3 +49,15 @@ def test_an_adapter(words_of, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         f"rankup: error: model {model} is an adapter, not a model: set model.name to its base model, someone/base, and "
         f"lora.start_from={model}"
     )
+
+
+def test_a_run_folder(words_of, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    (model / "config.json").unlink()
+    (model / "adapter").mkdir()
+    (model / "adapter" / "adapter_config.json").write_text("{}")
+    assert main(words_of("train")) == 1
+    assert capsys.readouterr().err == (
+        f"rankup: error: model {model} is a run folder, not a model: set model.name to its base model and "
+        f"lora.start_from={model / 'adapter'}\n"
+    )

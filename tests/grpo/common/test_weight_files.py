@@ -134,6 +134,9 @@ def test_what_is_missing_is_named(sharded: Path) -> None:
     last = (sharded / SHARDS[1]).read_bytes()
     (sharded / SHARDS[1]).unlink()
     assert error_of(sharded) == f"the index names {SHARDS[1]}, which is missing: download or copy the model again"
+    (sharded / SINGLE).touch()
+    assert error_of(sharded).endswith(f"copy the model again, or remove {INDEX} if {SINGLE} is the model")
+    (sharded / SINGLE).unlink()
     (sharded / SHARDS[1]).write_bytes(last[:-10])
     assert error_of(sharded).startswith(f"{SHARDS[1]} is damaged or missing: ")
     (sharded / SHARDS[1]).write_bytes(last)
