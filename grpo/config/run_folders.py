@@ -29,15 +29,13 @@ NAMES_OF_FILES = {
 def anchor(values: dict[str, Any], file: Path) -> None:
     """Give names in `values`, read from a run's configuration file, the absolute paths that they had for the run, in place.
 
-    Does nothing for other files, and in the folder that the run was started in.
+    Names of files in the working directory stay as they are, and so do those of other configuration files.
     """
     logging = values.get("logging") or {}
     started_in = logging.pop("working_dir", None)
     if started_in is None:
         return
     folders = [*_moved(file, Path(logging.get("output_dir") or ".")), Path(started_in)]
-    if Path.cwd() == folders[0]:
-        return
     for section, options in NAMES_OF_FILES.items():
         found = values.get(section) or {}
         found.update({name: _anchored(found[name], folders) for name in options if name in found})
@@ -67,7 +65,10 @@ def _anchored(value: Any, folders: list[Path]) -> Any:
     if isinstance(value, Mapping):
         own = ("function",) if "function" in value and "kwargs" in value else tuple(value)
         return {key: _anchored(one, folders) if key in own else one for key, one in value.items()}
-    return next((found for folder in folders if (found := _in(folder, value))), value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    here, found = Path.cwd(), [(folder, path) for folder in folders if (path := _in(folder, value))]
+    return found[0][1] if found and found[0][0] != here else value
 
 
 def _in(folder: Path, name: str) -> str | None:

@@ -90,6 +90,14 @@ def test_a_run_folder_that_was_copied_finds_the_files_where_they_were(project: P
     assert names == [f"{project / 'reward.py'}:score", f"{project / 'own_package' / 'module.py'}:score"]
 
 
+def test_a_copied_run_folder_in_the_working_directory(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(project / "runs", tmp_path / "copies" / "runs")
+    shutil.copyfile(project / "rows.jsonl", tmp_path / "copies" / "rows.jsonl")
+    monkeypatch.chdir(tmp_path / "copies")
+    config = load_config("runs/mine/config.yaml")
+    assert (config.data.train, config.lora.start_from) == ("rows.jsonl", str(project / "models" / "sft"))
+
+
 def test_overrides_are_from_the_working_directory(project: Path) -> None:
     file = project / "runs" / "mine" / "config.yaml"
     config = load_config(file, ["data.train=rows.jsonl"])
