@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -175,7 +175,8 @@ def load_plainly(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(model_path)
     # Without it, transformers would not read an index beside a model.safetensors.
     config.transformers_weights = INDEX if find_weights(Path(model_path)).has_index else None
-    model, report = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, output_loading_info=True)
+    model, report = loaded
     if report["missing_keys"]:  # transformers has initialised them at random
         raise ValueError(f"the files in {model_path} have no weight {min(report['missing_keys'])}, which the model has")
     del model.config.transformers_weights

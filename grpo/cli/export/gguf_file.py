@@ -188,7 +188,7 @@ def _splitting(tokenizer: object) -> str:
         raise ValueError(f"{refused}it is not byte-level BPE with merges")
     if normalizer is not None and normalizer != {"type": "NFC"}:
         raise ValueError(f"{refused}it changes texts by {normalizer['type']}")
-    steps = backend["pre_tokenizer"] or {"type": "none"}
+    steps: dict[str, Any] = backend["pre_tokenizer"] or {"type": "none"}
     parts = tuple(map(_step, steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]))
     if parts not in SPLITTING:
         raise ValueError(f"{refused}llama.cpp has no name for how it splits texts ({', '.join(parts)})")
