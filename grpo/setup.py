@@ -94,6 +94,8 @@ def prepare_run(
     if view is None and world.is_main:
         raise ValueError("the main process needs a view: it records the run and shows it")
     config = with_template_text(config)
+    logging = config.logging.model_copy(update={"working_dir": Path.cwd()})  # of the paths in the saved configuration
+    config = config.model_copy(update={"logging": logging})
     scorer = Scorer(config.rewards, inputs.reward_funcs)
     functions = UserFunctions.load(config)
     with log_to(lambda text: None if view is None else view.stage(text)):

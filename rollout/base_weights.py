@@ -1,12 +1,12 @@
 """vLLM's base weights: how they are loaded, and views of them.
 
-    EngineArgs(**loading(nf4_weights=("model.layers.0.self_attn.q_proj.weight", ...), keep_linear_weights=False), ...)
+    EngineArgs(**loading(("model.layers.0.self_attn.q_proj.weight", ...), (), keep_linear_weights=False), ...)
     find_base_weights(vllm_model)["model.layers.0.self_attn.q_proj.weight"]   # a view of vLLM's memory, [d_out, d_in]
 
 `find_base_weights` uses the names of transformers: q, k, v (or gate, up) for the rows of a packed layer. The loader is vLLM's
-default loader with two additions. It can round weights to NF4 and back, because vLLM (0.32) cannot serve weights packed by
-bitsandbytes while the trainer computes with them. And it can keep linear weights in their original layout on CPU, where vLLM
-would repack them and drop the originals.
+default loader with three additions. It can read the files that the trainer reads, in a folder where vLLM would read others.
+It can round weights to NF4 and back, because vLLM (0.32) cannot serve weights packed by bitsandbytes while the trainer computes
+with them. And it can keep linear weights in their original layout on CPU, where vLLM would repack them and drop the originals.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,17 +26,18 @@ from .vllm_compat import keep_linear_weights, require
 LOAD_FORMAT = "rankup"
 
 
-def loading(*, nf4_weights: Sequence[str], keep_linear_weights: bool) -> dict[str, Any]:
+def loading(nf4_weights: Sequence[str], files: Sequence[str], *, keep_linear_weights: bool) -> dict[str, Any]:
     """The engine's arguments for its loader; none if vLLM's default loader will do.
 
     Args:
         nf4_weights: names of the weights to round, as in the model's files.
+        files: names of the files in the model's folder to read; none: those that vLLM finds.
         keep_linear_weights: keep linear weights in their original layout, also on CPU.
     """
-    if not nf4_weights and not keep_linear_weights:
+    if not nf4_weights and not keep_linear_weights and not files:
         return {}
     _register_loader()
-    extra = {"nf4_weights": list(nf4_weights), "keep_linear_weights": keep_linear_weights}
+    extra = {"nf4_weights": list(nf4_weights), "keep_linear_weights": keep_linear_weights, "files": list(files)}
     return {"load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
 
 
@@ -86,6 +88,13 @@ def _register_loader() -> None:
             extra: dict[str, Any] = load_config.model_loader_extra_config  # type: ignore[assignment]
             self.nf4_weights = frozenset(extra["nf4_weights"])
             self.keep_linear_weights: bool = extra["keep_linear_weights"]
+            self.files: list[str] = extra["files"]
+
+        def _prepare_weights(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool, str]:
+            if not self.files:
+                return super()._prepare_weights(model_name_or_path, *args, **kwargs)
+            paths = [str(Path(model_name_or_path, name)) for name in self.files]
+            return model_name_or_path, paths, paths[0].endswith(".safetensors"), "model.safetensors.index.json"
 
         def get_all_weights(
             self, model_config: ModelConfig, model: nn.Module

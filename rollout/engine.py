@@ -74,6 +74,7 @@ class EngineSettings:
         max_num_seqs: sequences that are sampled concurrently; used instead of `rollout.max_num_seqs`, which may be None.
         keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
         nf4_weights: names of the weights to round to NF4 while loading.
+        weight_files: names of the files that hold the weights, if the model's folder has others that vLLM might read.
     """
 
     model: str
@@ -85,6 +86,7 @@ class EngineSettings:
     max_num_seqs: int = 128
     keep_base_weights: bool = False
     nf4_weights: tuple[str, ...] = field(default=(), repr=False)
+    weight_files: tuple[str, ...] = ()
     tokenizer: str | None = None
 
     def differences(self, needed: EngineSettings) -> list[str]:
@@ -357,7 +359,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        **loading(nf4_weights=settings.nf4_weights, keep_linear_weights=settings.keep_base_weights),
+        **loading(settings.nf4_weights, settings.weight_files, keep_linear_weights=settings.keep_base_weights),
     )
 
 

@@ -128,6 +128,8 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
     schedules = ("constant", "constant_with_warmup", "inverse_sqrt")  # they do not depend on the number of steps
     keeps_rates = config.optim.lr_scheduler_type in schedules and config.optim.warmup_ratio == 0
     for change in _changes(before, now):
+        if change.option == "logging.working_dir":  # says only how the paths of the others are to be read
+            continue
         is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
         is_harmless |= change.option == "optim.max_steps" and keeps_rates
         yield dataclasses.replace(change, affects_training=not is_harmless)

@@ -27,11 +27,13 @@ from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
 from ..common.exact_json import encode
-from ..config import DataConfig, GRPOConfig
+from ..config import DataConfig, GRPOConfig, load_config
+from ..config.run_folders import function_of_run
 from ..data.messages import BadRowError, read_prompt
 from ..data.sources import load_rows
 from ..data.values import check_column_types
 from ..run.completions import read_completions
+from ..run.records import CONFIG_FILE
 from .command import add_command
 
 EXAMPLES = """examples:
@@ -168,7 +170,7 @@ def try_reward(options: argparse.Namespace) -> int:
     if not 0 < options.timeout < math.inf:
         raise ValueError(f"--timeout must be a positive number of seconds (got {options.timeout:g})")
     config = RewardsConfig(
-        functions=[RewardFunction(function=options.function, kwargs=kwargs)],
+        functions=[RewardFunction(function=_function(options), kwargs=kwargs)],
         isolation=options.isolation,
         timeout=options.timeout,
         on_error="none",
@@ -184,6 +186,13 @@ def try_reward(options: argparse.Namespace) -> int:
     else:
         _show(trial)
     return 1 if trial.summary()["failed"] else 0
+
+
+def _function(options: argparse.Namespace) -> str:
+    """The function, whose file may be where the run of `--data` has found it."""
+    config = Path(options.data).expanduser() / CONFIG_FILE
+    functions = [entry.function for entry in load_config(config).rewards.entries()] if config.is_file() else []
+    return function_of_run(options.function, functions)
 
 
 @dataclass(frozen=True, slots=True)

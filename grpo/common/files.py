@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +40,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new hidden folder `.<name>.partial` next to `folder`, which replaces it when the block ends without an error."""
+    """A new hidden folder `.<name>.partial` next to `folder`, which replaces it when the block ends without an error.
+
+    Its files have the permissions of new files: safetensors makes them readable for the owner only.
+    """
     partial, replaced = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        _with_usual_permissions(partial)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
@@ -57,3 +62,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _with_usual_permissions(folder: Path) -> None:
+    """Give the files in a folder the permissions that the process's umask leaves a new file."""
+    probe = folder / ".new"
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != usual:
+            try:
+                path.chmod(usual)
+            except OSError:  # some mounted storage has no permissions
+                pass

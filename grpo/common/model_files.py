@@ -17,6 +17,7 @@ from pathlib import Path
 from .errors import first_line
 from .files import atomic_folder
 from .log import logger
+from .weight_files import QUANTIZATION_FILES, check_weights, find_weights, refuse_quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,16 @@ EMBEDDED = {
     )
 }
 # Files to download from a repository on the Hub: weights as safetensors only, not their duplicates in other formats.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+TOKENIZER_PATTERNS = [
+    *("tokenizer*", "*vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "tekken.json", "dict.txt", "*.model"),
+    *("*.model.v*", "*.tiktoken", "*.tokenizer", "*.spm", "chat_template*", "*.jinja", "additional_chat_templates/*"),
+]
+"""Files of a tokenizer, of whatever class."""
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", *TOKENIZER_PATTERNS]
+NOT_FROM_HUB = ["consolidated*"]
+"""The same weights in the original format of their authors."""
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIG_PATTERNS = ["config.json", ADAPTER_CONFIG, *QUANTIZATION_FILES]
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """PEFT's names; of two files with weights the first is read."""
 
@@ -54,33 +63,61 @@ def hub_id(name: str) -> str | None:
 def resolve_model(name: str, *, revision: str | None = None, config_only: bool = False) -> str:
     """The local folder of a model: embedded name, path, or id on the Hub (downloaded if it is not cached).
 
-    `config_only`: of a model on the Hub, download nothing but its config.json.
+    `config_only`: read, and of a model on the Hub download, nothing but its configuration.
 
     Logs a note before anything that takes long.
 
     Raises:
-        ValueError: no such model, a folder without a config.json, or an adapter.
+        ValueError: no such model, a folder without a config.json, an adapter, quantized weights, or files of weights that are
+            missing, damaged or ambiguous (`weight_files.py`).
     """
     if name.lower() in EMBEDDED:
         return str(_embedded(name.lower()))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _refuse_adapter(name, folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model {name}: the folder has no config.json")
+        _check_config(name, folder)
+        if not config_only:
+            check_weights(name, folder)
         return str(folder)
     if hub_id(name) is None:
         raise ValueError(f"model {name}: no such folder")
+    logger.info(f"looking for {name} on the Hub")
+    folder = _model_from_hub(name, revision, CONFIG_PATTERNS)
+    _check_config(name, folder)  # before gigabytes are downloaded
+    if not config_only:
+        folder = _model_from_hub(name, revision, HUB_PATTERNS)
+        check_weights(name, folder)
+    return str(folder)
+
+
+def check_model(name: str, *, revision: str | None = None) -> None:
+    """Raise ValueError for what `resolve_model` refuses by the configuration of a model, before anything large is read."""
+    if name.lower() not in EMBEDDED:
+        resolve_model(name, revision=revision, config_only=True)
+
+
+def _model_from_hub(name: str, revision: str | None, patterns: list[str]) -> Path:
     known = ", ".join(EMBEDDED)
-    path = _from_hub(
+    return _from_hub(
         name,
         revision,
-        ["config.json"] if config_only else HUB_PATTERNS,
+        patterns,
         not_found=f"model {name}: no folder of this name, not embedded ({known}), and not available on the Hub",
         invalid=f"model {name}: neither a folder, nor an embedded model ({known}), nor an id on the Hub",
     )
-    _refuse_adapter(name, Path(path))
-    return path
+
+
+def _check_config(name: str, folder: Path) -> None:
+    """Raise ValueError if a folder has no model, or one that training cannot use by its configuration."""
+    _refuse_adapter(name, folder)
+    if not (folder / "config.json").is_file():
+        adapter = folder / "adapter"
+        if (adapter / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"model {name} is a run folder, not a model: set model.name to its base model and lora.start_from={adapter}"
+            )
+        raise ValueError(f"model {name}: the folder has no config.json")
+    refuse_quantized(name, folder)
 
 
 def resolve_adapter(name: str) -> Path:
@@ -94,14 +131,13 @@ def resolve_adapter(name: str) -> Path:
         if hub_id(name) is None:
             raise ValueError(f"{option}: no such folder")
         reason = "no folder of this name, and not available on the Hub"
-        folder = Path(
-            _from_hub(
-                name,
-                None,
-                [ADAPTER_CONFIG, *ADAPTER_WEIGHTS],
-                not_found=f"{option}: {reason}",
-                invalid=f"{option}: neither a folder, nor an id on the Hub",
-            )
+        logger.info(f"looking for {name} on the Hub")
+        folder = _from_hub(
+            name,
+            None,
+            [ADAPTER_CONFIG, *ADAPTER_WEIGHTS],
+            not_found=f"{option}: {reason}",
+            invalid=f"{option}: neither a folder, nor an id on the Hub",
         )
     if not (folder / ADAPTER_CONFIG).is_file():
         inside = f"; {name}/adapter has one" if (folder / "adapter" / ADAPTER_CONFIG).is_file() else ""
@@ -111,15 +147,43 @@ def resolve_adapter(name: str) -> Path:
     return folder
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """The local folder of a tokenizer: path, or id on the Hub, of which only the tokenizer's files are downloaded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder, option = Path(name).expanduser(), f"model.tokenizer: {name}"
+    if folder.is_dir():
+        return folder
+    if hub_id(name) is None:
+        raise ValueError(f"{option}: no such folder")
+    unknown = f"{option}: no folder of this name, and not available on the Hub"
+    return _from_hub(name, None, TOKENIZER_PATTERNS, not_found=unknown, invalid=unknown)
+
+
 def _refuse_adapter(name: str, folder: Path) -> None:
-    """Raise ValueError if the folder has an adapter and no model."""
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    """Raise ValueError if the folder has an adapter, with a model or without."""
+    if not (folder / ADAPTER_CONFIG).is_file():
         return
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if (folder / "config.json").is_file() and find_weights(folder).names:
+        raise ValueError(
+            f"model {name}: the folder has a model and an adapter, and transformers would use both, but vLLM only the model: "
+            f"move {ADAPTER_CONFIG} and the adapter's weights to another folder, which lora.start_from can name"
+        )
+    base = _keys(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     of_it = f", {base}," if base else ""
     raise ValueError(
         f"model {name} is an adapter, not a model: set model.name to its base model{of_it} and lora.start_from={name}"
     )
+
+
+def _keys(file: Path) -> dict[str, object]:
+    """The content of a JSON file; none if it is damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {}
 
 
 def _embedded(name: str) -> Path:
@@ -162,14 +226,13 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
-def _from_hub(name: str, revision: str | None, patterns: list[str], *, not_found: str, invalid: str) -> str:
+def _from_hub(name: str, revision: str | None, patterns: list[str], *, not_found: str, invalid: str) -> Path:
     """Download these files. `not_found` and `invalid`: the messages of the errors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    logger.info(f"looking for {name} on the Hub")
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_FROM_HUB))
     except HFValidationError as error:
         raise ValueError(invalid) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -10,14 +10,15 @@ from pathlib import Path
 from .loading import apply_override, dump_yaml, nest, read_run_file
 from .paths import resolve_files
 from .run_config import DERIVED_DEFAULTS, GRPOConfig, known_keys
+from .run_folders import anchor
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     """Read a run file (YAML) and apply overrides of the form `section.field=value` with a value in YAML.
 
     `lora.targets=[q_proj, v_proj]`, `data.eval=null` and flat names (`learning_rate=1e-4`) all work. The last override
-    of a key takes precedence. The name of a run defaults to that of its file. Data and functions that exist only
-    beside the run file are found there.
+    of a key takes precedence. The name of a run defaults to that of its file. Data, functions, models and adapters that
+    exist only beside the run file are found there; those of a saved `config.yaml` where the run has found them.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -25,7 +26,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     """
     path = Path(path)
     keys = known_keys()
-    values = nest(read_run_file(path), keys)
+    values = nest(read_run_file(path, keys), keys)
+    anchor(values, path)
     for override in overrides:
         apply_override(values, override, keys)
     logging = values.setdefault("logging", {})

@@ -5,7 +5,8 @@ and PEFT are in `trl/fields.py`.
 """
 
 import re
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from enum import Enum
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from .texts import as_texts, members, takes_only_text
 from .trl.convert import Converted, convert
 from .trl.fields import ALL_NAMES, HINTS, NONE_IS_UNSET, RENAMED, TEXT_FOR_SECTIONS
 from .trl.reading import read
@@ -27,10 +29,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class KnownKeys:
-    """The names of a configuration: fields by section, and top-level keys that are not sections."""
+    """The names of a configuration: fields by section, and top-level keys that are not sections.
+
+    types: the type of every section, of every option by its dotted name, and of every top-level key.
+    """
 
     sections: Mapping[str, tuple[str, ...]]
     top_level: tuple[str, ...]
+    types: Mapping[str, Any]
 
     def dotted(self) -> list[str]:
         """All names in the form that users write: `section.field`, and the top-level keys."""
@@ -46,6 +52,15 @@ class KnownKeys:
         if len(homes) > 1:
             raise ValueError(f"{name}: occurs in several sections; write {' or '.join(homes)}")
         return homes[0] if homes else None
+
+    def type_of(self, name: str) -> Any:
+        """The type of what a user may write under a name, dotted or flat, ours or TRL's; Any if it says nothing."""
+        dotted = name if name in self.types else self.locate(name) or name
+        if dotted in self.types:
+            may_be_text = self.types.get(f"{name}.{TEXT_FOR_SECTIONS.get(name)}") is str
+            return self.types[dotted] | str if may_be_text else self.types[dotted]
+        words = set(re.findall(r"\w+", ALL_NAMES[name].type)) if name in ALL_NAMES else set()
+        return str if "str" in words and not words & {"bool", "int", "float"} else Any
 
     def hint(self, name: str) -> str:
         """A suggestion for the unknown dotted `name`."""
@@ -79,6 +94,9 @@ _FLOAT = re.compile(
     r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+
+
+NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,15 +133,15 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def read_run_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file.
+def read_run_file(path: Path, keys: KnownKeys | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty file. With `keys`, values of text options are texts (`texts.py`).
 
     Raises FileNotFoundError, or ValueError with the line of the mistake.
     """
     if not path.is_file():
         raise FileNotFoundError(f"run file not found: {path}")
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"), type_of=None if keys is None else keys.type_of)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
@@ -135,9 +153,21 @@ def read_run_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse the text of a run file. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+def parse_yaml(text: str, *, type_of: Callable[[str], Any] | None = None, kind: Any = Any) -> Any:
+    """Parse the text of a run file, or of a value of the type `kind`. Raises yaml.YAMLError.
+
+    type_of: the type of the value of each key; None: not known.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if type_of is not None and isinstance(node, yaml.MappingNode):
+            node.value = [(key, as_texts(value, type_of(str(key.value)))) for key, value in node.value]
+        return loader.construct_document(as_texts(node, kind))
+    finally:
+        loader.dispose()
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
@@ -206,6 +236,8 @@ def _section_values(name: str, value: Any) -> dict[Any, Any]:
 def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> None:
     """Set one `section.field=value` in nested `values`, in place; the value is YAML.
 
+    The value of an option that takes only texts is that text as it is, in quotes or not; only null is None.
+
     `name=value` with a flat name, `model=name`, `section={field: value}` and keys of an option (`data.options.size=9`)
     work too. Raises ValueError if the text has no `=` or the value is not valid YAML.
     """
@@ -213,11 +245,7 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
     name = name.strip()
     if not (name and equals):
         raise ValueError(f"{override}: is not an override; write section.field=value")
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: {text!r} is not valid YAML{_describe_yaml_error(error)}; put quotes around it") from None
-
+    value = _override_value(name, text, _type_of_override(name, keys))
     if name in keys.sections:
         values.setdefault(name, {}).update(_section_values(name, value))
         return
@@ -229,6 +257,24 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
         if not isinstance(place, dict):
             raise ValueError(f"{name}: {parent} has no keys (it is {_shorten(place)})")
     place[field] = value
+
+
+def _type_of_override(name: str, keys: KnownKeys) -> Any:
+    """Of an option, or of the values of a mapping that is one."""
+    parent = name.rpartition(".")[0]
+    if name in keys.types or parent not in keys.types or parent in keys.sections:
+        return keys.type_of(name)
+    return next((typing.get_args(one)[1] for one in members(keys.types[parent]) if typing.get_origin(one) is dict), Any)
+
+
+def _override_value(name: str, text: str, kind: Any) -> Any:
+    """The value in an override. That of an option that takes only texts is literal, unless it is in quotes or null."""
+    if takes_only_text(kind) and text.strip() not in NULLS and text.strip()[0] not in "\"'":
+        return text
+    try:
+        return parse_yaml(text, kind=kind)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: {text!r} is not valid YAML{_describe_yaml_error(error)}; put quotes around it") from None
 
 
 # Errors
@@ -247,7 +293,7 @@ _MESSAGES = {
     "float_parsing": "must be a number",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
-    "string_type": "must be text, in quotes if YAML would read it as another type",
+    "string_type": "must be text",
     "string_too_short": "must not be empty",
     "list_type": "must be a list",
     "dict_type": "must be a mapping",

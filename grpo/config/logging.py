@@ -18,6 +18,9 @@ class LoggingConfig(Section):
     output_dir: Path = Path("runs/run")
     """Folder for metrics, completions and the adapter. None: `runs/<run_name>`."""
 
+    working_dir: Path | None = None
+    """Folder that the relative paths of a saved `config.yaml` start from. A run sets it to its working directory."""
+
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate every `eval_steps` steps. 0: only before and after training."""
 

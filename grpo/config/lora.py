@@ -45,7 +45,7 @@ class LoraConfig(Section):
     """Adapter to start training from: a folder in PEFT's format, such as an earlier run's `adapter`, or an id on the Hub.
     `rank`, `alpha`, `use_rslora` and `targets` are taken from it unless they are set, and so are `rank_pattern` and
     `alpha_pattern` unless they or `rank` and `alpha` are set. If they differ, the adapter is converted to the same function:
-    ranks can grow but not shrink, and further targets start at zero. None: a new adapter."""
+    ranks can grow, smaller ones are raised to the adapter's, and further targets start at zero. None: a new adapter."""
 
     rank: Rank = 64
     """Rank of the update (PEFT's `r`), 1 to 128."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ...section import Section
+from ..common.model_files import EMBEDDED
 
 if TYPE_CHECKING:
     from .run_config import GRPOConfig
@@ -76,7 +77,7 @@ def names_files(name: str) -> bool:
 
 
 def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
-    """The configuration with resolved names of data, reward functions and other functions. `folder` is the run file's."""
+    """The configuration with resolved names of data, functions, models and adapters. `folder` is the run file's."""
     functions = [
         resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
         for one in config.rewards.functions
@@ -89,8 +90,22 @@ def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
             "data": data,
             "algorithm": _resolved(config.algorithm, ("loss_type", "advantage_estimator", "group_filter"), folder),
             "rewards": config.rewards.model_copy(update={"functions": functions}),
+            "model": _with_folders(config.model, ("name", "tokenizer"), folder),
+            "lora": _with_folders(config.lora, ("start_from",), folder),
         }
     )
+
+
+def _with_folders(section: SectionT, options: Sequence[str], folder: Path) -> SectionT:
+    """The section with other values of the options that name a folder beside the run file, such as a model."""
+    found: dict[str, str] = {}
+    for option in options:
+        name = getattr(section, option)
+        if name is None or name.lower() in EMBEDDED or Path(name).expanduser().exists():
+            continue
+        if (folder / name).is_dir():
+            found[option] = _path_from_here(folder / name)
+    return section.model_copy(update=found)
 
 
 def _resolved(section: SectionT, options: Sequence[str], folder: Path, how: Resolver | None = None) -> SectionT:

@@ -24,7 +24,9 @@ INTRODUCTION = """# Options
 
 All options of a run file, by section, with their defaults. Override any of them on the command line with
 `section.field=value`, or pass them to `GRPOConfig` in Python, where `null` is `None`. Unknown names and invalid values are
-errors. This page is generated: `python -m rankup.grpo.config.reference docs/options.md`.
+errors. A text needs no quotes: a run named `007`, `12:30` or `on` keeps its name, and on the command line the value of an
+option that takes only text is literal (`data.system_prompt=Answer: yes`). This page is generated:
+`python -m rankup.grpo.config.reference docs/options.md`.
 """
 
 

@@ -9,6 +9,7 @@ Each section is defined in a file named after it, `rollout` and `rewards` in the
 is frozen. All mistakes are reported in one `ValueError`, one line each. Nothing here imports torch.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
@@ -195,16 +196,20 @@ class GRPOConfig(Section):
         return self.rollout.max_num_seqs or min(self.completions_per_step, MAX_NUM_SEQS)
 
 
+@functools.cache
 def known_keys() -> KnownKeys:
     """All sections, fields and top-level keys of `GRPOConfig`."""
     sections: dict[str, tuple[str, ...]] = {}
     top_level: list[str] = []
+    types: dict[str, Any] = {}
     for name, field in GRPOConfig.model_fields.items():
+        types[name] = field.annotation
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             sections[name] = tuple(field.annotation.model_fields)
+            types |= {f"{name}.{key}": option.annotation for key, option in field.annotation.model_fields.items()}
         else:
             top_level.append(name)
-    return KnownKeys(sections=sections, top_level=tuple(top_level))
+    return KnownKeys(sections=sections, top_level=tuple(top_level), types=types)
 
 
 def resolve_epochs(config: GRPOConfig, *, rows: int) -> GRPOConfig:

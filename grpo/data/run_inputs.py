@@ -23,7 +23,7 @@ from ...rollout.model_limits import prompt_length
 from ..common.errors import first_line
 from ..common.exact_json import encode
 from ..common.log import logger
-from ..common.model_files import resolve_model
+from ..common.model_files import check_model, resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig, with_options
 from ..config.data import check_set_names
@@ -79,6 +79,7 @@ def load_run_inputs(
     eval_source = data.eval if eval_dataset is None else eval_dataset
     if train_source is None:
         raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
+    check_model(config.model.name, revision=config.model.revision)
     train_rows = _load(config, train_source, data.train_split, lambda: _rows_of_all_steps(config))
     check_column_types(train_rows, data.column_types)
     eval_rows = _load_eval(config, eval_source)

@@ -13,11 +13,10 @@ Under torch's `FakeTensorMode` no file of weights is read: the parameters have s
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -25,9 +24,9 @@ from safetensors import safe_open
 from torch import nn
 from torch._guards import detect_fake_mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...kernels.nf4 import BLOCKSIZE, Nf4Weight
+from ..common.weight_files import INDEX, files_of_weights, find_weights
 from .lora_layers import Nf4Linear
 
 
@@ -167,8 +166,25 @@ def _not_found(model_path: str, name: str, files: Mapping[str, Path]) -> str:
     return f"model.load_in: {where} name the weights differently from transformers (no {name}): leave this option out"
 
 
+def load_plainly(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as transformers loads it, from the files that vLLM reads too (`common/weight_files.py`).
+
+    Raises:
+        ValueError: the files lack some of its weights.
+    """
+    config = AutoConfig.from_pretrained(model_path)
+    # Without it, transformers would not read an index beside a model.safetensors.
+    config.transformers_weights = INDEX if find_weights(Path(model_path)).has_index else None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, output_loading_info=True)
+    model, report = loaded
+    if report["missing_keys"]:  # transformers has initialised them at random
+        raise ValueError(f"the files in {model_path} have no weight {min(report['missing_keys'])}, which the model has")
+    del model.config.transformers_weights
+    return cast(PreTrainedModel, model)
+
+
 def _loaded_plainly(model_path: str, dtype: torch.dtype, device: str) -> BaseModel:
-    model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype))
+    model = load_plainly(model_path, dtype)
     nn.Module.to(model, device)
     return _described(model, {})
 
@@ -253,18 +269,6 @@ def _set_parameter(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> N
 def _set_nf4(model: PreTrainedModel, name: str, weight: Nf4Weight) -> None:
     layer_name = name.rpartition(".")[0]
     model.set_submodule(layer_name, Nf4Linear(weight, cast(nn.Linear, model.get_submodule(layer_name)).bias))
-
-
-def files_of_weights(folder: Path) -> dict[str, Path]:
-    """Which file holds each weight."""
-    index, single_file = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single_file.is_file():
-        return {}
-    with safe_open(single_file, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single_file)
 
 
 def read_weights(files: Mapping[str, Path], names: Sequence[str], device: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,7 +5,8 @@
 
 The configuration decides about ranks, scales and targets of the training; an adapter that has others is converted exactly.
 With a larger rank, the new rows of A are initialised as usual and the new columns of B are zero. With another scale, the ratio
-is folded into B. Layers that the adapter does not have start at zero, as in a new adapter. Nothing is truncated.
+is folded into B. Layers that the adapter does not have start at zero, as in a new adapter. Nothing is truncated: ranks that are
+set smaller than the adapter's are raised to it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import load_peft_weights
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
@@ -32,6 +34,7 @@ from ..common.errors import first_line
 from ..common.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_adapter
 from ..config import GRPOConfig, LoraConfig
 from ..config.lora import MAX_RANK, TARGET_PRESETS
+from ..config.run_config import with_options
 from .adapters import INITS, check_patterns, some, targeted_modules
 from .base_model import saved_weight
 from .lora_layers import ADAPTER, FusedLoRALayer
@@ -202,12 +205,15 @@ def _with_options(config: GRPOConfig, start: StartAdapter, model_path: str) -> G
     with torch.device("meta"):
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)))
     _check_shapes(start, model)
+    _check_all_layers(start, model)
     set_by_user = config.lora.model_dump(exclude_unset=True)
-    lora = GRPOConfig(lora={**_taken(start, model, config.lora.model_fields_set), **set_by_user}).lora  # its readable errors
-    _check_layers(start, model, lora)
+    options = {**_taken(start, model, config.lora.model_fields_set), **set_by_user}
+    notes = _raise_ranks(options, start)
+    changed = with_options(config, {"lora": options}, notes=notes)
+    _check_layers(start, model, changed.lora)
     _check_base_weights(start, model, model_path)
-    check_patterns(list(targeted_modules(model, lora.target_modules)), lora)
-    return config.model_copy(update={"lora": lora})
+    check_patterns(list(targeted_modules(model, changed.lora.target_modules)), changed.lora)
+    return changed
 
 
 def _taken(start: StartAdapter, model: nn.Module, is_set: set[str]) -> dict[str, Any]:
@@ -221,6 +227,22 @@ def _taken(start: StartAdapter, model: nn.Module, is_set: set[str]) -> dict[str,
             options[name] = {key: value for key, value in pattern.items() if key in used}
     options["targets"] = _targets(start, model)
     return options
+
+
+def _raise_ranks(options: dict[str, Any], start: StartAdapter) -> list[str]:
+    """Raise ranks that are smaller than those of the adapter's layers, in place; returns notes."""
+    pattern = dict(options.get("rank_pattern") or {})
+    rank = options["rank"]
+    for name, layer in start.layers.items():
+        key = get_pattern_key(list(pattern), name)
+        if key in pattern:
+            pattern[key] = max(pattern[key], layer.rank)
+        else:
+            rank = max(rank, layer.rank)
+    raised = [("lora.rank", options["rank"], rank)]
+    raised += [(f"lora.rank_pattern.{key}", was, pattern[key]) for key, was in (options.get("rank_pattern") or {}).items()]
+    options |= {"rank": rank} | ({"rank_pattern": pattern} if pattern else {})
+    return [f"{name}: {now}, not {was}, which the adapter of lora.start_from has" for name, was, now in raised if now > was]
 
 
 def _targets(start: StartAdapter, model: nn.Module) -> str | list[str]:
@@ -248,19 +270,12 @@ def _names_of(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _check_layers(start: StartAdapter, model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Check that all layers of the adapter are trained, with a rank that is large enough."""
+    """Check that all layers of the adapter are trained."""
     targeted = targeted_modules(model, lora.target_modules)
     if left_out := [name for name in start.layers if name not in targeted]:
         raise ValueError(
             f"lora.targets: the adapter in {start.folder} also has {some(left_out)}: add them, or leave this option out"
         )
-    for name, layer in start.layers.items():
-        rank = _of_layer(name, lora.rank_pattern, lora.rank)
-        if rank < layer.rank:
-            raise ValueError(
-                f"lora.rank: must not be smaller than that of the adapter in {start.folder}, which has rank {layer.rank} in "
-                f"{name} (got {rank}); set a larger one, or leave it out"
-            )
 
 
 def _check_base_weights(start: StartAdapter, model: PreTrainedModel, model_path: str) -> None:
@@ -275,11 +290,24 @@ def _check_base_weights(start: StartAdapter, model: PreTrainedModel, model_path:
             )
 
 
+def _check_all_layers(start: StartAdapter, model: PreTrainedModel) -> None:
+    """Check that the adapter has every layer of this model that its own configuration selects."""
+    selected = [name for name, _ in model.named_modules() if name and check_target_module_exists(start.peft, name)]
+    if missing := [name for name in selected if name not in start.layers]:
+        raise ValueError(
+            f"the adapter in {start.folder} does not fit this model: its target_modules also select {some(missing)}, for which "
+            f"it has no weights; {_trained_on(start)}"
+        )
+
+
+def _trained_on(start: StartAdapter) -> str:
+    base = start.peft.base_model_name_or_path
+    return f"it was trained on {base}" if base else "was it trained on another base model?"
+
+
 def _check_shapes(start: StartAdapter, model: PreTrainedModel) -> None:
     modules, embedding = dict(model.named_modules()), model.get_input_embeddings()
-    hint = "was it trained on another base model?"
-    if start.peft.base_model_name_or_path:
-        hint = f"it was trained on {start.peft.base_model_name_or_path}"
+    hint = _trained_on(start)
     misfit = f"the adapter in {start.folder} does not fit this model"
     for name, layer in start.layers.items():
         module, expected = modules.get(name), None

@@ -21,10 +21,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..common.quiet import quiet_stderr
+from ..common.weight_files import files_of_weights, quantization_of
 from ..config import ModelConfig
-from ..model.base_model import files_of_weights
 from .cache import Digest, cached_folder, new_folder, size_of
-from .found import LocalCopy, comparable, different_weight, is_quantized, is_same_model, local_copies
+from .found import LocalCopy, comparable, different_weight, is_same_model, local_copies
 from .quantization import quantization
 from .tokenizer import check_ids, fingerprint, load_tokenizer, own_tokenizer, write_tokenizer
 from .weights import plain_weights, run_dtype, tied_names, without_ties
@@ -105,7 +105,7 @@ def _nf4_base(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], confi
         raise ValueError("model: is quantized, and its original weights have no name: pass the folder or the Hub id")
     found = next(local_copies(name), LocalCopy(Path(name), name, config.revision))
     if (found.folder / "config.json").is_file():
-        if is_quantized(found.folder):
+        if quantization_of(found.folder) is not None:
             raise ValueError(f"model: the files of {name} are quantized: pass the original model, with quantization_config")
         files = files_of_weights(found.folder)
         plain = sorted(n for n in weights.keys() & files.keys() if weights[n].is_floating_point())

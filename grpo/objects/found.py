@@ -19,7 +19,8 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..common.model_files import hub_id, resolve_model
-from ..model.base_model import files_of_weights, read_weights
+from ..common.weight_files import files_of_weights
+from ..model.base_model import read_weights
 from .weights import tied_names
 
 WITHOUT_EFFECT = frozenset(
@@ -93,11 +94,6 @@ def different_weight(
 def comparable(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a configuration determines the model's function."""
     return _without_effect(json.loads(config.to_json_string(use_diff=False)))
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether the files of a model are quantized."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _without_effect(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from ...rollout.engine import EngineSettings
 from ...rollout.model_limits import check_model_limits
+from ..common.weight_files import find_weights
 from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
 from ..model.adapters import target_module_names
@@ -45,6 +48,7 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     Raises:
         ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
     """
+    files = find_weights(Path(model_path))
     return EngineSettings(
         model=model_path,
         tokenizer=config.model.tokenizer,
@@ -56,4 +60,5 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         max_num_seqs=config.max_num_seqs,
         keep_base_weights=config.model.share_base_weights is True,
         nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
+        weight_files=files.names if files.others else (),
     )

@@ -4,8 +4,9 @@ share or to serve.
     rankup export runs/quickstart                               # runs/quickstart/export/adapter: PEFT's format
     rankup export runs/quickstart --merge                       # runs/quickstart/export/merged: a transformers model
     rankup export runs/quickstart/checkpoints/step_000010 --merge --dtype float32 --output mine
+    rankup export runs/quickstart --gguf                        # runs/quickstart/export/gguf: the merged model for llama.cpp
 
-Both come with the tokenizer and a model card (`model_card.py`). Merging computes in fp32 and casts once. The output folder is
+All come with the tokenizer and a model card (`model_card.py`). Merging computes in fp32 and casts once. The output folder is
 written atomically; the base model's files are not changed.
 """
 
@@ -27,12 +28,14 @@ from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
 from ..command import add_command
 from .model_card import TrainedAdapter, model_card, read_run
+from .tokenizer import copy_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+Kind = Literal["adapter", "merged", "gguf"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
@@ -42,6 +45,7 @@ EXAMPLES = """examples:
   rankup export runs/quickstart                          the adapter in PEFT's format, with tokenizer and model card
   rankup export runs/quickstart --merge                  a plain transformers model, in the base model's dtype
   rankup export runs/quickstart --merge --dtype float32 --output merged
+  rankup export runs/quickstart --gguf                   the merged model as a GGUF file, for llama.cpp
 """
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -53,20 +57,23 @@ def add_export_command(commands: Any) -> None:
     add = add_command(commands, "export", text, examples=EXAMPLES, run=export).add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, or a folder checkpoints/step_<N> of one")
     add("--merge", action="store_true", help="merge the adapter into the base model")
-    add("--output", type=Path, metavar="FOLDER", help="default RUN/export/adapter, with --merge RUN/export/merged")
+    add("--gguf", action="store_true", help="merge, and write one GGUF file for llama.cpp (Llama, Qwen2 and Qwen3)")
+    add("--output", type=Path, metavar="FOLDER", help="default RUN/export/adapter, RUN/export/merged or RUN/export/gguf")
     add("--dtype", choices=DTYPES, default="auto", help="type of merged weights (default auto: that of the base model)")
     add("--overwrite", action="store_true", help="replace an existing export")
 
 
 def export(options: argparse.Namespace) -> int:
-    """`rankup export RUN [--merge] [--output FOLDER] [--dtype DTYPE] [--overwrite]`"""
-    if options.dtype != "auto" and not options.merge:
-        raise ValueError("--dtype needs --merge: an adapter is exported in float32, the dtype of training")
+    """`rankup export RUN [--merge | --gguf] [--output FOLDER] [--dtype DTYPE] [--overwrite]`"""
+    kind: Kind = "gguf" if options.gguf else "merged" if options.merge else "adapter"
+    if options.dtype != "auto" and kind == "adapter":
+        raise ValueError("--dtype needs --merge or --gguf: an adapter is exported in float32, the dtype of training")
     trained = read_run(options.run)
-    output: Path = options.output or default_output(trained, options.run, merged=options.merge)
+    output: Path = options.output or default_output(trained, options.run, kind)
     with log_to(lambda text: print(f"{text} ...", flush=True)):
-        if options.merge:
-            rounding = export_merged(trained, output, dtype=options.dtype, overwrite=options.overwrite)
+        if kind != "adapter":
+            as_gguf = kind == "gguf"
+            rounding = export_merged(trained, output, dtype=options.dtype, overwrite=options.overwrite, as_gguf=as_gguf)
         else:
             export_adapter(trained, output, overwrite=options.overwrite)
             rounding = 0.0
@@ -77,25 +84,27 @@ def export(options: argparse.Namespace) -> int:
         )
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output} ({size / 2**20:,.1f} MiB)")
-    if trained.config.model.load_in == "nf4" and not options.merge:
+    if trained.config.model.load_in == "nf4" and kind == "adapter":
         print(
             "note: the adapter was trained on the base in NF4. On the base in its original dtype, which vLLM serves, it is a "
             "different policy: `rankup export RUN --merge` writes the model that was trained"
         )
         return 0
-    print(f"serve it: {shlex.join(_serve_command(trained, output, merged=options.merge))}")
+    print(f"serve it: {shlex.join(_serve_command(trained, output, kind))}")
     return 0
 
 
-def default_output(trained: TrainedAdapter, run: Path, *, merged: bool) -> Path:
+def default_output(trained: TrainedAdapter, run: Path, kind: Kind) -> Path:
     """`RUN/export/<kind>`; `RUN/export/step_<N>-<kind>` for a checkpoint, which the run may delete with everything in it."""
-    kind, folder = "merged" if merged else "adapter", run.resolve()
+    folder = run.resolve()
     return run / "export" / kind if trained.step is None else folder.parents[1] / "export" / f"{folder.name}-{kind}"
 
 
-def _serve_command(trained: TrainedAdapter, output: Path, *, merged: bool) -> list[str]:
-    if merged:
+def _serve_command(trained: TrainedAdapter, output: Path, kind: Kind) -> list[str]:
+    if kind == "merged":
         return ["vllm", "serve", str(output)]
+    if kind == "gguf":
+        return ["llama-server", "-m", str(output / gguf_name(trained))]
     model = trained.config.model
     base = hub_id(model.name)
     where = [resolve_model(model.name)] if base is None else [base, *(["--revision", model.revision] if model.revision else [])]
@@ -122,12 +131,16 @@ def export_adapter(trained: TrainedAdapter, output: Path, *, overwrite: bool = F
         config["revision"] = trained.config.model.revision
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(trained.folder / "adapter_model.safetensors", partial / "adapter_model.safetensors")
-        _save_tokenizer(trained, model_path, partial)
+        copy_tokenizer(trained.config, model_path, partial)
         (partial / CARD_FILE).write_text(model_card(trained), encoding="utf-8")
 
 
-def export_merged(trained: TrainedAdapter, output: Path, *, dtype: str = "auto", overwrite: bool = False) -> float:
+def export_merged(
+    trained: TrainedAdapter, output: Path, *, dtype: str = "auto", overwrite: bool = False, as_gguf: bool = False
+) -> float:
     """Write the base model with the adapter merged into it, the run's tokenizer and a model card to the folder `output`.
+
+    With `as_gguf` model and tokenizer are one GGUF file, with the same weights.
 
     Returns the change of the adapted weights by rounding to the dtype, relative to their change by training (Frobenius norms
     over all of them).
@@ -135,11 +148,14 @@ def export_merged(trained: TrainedAdapter, output: Path, *, dtype: str = "auto",
     dtype: `float32`, `bfloat16`, `float16`, or `auto`: that in the base model's config.json, else float32.
 
     Raises:
-        ValueError: no such base model, the adapter does not fit it, weights that are not finite (in that dtype), or `output`
-            exists already.
+        ValueError: no such base model, the adapter does not fit it, weights that are not finite (in that dtype), `output`
+            exists already, or GGUF cannot hold a model of this kind.
     """
+    from .gguf_file import write_gguf
+
     _check_output(output, trained, overwrite=overwrite)
     model_path = _base_folder(trained)
+    tokenizer = _checked_tokenizer(trained, model_path) if as_gguf else None
     logger.info("loading %s and merging the adapter, in float32", trained.base_name)
     model_config = trained.config.model
     merged = merge(model_path, trained.folder, load_in=model_config.load_in, dtype=model_config.dtype)
@@ -147,10 +163,30 @@ def export_merged(trained: TrainedAdapter, output: Path, *, dtype: str = "auto",
     rounding = _cast(merged, stored_as)
     with atomic_folder(output.resolve()) as partial:
         logger.info("writing the weights in %s", stored_as)
-        _save_model(merged.model, Path(model_path), partial)
-        _save_tokenizer(trained, model_path, partial)
-        (partial / CARD_FILE).write_text(model_card(trained, merged_dtype=stored_as), encoding="utf-8")
+        if tokenizer is not None:
+            write_gguf(merged.model, tokenizer, partial / gguf_name(trained), dtype=stored_as, name=trained.name)
+        else:
+            _save_model(merged.model, Path(model_path), partial)
+            copy_tokenizer(trained.config, model_path, partial)
+        card = model_card(trained, merged_dtype=stored_as, gguf=gguf_name(trained) if as_gguf else None)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return rounding
+
+
+def gguf_name(trained: TrainedAdapter) -> str:
+    """The name of the file."""
+    return f"{trained.name.replace('/', '-')}.gguf"
+
+
+def _checked_tokenizer(trained: TrainedAdapter, model_path: str) -> PreTrainedTokenizerFast:
+    """The run's tokenizer. ValueError if it or the model cannot be written as GGUF."""
+    from transformers import AutoConfig
+
+    from .gguf_file import check_supported
+
+    tokenizer = load_tokenizer(trained.config, model_path)
+    check_supported(AutoConfig.from_pretrained(model_path), tokenizer)
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +210,12 @@ def merge(model_path: str, adapter: Path, *, load_in: Literal["nf4"] | None = No
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
-    from transformers import AutoModelForCausalLM
 
     from ...model.adapters import load_weights
-    from ...model.base_model import nf4_names, round_to_nf4
+    from ...model.base_model import load_plainly, nf4_names, round_to_nf4
 
     with quiet_stderr():
-        base = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32))
+        base = load_plainly(model_path, torch.float32)
         if load_in == "nf4":
             round_to_nf4(base, nf4_names(model_path), getattr(torch, dtype))
     config = LoraConfig.from_pretrained(str(adapter))
@@ -258,19 +293,8 @@ def _save_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
         model.generation_config = GenerationConfig()
     with quiet_stderr():
         model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # safetensors makes them readable for the owner only
-        shutil.copymode(folder / "config.json", weights)
     if has_generation_config:
         shutil.copyfile(base / GENERATION_FILE, folder / GENERATION_FILE)
-
-
-def _save_tokenizer(trained: TrainedAdapter, model_path: str, folder: Path) -> None:
-    """The run's tokenizer, with its chat template: that of `model.tokenizer`, or the base model's."""
-    from transformers import AutoTokenizer
-
-    with quiet_stderr():
-        source = trained.config.model.tokenizer or model_path
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> None:

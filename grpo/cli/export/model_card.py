@@ -86,8 +86,11 @@ def read_run(run: Path) -> TrainedAdapter:
     )
 
 
-def model_card(trained: TrainedAdapter, *, merged_dtype: str | None = None) -> str:
-    """Markdown with the Hub's metadata. `merged_dtype`: the type of the merged weights; None for an adapter."""
+def model_card(trained: TrainedAdapter, *, merged_dtype: str | None = None, gguf: str | None = None) -> str:
+    """Markdown with the Hub's metadata.
+
+    merged_dtype: the type of the merged weights; None for an adapter. gguf: the name of their GGUF file, if they are in one.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     model, is_merged = trained.config.model, merged_dtype is not None
@@ -96,7 +99,7 @@ def model_card(trained: TrainedAdapter, *, merged_dtype: str | None = None) -> s
         base_model=base,  # None: the Hub knows only its own ids
         base_model_relation=None if base is None else "finetune" if is_merged else "adapter",
         datasets=[source for source in _sources(trained.config.data.train) if _is_on_hub(source)] or None,
-        library_name="transformers" if is_merged else "peft",
+        library_name="gguf" if gguf else "transformers" if is_merged else "peft",
         pipeline_tag="text-generation",
         tags=["rankup", "grpo", "reinforcement-learning", "lora"],
     )
@@ -111,6 +114,7 @@ def model_card(trained: TrainedAdapter, *, merged_dtype: str | None = None) -> s
         is_nf4=model.load_in == "nf4",
         max_rank=trained.config.lora.max_rank,
         merged_dtype=merged_dtype,
+        gguf=gguf,
         training=_training(trained),
         results=_results(trained),
         configuration=_configuration(trained.config),

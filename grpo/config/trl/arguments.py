@@ -189,6 +189,7 @@ class Arguments(TypedDict, total=False):
     options: dict[str, Any]
     run_name: str | None
     output_dir: str | Path | None
+    working_dir: str | Path | None
     eval_steps: int | float | None
     eval_epochs: float | None
     eval_before: bool

@@ -77,6 +77,6 @@ TEXT_FOR_SECTIONS = {"model": "name", "optim": "optimizer"}
 HINTS = {
     "r": "did you mean lora.rank?",
     "lr": "did you mean optim.learning_rate?",
-    "adapter": "a run always starts with a new adapter; to start from an existing one is not supported yet",
+    "adapter": "did you mean lora.start_from?",
 }
 """Hints for common names from other libraries that are not similar to ours in spelling."""

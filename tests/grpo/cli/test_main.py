@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from tiny_models import tiny_tokenizer
 
 from rankup.grpo.cli.main import EXAMPLES, main, make_parser
@@ -43,6 +44,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     ).save_pretrained(tmp_path / "tiny")
+    save_file({}, tmp_path / "tiny" / "model.safetensors")
     (tmp_path / "run.yaml").write_text(RUN_FILE)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n')
     (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "1 + 1?"}]}\n')

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import SPECIAL_TOKENS
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +71,13 @@ def write_gguf(model: Path, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_model(folder: Path) -> None:
+    """The files of a model without layers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    save_file({}, folder / "model.safetensors")
 
 
 def error_of(name: str) -> str:
@@ -173,6 +180,9 @@ def test_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     folder.mkdir()
     assert error_of(str(folder)) == f"model {folder}: the folder has no config.json"
     (folder / "config.json").write_text("{}")
+    assert error_of(str(folder)).startswith(f"model {folder}: the folder has no model.safetensors and no ")
+    assert resolve_model(str(folder), config_only=True) == str(folder)
+    write_model(folder)
     assert resolve_model(str(folder)) == str(folder)
     monkeypatch.chdir(tmp_path)
     assert Path(resolve_model("mine")).resolve() == folder
@@ -193,7 +203,9 @@ def test_an_adapter_is_not_a_model(tmp_path: Path, base: str | None, named: str)
         f"model {tmp_path} is an adapter, not a model: set model.name to its base model{named} and lora.start_from={tmp_path}"
     )
     (tmp_path / "config.json").write_text("{}")
-    assert resolve_model(str(tmp_path)) == str(tmp_path)
+    assert error_of(str(tmp_path)).startswith(f"model {tmp_path} is an adapter, not a model")
+    write_model(tmp_path)
+    assert error_of(str(tmp_path)).startswith(f"model {tmp_path}: the folder has a model and an adapter, and transf")
 
 
 # Adapters
@@ -244,8 +256,7 @@ def test_a_cached_hub_id_works_offline(tmp_path: Path, caplog: pytest.LogCapture
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    write_model(snapshot)
     assert resolve_model("someone/tiny") == str(snapshot)
     assert caplog.messages == ["looking for someone/tiny on the Hub"]
 
@@ -261,8 +272,19 @@ def test_an_invalid_name(name: str) -> None:
     assert error_of(name) == f"model {name}: neither a folder, nor an embedded model ({NAME}), nor an id on the Hub"
 
 
-def test_of_a_model_on_the_hub_the_configuration_alone_can_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or "folder")
-    assert resolve_model("someone/tiny", config_only=True) == "folder"
-    assert asked["allow_patterns"] == ["config.json"]
+def test_the_configuration_is_fetched_first_and_can_be_fetched_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        return str(tmp_path / "folder")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    write_model(tmp_path / "folder")
+    assert resolve_model("someone/tiny", config_only=True) == str(tmp_path / "folder")
+    assert len(asked) == 1 and "config.json" in asked[0] and "*.safetensors" not in asked[0]
+    resolve_model("someone/tiny")
+    assert asked[1] == asked[0] and "*.safetensors" in asked[2]
+    (tmp_path / "folder" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    assert "quantized already (GPTQ)" in error_of("someone/tiny")
+    assert len(asked) == 4, "no weights are downloaded"

@@ -41,7 +41,7 @@ def test_the_action_on_a_failure(load, value, meant):
         ("rewards.timeout=0", "rewards.timeout"),
         ("rewards.functions=[{function: a.py:f, wieght: 2}]", "wieght"),
         ("rewards.functions=[{kwargs: {}}]", "function"),
-        ("rewards.functions=[3]", "rewards.functions"),
+        ("rewards.functions=[[3]]", "rewards.functions"),
         ("rewards.rows_per_call=0", "rewards.rows_per_call"),
     ],
 )

@@ -214,6 +214,38 @@ def test_the_fingerprint_is_of_weights_and_scales(save_stock: Save) -> None:
     assert read_start(folder).fingerprint != first
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "expected", "notes"),
+    [
+        ({}, {"rank": 4}, {"rank": 8, "max_rank": 64}, ["lora.rank: 8, not 4"]),
+        ({"r": 100}, {"rank": 64}, {"rank": 100, "max_rank": 128}, ["lora.rank: 100, not 64"]),
+        ({"r": 100}, {"rank": 64, "max_rank": 128}, {"rank": 100, "max_rank": 128}, ["lora.rank: 100, not 64"]),
+        (
+            {},
+            {"rank": 16, "rank_pattern": {"q_proj": 7}},
+            {"rank": 16, "rank_pattern": {"q_proj": 8}},
+            ["lora.rank_pattern.q_proj: 8, not 7"],
+        ),
+        ({"rank_pattern": {"q_proj": 12}}, {"rank": 8}, {"rank": 12, "rank_pattern": {}}, ["lora.rank: 12, not 8"]),
+        ({"rank_pattern": {"q_proj": 12}}, {"rank_pattern": {"q_proj": 4}}, {"rank_pattern": {"q_proj": 12}}, None),
+        ({}, {"rank": 8}, {"rank": 8}, []),
+    ],
+)
+def test_ranks_that_are_set_smaller_are_raised_with_a_note(
+    save_stock: Save, resolve, tiny_model_path, theirs: Any, ours: Any, expected: dict[str, Any], notes: list[str] | None
+) -> None:
+    folder = save_stock(**theirs)
+    config, start = resolve(folder, **ours)
+    assert {name: getattr(config.lora, name) for name in expected} == expected
+    if notes is not None:
+        assert list(config.notes) == [f"{note}, which the adapter of lora.start_from has" for note in notes]
+    policy = Policy(str(tiny_model_path("llama")), lora=config.lora, start=start, dtype="float32")
+    logprobs = stock_logprobs(tiny_model_path("llama"), folder, SEQUENCES)
+    assert largest_difference(trainer_logprobs(policy, SEQUENCES), logprobs) < 2e-5
+    again, _ = resolve_start(config, str(tiny_model_path("llama")))
+    assert again == config and again.notes == config.notes
+
+
 # Notes
 
 

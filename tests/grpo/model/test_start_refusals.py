@@ -121,11 +121,10 @@ def test_a_layer_that_the_model_does_not_have_is_refused(save_stock: Save, resol
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
-        ({}, {"rank": 4}, r"^lora.rank: must not be smaller than that of the adapter in .*, which has rank 8 in .*\(got 4\)"),
-        ({}, {"rank": 16, "rank_pattern": {"q_proj": 7}}, r"^lora.rank: .* which has rank 8 in \S+q_proj \(got 7\)"),
-        ({"rank_pattern": {"q_proj": 12}}, {"rank": 8}, r"^lora.rank: .* which has rank 12 in \S+q_proj \(got 8\)"),
         ({}, {"targets": "qkv"}, r"^lora.targets: the adapter in .* also has model\.layers\.0\.mlp\.up_proj, \S+: add them"),
         ({"r": 100}, {"max_rank": 64}, r"^lora.max_rank: must be at least lora.rank, which is 100 \(got 64\)"),
+        ({"r": 100}, {"rank": 8, "max_rank": 64}, r"^lora.max_rank: must be at least lora.rank, which is 100 \(got 64\)"),
+        ({"rank_pattern": {"q_proj": 100}}, {"max_rank": 64}, r"^lora.max_rank: must be at least the largest rank in lora.r"),
         ({"r": 130}, {}, r"^the adapter in .* has rank 130 in \S+: at most 128 can be trained"),
         ({}, {"rank": 8, "alpha_pattern": {"w_proj": 3}}, r"^lora.alpha_pattern: w_proj applies to no layer"),
     ],
@@ -136,6 +135,15 @@ def test_options_that_the_adapter_does_not_fit_are_refused(
     folder = save_stock(**theirs)
     with pytest.raises(ValueError, match=message):
         resolve(folder, **ours)
+
+
+def test_an_adapter_of_a_model_with_fewer_layers_is_refused(save_stock: Save, resolve) -> None:
+    """All of its shapes fit, and half of the model would have no adapter."""
+    folder = save_stock()
+    change_weights(folder, lambda weights: [weights.pop(key) for key in list(weights) if "layers.1." in key])
+    message = r"does not fit this model: its target_modules also select model\.layers\.1\.self_attn\.q_proj, .* no weights; it"
+    with pytest.raises(ValueError, match=message):
+        resolve(folder)
 
 
 class NotATensor:

@@ -14,9 +14,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from rankup import GRPOConfig
 from rankup.grpo.cli.export.export import export_adapter, export_merged
 from rankup.grpo.cli.export.model_card import read_run
 from rankup.grpo.cli.main import main
@@ -30,39 +29,6 @@ from rankup.kernels.nf4 import Nf4Weight
 SaveRun = Callable[..., Path]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = torch.tensor([[1, 17, 99, 200, 4, 4, 31]])
-
-
-@pytest.fixture
-def save_run(make_policy: Callable[..., Any], tiny_model_path: Callable[[str], Path], tmp_path: Path) -> SaveRun:
-    """Write the folder of a run on a kind of tiny model: its configuration, and an adapter with no zeros. `base` replaces the
-    model's folder in the configuration."""
-
-    def save(kind: str = "llama", *, folder: Path = tmp_path / "run", base: Path | None = None, **lora: Any) -> Path:
-        lora = {"rank": 16, "alpha": 8, **lora}
-        policy = make_policy(kind, **lora)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for master in policy.masters:
-                master.copy_(torch.randn(master.shape, generator=generator) * 0.2)
-        folder.mkdir(parents=True)
-        policy.save_adapter(folder / "adapter")
-        config = GRPOConfig(model=str(base or tiny_model_path(kind)), lora=lora)  # type: ignore[arg-type]
-        (folder / "config.yaml").write_text(dump_config(config))
-        return folder
-
-    return save
-
-
-def test_exports_have_the_tokenizer_of_the_run(save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path):
-    run, tokenizer = save_run(), AutoTokenizer.from_pretrained(tiny_model_path("llama"))
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    tokenizer.save_pretrained(tmp_path / "mine")
-    config = load_config(run / "config.yaml", [f"model.tokenizer={tmp_path / 'mine'}"])
-    (run / "config.yaml").write_text(dump_config(config))
-    export_adapter(read_run(run), tmp_path / "adapter")
-    export_merged(read_run(run), tmp_path / "merged")
-    for folder in (tmp_path / "adapter", tmp_path / "merged"):
-        assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
 
 
 def exact_merge(base: Path, run: Path, scales: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -206,18 +172,6 @@ def test_the_base_and_the_run_are_unchanged_and_no_path_is_published(
 
 def hashes(folder: Path) -> dict[Path, str]:
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("merge", [False, True])
-def test_the_export_has_the_tokenizer_and_chat_template(
-    save_run: SaveRun, tiny_model_path: Callable[[str], Path], tmp_path: Path, merge: bool
-) -> None:
-    (export_merged if merge else export_adapter)(read_run(save_run()), tmp_path / "out")
-    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tiny_model_path("llama")))
-    talk = [{"role": "user", "content": "2 + 2, ünïcode\n?"}]
-    rendered = [t.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] for t in (ours, theirs)]
-    assert rendered[0] == rendered[1] and len(rendered[0]) > 10
-    assert ours.get_vocab() == theirs.get_vocab()
 
 
 @pytest.mark.parametrize("merge", [False, True])

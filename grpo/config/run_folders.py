@@ -1,0 +1,97 @@
+"""The configuration that a run has saved, read from another folder than the run was started in.
+
+    anchor(values, Path("elsewhere/runs/mine/config.yaml"))     # data.train: rows.jsonl  ->  /home/me/project/rows.jsonl
+
+A run's `config.yaml` names files relative to the working directory of the run, which it has in `logging.working_dir`. A project
+that was moved or copied together with its runs is found by `logging.output_dir`.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..common.model_files import EMBEDDED
+
+NAMES_OF_FILES = {
+    "model": ("name", "tokenizer"),
+    "lora": ("start_from",),
+    "data": ("train", "eval", "sampler"),
+    "algorithm": ("loss_type", "advantage_estimator", "group_filter"),
+    "rewards": ("functions",),
+}
+"""Options that can name files or folders; `data.chat_template` is saved as its text."""
+
+
+def anchor(values: dict[str, Any], file: Path) -> None:
+    """Give names in `values`, read from a run's configuration file, the absolute paths that they had for the run, in place.
+
+    Names of files in the working directory stay as they are, and so do those of other configuration files.
+    """
+    logging = values.get("logging") or {}
+    started_in = logging.pop("working_dir", None)
+    if started_in is None:
+        return
+    folders = [*_moved(file, Path(logging.get("output_dir") or ".")), Path(started_in)]
+    for section, options in NAMES_OF_FILES.items():
+        found = values.get(section) or {}
+        found.update({name: _anchored(found[name], folders) for name in options if name in found})
+
+
+def function_of_run(function: str, functions: list[str]) -> str:
+    """A reward function by the name that its file has in the run's functions, if it is not in the working directory."""
+    location = function.rpartition(":")[0]
+    if not location.endswith(".py") or Path(location).expanduser().is_file():
+        return function
+    return next((one for one in functions if one.endswith(f"/{function}")), function)
+
+
+def _moved(file: Path, output_dir: Path) -> list[Path]:
+    """The working directory of the run that `output_dir` is relative to, by where the run folder is now."""
+    parts = output_dir.parts
+    for folder in (file.resolve().parent, *file.resolve().parents):
+        if not output_dir.is_absolute() and ".." not in parts and folder.parts[-len(parts) :] == parts:
+            return [Path(*folder.parts[: -len(parts)])]
+    return []
+
+
+def _anchored(value: Any, folders: list[Path]) -> Any:
+    """A name, or all names of a list or a mapping; of a reward function with options, that of the function."""
+    if isinstance(value, list):
+        return [_anchored(one, folders) for one in value]
+    if isinstance(value, Mapping):
+        own = ("function",) if "function" in value and "kwargs" in value else tuple(value)
+        return {key: _anchored(one, folders) if key in own else one for key, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    here, found = Path.cwd(), [(folder, path) for folder in folders if (path := _in(folder, value))]
+    return found[0][1] if found and found[0][0] != here else value
+
+
+def _in(folder: Path, name: str) -> str | None:
+    """The name with its absolute path if it is a file, folder, pattern or function in `folder`; else None."""
+    if "://" in name or Path(name).expanduser().is_absolute() or name.lower() in EMBEDDED:
+        return None
+    location, colon, attribute = name.rpartition(":")
+    if colon and location.endswith(".py"):
+        return f"{folder / location}:{attribute}" if (folder / location).is_file() else None
+    parts = location.split(".")
+    if colon and all(part.isidentifier() for part in parts):
+        path = folder.joinpath(*parts).with_suffix(".py")
+        return f"{path}:{attribute}" if path.is_file() and not _is_installed(parts[0], folder) else None
+    if (folder / name).exists():
+        return str(folder / name)
+    pattern = f"{glob.escape(str(folder))}/{name}"
+    return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else None
+
+
+def _is_installed(package: str, folder: Path) -> bool:
+    """Whether an import finds a package elsewhere than in this folder or the working directory."""
+    spec = find_spec(package)
+    if spec is None:
+        return False
+    places = spec.submodule_search_locations or ([spec.origin] if spec.origin else [])
+    return not {Path(place).resolve().parent for place in places} & {folder.resolve(), Path.cwd()}
