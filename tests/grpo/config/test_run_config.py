@@ -322,7 +322,7 @@ def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
         ("adam_beta2=1", "optim.adam_beta2: must be below 1.0 (got 1)"),
         ("alpha=0", "lora.alpha: must be above 0.0 (got 0)"),
         ("data.shuffle=maybe", "data.shuffle: must be true or false (got 'maybe')"),
-        ("data={train: [5]}", "data.train: must be text (got [5])"),
+        ("data={train: [[5]]}", "data.train.0: must be text (got [5])"),
         ("data.options=5", "data.options: must be a mapping (got 5)"),
         ("rewards.weights=5", "rewards.weights: must be a list (got 5)"),
         ("eval_steps=null", "logging.eval_steps: must be an integer (got None)"),
