@@ -61,7 +61,6 @@ def test_files_next_to_the_file_and_arguments_of_a_factory_reach_the_process(mak
     entry = RewardFunction(function=f"{tmp_path}/reward.py:plus", kwargs={"amount": 2}, name="mine")
     scores = make_scorer(entry).score(inputs("a"))
     assert scores.by_function == {"mine": [9.0]}
-    del sys.modules["helper_of_a_reward"]
 
 
 def test_async_functions_run_in_the_trainer_s_process(make_scorer):
