@@ -10,8 +10,8 @@
 
 A reward function is any callable. It is called with keyword arguments only: `prompts`, `completions`, `completion_ids`, every
 other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. It
-returns one number for each completion, or `None` where it does not apply to the row. The same code runs in the trainer's
-process and in reward processes (`worker.py`).
+returns one number for each completion, or `None` where it does not apply to the row. Lists and mappings among the arguments are
+copies, which it may change. The same code runs in the trainer's process and in reward processes (`worker.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import dataclasses
 import functools
 import inspect
 import math
+import signal
+import statistics
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from .logged import logged_name, plain
 from .texts import Function, describe, shorten
 
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -106,6 +109,10 @@ class Failure:
 CallResult = Returned | Failure
 
 
+class Interruption(SystemExit):
+    """A signal asks this process to end: not a failure of the function that it interrupts, unlike any other SystemExit."""
+
+
 class RewardError(RuntimeError):
     """A reward function failed; the message names the function and the rows, and ends with its traceback."""
 
@@ -125,19 +132,39 @@ async def call_async(name: str, function: Function, inputs: Inputs) -> Returned:
 
 
 class BadValueError(ValueError):
-    """A function returned something other than a list of rewards."""
+    """A function returned something other than a list of rewards. `is_not_finite`: but a list with NaN or infinity."""
+
+    is_not_finite = False
 
 
 MESSAGES_HINT = '; completions are messages here: use `completion[-1]["content"]`'
+SINGLE_HINT = (
+    " (this call has a single completion, which has no spread: an evaluation samples one for each prompt unless "
+    "logging.num_generations_eval is set, and rewards.rows_per_call may be 1)"
+)
 
 
-def failure_of(error: BaseException) -> Failure:
-    """The failure of a call that raised `error`; the traceback shows only frames of the user's code."""
+def is_interruption(error: BaseException) -> bool:
+    """Whether a signal to this process raised the error. A function may raise KeyboardInterrupt and SystemExit itself."""
+    if not isinstance(error, KeyboardInterrupt):
+        return isinstance(error, Interruption)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # it leaves no frame in the traceback: Ctrl-C comes first
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    code = getattr(getattr(handler, "__func__", handler), "__code__", None)
+    return bool(frames) and frames[-1].f_code is code
+
+
+def failure_of(error: BaseException, *, num_rows: int = 0) -> Failure:
+    """The failure of a call with `num_rows` rows that raised `error`; the traceback shows only frames of the user's code."""
+    single_hint = SINGLE_HINT if num_rows == 1 else ""
     if isinstance(error, BadValueError):
-        return Failure(reason=str(error), is_bad_value=True)
+        return Failure(reason=str(error) + (single_hint if error.is_not_finite else ""), is_bad_value=True)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _RANKUP_FILES]
     details = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
     hint = MESSAGES_HINT if isinstance(error, AttributeError) and _is_conversation(error.obj) else ""
+    hint += single_hint if isinstance(error, statistics.StatisticsError | ZeroDivisionError) else ""
     return Failure(reason=describe(error) + hint, details=f"Traceback (most recent call last):\n{details}")
 
 
@@ -145,7 +172,7 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[-1], Mapping) and "content" in value[-1]
 
 
-_RANKUP_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
+_RANKUP_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "own_files", "portable", "runner", "worker")}
 
 
 def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned) -> dict[str, Any]:
@@ -153,19 +180,37 @@ def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned
 
     def log_extra(column: str, values: Iterable[Any]) -> None:
         """Set a column of the completions table; a later call for the same column replaces it."""
-        values = list(values)
+        where = f"log_extra({column!r}) in reward function {name!r}"
+        if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+            raise ValueError(f"{where}: give a list with one value for each of the {len(inputs)} completions")
+        values = [plain(value) for value in values]
         if len(values) != len(inputs):
-            got = f"got {len(values)} values for {len(inputs)} completions"
-            raise ValueError(f"log_extra({column!r}) in reward function {name!r} {got}")
-        returned.extras[column] = values
+            raise ValueError(f"{where} got {len(values)} values for {len(inputs)} completions")
+        returned.extras[str(column)] = values
 
     def log_metric(metric: str, value: float) -> None:
         """Log a number; if a name is logged several times, the mean is recorded."""
-        returned.metrics.setdefault(metric, []).append(float(value))
+        returned.metrics.setdefault(logged_name(name, str(metric)), []).append(float(value))
 
-    state = SimpleNamespace(**inputs.trainer_state)
-    available = {**inputs.rows(), "trainer_state": state, "log_extra": log_extra, "log_metric": log_metric}
-    return accepted(name, function, available)
+    rows = inputs.rows()
+    available = {**rows, "trainer_state": inputs.trainer_state, "log_extra": log_extra, "log_metric": log_metric}
+    arguments = accepted(name, function, available)
+    if "trainer_state" in arguments:
+        arguments["trainer_state"] = SimpleNamespace(**_copied(dict(inputs.trainer_state)))
+    return {key: _copied(value) if key in rows else value for key, value in arguments.items()}
+
+
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+
+
+def _copied(value: Any) -> Any:
+    """The value with copies of its lists and mappings at every depth: no call may change what others see."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(item if type(item) in _SCALARS else _copied(item) for item in value)
+    if kind is dict:
+        return {key: item if type(item) in _SCALARS else _copied(item) for key, item in value.items()}
+    return set(value) if kind is set else value
 
 
 def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -233,10 +278,12 @@ def _as_number(name: str, row: int, reward: Any) -> float | None:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a torch tensor of many elements
             pass
     if not math.isfinite(number):
-        raise BadValueError(
+        error = BadValueError(
             f"reward function {name!r} returned {_shown(reward)} for row {row}: return a finite number, or None where "
             "the function does not apply"
         )
+        error.is_not_finite = not isinstance(reward, (str, bytes))
+        raise error
     return number
 
 

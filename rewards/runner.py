@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import os
 import pickle
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -38,6 +39,7 @@ from .contract import (
     check_column_names,
     failure_of,
     is_async,
+    is_interruption,
 )
 from .loading import RewardSpec, load_reward, reward_name
 from .pool import BackgroundLoop, Pool, attempts
@@ -149,10 +151,13 @@ class Scorer:
         if reward.portable is not None:
             return self._pools[reward.isolation].submit(reward.name, pickled)
         done: Future[CallResult] = Future()
+        process = os.getpid()
         try:
             done.set_result(call(reward.name, reward.function, inputs))
-        except Exception as error:  # a user's function may raise anything; it becomes the cause of what `result` raises
-            done.set_result(dataclasses.replace(failure_of(error), cause=error))
+        except BaseException as error:  # a user's function may raise anything; it becomes the cause of what `result` raises
+            if is_interruption(error) or os.getpid() != process:  # a fork of the function's must end
+                raise
+            done.set_result(dataclasses.replace(failure_of(error, num_rows=len(inputs)), cause=error))
         return done
 
 
@@ -162,11 +167,12 @@ async def _call_async(reward: _Reward, inputs: Inputs, timeout: float | None) ->
     try:
         async with limit:
             return await call_async(reward.name, reward.function, inputs)
-    except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
+    except BaseException as error:  # a user's function may raise anything, sys.exit() too; it becomes the cause
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # cancelled from outside: no caller waits for the result any more
             raise
-        failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
+        timed_out = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else None
+        failure = timed_out or failure_of(error, num_rows=len(inputs))
         return dataclasses.replace(failure, cause=error)
 
 
