@@ -16,6 +16,7 @@ from .data.prompts import Prompt
 from .data.run_inputs import EvalSource, load_eval_prompts
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
+from .experience.row_checks import check_rows
 from .run.notes import evaluation_notes
 from .setup import RunSetup
 from .update.session import Session
@@ -111,7 +112,10 @@ def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Pro
         ValueError, FileNotFoundError: there is none, or it is invalid.
     """
     if eval_dataset is not None:
-        return load_eval_prompts(setup.config, eval_dataset, setup.inputs.tokenizer).rows
+        prompts = load_eval_prompts(setup.config, eval_dataset, setup.inputs.tokenizer).rows
+        setup.scorer.check_columns(prompts[0].columns)
+        check_rows(setup.scorer, prompts, "evaluation data")
+        return prompts
     if setup.eval_prompts is None:
         raise ValueError("no evaluation data: set data.eval, or pass eval_dataset")
     return setup.eval_prompts

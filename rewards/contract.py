@@ -23,7 +23,7 @@ import math
 import signal
 import statistics
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -242,6 +242,27 @@ def check_column_names(columns: Iterable[str]) -> None:
     clashes = [name for name in columns if name in RESERVED_ARGUMENTS]
     if clashes:
         raise ValueError(f"data column {clashes[0]!r} has the name of a reward function's argument: rename the column")
+
+
+def with_check(check_row: Callable[..., None]) -> Callable[[Function], Function]:
+    """A decorator: before a run starts, `check_row` is called with the columns of each row, one value each, by keyword.
+
+    It raises ValueError with the reason if the function cannot use the row. Like a reward function it gets only the columns that
+    it names, unless it has `**columns`.
+    """
+
+    def decorate(function: Function) -> Function:
+        function.check_row = check_row  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return decorate
+
+
+def row_check_of(function: Function) -> Callable[..., None] | None:
+    """The `check_row` of a function, through partials; None if it has none."""
+    while isinstance(function, functools.partial) and not hasattr(function, "check_row"):
+        function = function.func
+    return getattr(function, "check_row", None)
 
 
 def is_async(function: Function) -> bool:

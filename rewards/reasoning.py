@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .contract import with_check
 from .texts import Completion, Function, describe, did_you_mean, text_of
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -44,6 +45,12 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
         raise ValueError("reasoning_gym_score accepts options only together with a task: name the task that they belong to")
     settings = json.dumps(dict(options or {}), sort_keys=True)  # text: it is part of a cache's key
 
+    def check_metadata(metadata: Any, task: str = task or "", **columns: Any) -> None:
+        if metadata is not None:
+            _scorer(task, settings)
+            _read_metadata(metadata, "the metadata", task)
+
+    @with_check(check_metadata)
     def by_row(
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
@@ -61,7 +68,7 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
             if facts is None:
                 scores.append(None)
                 continue
-            entry = {"question": text_of(prompt), "answer": right, "metadata": _read_metadata(facts, row, name)}
+            entry = {"question": text_of(prompt), "answer": right, "metadata": _read_metadata(facts, f"the metadata of row {row}", name)}
             score = _score(_scorer(name, settings), _answer_in(text_of(completion)), entry, f"row {row} ({name})")
             failed += score is None
             scores.append(score or 0.0)
@@ -69,6 +76,7 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
             log_metric("reasoning_gym/scorer_failed", failed / len(scores))
         return scores
 
+    @with_check(check_metadata)
     def with_task(
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
@@ -101,14 +109,14 @@ def _score(scorer: Callable[[Any, dict[str, Any]], Any], answer: str, entry: dic
         return None
 
 
-def _read_metadata(metadata: Any, row: int, task: str) -> dict[str, Any]:
+def _read_metadata(metadata: Any, subject: str, task: str) -> dict[str, Any]:
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata)
         except ValueError as error:
-            raise ValueError(f"the metadata of row {row} is not JSON: {error}") from error
+            raise ValueError(f"{subject} is not JSON: {error}") from error
     if not isinstance(metadata, Mapping):
-        raise ValueError(f"the metadata of row {row} is a {type(metadata).__name__}: it must be a JSON object")
+        raise ValueError(f"{subject} is a {type(metadata).__name__}: it must be a JSON object")
     if task in _BOARD_TASKS and "output" in metadata:
         # These two compare with a tuple of tuples, which JSON has turned into lists; all others accept lists.
         return {**metadata, "output": tuple(tuple(line) for line in metadata["output"])}

@@ -20,10 +20,10 @@ import dataclasses
 import functools
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .combining import Pending, Scores
 from .config import Isolation, RewardFunction, RewardsConfig, weights_of
@@ -40,12 +40,14 @@ from .contract import (
     failure_of,
     is_async,
     is_interruption,
+    row_check_of,
 )
 from .loading import RewardSpec, load_reward, reward_name
 from .pool import BackgroundLoop, Pool, attempts
 from .portable import Portable, portable_of
 from .processes import WorkerPool
 from .ray_pool import RayPool
+from .texts import describe
 
 POOLS = {"process": WorkerPool, "ray": RayPool}
 """The pools for functions that are not inline."""
@@ -99,6 +101,25 @@ class Scorer:
         check_column_names(columns)
         for reward in self._rewards:
             accepted(reward.name, reward.function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Raise ValueError if a function cannot use a row with these columns, or if a process cannot get them.
+
+        Functions say so by their attribute `check_row` (`contract.with_check`).
+        """
+        for reward in self._rewards:
+            check = row_check_of(reward.function)
+            if check is None:
+                continue
+            try:
+                check(**accepted(reward.name, check, dict(columns)))
+            except BaseException as error:  # a user's function may raise anything
+                if is_interruption(error):
+                    raise
+                reason = str(error) if isinstance(error, ValueError) else describe(error)
+                raise ValueError(f"reward function {reward.name!r} cannot use it: {reason}") from error
+        if any(reward.portable for reward in self._rewards):
+            _check_pickles(columns)
 
     def start(self) -> None:
         """Start the processes now, so that they load in the background; otherwise the first `submit` starts them.
@@ -159,6 +180,17 @@ class Scorer:
                 raise
             done.set_result(dataclasses.replace(failure_of(error, num_rows=len(inputs)), cause=error))
         return done
+
+
+def _check_pickles(columns: Mapping[str, Any]) -> None:
+    for name, value in columns.items():
+        try:
+            pickle.dumps(value)
+        except Exception as error:  # objects may raise anything
+            raise ValueError(
+                f"column {name!r} cannot be sent to the processes of reward functions: {describe(error)}; write the value as text "
+                "or numbers, or set rewards.isolation=inline"
+            ) from error
 
 
 async def _call_async(reward: _Reward, inputs: Inputs, timeout: float | None) -> CallResult:

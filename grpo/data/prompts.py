@@ -35,6 +35,8 @@ class Prompt:
     """All other columns of the row; the same for every row, None where the source has no value."""
     eval_set: str | None = None
     """Name of the evaluation set that it belongs to; None if the sets have no names, and in training."""
+    row: int = 0
+    """Its place in the source, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ def prepare_prompts(
         if not ids:
             raise ValueError(f"the prompt of row {index} is empty: remove the row")
     kept = [
-        Prompt(prompt, tuple(ids), {name: row.get(name) for name in column_names})
-        for prompt, ids, row in zip(prompts, token_ids, rows, strict=True)
+        Prompt(prompt, tuple(ids), {name: row.get(name) for name in column_names}, row=index)
+        for index, (prompt, ids, row) in enumerate(zip(prompts, token_ids, rows, strict=True))
         if len(ids) <= max_prompt_length
     ]
     if not kept:

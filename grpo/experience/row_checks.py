@@ -1,0 +1,74 @@
+"""The columns of all rows, checked before anything is started: what reward functions and records cannot use is an error by row.
+
+    check_rows(scorer, inputs.train_prompts.rows, "training data")
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...rewards.runner import Scorer
+from ...rewards.texts import describe
+from ..common.log import logger
+from ..data.prompts import Prompt
+
+CHECK_SECONDS = 60.0
+"""How long a run may check rows before it starts: parsing a formula takes 10 ms. Later rows are checked when they are scored."""
+
+
+def check_rows(scorer: Scorer, prompts: Sequence[Prompt], data: str) -> None:
+    """Check that records can hold the columns of every row, and that the reward functions can use them.
+
+    data: the name of the data set in messages.
+
+    Raises:
+        ValueError: a row cannot be used: its number, the column, the reason and the remedy.
+    """
+    end, is_checked = time.monotonic() + CHECK_SECONDS, True
+    for index, prompt in enumerate(prompts):
+        if is_checked and time.monotonic() > end:
+            is_checked = False
+            logger.info(
+                f"reward functions have checked {index} of {len(prompts)} rows of the {data} in {CHECK_SECONDS:g} s: the others are "
+                "checked when they are scored"
+            )
+        try:
+            check_record(prompt.columns)
+            if is_checked:
+                scorer.check_row(prompt.columns)
+        except ValueError as error:
+            of_set = "" if prompt.eval_set is None else f" (set {prompt.eval_set!r})"
+            raise ValueError(f"row {prompt.row} of the {data}{of_set}: {error}") from error
+
+
+def check_record(columns: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the column, if the records of completions cannot hold a row's columns, which they write as JSON."""
+    for name, value in columns.items():
+        if value is None or isinstance(value, str | int | float):
+            continue
+        try:
+            json.dumps(value)
+            problem = _other_key(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            problem = describe(error)
+        if problem is not None:
+            raise ValueError(
+                f"column {name!r} cannot be recorded as JSON ({problem}). Use text, numbers, true and false, lists, and mappings "
+                "with keys that are text; a function or an object can be looked up by its name in the reward function"
+            )
+
+
+def _other_key(value: Any) -> str | None:
+    """What is wrong with the first key of a mapping that is no text: JSON would make it one."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"the key {key!r} is no text"
+            if problem := _other_key(item):
+                return problem
+    elif isinstance(value, list | tuple):
+        return next((problem for item in value if (problem := _other_key(item))), None)
+    return None
