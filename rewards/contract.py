@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import pickle
 import signal
 import statistics
 import traceback
@@ -42,7 +43,8 @@ class Inputs:
         prompts, completions: n strings, or n conversations (lists of messages); completions of one prompt are adjacent.
         completion_ids: n unpadded lists of token ids.
         columns: the data set's other columns, n values each.
-        trainer_state: functions get it as an object with attributes (`trainer_state.global_step`), as in TRL.
+        trainer_state: functions get it as an object with attributes (`trainer_state.global_step`), as in TRL. `log_history` may
+            be a `History`.
 
     Raises ValueError if lengths differ, or if a column has the name of an argument.
     """
@@ -83,6 +85,16 @@ class Inputs:
             )
             for start in range(0, len(self), size)
         ]
+
+
+class History(list[dict[str, Any]]):
+    """The rows that a run has logged. It is pickled once, and not again for each call of a step. Do not change it."""
+
+    _pickled: bytes | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._pickled = self._pickled or pickle.dumps(list(self))
+        return pickle.loads, (self._pickled,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +218,10 @@ _SCALARS = frozenset((str, int, float, bool, type(None)))
 def _copied(value: Any) -> Any:
     """The value with copies of its lists and mappings at every depth: no call may change what others see."""
     kind = type(value)
-    if kind in (list, tuple):
-        return kind(item if type(item) in _SCALARS else _copied(item) for item in value)
+    if kind is tuple:
+        return tuple(item if type(item) in _SCALARS else _copied(item) for item in value)
+    if kind is list or kind is History:
+        return [item if type(item) in _SCALARS else _copied(item) for item in value]
     if kind is dict:
         return {key: item if type(item) in _SCALARS else _copied(item) for key, item in value.items()}
     return set(value) if kind is set else value

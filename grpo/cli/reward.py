@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
 from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
 from ...rewards.loading import find_file
 from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
+from ..config.loading import parse_yaml
 from ..run.completions import read_completions
 from .command import add_command
 
@@ -153,9 +154,7 @@ class Trial:
 
 def try_reward(options: argparse.Namespace) -> int:
     """`rankup reward FUNCTION --data RUN|FILE`"""
-    kwargs = None if options.kwargs is None else yaml.safe_load(options.kwargs)
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise ValueError(f"--kwargs must be a mapping, such as '{{tokens: 100}}' (got {options.kwargs})")
+    kwargs = None if options.kwargs is None else _kwargs(options.kwargs)
     if options.rows < 1:
         raise ValueError(f"--rows must be at least 1 (got {options.rows})")
     if not 0 < options.timeout < math.inf:
@@ -177,6 +176,18 @@ def try_reward(options: argparse.Namespace) -> int:
     else:
         _show(trial)
     return 1 if trial.summary()["failed"] else 0
+
+
+def _kwargs(text: str) -> dict[str, Any]:
+    """The value of `--kwargs`, read as a run file is."""
+    wanted = "--kwargs must be a mapping, such as '{tokens: 100}'"
+    try:
+        kwargs = parse_yaml(text)
+    except YAMLError as error:
+        raise ValueError(f"{wanted}: {' '.join(str(error).split())}") from error
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"{wanted} (got {text})")
+    return kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +278,7 @@ def _inputs(group: Sequence[_Row]) -> Inputs:
         completions=[row.completion for row in group],
         completion_ids=[row.completion_ids for row in group],
         columns={name: [row.columns[name] for row in group] for name in group[0].columns},
-        trainer_state={"global_step": 0, "max_steps": 0},
+        trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []},
     )
 
 

@@ -5,9 +5,10 @@
     read_completions(path)      # [{"step": 10, "prompt": "1 + 1?", ..., "rewards": {"exact": 1.0}, "data": {"answer": 2}}]
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ def write_completions(
     columns = {name: _typed_column(name, values) for name, values in {"step": [step] * num_rows, **table}.items()}
     names: dict[str, dict[str, Any]] = {"rewards": {}, "data": {}}
     for name, values in (rewards or {}).items():
-        column = names["rewards"][name] = f"rewards/{name}" if name in columns else name
+        column = names["rewards"][name] = _free(name, "rewards", columns)
         columns[column] = _doubles(values)
     for name, values in (extras or {}).items():
-        columns[f"extras/{name}" if name in columns else name] = _typed_column(name, values)
+        columns[_free(name, "extras", columns)] = _typed_column(name, values)
     for name, values in (data or {}).items():
-        column = f"data/{name}" if name in columns else name
+        column = _free(name, "data", columns)
         columns[column], is_json = _exact_column(values)
         names["data"][name] = {"column": column, "json": is_json}
     lengths = {name: len(column) for name, column in columns.items()}
@@ -84,6 +85,13 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _free(name: str, prefix: str, columns: Container[str]) -> str:
+    """The name, with as many prefixes as make it the name of no other column."""
+    while name in columns:
+        name = f"{prefix}/{name}"
+    return name
+
+
 def _exact_column(values: Sequence) -> tuple[Any, bool]:
     """A Parquet column that holds the values exactly, and whether they are encoded as JSON."""
     import pyarrow
@@ -113,7 +121,8 @@ def _typed_column(name: str, values: Sequence) -> Any:
     if all(isinstance(value, bool) for value in present) and present:
         return pyarrow.array(values, pyarrow.bool_())
     if all(hasattr(value, "__float__") for value in present):
-        return _doubles(values)
+        with contextlib.suppress(OverflowError):  # an integer beyond all doubles
+            return _doubles(values)
     return _json_strings(values)
 
 
