@@ -13,9 +13,11 @@ from .common.errors import TrainingStoppedError
 from .common.log import logger
 from .context import RunContext
 from .data.prompts import Prompt
+from .data.row_checks import check_rows
 from .data.run_inputs import EvalSource, load_eval_prompts
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
+from .guards.evaluations import Rewards
 from .run.notes import data_notes, evaluation_notes
 from .setup import RunSetup
 from .update.session import Session
@@ -26,10 +28,9 @@ def evaluate_between_steps(ctx: RunContext, step: int) -> Evaluation | None:
     is another one now."""
     evaluation, guards = evaluate_policy(ctx, step), ctx.session.learner.guards
     decision = None
-    # A failed reward function says nothing about the policy.
-    if ctx.setup.config.logging.eval_steps > 0 and not evaluation.failures:
+    if ctx.setup.config.logging.eval_steps > 0:
         ctx.checkpoints.leave_position()
-        decision = guards.inspect_evaluation(step, evaluation.rewards)
+        decision = guards.inspect_evaluation(step, _evidence(ctx, evaluation))
         guards.apply(decision)
         if decision.restore is not None:
             ctx.session.publish()
@@ -56,7 +57,7 @@ def end_with_best_policy(ctx: RunContext, recorded: Evaluation | None) -> None:
     last = recorded
     if last is None and ctx.setup.eval_prompts is not None and ctx.setup.config.logging.eval_steps > 0:
         last = evaluate_policy(ctx, steps_done)
-    kind = guards.final_snapshot(None if last is None or last.failures else last.rewards)
+    kind = guards.final_snapshot(None if last is None else _evidence(ctx, last))
     if kind is not None:
         ctx.checkpoints.save()  # the final state, before it is left
         if last is not None and recorded is None:
@@ -74,13 +75,28 @@ def end_with_best_policy(ctx: RunContext, recorded: Evaluation | None) -> None:
         record_evaluation(ctx, last or evaluate_policy(ctx, steps_done), "after")
 
 
+def _evidence(ctx: RunContext, evaluation: Evaluation) -> Rewards | None:
+    """The rewards of an evaluation; None if an outage of a reward function makes them no evidence about the policy."""
+    if evaluation.failures:
+        return None
+    return ctx.session.learner.guards.comparable(evaluation.rewards, evaluation.scored_shares)
+
+
 def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
     """Evaluate the current policy after `step` updates. A signal interrupts it immediately: it can be repeated."""
     setup = ctx.setup
     assert setup.eval_prompts is not None
     setup.stage(f"evaluating {len(setup.eval_prompts)} prompts")
     with setup.interrupts.interruptible():
-        return evaluate(ctx.session.engine, setup.scorer, setup.eval_prompts, setup.config, step=step, world=setup.world)
+        return evaluate(
+            ctx.session.engine,
+            setup.scorer,
+            setup.eval_prompts,
+            setup.config,
+            step=step,
+            trainer_state=setup.callbacks.state_for_rewards(),
+            world=setup.world,
+        )
 
 
 def record_evaluation(ctx: RunContext, evaluation: Evaluation, when: When) -> None:
@@ -114,6 +130,8 @@ def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Pro
         prompts = load_eval_prompts(setup.config, eval_dataset, setup.inputs)
         for note in data_notes("evaluation", prompts, setup.config.rollout.max_prompt_length):
             logger.info(note)
+        setup.scorer.check_columns(prompts.rows[0].columns)
+        check_rows(setup.scorer, prompts.rows, "evaluation data")
         return prompts.rows
     if setup.eval_prompts is None:
         raise ValueError("no evaluation data: set data.eval, or pass eval_dataset")
@@ -127,7 +145,8 @@ def evaluate_now(
     setup.stage(f"evaluating {len(prompts)} prompts")
     step = setup.callbacks.state.global_step
     with nullcontext() if adapter is None else _adapter_in_place(session, adapter):
-        evaluation = evaluate(session.engine, setup.scorer, prompts, setup.config, step=step)
+        state = setup.callbacks.state_for_rewards()
+        evaluation = evaluate(session.engine, setup.scorer, prompts, setup.config, step=step, trainer_state=state)
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:

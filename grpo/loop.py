@@ -21,7 +21,8 @@ from .common.timing import Clock
 from .context import RunContext, open_run, run_folder_owned
 from .ending import save_on_error, write_final_files
 from .evaluating import Evaluation, end_with_best_policy, evaluate_between_steps, evaluation_is_due, is_due
-from .experience.batch import collect_batch
+from .experience.batch import Batch, collect_batch
+from .experience.outage import Outage
 from .recording import record_step
 from .run.reporting import check_reports
 from .sessions import Sessions
@@ -85,23 +86,30 @@ def begin(ctx: RunContext) -> None:
 
 def run(ctx: RunContext) -> None:
     """All steps and evaluations that are left, unless a callback ends the training."""
-    max_steps, evaluation = ctx.setup.config.optim.max_steps, None
+    max_steps, evaluation, outage = ctx.setup.config.optim.max_steps, None, Outage(ctx.setup.config.rewards)
     for step in range(ctx.checkpoints.position.steps_done, max_steps):
         evaluation = evaluate_and_save_if_due(ctx, step)
         if ctx.setup.callbacks.requests.stop:
             break
-        train_step(ctx, step)
+        outage.stop_if_too_long(train_step(ctx, step))
     else:
         evaluation = evaluate_and_save_if_due(ctx, max_steps)
     end_with_best_policy(ctx, evaluation)
 
 
-def train_step(ctx: RunContext, step: int) -> None:
+def train_step(ctx: RunContext, step: int) -> Batch:
     """One step: rollouts, rewards and advantages; gradients; the guards' decision; update; publish; record."""
     setup, learner, clock = ctx.setup, ctx.session.learner, Clock()
     setup.callbacks.step_begin(step)
     batch = collect_batch(
-        ctx.session.engine, setup.scorer, setup.sampler, setup.config, functions=setup.functions, step=step, world=setup.world
+        ctx.session.engine,
+        setup.scorer,
+        setup.sampler,
+        setup.config,
+        functions=setup.functions,
+        step=step,
+        trainer_state=setup.callbacks.state_for_rewards(),
+        world=setup.world,
     )
     clock.seconds |= {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds}
     with clock.phase("train"):
@@ -117,6 +125,7 @@ def train_step(ctx: RunContext, step: int) -> None:
     record_step(ctx, step, batch, metrics, update, clock, is_complete=not decision.stop)
     if decision.stop_reason is not None:
         raise TrainingStoppedError(decision.stop_reason)
+    return batch
 
 
 def evaluate_and_save_if_due(ctx: RunContext, step: int) -> Evaluation | None:

@@ -23,7 +23,7 @@ from .config import GRPOConfig, resolve_epochs
 from .data.run_inputs import Prompt, RunInputs, load_run_inputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
-from .experience.user_functions import UserFunctions
+from .experience.user_functions import CODE, UserFunctions
 from .run.callbacks import Callbacks
 from .update.resolve import resolve_training
 from .user_inputs import UserInputs
@@ -69,7 +69,8 @@ class RunSetup:
     def fingerprint(self) -> dict[str, Any]:
         """The run's inputs besides its configuration, to compare when it resumes."""
         start = {} if self.start_fingerprint is None else {"adapter of lora.start_from": self.start_fingerprint}
-        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), **start}
+        code = {**self.scorer.code, **UserFunctions.code(self.config)}
+        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), CODE: code, **start}
 
     def stage(self, text: str) -> None:
         """Show the current phase of the run, outside of its steps."""
@@ -104,6 +105,7 @@ def prepare_run(
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
+    loaded.check_rows(scorer)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,

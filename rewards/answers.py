@@ -3,44 +3,42 @@
     rewards:
       functions: rankup.rewards.answers:last_integer
 
-`exact_match` compares complete texts, `last_integer` and `last_number` the last number of each text. A row whose answer is
-None gets None. Numbers are read in the same way in completions and in the `answer` column:
-
-- thousands separators are part of the number: "1,234" is 1234;
-- a full stop that ends a sentence is not: "12." is 12;
-- a minus sign counts unless it joins two terms: "-5", "(-5)", "-$5" and "is -5" are minus five, "7-5" and "3 - 5" end
-  with plain five;
-- a decimal number is one number: "4.0" is the integer 4, ".5" is a half, and "12.5" is not an integer (neither 12 nor 5);
-- percent and currency signs are not part of it: "$5" and "5%" are 5.
+`exact_match` compares complete texts, `last_integer` and `last_number` the last number of each text, which `written_numbers.py`
+reads in the same way in completions and in the `answer` column. A row whose answer is None gets None.
 
 Only the *last number* counts. "42, or rather 42.5" has no integer answer, although it contains an integer.
+
+Each function has an attribute `check_row`: a run calls it with every row before it starts, and refuses answers that no
+completion could match.
 """
 
-import re
+import json
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+from .contract import with_check
 from .texts import Completion, Function, text_of
-
-_NUMBER = re.compile(
-    r"""
-    (?= [-\u2212.0-9] )                                            # for speed only: most characters start no number
-    (?P<sign> (?<![\w)\]}]) [-\u2212] \$? )?                        # a minus (or the typographic one) after no operand
-    (?P<whole> [0-9]{1,3} (?: ,[0-9]{3} )+ (?![0-9]) | [0-9]+       # 1,234,567 or 1234567
-             | (?<![\w.]) (?=\.[0-9]) )                             # or nothing, before the .5 of "is .5"
-    (?: \. (?P<fraction> [0-9]+ ) )?
-    """,
-    re.VERBOSE,
-)
+from .written_numbers import last_number_in, number_of
 
 
+def _check_not_nan(answer: Any, **columns: Any) -> None:
+    if isinstance(answer, float) and math.isnan(answer):
+        raise ValueError("the answer is NaN, which equals nothing: use null where there is no answer")
+
+
+@with_check(_check_not_nan)
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """1.0 if the completion equals the row's answer, ignoring surrounding white space, else 0.0.
 
-    completions: n strings, or n conversations, whose last message is compared. answer: n values, compared as text.
+    completions: n strings, or n conversations, whose last message is compared.
+    answer: n values. Texts are compared as texts: "3.0" is not "3". A number equals every way to write it ("3", "3.0" and
+    "3.00" for 3.0), true and false their words in any case, a list or mapping the same JSON.
     """
-    return _equal(completions, answer, str.strip)
+    return [_matches(text_of(completion), value, str.strip) for completion, value in zip(completions, answer, strict=True)]
 
 
 def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False) -> Function:
@@ -54,62 +52,102 @@ def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False
         text = "".join(text.split()) if ignore_whitespace else text.strip()
         return text.casefold() if ignore_case else text
 
+    @with_check(_check_not_nan)
     def reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        return _equal(completions, answer, normalised)
+        return [_matches(text_of(completion), value, normalised) for completion, value in zip(completions, answer, strict=True)]
 
     reward.__name__ = "exact_match"
     return reward
 
 
+def _matches(text: str, answer: Any, normalised: Callable[[str], str]) -> float | None:
+    """Whether a text is the answer; None without one."""
+    if answer is None:
+        return None
+    if normalised(text) == normalised(str(answer)):
+        return 1.0
+    if isinstance(answer, bool):
+        return float(normalised(text).casefold() == str(answer).casefold())
+    if isinstance(answer, numbers.Real | Decimal):
+        exact = _exact(answer)
+        return float(exact is not None and number_of(text) == exact)
+    if isinstance(answer, list | dict):
+        try:
+            return float(_with_types(json.loads(text)) == _with_types(answer))
+        except (ValueError, RecursionError):  # RecursionError: thousands of open brackets
+            return 0.0
+    return 0.0
+
+
+def _with_types(value: Any) -> Any:
+    """The value with each true and false marked: Python takes true for 1."""
+    if isinstance(value, list):
+        return [_with_types(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_types(item) for key, item in value.items()}
+    return (bool, value) if isinstance(value, bool) else value
+
+
+def _check_integer(answer: Any, **columns: Any) -> None:
+    _expected(answer, integer=True)
+
+
+def _check_number(answer: Any, **columns: Any) -> None:
+    _expected(answer, integer=False)
+
+
+@with_check(_check_integer)
 def last_integer(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
     """1.0 if the last number of the completion equals the integer at the end of the row's answer, else 0.0.
 
     completions: n strings, or n conversations, whose last message is read.
-    answer: n values: an int, a string such as "42" or "1,234", or a reference text that ends with the answer, as
-    GSM8K's "... #### 1,234".
+    answer: n values: a number, a string such as "42" or "1,234", or a reference text that ends with the answer, as GSM8K's
+    "... #### 1,234".
 
     Raises ValueError, naming the row, if an answer has no integer: no completion could ever be correct.
     """
-    return _equal(completions, answer, _final_integer, "does not end with an integer")
+    return _equal(completions, answer, integer=True)
 
 
+@with_check(_check_number)
 def last_number(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-    """The same for numbers with decimals: 1.0 if the last numbers of both are equal, else 0.0.
+    """The same for all numbers: 1.0 if the last numbers of both are equal, else 0.0.
 
-    They are compared exactly: "4.0" equals "4", and "0.333" does not equal "0.3333".
+    They are compared exactly: "4.0" equals "4", "3/4" equals "0.75", and "0.333" does not equal "0.3333".
 
     Raises ValueError, naming the row, if an answer has no number.
     """
-    return _equal(completions, answer, _final_number, "has no number")
+    return _equal(completions, answer, integer=False)
 
 
-def _equal(
-    completions: Sequence[Completion], answer: Sequence[Any], read: Callable[[str], object], complaint: str = ""
-) -> list[float | None]:
-    """Whether `read` finds the same in both texts of a row. An answer in which it finds nothing (None) is an error."""
+def _equal(completions: Sequence[Completion], answer: Sequence[Any], *, integer: bool) -> list[float | None]:
     scores: list[float | None] = []
     for row, (completion, written) in enumerate(zip(completions, answer, strict=True)):
-        if written is None:
-            scores.append(None)
-            continue
-        expected = read(str(written))
-        if expected is None:
-            raise ValueError(f"the answer of row {row} {complaint}: {str(written)[-60:]!r}")
-        scores.append(float(read(text_of(completion)) == expected))
+        try:
+            expected = _expected(written, integer=integer)
+        except ValueError as error:
+            raise ValueError(str(error).replace("the answer", f"the answer of row {row}", 1)) from None
+        scores.append(None if expected is None else float(last_number_in(text_of(completion)) == expected))
     return scores
 
 
-def _final_integer(text: str) -> Decimal | None:
-    number = _final_number(text)
-    return number if number is not None and number == number.to_integral_value() else None
-
-
-def _final_number(text: str) -> Decimal | None:
-    """The last number of `text`; None if there is none."""
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers:
+def _expected(answer: Any, *, integer: bool) -> Fraction | None:
+    """The number at the end of an answer; None without one. Raises ValueError if it has no number, or no integer."""
+    if answer is None:
         return None
-    last = numbers[-1]
-    # Decimal is exact at any length, and int() refuses a few thousand digits, which a degenerate completion can hold.
-    whole = last["whole"].replace(",", "") or "0"
-    return Decimal(f"{'-' if last['sign'] else ''}{whole}.{last['fraction'] or ''}")
+    is_number = isinstance(answer, numbers.Real | Decimal) and not isinstance(answer, bool)
+    number = _exact(answer) if is_number else last_number_in(str(answer))
+    if number is None or (integer and number.denominator != 1):
+        is_ambiguous = not integer and any(character.isdecimal() for character in str(answer))
+        in_one_way = " at its end that can be read in only one way" if is_ambiguous else ""
+        complaint = "does not end with an integer" if integer else f"has no number{in_one_way}"
+        raise ValueError(f"the answer {complaint}: {str(answer)[-60:]!r}")
+    return number
+
+
+def _exact(number: Any) -> Fraction | None:
+    """The number that is written: 1/10 for 0.1. None for NaN and infinity."""
+    if isinstance(number, numbers.Rational):
+        return Fraction(number)
+    decimal = Decimal(str(number))
+    return Fraction(decimal) if decimal.is_finite() else None

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .contract import with_check
 from .sandbox import Limits, choose_sandbox, run_python
 from .texts import Completion, Function, text_of
 
@@ -74,8 +75,13 @@ def unit_tests(
         share = sum(mark in passed for mark in marks) / len(marks)
         return share if partial_credit else float(share == 1.0)
 
+    def check_tests(tests: Any, **columns: Any) -> None:
+        if tests is not None:
+            _strings("", "tests", tests)
+
+    @with_check(check_tests)
     def reward(completions: Sequence[Completion], tests: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        cases = [None if codes is None else _strings(row, "tests", codes) for row, codes in enumerate(tests)]
+        cases = [None if codes is None else _strings(f"row {row}: ", "tests", codes) for row, codes in enumerate(tests)]
         return _concurrently(score, completions, cases, workers)
 
     reward.__name__ = "unit_tests"
@@ -118,12 +124,17 @@ def stdin_stdout(
                 return 0.0
         return num_correct / len(pairs)
 
+    def check_pairs(inputs: Any, outputs: Any, **columns: Any) -> None:
+        if inputs is not None and outputs is not None:
+            _pairs("", inputs, outputs, output_bytes=output_bytes)
+
+    @with_check(check_pairs)
     def reward(
         completions: Sequence[Completion], inputs: Sequence[Any], outputs: Sequence[Any], **kwargs: Any
     ) -> list[float | None]:
         rows = enumerate(zip(inputs, outputs, strict=True))
         cases = [
-            None if stdin is None or expected is None else _pairs(row, stdin, expected, output_bytes=output_bytes)
+            None if stdin is None or expected is None else _pairs(f"row {row}: ", stdin, expected, output_bytes=output_bytes)
             for row, (stdin, expected) in rows
         ]
         return _concurrently(score, completions, cases, workers)
@@ -148,13 +159,13 @@ def _concurrently(
             raise
 
 
-def _pairs(row: int, stdin: Any, expected: Any, *, output_bytes: int) -> list[tuple[str, str]]:
-    inputs, outputs = _strings(row, "inputs", stdin), _strings(row, "outputs", expected)
+def _pairs(where: str, stdin: Any, expected: Any, *, output_bytes: int) -> list[tuple[str, str]]:
+    inputs, outputs = _strings(where, "inputs", stdin), _strings(where, "outputs", expected)
     if len(inputs) != len(outputs):
-        raise ValueError(f"row {row} has {len(inputs)} inputs and {len(outputs)} outputs: give one output for each input")
-    longest = max(len(output.encode()) for output in outputs)
+        raise ValueError(f"{where}there are {len(inputs)} inputs and {len(outputs)} outputs: give one output for each input")
+    longest = max(len(output.encode("utf-8", "replace")) for output in outputs)
     if longest > output_bytes:
-        raise ValueError(f"an output of row {row} has {longest} bytes: set output_bytes to more than that")
+        raise ValueError(f"{where}an output has {longest} bytes: set output_bytes to more than that")
     return list(zip(inputs, outputs, strict=True))
 
 
@@ -191,10 +202,10 @@ def _harness_input(program: str, tests: list[str], marks: list[str], *, seconds:
     return f"{end:<20}{b''.join(parts).decode()}{json.dumps(header)}"
 
 
-def _strings(row: int, column: str, value: Any) -> list[str]:
+def _strings(where: str, column: str, value: Any) -> list[str]:
     strings = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
     if not strings or not all(isinstance(string, str) for string in strings):
-        raise ValueError(f"row {row}: {column} must be a string or a non-empty list of strings, not {value!r:.60}")
+        raise ValueError(f"{where}{column} must be a string or a non-empty list of strings, not {value!r:.60}")
     return strings
 
 

@@ -28,9 +28,10 @@ class Scores:
     by_function: dict[str, list[float | None]]
     """Unweighted rewards, one list of length n for every function, by its name in `Scorer.names`."""
     extras: dict[str, list[Any]]
-    """Columns for the completions table, from `log_extra`, each of length n."""
+    """Columns for the completions table, from `log_extra`, each of length n; `<function>/<column>` if an earlier function logs
+    a column of that name too."""
     metrics: dict[str, float]
-    """From `log_metric`; the mean if a name was logged several times."""
+    """From `log_metric`; the mean if a name was logged several times. Names of the run have a prefix (`logged.py`)."""
     weights: list[float]
     """One per function, in their order."""
     errors: dict[str, list[str | None]] = field(default_factory=dict)
@@ -87,7 +88,8 @@ class Pending:
                 for inputs, result in calls
             ]
             by_function[name] = [reward for one in returned for reward in one.rewards]
-            extras |= _columns(returned)
+            for column, values in _columns(returned).items():
+                extras[f"{name}/{column}" if column in extras else column] = values
             for one in returned:
                 for metric, values in one.metrics.items():
                     logged[metric] += values

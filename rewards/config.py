@@ -86,6 +86,10 @@ class RewardsConfig(Section):
     rows_per_call: int | None = Field(default=None, ge=1)
     """Completions per call. None: all of a prompt. With 1 a failure costs one row, but functions do not see the group."""
 
+    max_steps_without_reward: int | None = Field(default=20, ge=1)
+    """The run stops, with a checkpoint, after this many steps in a row in which no completion had a reward: an outage of the
+    reward functions, in which nothing is learned. None: it never stops."""
+
     @field_validator("functions", mode="before")
     @classmethod
     def _single_to_list(cls, functions: object) -> object:

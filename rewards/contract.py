@@ -11,8 +11,8 @@
 A reward function is any callable. It is called with keyword arguments only: `prompts`, `completions`, `completion_ids`, every
 other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. A
 function that names `completion_prefixes` gets what the prompt has written of each completion. It returns one number for each
-completion, or `None` where it does not apply to the row. The same code runs in the trainer's process and in reward processes
-(`worker.py`).
+completion, or `None` where it does not apply to the row. Lists and mappings among the arguments are copies: it may change them.
+The same code runs in the trainer's process and in reward processes (`worker.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ import dataclasses
 import functools
 import inspect
 import math
+import pickle
+import signal
+import statistics
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from .logged import logged_name, plain
 from .texts import Function, describe, shorten
 
 ONLY_BY_NAME = ("completion_prefixes",)
@@ -46,7 +50,8 @@ class Inputs:
         prompts, completions: n strings, or n conversations (lists of messages); completions of one prompt are adjacent.
         completion_ids: n unpadded lists of token ids.
         columns: the data set's other columns, n values each.
-        trainer_state: functions get it as an object with attributes (`trainer_state.global_step`), as in TRL.
+        trainer_state: functions get it as an object with attributes (`trainer_state.global_step`), as in TRL. `log_history` may
+            be a `History`.
         completion_prefixes: n texts: what the prompt has written of the completion, from a tag on, such as "<think>\\n" at the
             end of a chat template; None: nothing.
 
@@ -94,6 +99,32 @@ class Inputs:
         ]
 
 
+class History:
+    """The rows that a run has logged: pickled once, not for each call of a step, and read where they are asked for."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], pickled: bytes = b"") -> None:
+        self._rows = rows
+        self._pickled = pickled
+
+    def copied(self) -> list[dict[str, Any]]:
+        """The rows, which the caller may change."""
+        return pickle.loads(self._pickled) if self._pickled else [dict(row) for row in self._rows]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._pickled = self._pickled or pickle.dumps([dict(row) for row in self._rows])
+        return History, ((), self._pickled)
+
+
+class _TrainerState(SimpleNamespace):
+    """The `trainer_state` of a call. Its `log_history` is copied when it is asked for: it may have a thousand rows."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "log_history" or "_history" not in vars(self):
+            raise AttributeError(f"trainer_state has no {name!r}: it has {', '.join(vars(self))}", name=name, obj=self)
+        self.log_history = self._history.copied()
+        return self.log_history
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Returned:
     """The result of one call: n rewards, columns for the completions table (n values each), and logged metrics."""
@@ -118,6 +149,10 @@ class Failure:
 CallResult = Returned | Failure
 
 
+class Interruption(SystemExit):
+    """A signal asks this process to end: not a failure of the function that it interrupts, unlike any other SystemExit."""
+
+
 class RewardError(RuntimeError):
     """A reward function failed; the message names the function and the rows, and ends with its traceback."""
 
@@ -137,19 +172,39 @@ async def call_async(name: str, function: Function, inputs: Inputs) -> Returned:
 
 
 class BadValueError(ValueError):
-    """A function returned something other than a list of rewards."""
+    """A function returned something other than a list of rewards. `is_not_finite`: but a list with NaN or infinity."""
+
+    is_not_finite = False
 
 
 MESSAGES_HINT = '; completions are messages here: use `completion[-1]["content"]`'
+SINGLE_HINT = (
+    " (this call has a single completion, which has no spread: an evaluation samples one for each prompt unless "
+    "logging.num_generations_eval is set, and rewards.rows_per_call may be 1)"
+)
 
 
-def failure_of(error: BaseException) -> Failure:
-    """The failure of a call that raised `error`; the traceback shows only frames of the user's code."""
+def is_interruption(error: BaseException) -> bool:
+    """Whether a signal to this process raised the error. A function may raise KeyboardInterrupt and SystemExit itself."""
+    if not isinstance(error, KeyboardInterrupt):
+        return isinstance(error, Interruption)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # it leaves no frame in the traceback: Ctrl-C comes first
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    code = getattr(getattr(handler, "__func__", handler), "__code__", None)
+    return bool(frames) and frames[-1].f_code is code
+
+
+def failure_of(error: BaseException, *, num_rows: int = 0) -> Failure:
+    """The failure of a call with `num_rows` rows that raised `error`; the traceback shows only frames of the user's code."""
+    single_hint = SINGLE_HINT if num_rows == 1 else ""
     if isinstance(error, BadValueError):
-        return Failure(reason=str(error), is_bad_value=True)
+        return Failure(reason=str(error) + (single_hint if error.is_not_finite else ""), is_bad_value=True)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _RANKUP_FILES]
     details = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
     hint = MESSAGES_HINT if isinstance(error, AttributeError) and _is_conversation(error.obj) else ""
+    hint += single_hint if isinstance(error, statistics.StatisticsError | ZeroDivisionError) else ""
     return Failure(reason=describe(error) + hint, details=f"Traceback (most recent call last):\n{details}")
 
 
@@ -157,7 +212,9 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[-1], Mapping) and "content" in value[-1]
 
 
-_RANKUP_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "portable", "runner", "worker")}
+_RANKUP_FILES = {
+    __file__.replace("contract.py", f"{name}.py") for name in ("contract", "own_files", "portable", "runner", "worker")
+}
 
 
 def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned) -> dict[str, Any]:
@@ -165,19 +222,42 @@ def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned
 
     def log_extra(column: str, values: Iterable[Any]) -> None:
         """Set a column of the completions table; a later call for the same column replaces it."""
-        values = list(values)
+        where = f"log_extra({column!r}) in reward function {name!r}"
+        if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+            raise ValueError(f"{where}: give a list with one value for each of the {len(inputs)} completions")
+        values = [plain(value) for value in values]
         if len(values) != len(inputs):
-            got = f"got {len(values)} values for {len(inputs)} completions"
-            raise ValueError(f"log_extra({column!r}) in reward function {name!r} {got}")
-        returned.extras[column] = values
+            raise ValueError(f"{where} got {len(values)} values for {len(inputs)} completions")
+        returned.extras[str(column)] = values
 
     def log_metric(metric: str, value: float) -> None:
         """Log a number; if a name is logged several times, the mean is recorded."""
-        returned.metrics.setdefault(metric, []).append(float(value))
+        returned.metrics.setdefault(logged_name(name, str(metric)), []).append(float(value))
 
-    state = SimpleNamespace(**inputs.trainer_state)
-    available = {**inputs.rows(), "trainer_state": state, "log_extra": log_extra, "log_metric": log_metric}
-    return accepted(name, function, available)
+    rows = inputs.rows()
+    available = {**rows, "trainer_state": inputs.trainer_state, "log_extra": log_extra, "log_metric": log_metric}
+    arguments = accepted(name, function, available)
+    if "trainer_state" in arguments:
+        state = dict(inputs.trainer_state)
+        if isinstance(state.get("log_history"), History):
+            state["_history"] = state.pop("log_history")
+        arguments["trainer_state"] = _TrainerState(**_copied(state))
+    return {key: _copied(value) if key in rows else value for key, value in arguments.items()}
+
+
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+
+
+def _copied(value: Any) -> Any:
+    """The value with copies of its lists and mappings at every depth: no call may change what others see."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple(item if type(item) in _SCALARS else _copied(item) for item in value)
+    if kind is list:
+        return [item if type(item) in _SCALARS else _copied(item) for item in value]
+    if kind is dict:
+        return {key: item if type(item) in _SCALARS else _copied(item) for key, item in value.items()}
+    return set(value) if kind is set else value
 
 
 def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +288,27 @@ def check_column_names(columns: Iterable[str]) -> None:
     clashes = [name for name in columns if name in RESERVED_ARGUMENTS]
     if clashes:
         raise ValueError(f"data column {clashes[0]!r} has the name of a reward function's argument: rename the column")
+
+
+def with_check(check_row: Callable[..., None]) -> Callable[[Function], Function]:
+    """A decorator: before a run starts, `check_row` is called with the columns of each row, one value each, by keyword.
+
+    It raises ValueError with the reason if the function cannot use the row. Like a reward function it gets only the columns
+    that it names, unless it has `**columns`.
+    """
+
+    def decorate(function: Function) -> Function:
+        function.check_row = check_row  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return decorate
+
+
+def row_check_of(function: Function) -> Callable[..., None] | None:
+    """The `check_row` of a function, through partials; None if it has none."""
+    while isinstance(function, functools.partial) and not hasattr(function, "check_row"):
+        function = function.func
+    return getattr(function, "check_row", None)
 
 
 def is_async(function: Function) -> bool:
@@ -244,10 +345,12 @@ def _as_number(name: str, row: int, reward: Any) -> float | None:
         except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a torch tensor of many elements
             pass
     if not math.isfinite(number):
-        raise BadValueError(
+        error = BadValueError(
             f"reward function {name!r} returned {_shown(reward)} for row {row}: return a finite number, or None where "
             "the function does not apply"
         )
+        error.is_not_finite = not isinstance(reward, (str, bytes))
+        raise error
     return number
 
 

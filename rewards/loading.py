@@ -7,38 +7,34 @@
     load_reward(my_function)                        # a callable is returned unchanged
     load_reward("lengths.py:target", kwargs={"tokens": 100})    # the function that a factory returns
 
-The folder of a `file.py` is on `sys.path` only **while the file is being imported, and last**: `import helper` at the top of
-the file finds `helper.py` next to it, but a file called `json.py` can never shadow the standard library, and `sys.path` is
-restored afterwards. An import inside a function body runs later and does not see the folder. For `package.module` the same
-holds for the working directory.
+A `file.py` finds the files next to it wherever it imports them, also inside functions, and those of another folder never
+(`own_files.py`). A `package.module` that Python does not find is looked up in the working directory, in the same way.
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .own_files import folder_of, has_module, import_file, import_from
 from .texts import Function, describe, did_you_mean
 
 RewardSpec = str | Function
-
-_FILE_MODULE = "rankup_file_"
-"""Start of the names of modules that were imported from a `file.py` of a spec."""
 
 ENTRY_POINTS = "rankup.rewards"
 """Entry point group in which packages, rankup included, register rewards under a short name."""
 
 
-def load_object(spec: str) -> object:
+def load_object(spec: str, *, folder: Path | None = None) -> object:
     """Return the object that `spec` names.
+
+    folder: where files, and modules that Python does not find, are looked up. None: the working directory.
 
     Raises ValueError (malformed spec, no such module, no such name, or an error inside the user's file, which is the
     `__cause__`) and FileNotFoundError (no such file).
@@ -47,11 +43,11 @@ def load_object(spec: str) -> object:
     if not location or not name.isidentifier():
         raise ValueError(f"cannot read {spec!r}: write it as path/to/file.py:name or package.module:name")
     if location.endswith(".py"):
-        module = _import_file(find_file(location))
+        module = _import_file(find_file(location if folder is None else folder / location))
     elif "/" in location:
         raise ValueError(f"cannot read {spec!r}: a path must end in .py, as in {location}.py:{name}")
     else:
-        module = _import_module(location)
+        module = _import_module(location, folder or Path.cwd())
     try:
         return getattr(module, name)
     except AttributeError:
@@ -68,22 +64,25 @@ def spec_of(function: Function) -> str | None:
         return None
     if getattr(module, name, None) is not function:  # replaced, or never stored under its name
         return None
-    if not module.__name__.startswith(_FILE_MODULE):
+    folder, _, name_in_folder = folder_of(module), *module.__name__.partition(".")[1:]
+    if folder is None:
         return f"{module.__name__}:{name}"
+    if "." in name_in_folder and folder == Path.cwd():
+        return f"{name_in_folder}:{name}"
     assert module.__file__ is not None, module
     path = Path(module.__file__)
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{name}"
 
 
-def load_reward(spec: RewardSpec, *, kwargs: Mapping[str, Any] | None = None) -> Function:
+def load_reward(spec: RewardSpec, *, kwargs: Mapping[str, Any] | None = None, folder: Path | None = None) -> Function:
     """Return the reward function that `spec` names, or `spec` itself if it is a callable.
 
     With `kwargs` (even an empty mapping) `spec` is a factory, a function or a class, and what it returns for them is the reward
-    function.
+    function. `folder`: as for `load_object`.
 
     Raises what `load_object` raises, and ValueError if the object is not a reward function.
     """
-    found = _find(spec) if isinstance(spec, str) else spec
+    found = _find(spec, folder) if isinstance(spec, str) else spec
     function = found if kwargs is None else _call_factory(spec, found, kwargs)
     if inspect.isclass(function):
         raise ValueError(f"reward {spec!r} is a class: name an instance of it or a function, or give its kwargs")
@@ -92,9 +91,9 @@ def load_reward(spec: RewardSpec, *, kwargs: Mapping[str, Any] | None = None) ->
     return function
 
 
-def _find(spec: str) -> object:
+def _find(spec: str, folder: Path | None) -> object:
     if ":" in spec or spec.endswith(".py"):
-        return load_object(spec)
+        return load_object(spec, folder=folder)
     registered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if spec in registered:
         return registered[spec].load()
@@ -117,7 +116,10 @@ def _call_factory(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) 
     except TypeError as error:
         names = ", ".join(kwargs) or "none"
         raise ValueError(f"reward {spec!r} does not accept its kwargs ({names}): {error}") from error
-    return factory(**kwargs)
+    try:
+        return factory(**kwargs)
+    except SystemExit as error:
+        raise ValueError(f"reward {spec!r} cannot be made from its kwargs: {describe(error)}") from error
 
 
 def reward_name(function: Function) -> str:
@@ -139,47 +141,28 @@ def find_file(path: str | Path) -> Path:
 
 
 def _import_file(path: Path) -> ModuleType:
-    # The module name encodes path and content: two files called reward.py are different modules, an unchanged file is imported
-    # once, and an edited one (in a notebook that trains twice) is imported again.
-    digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"{_FILE_MODULE}{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs, as dataclasses and pickle look the module up by name
     try:
-        with _last_on_path(path.parent):
-            spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything
-        del sys.modules[name]
+        return import_file(path)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's file may raise anything, and call sys.exit()
         raise ValueError(f"{path} could not be imported: {describe(error)}") from error
-    return module
 
 
-def _import_module(name: str) -> ModuleType:
+def _import_module(name: str, folder: Path) -> ModuleType:
+    top = name.partition(".")[0]
     try:
-        with _last_on_path(Path.cwd()):
-            return importlib.import_module(name)
-    except Exception as error:  # a user's module may raise anything
+        importlib.invalidate_caches()  # the files may be newer than Python's cached folder listing
+        if top not in sys.modules and importlib.util.find_spec(top) is None and has_module(folder, name):
+            return import_from(folder, name)
+        return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's module may raise anything, and call sys.exit()
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (name == missing or name.startswith(missing + ".")):
             raise ValueError(f"no module {name!r}: {error}") from error
         raise ValueError(f"module {name!r} could not be imported: {describe(error)}") from error
-
-
-@contextmanager
-def _last_on_path(folder: Path) -> Iterator[None]:
-    added = [str(folder)] if str(folder) not in sys.path else []
-    sys.path.extend(added)
-    importlib.invalidate_caches()  # the files may be newer than Python's cached folder listing
-    try:
-        yield
-    finally:
-        for name in added:
-            if name in sys.path:  # the imported code may have removed it
-                sys.path.remove(name)
 
 
 def _suggestion(module: ModuleType, name: str) -> str:

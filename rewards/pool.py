@@ -16,6 +16,7 @@ its loop, so there is nothing to lock, and each call has one result, however oft
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import pickle
 import threading
@@ -24,7 +25,6 @@ from concurrent.futures import Future
 from typing import Any
 
 from .contract import CallResult, Failure
-from .texts import describe
 
 Answer = bytes | Failure
 """A pickled `CallResult`, or why there is none."""
@@ -35,7 +35,8 @@ class BackgroundLoop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
@@ -45,9 +46,16 @@ class BackgroundLoop:
     def close(self) -> None:
         """Cancel everything that runs, and end the thread."""
         self.run(self._finish()).result()
+        self._is_closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            # A task that a user's function started and that calls sys.exit() ends the loop too. Its error is in the task.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_forever()
 
     async def _finish(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -73,12 +81,7 @@ class Pool(BackgroundLoop):
 
     async def _call(self, name: str, inputs: bytes) -> CallResult:
         answer = await self.answer(name, inputs)
-        if isinstance(answer, Failure):
-            return answer
-        try:
-            return pickle.loads(answer)
-        except Exception as error:  # objects that were passed to `log_extra` may raise anything when they are unpickled
-            return Failure(reason=f"its answer cannot be unpickled here: {describe(error)}")
+        return answer if isinstance(answer, Failure) else pickle.loads(answer)
 
 
 async def attempts(call: Callable[[], Awaitable[CallResult]], retries: int) -> CallResult:

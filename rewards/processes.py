@@ -20,6 +20,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .config import RewardsConfig
 from .contract import Failure
@@ -56,7 +58,9 @@ class WorkerPool(Pool):
 
     def __init__(self, functions: Mapping[str, Portable], config: RewardsConfig) -> None:
         super().__init__(retries=config.retries)
-        self._setup = pickle.dumps((dict(functions), list(sys.path), config.memory_gib))
+        self._folder = TemporaryDirectory(prefix="rankup-rewards-")  # for files that were sent here
+        unpacked = {name: portable.unpacked(Path(self._folder.name)) for name, portable in functions.items()}
+        self._setup = pickle.dumps((unpacked, list(sys.path), config.memory_gib))
         self._timeout = config.timeout
         self._idle: asyncio.Queue[_Process | None] = asyncio.Queue()
         self.run(self._start_all(config.num_workers or min(MAX_WORKERS, os.cpu_count() or 1)))
@@ -96,6 +100,7 @@ class WorkerPool(Pool):
         while not self._idle.empty():
             if process := self._idle.get_nowait():
                 await process.close()
+        self._folder.cleanup()
 
 
 class _Process:

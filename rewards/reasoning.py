@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .contract import with_check
 from .texts import Completion, Function, describe, did_you_mean, text_of, with_prefixes
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -63,7 +64,8 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
             if facts is None:
                 scores.append(None)
                 continue
-            entry = {"question": text_of(prompt), "answer": right, "metadata": _read_metadata(facts, row, name)}
+            metadata_of_row = _read_metadata(facts, f"the metadata of row {row}", name)
+            entry = {"question": text_of(prompt), "answer": right, "metadata": metadata_of_row}
             score = _score(_scorer(name, settings), _answer_in(text), entry, f"row {row} ({name})")
             failed += score is None
             scores.append(score or 0.0)
@@ -82,7 +84,19 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
         _scorer(task, settings)
     reward = by_row if task is None else with_task
     reward.__name__ = "reasoning_gym_score"
-    return reward
+    return with_check(_metadata_check(task, settings))(reward)
+
+
+def _metadata_check(task: str | None, settings: str) -> Callable[..., None]:
+    """A `check_row` for rows of the task, or of the task in their column."""
+    of_all = task
+
+    def check_metadata(metadata: Any, task: str = "", **columns: Any) -> None:
+        if metadata is not None:
+            _scorer(of_all or task, settings)
+            _read_metadata(metadata, "the metadata", of_all or task)
+
+    return check_metadata
 
 
 def _score(scorer: Callable[[Any, dict[str, Any]], Any], answer: str, entry: dict[str, Any], where: str) -> float | None:
@@ -101,14 +115,14 @@ def _score(scorer: Callable[[Any, dict[str, Any]], Any], answer: str, entry: dic
         return None
 
 
-def _read_metadata(metadata: Any, row: int, task: str) -> dict[str, Any]:
+def _read_metadata(metadata: Any, subject: str, task: str) -> dict[str, Any]:
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata)
         except ValueError as error:
-            raise ValueError(f"the metadata of row {row} is not JSON: {error}") from error
+            raise ValueError(f"{subject} is not JSON: {error}") from error
     if not isinstance(metadata, Mapping):
-        raise ValueError(f"the metadata of row {row} is a {type(metadata).__name__}: it must be a JSON object")
+        raise ValueError(f"{subject} is a {type(metadata).__name__}: it must be a JSON object")
     if task in _BOARD_TASKS and "output" in metadata:
         # These two compare with a tuple of tuples, which JSON has turned into lists; all others accept lists.
         return {**metadata, "output": tuple(tuple(line) for line in metadata["output"])}

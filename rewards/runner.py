@@ -18,11 +18,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .combining import Pending, Scores
 from .config import Isolation, RewardFunction, RewardsConfig, weights_of
@@ -38,12 +39,16 @@ from .contract import (
     check_column_names,
     failure_of,
     is_async,
+    is_interruption,
+    row_check_of,
 )
 from .loading import RewardSpec, load_reward, reward_name
+from .own_code import code_of
 from .pool import BackgroundLoop, Pool, attempts
 from .portable import Portable, portable_of
 from .processes import WorkerPool
 from .ray_pool import RayPool
+from .texts import describe
 
 POOLS = {"process": WorkerPool, "ray": RayPool}
 """The pools for functions that are not inline."""
@@ -68,8 +73,8 @@ class Scorer:
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `has_own_timeout` is true.
 
-    `names` holds one distinct name per function. Raises ValueError without functions or with a wrong number of weights,
-    and the errors of `load_reward`.
+    `names` holds one distinct name per function, `code` the hashes of those in a user's own files (`own_code.py`). Raises
+    ValueError without functions or with a wrong number of weights, and the errors of `load_reward`.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Scorer:
         self.config = config
         self.weights = weights_of(config.weights, [options for _, options in entries])
         self._rewards = _load(entries, config.isolation)
+        self.code = {path: digest for spec, _ in entries for path, digest in code_of(spec).items()}
         self.names = [reward.name for reward in self._rewards]
         self._loop: BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
@@ -97,6 +103,25 @@ class Scorer:
         check_column_names(columns)
         for reward in self._rewards:
             accepted(reward.name, reward.function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
+
+    def check_row(self, columns: Mapping[str, Any]) -> None:
+        """Raise ValueError if a function cannot use a row with these columns, or if a process cannot get them.
+
+        Functions say so by their attribute `check_row` (`contract.with_check`).
+        """
+        for reward in self._rewards:
+            row_check = row_check_of(reward.function)
+            if row_check is None:
+                continue
+            try:
+                row_check(**accepted(reward.name, row_check, dict(columns)))
+            except BaseException as error:  # a user's function may raise anything
+                if is_interruption(error):
+                    raise
+                reason = str(error) if isinstance(error, ValueError) else describe(error)
+                raise ValueError(f"reward function {reward.name!r} cannot use it: {reason}") from error
+        if any(reward.portable for reward in self._rewards):
+            _check_pickles(columns)
 
     def start(self) -> None:
         """Start the processes now, so that they load in the background; otherwise the first `submit` starts them.
@@ -149,11 +174,25 @@ class Scorer:
         if reward.portable is not None:
             return self._pools[reward.isolation].submit(reward.name, pickled)
         done: Future[CallResult] = Future()
+        process = os.getpid()
         try:
             done.set_result(call(reward.name, reward.function, inputs))
-        except Exception as error:  # a user's function may raise anything; it becomes the cause of what `result` raises
-            done.set_result(dataclasses.replace(failure_of(error), cause=error))
+        except BaseException as error:  # a user's function may raise anything; it becomes the cause of what `result` raises
+            if is_interruption(error) or os.getpid() != process:  # a fork of the function's must end
+                raise
+            done.set_result(dataclasses.replace(failure_of(error, num_rows=len(inputs)), cause=error))
         return done
+
+
+def _check_pickles(columns: Mapping[str, Any]) -> None:
+    for name, value in columns.items():
+        try:
+            pickle.dumps(value)
+        except Exception as error:  # objects may raise anything
+            raise ValueError(
+                f"column {name!r} cannot be sent to the processes of reward functions: {describe(error)}; write the value as "
+                "text or numbers, or set rewards.isolation=inline"
+            ) from error
 
 
 async def _call_async(reward: _Reward, inputs: Inputs, timeout: float | None) -> CallResult:
@@ -162,11 +201,12 @@ async def _call_async(reward: _Reward, inputs: Inputs, timeout: float | None) ->
     try:
         async with limit:
             return await call_async(reward.name, reward.function, inputs)
-    except (Exception, asyncio.CancelledError) as error:  # a user's function may raise anything; it becomes the cause
+    except BaseException as error:  # a user's function may raise anything, sys.exit() too; it becomes the cause
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # cancelled from outside: no caller waits for the result any more
             raise
-        failure = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else failure_of(error)
+        timed_out = Failure(reason=f"no answer in {timeout:g} s: it was cancelled") if limit.expired() else None
+        failure = timed_out or failure_of(error, num_rows=len(inputs))
         return dataclasses.replace(failure, cause=error)
 
 

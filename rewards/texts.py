@@ -72,7 +72,8 @@ def shorten(text: str, limit: int) -> str:
 
 def describe(error: BaseException) -> str:
     """Type and message of an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
+    text = f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
+    return f"{text} (sys.exit() was called)" if isinstance(error, SystemExit) else text
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

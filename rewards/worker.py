@@ -61,17 +61,22 @@ def _send(stream: BufferedRWPair, message: bytes) -> None:
 def _load(portable: Portable) -> Function | Failure:
     try:
         return portable.load()
-    except Exception as error:  # a user's file may raise anything; each call reports it
+    except BaseException as error:  # a user's file may raise anything; each call reports it
         return failure_of(error)
 
 
 def _reply(name: str, function: Function | Failure, inputs: bytes) -> bytes:
     if isinstance(function, Failure):
         return pickle.dumps(function)
+    process, num_rows = os.getpid(), 0
     try:
-        return pickle.dumps(call(name, function, pickle.loads(inputs)))  # inside the try: `log_extra` accepts any object
-    except Exception as error:  # a user's function may raise anything
-        return pickle.dumps(failure_of(error))
+        call_inputs = pickle.loads(inputs)
+        num_rows = len(call_inputs)
+        return pickle.dumps(call(name, function, call_inputs))
+    except BaseException as error:  # a user's function may raise anything, and call sys.exit()
+        if os.getpid() != process:  # a fork of the function's must end, and not answer for its parent
+            raise
+        return pickle.dumps(failure_of(error, num_rows=num_rows))
 
 
 def _restore_signals() -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether configuration, data and reward functions are still the same.
+"""Which checkpoint a run resumes from, and whether configuration, data, reward functions and their code are still the same.
 
     resumption = find_resumption(True, config, store, inputs=inputs, allow_changes=False)
     resumption.checkpoint.path, resumption.state.position.steps_done        # None: there is no checkpoint yet
@@ -17,6 +17,7 @@ from typing import Any
 from ..common.log import logger
 from ..config import GRPOConfig, dump_config
 from ..config.loading import parse_yaml, read_run_file
+from ..experience.user_functions import CODE
 from ..run.records import CONFIG_FILE, read_summary
 from .state import RunState, made_with, read_state
 from .store import Checkpoint, CheckpointStore, read_checkpoint
@@ -27,6 +28,7 @@ Resume = bool | str | Path | None
 
 HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
 """Options of these sections do not affect training, except those below. Nor do more steps, if no rate depends on them."""
+HARMLESS_OPTIONS = ("rewards.max_steps_without_reward",)
 TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "logging.num_generations_eval", "cluster.workers")
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
@@ -87,7 +89,7 @@ def _refuse_changes(checkpoint: Path, changes: list[Change], *, allow_changes: b
         )
     if changes and not allow_changes:
         raise ValueError(
-            f"cannot resume from {checkpoint}: the configuration or data differ:\n{_listed(changes)}\n"
+            f"cannot resume from {checkpoint}: the configuration, data or code differ:\n{_listed(changes)}\n"
             "Restore the old values, or accept the new ones with --allow-changes (allow_changes=True), or start from scratch "
             "without --resume. Options that affect memory or speed only change results by rounding errors"
         )
@@ -131,7 +133,7 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
         if change.option == "logging.working_dir":  # says only how the paths of the others are to be read
             continue
         is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
-        is_harmless |= change.option == "optim.max_steps" and keeps_rates
+        is_harmless |= change.option in HARMLESS_OPTIONS or (change.option == "optim.max_steps" and keeps_rates)
         yield dataclasses.replace(change, affects_training=not is_harmless)
 
 
@@ -146,7 +148,9 @@ def _with_new_options(before: dict[str, Any]) -> dict[str, Any]:
 
 
 def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    """Data or reward functions that differ from those of the checkpoint."""
+    """Data or reward functions that differ from those of the checkpoint, one line for each file of code."""
+    if CODE not in before:  # a checkpoint of an earlier version
+        now = {name: value for name, value in now.items() if name != CODE}
     yield from _changes(_flat(before), _flat(now))
 
 

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RunInterrupted: a signal ended a run. It is a SystemExit, with status 0 if the run is saved.
     """
     options = parse(arguments)
+    if arguments is None:
+        del sys.argv[1:]  # a user's functions must not read the arguments of `rankup` as theirs
     from ..common.quiet import quiet_loggers
 
     quiet_loggers()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
 from ...rewards.config import RewardFunction, RewardsConfig
 from ...rewards.contract import RESERVED_ARGUMENTS, Inputs
@@ -28,6 +28,7 @@ from ...rewards.runner import Scorer
 from ...rewards.texts import text_of
 from ..common.exact_json import encode
 from ..config import DataConfig, GRPOConfig, load_config
+from ..config.loading import parse_yaml
 from ..config.run_folders import function_of_run
 from ..data.messages import BadRowError, read_prompt
 from ..data.sources import load_rows
@@ -161,9 +162,7 @@ class Trial:
 
 def try_reward(options: argparse.Namespace) -> int:
     """`rankup reward FUNCTION --data RUN|FILE`"""
-    kwargs = None if options.kwargs is None else yaml.safe_load(options.kwargs)
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise ValueError(f"--kwargs must be a mapping, such as '{{tokens: 100}}' (got {options.kwargs})")
+    kwargs = None if options.kwargs is None else _mapping("--kwargs", options.kwargs, "{tokens: 100}")
     reading = _reading(options)
     if options.rows < 1:
         raise ValueError(f"--rows must be at least 1 (got {options.rows})")
@@ -195,6 +194,18 @@ def _function(options: argparse.Namespace) -> str:
     return function_of_run(options.function, functions)
 
 
+def _mapping(option: str, text: str, example: str) -> dict[str, Any]:
+    """The value of an option that takes a mapping, read as a run file is."""
+    wanted = f"{option} must be a mapping, such as '{example}'"
+    try:
+        value = parse_yaml(text)
+    except YAMLError as error:
+        raise ValueError(f"{wanted}: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{wanted} (got {text})")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """A saved completion with the data set's columns; `rewards` are those that the run has recorded, by function."""
@@ -209,9 +220,7 @@ class _Row:
 
 def _reading(options: argparse.Namespace) -> DataConfig:
     """How to read data that no run has saved. Raises ValueError for mistakes in the options."""
-    types = {} if options.column_types is None else yaml.safe_load(options.column_types)
-    if not isinstance(types, dict):
-        raise ValueError(f"--column-types must be a mapping, such as '{{answer: int}}' (got {options.column_types})")
+    types = {} if options.column_types is None else _mapping("--column-types", options.column_types, "{answer: int}")
     data = {"train_split": options.split, "subset": options.subset, "encoding": options.encoding, "column_types": types}
     return GRPOConfig(data=data).data
 
@@ -304,7 +313,7 @@ def _inputs(group: Sequence[_Row]) -> Inputs:
         completions=[row.completion for row in group],
         completion_ids=[row.completion_ids for row in group],
         columns={name: [row.columns[name] for row in group] for name in group[0].columns},
-        trainer_state={"global_step": 0, "max_steps": 0},
+        trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []},
         completion_prefixes=[row.completion_prefix for row in group],
     )
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from ...rewards.contract import Interruption
 from .log import logger
 
 SHOW_CURSOR = b"\x1b[?25h\n"
 
 
-class RunInterrupted(SystemExit):
+class RunInterrupted(Interruption):
     """A signal ended the run. As a SystemExit it also ends a script, with status 0 once everything is saved. In a notebook,
     `GRPOTrainer` raises KeyboardInterrupt for Ctrl-C instead.
 

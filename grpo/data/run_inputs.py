@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from ...rewards.runner import Scorer
 from ...rollout.model_limits import prompt_length
 from ..common.errors import first_line
 from ..common.exact_json import encode
@@ -28,6 +29,7 @@ from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig, with_options
 from ..config.data import check_set_names
 from .prompts import Prompt, PromptData, prepare_prompts
+from .row_checks import check_rows
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
 from .templates import template_text
 from .values import check_column_types
@@ -50,6 +52,12 @@ class RunInputs:
             "training": self.train_prompts.counts(),
             "evaluation": None if self.eval_prompts is None else self.eval_prompts.counts(),
         }
+
+    def check_rows(self, scorer: Scorer) -> None:
+        """Raise ValueError for the first row that records or the reward functions cannot use."""
+        check_rows(scorer, self.train_prompts.rows, "training data")
+        if self.eval_prompts is not None:
+            check_rows(scorer, self.eval_prompts.rows, "evaluation data")
 
     def fingerprint(self) -> dict[str, Any]:
         """Number and hash of the rows of the training data and of each evaluation set."""

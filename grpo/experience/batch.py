@@ -10,8 +10,9 @@ user's filter. Every sampled group counts in the reported rewards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...rewards.runner import Scorer
 from ...rollout.engine import request_seed
@@ -22,7 +23,7 @@ from ..config import GRPOConfig
 from ..data.groups import Group
 from ..data.sampler import PromptSampler
 from .collect import Collected, collect
-from .step_metrics import completion_metrics, reward_metrics
+from .step_metrics import completion_metrics, has_reward, reward_metrics
 from .user_functions import NO_FUNCTIONS, UserFunctions, filtered, user_advantages
 
 
@@ -52,6 +53,7 @@ def collect_batch(
     *,
     functions: UserFunctions,
     step: int,
+    trainer_state: Mapping[str, Any] | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Batch:
     """Sample and score the groups of a step and compute their advantages; the same for the same step, seed and policy.
@@ -60,6 +62,7 @@ def collect_batch(
 
     Args:
         functions: those of `config`, loaded.
+        trainer_state: of the reward functions. None: only the step.
 
     Raises:
         ValueError: a user's function returned something else than it should.
@@ -79,7 +82,7 @@ def collect_batch(
             prompts,
             config.rollout,
             seeds=[request_seed(config.seed, step, number * wanted + index) for index in range(len(prompts))],
-            trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
+            trainer_state=trainer_state or {"global_step": step, "max_steps": config.optim.max_steps},
             world=world,
         )
 
@@ -90,7 +93,7 @@ def collect_batch(
 
     rounds = [collect_round(0)]
     groups = groups_of(rounds)
-    while len(rounds) <= max_rounds and sum(group.has_variance and group.passes_filter for group in groups) < wanted:
+    while len(rounds) <= max_rounds and _lacks_variance(groups, wanted):
         rounds.append(collect_round(len(rounds)))
         groups = groups_of(rounds)
     passing = [group for group in groups if group.passes_filter]
@@ -102,6 +105,12 @@ def collect_batch(
         rollout_seconds=sum(one.rollout_seconds for one in rounds),
         reward_seconds=sum(one.reward_seconds for one in rounds),
     )
+
+
+def _lacks_variance(groups: Sequence[Group], wanted: int) -> bool:
+    """Whether too few groups can be trained on. Not in an outage: more prompts would have no reward either."""
+    usable = sum(group.has_variance and group.passes_filter for group in groups)
+    return usable < wanted and any(map(has_reward, groups))
 
 
 def with_advantages(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...rewards.runner import Scorer
 from ...rollout.engine import request_seed
@@ -21,7 +22,7 @@ from ..data.groups import Group
 from ..data.prompts import Prompt
 from ..guards.evaluations import Rewards, mean_reward
 from .collect import collect
-from .step_metrics import completion_metrics, failures
+from .step_metrics import completion_metrics, failures, scored_shares
 
 EVALUATION = -1
 """In the place of a step, in the seeds of an evaluation."""
@@ -48,6 +49,11 @@ class Evaluation:
     def failures(self) -> dict[str, list[str]]:
         """Why functions failed on completions, by function."""
         return failures(self.groups)
+
+    @property
+    def scored_shares(self) -> dict[str, float]:
+        """The share of the completions that each function with a weight scored, by its name."""
+        return scored_shares(self.groups)
 
     @property
     def mean_reward(self) -> float:
@@ -82,11 +88,12 @@ def evaluate(
     config: GRPOConfig,
     *,
     step: int,
+    trainer_state: Mapping[str, Any] | None = None,
     use_adapter: bool = True,
     world: World = SINGLE_PROCESS,
 ) -> Evaluation:
     """Sample completions of each prompt, with or without the adapter, and score them: one greedy one, or as many as
-    `logging.num_generations_eval` says. `step`: updates done.
+    `logging.num_generations_eval` says. `step`: updates done. `trainer_state`: of the reward functions; None: only the step.
 
     Each worker takes its shard of the prompts; all get the complete evaluation.
     """
@@ -98,7 +105,7 @@ def evaluate(
         config.rollout.greedy() if count is None else config.rollout.as_in_training(count),
         # The same in every evaluation: what differs between two of them is the policy.
         seeds=None if count is None else [request_seed(config.seed, EVALUATION, index) for index in range(len(prompts))],
-        trainer_state={"global_step": step, "max_steps": config.optim.max_steps},
+        trainer_state=trainer_state or {"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
         world=world,
     ).groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,23 +31,56 @@ class CompletionsTable:
 def reward_metrics(groups: Sequence[Group], function_names: Sequence[str]) -> dict[str, float]:
     """Mean reward, its spread within groups, each function's statistics, and the metrics that the functions logged.
 
-    `advantage_scale` is the spread in the groups that have one: the scale of advantages before anything divides them.
+    A mean is NaN where there is no reward: that is not reward 0. `advantage_scale` is the spread in the groups that have one:
+    the scale of advantages before anything divides them. `rewards/<name>/none_ratio` is the share of the completions to which a
+    function with a weight gave no reward, and `reward_without_failures` the mean reward of those on which no function failed;
+    both exist only where there are such completions.
     """
+    scored = [g for g in groups if has_reward(g)]
     metrics = {
         "reward": _mean(reward for g in groups for reward in g.scores.total),
-        "reward_std": _mean(g.reward_std for g in groups),
-        "frac_reward_zero_std": _mean(float(not g.has_variance) for g in groups),
-        "advantage_scale": _mean(g.reward_std for g in groups if g.has_variance),
+        "reward_std": _mean(g.reward_std for g in scored),
+        "frac_reward_zero_std": _mean(float(not g.has_variance) for g in scored),
+        "advantage_scale": _mean((g.reward_std for g in scored if g.has_variance), of_none=0.0 if scored else math.nan),
     }
     for name in function_names:
         values = [reward for g in groups for reward in g.scores.by_function[name] if reward is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
-        metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
+    count = sum(len(g.completions) for g in groups)
+    for name, share in scored_shares(groups).items():
+        if share < 1.0:
+            metrics[f"rewards/{name}/none_ratio"] = 1.0 - share
     for name, reasons in failures(groups).items():
-        metrics[f"rewards/{name}/failed_ratio"] = len(reasons) / sum(len(g.completions) for g in groups)
+        metrics[f"rewards/{name}/failed_ratio"] = len(reasons) / count
+    if any(g.scores.errors for g in groups):
+        metrics["reward_without_failures"] = _mean(reward for g in groups for reward in _without_failures(g))
     for name in dict.fromkeys(name for g in groups for name in g.scores.metrics):
         metrics[name] = _mean(g.scores.metrics.get(name) for g in groups)
     return metrics
+
+
+def has_reward(group: Group) -> bool:
+    """Whether any completion of the group has a reward."""
+    return any(reward is not None for reward in group.scores.total)
+
+
+def scored_shares(groups: Sequence[Group]) -> dict[str, float]:
+    """The share of the completions that each function scored itself, by its name; without functions of weight 0."""
+    shares = {}
+    for name, weight in zip(groups[0].scores.by_function, groups[0].scores.weights, strict=True):
+        rewards = [reward for g in groups for reward in g.scores.by_function[name]]
+        errors = [error for g in groups for error in g.scores.errors.get(name) or [None] * len(g.completions)]
+        if weight != 0.0:
+            pairs = zip(rewards, errors, strict=True)
+            shares[name] = sum(reward is not None and error is None for reward, error in pairs) / len(rewards)
+    return shares
+
+
+def _without_failures(group: Group) -> list[float | None]:
+    """The rewards of the completions on which no function failed."""
+    failed = [any(errors) for errors in zip(*group.scores.errors.values(), strict=True)] or [False] * len(group.completions)
+    return [None if is_failed else reward for reward, is_failed in zip(group.scores.total, failed, strict=True)]
 
 
 def failures(groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -65,7 +99,7 @@ def completion_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/mean_terminated_length": _mean(terminated),
+        "completions/mean_terminated_length": _mean(of_terminated),
         "completions/min_terminated_length": float(min(of_terminated)),
         "completions/max_terminated_length": float(max(of_terminated)),
         "completions/clipped_ratio": 1.0 - len(terminated) / len(completions),
@@ -97,7 +131,7 @@ def completions_table(groups: Sequence[Group]) -> CompletionsTable:
     return CompletionsTable(table=table, rewards=rewards, extras=extras, data=data)
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    """Mean of the known values; 0 if there are none."""
+def _mean(values: Iterable[float | None], *, of_none: float = math.nan) -> float:
+    """Mean of the known values; `of_none` if there are none."""
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else 0.0
+    return statistics.fmean(known) if known else of_none

@@ -24,6 +24,8 @@ value crosses a limit, and once more if it then crosses the hard limit. It can t
 step (batch alarms), one evaluation, or five steps in a row (all others). Two triggers within a window halve the learning rate,
 three roll the policy back.
 
+A reward that is not known is no evidence (`evidence.py`): neither for an alarm nor for a snapshot.
+
 Noise must not trigger an alarm. The reward counts as declined only beyond 3 standard errors. The gradient norm is compared with
 its own variation, the sampler mismatch with its initial value. Otherwise healthy runs would be rolled back, mostly at low
 success rates.
@@ -43,6 +45,7 @@ from typing import Any
 from ..config.guards import LOW_IS_BAD, GuardsConfig
 from .decision import Decision, SnapshotKind, SnapshotStore
 from .evaluations import AT_BEST, Evaluations, Rewards
+from .evidence import Coverage, evidence
 from .reading import clamped_exp, limits, read, read_evaluation, reward_is_at_best
 from .rules import EVALUATION, RULES, Reading
 from .trackers import Counters, Level, Series, TakenSnapshot, Trackers
@@ -67,6 +70,8 @@ class Guards:
         self._taken: dict[SnapshotKind, TakenSnapshot] = {}
         self._evaluations = Evaluations()
         self._counters = Counters()
+        self._coverage = Coverage()
+        self._evaluation_coverage = Coverage()
 
     @property
     def learning_rate_factor(self) -> float:
@@ -78,6 +83,7 @@ class Guards:
 
         quantities: metrics by name; absent ones are not judged.
         """
+        quantities = evidence(quantities, self._coverage)
         readings = [read(rule, step, quantities, self._trackers, self.config) for rule in RULES] if self.config.enabled else []
         counted = [reading for reading in readings if reading.rule.kind != "advice"]
         restore, halve = self._count_triggers(step, counted, self._kind_to_restore())
@@ -86,7 +92,8 @@ class Guards:
         stop_reason = self._count_skip(bool(reasons)) or self._stop_reason(restore)
         if stop_reason and self._can_restore(self._kind_to_restore()):
             restore = self._kind_to_restore()
-        healthy = self.config.enabled and not restore and not reasons and self._is_healthy(step, counted)
+        is_measured = quantities.get("reward") is None or math.isfinite(quantities["reward"] or 0.0)
+        healthy = self.config.enabled and is_measured and not restore and not reasons and self._is_healthy(step, counted)
         return Decision(
             step=step,
             alarms=tuple(reading.alarm for reading in readings if reading.alarm is not None),
@@ -97,13 +104,12 @@ class Guards:
             text=self._text(f"step {step + 1}", restore, reasons=reasons, halved=halved, stop_reason=stop_reason),
         )
 
-    def inspect_evaluation(self, step: int, rewards: Rewards) -> Decision:
+    def inspect_evaluation(self, step: int, rewards: Rewards | None) -> Decision:
         """Decide about the policy after `step` updates by its evaluation. Call it between two steps, then `apply`.
 
-        rewards: of the same prompts each time. An evaluation in which other prompts have a reward than in the first one is
-        ignored.
+        rewards: what `comparable` returns. An evaluation in which other prompts have a reward than in the first one is ignored.
         """
-        if not self.config.enabled or not self._evaluations.accepts(rewards):
+        if not self.config.enabled or rewards is None or not self._evaluations.accepts(rewards):
             return Decision(step=step)
         self._evaluations.add(rewards)
         reading = read_evaluation(step, rewards, self._evaluations, self._trackers, self.config)
@@ -122,6 +128,13 @@ class Guards:
             stop=bool(stop_reason),
             text=self._text(f"step {step}", restore, halved=halved, stop_reason=stop_reason),
         )
+
+    def comparable(self, rewards: Rewards, shares: Mapping[str, float]) -> Rewards | None:
+        """The rewards of an evaluation, of the same prompts each time; None if a function scored far fewer than before.
+
+        shares: of the completions, those that each reward function with a weight scored.
+        """
+        return None if self._evaluation_coverage.missing(shares) else rewards
 
     def apply(self, decision: Decision) -> None:
         """Take or restore the snapshot that was decided on."""
@@ -199,6 +212,7 @@ class Guards:
             "taken": {kind: asdict(taken) for kind, taken in self._taken.items()},
             "evaluations": asdict(self._evaluations),
             "counters": asdict(self._counters),
+            "coverage": [self._coverage.usual, self._evaluation_coverage.usual],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,6 +221,8 @@ class Guards:
         self._taken = {kind: TakenSnapshot.from_dict(taken) for kind, taken in state["taken"].items()}
         self._evaluations = Evaluations(**copy.deepcopy(dict(state["evaluations"])))
         self._counters = Counters(**copy.deepcopy(dict(state["counters"])))
+        of_steps, of_evaluations = state.get("coverage", ({}, {}))  # none in checkpoints of earlier versions
+        self._coverage, self._evaluation_coverage = Coverage(dict(of_steps)), Coverage(dict(of_evaluations))
 
     # --------------------------------------------------------------------------------------------- deciding
 

@@ -26,6 +26,7 @@ from torch import nn, optim
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
+from ...rewards.contract import History
 from ..common.log import logger
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
@@ -33,6 +34,9 @@ from ..data.groups import Group
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from .records import read_metrics, read_summary
+
+HISTORY_FOR_REWARDS = 1000
+"""The newest rows of `log_history` that reward functions get: a copy in each call, and sent to processes."""
 
 NAMES_OF_THE_RUN = frozenset({"step", "epoch", "loss", "reward", "eval_reward"})
 """What tells the rows of steps and evaluations from those of a user, who cannot log them."""
@@ -179,6 +183,12 @@ class Callbacks:
             end: dict[str, Any] = dict(self.train_metrics(summary["seconds"]["total"]))
             self.state.log_history.append({**end, "epoch": self.state.epoch, "step": self.state.global_step})
 
+    def state_for_rewards(self) -> dict[str, Any]:
+        """For the `trainer_state` of reward functions: numbers and texts of the state, and the newest rows of its history."""
+        values = vars(self.state).items()
+        plain = {name: value for name, value in values if value is None or isinstance(value, str | int | float)}
+        return {**plain, "log_history": History(self.state.log_history[-HISTORY_FOR_REWARDS:])}
+
     def step_begin(self, step: int) -> None:
         """A step begins, after `step` updates. What was asked for before is forgotten, a stop aside."""
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
@@ -207,16 +217,19 @@ class Callbacks:
         self._event(self._inside, "on_evaluate", evaluation=evaluation, when=when)
 
     def evaluate(self, metrics: Mapping[str, float], *, is_of_run: bool = True) -> None:
-        """An evaluation: the user's callbacks see its metrics, whose names begin with `eval_`.
+        """An evaluation: the user's callbacks see its metrics, whose names begin with `eval_`; None in the place of NaN, since
+        transformers' `EarlyStoppingCallback` takes NaN for a decline.
 
         is_of_run: it can be the best one of the run; not if the user asked for it.
         """
         if is_of_run:  # else the one that a callback has asked for is still due
             self.control.should_evaluate = False
-        self._log(metrics)
-        self._event(self.instances, "on_evaluate", metrics={**metrics, "epoch": self.state.epoch})
-        best, reward = self.state.best_metric, metrics["eval_reward"]
-        if is_of_run and reward > (-math.inf if best is None else best):  # after the event, as in transformers
+        known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        self._log(known)
+        self._event(self.instances, "on_evaluate", metrics={**known, "epoch": self.state.epoch})
+        best, reward = self.state.best_metric, known["eval_reward"]
+        is_best = reward is not None and (best is None or reward > best)
+        if is_of_run and is_best:  # after the event, as in transformers
             self.state.best_metric, self.state.best_global_step = reward, self.state.global_step
         self._collect_requests()
 

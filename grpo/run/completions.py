@@ -5,9 +5,10 @@ write_completions(path, 10, {"prompt": ["1 + 1?"], "completion": ["2"]}, rewards
 read_completions(path)      # [{"step": 10, "prompt": "1 + 1?", ..., "rewards": {"exact": 1.0}, "data": {"answer": 2}}]
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def write_completions(
     columns = {name: _typed_column(name, values) for name, values in {"step": [step] * num_rows, **table}.items()}
     names: dict[str, dict[str, Any]] = {"rewards": {}, "data": {}}
     for name, values in (rewards or {}).items():
-        column = names["rewards"][name] = f"rewards/{name}" if name in columns else name
+        column = names["rewards"][name] = _free(name, "rewards", columns)
         columns[column] = _doubles(values)
     for name, values in (extras or {}).items():
-        columns[f"extras/{name}" if name in columns else name] = _typed_column(name, values)
+        columns[_free(name, "extras", columns)] = _typed_column(name, values)
     for name, values in (data or {}).items():
-        column = f"data/{name}" if name in columns else name
+        column = _free(name, "data", columns)
         columns[column], is_json = _exact_column(values)
         names["data"][name] = {"column": column, "json": is_json}
     lengths = {name: len(column) for name, column in columns.items()}
@@ -83,6 +84,13 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
         decoded = {name: decode(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
         rows.append({**row, "rewards": rewards, "data": decoded})
     return rows
+
+
+def _free(name: str, prefix: str, columns: Container[str]) -> str:
+    """The name, with as many prefixes as make it the name of no other column."""
+    while name in columns:
+        name = f"{prefix}/{name}"
+    return name
 
 
 def _exact_column(values: Sequence) -> tuple[Any, bool]:
@@ -121,7 +129,8 @@ def _typed_column(name: str, values: Sequence) -> Any:
     if all(isinstance(value, bool) for value in present) and present:
         return pyarrow.array(values, pyarrow.bool_())
     if all(hasattr(value, "__float__") for value in present):
-        return _doubles(values)
+        with contextlib.suppress(OverflowError):  # an integer beyond all doubles
+            return _doubles(values)
     return _json_strings(values)
 
 

@@ -16,7 +16,7 @@ from ..data.groups import Group
 from ..data.prompts import REMARKS, PromptData
 from ..data.run_inputs import RunInputs
 from ..experience.evaluation import Evaluation
-from ..experience.step_metrics import failures
+from ..experience.step_metrics import failures, has_reward, scored_shares
 from ..model.start import describe_start
 from ..update.ranks import describe
 
@@ -64,7 +64,7 @@ def data_notes(name: str, prompts: PromptData, max_prompt_length: int) -> Iterat
 
 
 def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
-    """Which reward functions failed, and how many completions have no reward. `step`: updates done before it."""
+    """Which reward functions failed, and which completions have no reward. `step`: updates done before it."""
     for name, reasons in failures(groups).items():
         yield f"step {step + 1}: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"
     unscored = sum(
@@ -72,8 +72,17 @@ def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
         for group in groups
         for row, reward in enumerate(group.scores.total)
     )
-    if unscored:
-        yield f"step {step + 1}: no reward function applied to {unscored} completions: nothing is learned from them"
+    names = ", ".join(groups[0].scores.by_function)
+    if not any(has_reward(group) for group in groups):
+        yield (
+            f"step {step + 1}: no completion has a reward (functions: {names}): nothing is learned, and the step says nothing "
+            "about the policy"
+        )
+    elif unscored:
+        yield f"step {step + 1}: no reward function applied to {unscored} completions ({names}): nothing is learned from them"
+    silent = [name for name, share in scored_shares(groups).items() if share == 0.0 and name not in failures(groups)]
+    if silent and any(has_reward(group) for group in groups):
+        yield f"step {step + 1}: no reward of {', '.join(silent)}: the sum is that of the other functions"
 
 
 class SamplingNotes:

@@ -80,7 +80,7 @@ class RunOutput(RecordsUserLogs):
     ) -> None:
         """Record and show an evaluation."""
         metrics = evaluation.metrics()
-        self.recorder.evaluation(state.global_step, metrics, when=when)
+        self.recorder.evaluation(state.global_step, metrics, when=when, is_complete=not evaluation.failures)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
         for note in self._sampling_notes.about("evaluation", evaluation.groups):
@@ -105,9 +105,11 @@ class RunOutput(RecordsUserLogs):
         self.view.completions(step + 1, shown)
 
     def draw(self) -> None:
-        """`learning_curve.png`."""
+        """`learning_curve.png`, if any step had a reward."""
         from .plots import plot_learning_curve
 
+        if all(row.get("reward") is None for row in self.recorder.rows()):
+            return
         run_dir = self.recorder.output_dir
         plot_learning_curve([run_dir], run_dir / "learning_curve.png")
 

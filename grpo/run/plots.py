@@ -3,6 +3,7 @@
     plot_learning_curve([Path("runs/quickstart")], Path("runs/quickstart/learning_curve.png"))
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -38,7 +39,7 @@ POINT: dict[str, Any] = {"markersize": 8, "markeredgewidth": 1.9}
 
 @dataclass(frozen=True)
 class Curve:
-    """The data of one run. Points are (step, reward)."""
+    """The data of one run. Points are (step, reward); NaN for a step without a reward, where the line has a gap."""
 
     name: str
     seed: int | None
@@ -46,12 +47,17 @@ class Curve:
     rewards: list[tuple[int, float]]
     evaluations: list[tuple[int, float]]
 
+    @property
+    def known(self) -> list[tuple[int, float]]:
+        """The steps with a reward."""
+        return [(step, reward) for step, reward in self.rewards if math.isfinite(reward)]
+
 
 def plot_learning_curve(run_dirs: Sequence[Path], out: Path, *, title: str | None = None) -> None:
     """Draw the rewards of the runs into one PNG of 1,600 x 900 pixels.
 
-    Thin line: mean reward of each step. Strong line: its running mean over a tenth of the run. Markers: evaluations. The
-    default title is the name of the run.
+    Thin line: mean reward of each step. Strong line: its running mean over a tenth of the run. Markers: evaluations. Both lines
+    have gaps where no reward is known. The default title is the name of the run.
 
     Raises:
         ValueError: a folder is not a run folder, or no step of it has a reward.
@@ -71,7 +77,7 @@ def plot_learning_curve(run_dirs: Sequence[Path], out: Path, *, title: str | Non
             _draw(axes, curve, colour=colour, marker=marker, face=face)
         if len(curves) == 1:
             _write_values(axes, curves[0])
-        if all(0 <= reward <= 1 for curve in curves for _, reward in curve.rewards + curve.evaluations):
+        if all(0 <= reward <= 1 for curve in curves for _, reward in curve.known + curve.evaluations):
             axes.set_ylim(-0.03, 1.03)
         axes.margins(x=0.04)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -91,23 +97,24 @@ def plot_learning_curve(run_dirs: Sequence[Path], out: Path, *, title: str | Non
             fontsize=10,
             color=FAINT_INK,
         )
-        rising = curves[0].rewards[-1][1] >= curves[0].rewards[0][1]
+        rising = curves[0].known[-1][1] >= curves[0].known[0][1]
         corner = "lower right" if rising else "upper right"
         axes.legend(handles=_legend(curves), loc=corner, framealpha=0.9, edgecolor="none", fontsize=10)
         figure.savefig(out)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and those before it, at most `window` values; as long as `values`."""
+    """The mean of each value and those before it, at most `window` values; as long as `values`. NaN where the value is NaN."""
     parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
-    return [sum(part) / len(part) for part in parts]
+    known = [[value for value in part if math.isfinite(value)] for part in parts]
+    return [sum(part) / len(part) if math.isfinite(value) else math.nan for part, value in zip(known, values, strict=True)]
 
 
 def _read_curve(run_dir: Path) -> Curve:
     rows = read_metrics(run_dir)
-    rewards = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
+    rewards = [(row["step"], math.nan if row["reward"] is None else row["reward"]) for row in rows if "reward" in row]
     evaluations = [(row["step"], row["eval_reward"]) for row in rows if row.get("eval_reward") is not None]
-    if not rewards:
+    if all(math.isnan(reward) for _, reward in rewards):
         raise ValueError(f"{run_dir} has no step with a reward yet, so there is no curve to draw")
     config = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8")) or {}
     return Curve(

@@ -92,7 +92,9 @@ class RunRecorder:
         """Append one step to `metrics.jsonl`; `time/<phase>` (seconds) is also summed for the summary."""
         self._append({"step": step, **metrics})
         self._steps += 1
-        self._recent_rewards.append(float(metrics.get("reward", math.nan)))
+        reward = float(metrics.get("reward_without_failures", metrics.get("reward", math.nan)))
+        if math.isfinite(reward):  # no reward says nothing about the policy
+            self._recent_rewards.append(reward)
         for name, value in metrics.items():
             if name.startswith("time/"):
                 self._seconds[name.removeprefix("time/")] += float(value)
@@ -105,10 +107,13 @@ class RunRecorder:
         """Add time outside of steps, such as that of a checkpoint, to the seconds in the summary."""
         self._seconds[phase] += seconds
 
-    def evaluation(self, step: int, metrics: Mapping[str, float], *, when: When) -> None:
-        """Append an evaluation after `step` steps; `metrics` are those of `Evaluation.metrics`, at least `eval_reward`."""
+    def evaluation(self, step: int, metrics: Mapping[str, float], *, when: When, is_complete: bool = True) -> None:
+        """Append an evaluation after `step` steps; `metrics` are those of `Evaluation.metrics`, at least `eval_reward`.
+
+        is_complete: False if a reward function failed: it ranks no checkpoint.
+        """
         self._append({"step": step, **metrics})
-        self._last_evaluation = (step, float(metrics["eval_reward"]))
+        self._last_evaluation = (step, float(metrics["eval_reward"])) if is_complete else None
         if when != "during":
             self._evaluation[when] = evaluation_rewards(metrics)
 
@@ -157,7 +162,7 @@ class RunRecorder:
     # ------------------------------------------------------------------------------------------- checkpoints and resuming
 
     def reward_at(self, step: int, *, by_evaluation: bool) -> float | None:
-        """The value that ranks a checkpoint after `step` steps: its evaluation, or the mean reward of the last steps.
+        """The value that ranks a checkpoint after `step` steps: its evaluation, or the mean reward of the last steps with one.
 
         None if that is not known.
         """

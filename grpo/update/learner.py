@@ -283,9 +283,10 @@ class Learner:
         return is_possible
 
     def _trained(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups with a gradient: those with an advantage (all, if a penalty or bonus acts), without masked completions."""
+        """Groups with a gradient: those with an advantage (all with a reward, if a penalty or bonus acts), without masked
+        completions."""
         algorithm = self.config.algorithm
-        trained = [group for group in groups if algorithm.needs_every_group or any(group.advantages)]
+        trained = [g for g in groups if any(g.advantages) or (algorithm.needs_every_group and not _lacks_rewards(g))]
         return [without_truncated(group) for group in trained] if algorithm.mask_truncated_completions else trained
 
     def _packs(self, groups: Sequence[Group]) -> list[Pack]:
@@ -326,6 +327,11 @@ class Learner:
         temperature = self.config.rollout.temperature
         with self.policy.as_reference():
             return [self.policy.logprobs(one, temperature=temperature)[0] for one in packs]
+
+
+def _lacks_rewards(group: Group) -> bool:
+    """Whether the group was scored, and no function applied: in an outage, penalties must not move the policy alone."""
+    return bool(group.scores.total) and all(reward is None for reward in group.scores.total)
 
 
 def without_truncated(group: Group) -> Group:

@@ -29,9 +29,7 @@ def gsm8k_answers() -> list[str]:
         (r"\boxed{42}", 42),
         ("It costs $1,234.", 1234),
         ("1,234,567 people", 1234567),
-        ("12345,678", 678),
         ("1,2,3", 3),
-        ("1,2345", 2345),
         ("007", 7),
         ("-5", -5),
         ("it is -5.", -5),
@@ -60,7 +58,8 @@ def test_the_last_integer_is_found(completion, integer):
 
 
 @pytest.mark.parametrize(
-    "completion", ["", "no number", "12.5", ".5", "0.42", "$.12", "42, or rather 42.5", "five", "1" * 10_000, "-12"]
+    "completion",
+    ["", "no number", "12.5", ".5", "0.42", "$.12", "42, or rather 42.5", "five", "1" * 10_000, "-12", "12,5", "123,42"],
 )
 def test_without_the_integer_at_the_end_the_reward_is_0(completion):
     assert last_integer([completion] * 3, answer=[12, 5, 42]) == [0.0, 0.0, 0.0]

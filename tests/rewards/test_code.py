@@ -281,10 +281,10 @@ def test_a_row_without_tests_is_an_error_that_names_it(tests):
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
     [
-        (["1"], ["1", "2"], "row 0 has 1 inputs and 2 outputs"),
+        (["1"], ["1", "2"], "row 0: there are 1 inputs and 2 outputs"),
         ([], [], "row 0: inputs must be"),
         (["1"], [1], "row 0: outputs must be"),
-        (["1"], ["x" * 70_000], "an output of row 0 has 70000 bytes: set output_bytes"),
+        (["1"], ["x" * 70_000], "row 0: an output has 70000 bytes: set output_bytes"),
     ],
 )
 def test_rows_that_cannot_be_scored(inputs, outputs, message):

@@ -66,14 +66,13 @@ def test_a_file_may_import_files_next_to_it_and_sys_path_is_restored(tmp_path, m
     before = list(sys.path)
     assert load_object(f"{tmp_path}/reward.py:text") == "[1]"
     assert sys.path == before
-    del sys.modules["helper_beside_reward"]
+    assert "helper_beside_reward" not in sys.modules
 
 
 def test_a_module_in_the_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "rewards_by_module_name.py").write_text("def f(): return 3\n")
     monkeypatch.chdir(tmp_path)
     assert load_reward("rewards_by_module_name:f")() == 3
-    del sys.modules["rewards_by_module_name"]
 
 
 @pytest.mark.parametrize("spec", ["accuracy", "some/model", "file.py:", ":f", "file.py:not a name", "file.py:1.0"])

@@ -133,15 +133,14 @@ def test_a_process_that_closes_its_socket_and_lives_is_killed(make_scorer):
     assert "closed its socket" in str(scores.errors)
 
 
-def test_an_answer_that_cannot_be_read_fails_its_call(make_scorer):
+def test_objects_that_a_function_logs_arrive_as_text(make_scorer):
     def logs(completions, log_extra, **kwargs):
         log_extra("what", [UnreadableError(1, 2)])
         return [1.0]
 
-    scorer = make_scorer([logs, length], on_error="none", num_workers=1)
-    scores = scorer.score(inputs("a"))
-    assert scores.by_function == {"logs": [None], "length": [1.0]}
-    assert "cannot be unpickled" in str(scores.errors)
+    scores = make_scorer([logs, length], on_error="none", num_workers=1).score(inputs("a"))
+    assert scores.by_function == {"logs": [1.0], "length": [1.0]}
+    assert scores.extras == {"what": ["text"]}
 
 
 def test_output_that_cannot_be_shown_does_not_fail_a_call(make_scorer, monkeypatch):

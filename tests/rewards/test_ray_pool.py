@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -125,12 +126,13 @@ def test_ray_and_processes_and_inline_together(make_ray_scorer):
 def test_a_function_and_the_files_it_imports_need_no_file_on_the_node(make_ray_scorer, tmp_path):
     (tmp_path / "neighbour_of_a_reward.py").write_text("value = 7\ndef length(text): return len(text)\n")
     (tmp_path / "reward.py").write_text(
-        "import threading, neighbour_of_a_reward\nfrom neighbour_of_a_reward import length\n"
+        "import threading, neighbour_of_a_reward\nlock = threading.Lock()\n"
         "class Plus:\n"
         "    def __init__(self, amount): self.amount, self.cannot_be_sent = amount, threading.Lock()\n"
         "    def __call__(self, completions, **kwargs):\n"
-        "        return [length(c) + neighbour_of_a_reward.value + self.amount for c in completions]\n"
-        "def plain(completions): return [float(length(c)) for c in completions]\n"
+        "        return [len(c) + neighbour_of_a_reward.value + self.amount for c in completions]\n"
+        "def plain(completions):\n    from neighbour_of_a_reward import length\n"
+        "    return [float(length(c)) for c in completions]\n"
     )
     file = tmp_path / "reward.py"
     entries = [RewardFunction(function=f"{file}:Plus", kwargs={"amount": 20}, name="plus"), f"{file}:plain"]
@@ -138,15 +140,16 @@ def test_a_function_and_the_files_it_imports_need_no_file_on_the_node(make_ray_s
     for file in tmp_path.glob("*.py"):
         file.unlink()
     assert scorer.score(inputs("abc")).by_function == {"plus": [30.0], "plain": [3.0]}
-    del sys.modules["neighbour_of_a_reward"]
 
 
-def test_a_function_that_cannot_be_sent_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "reward.py").write_text(
-        "import threading\nlock = threading.Lock()\ndef locked(completions): return [float(lock.locked())]\n"
-    )
-    with pytest.raises(ValueError, match=r"'locked' cannot be sent to other machines.*lock.*install its module.*inline"):
-        scorer_of(f"{tmp_path}/reward.py:locked", isolation="ray")
+def test_a_function_that_cannot_be_sent_is_an_error_that_names_it():
+    lock = threading.Lock()
+
+    def locked(completions):
+        return [float(lock.locked())]
+
+    with pytest.raises(ValueError, match=r"'locked' cannot be sent to other machines.*lock.*name it as file\.py:name.*inline"):
+        scorer_of(locked, isolation="ray")
 
 
 def test_processes_persist_and_concurrent_calls_are_limited(make_ray_scorer, tmp_path):

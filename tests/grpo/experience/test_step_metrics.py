@@ -74,6 +74,7 @@ def test_reward_metrics(groups: list[Group], scorer: Scorer) -> None:
             "rewards/length/std": statistics.stdev([2, 3, 1, 4]),
             "rewards/shouts/mean": 1 / 3,  # over the three it applies to
             "rewards/shouts/std": statistics.stdev([0, 1, 0]),
+            "rewards/shouts/none_ratio": 1 / 4,
             "uppercase": 0.5,
         }
     )

@@ -273,7 +273,11 @@ def test_a_checkpoint_is_ranked_by_its_evaluation_or_by_the_last_ten_steps(recor
     assert recorder.reward_at(12, by_evaluation=True) == 0.75
     assert recorder.reward_at(13, by_evaluation=True) is None
     recorder.step(13, {"reward": math.nan})
-    assert recorder.reward_at(13, by_evaluation=False) is None
+    assert recorder.reward_at(13, by_evaluation=False) == 7.5, "no reward says nothing about the policy"
+    recorder.step(14, {"reward": 100.0, "reward_without_failures": 13.0})
+    assert recorder.reward_at(14, by_evaluation=False) == sum(range(4, 14)) / 10
+    recorder.evaluation(14, {"eval_reward": 0.9}, when="during", is_complete=False)
+    assert recorder.reward_at(14, by_evaluation=True) is None
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path: Path):
