@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards.runner import Scorer
+from .checkpoint.resume import CODE
 from .checkpoint.storage import Storage
 from .checkpoint.store import CheckpointStore
 from .common.interrupts import Interrupts
@@ -70,7 +71,8 @@ class RunSetup:
     def fingerprint(self) -> dict[str, Any]:
         """The run's inputs besides its configuration, to compare when it resumes."""
         start = {} if self.start_fingerprint is None else {"adapter of lora.start_from": self.start_fingerprint}
-        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), **start}
+        code = {**self.scorer.code, **UserFunctions.code(self.config)}
+        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), CODE: code, **start}
 
     def stage(self, text: str) -> None:
         """Show the current phase of the run, outside of its steps."""

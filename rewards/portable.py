@@ -130,7 +130,7 @@ def _pickled(name: str, found: object, *, other_machines: bool) -> bytes:
     import cloudpickle
 
     try:
-        with _modules_by_value(_installed_folders() if other_machines else sys.path, {} if other_machines else own_modules()):
+        with _modules_by_value(installed_folders() if other_machines else sys.path, {} if other_machines else own_modules()):
             return cloudpickle.dumps(found)
     except (pickle.PicklingError, TypeError) as error:
         where, instead = "a process", "name it as file.py:name, or"
@@ -168,7 +168,7 @@ def _is_found(package: str, *, folders: Sequence[str]) -> bool:
     return PathFinder.find_spec(package, folders) is not None or any(f.find_spec(package, None) is not None for f in others)
 
 
-def _installed_folders() -> list[str]:
+def installed_folders() -> list[str]:
     """The folders of the standard library and of installed packages."""
     of_python = [*sysconfig.get_paths().values(), sysconfig.get_config_var("DESTSHARED")]
     return [*of_python, *site.getsitepackages(), site.getusersitepackages()]

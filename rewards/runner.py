@@ -43,6 +43,7 @@ from .contract import (
     row_check_of,
 )
 from .loading import RewardSpec, load_reward, reward_name
+from .own_code import code_of
 from .pool import BackgroundLoop, Pool, attempts
 from .portable import Portable, portable_of
 from .processes import WorkerPool
@@ -72,7 +73,7 @@ class Scorer:
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `has_own_timeout` is true.
 
-    `names` holds one distinct name per function. Raises ValueError without functions or with a wrong number of weights,
+    `names` holds one distinct name per function, `code` the hashes of the functions in a user's own files (`own_code.py`). Raises ValueError without functions or with a wrong number of weights,
     and the errors of `load_reward`.
     """
 
@@ -91,6 +92,7 @@ class Scorer:
         self.config = config
         self.weights = weights_of(config.weights, [options for _, options in entries])
         self._rewards = _load(entries, config.isolation)
+        self.code = {path: digest for spec, _ in entries for path, digest in code_of(spec).items()}
         self.names = [reward.name for reward in self._rewards]
         self._loop: BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}

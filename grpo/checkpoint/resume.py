@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether configuration, data and reward functions are still the same.
+"""Which checkpoint a run resumes from, and whether configuration, data and reward functions, with their code, are still the same.
 
     resumption = find_resumption(True, config, store, inputs=inputs, allow_changes=False)
     resumption.checkpoint.path, resumption.state.position.steps_done        # None: there is no checkpoint yet
@@ -31,6 +31,9 @@ TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "logging.num_ge
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
 """They give the shapes and scales of the weights in a checkpoint, so no resumed run can change them."""
+
+CODE = "code of functions"
+"""The input of a run that has the hashes of the functions in a user's own files."""
 
 _ABSENT = "not set"
 
@@ -87,7 +90,7 @@ def _refuse_changes(checkpoint: Path, changes: list[Change], *, allow_changes: b
         )
     if changes and not allow_changes:
         raise ValueError(
-            f"cannot resume from {checkpoint}: the configuration or data differ:\n{_listed(changes)}\n"
+            f"cannot resume from {checkpoint}: the configuration, data or code differ:\n{_listed(changes)}\n"
             "Restore the old values, or accept the new ones with --allow-changes (allow_changes=True), or start from scratch "
             "without --resume. Options that affect memory or speed only change results by rounding errors"
         )
@@ -144,7 +147,9 @@ def _with_new_options(before: dict[str, Any]) -> dict[str, Any]:
 
 
 def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    """Data or reward functions that differ from those of the checkpoint."""
+    """Data or reward functions that differ from those of the checkpoint, one line for each file of code."""
+    if CODE not in before:  # a checkpoint of an earlier version
+        now = {name: value for name, value in now.items() if name != CODE}
     yield from _changes(_flat(before), _flat(now))
 
 

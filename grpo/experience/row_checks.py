@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from ...rewards.runner import Scorer
@@ -45,30 +46,22 @@ def check_rows(scorer: Scorer, prompts: Sequence[Prompt], data: str) -> None:
 
 
 def check_record(columns: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the column, if the records of completions cannot hold a row's columns, which they write as JSON."""
+    """Raise ValueError, with the column, if the records of completions cannot hold a row's columns: functions, objects, sets,
+    mappings with tuples as keys, lists that contain themselves."""
     for name, value in columns.items():
         if value is None or isinstance(value, str | int | float):
             continue
         try:
-            json.dumps(value)
-            problem = _other_key(value)
+            json.dumps(value, default=_recorded)
         except (TypeError, ValueError, RecursionError) as error:
-            problem = describe(error)
-        if problem is not None:
             raise ValueError(
-                f"column {name!r} cannot be recorded as JSON ({problem}). Use text, numbers, true and false, lists, and mappings "
+                f"column {name!r} cannot be recorded ({describe(error)}). Use text, numbers, true and false, lists, and mappings "
                 "with keys that are text; a function or an object can be looked up by its name in the reward function"
-            )
+            ) from error
 
 
-def _other_key(value: Any) -> str | None:
-    """What is wrong with the first key of a mapping that is no text: JSON would make it one."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                return f"the key {key!r} is no text"
-            if problem := _other_key(item):
-                return problem
-    elif isinstance(value, list | tuple):
-        return next((problem for item in value if (problem := _other_key(item))), None)
-    return None
+def _recorded(value: object) -> str:
+    """Stands for the values that records hold though JSON does not."""
+    if isinstance(value, bytes | Decimal):
+        return ""
+    raise TypeError(f"a value of type {type(value).__name__}")

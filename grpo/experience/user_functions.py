@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ...rewards.own_code import code_of
 from ..common.world import World
 from ..config import GRPOConfig
 from ..config.functions import load_function, text_of
@@ -57,6 +58,13 @@ class UserFunctions:
             group_filter=None if keep is None else load_function("algorithm.group_filter", keep),
             sampler=None if sample is None else load_function("data.sampler", sample),
         )
+
+    @staticmethod
+    def code(config: GRPOConfig) -> dict[str, str]:
+        """Hashes of the code of a configuration's functions, for a resumed run to compare. Raises what `load` raises."""
+        algorithm = config.algorithm
+        functions = (algorithm.custom_loss, algorithm.custom_advantages, algorithm.group_filter, config.data.sampler)
+        return {name: digest for one in functions if one is not None for name, digest in code_of(one).items()}
 
 
 NO_FUNCTIONS = UserFunctions()

@@ -163,7 +163,7 @@ def test_a_resumed_run_equals_the_undisturbed_one(train, interrupted: Path, sft:
 
 def test_a_run_whose_adapter_has_changed_does_not_resume(train, interrupted: Path, sft: Path) -> None:
     change_weights(sft, lambda weights: [tensor.mul_(1.01) for tensor in weights.values()])
-    with pytest.raises(ValueError, match=r"the configuration or data differ:\n  adapter of lora\.start_from: \w{32} in the"):
+    with pytest.raises(ValueError, match=r"the configuration, data or code differ:\n  adapter of lora\.start_from: \w{32} in the"):
         train("failed", start_from=str(sft), resume=True, **STARTED)
     train("failed", start_from=str(sft), resume=True, allow_changes=True, **STARTED)
 

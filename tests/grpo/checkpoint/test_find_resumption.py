@@ -64,7 +64,7 @@ def test_changes_are_refused_with_all_differences_and_allowed_with_the_option(
 ):
     changed = config(store.folder.parent, rank=32, beta=0.5, save_steps=2)
     inputs = {"reward functions": ["long"]}
-    with pytest.raises(ValueError, match="the configuration or data differ") as caught:
+    with pytest.raises(ValueError, match="the configuration, data or code differ") as caught:
         find_resumption(True, changed, store, inputs=inputs, allow_changes=False)
     differences = [
         "algorithm.beta: 0.0 in the checkpoint, 0.5 now",
