@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed is bit-exactly the run without an interruption."""
 
+import functools
 import json
 import os
 import signal
@@ -100,7 +101,7 @@ def test_a_failure_in_an_evaluation_loses_nothing(train, undisturbed: Expected, 
             raise FaultError
         return low_ids_with_noise(completion_ids)
 
-    fails_in_the_evaluation_after_two_steps.__name__ = low_ids_with_noise.__name__
+    functools.update_wrapper(fails_in_the_evaluation_after_two_steps, low_ids_with_noise)  # the same code to a run that resumes
     with pytest.raises(RuntimeError, match="FaultError"):
         train("failed", reward=fails_in_the_evaluation_after_two_steps)
     assert [row["step"] for row in metrics_of(tmp_path / "failed") if "eval_reward" in row] == [0]
@@ -209,7 +210,7 @@ def test_a_signal_ends_the_run_where_it_can_resume(train, undisturbed: Expected,
         return low_ids_with_noise(completion_ids)
 
     asked: list[bool] = []
-    requests_a_stop.__name__ = low_ids_with_noise.__name__
+    functools.update_wrapper(requests_a_stop, low_ids_with_noise)  # the same code to a run that resumes
     with pytest.raises(RunInterrupted) as caught:
         train("stopped", reward=requests_a_stop)
     assert caught.value.code == 0 and caught.value.signal == "SIGTERM"

@@ -182,5 +182,5 @@ def test_another_start_or_reference_is_a_change(train, interrupted: Path, sft: P
 
 
 def test_only_a_run_that_starts_from_an_adapter_has_its_fingerprint(make_trainer, sft: Path) -> None:
-    assert set(make_trainer().setup.fingerprint) == {"training data", "evaluation data", "reward functions"}
+    assert set(make_trainer().setup.fingerprint) == {"training data", "evaluation data", "reward functions", "code of functions"}
     assert "adapter of lora.start_from" in make_trainer(start_from=str(sft), rank=4, targets="all-linear").setup.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def failing_at(step: int, error: BaseException) -> Callable[..., list[float]]:
             raise error
         return low_ids_with_noise(completion_ids)
 
-    low_ids_with_noise_until.__name__ = low_ids_with_noise.__name__
+    functools.update_wrapper(low_ids_with_noise_until, low_ids_with_noise)  # the same code to a run that resumes
     return low_ids_with_noise_until
 
 

@@ -1,5 +1,6 @@
 """Edge cases of interrupted and resumed runs."""
 
+import functools
 import errno
 import json
 import os
@@ -30,7 +31,7 @@ def test_an_outdated_summary_does_not_finish_a_run(train, tmp_path: Path):
             shutil.copytree(tmp_path / "run", tmp_path / "killed")  # as a SIGKILL would leave it now
         return low_ids_with_noise(completion_ids)
 
-    is_killed_in_the_last_evaluation.__name__ = low_ids_with_noise.__name__
+    functools.update_wrapper(is_killed_in_the_last_evaluation, low_ids_with_noise)  # the same code to a run that resumes
     longer = {"max_steps": 6, "eval_steps": 0, "save_steps": 3}
     train("run", max_steps=4, eval_steps=0)
     train("run", reward=is_killed_in_the_last_evaluation, resume=True, **longer)
@@ -48,7 +49,7 @@ def test_resuming_removes_the_outdated_summary(train, tmp_path: Path):
         return low_ids_with_noise(completion_ids)
 
     seen: list[bool] = []
-    looks.__name__ = low_ids_with_noise.__name__
+    functools.update_wrapper(looks, low_ids_with_noise)  # the same code to a run that resumes
     train("run", reward=looks, resume=True, max_steps=6, eval_steps=0)
     assert seen and not any(seen)
 
@@ -84,7 +85,7 @@ def test_the_best_checkpoint_is_kept_though_a_signal_came_in_its_evaluation(trai
         return [0.1] if is_evaluation else low_ids_with_noise(completion_ids)
 
     kept = {}
-    best_after_two_steps.__name__ = low_ids_with_noise.__name__
+    functools.update_wrapper(best_after_two_steps, low_ids_with_noise)  # the same code to a run that resumes
     for name in ("undisturbed", "stopped"):
         asked: list[bool] = []
         if name == "stopped":
