@@ -3,13 +3,13 @@
     rewards:
       functions: rankup.rewards.answers:last_integer
 
-`exact_match` compares complete texts, `last_integer` and `last_number` the last number of each text, which `written_numbers.py` reads in
-the same way in completions and in the `answer` column. A row whose answer is None gets None.
+`exact_match` compares complete texts, `last_integer` and `last_number` the last number of each text, which `written_numbers.py`
+reads in the same way in completions and in the `answer` column. A row whose answer is None gets None.
 
 Only the *last number* counts. "42, or rather 42.5" has no integer answer, although it contains an integer.
 
-Each function has an attribute `check_row`: a run calls it with every row before it starts, and refuses answers that no completion
-could match.
+Each function has an attribute `check_row`: a run calls it with every row before it starts, and refuses answers that no
+completion could match.
 """
 
 import json
@@ -21,8 +21,8 @@ from fractions import Fraction
 from typing import Any
 
 from .contract import with_check
-from .written_numbers import last_number_in, number_of
 from .texts import Completion, Function, text_of
+from .written_numbers import last_number_in, number_of
 
 
 def _check_not_nan(answer: Any, **columns: Any) -> None:
@@ -35,8 +35,8 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwar
     """1.0 if the completion equals the row's answer, ignoring surrounding white space, else 0.0.
 
     completions: n strings, or n conversations, whose last message is compared.
-    answer: n values. Texts are compared as texts: "3.0" is not "3". A number equals every way to write it ("3", "3.0" and "3.00"
-    for 3.0), true and false their words in any case, a list or mapping the same JSON.
+    answer: n values. Texts are compared as texts: "3.0" is not "3". A number equals every way to write it ("3", "3.0" and
+    "3.00" for 3.0), true and false their words in any case, a list or mapping the same JSON.
     """
     return [_matches(text_of(completion), value, str.strip) for completion, value in zip(completions, answer, strict=True)]
 

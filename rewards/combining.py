@@ -28,8 +28,8 @@ class Scores:
     by_function: dict[str, list[float | None]]
     """Unweighted rewards, one list of length n for every function, by its name in `Scorer.names`."""
     extras: dict[str, list[Any]]
-    """Columns for the completions table, from `log_extra`, each of length n; `<function>/<column>` if an earlier function logs a
-    column of that name too."""
+    """Columns for the completions table, from `log_extra`, each of length n; `<function>/<column>` if an earlier function logs
+    a column of that name too."""
     metrics: dict[str, float]
     """From `log_metric`; the mean if a name was logged several times. Names of the run have a prefix (`logged.py`)."""
     weights: list[float]

@@ -87,8 +87,8 @@ class RewardsConfig(Section):
     """Completions per call. None: all of a prompt. With 1 a failure costs one row, but functions do not see the group."""
 
     max_steps_without_reward: int | None = Field(default=20, ge=1)
-    """The run stops, with a checkpoint, after this many steps in a row in which no completion had a reward: an outage of the reward
-    functions, in which nothing is learned. None: it never stops."""
+    """The run stops, with a checkpoint, after this many steps in a row in which no completion had a reward: an outage of the
+    reward functions, in which nothing is learned. None: it never stops."""
 
     @field_validator("functions", mode="before")
     @classmethod

@@ -184,7 +184,9 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[-1], Mapping) and "content" in value[-1]
 
 
-_RANKUP_FILES = {__file__.replace("contract.py", f"{name}.py") for name in ("contract", "own_files", "portable", "runner", "worker")}
+_RANKUP_FILES = {
+    __file__.replace("contract.py", f"{name}.py") for name in ("contract", "own_files", "portable", "runner", "worker")
+}
 
 
 def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned) -> dict[str, Any]:
@@ -261,8 +263,8 @@ def check_column_names(columns: Iterable[str]) -> None:
 def with_check(check_row: Callable[..., None]) -> Callable[[Function], Function]:
     """A decorator: before a run starts, `check_row` is called with the columns of each row, one value each, by keyword.
 
-    It raises ValueError with the reason if the function cannot use the row. Like a reward function it gets only the columns that
-    it names, unless it has `**columns`.
+    It raises ValueError with the reason if the function cannot use the row. Like a reward function it gets only the columns
+    that it names, unless it has `**columns`.
     """
 
     def decorate(function: Function) -> Function:

@@ -1,9 +1,9 @@
 """What a reward function logs: metrics under names that the run does not use itself, and columns of plain values.
 
-    logged_name("length", "words")          # "words"
-    logged_name("length", "reward")         # "rewards/length/reward": `reward` is the run's own
-    plain(np.float32(0.5))                  # 0.5
-    plain({"scores": torch.zeros(2)})       # {"scores": [0.0, 0.0]}
+logged_name("length", "words")          # "words"
+logged_name("length", "reward")         # "rewards/length/reward": `reward` is the run's own
+plain(np.float32(0.5))                  # 0.5
+plain({"scores": torch.zeros(2)})       # {"scores": [0.0, 0.0]}
 """
 
 from __future__ import annotations
@@ -38,24 +38,23 @@ OWN_METRICS = frozenset(
         "updates",
     )
 )
-"""Metrics of every run by their names; `tests/grpo/test_rewards_in_a_run.py` compares them with those of a run."""
+"""Metrics of every run by their names; `tests/grpo/test_outages_of_a_run.py` compares them with those of a run."""
 
-OWN_PREFIXES = tuple(
-    f"{word}/"
-    for word in (
-        "clip_ratio",
-        "completions",
-        "guards",
-        "memory",
-        "packing",
-        "profiling",
-        "rewards",
-        "sampling",
-        "time",
-        "tokens_per_second",
-        "workers",
-    )
-) + ("eval_", "train_")
+OWN_PREFIXES = (
+    "clip_ratio/",
+    "completions/",
+    "eval_",
+    "guards/",
+    "memory/",
+    "packing/",
+    "profiling/",
+    "rewards/",
+    "sampling/",
+    "time/",
+    "tokens_per_second/",
+    "train_",
+    "workers/",
+)
 """Starts of the names of all other metrics of runs, evaluations (`eval_`) and ends of runs (`train_`)."""
 
 

@@ -5,8 +5,8 @@ r"""A built-in reward for mathematical answers, which compares by value: \frac{1
 
 It uses the library Math-Verify (`math-verify`), which looks for the answer in "final answer is ...", then in `\boxed{...}`,
 and otherwise takes the last formula or number. If the row's answer is a number, ways to write it that Math-Verify does not know
-(`9\,500`, `1e-05`, see `written_numbers.py`) are read too. Its time limits are alarm signals: they work only on the main thread of a
-process, and cannot interrupt one long operation. `isolation: process` with `timeout` is a hard limit.
+(`9\,500`, `1e-05`, see `written_numbers.py`) are read too. Its time limits are alarm signals: they work only on the main thread
+of a process, and cannot interrupt one long operation. `isolation: process` with `timeout` is a hard limit.
 """
 
 import functools

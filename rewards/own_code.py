@@ -47,15 +47,15 @@ def code_of(function: RewardSpec) -> dict[str, str]:
 
 def _module_named(name: str, spec: str) -> ModuleType:
     load_object(spec)
-    own = [module for full, module in own_modules().items() if full.partition(".")[2] == name and folder_of(module) == Path.cwd()]
-    return own[0] if own else sys.modules[name]
+    here = [module for full, module in own_modules().items() if full.partition(".")[2] == name]
+    return next((module for module in here if folder_of(module) == Path.cwd()), None) or sys.modules[name]
 
 
 def _of_module(module: ModuleType) -> dict[str, str]:
     """The code of a module and of its neighbours; none of one that is installed."""
     if _is_installed(module):
         return {}
-    file = Path(str(module.__file__)).resolve()
+    file = Path(str(module.__file__)).absolute()
     depth = module.__name__.count(".") + (file.name == "__init__.py")
     return _digests(file, folder_of(module) or file.parents[depth])
 
@@ -65,7 +65,12 @@ def _is_installed(module: ModuleType) -> bool:
     if module.__name__ == "__main__" or module.__name__.partition(".")[0] == __name__.partition(".")[0]:
         return module.__name__ != "__main__"
     file = Path(getattr(module, "__file__", None) or "")
-    return file.suffix != ".py" or any(file.resolve().is_relative_to(folder) for folder in installed_folders() if folder)
+    return file.suffix != ".py" or any(file.resolve().is_relative_to(folder) for folder in _resolved_folders())
+
+
+@functools.cache
+def _resolved_folders() -> list[Path]:
+    return [Path(folder).resolve() for folder in installed_folders() if folder]
 
 
 def _digests(file: Path, root: Path) -> dict[str, str]:

@@ -4,10 +4,10 @@
     files = files_of(Path("rewards/math.py"))           # {"math.py": b"...", "utils.py": b"..."}
 
 A file imports what a script in its folder would import: first the standard library, then the files and packages next to it,
-then everything else. But its neighbours are modules of the folder (`rankup_files_<hash>.utils`), not of the interpreter: files of
-two folders that import their own `utils.py` get two modules, and a neighbour never replaces a module of a library, which does
-not see the folder. `sys.path` is not changed. While a file is imported, `sys.argv` holds its name only, as in a script without
-arguments.
+then everything else. But its neighbours are modules of the folder (`rankup_files_<hash>.utils`), not of the interpreter: files
+of two folders that import their own `utils.py` get two modules, and a neighbour never replaces a module of a library, which
+does not see the folder. `sys.path` is not changed. While a file is imported, `sys.argv` holds its name only, as in a script
+without arguments.
 
 Only import statements find neighbours; `importlib.import_module("utils")` does not, but
 `importlib.import_module(".utils", __package__)` does.
@@ -24,7 +24,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, ModuleSpec, SourceFileLoader
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+)
 from pathlib import Path
 from types import CodeType, ModuleType
 
@@ -111,7 +118,7 @@ def files_of(path: Path, root: Path | None = None) -> dict[str, bytes]:
 
 
 def _imported_files(file: Path, code: bytes, root: Path) -> Iterator[Path]:
-    """The neighbours that the import statements of a file may read; none if it cannot be parsed: importing it gives the error."""
+    """The neighbours that the import statements of a file may read; none if it cannot be parsed: its import gives the error."""
     try:
         nodes = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError):  # ValueError: null bytes

@@ -5,8 +5,8 @@
     length(completions=["abc"])                             # [3.0]
 
 A process on this machine loads a function by the spec that the user gave; a callable is sent by cloudpickle. Another machine
-has only installed packages: the files of a user's function, its own and the neighbours that it imports, are sent and loaded there
-by the same rules (`own_files.py`); of other callables cloudpickle sends the code.
+has only installed packages: the files of a user's function, its own and the neighbours that it imports, are sent and loaded
+there by the same rules (`own_files.py`); of other callables cloudpickle sends the code.
 """
 
 from __future__ import annotations

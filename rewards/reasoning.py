@@ -68,7 +68,8 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
             if facts is None:
                 scores.append(None)
                 continue
-            entry = {"question": text_of(prompt), "answer": right, "metadata": _read_metadata(facts, f"the metadata of row {row}", name)}
+            metadata_of_row = _read_metadata(facts, f"the metadata of row {row}", name)
+            entry = {"question": text_of(prompt), "answer": right, "metadata": metadata_of_row}
             score = _score(_scorer(name, settings), _answer_in(text_of(completion)), entry, f"row {row} ({name})")
             failed += score is None
             scores.append(score or 0.0)

@@ -73,8 +73,8 @@ class Scorer:
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `has_own_timeout` is true.
 
-    `names` holds one distinct name per function, `code` the hashes of the functions in a user's own files (`own_code.py`). Raises ValueError without functions or with a wrong number of weights,
-    and the errors of `load_reward`.
+    `names` holds one distinct name per function, `code` the hashes of those in a user's own files (`own_code.py`). Raises
+    ValueError without functions or with a wrong number of weights, and the errors of `load_reward`.
     """
 
     def __init__(
@@ -190,8 +190,8 @@ def _check_pickles(columns: Mapping[str, Any]) -> None:
             pickle.dumps(value)
         except Exception as error:  # objects may raise anything
             raise ValueError(
-                f"column {name!r} cannot be sent to the processes of reward functions: {describe(error)}; write the value as text "
-                "or numbers, or set rewards.isolation=inline"
+                f"column {name!r} cannot be sent to the processes of reward functions: {describe(error)}; write the value as "
+                "text or numbers, or set rewards.isolation=inline"
             ) from error
 
 

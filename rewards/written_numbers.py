@@ -6,20 +6,22 @@ r"""Numbers as people and language models write them, read exactly.
     number_of("1e-05"), number_of("1e-05 m")        # Fraction(1, 100000), None
 
 - Digits are grouped in threes by commas (`1,234`, in LaTeX `1{,}234`), by single spaces of any width (`9 500`, `9\,500`), by
-  apostrophes (`1'234`) or underscores (`1_234`). A point is the decimal sign, also in `1.234`. `1.234,50` and `1.234.567` can only
-  be continental: there points group, and a comma is the decimal sign.
+  apostrophes (`1'234`) or underscores (`1_234`). A point is the decimal sign, also in `1.234`. `1.234,50` and `1.234.567` can
+  only be continental: there points group, and a comma is the decimal sign.
 - `1e-05`, `1.5E3`, `1.5 \times 10^{3}`, `10^3`, `2^5`, `3/4`, `\frac{3}{4}`, `2 1/2` and `2½` are one number each.
 - A minus (`-` or a typographic one) counts unless it joins two terms: "-5", "(-5)", "-$5" and "is -5" are minus five, "7-5" and
   "3 - 5" end with plain five.
-- A full stop that ends a sentence, percent signs, currencies, units and words are not part of a number: "5%" and "$5 million" are 5.
-- What may be several numbers is none: `12,5`, versions (`1.2.3`), times and ratios (`12:30`), dates (`5/12/2024`), `±5`, and numbers
-  inside of a root or of a fraction of formulas. `1,2,3` is a list, whose last number is 3.
+- A full stop that ends a sentence, percent signs, currencies, units and words are not part of a number: "5%" and "$5 million"
+  are 5.
+- What may be several numbers is none: `12,5`, versions (`1.2.3`), times and ratios (`12:30`), dates (`5/12/2024`), `±5`, and
+  numbers inside of a root or of a fraction of formulas. `1,2,3` is a list, whose last number is 3.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
@@ -35,8 +37,11 @@ _EXPONENT = rf"(?:[ ]?\^[ ]?(?:\{{[ ]?{_SIGNED}[ ]?\}}|\({_SIGNED}\)|{_SIGNED})|
 
 _NUMBER = re.compile(
     rf"""
-    (?= [-\u2010\u2212\u2013\ufe63\uff0d.0-9\\¼-¾⅐-⅞] )                          # for speed only: most characters start no number
-    (?P<sign> (?: (?<![^\W_])(?<![)\]}}]) {_MINUS} | (?: (?<=[=(:\[{{]) | (?<=[=(:\[{{][ ]) ) {_MINUS} [ ] ) (?: \\?[$€£¥₹] [ ]? )? )?
+    (?= [-\u2010\u2212\u2013\ufe63\uff0d.0-9\\¼-¾⅐-⅞] )                      # for speed only: most characters start no number
+    (?P<sign>
+        (?: (?<![^\W_])(?<![)\]}}]) {_MINUS} | (?: (?<=[=(:\[{{]) | (?<=[=(:\[{{][ ]) ) {_MINUS} [ ] )
+        (?: \\?[$€£¥₹] [ ]? )?
+    )?
     (?:
         (?P<whole> [0-9]+ [ ]? )? \\[dtc]?frac [ ]?
         (?: \{{ [ ]? (?P<top> {_SIGNED} ) [ ]? \}} | (?P<top_digit> [0-9] ) ) [ ]?
@@ -59,7 +64,8 @@ _NUMBER = re.compile(
 )
 
 _BEFORE = re.compile(  # what the number that follows is only a part of
-    r"""(?: [0-9] (?: [:/⁄] | [ ][/⁄][ ] ) | [±∓] | \\(?:pm|mp) [ ]? | √ [ ]? | (?: \^ [ ]? | [\w)\]}]\*\* ) [{(]? | 0[xX][0-9A-Fa-f]*
+    r"""(?: [0-9] (?: [:/⁄] | [ ][/⁄][ ] ) | [±∓] | \\(?:pm|mp) [ ]? | √ [ ]? | (?: \^ [ ]? | [\w)\]}]\*\* ) [{(]?
+      | 0[xX][0-9A-Fa-f]*
       | \\ (?: sqrt (?:\[[^\]]*\])? | [dtc]?frac (?: [ ]?\{[^{}]*\} )? ) [ ]? \{ [^{}]* ) \Z""",
     re.VERBOSE,
 )
@@ -83,9 +89,8 @@ _LIST = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:,[0-9]+(?:\.[0-9]+)?)+")
 
 def last_number_in(text: str) -> Fraction | None:
     """The last number of a text; None if there is none, or if it is a part of something that is no number."""
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
+    found = deque(_NUMBER.finditer(text), maxlen=1)
+    last = found[0] if found else None
     if last is None or _BEFORE.search(text, max(0, last.start() - 100), last.start()) or _AFTER.match(text, last.end()):
         return None
     return _value(last)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether configuration, data and reward functions, with their code, are still the same.
+"""Which checkpoint a run resumes from, and whether configuration, data, reward functions and their code are still the same.
 
     resumption = find_resumption(True, config, store, inputs=inputs, allow_changes=False)
     resumption.checkpoint.path, resumption.state.position.steps_done        # None: there is no checkpoint yet

@@ -29,7 +29,7 @@ class LoggingConfig(Section):
 
     num_generations_eval: int | None = Field(default=None, ge=1)
     """Completions of each evaluation prompt, sampled as in training and with the same random numbers each time. None: one, the
-    likeliest token each time."""
+    likeliest token each time. Reward functions that compare the completions of a prompt need at least two."""
 
     completions_steps: int = Field(default=10, ge=0)
     """Show a few completions every `completions_steps` steps. 0: never."""

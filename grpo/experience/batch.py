@@ -93,8 +93,9 @@ def collect_batch(
 
     rounds = [collect_round(0)]
     groups = groups_of(rounds)
-    # Without any reward there is an outage, and more prompts would have none either.
-    while len(rounds) <= max_rounds and any(map(has_reward, groups)) and sum(group.has_variance and group.passes_filter for group in groups) < wanted:
+    while len(rounds) <= max_rounds and sum(group.has_variance and group.passes_filter for group in groups) < wanted:
+        if not any(map(has_reward, groups)):  # an outage: more prompts would have no reward either
+            break
         rounds.append(collect_round(len(rounds)))
         groups = groups_of(rounds)
     passing = [group for group in groups if group.passes_filter]

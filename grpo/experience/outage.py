@@ -1,7 +1,7 @@
 """How long a run goes on while no reward function gives a reward.
 
-    outage = Outage(config.rewards)
-    outage.stop_if_too_long(batch)      # after every step
+outage = Outage(config.rewards)
+outage.stop_if_too_long(batch)      # after every step
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Outage:
         if self._limit is not None and self._steps >= self._limit:
             names = ", ".join(batch.groups[0].scores.by_function)
             raise TrainingStoppedError(
-                f"stopping after {self._steps} steps in a row in which no completion had a reward (functions: {names}). The policy "
-                "has not changed in them. Resume the run when the functions answer again, or raise rewards.max_steps_without_reward"
+                f"stopping after {self._steps} steps in a row in which no completion had a reward (functions: {names}). They "
+                "have not changed the policy. Resume the run when the functions answer again, or raise "
+                "rewards.max_steps_without_reward"
             )

@@ -1,6 +1,6 @@
 """The columns of all rows, checked before anything is started: what reward functions and records cannot use is an error by row.
 
-    check_rows(scorer, inputs.train_prompts.rows, "training data")
+check_rows(scorer, inputs.train_prompts.rows, "training data")
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ..common.log import logger
 from ..data.prompts import Prompt
 
 CHECK_SECONDS = 60.0
-"""How long a run may check rows before it starts: parsing a formula takes 10 ms. Later rows are checked when they are scored."""
+"""How long a run may check the rows of a data set before it starts: parsing a formula takes 10 ms. Later rows are checked when
+they are scored."""
 
 
 def check_rows(scorer: Scorer, prompts: Sequence[Prompt], data: str) -> None:
@@ -33,8 +34,8 @@ def check_rows(scorer: Scorer, prompts: Sequence[Prompt], data: str) -> None:
         if is_checked and time.monotonic() > end:
             is_checked = False
             logger.info(
-                f"reward functions have checked {index} of {len(prompts)} rows of the {data} in {CHECK_SECONDS:g} s: the others are "
-                "checked when they are scored"
+                f"reward functions have checked {index} of {len(prompts)} rows of the {data} in {CHECK_SECONDS:g} s: the "
+                "others are checked when they are scored"
             )
         try:
             check_record(prompt.columns)
@@ -55,8 +56,8 @@ def check_record(columns: Mapping[str, Any]) -> None:
             json.dumps(value, default=_recorded)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"column {name!r} cannot be recorded ({describe(error)}). Use text, numbers, true and false, lists, and mappings "
-                "with keys that are text; a function or an object can be looked up by its name in the reward function"
+                f"column {name!r} cannot be recorded ({describe(error)}). Use text, numbers, true and false, lists, and "
+                "mappings with keys that are text; a function or an object can be looked up by its name in the reward function"
             ) from error
 
 

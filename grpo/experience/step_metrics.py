@@ -31,8 +31,8 @@ class CompletionsTable:
 def reward_metrics(groups: Sequence[Group], function_names: Sequence[str]) -> dict[str, float]:
     """Mean reward, its spread within groups, each function's statistics, and the metrics that the functions logged.
 
-    A mean is NaN where there is no reward: that is not reward 0. `advantage_scale` is the spread in the groups that have one: the
-    scale of advantages before anything divides them. `rewards/<name>/none_ratio` is the share of the completions to which a
+    A mean is NaN where there is no reward: that is not reward 0. `advantage_scale` is the spread in the groups that have one:
+    the scale of advantages before anything divides them. `rewards/<name>/none_ratio` is the share of the completions to which a
     function with a weight gave no reward, and `reward_without_failures` the mean reward of those on which no function failed;
     both exist only where there are such completions.
     """
@@ -68,11 +68,12 @@ def has_reward(group: Group) -> bool:
 def scored_shares(groups: Sequence[Group]) -> dict[str, float]:
     """The share of the completions that each function scored itself, by its name; without functions of weight 0."""
     shares = {}
-    for (name, _), weight in zip(groups[0].scores.by_function.items(), groups[0].scores.weights, strict=True):
-        errors = [g.scores.errors.get(name) or [None] * len(g.completions) for g in groups]
-        rows = [(r, e) for g, of_group in zip(groups, errors, strict=True) for r, e in zip(g.scores.by_function[name], of_group, strict=True)]
+    for name, weight in zip(groups[0].scores.by_function, groups[0].scores.weights, strict=True):
+        rewards = [reward for g in groups for reward in g.scores.by_function[name]]
+        errors = [error for g in groups for error in g.scores.errors.get(name) or [None] * len(g.completions)]
         if weight != 0.0:
-            shares[name] = sum(reward is not None and error is None for reward, error in rows) / len(rows)
+            pairs = zip(rewards, errors, strict=True)
+            shares[name] = sum(reward is not None and error is None for reward, error in pairs) / len(rewards)
     return shares
 
 

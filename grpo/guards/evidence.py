@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 USUAL = 0.5
-"""A function that scores at least this share of the completions is missing where it scores less than half of what it usually does.
-Others may apply to few rows, and a step may have none of them."""
+"""A function that scores at least this share of the completions is missing where it scores less than half of what it usually
+does. Others may apply to few rows, and a step may have none of them."""
 
 SPAN = 20
 """Steps of the running mean of what is usual."""
@@ -36,7 +36,7 @@ class Coverage:
 
     def missing(self, shares: Mapping[str, float]) -> list[str]:
         """The functions that score far fewer completions than usual; what the others score becomes usual."""
-        names = [name for name, share in shares.items() if USUAL <= self.usual.get(name, 0.0) and share < self.usual[name] / 2]
+        names = [name for name, share in shares.items() if self.usual.get(name, 0.0) >= USUAL and share < self.usual[name] / 2]
         for name, share in shares.items():
             if name not in names:
                 past = self.usual.get(name, share)

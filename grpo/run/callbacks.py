@@ -184,8 +184,9 @@ class Callbacks:
             self.state.log_history.append({**end, "epoch": self.state.epoch, "step": self.state.global_step})
 
     def state_for_rewards(self) -> dict[str, Any]:
-        """The numbers and texts of the state, for the `trainer_state` of reward functions, and the newest rows of its history."""
-        plain = {name: value for name, value in vars(self.state).items() if value is None or isinstance(value, str | int | float)}
+        """For the `trainer_state` of reward functions: numbers and texts of the state, and the newest rows of its history."""
+        values = vars(self.state).items()
+        plain = {name: value for name, value in values if value is None or isinstance(value, str | int | float)}
         return {**plain, "log_history": History(self.state.log_history[-HISTORY_FOR_REWARDS:])}
 
     def step_begin(self, step: int) -> None:
@@ -227,7 +228,8 @@ class Callbacks:
         self._log(known)
         self._event(self.instances, "on_evaluate", metrics={**known, "epoch": self.state.epoch})
         best, reward = self.state.best_metric, known["eval_reward"]
-        if is_of_run and reward is not None and reward > (-math.inf if best is None else best):  # after the event, as in transformers
+        is_best = reward is not None and (best is None or reward > best)
+        if is_of_run and is_best:  # after the event, as in transformers
             self.state.best_metric, self.state.best_global_step = reward, self.state.global_step
         self._collect_requests()
 

@@ -56,8 +56,8 @@ def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
     names = ", ".join(groups[0].scores.by_function)
     if not any(has_reward(group) for group in groups):
         yield (
-            f"step {step + 1}: no completion has a reward (functions: {names}): nothing is learned, and the step says nothing about "
-            "the policy"
+            f"step {step + 1}: no completion has a reward (functions: {names}): nothing is learned, and the step says nothing "
+            "about the policy"
         )
     elif unscored:
         yield f"step {step + 1}: no reward function applied to {unscored} completions ({names}): nothing is learned from them"

@@ -162,7 +162,7 @@ class RunRecorder:
     # ------------------------------------------------------------------------------------------- checkpoints and resuming
 
     def reward_at(self, step: int, *, by_evaluation: bool) -> float | None:
-        """The value that ranks a checkpoint after `step` steps: its evaluation, or the mean reward of the last steps that have one.
+        """The value that ranks a checkpoint after `step` steps: its evaluation, or the mean reward of the last steps with one.
 
         None if that is not known.
         """

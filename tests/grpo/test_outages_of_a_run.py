@@ -77,7 +77,16 @@ def test_an_outage_that_lasts_stops_the_run_with_a_checkpoint_from_which_it_resu
     assert (tmp_path / "run" / "learning_curve.png").is_file()
     answers.append(True)
     make_trainer(reward=dead, **changes).train(resume_from_checkpoint=True)
-    assert [row["reward"] is None for row in steps_of(tmp_path / "run")] == [False, False, True, True, True, False, False, False]
+    assert [row["reward"] is None for row in steps_of(tmp_path / "run")] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_a_run_without_any_reward_ends_normally_where_the_user_wants_it(make_trainer, tmp_path):
@@ -163,7 +172,9 @@ def test_names_of_the_run_cannot_be_overwritten_and_are_all_known(make_trainer, 
             log_extra(name, ["x"] * len(completion_ids))
         return high(completion_ids, None)
 
-    make_trainer(reward=logs, max_steps=2, eval_steps=1, completions_steps=1, beta=0.01, mask_truncated_completions=True).train()
+    make_trainer(
+        reward=logs, max_steps=2, eval_steps=1, completions_steps=1, beta=0.01, mask_truncated_completions=True
+    ).train()
     rows = metrics_of(tmp_path / "run")
     steps = [row for row in rows if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2] and all(row["reward"] > 0 for row in steps)

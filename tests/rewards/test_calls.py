@@ -42,7 +42,9 @@ def spoils(prompts, completions, completion_ids, tests, facts, trainer_state, **
     """Pops and sets whatever it can reach; its rewards tell that it was the first to do so."""
     rewards = []
     for prompt, completion, ids, codes, fact in zip(prompts, completions, completion_ids, tests, facts, strict=True):
-        complete = len(prompt) == len(completion) == 1 and len(codes) == 2 and fact["deep"] == ([1], {"x": 2}) and ids[-1:] == [9]
+        complete = (
+            len(prompt) == len(completion) == 1 and len(codes) == 2 and fact["deep"] == ([1], {"x": 2}) and ids[-1:] == [9]
+        )
         rewards.append(float(complete and trainer_state.log_history == [{"reward": 1.0}]))
         prompt[0]["content"] = completion[0]["content"] = "spoiled"
         prompt.pop()

@@ -61,7 +61,8 @@ def test_packages_submodules_and_relative_imports_next_to_a_file(tmp_path: Path)
         plain__inner="three = 3\n",  # a folder without __init__.py
         other="two = 2\n",
         reward=(
-            "import tools.numbers, tools.numbers as n\nfrom tools import one\nfrom .other import two\nfrom plain.inner import three\n"
+            "import tools.numbers, tools.numbers as n\nfrom tools import one\n"
+            "from .other import two\nfrom plain.inner import three\n"
             "values = [tools.numbers.one, n.two, one, two, three, tools.numbers is n]\n"
         ),
     )
@@ -76,7 +77,12 @@ def test_a_file_that_is_called_like_a_library_imports_the_library(tmp_path: Path
 
 
 def test_files_of_a_folder_share_a_neighbour(tmp_path: Path):
-    write(tmp_path, utils="state = []\n", a="from utils import state\n", b="import a\nfrom utils import state\nsame = a.state is state\n")
+    write(
+        tmp_path,
+        utils="state = []\n",
+        a="from utils import state\n",
+        b="import a\nfrom utils import state\nsame = a.state is state\n",
+    )
     assert load_object(f"{tmp_path}/b.py:same") is True
     assert load_object(f"{tmp_path}/a.py:state") is load_object(f"{tmp_path}/b.py:state")
 

@@ -139,14 +139,30 @@ AROUND = st.sampled_from(["{}", " {}.", "It is {}!", "= {}\n", r"\boxed{{{}}}", 
 
 @given(INTEGERS, AROUND)
 def test_integers_are_read_back(number: int, around: str):
-    for text in (str(number), repr(number), json.dumps(number), f"{number:,}", f"{number:_}", f"{number:+}", f"{number:,}".replace(",", "{,}")):
+    for text in (
+        str(number),
+        repr(number),
+        json.dumps(number),
+        f"{number:,}",
+        f"{number:_}",
+        f"{number:+}",
+        f"{number:,}".replace(",", "{,}"),
+    ):
         assert last_number_in(around.format(text)) == number
         assert number_of(text) == number
 
 
 @given(FLOATS, AROUND)
 def test_floats_are_read_back(number: float, around: str):
-    for text in (str(number), json.dumps(number), f"{number:,}", f"{number:.17g}", f"{number:.17e}", f"{number:.3E}", f"{number:,.2f}"):
+    for text in (
+        str(number),
+        json.dumps(number),
+        f"{number:,}",
+        f"{number:.17g}",
+        f"{number:.17e}",
+        f"{number:.3E}",
+        f"{number:,.2f}",
+    ):
         read = last_number_in(around.format(text))
         assert read == Fraction(Decimal(text.replace(",", ""))) == number_of(text)
 
@@ -158,7 +174,11 @@ def test_decimals_and_fractions_are_read_back(decimal: Decimal, fraction: Fracti
     assert last_number_in(str(fraction)) == fraction
 
 
-@given(st.integers(1, 10**30), st.sampled_from([" ", "\u00a0", "\u202f", "\u2009", r"\,", "'", "{,}"]), st.sampled_from(["", ",5", ".5"]))
+@given(
+    st.integers(1, 10**30),
+    st.sampled_from([" ", "\u00a0", "\u202f", "\u2009", r"\,", "'", "{,}"]),
+    st.sampled_from(["", ",5", ".5"]),
+)
 def test_groups_of_all_kinds_are_read_back(number: int, space: str, decimals: str):
     if decimals == ",5" and space in ("'", "{,}"):
         decimals = ".5"
@@ -175,7 +195,9 @@ def test_any_text_is_read_without_an_error_and_a_complete_number_like_the_last_o
     assert complete is None or last is None or complete == last
 
 
-@pytest.mark.parametrize("text", ["1" * 50_000, "1 234" * 10_000, "1,234" * 10_000, r"\frac{" * 10_000, "1 " * 20_000, "-" * 50_000, "1/" * 20_000])
+@pytest.mark.parametrize(
+    "text", ["1" * 50_000, "1 234" * 10_000, "1,234" * 10_000, r"\frac{" * 10_000, "1 " * 20_000, "-" * 50_000, "1/" * 20_000]
+)
 def test_long_texts_take_no_long_time(text: str):
     started = time.perf_counter()
     last_number_in(text)

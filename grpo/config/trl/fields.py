@@ -76,6 +76,7 @@ TEXT_FOR_SECTIONS = {"model": "name", "optim": "optimizer"}
 HINTS = {
     "r": "did you mean lora.rank?",
     "lr": "did you mean optim.learning_rate?",
+    "eval_samples": "set logging.num_generations_eval for several completions of each prompt, data.eval_rows for fewer prompts",
     "adapter": "a run always starts with a new adapter; to start from an existing one is not supported yet",
 }
 """Hints for common names from other libraries that are not similar to ours in spelling."""

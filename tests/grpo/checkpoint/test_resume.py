@@ -1,7 +1,7 @@
 """Edge cases of interrupted and resumed runs."""
 
-import functools
 import errno
+import functools
 import json
 import os
 import shutil

@@ -53,7 +53,9 @@ for _ in range(100_000):
 )
 def test_a_column_that_json_cannot_hold_is_refused_by_row_and_column(value: Any, reason: str, isolation: str):
     scorer = scorer_of(anything, isolation=isolation)
-    with pytest.raises(ValueError, match=rf"(?s)^row 11 of the training data: column 'x' cannot be recorded \({reason}.*Use text"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)^row 11 of the training data: column 'x' cannot be recorded \({reason}.*Use text"
+    ):
         check_rows(scorer, prompts("x", 1, value), "training data")
 
 
@@ -72,7 +74,23 @@ def test_a_column_that_pickle_cannot_hold_is_refused_where_it_is_sent_to_process
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, 3, 10**30, 0.5, float("nan"), "text \ud800", [], {}, [1, ["a", None]], {"a": {"b": [1.5]}}, (1, 2), b"x", Decimal("1.5")]
+    "value",
+    [
+        None,
+        True,
+        3,
+        10**30,
+        0.5,
+        float("nan"),
+        "text \ud800",
+        [],
+        {},
+        [1, ["a", None]],
+        {"a": {"b": [1.5]}},
+        (1, 2),
+        b"x",
+        Decimal("1.5"),
+    ],
 )
 def test_columns_of_json_types_are_accepted(value: Any):
     check_rows(scorer_of(anything, isolation="process"), prompts("x", value), "training data")
@@ -95,13 +113,21 @@ def test_columns_of_json_types_are_accepted(value: Any):
             '{"type": 3}',
             "the schema is not a valid JSON schema",
         ),
-        (RewardFunction(function="unit_tests", kwargs={"unsafe_local": True}), "tests", ["assert 1", ["a"], None], [], "tests must be"),
+        (
+            RewardFunction(function="unit_tests", kwargs={"unsafe_local": True}),
+            "tests",
+            ["assert 1", ["a"], None],
+            [],
+            "tests must be",
+        ),
     ],
 )
 def test_answers_of_built_in_functions_are_checked_by_row(function: Any, column: str, good: list[Any], bad: Any, reason: str):
     scorer = scorer_of(function)
     check_rows(scorer, prompts(column, *good), "training data")
-    with pytest.raises(ValueError, match=rf"row {10 + len(good)} of the training data: reward function '.*' cannot use it: .*{reason}"):
+    with pytest.raises(
+        ValueError, match=rf"row {10 + len(good)} of the training data: reward function '.*' cannot use it: .*{reason}"
+    ):
         check_rows(scorer, prompts(column, *good, bad), "training data")
 
 
