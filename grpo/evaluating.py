@@ -13,10 +13,10 @@ from .common.errors import TrainingStoppedError
 from .common.log import logger
 from .context import RunContext
 from .data.prompts import Prompt
+from .data.row_checks import check_rows
 from .data.run_inputs import EvalSource, load_eval_prompts
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
-from .experience.row_checks import check_rows
 from .guards.evaluations import Rewards
 from .run.notes import evaluation_notes
 from .setup import RunSetup

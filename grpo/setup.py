@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards.runner import Scorer
-from .checkpoint.resume import CODE
 from .checkpoint.storage import Storage
 from .checkpoint.store import CheckpointStore
 from .common.interrupts import Interrupts
@@ -24,8 +23,7 @@ from .config import GRPOConfig, resolve_epochs
 from .data.run_inputs import Prompt, RunInputs, load_run_inputs
 from .data.sampler import PromptSampler
 from .display.terminal import View
-from .experience.row_checks import check_rows
-from .experience.user_functions import UserFunctions
+from .experience.user_functions import CODE, UserFunctions
 from .run.callbacks import Callbacks
 from .update.resolve import resolve_training
 from .user_inputs import UserInputs
@@ -104,9 +102,7 @@ def prepare_run(
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
-    check_rows(scorer, prompts, "training data")
-    if loaded.eval_prompts is not None:
-        check_rows(scorer, loaded.eval_prompts.rows, "evaluation data")
+    loaded.check_rows(scorer)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,

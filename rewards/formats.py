@@ -128,11 +128,7 @@ def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid
     """
     if schema is None:
 
-        def check_schema(schema: Any, **columns: Any) -> None:
-            if schema is not None:
-                _validator(schema if isinstance(schema, str) else json.dumps(schema, default=str), "the schema")
-
-        @with_check(check_schema)
+        @with_check(_check_schema)
         def reward_by_row(completions: Sequence[Completion], schema: Sequence[Any], **kwargs: Any) -> list[float | None]:
             scores: list[float | None] = []
             for row, (completion, of_row) in enumerate(zip(completions, schema, strict=True)):
@@ -155,6 +151,11 @@ def json_schema(schema: Mapping[str, Any] | str | Path | None = None, *, invalid
 
     reward.__name__ = "json_schema"
     return reward
+
+
+def _check_schema(schema: Any, **columns: Any) -> None:
+    if schema is not None:
+        _validator(schema if isinstance(schema, str) else json.dumps(schema, default=str), "the schema")
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """The code of a user's functions, as hashes that a resumed run compares.
 
-    code_of("rewards/math.py:correct")      # {"rewards/math.py": "1f0c...", "rewards/utils.py": "77ab..."}
-    code_of(my_function)                    # of a script or notebook: {"my_function": "9e1d..."}, the hash of its source text
+    code_of("rewards/math.py:correct")      # by path, the hashes of the file and of the neighbours that it imports
+    code_of(my_function)                    # of a script or notebook: the hash of its source text, by its name
 
 A function that is named by its file or module stands for the whole file and for the neighbours that it imports. Of a function
 that is passed in Python only its own text is compared: not what it calls, nor the values that it reads. Installed packages and

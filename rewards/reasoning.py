@@ -45,12 +45,6 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
         raise ValueError("reasoning_gym_score accepts options only together with a task: name the task that they belong to")
     settings = json.dumps(dict(options or {}), sort_keys=True)  # text: it is part of a cache's key
 
-    def check_metadata(metadata: Any, task: str = task or "", **columns: Any) -> None:
-        if metadata is not None:
-            _scorer(task, settings)
-            _read_metadata(metadata, "the metadata", task)
-
-    @with_check(check_metadata)
     def by_row(
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
@@ -77,7 +71,6 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
             log_metric("reasoning_gym/scorer_failed", failed / len(scores))
         return scores
 
-    @with_check(check_metadata)
     def with_task(
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
@@ -91,7 +84,19 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
         _scorer(task, settings)
     reward = by_row if task is None else with_task
     reward.__name__ = "reasoning_gym_score"
-    return reward
+    return with_check(_metadata_check(task, settings))(reward)
+
+
+def _metadata_check(task: str | None, settings: str) -> Callable[..., None]:
+    """A `check_row` for rows of the task, or of the task in their column."""
+    of_all = task
+
+    def check_metadata(metadata: Any, task: str = "", **columns: Any) -> None:
+        if metadata is not None:
+            _scorer(of_all or task, settings)
+            _read_metadata(metadata, "the metadata", of_all or task)
+
+    return check_metadata
 
 
 def _score(scorer: Callable[[Any, dict[str, Any]], Any], answer: str, entry: dict[str, Any], where: str) -> float | None:

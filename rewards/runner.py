@@ -110,11 +110,11 @@ class Scorer:
         Functions say so by their attribute `check_row` (`contract.with_check`).
         """
         for reward in self._rewards:
-            check = row_check_of(reward.function)
-            if check is None:
+            row_check = row_check_of(reward.function)
+            if row_check is None:
                 continue
             try:
-                check(**accepted(reward.name, check, dict(columns)))
+                row_check(**accepted(reward.name, row_check, dict(columns)))
             except BaseException as error:  # a user's function may raise anything
                 if is_interruption(error):
                     raise

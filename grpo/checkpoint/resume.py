@@ -17,6 +17,7 @@ from typing import Any
 from ..common.log import logger
 from ..config import GRPOConfig, dump_config
 from ..config.loading import parse_yaml, read_run_file
+from ..experience.user_functions import CODE
 from ..run.records import CONFIG_FILE, read_summary
 from .state import RunState, made_with, read_state
 from .store import Checkpoint, CheckpointStore, read_checkpoint
@@ -31,9 +32,6 @@ TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "logging.num_ge
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
 """They give the shapes and scales of the weights in a checkpoint, so no resumed run can change them."""
-
-CODE = "code of functions"
-"""The input of a run that has the hashes of the functions in a user's own files."""
 
 _ABSENT = "not set"
 

@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...rewards.runner import Scorer
 from ..common.errors import first_line
 from ..common.log import logger
 from ..common.model_files import resolve_model
@@ -26,6 +27,7 @@ from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
 from ..config.data import check_set_names
 from .prompts import Prompt, PromptData, prepare_prompts
+from .row_checks import check_rows
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows
 
 
@@ -37,6 +39,12 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     train_prompts: PromptData
     eval_prompts: PromptData | None
+
+    def check_rows(self, scorer: Scorer) -> None:
+        """Raise ValueError for the first row that records or the reward functions cannot use."""
+        check_rows(scorer, self.train_prompts.rows, "training data")
+        if self.eval_prompts is not None:
+            check_rows(scorer, self.eval_prompts.rows, "evaluation data")
 
     def fingerprint(self) -> dict[str, Any]:
         """Number and hash of the rows of the training data and of each evaluation set."""

@@ -93,9 +93,7 @@ def collect_batch(
 
     rounds = [collect_round(0)]
     groups = groups_of(rounds)
-    while len(rounds) <= max_rounds and sum(group.has_variance and group.passes_filter for group in groups) < wanted:
-        if not any(map(has_reward, groups)):  # an outage: more prompts would have no reward either
-            break
+    while len(rounds) <= max_rounds and _lacks_variance(groups, wanted):
         rounds.append(collect_round(len(rounds)))
         groups = groups_of(rounds)
     passing = [group for group in groups if group.passes_filter]
@@ -107,6 +105,12 @@ def collect_batch(
         rollout_seconds=sum(one.rollout_seconds for one in rounds),
         reward_seconds=sum(one.reward_seconds for one in rounds),
     )
+
+
+def _lacks_variance(groups: Sequence[Group], wanted: int) -> bool:
+    """Whether too few groups can be trained on. Not in an outage: more prompts would have no reward either."""
+    usable = sum(group.has_variance and group.passes_filter for group in groups)
+    return usable < wanted and any(map(has_reward, groups))
 
 
 def with_advantages(

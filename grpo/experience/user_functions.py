@@ -27,6 +27,9 @@ from ..data.sampler import UserSampler
 
 T = TypeVar("T")
 
+CODE = "code of functions"
+"""The input of a run that has the hashes of the functions in a user's own files, for a resumed run to compare."""
+
 UserAdvantages = Callable[[Sequence[Group]], Sequence[Sequence[float]]]
 """From the groups of a step to their advantages, one for each completion, in order."""
 

@@ -59,7 +59,7 @@ def test_the_last_integer_is_found(completion, integer):
 
 @pytest.mark.parametrize(
     "completion",
-    ["", "no number", "12.5", ".5", "0.42", "$.12", "42, or rather 42.5", "five", "1" * 10_000, "-12", "12,5", "1234,42", "1,42"],
+    ["", "no number", "12.5", ".5", "0.42", "$.12", "42, or rather 42.5", "five", "1" * 10_000, "-12", "12,5", "123,42"],
 )
 def test_without_the_integer_at_the_end_the_reward_is_0(completion):
     assert last_integer([completion] * 3, answer=[12, 5, 42]) == [0.0, 0.0, 0.0]

@@ -103,8 +103,19 @@ def test_few_examples_are_not_run():
     assert len(module_examples(yaml_files=False)) >= 12 and len(module_examples(yaml_files=True)) >= 8
 
 
+def test_the_page_s_function_that_checks_rows():
+    _, code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    scorer = Scorer(GRPOConfig().rewards, names["graded"])
+    assert scorer.score(inputs("abcd", level=[2])).total == [2.0]
+    scorer.check_row({"level": 2})
+    with pytest.raises(ValueError, match="reward function 'graded' cannot use it: level 4 does not exist"):
+        scorer.check_row({"level": 4})
+
+
 def test_the_page_s_function_scores_completions_of_the_quick_start():
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
     row = quickstart.evaluation()[0]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from scored import scorer_of
 
-from rankup.grpo.checkpoint.resume import CODE, input_changes
+from rankup.grpo.checkpoint.resume import input_changes
+from rankup.grpo.experience.user_functions import CODE
 from rankup.rewards.answers import exact_match_of
 from rankup.rewards.loading import load_object
 from rankup.rewards.own_code import code_of

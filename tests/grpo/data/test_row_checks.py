@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scored import scorer_of
 
+from rankup.grpo.data import row_checks
 from rankup.grpo.data.prompts import Prompt
-from rankup.grpo.experience import row_checks
-from rankup.grpo.experience.row_checks import check_rows
+from rankup.grpo.data.row_checks import check_rows
 from rankup.rewards.config import RewardFunction
 from rankup.rewards.contract import with_check
 

@@ -14,7 +14,7 @@ from typing import Any
 from ...rewards.runner import Scorer
 from ...rewards.texts import describe
 from ..common.log import logger
-from ..data.prompts import Prompt
+from .prompts import Prompt
 
 CHECK_SECONDS = 60.0
 """How long a run may check the rows of a data set before it starts: parsing a formula takes 10 ms. Later rows are checked when
