@@ -41,13 +41,14 @@ def low_ids(completion_ids, **kwargs):
     ("reward", "options"),
     [
         (judge, {}),
+        (judge, {"beta": 0.1}),  # a penalty must not move the policy alone
         (fails, {"on_error": "none"}),
         (fails, {"on_error": 0.0}),
         ([judge, low_ids], {}),
         ([fails, low_ids], {"on_error": "none"}),
         ([fails, low_ids], {"on_error": -1.0}),
     ],
-    ids=["none", "failure", "failure as 0", "none of two", "failure of two", "failure of two as -1"],
+    ids=["none", "none with a penalty", "failure", "failure as 0", "none of two", "failure of two", "failure of two as -1"],
 )
 def test_an_outage_is_no_evidence_for_guards(make_trainer, tmp_path, capsys, reward: Any, options: dict[str, Any]):
     make_trainer(reward=reward, **LONG, **options).train()

@@ -146,3 +146,19 @@ def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys, arguments, expect
     assert main(["reward", "rankup.rewards.answers:last_integer", *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
+
+
+def test_kwargs_read_as_run_files_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"completion": "a"}\n')
+    (tmp_path / "penalty.py").write_text(
+        "def penalty(max_penalty):\n    assert isinstance(max_penalty, float), max_penalty\n"
+        "    return lambda completions, **kwargs: [max_penalty] * len(completions)\n"
+    )
+    for written, number in (("-5e-1", -0.5), ("1e-2", 0.01), ("2.5E+1", 25.0)):
+        kwargs = f"{{max_penalty: {written}}}"
+        arguments = ["reward", "penalty.py:penalty", "--kwargs", kwargs, "--data", "rows.jsonl", "--json"]
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["mean"] == number
+    assert main(["reward", "penalty.py:penalty", "--kwargs", "{max_penalty: [", "--data", "rows.jsonl"]) == 1
+    assert "rankup: error: --kwargs must be a mapping, such as '{tokens: 100}': " in capsys.readouterr().err

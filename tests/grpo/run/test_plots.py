@@ -1,3 +1,5 @@
+import json
+import math
 import struct
 import sys
 from pathlib import Path
@@ -78,3 +80,12 @@ def test_drawing_does_not_import_pyplot(tmp_path):
 
 def test_the_running_mean_uses_earlier_values_only():
     assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_a_step_without_a_reward_is_a_gap(tmp_path):
+    assert running_mean([1.0, math.nan, 3.0], 2)[::2] == [1.0, 3.0] and math.isnan(running_mean([1.0, math.nan], 2)[1])
+    rows = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": None}, {"step": 3, "reward": 0.7}, {"step": 4, "reward": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text("{}\n")
+    plot_learning_curve([tmp_path], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").is_file()
