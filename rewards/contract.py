@@ -87,14 +87,30 @@ class Inputs:
         ]
 
 
-class History(list[dict[str, Any]]):
-    """The rows that a run has logged. It is pickled once, and not again for each call of a step. Do not change it."""
+class History:
+    """The rows that a run has logged: pickled once, not for each call of a step, and read where they are asked for."""
 
-    _pickled: bytes | None = None
+    def __init__(self, rows: Sequence[Mapping[str, Any]], pickled: bytes = b"") -> None:
+        self._rows = rows
+        self._pickled = pickled
+
+    def copied(self) -> list[dict[str, Any]]:
+        """The rows, which the caller may change."""
+        return pickle.loads(self._pickled) if self._pickled else [dict(row) for row in self._rows]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._pickled = self._pickled or pickle.dumps(list(self))
-        return pickle.loads, (self._pickled,)
+        self._pickled = self._pickled or pickle.dumps([dict(row) for row in self._rows])
+        return History, ((), self._pickled)
+
+
+class _TrainerState(SimpleNamespace):
+    """The `trainer_state` of a call. Its `log_history` is copied when it is asked for: it may have a thousand rows."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "log_history" or "_history" not in vars(self):
+            raise AttributeError(f"trainer_state has no {name!r}: it has {', '.join(vars(self))}", name=name, obj=self)
+        self.log_history = self._history.copied()
+        return self.log_history
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +226,10 @@ def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned
     available = {**rows, "trainer_state": inputs.trainer_state, "log_extra": log_extra, "log_metric": log_metric}
     arguments = accepted(name, function, available)
     if "trainer_state" in arguments:
-        arguments["trainer_state"] = SimpleNamespace(**_copied(dict(inputs.trainer_state)))
+        state = dict(inputs.trainer_state)
+        if isinstance(state.get("log_history"), History):
+            state["_history"] = state.pop("log_history")
+        arguments["trainer_state"] = _TrainerState(**_copied(state))
     return {key: _copied(value) if key in rows else value for key, value in arguments.items()}
 
 
@@ -222,7 +241,7 @@ def _copied(value: Any) -> Any:
     kind = type(value)
     if kind is tuple:
         return tuple(item if type(item) in _SCALARS else _copied(item) for item in value)
-    if kind is list or kind is History:
+    if kind is list:
         return [item if type(item) in _SCALARS else _copied(item) for item in value]
     if kind is dict:
         return {key: item if type(item) in _SCALARS else _copied(item) for key, item in value.items()}

@@ -14,7 +14,7 @@ import pytest
 from scored import inputs, scorer_of
 
 from rankup.grpo.common.interrupts import Interrupts, RunInterrupted
-from rankup.rewards.contract import Inputs, RewardError, call
+from rankup.rewards.contract import History, Inputs, RewardError, call
 
 
 def run(function: Any, isolation: str, **options: Any) -> Any:
@@ -66,7 +66,7 @@ def test_no_call_changes_what_other_completions_functions_and_the_caller_see(iso
         completions=[[{"role": "assistant", "content": "!"}] for _ in range(3)],
         completion_ids=[[1, 9]] * 3,
         columns={"tests": [tests] * 3, "facts": [fact] * 3},
-        trainer_state={"log_history": [{"reward": 1.0}]},
+        trainer_state={"log_history": History([{"reward": 1.0}])},
     )
 
     def again(*args: Any, **kwargs: Any) -> Any:
