@@ -28,6 +28,7 @@ Resume = bool | str | Path | None
 
 HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
 """Options of these sections do not affect training, except those below. Nor do more steps, if no rate depends on them."""
+HARMLESS_OPTIONS = ("rewards.max_steps_without_reward",)
 TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "logging.num_generations_eval", "cluster.workers")
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
@@ -130,7 +131,7 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
     keeps_rates = config.optim.lr_scheduler_type in schedules and config.optim.warmup_ratio == 0
     for change in _changes(before, now):
         is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
-        is_harmless |= change.option == "optim.max_steps" and keeps_rates
+        is_harmless |= change.option in HARMLESS_OPTIONS or (change.option == "optim.max_steps" and keeps_rates)
         yield dataclasses.replace(change, affects_training=not is_harmless)
 
 

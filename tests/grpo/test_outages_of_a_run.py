@@ -77,7 +77,7 @@ def test_an_outage_that_lasts_stops_the_run_with_a_checkpoint_from_which_it_resu
     assert len(steps_of(tmp_path / "run")) == 5
     assert (tmp_path / "run" / "learning_curve.png").is_file()
     answers.append(True)
-    make_trainer(reward=dead, **changes).train(resume_from_checkpoint=True)
+    make_trainer(reward=dead, **{**changes, "max_steps_without_reward": 4}).train(resume_from_checkpoint=True)
     assert [row["reward"] is None for row in steps_of(tmp_path / "run")] == [
         False,
         False,

@@ -166,6 +166,7 @@ class Arguments(TypedDict, total=False):
     memory_gib: float | None
     on_error: Literal["stop", "none"] | float | str
     rows_per_call: int | None
+    max_steps_without_reward: int | None
     train: str | None
     eval: str | dict[str, str] | None
     subset: str | None
