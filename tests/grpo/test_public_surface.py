@@ -53,7 +53,7 @@ FIELDS = {
         "prompt", "completions", "scores", "advantages", "reward_std", "has_variance", "passes_filter", "is_local",
     ],
     "LossInputs": ["logprobs", "entropies", "old_logprobs", "sampler_logprobs", "advantages", "sequence", "lengths"],
-    "Prompt": ["content", "token_ids", "columns", "eval_set"],
+    "Prompt": ["content", "token_ids", "columns", "eval_set", "row"],
 }  # fmt: skip
 
 
