@@ -33,24 +33,22 @@ from rankup.grpo.update.session import make_policy
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.rollout.config import SamplingConfig
 from rankup.rollout.engine import RolloutEngine
+from rankup.rollout.generation_kwargs import GenerationKwargs
+from rankup.rollout.sampling_params import sampling_params
 from rankup.rollout.types import PromptGroup
 from rankup.rollout.vllm_compat import import_vllm
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
 GPU_SHARE = 0.25  # of a CUDA device's memory for each of the three engines
 ADAPTER_STD = 0.3  # of B's entries: changes log-probabilities by far more than rounding does
 
 
-class EqualLengthEngine(RolloutEngine):
-    """rankup's engine, except that no completion ends early: all sides sample the same number of tokens."""
-
-    @staticmethod
-    def _sampling_params(sampling: SamplingConfig, seed: int | None) -> SamplingParams:
-        params = RolloutEngine._sampling_params(sampling, seed)
-        params.ignore_eos = True
-        return params
+def equal_lengths(completions: int, length: int) -> SamplingConfig:
+    """No completion ends early: all sides sample the same number of tokens."""
+    kwargs = GenerationKwargs(ignore_eos=True)
+    return SamplingConfig(num_generations=completions, max_completion_length=length, generation_kwargs=kwargs)
 
 
 class QuickstartSide:
@@ -61,7 +59,7 @@ class QuickstartSide:
         self.config: GRPOConfig = load_config(QUICKSTART, overrides)
         with quiet_stderr():
             self.model_path = resolve_model(self.config.model.name)
-            self.engine = EqualLengthEngine(engine_settings(self.config, self.model_path))
+            self.engine = RolloutEngine(engine_settings(self.config, self.model_path))
             self.policy: Policy = make_policy(self.config, self.model_path, self.engine)
 
     def publish_adapter(self) -> None:
@@ -72,8 +70,7 @@ class QuickstartSide:
         self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None = None
     ) -> list[PromptGroup]:
         """Groups of `completions` of `length` tokens each."""
-        sampling = SamplingConfig(num_generations=completions, max_completion_length=length)
-        return list(self.engine.rollout(prompts, sampling, seeds=seeds))
+        return list(self.engine.rollout(prompts, equal_lengths(completions, length), seeds=seeds))
 
 
 class RankupSide(QuickstartSide):
@@ -233,8 +230,8 @@ class StockSide:
         self, prompts: list[list[int]], completions: int, length: int, seeds: list[int] | None
     ) -> tuple[int, float]:
         """Tokens sampled and seconds taken."""
-        sampling = SamplingConfig(num_generations=completions, max_completion_length=length)
-        params = [EqualLengthEngine._sampling_params(sampling, seed) for seed in seeds or [None] * len(prompts)]
+        sampling = equal_lengths(completions, length)
+        params = [sampling_params(sampling, seed, stop_token_ids=()) for seed in seeds or [None] * len(prompts)]
         started = time.perf_counter()
         outputs = self._llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=self._request, use_tqdm=False

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rollout_sides import EqualLengthEngine, vllm_settings
+from rollout_sides import vllm_settings
 from transformers import AutoTokenizer, TrainerCallback
 from vs_trl import ALPHA, COMPLETIONS, LEARNING_RATE, PROMPTS, RANK, TOKENS, score_by_hash
 from workers import PacedSide
@@ -26,6 +26,7 @@ from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.display.terminal import PlainView
 from rankup.grpo.update.resolve import engine_settings
 from rankup.kernels.cpu_memory import keep_freed_memory
+from rankup.rollout.engine import RolloutEngine
 from rankup.rollout.vllm_compat import import_vllm
 
 MODEL = "smollm2-135m-instruct"
@@ -96,6 +97,7 @@ class RankupSide(GRPOSide):
                 "max_prompt_length": MAX_PROMPT_LENGTH,
                 "max_completion_length": TOKENS,
                 "temperature": 1.0,
+                "generation_kwargs": {"ignore_eos": True},
             },
             algorithm={"loss_type": "dapo", "beta": 0.0, "num_iterations": 1, "scale_rewards": "group"},
             optim={"prompts_per_step": PROMPTS, "learning_rate": LEARNING_RATE, "max_steps": MAX_STEPS},
@@ -106,7 +108,7 @@ class RankupSide(GRPOSide):
 
     def _train(self) -> None:
         with quiet_stderr():
-            engine = EqualLengthEngine(engine_settings(self._config, resolve_model(MODEL)))
+            engine = RolloutEngine(engine_settings(self._config, resolve_model(MODEL)))
         trainer = GRPOTrainer(
             reward_funcs=score_by_hash, args=self._config, train_dataset=prompt_rows(), view=PausingView(self)
         )

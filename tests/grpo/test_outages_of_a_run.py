@@ -105,7 +105,7 @@ def test_early_stopping_takes_no_reward_for_no_decline(make_trainer, tmp_path):
     seen: list[Any] = []
 
     class Sees(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics, **kwargs):
+        def on_evaluate(self, args, state, control, *, metrics, **kwargs):
             seen.append(metrics["eval_reward"])
 
     def dead_between(completion_ids, trainer_state, **kwargs):
@@ -118,11 +118,11 @@ def test_early_stopping_takes_no_reward_for_no_decline(make_trainer, tmp_path):
         def on_train_begin(self, args, state, control, **kwargs):
             pass
 
-        def on_evaluate(self, args, state, control, **kwargs):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
             class Arguments:
                 metric_for_best_model, greater_is_better = "eval_reward", True
 
-            super().on_evaluate(Arguments, state, control, **kwargs)  # pyright: ignore
+            super().on_evaluate(Arguments, state, control, metrics, **kwargs)  # pyright: ignore
 
     trainer = make_trainer(reward=dead_between, max_steps=6, eval_steps=1, callbacks=[Sees(), Stopping(2)])
     trainer.train()

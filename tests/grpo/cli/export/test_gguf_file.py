@@ -144,9 +144,12 @@ def test_the_way_of_splitting_has_the_name_that_llama_cpp_knows(pre_tokenizer: A
 
 def test_scaled_rope_of_llama_3(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     rope["original_max_position_embeddings"] = 64
-    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, rope_parameters=rope, max_position_embeddings=512))
+    sizes = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        rope_parameters=rope, max_position_embeddings=512,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(sizes)
     check_supported(model.config, bpe_tokenizer())
     write_gguf(model, bpe_tokenizer(), tmp_path / "a.gguf", dtype="float32", name="a")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
