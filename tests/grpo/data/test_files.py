@@ -89,6 +89,7 @@ def test_a_file_of_json_has_the_same_rows_under_every_suffix():
         ("rows.jsonl.zst", compressed("zstd")),
         ("rows.jsonl.lz4", compressed("lz4")),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_compressed_files_are_read(name: str, content: bytes):
     assert load(write(name, content)) == ROWS

@@ -52,7 +52,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(family, device, checkpointing, marks=() if by_default else (pytest.mark.exhaustive,))
 
 
-@pytest.mark.parametrize(("family", "device", "checkpointing"), cases())
+@pytest.mark.parametrize(("family", "device", "checkpointing"), [*cases()])
 def test_two_layers_predict_all_layers_byte_exactly(family: str, device: Any, checkpointing: bool):
     with quiet_stderr():
         two, five = (
