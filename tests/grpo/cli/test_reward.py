@@ -142,7 +142,7 @@ def see(prompts, completions, answer, **columns):
 @pytest.mark.parametrize(
     ("name", "content", "options"),
     [
-        ("rows.jsonl.gz", gzip.compress(SEEN_ROWS), ()),
+        ("rows.jsonl.gz", gzip.compress(SEEN_ROWS, mtime=0), ()),
         ("ROWS.JSONL", b"\xef\xbb\xbf" + SEEN_ROWS, ()),
         ("rows.json", b'[{"prompt": "a", "completion": "b", "answer": "007"},\n{"completion": "c", "n": 1}]', ()),
         ("rows.csv", b"prompt,completion,answer,n\na,b,007,\n,c,,1\n", ("--column-types", "{n: int}")),
