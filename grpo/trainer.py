@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Self
 
@@ -271,7 +272,7 @@ class GRPOTrainer(TrainerMethods):
         Raises:
             ValueError: `output_dir` is a file.
         """
-        folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(output_dir).expanduser()
+        folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(expanduser(output_dir))
         sharing.write_model(folder, self._current().policy, self.processing_class)
         self._sessions.written(folder)
 

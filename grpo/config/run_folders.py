@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def anchor(values: dict[str, Any], file: Path) -> None:
 def function_of_run(function: str, functions: list[str]) -> str:
     """A reward function by the name that its file has in the run's functions, if it is not in the working directory."""
     location = function.rpartition(":")[0]
-    if not location.endswith(".py") or Path(location).expanduser().is_file():
+    if not location.endswith(".py") or Path(expanduser(location)).is_file():
         return function
     return next((one for one in functions if one.endswith(f"/{function}")), function)
 
@@ -73,7 +74,7 @@ def _anchored(value: Any, folders: list[Path]) -> Any:
 
 def _in(folder: Path, name: str) -> str | None:
     """The name with its absolute path if it is a file, folder, pattern or function in `folder`; else None."""
-    if "://" in name or Path(name).expanduser().is_absolute() or name.lower() in EMBEDDED:
+    if "://" in name or Path(expanduser(name)).is_absolute() or name.lower() in EMBEDDED:
         return None
     location, colon, attribute = name.rpartition(":")
     if colon and location.endswith(".py"):

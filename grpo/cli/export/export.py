@@ -19,6 +19,7 @@ import shlex
 import shutil
 import warnings
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -305,6 +306,6 @@ def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> 
         raise ValueError(f"{output} exists already: add --overwrite to replace it, or give another --output")
     card = output / CARD_FILE
     is_export = card.is_file() and EXPORT_TAG in card.read_text(encoding="utf-8")
-    folders_in_use = (trained.folder.resolve(), Path(trained.config.model.name).expanduser().resolve())
+    folders_in_use = (trained.folder.resolve(), Path(expanduser(trained.config.model.name)).resolve())
     if not is_export or any(folder.is_relative_to(output.resolve()) for folder in folders_in_use):
         raise ValueError(f"{output} is not an export, so it is not replaced: give another --output, or remove it yourself")
