@@ -176,17 +176,6 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"logging_steps": 2}, {"logging.completions_steps": 10}),
     ({"generation_kwargs": {"top_p": 0.5, "stop": "</a>"}}, {"rollout.top_p": 0.5, "rollout.stop": ["</a>"]}),
     ({"top_p": 0.5, "generation_kwargs": {"top_p": 0.5, "do_sample": True}}, {"rollout.top_p": 0.5}),
-    ({"stop": ["a"], "generation_kwargs": {"stop": "a"}}, {"rollout.stop": ["a"]}),
-    ({"top_k": -1, "generation_kwargs": {"top_k": 0}}, {"rollout.top_k": -1}),
-    ({"temperature": 0.5, "generation_kwargs": {"temperature": None}}, {"rollout.temperature": 0.5}),
-    (
-        {"generation_kwargs": {"min_tokens": 3, "min_new_tokens": 3}},
-        {"rollout.generation_kwargs": GenerationKwargs(min_tokens=3)},
-    ),
-    (
-        {"per_device_train_batch_size": 8, "generation_kwargs": {"max_tokens": 9}},
-        {"rollout.max_completion_length": 9, "optim.prompts_per_step": 1},
-    ),
     ({"generation_kwargs": '{"max_new_tokens": 64}'}, {"rollout.max_completion_length": 64}),
     (
         {"generation_kwargs": {"max_tokens": 9, "skip_special_tokens": False, "include_stop_str_in_output": True, "n": 1}},
@@ -302,22 +291,6 @@ def test_with_several_iterations_trls_steps_are_divided_by_them():
             "generation_kwargs: is not valid JSON: Expecting property name enclosed in double quotes: ",
         ),
         ({"generation_kwargs": 5}, "generation_kwargs: must be a mapping (got 5)"),
-        (
-            {"top_p": 0.7, "generation_kwargs": {"top_p": 0.5}},
-            "generation_kwargs.top_p: is the same option as rollout.top_p, set to 0.7; keep one",
-        ),
-        (
-            {"generation_kwargs": {"max_new_tokens": 7, "max_tokens": 8}},
-            "generation_kwargs.max_tokens: is the same option as rollout.max_completion_length, set to 7; keep one",
-        ),
-        (
-            {"generation_kwargs": {"min_tokens": 7, "min_new_tokens": 8}},
-            "generation_kwargs.min_new_tokens: is the same option as min_tokens, with another value; keep one",
-        ),
-        (
-            {"vllm_structured_outputs_regex": "a|b", "generation_kwargs": {"structured_outputs": {"choice": ["x"]}}},
-            "vllm_structured_outputs_regex: generation_kwargs has other structured_outputs; keep one of them",
-        ),
         (
             {"model_init_kwargs": {"trust_remote_code": True}},
             "model_init_kwargs.trust_remote_code: is not supported; dtype and",
