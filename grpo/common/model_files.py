@@ -160,7 +160,8 @@ def resolve_tokenizer(name: str) -> Path:
     if hub_id(name) is None:
         raise ValueError(f"{option}: no such folder")
     unknown = f"{option}: no folder of this name, and not available on the Hub"
-    return _from_hub(name, None, TOKENIZER_PATTERNS, not_found=unknown, invalid=unknown)
+    patterns = [*TOKENIZER_PATTERNS, "config.json"]  # which tells transformers the class, if nothing else does
+    return _from_hub(name, None, patterns, not_found=unknown, invalid=unknown)
 
 
 def _refuse_adapter(name: str, folder: Path) -> None:

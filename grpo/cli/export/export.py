@@ -27,9 +27,9 @@ from ...common.files import atomic_folder
 from ...common.log import log_to, logger
 from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
+from ...data.tokenizers import copy_tokenizer, load_tokenizer
 from ..command import add_command
 from .model_card import TrainedAdapter, model_card, read_run
-from .tokenizer import copy_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
