@@ -190,7 +190,9 @@ def try_reward(options: argparse.Namespace) -> int:
 
 def _function(options: argparse.Namespace) -> str:
     """The function, whose file may be where the run of `--data` has found it."""
-    config = Path(expanduser(options.data)) / CONFIG_FILE
+    data = Path(expanduser(options.data))
+    inside = data.absolute().parent if data.match("step_*.parquet") else data.absolute()
+    config = (inside.parent if inside.name == "completions" else data) / CONFIG_FILE
     functions = [entry.function for entry in load_config(config).rewards.entries()] if config.is_file() else []
     return function_of_run(options.function, functions)
 

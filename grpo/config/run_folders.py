@@ -43,11 +43,26 @@ def anchor(values: dict[str, Any], file: Path) -> None:
 
 
 def function_of_run(function: str, functions: list[str]) -> str:
-    """A reward function by the name that its file has in the run's functions, if it is not in the working directory."""
-    location = function.rpartition(":")[0]
+    """A reward function by the name that its file has in the run's functions, if it is not in the working directory.
+
+    Raises:
+        ValueError: several of them have this name.
+    """
+    location, _, name = function.rpartition(":")
+    if location and not location.endswith(".py") and all(part.isidentifier() for part in location.split(".")):
+        if _is_found(location.split(".")[0]):
+            return function
+        location = f"{location.replace('.', '/')}.py"
     if not location.endswith(".py") or Path(expanduser(location)).is_file():
         return function
-    return next((one for one in functions if one.endswith(f"/{function}")), function)
+    found = list(dict.fromkeys(one for one in functions if f"/{one}".endswith(f"/{location}:{name}")))
+    if len(found) > 1:
+        raise ValueError(f"{function}: the run has {' and '.join(found)}; write more of the path")
+    return found[0] if found else function
+
+
+def _is_found(package: str) -> bool:
+    return Path(package).is_dir() or Path(f"{package}.py").is_file() or find_spec(package) is not None
 
 
 def _moved(file: Path, output_dir: Path) -> list[Path]:
