@@ -231,8 +231,8 @@ def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
 def _section_values(name: str, value: Any) -> dict[Any, Any]:
     if value is None:  # a section whose lines are all commented out
         return {}
-    if isinstance(value, str) and name in TEXT_FOR_SECTIONS:
-        return {TEXT_FOR_SECTIONS[name]: value}
+    if isinstance(value, str | Path) and name in TEXT_FOR_SECTIONS:
+        return {TEXT_FOR_SECTIONS[name]: str(value)}
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if not isinstance(value, Mapping):
@@ -267,11 +267,23 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
 
 
 def _type_of_override(name: str, keys: KnownKeys) -> Any:
-    """Of an option, or of the values of a mapping that is one."""
-    parent = name.rpartition(".")[0]
-    if name in keys.types or parent not in keys.types or parent in keys.sections:
+    """Of an option, or of a key of one."""
+    section, _, rest = name.partition(".")
+    option, *within = rest.split(".")
+    if not within or f"{section}.{option}" not in keys.types:
         return keys.type_of(name)
-    return next((typing.get_args(one)[1] for one in members(keys.types[parent]) if typing.get_origin(one) is dict), Any)
+    kind = keys.types[f"{section}.{option}"]
+    for key in within:
+        kind = next((found for one in members(kind) if (found := _type_in(one, key)) is not Any), Any)
+    return kind
+
+
+def _type_in(kind: Any, key: str) -> Any:
+    """The type of a key's value, of a mapping or of an option that has options."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(key)
+        return Any if field is None else field.annotation
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
 
 
 def _override_value(name: str, text: str, kind: Any) -> Any:
@@ -305,6 +317,8 @@ _MESSAGES = {
     "list_type": "must be a list",
     "dict_type": "must be a mapping",
     "path_type": "must be a path",
+    "too_short": "must have {min_length} or more items",
+    "model_type": "must be a mapping",
 }
 
 

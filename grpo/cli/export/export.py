@@ -66,6 +66,8 @@ def add_export_command(commands: Any) -> None:
 
 def export(options: argparse.Namespace) -> int:
     """`rankup export RUN [--merge | --gguf] [--output FOLDER] [--dtype DTYPE] [--overwrite]`"""
+    if options.merge and options.gguf:
+        raise ValueError("--gguf merges too: give one of --merge and --gguf, and export twice for both")
     kind: Kind = "gguf" if options.gguf else "merged" if options.merge else "adapter"
     if options.dtype != "auto" and kind == "adapter":
         raise ValueError("--dtype needs --merge or --gguf: an adapter is exported in float32, the dtype of training")
