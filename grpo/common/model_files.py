@@ -119,6 +119,12 @@ def _check_config(name: str, folder: Path) -> None:
             )
         raise ValueError(f"model {name}: the folder has no config.json")
     refuse_quantized(name, folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model {name}: its config.json is no JSON: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model {name}: its config.json is no mapping")
 
 
 def resolve_adapter(name: str) -> Path:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...rewards.runner import Scorer
 from ...rollout.model_limits import prompt_length
+from ..common.errors import first_line
 from ..common.exact_json import encode
 from ..common.log import logger
 from ..common.model_files import check_model, resolve_model
@@ -93,8 +94,8 @@ def load_run_inputs(
     eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
+        vocab_size = _vocab_size(config, model_path)
         tokenizer = load_tokenizer(config, model_path)
-        vocab_size = getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "vocab_size", None)
     config = with_fitting_prompts(config, model_path)
 
     def prepare(rows: list[dict[str, Any]], eval_set: str | None = None) -> PromptData:
@@ -107,6 +108,14 @@ def load_run_inputs(
         eval_prompts=_joined({name: prepare(rows, name) for name, rows in eval_rows.items()}) if eval_rows else None,
         vocab_size=vocab_size,
     )
+
+
+def _vocab_size(config: GRPOConfig, model_path: str) -> int | None:
+    """Rows of the model's embedding; None if its configuration does not say. ValueError if transformers cannot read that."""
+    try:
+        return getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "vocab_size", None)
+    except ValueError as error:  # such as an unknown model_type
+        raise ValueError(f"model {config.model.name}: cannot read its config.json: {first_line(error)}") from error
 
 
 def with_fitting_prompts(config: GRPOConfig, model_path: str) -> GRPOConfig:
