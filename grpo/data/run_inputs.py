@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...rewards.runner import Scorer
 from ...rollout.model_limits import prompt_length
-from ..common.errors import first_line
 from ..common.exact_json import encode
 from ..common.log import logger
 from ..common.model_files import check_model, resolve_model
@@ -32,7 +31,7 @@ from .prompts import Prompt, PromptData, prepare_prompts
 from .row_checks import check_rows
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
 from .templates import template_text
-from .tokenizers import load_tokenizer
+from .tokenizers import load_tokenizer, vocab_size_of
 from .values import check_column_types
 
 
@@ -94,7 +93,7 @@ def load_run_inputs(
     eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
-        vocab_size = _vocab_size(config, model_path)
+        vocab_size = vocab_size_of(config, model_path)
         tokenizer = load_tokenizer(config, model_path)
     config = with_fitting_prompts(config, model_path)
 
@@ -108,14 +107,6 @@ def load_run_inputs(
         eval_prompts=_joined({name: prepare(rows, name) for name, rows in eval_rows.items()}) if eval_rows else None,
         vocab_size=vocab_size,
     )
-
-
-def _vocab_size(config: GRPOConfig, model_path: str) -> int | None:
-    """Rows of the model's embedding; None if its configuration does not say. ValueError if transformers cannot read that."""
-    try:
-        return getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "vocab_size", None)
-    except ValueError as error:  # such as an unknown model_type
-        raise ValueError(f"model {config.model.name}: cannot read its config.json: {first_line(error)}") from error
 
 
 def with_fitting_prompts(config: GRPOConfig, model_path: str) -> GRPOConfig:

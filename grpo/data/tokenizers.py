@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..common.errors import first_line
 from ..common.model_files import TOKENIZER_PATTERNS, resolve_tokenizer
@@ -46,6 +46,14 @@ def load_tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBa
     if config.data.chat_template is not None:
         tokenizer.chat_template = template_text(config.data.chat_template)
     return tokenizer
+
+
+def vocab_size_of(config: GRPOConfig, model_path: str) -> int | None:
+    """Rows of the model's embedding; None if its configuration does not say. ValueError if transformers cannot read that."""
+    try:
+        return getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "vocab_size", None)
+    except ValueError as error:  # such as an unknown model_type
+        raise ValueError(f"model {config.model.name}: cannot read its config.json: {first_line(error)}") from error
 
 
 def copy_tokenizer(config: GRPOConfig, model_path: str, folder: Path) -> None:
