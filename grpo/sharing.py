@@ -1,6 +1,6 @@
 """The current adapter as files to load or to share: what `GRPOTrainer.save_model` and `push_to_hub` do.
 
-    write_model(Path("mine"), session.policy, tokenizer)            # PEFT's format and the tokenizer
+    write_model(Path("mine"), session.policy, tokenizer, setup)     # PEFT's format and the tokenizer
     url = push_to_hub(write, repo_id="me/mine", private=True, token=None, commit_message="End of training")
 """
 
@@ -16,14 +16,16 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .common.errors import first_line
+from .data.tokenizers import write_tokenizer
 from .model.policy import Policy
+from .setup import RunSetup
 
 HUB_ERRORS: tuple[type[Exception], ...] = (LocalTokenNotFoundError, OSError, *HfHubHTTPError.__bases__)
 """No token, answers with an error, and connections that fail; the latter are only known as a base class."""
 
 
-def write_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write adapter and tokenizer into a folder. Other files there stay as they are: it may be the run folder.
+def write_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, setup: RunSetup) -> None:
+    """Write adapter and tokenizer, of the run of `setup`, into a folder. Its other files stay: it may be the run folder.
 
     Raises:
         ValueError: `folder` is a file.
@@ -34,9 +36,11 @@ def write_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         made = Path(temporary) / "model"
         policy.save_adapter(made)
-        tokenizer.save_pretrained(made)
-        for path in sorted(made.iterdir()):
-            os.replace(path, folder / path.name)
+        write_tokenizer(tokenizer, setup.config, setup.inputs.model_path, made)
+        for path in sorted(path for path in made.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(made)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
 
 
 def push_to_hub(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Self
 
@@ -229,9 +230,10 @@ class GRPOTrainer(TrainerMethods):
         Raises:
             ValueError: no evaluation data, or no such adapter.
         """
-        prompts = prompts_of(self.setup, eval_dataset)
-        with self._shown(), self._sessions.scoring() as session:
-            return evaluate_now(self.setup, session, prompts, None if adapter is None else Path(adapter))
+        with self._shown():
+            prompts = prompts_of(self.setup, eval_dataset)
+            with self._sessions.scoring() as session:
+                return evaluate_now(self.setup, session, prompts, None if adapter is None else Path(adapter))
 
     def generate(
         self,
@@ -271,8 +273,8 @@ class GRPOTrainer(TrainerMethods):
         Raises:
             ValueError: `output_dir` is a file.
         """
-        folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(output_dir).expanduser()
-        sharing.write_model(folder, self._current().policy, self.processing_class)
+        folder = self.args.logging.output_dir / "adapter" if output_dir is None else Path(expanduser(output_dir))
+        sharing.write_model(folder, self._current().policy, self.processing_class, self.setup)
         self._sessions.written(folder)
 
     def push_to_hub(

@@ -18,6 +18,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from os.path import expanduser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,7 +135,7 @@ def find_file(path: str | Path) -> Path:
 
     Names in a run file are looked up beside it too, once, when it is loaded (`grpo/config/paths.py`).
     """
-    found = Path(path).expanduser().resolve()
+    found = Path(expanduser(path)).resolve()
     if found.is_file():
         return found
     raise FileNotFoundError(f"no file {path} (looked for {found}; names in a run file are also looked up beside it)")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from ..section import Section
 
@@ -90,6 +90,13 @@ class StructuredOutputs(Section):
         if unknown:
             raise ValueError("; ".join(_problem_with_outputs(str(name), known) for name in unknown))
         return values
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _text_or_mapping(cls, schema: object) -> object:
+        if not isinstance(schema, str | dict | None):
+            raise ValueError(f"must be a JSON schema, as a mapping or as text (got {schema!r})")
+        return schema
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:

@@ -52,7 +52,7 @@ def _of_vllm(sampling: SamplingConfig) -> Iterator[str]:
     if sampling.temperature > highest or 0 < sampling.temperature < lowest:
         yield (
             f"temperature: must be {lowest:g} to {highest:g} with vLLM, which has no other ones "
-            f"(got {sampling.temperature:g}); rollout.engine=torch samples from {TORCH_MIN_TEMPERATURE:g} on"
+            f"(got {sampling.temperature:.9g}); rollout.engine=torch samples from {TORCH_MIN_TEMPERATURE:g} on"
         )
     if sampling.temperature == 0 and sampling.num_generations > 1:
         yield f"num_generations: must be 1 at temperature 0, where all are equal (got {sampling.num_generations})"

@@ -158,7 +158,8 @@ def evaluate(options: argparse.Namespace) -> int:
     with _trainer(load_config(config_file, [*without_start, *options.overrides])) as trainer:
         metrics = trainer.evaluate(adapter=adapter)
     count = len(trainer.setup.eval_prompts or ())
-    name = adapter or trainer.args.model.name
+    start = trainer.args.lora.start_from
+    name = adapter or trainer.args.model.name + ("" if start is None else f" with {start}")
     each = trainer.args.logging.num_generations_eval
     how = "sampled greedily" if each is None else f"{each} completions each"
     print(f"{name}: reward {metrics['eval_reward']:.4f} on {count} prompts, {how}")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,9 @@ def try_reward(options: argparse.Namespace) -> int:
 
 def _function(options: argparse.Namespace) -> str:
     """The function, whose file may be where the run of `--data` has found it."""
-    config = Path(options.data).expanduser() / CONFIG_FILE
+    data = Path(expanduser(options.data))
+    inside = data.absolute().parent if data.match("step_*.parquet") else data.absolute()
+    config = (inside.parent if inside.name == "completions" else data) / CONFIG_FILE
     functions = [entry.function for entry in load_config(config).rewards.entries()] if config.is_file() else []
     return function_of_run(options.function, functions)
 
@@ -227,7 +230,7 @@ def _reading(options: argparse.Namespace) -> DataConfig:
 
 def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     """Saved completions, oldest first."""
-    path = Path(source).expanduser()
+    path = Path(expanduser(source))
     is_saved = path.match("step_*.parquet") and path.is_file()
     folder = path if path.name == "completions" else path / "completions"
     files = [path] if is_saved else sorted(folder.glob("step_*.parquet"))

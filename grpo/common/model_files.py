@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from .errors import first_line
@@ -56,7 +57,7 @@ def cache_folder() -> Path:
 
 def hub_id(name: str) -> str | None:
     """The id of a model that `resolve_model` downloads from the Hub; None for an embedded model and for a local folder."""
-    is_local = name.lower() in EMBEDDED or Path(name).expanduser().is_dir()
+    is_local = name.lower() in EMBEDDED or Path(expanduser(name)).is_dir()
     return None if is_local or Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
@@ -73,7 +74,7 @@ def resolve_model(name: str, *, revision: str | None = None, config_only: bool =
     """
     if name.lower() in EMBEDDED:
         return str(_embedded(name.lower()))
-    folder = Path(name).expanduser()
+    folder = Path(expanduser(name))
     if folder.is_dir():
         _check_config(name, folder)
         if not config_only:
@@ -118,6 +119,12 @@ def _check_config(name: str, folder: Path) -> None:
             )
         raise ValueError(f"model {name}: the folder has no config.json")
     refuse_quantized(name, folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model {name}: its config.json is no JSON: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model {name}: its config.json is no mapping")
 
 
 def resolve_adapter(name: str) -> Path:
@@ -126,7 +133,7 @@ def resolve_adapter(name: str) -> Path:
     Raises:
         ValueError: there is no such adapter.
     """
-    option, folder = f"lora.start_from: {name}", Path(name).expanduser()
+    option, folder = f"lora.start_from: {name}", Path(expanduser(name))
     if not folder.is_dir():
         if hub_id(name) is None:
             raise ValueError(f"{option}: no such folder")
@@ -153,13 +160,14 @@ def resolve_tokenizer(name: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    folder, option = Path(name).expanduser(), f"model.tokenizer: {name}"
+    folder, option = Path(expanduser(name)), f"model.tokenizer: {name}"
     if folder.is_dir():
         return folder
     if hub_id(name) is None:
         raise ValueError(f"{option}: no such folder")
     unknown = f"{option}: no folder of this name, and not available on the Hub"
-    return _from_hub(name, None, TOKENIZER_PATTERNS, not_found=unknown, invalid=unknown)
+    patterns = [*TOKENIZER_PATTERNS, "config.json"]  # which tells transformers the class, if nothing else does
+    return _from_hub(name, None, patterns, not_found=unknown, invalid=unknown)
 
 
 def _refuse_adapter(name: str, folder: Path) -> None:

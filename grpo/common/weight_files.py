@@ -114,9 +114,12 @@ def files_of_weights(folder: Path) -> dict[str, Path]:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if not all(isinstance(file, str) for file in found.values()):
+            raise TypeError("its weight_map has other things than names of files")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index.name} is damaged: {first_line(error)}") from error
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- quantization

@@ -88,19 +88,19 @@ def _likeness(name: str, known: str) -> float:
     return max(complete, SequenceMatcher(None, name.rpartition(".")[2], known.rpartition(".")[2]).ratio())
 
 
-# YAML. PyYAML reads version 1.1, in which `1e-4` is text and `2025-01-31` is a date.
+# YAML. PyYAML reads version 1.1, in which `1e-4` is text, `2025-01-31` a date, `010` is 8 and `1:30` is 90.
 
 _FLOAT = re.compile(
     r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-
+_INT = re.compile(r"^[-+]?(?:0b[01][01_]*|0o[0-7][0-7_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|[0-9][0-9_]*)$")
 
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-4` is a number, a date is text, and a duplicate key is an error."""
+    """YAML in which `1e-4` is a number, `010` is ten, dates and times are text, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -109,6 +109,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node)).replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[1:2] in ("b", "o", "x") else 10)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -126,10 +130,13 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _represent_text)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -224,8 +231,8 @@ def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
 def _section_values(name: str, value: Any) -> dict[Any, Any]:
     if value is None:  # a section whose lines are all commented out
         return {}
-    if isinstance(value, str) and name in TEXT_FOR_SECTIONS:
-        return {TEXT_FOR_SECTIONS[name]: value}
+    if isinstance(value, str | Path) and name in TEXT_FOR_SECTIONS:
+        return {TEXT_FOR_SECTIONS[name]: str(value)}
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
     if not isinstance(value, Mapping):
@@ -260,11 +267,23 @@ def apply_override(values: dict[str, Any], override: str, keys: KnownKeys) -> No
 
 
 def _type_of_override(name: str, keys: KnownKeys) -> Any:
-    """Of an option, or of the values of a mapping that is one."""
-    parent = name.rpartition(".")[0]
-    if name in keys.types or parent not in keys.types or parent in keys.sections:
+    """Of an option, or of a key of one."""
+    section, _, rest = name.partition(".")
+    option, *within = rest.split(".")
+    if not within or f"{section}.{option}" not in keys.types:
         return keys.type_of(name)
-    return next((typing.get_args(one)[1] for one in members(keys.types[parent]) if typing.get_origin(one) is dict), Any)
+    kind = keys.types[f"{section}.{option}"]
+    for key in within:
+        kind = next((found for one in members(kind) if (found := _type_in(one, key)) is not Any), Any)
+    return kind
+
+
+def _type_in(kind: Any, key: str) -> Any:
+    """The type of a key's value, of a mapping or of an option that has options."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(key)
+        return Any if field is None else field.annotation
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
 
 
 def _override_value(name: str, text: str, kind: Any) -> Any:
@@ -298,6 +317,8 @@ _MESSAGES = {
     "list_type": "must be a list",
     "dict_type": "must be a mapping",
     "path_type": "must be a path",
+    "too_short": "must have {min_length} or more items",
+    "model_type": "must be a mapping",
 }
 
 

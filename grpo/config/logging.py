@@ -1,5 +1,6 @@
 """The section `logging`: run folder, evaluation and display. Imports no torch."""
 
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,8 @@ class LoggingConfig(Section):
     """Run folder, evaluation and display."""
 
     run_name: str = Field(default="run", min_length=1, coerce_numbers_to_str=True)
-    """Name of the run. None: the run file's name, else the last part of `output_dir`, else `run`."""
+    """Name of the run. None: the run file's name, else the last part of `output_dir`, else `run`. Without an `output_dir` it
+    names a folder inside of `runs`."""
 
     output_dir: Path = Path("runs/run")
     """Folder for metrics, completions and the adapter. None: `runs/<run_name>`."""
@@ -50,6 +52,11 @@ class LoggingConfig(Section):
     profile_steps: list[Annotated[int, Field(ge=1)]] = Field(default=[])
     """Steps to profile, counted from 1: a list or a single number. Traces are written to `<output_dir>/profile`."""
 
+    @field_validator("output_dir")
+    @classmethod
+    def _home(cls, folder: Path) -> Path:
+        return Path(expanduser(folder))
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_tracker_or_none(cls, report_to: object) -> object:
@@ -75,6 +82,9 @@ class LoggingConfig(Section):
         values = {key: value for key, value in values.items() if value is not None or key not in names}
         name, folder = values.get("run_name"), values.get("output_dir")
         if folder is None and name is not None:
+            path = Path(str(name))
+            if name and (path.is_absolute() or ".." in path.parts or not path.parts):
+                raise ValueError(f"run_name must name a folder inside of runs (got {name!r}): set output_dir too")
             values["output_dir"] = Path("runs") / str(name)
         if name is None and isinstance(folder, str | Path):
             values["run_name"] = Path(folder).name or "run"

@@ -12,6 +12,7 @@ import glob
 import mimetypes
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -56,7 +57,7 @@ def is_url(name: str) -> bool:
 
 def is_pattern(name: str) -> bool:
     """Whether a name is a glob pattern and not a file or folder."""
-    return glob.has_magic(name) and not is_url(name) and not Path(name).expanduser().exists()
+    return glob.has_magic(name) and not is_url(name) and not Path(expanduser(name)).exists()
 
 
 def names_files(name: str) -> bool:
@@ -64,7 +65,7 @@ def names_files(name: str) -> bool:
 
     A name that does not exist is one if it has a path's form or a file's suffix.
     """
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if is_url(name) or glob.has_magic(name) or path.exists():
         return True
     location, colon, attribute = name.rpartition(":")
@@ -101,7 +102,7 @@ def _with_folders(section: SectionT, options: Sequence[str], folder: Path) -> Se
     found: dict[str, str] = {}
     for option in options:
         name = getattr(section, option)
-        if name is None or name.lower() in EMBEDDED or Path(name).expanduser().exists():
+        if name is None or name.lower() in EMBEDDED or Path(expanduser(name)).exists():
             continue
         if (folder / name).is_dir():
             found[option] = _path_from_here(folder / name)
@@ -126,7 +127,7 @@ def _resolved_value(value: object, folder: Path, how: Resolver) -> object:
 
 def resolve_data(name: str, folder: Path) -> str:
     """A data file, a folder, a pattern of files, or a function, with a path if it exists in `folder` only; else unchanged."""
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if is_url(name) or path.is_absolute() or path.exists():
         return name
     if (folder / path).exists():
@@ -159,7 +160,7 @@ def is_template_file(template: str) -> bool:
 
 
 def _beside(name: str, folder: Path) -> str:
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if path.is_absolute() or path.is_file() or not (folder / path).is_file():
         return name
     return _path_from_here(folder / path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,26 @@ def anchor(values: dict[str, Any], file: Path) -> None:
 
 
 def function_of_run(function: str, functions: list[str]) -> str:
-    """A reward function by the name that its file has in the run's functions, if it is not in the working directory."""
-    location = function.rpartition(":")[0]
-    if not location.endswith(".py") or Path(location).expanduser().is_file():
+    """A reward function by the name that its file has in the run's functions, if it is not in the working directory.
+
+    Raises:
+        ValueError: several of them have this name.
+    """
+    location, _, name = function.rpartition(":")
+    if location and not location.endswith(".py") and all(part.isidentifier() for part in location.split(".")):
+        if _is_found(location.split(".")[0]):
+            return function
+        location = f"{location.replace('.', '/')}.py"
+    if not location.endswith(".py") or Path(expanduser(location)).is_file():
         return function
-    return next((one for one in functions if one.endswith(f"/{function}")), function)
+    found = list(dict.fromkeys(one for one in functions if f"/{one}".endswith(f"/{location}:{name}")))
+    if len(found) > 1:
+        raise ValueError(f"{function}: the run has {' and '.join(found)}; write more of the path")
+    return found[0] if found else function
+
+
+def _is_found(package: str) -> bool:
+    return Path(package).is_dir() or Path(f"{package}.py").is_file() or find_spec(package) is not None
 
 
 def _moved(file: Path, output_dir: Path) -> list[Path]:
@@ -73,7 +89,7 @@ def _anchored(value: Any, folders: list[Path]) -> Any:
 
 def _in(folder: Path, name: str) -> str | None:
     """The name with its absolute path if it is a file, folder, pattern or function in `folder`; else None."""
-    if "://" in name or Path(name).expanduser().is_absolute() or name.lower() in EMBEDDED:
+    if "://" in name or Path(expanduser(name)).is_absolute() or name.lower() in EMBEDDED:
         return None
     location, colon, attribute = name.rpartition(":")
     if colon and location.endswith(".py"):

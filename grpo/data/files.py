@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 
 import datasets
@@ -55,7 +56,7 @@ def find_files(name: str) -> list[str]:
         return [name]
     if not is_pattern(name):
         return [str(find_file(name))]
-    found = [path for path in glob.glob(str(Path(name).expanduser()), recursive=True) if Path(path).is_file()]
+    found = [path for path in glob.glob(str(Path(expanduser(name))), recursive=True) if Path(path).is_file()]
     if not found:
         raise FileNotFoundError(f"no file matches {name} (names in a run file are also looked up beside it)")
     return sorted(found)

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Container
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def folder_splits(folder: str, *, subset: str | None, read: ReadFile) -> Splits:
     Raises:
         ValueError: it has no data, or more than one format.
     """
-    path = Path(folder).expanduser()
+    path = Path(expanduser(folder))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             saved = datasets.load_from_disk(str(path))

@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...rewards.runner import Scorer
 from ...rollout.model_limits import prompt_length
-from ..common.errors import first_line
 from ..common.exact_json import encode
 from ..common.log import logger
 from ..common.model_files import check_model, resolve_model
@@ -32,6 +31,7 @@ from .prompts import Prompt, PromptData, prepare_prompts
 from .row_checks import check_rows
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
 from .templates import template_text
+from .tokenizers import load_tokenizer, vocab_size_of
 from .values import check_column_types
 
 
@@ -93,8 +93,8 @@ def load_run_inputs(
     eval_rows = _load_eval(config, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
+        vocab_size = vocab_size_of(config, model_path)
         tokenizer = load_tokenizer(config, model_path)
-        vocab_size = getattr(AutoConfig.from_pretrained(model_path).get_text_config(), "vocab_size", None)
     config = with_fitting_prompts(config, model_path)
 
     def prepare(rows: list[dict[str, Any]], eval_set: str | None = None) -> PromptData:
@@ -126,25 +126,6 @@ def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, inputs: RunI
     """
     sets = _load_eval(config, eval_dataset).items()
     return _joined({name: _prepare(config, rows, inputs.tokenizer, inputs.vocab_size, name) for name, rows in sets})
-
-
-def load_tokenizer(config: GRPOConfig, model_path: str) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: that of `model.tokenizer` or of the model's folder, with the template of `data.chat_template`.
-
-    Raises:
-        ValueError: `model.tokenizer` has no tokenizer.
-        FileNotFoundError: `data.chat_template` names a file that does not exist.
-    """
-    name = config.model.tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name or model_path)
-    except (OSError, ValueError) as error:  # transformers' errors for a folder or an id that has none
-        if name is None:
-            raise
-        raise ValueError(f"model.tokenizer: no tokenizer in {name}: {first_line(error)}") from error
-    if config.data.chat_template is not None:
-        tokenizer.chat_template = template_text(config.data.chat_template)
-    return tokenizer
 
 
 def with_template_text(config: GRPOConfig) -> GRPOConfig:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -155,13 +156,13 @@ class _Reading:
             if ":" in source:
                 return self.function_rows(load_object(source), source)
             return self._selected(hub_splits(source, subset=self.subset, read=self._read))
-        if Path(source).expanduser().is_dir():
+        if Path(expanduser(source)).is_dir():
             return self._selected(folder_splits(source, subset=self.subset, read=self._read))
         return self._selected(one_split(source, lambda: self._file_rows(source)))
 
     def joined_rows(self, sources: Sequence[str]) -> list[Row]:
         """The rows of several sources by name, of which `split` is a part."""
-        if all(names_files(source) and not Path(source).expanduser().is_dir() for source in sources):
+        if all(names_files(source) and not Path(expanduser(source)).is_dir() for source in sources):
             return self._selected(one_split("the list of files", lambda: list(_chained(map(self._file_rows, sources)))))
 
         def load(name: str) -> Part:

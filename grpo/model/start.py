@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,8 @@ from .lora_layers import ADAPTER, FusedLoRALayer
 
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<role>[AB])(\.weight)?")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights; smaller ones mean nothing without scales, which PEFT's format has not."""
 WITHOUT_EFFECT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "lora_dropout"),
@@ -172,9 +175,28 @@ def _read_config(folder: Path) -> PeftLoraConfig:
             f"the adapter in {folder} was initialised with {init}, which also changes the base weights: convert it to plain "
             "LoRA (PEFT's path_initial_model_for_weight_conversion), or merge it into its base model"
         )
+    _check_types(folder, values)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # they are off
         return cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
+
+
+def _check_types(folder: Path, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for fields that PEFT would read and fail on later."""
+    wanted: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
+    wanted |= {"rank_pattern": (dict, NoneType), "alpha_pattern": (dict, NoneType), "target_modules": (str, list, NoneType)}
+    for name, kinds in wanted.items():
+        if name in values and not isinstance(values[name], kinds):
+            raise ValueError(f"the adapter in {folder} is damaged: {ADAPTER_CONFIG} has {name}={values[name]!r}")
+    patterns = [*(values.get("rank_pattern") or ()), *(values.get("alpha_pattern") or ())]
+    targets = values.get("target_modules")
+    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"the adapter in {folder} is damaged: {pattern!r} in {ADAPTER_CONFIG} is no regular expression: {error}"
+            ) from error
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -185,10 +207,14 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
             f"the adapter in {folder} has no {ADAPTER_WEIGHTS[0]}, and {ADAPTER_WEIGHTS[1]} has more than tensors, which is "
             "not safe to load: save the adapter as safetensors"
         ) from error
-    except (SafetensorError, EOFError, RuntimeError) as error:
+    except (SafetensorError, EOFError, RuntimeError, KeyError) as error:  # KeyError: a pickle that is none
         raise ValueError(f"the adapter in {folder} is damaged: {first_line(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise ValueError(f"the adapter in {folder} is damaged: {ADAPTER_WEIGHTS[1]} has other things than tensors")
+    for name, tensor in weights.items():
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+            problem = "values that are not finite" if tensor.dtype in FLOATS else f"the type {tensor.dtype}"
+            raise ValueError(f"the adapter in {folder} cannot be trained: {name} has {problem}")
     return weights
 
 
@@ -292,6 +318,8 @@ def _check_base_weights(start: StartAdapter, model: PreTrainedModel, model_path:
 
 def _check_all_layers(start: StartAdapter, model: PreTrainedModel) -> None:
     """Check that the adapter has every layer of this model that its own configuration selects."""
+    if start.peft.target_modules is None:
+        return
     selected = [name for name, _ in model.named_modules() if name and check_target_module_exists(start.peft, name)]
     if missing := [name for name in selected if name not in start.layers]:
         raise ValueError(

@@ -15,6 +15,7 @@ from tiny_runs import ROWS
 
 from rankup.grpo.cli.main import main
 from rankup.grpo.config import load_config
+from rankup.grpo.config.run_folders import function_of_run
 from rankup.grpo.run.records import read_summary
 
 REWARD = """def score(completion_ids, **kwargs):
@@ -67,10 +68,28 @@ def test_eval_export_and_reward_use_the_files_of_the_run(project: Path, capsys: 
     assert main(["export", str(run), "--merge", "--output", "merged"]) == 0
     assert json.loads(Path("merged/config.json").read_text())["hidden_size"] == 96
     assert main(["export", str(run / "checkpoints" / "step_000001"), "--output", "adapter"]) == 0
+
+
+@pytest.mark.parametrize("function", ["reward.py:score", "own_package.module:score", "own_package/module.py:score"])
+@pytest.mark.parametrize("data", [".", "completions", "completions/step_000001.parquet"])
+def test_reward_finds_functions_by_their_names_in_the_run_file(
+    project: Path, capsys: pytest.CaptureFixture[str], function: str, data: str
+) -> None:
     Path("reward.py").unlink()
+    shutil.rmtree("own_package")
     capsys.readouterr()
-    assert main(["reward", "reward.py:score", "--data", str(run), "--json"]) == 0
+    assert main(["reward", function, "--data", str(project / "runs" / "mine" / data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["differ_from_recorded"] == 0
+
+
+def test_a_name_that_two_functions_of_a_run_have_is_ambiguous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    functions = ["/project/a/reward.py:score", "/project/b/reward.py:score", "/project/my_reward.py:score"]
+    with pytest.raises(ValueError, match=r"^reward.py:score: the run has /project/a/reward.py:score and /project/b/"):
+        function_of_run("reward.py:score", functions)
+    assert function_of_run("b/reward.py:score", functions) == functions[1]
+    assert function_of_run("no.py:score", functions) == "no.py:score"
+    assert function_of_run("json.decoder:score", ["/project/json/decoder.py:score"]) == "json.decoder:score"
 
 
 def test_a_project_that_was_moved_with_its_runs(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,11 @@ def test_other_data_can_be_evaluated(make_trainer):
     assert trainer.evaluate()["eval_reward"] == own
 
 
+def test_dropped_rows_of_other_data_are_told(make_trainer, capsys):
+    make_trainer().evaluate([*ROWS[:3], {"prompt": "x" * 100, "target": 1}])
+    assert "1 of 4 evaluation prompts are longer than 64 tokens and were dropped" in capsys.readouterr().out
+
+
 def test_an_adapter_that_is_evaluated_leaves_the_policy_as_it_is(make_trainer, tmp_path):
     make_trainer(output_dir=tmp_path / "other", max_steps=6).train()
     trainer = make_trainer()
@@ -213,6 +218,18 @@ def test_a_saved_model_is_loaded_by_peft_with_its_tokenizer(make_trainer, tiny_m
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: give a folder"):
         trainer.save_model(tmp_path / "file")
+
+
+def test_a_saved_model_has_the_files_of_the_tokenizer_and_the_template_of_the_run(make_trainer, tiny_model_path, tmp_path):
+    trainer = make_trainer(chat_template="{{ messages[0].content }}")
+    trainer.save_model(tmp_path / "mine")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "mine" / name).read_bytes() == (tiny_model_path("llama") / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "mine").chat_template == "{{ messages[0].content }}"
+    trainer.processing_class.chat_template = {"default": "{{ messages[1].content }}", "tools": "{{ tools }}"}
+    for _ in range(2):  # the second time replaces the files of the first
+        trainer.save_model(tmp_path / "changed")
+    assert AutoTokenizer.from_pretrained(tmp_path / "changed").chat_template == trainer.processing_class.chat_template
 
 
 def test_a_failed_run_leaves_its_policy_and_no_engine(make_trainer, tmp_path):

@@ -28,6 +28,7 @@ def error_of(**options: Any) -> str:
 @pytest.mark.parametrize("temperature", [2.5, 2.0000001, 0.005, 0.0099999, 1e-6, 1e300])
 def test_a_temperature_that_vllm_does_not_sample_at_is_refused(temperature: float) -> None:
     assert error_of(temperature=temperature).startswith("rollout.temperature: must be 0.01 to 2 with vLLM")
+    assert "(got 2)" not in error_of(temperature=temperature)
     assert error_of(generation_kwargs={"temperature": temperature}).startswith("rollout.temperature: must be 0.01 to 2")
 
 
@@ -67,7 +68,18 @@ def test_rounding_would_decide_at_a_lower_temperature() -> None:
             {"generation_kwargs": {"structured_outputs": {"regex": "a"}, "min_tokens": 2, "ignore_eos": True}},
             "rollout.generation_kwargs: structured_outputs does not go with min_tokens and ignore_eos: let the expression or ",
         ),
-        ({"generation_kwargs": {"allowed_token_ids": []}}, "rollout.generation_kwargs.allowed_token_ids: "),
+        (
+            {"generation_kwargs": {"allowed_token_ids": []}},
+            "rollout.generation_kwargs.allowed_token_ids: must have 1 or more items (got [])",
+        ),
+        (
+            {"generation_kwargs": {"structured_outputs": "a+"}},
+            "rollout.generation_kwargs.structured_outputs: must be a mapping (got 'a+')",
+        ),
+        (
+            {"generation_kwargs": {"structured_outputs": {"json": True}}},
+            "rollout.generation_kwargs.structured_outputs.json: must be a JSON schema, as a mapping or as text (got True)",
+        ),
         ({"generation_kwargs": {"min_tokns": 3}}, "rollout.generation_kwargs: min_tokns is unknown; did you mean min_tokens?"),
         (
             {"generation_kwargs": {"max_new_token": 3}},

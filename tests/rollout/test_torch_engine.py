@@ -298,7 +298,7 @@ def test_greedy_tokens_are_vllms(make: Make, make_engine, kind: str) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("options", STOPS)
+@pytest.mark.parametrize("options", [*STOPS, {"stop": ["gg", "g", "<unk", "<unk>", "<u"]}])  # some begin others
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("includes", [True, False])
 def test_texts_and_ends_are_vllms(make: Make, make_engine, options: dict[str, Any], skip: bool, includes: bool) -> None:

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import warnings
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,9 +27,9 @@ from ...common.files import atomic_folder
 from ...common.log import log_to, logger
 from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
+from ...data.tokenizers import copy_tokenizer, load_tokenizer
 from ..command import add_command
 from .model_card import TrainedAdapter, model_card, read_run
-from .tokenizer import copy_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,8 @@ def add_export_command(commands: Any) -> None:
 
 def export(options: argparse.Namespace) -> int:
     """`rankup export RUN [--merge | --gguf] [--output FOLDER] [--dtype DTYPE] [--overwrite]`"""
+    if options.merge and options.gguf:
+        raise ValueError("--gguf merges too: give one of --merge and --gguf, and export twice for both")
     kind: Kind = "gguf" if options.gguf else "merged" if options.merge else "adapter"
     if options.dtype != "auto" and kind == "adapter":
         raise ValueError("--dtype needs --merge or --gguf: an adapter is exported in float32, the dtype of training")
@@ -305,6 +308,6 @@ def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> 
         raise ValueError(f"{output} exists already: add --overwrite to replace it, or give another --output")
     card = output / CARD_FILE
     is_export = card.is_file() and EXPORT_TAG in card.read_text(encoding="utf-8")
-    folders_in_use = (trained.folder.resolve(), Path(trained.config.model.name).expanduser().resolve())
+    folders_in_use = (trained.folder.resolve(), Path(expanduser(trained.config.model.name)).resolve())
     if not is_export or any(folder.is_relative_to(output.resolve()) for folder in folders_in_use):
         raise ValueError(f"{output} is not an export, so it is not replaced: give another --output, or remove it yourself")

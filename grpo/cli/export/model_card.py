@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class TrainedAdapter:
     def base_name(self) -> str:
         """The base model's Hub id, embedded name, or name of its local folder."""
         name = self.config.model.name
-        return hub_id(name) or Path(name).expanduser().resolve().name
+        return hub_id(name) or Path(expanduser(name)).resolve().name
 
 
 def read_run(run: Path) -> TrainedAdapter:

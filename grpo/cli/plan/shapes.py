@@ -154,11 +154,8 @@ def read_shape(model: str) -> ModelShape:
 
 
 def _read_keys(file: Path) -> dict[str, Any]:
-    try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"it is no JSON: {first_line(error)}") from error
-    if not isinstance(keys, dict) or "model_type" not in keys:
+    keys: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))  # a mapping, as `resolve_model` has seen
+    if "model_type" not in keys:
         raise ValueError("it lacks model_type; take the one that the model was saved with")
     return keys
 

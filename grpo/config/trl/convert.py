@@ -14,6 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
+from ....rollout.config import SamplingConfig
 from ....rollout.generation_kwargs import OPTIONS, GenerationKwargs
 from .batch import Batch, batch_of
 from .fields import ALL_NAMES, BATCH_FIELDS, FIELDS
@@ -71,6 +74,7 @@ def convert(values: Mapping[str, Value]) -> Converted:
     errors = [problem for problem in problems if problem]
     batch = Batch(prompts_per_step=0, num_iterations=1)
     try:
+        _generation_kwargs(script)  # before the defaults of TRL's batch
         batch = _batch(script) or batch
     except ValueError as error:
         errors.append(str(error))
@@ -175,18 +179,37 @@ def _optimizer(script: Script) -> None:
 
 
 def _generation_kwargs(script: Script) -> None:
-    """Keys that are options here become these, and take precedence over them, as in TRL."""
+    """Keys that are options here become these.
+
+    Raises:
+        ValueError: the option, or another key for the same, has another value.
+    """
     given, regex = script.ours("rollout.generation_kwargs"), script.trl("vllm_structured_outputs_regex")
     given = given.model_dump(exclude_unset=True) if isinstance(given, GenerationKwargs) else given
     kwargs: dict[str, Value] = {}
     for name, value in ({} if given is None else mapping(given, "generation_kwargs")).items():
         if name in GENERATION_KWARGS:
-            script.replace(GENERATION_KWARGS[name], value)
+            option = GENERATION_KWARGS[name]
+            set_already = script.ours(option)
+            if value is not None and set_already is not None and not _are_equal(option, value, set_already):
+                raise ValueError(f"generation_kwargs.{name}: is the same option as {option}, set to {set_already!r}; keep one")
+            script.replace(option, set_already if value is None else value)
         elif (name, value) not in KWARGS_WITHOUT_EFFECT:
-            kwargs[RENAMED_KWARGS.get(name, name)] = value
-    if regex is not None:
-        kwargs["structured_outputs"] = {"regex": regex}
+            renamed = RENAMED_KWARGS.get(name, name)
+            if kwargs.setdefault(renamed, value) != value:
+                raise ValueError(f"generation_kwargs.{name}: is the same option as {renamed}, with another value; keep one")
+    if regex is not None and kwargs.setdefault("structured_outputs", {"regex": regex}) != {"regex": regex}:
+        raise ValueError("vllm_structured_outputs_regex: generation_kwargs has other structured_outputs; keep one of them")
     script.replace("rollout.generation_kwargs", kwargs or None)
+
+
+def _are_equal(option: str, one: Value, other: Value) -> bool:
+    """Whether two values mean the same for an option of `rollout`, such as a text and a list of it."""
+    name = option.removeprefix("rollout.")
+    try:
+        return getattr(SamplingConfig(**{name: one}), name) == getattr(SamplingConfig(**{name: other}), name)
+    except ValidationError:  # reported by the option's own check
+        return one == other
 
 
 def _sampling(script: Script) -> None:
@@ -198,7 +221,6 @@ def _sampling(script: Script) -> None:
     )
     if use_vllm is not None:
         script.set("rollout.engine", "vllm" if use_vllm else "torch", by="use_vllm")
-    _generation_kwargs(script)
     if isinstance(template, str):
         script.replace("data.chat_template_kwargs", mapping(template, "chat_template_kwargs"))
     if longest is not None and script.ours("rollout.max_prompt_length") is None:

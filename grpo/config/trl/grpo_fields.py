@@ -43,7 +43,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
         "rollout.generation_kwargs",
         "dict[str, Any] | str | None",
         None,
-        "keys that are options here take precedence over these, as in TRL; the others are rollout.generation_kwargs",
+        "keys that are options here become these, which must not have other values; the others are rollout.generation_kwargs",
     ),
     "chat_template_kwargs": mapped("data.chat_template_kwargs", "dict[str, Any] | str | None", None),
     "repetition_penalty": mapped("rollout.repetition_penalty", "float", 1.0),
@@ -53,7 +53,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "vllm_model_impl": refused("str", "vllm", "leave it out: vLLM's own layers hold the adapter"),
     "vllm_enable_sleep_mode": moot("bool", False, "vLLM's weights are the trainer's, so they stay in place", is_reported=True),
     "vllm_structured_outputs_regex": converted(
-        "rollout.generation_kwargs", "str | None", None, "structured_outputs.regex, instead of one in generation_kwargs"
+        "rollout.generation_kwargs", "str | None", None, "structured_outputs.regex of generation_kwargs"
     ),
     "vllm_server_base_url": moot("str | None", None, SERVER),
     "vllm_server_host": moot("str", "0.0.0.0", SERVER),

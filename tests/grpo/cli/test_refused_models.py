@@ -51,6 +51,26 @@ def test_an_adapter(words_of, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("content", "reason"), [("[]", "is no mapping"), ("{", "is no JSON: "), ("7", "is no mapping")])
+def test_a_damaged_configuration(
+    words_of, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: str, reason: str
+) -> None:
+    (tmp_path / "model" / "config.json").write_text(content)
+    assert main(words_of(command)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"rankup: error: model {tmp_path / 'model'}: its config.json {reason}")
+
+
+def test_a_kind_of_model_that_transformers_does_not_know(words_of, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "no-such-type"}')
+    row, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    row.write_text('{"prompt": "2+2", "answer": 4}')
+    assert main([*words_of("train"), f"data.train={row}", f"data.eval={row}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"rankup: error: model {model}: cannot read its config.json: ") and "no-such-type" in line
+
+
 def test_a_run_folder(words_of, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     (model / "config.json").unlink()

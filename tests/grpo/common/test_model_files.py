@@ -191,7 +191,7 @@ def test_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve_model("~/mine") == str(folder)
 
 
-@pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "~/absent"])
+@pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "~/absent", "~no_such_user", "~0/x"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
     assert error_of(name) == f"model {name}: no such folder"
 

@@ -148,8 +148,9 @@ def test_what_is_missing_is_named(sharded: Path) -> None:
     index["weight_map"][moved] = SHARDS[0]
     (sharded / INDEX).write_text(json.dumps(index))
     assert error_of(sharded).startswith(f"the index names {moved} in {SHARDS[0]}, which does not have it")
-    (sharded / INDEX).write_text("{}")
-    assert error_of(sharded).startswith(f"{INDEX} is damaged: ")
+    for damaged in ("{}", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": 5}'):
+        (sharded / INDEX).write_text(damaged)
+        assert error_of(sharded).startswith(f"{INDEX} is damaged: ")
     (sharded / INDEX).unlink()
     assert error_of(sharded).startswith(f"the folder has no {SINGLE} and no {INDEX} (it has {SHARDS[0]}): save the model")
 

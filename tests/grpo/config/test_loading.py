@@ -63,9 +63,38 @@ def test_every_way_to_write_a_number(load: Load, text: str, value: float) -> Non
     assert load(f"data: {{options: {{x: {text}}}}}").data.options == {"x": value}  # not by coercion alone
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("08", 8), ("-007", -7), ("1_000", 1000), ("0x1F", 31), ("0b11", 3), ("0o17", 15), ("0", 0)],
+)
+def test_every_way_to_write_an_integer(load: Load, text: str, value: int) -> None:
+    assert load("", f"data.options.x={text}").data.options == {"x": value}
+    if value >= 0:
+        assert load(f"seed: {text}").seed == value
+
+
+@pytest.mark.parametrize("text", ["1:30", "0x", "0o8", "1:30:00.5"])
+def test_what_is_no_number_is_text(load: Load, error_of: ErrorOf, text: str) -> None:
+    assert load(f"data: {{options: {{x: {text}}}}}").data.options == {"x": text}
+    assert error_of(f"seed: {text}") == f"seed: must be an integer (got {text!r})"
+    assert error_of(f"optim: {{learning_rate: {text}}}") == f"optim.learning_rate: must be a number (got {text!r})"
+
+
 @pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e999"])
 def test_numbers_are_finite(error_of: ErrorOf, text: str) -> None:
     assert error_of(f"optim: {{learning_rate: {text}}}").startswith("optim.learning_rate: must be a finite number")
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/tmp/x", "."])
+def test_a_name_does_not_lead_out_of_the_folder_of_runs(error_of: ErrorOf, name: str) -> None:
+    message = f"logging: run_name must name a folder inside of runs (got {name!r}): set output_dir too"
+    assert error_of("", f"run_name={name}") == message
+    assert GRPOConfig(run_name=name, output_dir="here").logging.run_name == name
+
+
+def test_the_home_folder_is_that_of_the_user(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load("", "logging.output_dir=~/runs/mine").logging.output_dir == Path("/home/me/runs/mine")
 
 
 def test_a_date_is_a_name(load: Load) -> None:
@@ -173,7 +202,7 @@ def test_wrong_override(error_of: ErrorOf, override: str, message: str) -> None:
 
 TEXT = st.one_of(
     st.text(min_size=1),
-    st.sampled_from(["1e-4", "null", "2025-01-31", "yes", "- a", "a: b", ".5", "#", "a\r\nb", "\x85"]),
+    st.sampled_from(["1e-4", "0o17", "08", "1:30", "null", "2025-01-31", "yes", "- a", "a: b", ".5", "#", "a\r\nb", "\x85"]),
 )
 CONFIG = st.builds(
     GRPOConfig,
@@ -193,7 +222,7 @@ CONFIG = st.builds(
         options=st.dictionaries(TEXT, st.integers() | st.floats(allow_nan=False) | st.booleans() | TEXT),
     ),
     rewards=st.builds(RewardsConfig, functions=st.lists(TEXT)),
-    logging=st.builds(LoggingConfig, run_name=TEXT),
+    logging=st.builds(LoggingConfig, run_name=TEXT.filter(lambda text: not {"/", ".."} & {*text, text} and text != ".")),
     seed=st.integers(0, 2**32 - 1),
 )
 

@@ -128,6 +128,32 @@ def test_a_name_in_python_is_text() -> None:
     assert yaml.safe_load(dump_config(GRPOConfig(run_name="007")))["logging"]["run_name"] == "007"
 
 
+def test_paths_of_python_are_texts() -> None:
+    path = Path("some") / "where"
+    data = {"train": [path, "b"], "chat_template": path}
+    config = GRPOConfig(model=path, lora={"start_from": path}, data=data)  # type: ignore[arg-type]
+    assert (config.model.name, config.lora.start_from, config.data.train) == ("some/where", "some/where", ["some/where", "b"])
+    assert (config.data.chat_template, GRPOConfig(output_dir=path).logging.output_dir) == ("some/where", path)
+    rewards = GRPOConfig(functions=[{"function": "a.py:b", "kwargs": {"file": path}}]).rewards  # type: ignore[typeddict-item]
+    assert rewards.entries()[0].kwargs == {"file": path}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("structured_outputs.regex", "[0-9]+", {"structured_outputs": {"regex": "[0-9]+"}}),
+        ("structured_outputs.regex", "007", {"structured_outputs": {"regex": "007"}}),
+        ("structured_outputs.choice", "[on, 7]", {"structured_outputs": {"choice": ["on", "7"]}}),
+        ("structured_outputs.json", "{type: object}", {"structured_outputs": {"json": {"type": "object"}}}),
+        ("bad_words", "[on, 7]", {"bad_words": ["on", "7"]}),
+        ("min_tokens", "007", {"min_tokens": 7}),
+    ],
+)
+def test_overrides_inside_of_an_option(load: Load, name: str, text: str, value: object) -> None:
+    config = load("", f"rollout.generation_kwargs.{name}={text}")
+    assert config.rollout.generation_kwargs.model_dump(exclude_unset=True) == value
+
+
 def test_all_types_of_options_are_known() -> None:
     """A new kind of type must be one that `texts.py` looks into."""
     for name, kind in known_keys().types.items():

@@ -185,7 +185,7 @@ def test_a_run_file_may_map_names_to_files_beside_it(tiny_model_path, tmp_path: 
         ({}, r"data\.eval: the mapping of evaluation sets is empty"),
         ({"easy": 5}, r"data\.eval\.easy: must be text"),
         (5, r"^data\.eval: must be text \(got 5\)$"),
-        ([], r"data\.eval: List should have at least 1 item"),
+        ([], r"data\.eval: must have 1 or more items"),
         ({"easy": ["x.jsonl", 5]}, r"data\.eval\.easy\.1: must be text"),
     ],
 )

@@ -36,6 +36,12 @@ Save = Callable[..., Path]
         ({"init_lora_weights": "olora"}, "was initialised with olora, which also changes"),
         ({"init_lora_weights": "corda"}, "was initialised with corda, which also changes"),
         ({"init_lora_weights": "loftq"}, "was initialised with loftq, which also changes"),
+        ({"r": "8"}, "is damaged: adapter_config.json has r='8'"),
+        ({"lora_alpha": None}, "is damaged: adapter_config.json has lora_alpha=None"),
+        ({"rank_pattern": [4]}, "is damaged: adapter_config.json has rank_pattern=[4]"),
+        ({"alpha_pattern": {"(": 4}}, "is damaged: '(' in adapter_config.json is no regular expression: missing )"),
+        ({"target_modules": "(q"}, "is damaged: '(q' in adapter_config.json is no regular expression: missing )"),
+        ({"target_modules": 3}, "is damaged: adapter_config.json has target_modules=3"),
         ({"r": 4}, "is damaged: model.layers.0.mlp.up_proj has A [8, 96], B [160, 8], and rank 4 in adapter_config.json"),
     ],
 )  # fmt: skip
@@ -78,9 +84,21 @@ def with_an_unknown_weight(weights: dict[str, torch.Tensor]) -> None:
     weights["base_model.model.value_head.weight"] = torch.ones(1)
 
 
+def changed_first(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change_first(weights: dict[str, torch.Tensor]) -> None:
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        weights[name] = change(weights[name])
+
+    return change_first
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (changed_first(lambda a: a * float("nan")), "q_proj.lora_A.weight has values that are not finite"),
+        (changed_first(lambda a: a * float("inf")), "q_proj.lora_A.weight has values that are not finite"),
+        (changed_first(lambda a: a.to(torch.int8)), "q_proj.lora_A.weight has the type torch.int8"),
+        (changed_first(lambda a: a.to(torch.float8_e4m3fn)), "q_proj.lora_A.weight has the type torch.float8_e4m3fn"),
         (with_changed_head, "comes with lm_head.weight, which differs from that of the base model: training changes the LoRA"),
         (with_resized_head, "does not fit this model: it comes with lm_head.weight of shape [264, 96], not [260, 96]; it was"),
         (with_a_norm, "comes with model.norm.weight, which differs from that of the base model: training changes the LoRA"),
@@ -156,6 +174,9 @@ def test_a_file_that_is_not_safe_to_load_is_refused(save_stock: Save, resolve) -
     torch.save({"a": NotATensor()}, folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.bin has more than tensors, which is not safe to load: save"):
         resolve(folder)
+    (folder / "adapter_model.bin").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"^the adapter in .* is damaged: "):
+        resolve(folder)
     torch.save({"a": 3}, folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"is damaged: adapter_model\.bin has other things than tensors"):
         resolve(folder)
@@ -167,3 +188,12 @@ def test_a_damaged_file_is_refused(save_stock: Save, resolve, file: str, message
     (folder / file).write_bytes((folder / file).read_bytes()[:100])
     with pytest.raises(ValueError, match=f"^the adapter in {folder} {message}"):
         resolve(folder)
+
+
+def test_an_adapter_without_names_of_targets_has_those_of_its_weights(save_stock: Save, resolve) -> None:
+    folder = save_stock()
+    expected, _ = resolve(folder)
+    change_config(folder, target_modules=None)
+    config, _ = resolve(folder)
+    names = [f"model.layers.{n}.{name}" for n in (0, 1) for name in ("mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")]
+    assert sorted(config.lora.targets) == names and config.lora.rank == expected.lora.rank

@@ -266,6 +266,7 @@ def test_only_an_export_is_ever_replaced(save_run: SaveRun, tmp_path: Path, capf
     for output in (run, run / "adapter", tmp_path, tmp_path / "base", tmp_path / "file"):
         arguments = ["--merge", "--overwrite", "--output", str(output)]
         assert "is not an export, so it is not replaced" in export_and_fail(on_an_export, *arguments, capfd=capfd)
+    assert "give one of --merge and --gguf" in export_and_fail(on_an_export, "--merge", "--gguf", capfd=capfd)
     assert hashes(tmp_path) == before
 
 

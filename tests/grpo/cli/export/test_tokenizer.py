@@ -81,3 +81,12 @@ def test_the_export_has_the_tokenizer_and_chat_template(
     rendered = [t.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] for t in (ours, theirs)]
     assert rendered[0] == rendered[1] and len(rendered[0]) > 10
     assert ours.get_vocab() == theirs.get_vocab()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_export_has_the_template_that_the_run_has_used(save_run: SaveRun, tmp_path: Path, merge: bool) -> None:
+    run, template = save_run(), "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    config = load_config(run / "config.yaml", [f"data.chat_template={template}"])
+    (run / "config.yaml").write_text(dump_config(config))
+    (export_merged if merge else export_adapter)(read_run(run), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template

@@ -165,7 +165,7 @@ def test_a_window_is_why_prompts_are_not_shared(tmp_path: Path):
 
 
 BAD = {
-    "no mapping": ("[]", "lacks model_type"),
+    "no mapping": ("[]", "is no mapping"),
     "no JSON": ("{", "is no JSON"),
     "no model type": ('{"hidden_size": 32, "num_hidden_layers": 2}', "lacks model_type"),
     "unknown type": ('{"model_type": "no-such-type", "hidden_size": 32, "num_hidden_layers": 2}', "no-such-type"),

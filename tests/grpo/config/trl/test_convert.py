@@ -175,7 +175,7 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"log_completions": False, "logging_steps": 2}, {"logging.completions_steps": 0}),
     ({"logging_steps": 2}, {"logging.completions_steps": 10}),
     ({"generation_kwargs": {"top_p": 0.5, "stop": "</a>"}}, {"rollout.top_p": 0.5, "rollout.stop": ["</a>"]}),
-    ({"top_p": 0.7, "generation_kwargs": {"top_p": 0.5, "do_sample": True}}, {"rollout.top_p": 0.5}),
+    ({"top_p": 0.5, "generation_kwargs": {"top_p": 0.5, "do_sample": True}}, {"rollout.top_p": 0.5}),
     ({"generation_kwargs": '{"max_new_tokens": 64}'}, {"rollout.max_completion_length": 64}),
     (
         {"generation_kwargs": {"max_tokens": 9, "skip_special_tokens": False, "include_stop_str_in_output": True, "n": 1}},
@@ -199,7 +199,7 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"rollout.generation_kwargs": GenerationKwargs(presence_penalty=1, structured_outputs=StructuredOutputs(regex="a+"))},
     ),
     (
-        {"vllm_guided_decoding_regex": "a|b", "generation_kwargs": {"structured_outputs": {"choice": ["x"]}}},
+        {"vllm_guided_decoding_regex": "a|b", "generation_kwargs": {"structured_outputs": {"regex": "a|b"}}},
         {"rollout.generation_kwargs": GenerationKwargs(structured_outputs=StructuredOutputs(regex="a|b"))},
     ),
     ({"repetition_penalty": 1.1}, {"rollout.repetition_penalty": 1.1}),
