@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import quote
 
 import datasets
-import httpx
 from datasets.exceptions import DatasetsError
 
 from ..common.errors import first_line
@@ -114,7 +113,7 @@ def _splits_of_files(name: str, *, location: str, subset: str | None, read: Read
             found = {split: list(zip(map(str, local[split]), map(str, files[split]), strict=True)) for split in files}
             if cache is None:
                 _remember(name, subset, found, format)
-        except (ConnectionError, httpx.TransportError) as error:
+        except ConnectionError as error:
             remembered = _remembered(name, subset)
             if remembered is None or (format := remembered[1]) is None:
                 raise ConnectionError(str(error)) from error

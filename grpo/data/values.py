@@ -85,7 +85,7 @@ def with_types(row: Row, types: Mapping[str, ColumnType]) -> Row:
             continue
         try:
             changed[name] = _with_type(row[name], kind)
-        except (TypeError, ValueError) as error:  # bytes, for one, are no JSON
+        except (TypeError, ValueError, RecursionError) as error:  # bytes, for one, are no JSON
             raise ValueError(f"column {name!r}: {_shown(row[name])} is no {kind} (data.column_types)") from error
     return changed
 
