@@ -124,3 +124,9 @@ def test_a_map_with_a_key_twice_and_a_broken_archive_are_errors(tmp_path: Path):
 def test_text_that_is_nested_too_deeply_is_no_json():
     with pytest.raises(ValueError, match=r"row 0 of the data set: column 'a': '\[\[.* is no json"):
         load_rows([{"a": "[" * 100_000}], split="train", column_types={"a": "json"})
+
+
+@pytest.mark.parametrize("text", ['{"x": 1, "x": 2}', "[1e999]"])
+def test_the_type_json_refuses_what_a_file_of_json_refuses(text: str):
+    with pytest.raises(ValueError, match=r"row 0 of the data set: column 'a': .* is no json"):
+        load_rows([{"a": text}], split="train", column_types={"a": "json"})
