@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 import datasets
+import datasets.config
 from datasets.exceptions import DatasetsError
 
 from ..common.errors import first_line

@@ -295,3 +295,22 @@ def test_an_edited_reward_file_or_neighbour_is_refused_until_changes_are_allowed
     printed = capsys.readouterr().out
     assert "changed since the checkpoint: code of functions.shares.py" in printed and "resuming after step 1" in printed
     assert train("edited", resume=True, **options)["steps"] == 2  # finished: the code that it ended with is the run's
+
+
+def test_prompts_with_todays_date_are_other_data_on_another_day_unless_the_date_is_given(make_trainer, tmp_path: Path):
+    written = "{{ date_string if date_string is defined else strftime_now('%f') }}"  # microseconds: a day passes at once
+    template = "{% for message in messages %}{{ message.content }}{% endfor %} " + written
+    rows = [{"prompt": [{"role": "user", "content": f"count to {n}"}]} for n in range(3)]
+
+    def train_to(step: int, *, resume: bool, **changes: Any) -> int:
+        reward = low_ids_with_noise
+        trainer = make_trainer(reward, rows, chat_template=template, save_steps=1, max_steps=step, **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.summary["steps"]
+
+    train_to(1, resume=False)
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now"):
+        train_to(2, resume=True)
+    fixed: dict[str, Any] = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}, "output_dir": tmp_path / "fixed"}
+    train_to(1, resume=False, **fixed)
+    assert train_to(2, resume=True, **fixed) == 2
