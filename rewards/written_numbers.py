@@ -29,7 +29,7 @@ LARGEST_EXPONENT = 10_000
 """Numbers with larger powers of ten are none: a completion must not use up the memory."""
 
 _MINUS = "[-\u2010\u2212\u2013\ufe63\uff0d]"
-_SPACE = r"(?:[\u0020\u00a0\u2007\u2009\u202f]|\\[,;:!\u0020])"
+_SPACE = r"(?:[\u0020\u00a0\u2000-\u200a\u202f\u205f]|\\[,;:!\u0020])"
 _COMMA = r"(?:,|\{,\}|\\text\{,\}|,\\!|\{,\\!\})"
 _SIGNED = rf"(?:{_MINUS}|\+)?[0-9]+"
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")

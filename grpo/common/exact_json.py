@@ -46,8 +46,13 @@ def _untagged(value: dict[str, Any]) -> Any:
         return value
     ((tag, content),) = value.items()
     if tag == f"{_TAG}dict":
-        return {tuple(key) if isinstance(key, list) else key: item for key, item in content}
+        return {_as_key(key): item for key, item in content}
     return base64.b64decode(content) if tag == f"{_TAG}bytes" else Decimal(content)
+
+
+def _as_key(value: Any) -> Any:
+    """A list, at any depth, was a tuple if it is the key of a dictionary."""
+    return tuple(map(_as_key, value)) if isinstance(value, list) else value
 
 
 def _is_tagged(value: dict[str, Any]) -> bool:

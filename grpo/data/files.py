@@ -27,7 +27,6 @@ import fsspec
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
-from datasets.exceptions import DatasetsError
 
 from ...rewards.loading import find_file
 from ..common.errors import first_line
@@ -143,7 +142,7 @@ def _read_with_datasets(file: str) -> list[Row]:
             loaded = datasets.load_dataset(
                 str(path.parent), data_files=path.name, split="train", cache_dir=cache, keep_in_memory=True
             )
-        except (DatasetsError, OSError, ValueError, ImportError) as error:
+        except Exception as error:  # the libraries of all those formats raise errors of their own
             known = ", ".join(DATA_FORMATS)
             raise ValueError(
                 f"cannot read {file}: data files are {known}, and may be compressed (.gz, .xz, ...); `datasets` says: "

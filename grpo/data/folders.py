@@ -9,18 +9,23 @@ whose types it would guess, and files of a local folder, which may differ in the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Callable, Container
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import datasets
+import datasets.config
 from datasets.exceptions import DatasetsError
 
 from ..common.errors import first_line
+from ..common.files import atomic_write
 from ..common.log import logger
 from ..config.paths import DATA_FORMATS, split_suffix
 from .quiet import quiet_datasets
@@ -29,6 +34,9 @@ from .values import Row
 
 ReadFile = Callable[[str, str, str], list[Row]]
 """From a local path, its name for messages and its format to its rows."""
+
+Files = dict[str, list[tuple[str, str]]]
+"""By split, the local path of each file and its name for messages."""
 
 _GUESSED = frozenset({"json", "csv", "text"})
 """Formats whose types `datasets` would guess."""
@@ -70,7 +78,9 @@ def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
     except ValueError as error:
         reason = str(error)
     except ConnectionError:
-        reason = f"cannot reach the Hub for data set {name!r}, and it is not in the local cache: go online once, or name a file"
+        reason = (
+            f"cannot reach the Hub for data set {name!r}, and the local cache lacks its files: go online once, or name a file"
+        )
     folder, slash, _ = name.partition("/")
     if slash and Path(folder).is_dir():  # a misspelled path is likelier
         raise ValueError(f"no file or folder {name}, and no data set: {reason}")
@@ -92,24 +102,73 @@ def _splits_of_files(name: str, *, location: str, subset: str | None, read: Read
             builder = datasets.load_dataset_builder(location, subset, cache_dir=cache)
             if cache is not None:
                 _note_unread_files(name, Path(location), builder)
+            elif _may_be_guessed(builder, name, subset):  # by the Hub's viewer, which has types for files without any
+                builder = datasets.load_dataset_builder(location, subset, revision=builder.hash)
             format = _format_read_here(builder, _GUESSED if cache is None else _GUESSED | _TYPED)
             if format is None:
                 loaded = datasets.load_dataset(location, subset, cache_dir=cache, keep_in_memory=cache is not None)
+                if cache is None:
+                    _remember(name, subset, {}, None)
                 return splits_of(loaded, name)
             files = {str(split): list(of_split) for split, of_split in (builder.config.data_files or {}).items()}
             local: Any = datasets.DownloadManager(dataset_name=builder.dataset_name).download(files)
-        except ConnectionError:
-            raise
+            found = {split: list(zip(map(str, local[split]), map(str, files[split]), strict=True)) for split in files}
+            if cache is None:
+                _remember(name, subset, found, format)
+        except ConnectionError as error:
+            remembered = _remembered(name, subset)
+            if remembered is None or (format := remembered[1]) is None:
+                raise ConnectionError(str(error)) from error
+            found = remembered[0]
         except _ERRORS as error:
             raise ValueError(f"cannot load data set {name!r}: {_reason(error)}") from error
 
     def rows(split: str) -> Part:
-        found: list[Row] = []
-        for path, shown in zip(local[split], files[split], strict=True):
-            found += read(path, shown, DATA_FORMATS.get(split_suffix(shown)[0], format))
-        return found
+        found_rows: list[Row] = []
+        for path, shown in found[split]:
+            found_rows += read(path, shown, DATA_FORMATS.get(split_suffix(shown)[0], format))
+        return found_rows
 
-    return Splits(name, tuple(files), rows)
+    return Splits(name, tuple(found), rows)
+
+
+def _may_be_guessed(builder: datasets.DatasetBuilder, name: str, subset: str | None) -> bool:
+    """Whether the types of a data set on the Hub may be guessed ones: its files have none.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached, and what `datasets` has prepared may have such types.
+    """
+    is_offline = type(builder).__module__.startswith("datasets.packaged_modules.cache.")
+    if is_offline and builder.info.builder_name in _GUESSED:
+        known = _remembered(name, subset)
+        if known is None or known[1] is not None:
+            raise ConnectionError(f"the types of {name} may be guessed")
+    return type(builder).__module__.rpartition(".")[2] in _GUESSED
+
+
+def _index(name: str, subset: str | None) -> Path:
+    """Where the files of a data set on the Hub are written down: offline, `datasets` knows only what it has prepared itself."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rankup" / name.replace("/", "___")
+    return folder / f"{quote(subset or 'default', safe='')}.json"
+
+
+def _remember(name: str, subset: str | None, files: Files, format: str | None) -> None:
+    """`format`: None: `datasets` has prepared the data set, with types that its authors declare."""
+    index = _index(name, subset)
+    with contextlib.suppress(OSError):  # a cache that cannot be written to, or another worker that writes the same
+        index.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(index, json.dumps({"format": format, "files": files}).encode())
+
+
+def _remembered(name: str, subset: str | None) -> tuple[Files, str | None] | None:
+    """The arguments of `_remember`, if all files are still in the cache."""
+    index = _index(name, subset)
+    if not index.is_file():
+        return None
+    known = json.loads(index.read_bytes())
+    files: Files = {split: [(path, shown) for path, shown in of_split] for split, of_split in known["files"].items()}
+    is_complete = all(Path(path).is_file() for of_split in files.values() for path, _ in of_split)
+    return (files, known["format"]) if is_complete else None
 
 
 def _reason(error: Exception) -> str:

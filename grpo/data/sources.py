@@ -21,7 +21,9 @@ import datasets
 import pandas
 import pyarrow
 
+from ...rewards.contract import is_interruption
 from ...rewards.loading import load_object
+from ...rewards.texts import describe
 from ..config.data import ColumnType
 from ..config.functions import text_of
 from ..config.paths import names_files
@@ -180,7 +182,14 @@ class _Reading:
         except TypeError as error:
             named = ", ".join(self.options)
             raise ValueError(f"{name} cannot be called with the data options ({named}): {error}") from error
-        return self.object_rows(function(**self.options), name)
+        try:
+            return self.object_rows(function(**self.options), name)
+        except (KeyboardInterrupt, ValueError, FileNotFoundError):
+            raise
+        except BaseException as error:  # a user's function may raise anything, and call sys.exit()
+            if is_interruption(error):
+                raise
+            raise ValueError(f"{name} failed: {describe(error)}") from error
 
     def object_rows(self, rows: Any, source: str) -> list[Row]:
         """The rows of an object in memory, or of the split of one that has splits."""

@@ -31,6 +31,8 @@ def table_rows(table: datasets.Dataset | pyarrow.Table) -> list[Row]:
         rows = _by_row(_columns(table) if isinstance(table, datasets.Dataset) else _arrow_columns(table))
     except (ImportError, OverflowError) as error:  # a decoder of images or sound that is not installed; a date beyond Python's
         raise ValueError(first_line(error)) from error
+    except KeyError as error:  # of pyarrow, for a map in which a key occurs twice
+        raise ValueError(str(error.args[0])) from error
     features = _features(table)
     return [unpadded(row, features) for row in rows]
 

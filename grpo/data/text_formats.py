@@ -13,13 +13,12 @@ import csv
 import io
 import itertools
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .values import Row
+from .values import Row, json_decoder
 
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's white space, and byte-order marks of files that were joined
 
@@ -56,7 +55,7 @@ def json_rows(text: str) -> Iterator[tuple[int, Row]]:
 
 def _json_values(text: str) -> Iterator[tuple[int, Any]]:
     """The values of a text, or of the list that the text is, each with its line."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float)
+    decoder = json_decoder()
     at, line, counted = _skip_blank(text, 0), 1, 0
     is_list = text.startswith("[", at)
     if is_list:
@@ -99,22 +98,6 @@ def _skip_blank(text: str, at: int) -> int:
     found = _BLANK.match(text, at)
     assert found is not None
     return found.end()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
-    return value
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):  # not the token Infinity, which Python writes
-        raise ValueError(f"the number {text} is larger than any float")
-    return value
 
 
 def _rows_of_object(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -85,7 +86,7 @@ def with_types(row: Row, types: Mapping[str, ColumnType]) -> Row:
             continue
         try:
             changed[name] = _with_type(row[name], kind)
-        except (TypeError, ValueError) as error:  # bytes, for one, are no JSON
+        except (TypeError, ValueError, RecursionError) as error:  # bytes, for one, are no JSON
             raise ValueError(f"column {name!r}: {_shown(row[name])} is no {kind} (data.column_types)") from error
     return changed
 
@@ -102,7 +103,7 @@ def _with_type(value: Any, kind: ColumnType) -> Any:
     if kind == "str":
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if kind == "json":
-        return json.loads(value) if isinstance(value, str) else value
+        return json_decoder().decode(value) if isinstance(value, str) else value
     try:
         return _ADAPTERS[kind].validate_python(value)
     except ValidationError as error:
@@ -112,3 +113,24 @@ def _with_type(value: Any, kind: ColumnType) -> Any:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def json_decoder() -> json.JSONDecoder:
+    """A decoder that refuses what it could not return as it is written: a key that occurs twice, a number beyond all floats."""
+    return json.JSONDecoder(object_pairs_hook=_object, parse_float=_float)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # not the token Infinity, which Python writes
+        raise ValueError(f"the number {text} is larger than any float")
+    return value

@@ -40,6 +40,8 @@ class Decision:
     """Stop the run: updates were skipped for too long, or a snapshot was restored too often."""
     text: str = ""
     """The actions in one line; empty if there are none."""
+    remark: str = ""
+    """What is not judged from now on; empty if that has not changed."""
 
     @property
     def allows_update(self) -> bool:
@@ -54,4 +56,5 @@ class Decision:
     @property
     def notes(self) -> list[str]:
         """Messages for the user, apart from `stop_reason`."""
-        return [*(alarm.text for alarm in self.alarms), *([self.text] if self.text and not self.stop else [])]
+        text = "" if self.stop else self.text
+        return [*(alarm.text for alarm in self.alarms), *filter(None, (text, self.remark))]

@@ -4,6 +4,7 @@
     coverage.missing({"judge": 1.0, "format": 1.0})     # []: the share of the completions that each function scored
     coverage.missing({"judge": 0.0, "format": 1.0})     # ["judge"]: it usually scores all of them
     evidence(metrics, coverage)                         # the metrics without those of the reward
+    coverage.note()                                     # what the user should know, once for each outage
 
 Without a reward of one of several functions, the sum is another quantity: it falls without the judge, and rises without the
 penalty. Completions on which a function failed do not count either (`reward_without_failures`).
@@ -33,6 +34,9 @@ class Coverage:
     """The share of the completions that each reward function usually scores, by its name."""
 
     usual: dict[str, float] = field(default_factory=dict)
+    _now: dict[str, float] = field(default_factory=dict)
+    """Of the functions that are missing, the share that they score."""
+    _noted: set[str] = field(default_factory=set)
 
     def missing(self, shares: Mapping[str, float]) -> list[str]:
         """The functions that score far fewer completions than usual; what the others score becomes usual."""
@@ -41,7 +45,16 @@ class Coverage:
             if name not in names:
                 past = self.usual.get(name, share)
                 self.usual[name] = past + (share - past) * 2 / (SPAN + 1)
+        self._now = {name: shares[name] for name in names}
         return names
+
+    def note(self) -> str | None:
+        """What guards ignore from now on; None if nothing has changed."""
+        new, self._noted = self._now.keys() - self._noted, set(self._now)
+        shares = ", ".join(
+            f"{name} scores {self._now[name]:.0%} of the completions, usually {self.usual[name]:.0%}" for name in sorted(new)
+        )
+        return f"guards ignore the reward until this is over: {shares}" if new else None
 
 
 def scored_shares(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -84,6 +84,7 @@ class Guards:
         quantities: metrics by name; absent ones are not judged.
         """
         quantities = evidence(quantities, self._coverage)
+        remark = self._coverage.note() if self.config.enabled else None
         readings = [read(rule, step, quantities, self._trackers, self.config) for rule in RULES] if self.config.enabled else []
         counted = [reading for reading in readings if reading.rule.kind != "advice"]
         restore, halve = self._count_triggers(step, counted, self._kind_to_restore())
@@ -102,6 +103,7 @@ class Guards:
             snapshot="step" if healthy else None,
             stop=bool(stop_reason),
             text=self._text(f"step {step + 1}", restore, reasons=reasons, halved=halved, stop_reason=stop_reason),
+            remark=f"step {step + 1}: {remark}" if remark else "",
         )
 
     def inspect_evaluation(self, step: int, rewards: Rewards | None) -> Decision:

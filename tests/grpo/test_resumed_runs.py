@@ -262,3 +262,55 @@ def test_a_full_disk_is_reported_and_costs_only_that_checkpoint(train, small_dis
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     train("disk/run", resume=True, **changes)
     assert left_behind(disk / "run") == left_behind(tmp_path / "undisturbed")
+
+
+SCORE = """
+from shares import share
+
+def score(completion_ids, trainer_state, **kwargs):
+    if trainer_state.global_step == 1 and {fails}:
+        raise OSError("the disk is gone")
+    return [share(ids) for ids in completion_ids]
+"""
+
+
+def test_an_edited_reward_file_or_neighbour_is_refused_until_changes_are_allowed(train, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score.py").write_text(SCORE.format(fails=True))
+    (tmp_path / "shares.py").write_text("def share(ids):\n    return sum(token < 130 for token in ids) / len(ids)\n")
+    options = {"reward": "score.py:score", "save_steps": 1, "max_steps": 2}
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train("edited", **options)
+    (tmp_path / "score.py").write_text(SCORE.format(fails=False))
+    with pytest.raises(ValueError, match=r"code of functions\.score\.py: \w+ in the checkpoint, \w+ now") as caught:
+        train("edited", resume=True, **options)
+    assert "--allow-changes" in str(caught.value) and "shares.py" not in str(caught.value)
+    (tmp_path / "score.py").write_text(SCORE.format(fails=True))
+    (tmp_path / "shares.py").write_text("def share(ids):\n    return 1 - sum(token < 130 for token in ids) / len(ids)\n")
+    with pytest.raises(ValueError, match=r"code of functions\.shares\.py: \w+ in the checkpoint, \w+ now"):
+        train("edited", resume=True, **options)
+    (tmp_path / "score.py").write_text(SCORE.format(fails=False))
+    capsys.readouterr()
+    assert train("edited", resume=True, allow_changes=True, **options)["steps"] == 2
+    printed = capsys.readouterr().out
+    assert "changed since the checkpoint: code of functions.shares.py" in printed and "resuming after step 1" in printed
+    assert train("edited", resume=True, **options)["steps"] == 2  # finished: the code that it ended with is the run's
+
+
+def test_prompts_with_todays_date_are_other_data_on_another_day_unless_the_date_is_given(make_trainer, tmp_path: Path):
+    written = "{{ date_string if date_string is defined else strftime_now('%f') }}"  # microseconds: a day passes at once
+    template = "{% for message in messages %}{{ message.content }}{% endfor %} " + written
+    rows = [{"prompt": [{"role": "user", "content": f"count to {n}"}]} for n in range(3)]
+
+    def train_to(step: int, *, resume: bool, **changes: Any) -> int:
+        reward = low_ids_with_noise
+        trainer = make_trainer(reward, rows, chat_template=template, save_steps=1, max_steps=step, **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.summary["steps"]
+
+    train_to(1, resume=False)
+    with pytest.raises(ValueError, match=r"training data\.hash: \w+ in the checkpoint, \w+ now"):
+        train_to(2, resume=True)
+    fixed: dict[str, Any] = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}, "output_dir": tmp_path / "fixed"}
+    train_to(1, resume=False, **fixed)
+    assert train_to(2, resume=True, **fixed) == 2

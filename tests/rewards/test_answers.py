@@ -203,3 +203,27 @@ def test_options_of_exact_match(options, scores):
     reward = cloudpickle.loads(cloudpickle.dumps(exact_match_of(**options)))
     assert reward.__name__ == "exact_match"
     assert reward(completions=["New York", "new york", "New\n York", "newyork", "York"], answer=["New York"] * 5) == scores
+
+
+@pytest.mark.parametrize(
+    ("answer", "equal", "different"),
+    [
+        (True, ["true", "True", " TRUE "], ["1", "yes", "false", ""]),
+        (False, ["false", "False"], ["0", "no", "true", ""]),
+        ("true", ["true"], ["True", "1"]),
+        (3.0, ["3", "3.0", "3.00", "+3", "3e0"], ["3.1", "three", "-3", ""]),
+        (3, ["3", "3.0"], ["33", "true"]),
+        ("3", ["3"], ["3.0", "03"]),
+        ("3.0", ["3.0"], ["3"]),
+        (0.1, ["0.1", "0.10", "1/10", "1e-1"], ["0.1000000001", "1"]),
+        (1e16, ["1e16", "10000000000000000"], ["10000000000000001"]),
+        ([1, 2], ["[1, 2]", "[1,2]", "[1.0, 2]"], ["1, 2", "[2, 1]", "[1, 2", "[true, 2]"]),
+        ([True], ["[true]"], ["[1]", "true"]),
+        (["a"], ['["a"]', "['a']"], ["a"]),
+        ({"a": 1, "b": None}, ['{"b": null, "a": 1}'], ['{"a": 1}', '{"a": true, "b": null}']),
+        (["7"], ['["7"]'], ["[7]"]),
+    ],
+)
+def test_exact_match_compares_booleans_numbers_and_json_by_value_and_texts_as_texts(answer, equal, different):
+    assert exact_match(equal, answer=[answer] * len(equal)) == [1.0] * len(equal)
+    assert exact_match(different, answer=[answer] * len(different)) == [0.0] * len(different)

@@ -202,3 +202,8 @@ def test_long_texts_take_no_long_time(text: str):
     started = time.perf_counter()
     last_number_in(text)
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize("space", [*" \u00a0\u202f\u205f", *map(chr, range(0x2000, 0x200B))])
+def test_single_spaces_of_any_width_group_digits(space: str):
+    assert last_number_in(f"It is 1{space}234.") == 1234

@@ -36,3 +36,8 @@ def test_every_text_comes_back(value: str):
 def test_other_values_are_what_the_caller_says():
     assert encode([{1}], default=lambda value: type(value).__name__) == '["set"]'
     assert encode({1}) == '"{1}"'
+
+
+def test_tuples_in_keys_come_back_at_every_depth():
+    value = {(1, (2, (b"x", None))): [{(): True}]}
+    assert decode(encode(value)) == value

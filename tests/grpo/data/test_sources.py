@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 
 from rankup.grpo.data.sources import load_rows, take_rows
@@ -98,3 +99,34 @@ def test_a_stream_without_rows_and_one_of_texts_are_errors():
         load_rows(iter([]), split="train", stream_rows=lambda: 2)
     with pytest.raises(ValueError, match="row 0 of the data set is a str"):
         load_rows(itertools.repeat("text"), split="train", stream_rows=lambda: 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"), [("raise KeyError('x')", "KeyError: 'x'"), ("sys.exit()", r"SystemExit: +\(sys.exit\(\) was called\)")]
+)
+@pytest.mark.parametrize("start", ["", "yield {'prompt': 'a'}"])
+def test_a_function_of_data_that_fails_or_exits_is_an_error_with_its_name(tmp_path: Path, body: str, reason: str, start: str):
+    file = tmp_path / "rows.py"
+    file.write_text(f"import sys\n\ndef rows():\n    {start or 'pass'}\n    {body}\n")
+    with pytest.raises(ValueError, match=f"rows.py:rows failed: {reason}"):
+        load_rows(f"{file}:rows", split="train")
+
+
+def test_a_map_with_a_key_twice_and_a_broken_archive_are_errors(tmp_path: Path):
+    table = pyarrow.table({"a": pyarrow.array([[("k", 1), ("k", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))})
+    with pytest.raises(ValueError, match="duplicate key was 'k'"):
+        load_rows(table, split="train")
+    (tmp_path / "rows.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"cannot read .*rows\.tar\.gz: data files are"):
+        load_rows(tmp_path / "rows.tar.gz", split="train")
+
+
+def test_text_that_is_nested_too_deeply_is_no_json():
+    with pytest.raises(ValueError, match=r"row 0 of the data set: column 'a': '\[\[.* is no json"):
+        load_rows([{"a": "[" * 100_000}], split="train", column_types={"a": "json"})
+
+
+@pytest.mark.parametrize("text", ['{"x": 1, "x": 2}', "[1e999]"])
+def test_the_type_json_refuses_what_a_file_of_json_refuses(text: str):
+    with pytest.raises(ValueError, match=r"row 0 of the data set: column 'a': .* is no json"):
+        load_rows([{"a": text}], split="train", column_types={"a": "json"})

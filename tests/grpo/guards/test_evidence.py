@@ -34,6 +34,16 @@ def test_the_reward_without_a_function_is_not_judged():
     assert math.isnan(judged["reward"] or 0) and math.isnan(judged["advantage_scale"] or 0) and judged["entropy"] == 2.0
 
 
+def test_what_guards_ignore_is_noted_once_for_each_outage():
+    coverage = Coverage()
+    notes = []
+    for share in (1.0, 0.25, 0.0, 1.0, 1.0, 0.0):
+        coverage.missing({"judge": share, "format": 1.0})
+        notes.append(coverage.note())
+    first = "guards ignore the reward until this is over: judge scores 25% of the completions, usually 100%"
+    assert notes == [None, first, None, None, None, first.replace("25%", "0%")]
+
+
 def test_completions_on_which_a_function_failed_are_not_judged():
     assert evidence({**TWO, "reward": 0.2, "reward_without_failures": 1.5}, Coverage())["reward"] == 1.5
 
