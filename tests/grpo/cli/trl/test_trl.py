@@ -148,7 +148,9 @@ WRONG_OPTION = "from trl import GRPOConfig\nGRPOConfig(deepspeed='ds.json')"
 WRONG_DATA = """
 import trl
 
-trl.GRPOTrainer(model="m", reward_funcs=lambda completions, **kwargs: [0.0], args=trl.GRPOConfig(), train_dataset="none.jsonl")
+trainer = trl.GRPOTrainer(
+    model="smollm2-135m-instruct", reward_funcs=lambda completions, **kwargs: [0.0], args=trl.GRPOConfig(), train_dataset="none.jsonl"
+)
 """
 WRONG_WORD = """
 from trl import GRPOConfig, TrlParser
