@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import datasets
+import datasets.config
 import huggingface_hub
 import pytest
 from datasets.utils import _dataset_viewer

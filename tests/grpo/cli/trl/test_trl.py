@@ -149,7 +149,10 @@ WRONG_DATA = """
 import trl
 
 trainer = trl.GRPOTrainer(
-    model="smollm2-135m-instruct", reward_funcs=lambda completions, **kwargs: [0.0], args=trl.GRPOConfig(), train_dataset="none.jsonl"
+    model="smollm2-135m-instruct",
+    reward_funcs=lambda completions, **kwargs: [0.0],
+    args=trl.GRPOConfig(),
+    train_dataset="none.jsonl",
 )
 """
 WRONG_WORD = """
