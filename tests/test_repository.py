@@ -42,6 +42,14 @@ def test_importing_the_configuration_loads_no_heavy_package(tmp_path: Path):
     assert result.returncode == 0, result.stderr
 
 
+def test_the_command_line_starts_without_heavy_packages(tmp_path: Path):
+    """`rankup --help` and `rankup doctor` answer at once, the latter also where torch is broken."""
+    heavy = "{'torch', 'transformers', 'vllm', 'ray', 'peft', 'datasets', 'pandas'}"
+    code = f"import sys, rankup.grpo.cli.main\nheavy = sorted({heavy} & set(sys.modules))\nassert not heavy, heavy"
+    result = run_python(code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_public_names_are_found_at_first_use(tmp_path: Path):
     result = run_python("import rankup; print(rankup.GRPOConfig.__module__); rankup.no_such_name", tmp_path)
     assert result.stdout.strip() == "rankup.grpo.config.run_config"

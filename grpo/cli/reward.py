@@ -32,8 +32,6 @@ from ..config import DataConfig, GRPOConfig, load_config
 from ..config.loading import parse_yaml
 from ..config.run_folders import function_of_run
 from ..data.messages import BadRowError, read_prompt
-from ..data.sources import load_rows
-from ..data.values import check_column_types
 from ..run.completions import read_completions
 from ..run.records import CONFIG_FILE
 from .command import add_command
@@ -247,6 +245,9 @@ def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
 
 def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
     """Those of a user's data, which is read as training data is. A column that a row lacks is None, as in training."""
+    from ..data.sources import load_rows  # here: `datasets` takes half a second
+    from ..data.values import check_column_types
+
     rows = load_rows(
         source,
         split=reading.train_split,

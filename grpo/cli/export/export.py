@@ -27,7 +27,6 @@ from ...common.files import atomic_folder
 from ...common.log import log_to, logger
 from ...common.model_files import hub_id, resolve_model
 from ...common.quiet import quiet_stderr
-from ...data.tokenizers import copy_tokenizer, load_tokenizer
 from ..command import add_command
 from .model_card import TrainedAdapter, model_card, read_run
 
@@ -126,6 +125,8 @@ def export_adapter(trained: TrainedAdapter, output: Path, *, overwrite: bool = F
     Raises:
         ValueError: no such base model, or `output` exists already (`overwrite` replaces an earlier export, nothing else).
     """
+    from ...data.tokenizers import copy_tokenizer  # in the functions: it imports transformers, which takes seconds
+
     _check_output(output, trained, overwrite=overwrite)
     model_path = _base_folder(trained)
     with atomic_folder(output.resolve()) as partial:
@@ -154,6 +155,7 @@ def export_merged(
         ValueError: no such base model, the adapter does not fit it, weights that are not finite (in that dtype), `output`
             exists already, or GGUF cannot hold a model of this kind.
     """
+    from ...data.tokenizers import copy_tokenizer
     from .gguf_file import write_gguf
 
     _check_output(output, trained, overwrite=overwrite)
@@ -185,6 +187,7 @@ def _checked_tokenizer(trained: TrainedAdapter, model_path: str) -> PreTrainedTo
     """The run's tokenizer. ValueError if it or the model cannot be written as GGUF."""
     from transformers import AutoConfig
 
+    from ...data.tokenizers import load_tokenizer
     from .gguf_file import check_supported
 
     tokenizer = load_tokenizer(trained.config, model_path)
