@@ -7,6 +7,7 @@ threads each slow each other many times over.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, and by the processes that tests start
 # By Ray's default, 15, its workers would wait for all other processes of this machine, such as other tests.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
+# It misses a package of kernels and says so when it is imported, which may be after the summary.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
