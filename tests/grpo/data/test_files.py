@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.config
+import huggingface_hub
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -259,7 +261,10 @@ def test_a_file_in_the_home_folder_and_one_at_a_url_are_read(monkeypatch: pytest
 @pytest.mark.parametrize(
     "name", ["no.jsonl", "no.jsonl.gz", "no.xlsx", "./no", "../no/where", "~/no", "/no/where", "sub/no", "a/b/c", "no/", "*.no"]
 )
-def test_a_path_that_does_not_exist_is_no_name_on_the_hub(name: str):
+def test_a_path_that_does_not_exist_is_no_name_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch):
+    # sub/no may be on the Hub, which is asked again and again.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     Path("sub").mkdir()
     assert refusal(name).startswith("no file ")
 
