@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .contract import Interruption
 from .own_files import folder_of, has_module, import_file, import_from
 from .texts import Function, describe, did_you_mean
 
@@ -119,6 +120,8 @@ def _call_factory(spec: RewardSpec, factory: object, kwargs: Mapping[str, Any]) 
         raise ValueError(f"reward {spec!r} does not accept its kwargs ({names}): {error}") from error
     try:
         return factory(**kwargs)
+    except Interruption:
+        raise
     except SystemExit as error:
         raise ValueError(f"reward {spec!r} cannot be made from its kwargs: {describe(error)}") from error
 
@@ -144,7 +147,7 @@ def find_file(path: str | Path) -> Path:
 def _import_file(path: Path) -> ModuleType:
     try:
         return import_file(path)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interruption):  # a signal, not the file
         raise
     except BaseException as error:  # a user's file may raise anything, and call sys.exit()
         raise ValueError(f"{path} could not be imported: {describe(error)}") from error
@@ -157,7 +160,7 @@ def _import_module(name: str, folder: Path) -> ModuleType:
         if top not in sys.modules and importlib.util.find_spec(top) is None and has_module(folder, name):
             return import_from(folder, name)
         return importlib.import_module(name)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interruption):  # a signal, not the file
         raise
     except BaseException as error:  # a user's module may raise anything, and call sys.exit()
         missing = error.name if isinstance(error, ModuleNotFoundError) else None

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 _TAG = "$rankup."
-"""Starts the only key of an object that stands for another type; a dictionary of the user that looks like one is tagged too."""
+"""Starts the only key of an object that represents another type; a user's dictionary that looks like one is tagged too."""
 
 
 def encode(value: Any, *, default: Callable[[Any], str] = str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from scored import inputs, scorer_of
 
+from rankup.rewards.contract import Interruption
 from rankup.rewards.loading import load_object, load_reward, spec_of
 from rankup.rewards.own_files import files_of
 
@@ -140,6 +141,13 @@ def test_ctrl_c_while_a_file_is_imported_stays_ctrl_c(tmp_path: Path):
     write(tmp_path, reward="raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_object(f"{tmp_path}/reward.py:f")
+
+
+@pytest.mark.parametrize("code", ["raise Interruption(143)\n", "def f():\n    raise Interruption(143)\n"])
+def test_a_signal_while_a_file_is_imported_or_a_factory_runs_stays_one(tmp_path: Path, code: str):
+    write(tmp_path, reward=f"from rankup.rewards.contract import Interruption\n{code}")
+    with pytest.raises(Interruption):
+        load_reward(f"{tmp_path}/reward.py:f", kwargs={})
 
 
 def test_the_files_of_a_function_are_those_that_it_imports(tmp_path: Path):
