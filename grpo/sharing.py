@@ -30,14 +30,14 @@ def write_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase
     Raises:
         ValueError: `folder` is a file.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{folder} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         made = Path(temporary) / "model"
         policy.save_adapter(made)
         write_tokenizer(tokenizer, setup.config, setup.inputs.model_path, made)
-        for path in sorted(path for path in made.rglob("*") if path.is_file()):
+        for path in sorted(path for path in made.rglob("*") if os.path.isfile(path)):
             target = folder / path.relative_to(made)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)

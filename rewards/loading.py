@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -99,7 +100,7 @@ def _find(spec: str, folder: Path | None) -> object:
     registered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if spec in registered:
         return registered[spec].load()
-    if "/" in spec or Path(spec).is_dir():
+    if "/" in spec or os.path.isdir(spec):
         from .classifier import SequenceClassifier
 
         return SequenceClassifier(spec)
@@ -139,7 +140,7 @@ def find_file(path: str | Path) -> Path:
     Names in a run file are looked up beside it too, once, when it is loaded (`grpo/config/paths.py`).
     """
     found = Path(expanduser(path)).resolve()
-    if found.is_file():
+    if os.path.isfile(found):
         return found
     raise FileNotFoundError(f"no file {path} (looked for {found}; names in a run file are also looked up beside it)")
 

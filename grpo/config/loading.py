@@ -4,6 +4,7 @@
 and PEFT are in `trl/fields.py`.
 """
 
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -145,7 +146,7 @@ def read_run_file(path: Path, keys: KnownKeys | None = None) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError with the line of the mistake.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"run file not found: {path}")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), type_of=None if keys is None else keys.type_of)

@@ -4,12 +4,15 @@
 
 It happens once, when a run file is loaded. Afterwards every relative path starts from the working directory, as in a
 configuration made in Python, and nothing needs to know where the run file was.
+
+Files are looked for with `os.path` and not with `Path`, whose tests raise OSError for a text that is too long for a file's name.
 """
 
 from __future__ import annotations
 
 import glob
 import mimetypes
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from os.path import expanduser
@@ -57,7 +60,7 @@ def is_url(name: str) -> bool:
 
 def is_pattern(name: str) -> bool:
     """Whether a name is a glob pattern and not a file or folder."""
-    return glob.has_magic(name) and not is_url(name) and not Path(expanduser(name)).exists()
+    return glob.has_magic(name) and not is_url(name) and not os.path.exists(expanduser(name))
 
 
 def names_files(name: str) -> bool:
@@ -66,7 +69,7 @@ def names_files(name: str) -> bool:
     A name that does not exist is one if it has a path's form or a file's suffix.
     """
     path = Path(expanduser(name))
-    if is_url(name) or glob.has_magic(name) or path.exists():
+    if is_url(name) or glob.has_magic(name) or os.path.exists(path):
         return True
     location, colon, attribute = name.rpartition(":")
     if colon and (location.endswith(".py") or attribute.isidentifier()):
@@ -102,9 +105,9 @@ def _with_folders(section: SectionT, options: Sequence[str], folder: Path) -> Se
     found: dict[str, str] = {}
     for option in options:
         name = getattr(section, option)
-        if name is None or name.lower() in EMBEDDED or Path(expanduser(name)).exists():
+        if name is None or name.lower() in EMBEDDED or os.path.exists(expanduser(name)):
             continue
-        if (folder / name).is_dir():
+        if os.path.isdir(folder / name):
             found[option] = _path_from_here(folder / name)
     return section.model_copy(update=found)
 
@@ -128,9 +131,9 @@ def _resolved_value(value: object, folder: Path, how: Resolver) -> object:
 def resolve_data(name: str, folder: Path) -> str:
     """A data file, a folder, a pattern of files, or a function, with a path if it exists in `folder` only; else unchanged."""
     path = Path(expanduser(name))
-    if is_url(name) or path.is_absolute() or path.exists():
+    if is_url(name) or path.is_absolute() or os.path.exists(path):
         return name
-    if (folder / path).exists():
+    if os.path.exists(folder / path):
         return _path_from_here(folder / path)
     if glob.has_magic(name) and not glob.glob(name, recursive=True):
         pattern = f"{glob.escape(_path_from_here(folder))}/{name}"
@@ -147,7 +150,7 @@ def resolve(name: str, folder: Path) -> str:
         return f"{_beside(location, folder)}:{attribute}"
     top, *_ = parts = location.split(".")
     is_module = all(part.isidentifier() for part in parts)
-    if not is_module or Path(top).is_dir() or Path(f"{top}.py").is_file() or find_spec(top) is not None:
+    if not is_module or os.path.isdir(top) or os.path.isfile(f"{top}.py") or find_spec(top) is not None:
         return name
     file = Path(*parts).with_suffix(".py")
     found = _beside(str(file), folder)
@@ -161,7 +164,7 @@ def is_template_file(template: str) -> bool:
 
 def _beside(name: str, folder: Path) -> str:
     path = Path(expanduser(name))
-    if path.is_absolute() or path.is_file() or not (folder / path).is_file():
+    if path.is_absolute() or os.path.isfile(path) or not os.path.isfile(folder / path):
         return name
     return _path_from_here(folder / path)
 

@@ -9,6 +9,7 @@ that was moved or copied together with its runs is found by `logging.output_dir`
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from os.path import expanduser
@@ -53,7 +54,7 @@ def function_of_run(function: str, functions: list[str]) -> str:
         if _is_found(location.split(".")[0]):
             return function
         location = f"{location.replace('.', '/')}.py"
-    if not location.endswith(".py") or Path(expanduser(location)).is_file():
+    if not location.endswith(".py") or os.path.isfile(expanduser(location)):
         return function
     found = list(dict.fromkeys(one for one in functions if f"/{one}".endswith(f"/{location}:{name}")))
     if len(found) > 1:
@@ -62,7 +63,7 @@ def function_of_run(function: str, functions: list[str]) -> str:
 
 
 def _is_found(package: str) -> bool:
-    return Path(package).is_dir() or Path(f"{package}.py").is_file() or find_spec(package) is not None
+    return os.path.isdir(package) or os.path.isfile(f"{package}.py") or find_spec(package) is not None
 
 
 def _moved(file: Path, output_dir: Path) -> list[Path]:
@@ -93,12 +94,12 @@ def _in(folder: Path, name: str) -> str | None:
         return None
     location, colon, attribute = name.rpartition(":")
     if colon and location.endswith(".py"):
-        return f"{folder / location}:{attribute}" if (folder / location).is_file() else None
+        return f"{folder / location}:{attribute}" if os.path.isfile(folder / location) else None
     parts = location.split(".")
     if colon and all(part.isidentifier() for part in parts):
         path = folder.joinpath(*parts).with_suffix(".py")
-        return f"{path}:{attribute}" if path.is_file() and not _is_installed(parts[0], folder) else None
-    if (folder / name).exists():
+        return f"{path}:{attribute}" if os.path.isfile(path) and not _is_installed(parts[0], folder) else None
+    if os.path.exists(folder / name):
         return str(folder / name)
     pattern = f"{glob.escape(str(folder))}/{name}"
     return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else None

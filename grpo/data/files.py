@@ -14,6 +14,7 @@ import glob
 import gzip
 import io
 import lzma
+import os
 import tempfile
 import zipfile
 import zlib
@@ -55,7 +56,7 @@ def find_files(name: str) -> list[str]:
         return [name]
     if not is_pattern(name):
         return [str(find_file(name))]
-    found = [path for path in glob.glob(str(Path(expanduser(name))), recursive=True) if Path(path).is_file()]
+    found = [path for path in glob.glob(str(Path(expanduser(name))), recursive=True) if os.path.isfile(path)]
     if not found:
         raise FileNotFoundError(f"no file matches {name} (names in a run file are also looked up beside it)")
     return sorted(found)

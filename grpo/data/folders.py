@@ -57,7 +57,7 @@ def folder_splits(folder: str, *, subset: str | None, read: ReadFile) -> Splits:
         ValueError: it has no data, or more than one format.
     """
     path = Path(expanduser(folder))
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if os.path.isfile(path / "dataset_dict.json") or os.path.isfile(path / "state.json"):
         try:
             saved = datasets.load_from_disk(str(path))
         except _ERRORS as error:
@@ -82,7 +82,7 @@ def hub_splits(name: str, *, subset: str | None, read: ReadFile) -> Splits:
             f"cannot reach the Hub for data set {name!r}, and the local cache lacks its files: go online once, or name a file"
         )
     folder, slash, _ = name.partition("/")
-    if slash and Path(folder).is_dir():  # a misspelled path is likelier
+    if slash and os.path.isdir(folder):  # a misspelled path is likelier
         raise ValueError(f"no file or folder {name}, and no data set: {reason}")
     raise ValueError(f"{reason} (no file or folder is called {name})")
 
@@ -163,11 +163,11 @@ def _remember(name: str, subset: str | None, files: Files, format: str | None) -
 def _remembered(name: str, subset: str | None) -> tuple[Files, str | None] | None:
     """The arguments of `_remember`, if all files are still in the cache."""
     index = _index(name, subset)
-    if not index.is_file():
+    if not os.path.isfile(index):
         return None
     known = json.loads(index.read_bytes())
     files: Files = {split: [(path, shown) for path, shown in of_split] for split, of_split in known["files"].items()}
-    is_complete = all(Path(path).is_file() for of_split in files.values() for path, _ in of_split)
+    is_complete = all(os.path.isfile(path) for of_split in files.values() for path, _ in of_split)
     return (files, known["format"]) if is_complete else None
 
 

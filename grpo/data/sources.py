@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from os.path import expanduser
@@ -158,13 +159,13 @@ class _Reading:
             if ":" in source:
                 return self.function_rows(load_object(source), source)
             return self._selected(hub_splits(source, subset=self.subset, read=self._read))
-        if Path(expanduser(source)).is_dir():
+        if os.path.isdir(expanduser(source)):
             return self._selected(folder_splits(source, subset=self.subset, read=self._read))
         return self._selected(one_split(source, lambda: self._file_rows(source)))
 
     def joined_rows(self, sources: Sequence[str]) -> list[Row]:
         """The rows of several sources by name, of which `split` is a part."""
-        if all(names_files(source) and not Path(expanduser(source)).is_dir() for source in sources):
+        if all(names_files(source) and not os.path.isdir(expanduser(source)) for source in sources):
             return self._selected(one_split("the list of files", lambda: list(_chained(map(self._file_rows, sources)))))
 
         def load(name: str) -> Part:

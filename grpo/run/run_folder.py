@@ -72,9 +72,9 @@ def move_aside(folder: Path, *, option: str = "output_dir") -> Path | None:
     Raises:
         ValueError: it is a file, or the process works inside it; the message names `option`, which gave the folder.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{option} {folder} is a file; give a folder")
-    if not any((folder / name).exists() for name in RUN_FILES):
+    if not any(os.path.exists(folder / name) for name in RUN_FILES):
         return None
     if folder.is_symlink():
         folder = folder.resolve()  # the link then points to the new run
@@ -97,7 +97,7 @@ def locked_folder(folder: Path, *, timeout: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: another process has locked it.
     """
-    if not folder.is_dir() or (identity := _identity(folder)) in _LOCKED:
+    if not os.path.isdir(folder) or (identity := _identity(folder)) in _LOCKED:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -134,7 +134,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _written(adapter: Path) -> tuple[int, int, int] | None:
     """Device, inode and time of the folder of an adapter; None if it is missing."""
-    if not adapter.is_dir():
+    if not os.path.isdir(adapter):
         return None
     status = adapter.stat()
     return status.st_dev, status.st_ino, status.st_mtime_ns

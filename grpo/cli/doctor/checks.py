@@ -216,9 +216,9 @@ def caches() -> Iterator[Finding]:
     """Folders where models are stored. Nothing is written; they need not exist yet."""
     folders = {"converted models": (cache_folder(), "XDG_CACHE_HOME"), "Hub models": (Path(HF_HUB_CACHE), "HF_HOME")}
     for name, (folder, variable) in folders.items():
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
         free = shutil.disk_usage(existing).free
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        if not (os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)):
             yield Finding(name, str(folder), f"{existing} is not writable: set {variable} to another folder", "problem")
         elif free < LITTLE_DISK:
             yield Finding(name, f"{folder}, {gib(free)} free", "little space: free some", "warning")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def plan(options: argparse.Namespace) -> int:
             the base, or a file that would be overwritten.
     """
     file: Path | None = options.write
-    if file is not None and file.exists() and not options.force:
+    if file is not None and os.path.exists(file) and not options.force:
         raise ValueError(f"{file} exists: write to another file, or replace it with --force")
     with log_to(lambda text: print(f"{text} ...", file=sys.stderr)):
         made = make_plan(options)

@@ -8,6 +8,7 @@ Only `GRPOConfig` and `GRPOTrainer` are replaced; all other names are those of t
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 import sysconfig
@@ -51,7 +52,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def run(options: argparse.Namespace) -> int:
     """`rankup trl SCRIPT.py [arguments of the script ...]`"""
     script: Path = options.script
-    if not script.is_file():
+    if not os.path.isfile(script):
         raise FileNotFoundError(f"script not found: {script}")
     try:
         _run_script(script, options.arguments)

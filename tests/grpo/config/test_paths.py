@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rankup.grpo.common.model_files import resolve_adapter, resolve_model, resolve_tokenizer
 from rankup.grpo.config import GRPOConfig, dump_config, load_config
-from rankup.grpo.config.paths import resolve, resolve_data
+from rankup.grpo.config.paths import resolve, resolve_data, resolve_files
+from rankup.grpo.config.run_folders import function_of_run
 from rankup.grpo.data.sources import load_rows
+from rankup.rewards.loading import load_reward
 
 RUN_FILE = """
 data: {train: train.jsonl, eval: "make.py:rows", sampler: "make.py:sample"}
@@ -111,3 +114,29 @@ def test_data_elsewhere_or_nowhere_does_not_change(folder: Path, monkeypatch: py
     assert [resolve_data(name, folder) for name in names] == names
     assert resolve_data("make.py:rows", folder) == "there/make.py:rows"
     assert resolve("package", folder) == "package", "only data may be a folder"
+
+
+@pytest.mark.parametrize("name", ["ĸ" * 300, "a/" * 3000 + "b", "a\0b"], ids=["long name", "long path", "null byte"])
+def test_a_name_that_no_file_can_have_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    config = GRPOConfig(
+        data={"train": [name, f"{name}.jsonl"], "eval": {"one": name}, "chat_template": name, "sampler": f"{name}:f"},
+        rewards={"functions": [name, f"{name}.py:f", f"{name}:f"]},
+        model={"name": name, "tokenizer": name},
+        lora={"start_from": name},
+    )
+    assert resolve_files(config, tmp_path) == config
+
+
+@pytest.mark.parametrize("name", ["ĸ" * 300, "a/" * 3000 + "b", "a\0b"], ids=["long name", "long path", "null byte"])
+def test_a_name_that_no_file_can_have_is_refused_wherever_files_are_read(tmp_path: Path, name: str) -> None:
+    for source in (f"{name}.jsonl", f"./{name}", [f"{name}.csv"] * 2):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            load_rows(source, split="train")
+    for read in (resolve_model, resolve_adapter, resolve_tokenizer):
+        with pytest.raises(ValueError, match="no such folder"):
+            read(f"./{name}")
+    with pytest.raises((ValueError, FileNotFoundError)):
+        load_reward(f"{name}.py:score")
+    with pytest.raises(FileNotFoundError, match="run file not found"):
+        load_config(f"{name}.yaml")
+    assert function_of_run(f"{name}.py:score", []) == f"{name}.py:score"
