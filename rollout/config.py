@@ -27,7 +27,7 @@ class SamplingConfig(Section):
     model's context has no room for it."""
 
     max_completion_length: int = Field(default=256, ge=1)
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; of an episode, all of its turns and what is given between them."""
 
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature. 0: the likeliest token each time. Others: as in `RolloutConfig`."""
@@ -102,9 +102,43 @@ class RolloutConfig(SamplingConfig):
     enforce_eager: bool | None = None
     """Run vLLM without graphs and compilation. None: decided by the device."""
 
+    tools: list[str] = Field(default=[])
+    """Functions that the model may call, as `file.py:name` or `package.module:name`: functions with type hints and a docstring
+    in Google's style. A single name will do. See docs/episodes.md."""
+
+    environment: str | dict[str, str] | None = None
+    """The class of the world that each completion acts in, as `file.py:Class` or `package.module:Class`,
+    `openenv:http://host:port`, or `textarena:Game-v0`; or several by name, of which a row's column `environment` names one."""
+
+    max_tool_calling_iterations: int | None = Field(default=None, ge=1)
+    """Most turns of an episode whose tool calls, or the environment's answer, are followed by another turn. None: no limit."""
+
+    max_turn_length: int | None = Field(default=None, ge=1)
+    """Longest turn of an episode, in tokens. None: what is left of `max_completion_length`, which is for all of its turns and
+    of what is given between them."""
+
+    tool_timeout: float = Field(default=60.0, gt=0)
+    """Seconds for a call of a tool or an environment: of an async one, or of any if `tool_workers` is set."""
+
+    tool_workers: int = Field(default=0, ge=0)
+    """Threads for tools and environments that are not async, so that other episodes are sampled while they run. 0: they run
+    between two steps of the engine, one after another, and runs repeat to the bit."""
+
+    tool_parser: str | None = None
+    """How tool calls are read: `response_template` (of the tokenizer), `hermes`, `llama`, `qwen_xml`, or a parser of vLLM by
+    its name. None: the first of these that reads what the model's chat template writes."""
+
+    on_malformed_call: Literal["answer", "end"] = "answer"
+    """What follows a tool call that cannot be parsed: the model sees why (`answer`), or the episode ends (`end`)."""
+
     lora_path: Literal["auto", "dense", "punica"] = "auto"
     """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's kernels), `auto`
     (dense on CPU, punica on CUDA)."""
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _one_tool_will_do(cls, tools: object) -> object:
+        return [tools] if isinstance(tools, str) else tools
 
     def greedy(self) -> SamplingConfig:
         """How evaluation samples by default: one completion of each prompt, the likeliest token each time.
