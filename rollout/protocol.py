@@ -7,6 +7,7 @@ from typing import Protocol
 
 from .config import SamplingConfig
 from .slots import AdapterSlot
+from .turns import Requests
 from .types import PromptGroup
 
 
@@ -50,6 +51,14 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine failed.
             ValueError: it cannot sample like this.
+        """
+        ...
+
+    def requests(self, sampling: SamplingConfig, *, use_adapter: bool = True) -> Requests:
+        """Single completions, submitted while others are sampled: turns of episodes (`turns.py`). One such block at a time.
+
+        Raises:
+            ValueError: the engine cannot sample like this.
         """
         ...
 
