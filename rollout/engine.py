@@ -16,7 +16,7 @@ import gc
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -227,7 +227,9 @@ class RolloutEngine:
             for index, output in outputs:
                 yield self._group(output, texts, index=index)
 
-    def requests(self, sampling: SamplingConfig, *, use_adapter: bool = True) -> VllmTurns:
+    def requests(
+        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
+    ) -> VllmTurns:
         """Requests of episodes. Keys and values of what an episode holds stay in the prefix cache, in full blocks.
 
         Raises:
@@ -236,7 +238,14 @@ class RolloutEngine:
         check_engine_limits(sampling, "vllm")
         self._ensure_active()
         texts, lora_request = Texts(self._tokenizer, sampling), self._lora_request if use_adapter else None
-        return VllmTurns(self._engine, lora_request, sampling, texts, policy_version=self.policy_version)
+        return VllmTurns(
+            self._engine,
+            lora_request,
+            sampling,
+            texts,
+            stop_token_ids=[*{*texts.stop_token_ids, *stop_token_ids}],
+            policy_version=self.policy_version,
+        )
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, under the engine's policy at temperature 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .config import SamplingConfig
@@ -54,8 +54,13 @@ class Engine(Protocol):
         """
         ...
 
-    def requests(self, sampling: SamplingConfig, *, use_adapter: bool = True) -> Requests:
+    def requests(
+        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
+    ) -> Requests:
         """Single completions, submitted while others are sampled: turns of episodes (`turns.py`). One such block at a time.
+
+        Args:
+            stop_token_ids: tokens that end a turn, besides those of the model and of `sampling`.
 
         Raises:
             ValueError: the engine cannot sample like this.

@@ -19,7 +19,7 @@ Legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -110,7 +110,9 @@ class TorchEngine:
                     completions = tuple(_completion(turns[place]) for place in range(size))
                     yield PromptGroup(index=index, prompt_token_ids=tuple(prompts[index]), completions=completions)
 
-    def requests(self, sampling: SamplingConfig, *, use_adapter: bool = True) -> TorchRequests:
+    def requests(
+        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
+    ) -> TorchRequests:
         """Requests of episodes. Keys and values of an episode are kept until its next turn.
 
         Raises:
@@ -122,7 +124,7 @@ class TorchEngine:
         return TorchRequests(
             self._policy,
             sampling,
-            Ends(texts=texts, tokens=eos | frozenset(texts.stop_token_ids)),
+            Ends(texts=texts, tokens=frozenset({*eos, *texts.stop_token_ids, *stop_token_ids})),
             use_adapter=use_adapter,
             max_num_seqs=self._max_num_seqs,
             policy_version=self.policy_version,

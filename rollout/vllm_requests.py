@@ -82,10 +82,18 @@ class VllmTurns(VllmRequests):
     """Turns of episodes: `turns.Requests`."""
 
     def __init__(
-        self, engine: Any, lora_request: LoRARequest | None, sampling: SamplingConfig, texts: Texts, *, policy_version: int
+        self,
+        engine: Any,
+        lora_request: LoRARequest | None,
+        sampling: SamplingConfig,
+        texts: Texts,
+        *,
+        stop_token_ids: Sequence[int],
+        policy_version: int,
     ) -> None:
         super().__init__(engine, lora_request)
         self._sampling, self._texts, self._policy_version = sampling, texts, policy_version
+        self._stop_token_ids = stop_token_ids
         self._prompts: dict[int, tuple[int, ...]] = {}
 
     def submit(self, key: int, request: Request) -> None:
@@ -93,7 +101,7 @@ class VllmTurns(VllmRequests):
         params = sampling_params(
             self._sampling,
             request.seed,
-            stop_token_ids=self._texts.stop_token_ids,
+            stop_token_ids=self._stop_token_ids,
             max_tokens=request.max_tokens,
         )
         self._prompts[key] = request.prompt_token_ids

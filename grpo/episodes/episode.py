@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...rollout.config import RolloutConfig
+from ...rollout.texts import Texts
 from ...rollout.turns import Play, Request, Turn
 from ...rollout.types import CallError, Completion, Episode, FinishReason, ToolCallRecord
-from ..data.messages import Message
+from ..data.messages import Message, read_template_kwargs
 from ..data.prompts import Prompt
+from ..data.renderer import PromptRenderer
 from .calls import Caller, Outcome
 from .dialect import Dialect, ParsedCall, Reply
 from .environments import Environments, World, observation_of, rewards_of
@@ -43,6 +45,8 @@ class Kit:
 
     rollout: RolloutConfig
     dialect: Dialect
+    renderer: PromptRenderer
+    texts: Texts
     caller: Caller
     tools: Sequence[Tool]
     environments: Environments | None
@@ -101,6 +105,7 @@ class Player:
         self._is_reusable = True
         self._tools: Sequence[Tool] = kit.tools
         self._num_calls = 0
+        self._turn_text = ""
 
     def play(self) -> Play[Played]:
         """The episode, for `turns.play`."""
@@ -141,14 +146,20 @@ class Player:
         if observation is None and schemas == [*(tool.schema for tool in self._kit.tools), *before]:
             return
         self._content = self._with_observation(observation)
-        assert not isinstance(self._content, str)
-        ids = self._kit.dialect.render(self._content, schemas, self._prompt.columns)
+        try:
+            ids = self._kit.renderer.token_ids(self._content, schemas, self._template_kwargs)
+        except ValueError as error:
+            raise EpisodeError(f"the prompt with what reset says {error}") from error
         longest = self._kit.rollout.max_prompt_length
         if len(ids) > longest:
             raise EpisodeError(
                 f"the prompt has {len(ids)} tokens with what reset says, more than rollout.max_prompt_length={longest}"
             )
         self._stream = Stream(ids)
+
+    @property
+    def _template_kwargs(self) -> dict[str, Any]:
+        return read_template_kwargs(self._prompt.columns.get("chat_template_kwargs"))
 
     def _with_observation(self, observation: str | list[Message] | None) -> list[Message]:
         """The prompt's messages with what `reset` says: messages, or text that is appended to the last one."""
@@ -169,17 +180,17 @@ class Player:
         dialect, iterations = self._kit.dialect, 0
         while True:
             turn: Turn = yield self._request()
+            reply = dialect.parse(turn.token_ids, before=self._stream.all, num_calls=len(self._said.calls))
             self._stream.sampled(turn)
             self._said.turns += 1
-            ends_with_token = turn.ended_by_token and turn.token_ids[-1] in dialect.closing_ids
-            reply = dialect.parse(turn.token_ids[:-1] if ends_with_token else turn.token_ids)
-            self._said.messages.append(reply.message)
+            self._turn_text = turn.text
+            self._said.messages.append(reply.message if reply.calls else {"role": "assistant", "content": turn.text})
             if turn.finish_reason != "stop":
                 return turn.finish_reason
-            if turn.ended_by_token and not ends_with_token:
-                return "stop"  # an EOS behind which the template cannot go on
-            respond = self._world is not None and self._world.respond is not None
-            if not reply.calls and not respond:
+            is_closed = turn.ended_by_token and turn.token_ids[-1] == dialect.closing_id(reply)
+            if turn.ended_by_token and not is_closed:
+                return "stop"  # behind this token the template cannot go on
+            if not reply.calls and not self._responds:
                 return "stop"
             if any(call.error for call in reply.calls) and self._kit.rollout.on_malformed_call == "end":
                 self._said.calls += [_record(call, error_text(call.error), "malformed") for call in reply.calls if call.error]
@@ -188,21 +199,29 @@ class Player:
             if reply.calls and iterations == limit:
                 return "turns"
             answers = yield from (self._results(reply) if reply.calls else self._response(reply))
-            is_done = answers is None or (yield from self._is_done())
-            if is_done:
+            if answers is None or (yield from self._is_done()):
                 self._said.messages += answers or []
                 return "done"
-            assert answers is not None
             if iterations == limit:
                 return "turns"
-            bridge = dialect.bridge(reply, answers)
-            if not ends_with_token:  # a stop string ended it
-                bridge = (dialect.closing_id, *bridge)
+            bridge = self._bridge(reply, answers)
+            if not is_closed:  # a stop string ended it
+                bridge = (dialect.closing_id(reply), *bridge)
             if self._room() <= len(bridge):
                 return "length"
             self._said.messages += answers
             self._stream.give(bridge)
             iterations += 1
+
+    @property
+    def _responds(self) -> bool:
+        return self._world is not None and self._world.respond is not None
+
+    def _bridge(self, reply: Reply, answers: Sequence[Message]) -> tuple[int, ...]:
+        try:
+            return self._kit.dialect.bridge(reply, answers, self._template_kwargs)
+        except ValueError as error:
+            raise EpisodeError(f"what the environment says cannot be written: {error}") from error
 
     def _request(self) -> Request:
         number = self._said.turns
@@ -226,23 +245,19 @@ class Player:
     def _results(self, reply: Reply) -> Generator[Future[Any], Any, list[Message]]:
         """Run all calls of a turn; the messages with their results, in the order of the calls."""
         started = [self._started(call) for call in reply.calls]
-        messages: list[Message] = []
-        longest = 0.0
+        records: list[ToolCallRecord] = []
         for call, begun in zip(reply.calls, started, strict=True):
             if isinstance(begun, ToolCallRecord):
-                record = begun
-            else:
-                outcome: Outcome = yield begun
-                error: CallError | None = "timeout" if outcome.timed_out else "raised" if outcome.error else None
-                if outcome.timed_out and self._world is not None:
-                    self._is_reusable = False
-                record = _record(call, outcome.text, error, seconds=outcome.seconds)
-            longest = max(longest, record.seconds)
-            self._said.calls.append(record)
-            message: Message = {"role": "tool", "name": call.name or "unknown", "content": record.result}
-            messages.append(message if call.id is None else {**message, "tool_call_id": call.id})
-        self._said.seconds_waiting += longest
-        return messages
+                records.append(begun)
+                continue
+            outcome: Outcome = yield begun
+            error: CallError | None = "timeout" if outcome.timed_out else "raised" if outcome.error else None
+            if outcome.timed_out:
+                self._is_reusable = False
+            records.append(_record(call, outcome.text, error, seconds=outcome.seconds))
+        self._said.calls += records
+        self._said.seconds_waiting += max(record.seconds for record in records)
+        return reply.results([record.result for record in records])
 
     def _started(self, call: ParsedCall) -> Future[Outcome] | ToolCallRecord:
         """The call in progress, or why it cannot be made."""
@@ -324,13 +339,19 @@ class Player:
         completion = Completion(
             token_ids=tuple(stream.token_ids),
             logprobs=tuple(stream.logprobs),
-            text=self._kit.dialect.text_of(stream.token_ids),
+            text=self._text(),
             finish_reason=finish_reason,
             policy_version=self._policy_version,
             given=tuple(stream.given),
             episode=self._episode(rewards=rewards),
         )
         return self._as_played(completion)
+
+    def _text(self) -> str:
+        """Of a single turn, what the engine says; of several, all tokens decoded."""
+        if self._said.turns > 1:
+            return self._kit.texts.decode(self._stream.token_ids)
+        return self._turn_text
 
     def _void(self, error: EpisodeError) -> Played:
         cause = error.__cause__

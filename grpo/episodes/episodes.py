@@ -11,17 +11,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
+from ...rollout.texts import Texts
 from ...rollout.turns import play
 from ...rollout.types import Completion
 from ..config import GRPOConfig
 from ..data.messages import Message
 from ..data.prompts import Prompt
+from ..data.renderer import PromptRenderer
 from .calls import Caller
 from .dialect import Dialect
 from .environments import EnvironmentFactories, Environments, load_environments
@@ -82,9 +84,9 @@ class Actions:
         return list({str(tool.schema): tool.schema for tool in [*self.tools, *of_worlds]}.values())
 
     @property
-    def respond(self) -> bool:
+    def responds(self) -> bool:
         """Whether an environment answers turns without a call."""
-        return self.environments is not None and self.environments.respond
+        return self.environments is not None and self.environments.responds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,19 +112,32 @@ class PlayedGroup:
 class Episodes:
     """See the module's docstring.
 
+    Args:
+        eos_token_ids: tokens that end a completion in the engine.
+
     Raises:
         ValueError: the chat template cannot write these tools or turns, with the reason.
     """
 
-    def __init__(self, actions: Actions, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        actions: Actions,
+        config: GRPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
         self.actions = actions
         self._config = config
+        self._tokenizer = tokenizer
+        self._renderer = PromptRenderer(tokenizer, config.data)
         self._dialect = Dialect(
             tokenizer,
             config.data,
             schemas=actions.all_schemas(),
-            responds=actions.respond,
+            responds=actions.responds,
             tool_parser=config.rollout.tool_parser,
+            eos_token_ids=eos_token_ids,
         )
 
     def play(
@@ -142,6 +157,8 @@ class Episodes:
         kit = Kit(
             rollout=self._config.rollout,
             dialect=self._dialect,
+            renderer=self._renderer,
+            texts=Texts(self._tokenizer, sampling),
             caller=self.actions.caller,
             tools=self.actions.tools,
             environments=self.actions.environments,
@@ -164,7 +181,10 @@ class Episodes:
         ended: dict[int, dict[int, Played]] = {}
         is_complete = False
         try:
-            with self.actions.caller.isolated(), engine.requests(sampling, use_adapter=use_adapter) as requests:
+            with (
+                self.actions.caller.isolated(),
+                engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
+            ):
                 for number, played in play(requests, [player.play() for player in players]):
                     index, place = divmod(number, size)
                     of_group = ended.setdefault(index, {})
