@@ -94,6 +94,7 @@ def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
             setup.eval_prompts,
             setup.config,
             step=step,
+            episodes=setup.episodes,
             trainer_state=setup.callbacks.state_for_rewards(),
             world=setup.world,
         )
@@ -146,7 +147,15 @@ def evaluate_now(
     step = setup.callbacks.state.global_step
     with nullcontext() if adapter is None else _adapter_in_place(session, adapter):
         state = setup.callbacks.state_for_rewards()
-        evaluation = evaluate(session.engine, setup.scorer, prompts, setup.config, step=step, trainer_state=state)
+        evaluation = evaluate(
+            session.engine,
+            setup.scorer,
+            prompts,
+            setup.config,
+            step=step,
+            episodes=setup.episodes,
+            trainer_state=state,
+        )
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:

@@ -23,6 +23,9 @@ from .config import GRPOConfig, resolve_epochs
 from .data.run_inputs import Prompt, RunInputs, load_run_inputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
+from .episodes.actions import Actions
+from .episodes.groups import Episodes
+from .episodes.make import make_episodes
 from .experience.user_functions import CODE, UserFunctions
 from .run.callbacks import Callbacks
 from .update.resolve import resolve_training
@@ -45,6 +48,7 @@ class RunSetup:
 
     config: GRPOConfig
     scorer: Scorer
+    episodes: Episodes | None
     inputs: RunInputs
     callbacks: Callbacks
     functions: UserFunctions
@@ -99,17 +103,21 @@ def prepare_run(
     config = config.model_copy(update={"logging": logging})
     scorer = Scorer(config.rewards, inputs.reward_funcs)
     functions = UserFunctions.load(config)
+    actions = Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
     with log_to(lambda text: None if view is None else view.stage(text)):
-        loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
+        tools = None if actions is None else actions.schemas
+        loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset, tools)
         config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
     loaded.check_rows(scorer)
+    episodes = make_episodes(actions, inputs.rollout_func, config, loaded)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,
         scorer=scorer,
+        episodes=episodes,
         inputs=loaded,
         callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),
         functions=functions,

@@ -11,11 +11,14 @@ from ..rewards.loading import RewardSpec
 from .config import GRPOConfig
 from .data.run_inputs import read_streams
 from .data.sources import DataSource, EvalSource
+from .episodes.environments import EnvironmentFactories
+from .episodes.rollout_func import RolloutFunc
+from .episodes.tools import ToolSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserInputs:
-    """Reward functions and data sets (None: those of the configuration), and callbacks.
+    """Reward functions, data sets, tools and environments (None: those of the configuration), and callbacks.
 
     `eval_dataset` may be several data sets by name.
     """
@@ -24,6 +27,9 @@ class UserInputs:
     train_dataset: DataSource | None = None
     eval_dataset: EvalSource | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
+    tools: Sequence[ToolSpec] | None = None
+    environment_factory: EnvironmentFactories | None = None
+    rollout_func: RolloutFunc | None = None
 
     def without_streams(self, config: GRPOConfig) -> UserInputs:
         """The same with the rows of streams in their place: a stream could be read only once, or differently by each worker.

@@ -2,8 +2,9 @@
 
     play(requests, [Player(kit, prompt, place=g, seed=seed).play() for g in range(8)])      # each ends as a `Played`
 
-A turn is sampled; its calls run, or the environment responds; what they say is given behind it; and the next turn follows, until
-the model has ended its turn without a call, the environment is done, or there is no room. Rules and failures: docs/episodes.md.
+A turn is sampled; its calls run, or the environment responds; what they say is given behind it; and the next turn follows,
+until the model has ended its turn without a call, the environment is done, or there is no room. Rules and failures:
+docs/episodes.md.
 """
 
 from __future__ import annotations
@@ -299,7 +300,8 @@ class Player:
 
     def _call(self, function: Any, arguments: Mapping[str, Any], *, seed: int | None = None) -> Future[Outcome]:
         self._num_calls += 1
-        return self._kit.caller.call(function, arguments, seed=self._seed_of(f"call {self._num_calls}") if seed is None else seed)
+        own_seed = self._seed_of(f"call {self._num_calls}") if seed is None else seed
+        return self._kit.caller.call(function, arguments, seed=own_seed)
 
     def _ask(
         self, what: str, function: Any, arguments: Mapping[str, Any], *, seed: int | None = None
