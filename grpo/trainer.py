@@ -35,7 +35,7 @@ from .common.log import log_to, logger
 from .config import GRPOConfig
 from .display.terminal import View, make_view, make_view_without_run
 from .episodes.environments import EnvironmentFactories
-from .episodes.rollout_func import RolloutFunc
+from .episodes.rollout_func import RolloutFunc, of_trainer
 from .episodes.tools import ToolSpec
 from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
@@ -119,7 +119,7 @@ class GRPOTrainer(TrainerMethods):
             callbacks=list(callbacks or ()),
             tools=tools,
             environment_factory=environment_factory,
-            rollout_func=rollout_func,
+            rollout_func=None if rollout_func is None else of_trainer(rollout_func, self),
         )
         if config.cluster.workers > 1:
             self._inputs = self._inputs.without_streams(config)
@@ -262,6 +262,30 @@ class GRPOTrainer(TrainerMethods):
             ValueError: a prompt is neither text nor conversation, or too long; or the engine cannot sample like this.
         """
         return generation.generate(
+            lambda: self._current().engine,
+            self.setup,
+            prompts,
+            temperature=temperature,
+            max_completion_length=max_completion_length,
+            seed=seed,
+        )
+
+    def generate_rollout_completions(
+        self,
+        prompts: Sequence[generation.UserPrompt | Sequence[int]],
+        *,
+        temperature: float | None = None,
+        max_completion_length: int | None = None,
+        seed: int | None = None,
+    ) -> list[generation.SampledCompletion]:
+        """One completion of each prompt with its tokens, for a `rollout_func`: `prompt_ids`, `completion_ids`, `logprobs` (of
+        the sampler, of each completion token) and `text`. The arguments are those of `generate`; a prompt may also be a list
+        of token ids.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        return generation.sample(
             lambda: self._current().engine,
             self.setup,
             prompts,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
@@ -12,7 +13,6 @@ from .config import GRPOConfig
 from .data.run_inputs import read_streams
 from .data.sources import DataSource, EvalSource
 from .episodes.environments import EnvironmentFactories
-from .episodes.rollout_func import RolloutFunc
 from .episodes.tools import ToolSpec
 
 
@@ -29,7 +29,7 @@ class UserInputs:
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
     tools: Sequence[ToolSpec] | None = None
     environment_factory: EnvironmentFactories | None = None
-    rollout_func: RolloutFunc | None = None
+    rollout_func: Callable[[list[Any]], Mapping[str, Any]] | None = None
 
     def without_streams(self, config: GRPOConfig) -> UserInputs:
         """The same with the rows of streams in their place: a stream could be read only once, or differently by each worker.

@@ -60,6 +60,11 @@ class Dialogues:
             eos_token_ids=eos_token_ids,
         )
 
+    @property
+    def has_environments(self) -> bool:
+        """Whether episodes act in environments."""
+        return self.actions.environments is not None
+
     def play(
         self,
         engine: Engine,

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,12 @@ class UserRollouts:
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+def of_trainer(function: RolloutFunc, trainer: object) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """The function with the trainer as its second argument, which this does not keep in memory."""
+    reference = weakref.ref(trainer)
+    return lambda prompts: function(prompts, reference())
 
 
 class _Rows:
