@@ -241,22 +241,22 @@ def _arguments(name: str, function: Function, inputs: Inputs, returned: Returned
         state = dict(inputs.trainer_state)
         if isinstance(state.get("log_history"), History):
             state["_history"] = state.pop("log_history")
-        arguments["trainer_state"] = _TrainerState(**_copied(state))
-    return {key: _copied(value) if key in rows else value for key, value in arguments.items()}
+        arguments["trainer_state"] = _TrainerState(**copied(state))
+    return {key: copied(value) if key in rows else value for key, value in arguments.items()}
 
 
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """The value with copies of its lists and mappings at every depth: no call may change what others see."""
     kind = type(value)
     if kind is tuple:
-        return tuple(item if type(item) in _SCALARS else _copied(item) for item in value)
+        return tuple(item if type(item) in _SCALARS else copied(item) for item in value)
     if kind is list:
-        return [item if type(item) in _SCALARS else _copied(item) for item in value]
+        return [item if type(item) in _SCALARS else copied(item) for item in value]
     if kind is dict:
-        return {key: item if type(item) in _SCALARS else _copied(item) for key, item in value.items()}
+        return {key: item if type(item) in _SCALARS else copied(item) for key, item in value.items()}
     return set(value) if kind is set else value
 
 

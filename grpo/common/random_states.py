@@ -3,6 +3,9 @@
     state = random_states()         # JSON-serializable
     set_random_states(state)        # the generators continue from there
 
+    with preserved_random_states(seed=7):
+        users_code()                # draws from generators seeded with 7; afterwards they are as they were
+
 Data order and sampling have separate seeds; the global generators matter to users' reward functions.
 """
 
@@ -10,7 +13,10 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +51,41 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(_decode(states["torch"]))
     if states["cuda"]:
         torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
+
+
+@contextmanager
+def preserved_random_states(seed: int | None = None) -> Iterator[None]:
+    """Restore the generators at the end of the block, whatever it does with them. torch's only if it has been imported.
+
+    seed: what they are seeded with at its beginning; None: they go on from where they are.
+    """
+    torch = sys.modules.get("torch")
+    python, numpy = random.getstate(), np.random.get_state()
+    states = None if torch is None else (torch.get_rng_state(), _cuda_states(torch))
+    if seed is not None:
+        _seed_all(seed, torch)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if torch is not None and states is not None:
+            torch.set_rng_state(states[0])
+            if states[1]:
+                torch.cuda.set_rng_state_all(states[1])
+
+
+def _seed_all(seed: int, torch: ModuleType | None) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if torch is not None:
+        torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed queues work for a CUDA that is not in use
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed % 2**63)
+
+
+def _cuda_states(torch: ModuleType) -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def _encode(state: torch.Tensor) -> str:

@@ -40,6 +40,9 @@ DATA_FORMATS = {
 }
 """Suffixes of data files, in any case, and the format of each."""
 
+ENVIRONMENT_PREFIXES = ("openenv:", "textarena:", "gymnasium:")
+"""Beginnings of `rollout.environment` that name no file or module."""
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Suffixes that may follow."""
 
@@ -94,6 +97,7 @@ def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
             "data": data,
             "algorithm": _resolved(config.algorithm, ("loss_type", "advantage_estimator", "group_filter"), folder),
             "rewards": config.rewards.model_copy(update={"functions": functions}),
+            "rollout": _resolved(config.rollout, ("tools", "environment"), folder),
             "model": _with_folders(config.model, ("name", "tokenizer"), folder),
             "lora": _with_folders(config.lora, ("start_from",), folder),
         }
@@ -144,7 +148,7 @@ def resolve_data(name: str, folder: Path) -> str:
 def resolve(name: str, folder: Path) -> str:
     """`reward.py:score` or `package.module:score` with a path if it exists in `folder` only; else unchanged."""
     location, colon, attribute = name.rpartition(":")
-    if not colon:
+    if not colon or name.startswith(ENVIRONMENT_PREFIXES):
         return name
     if location.endswith(".py"):
         return f"{_beside(location, folder)}:{attribute}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.model_files import EMBEDDED
+from .paths import ENVIRONMENT_PREFIXES
 
 NAMES_OF_FILES = {
     "model": ("name", "tokenizer"),
@@ -24,6 +25,7 @@ NAMES_OF_FILES = {
     "data": ("train", "eval", "sampler"),
     "algorithm": ("loss_type", "advantage_estimator", "group_filter"),
     "rewards": ("functions",),
+    "rollout": ("tools", "environment"),
 }
 """Options that can name files or folders; `data.chat_template` is saved as its text."""
 
@@ -90,7 +92,8 @@ def _anchored(value: Any, folders: list[Path]) -> Any:
 
 def _in(folder: Path, name: str) -> str | None:
     """The name with its absolute path if it is a file, folder, pattern or function in `folder`; else None."""
-    if "://" in name or Path(expanduser(name)).is_absolute() or name.lower() in EMBEDDED:
+    is_other = "://" in name or name.startswith(ENVIRONMENT_PREFIXES) or name.lower() in EMBEDDED
+    if is_other or Path(expanduser(name)).is_absolute():
         return None
     location, colon, attribute = name.rpartition(":")
     if colon and location.endswith(".py"):
