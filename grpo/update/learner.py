@@ -136,7 +136,7 @@ class Learner:
 
         Void episodes are in no mean: a group without them is what is trained on.
         """
-        groups = [without_void(group) for group in groups]
+        groups = [group.without_void() for group in groups]
         trained = self._trained(groups)
         if not any(completion.num_tokens for group in trained for completion in group.completions):
             return StepGradients()
@@ -341,12 +341,6 @@ def _lacks_rewards(group: Group) -> bool:
 def without_truncated(group: Group) -> Group:
     """The group without its truncated completions."""
     return group.select([i for i, one in enumerate(group.completions) if not one.is_truncated])
-
-
-def without_void(group: Group) -> Group:
-    """The group without its void episodes."""
-    places = [i for i, one in enumerate(group.completions) if not one.is_void]
-    return group if len(places) == len(group.completions) else group.select(places)
 
 
 def _num_tokens(groups: Sequence[Group]) -> int:
