@@ -76,8 +76,9 @@ def end_with_best_policy(ctx: RunContext, recorded: Evaluation | None) -> None:
 
 
 def _evidence(ctx: RunContext, evaluation: Evaluation) -> Rewards | None:
-    """The rewards of an evaluation; None if an outage of a reward function makes them no evidence about the policy."""
-    if evaluation.failures:
+    """The rewards of an evaluation; None if an outage of a reward function or an environment makes them no evidence about the
+    policy."""
+    if not evaluation.is_complete:
         return None
     return ctx.session.learner.guards.comparable(evaluation.rewards, evaluation.scored_shares)
 

@@ -116,6 +116,11 @@ class Completion:
         return [(a, b) for a, b in zip([0, *ends], [*starts, len(self.token_ids)], strict=True) if a < b]
 
     @property
+    def is_truncated(self) -> bool:
+        """Whether a limit of tokens or turns cut it off."""
+        return self.finish_reason in ("length", "turns")
+
+    @property
     def is_void(self) -> bool:
         """Whether it is an episode whose environment failed: it has no reward, and nothing of it is trained."""
         return self.episode is not None and self.episode.failure is not None

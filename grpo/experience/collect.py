@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...rewards.combining import Pending, Scores
-from ...rewards.contract import Inputs
+from ...rewards.combining import Scores
 from ...rewards.runner import Scorer
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
@@ -23,6 +22,7 @@ from ...rollout.types import Completion
 from ..common.world import World
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from .scoring import PendingGroup, submit, with_same_functions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ def collect(
     local = prompts[shard]
     started = time.perf_counter()
     reward_seconds = 0.0
-    waiting: dict[int, Pending] = {}
+    waiting: dict[int, PendingGroup] = {}
     completions: dict[int, tuple[Completion, ...]] = {}
     scores: dict[int, Scores] = {}
     token_ids, seeds = [prompt.token_ids for prompt in local], None if seeds is None else seeds[shard]
@@ -58,7 +58,7 @@ def collect(
         for sampled in engine.rollout(token_ids, sampling, seeds=seeds, use_adapter=use_adapter):
             scoring_started = time.perf_counter()
             completions[sampled.index] = sampled.completions
-            waiting[sampled.index] = scorer.submit(_inputs(local[sampled.index], sampled.completions, trainer_state))
+            waiting[sampled.index] = submit(scorer, local[sampled.index], sampled.completions, trainer_state)
             scores |= _take_finished(waiting)  # a failure that stops the run should do so now
             reward_seconds += time.perf_counter() - scoring_started
         sampled_all = time.perf_counter()
@@ -71,7 +71,7 @@ def collect(
     seconds = time.perf_counter() - started
     groups = [Group(prompt=local[i], completions=completions[i], scores=scores[i]) for i in sorted(completions)]
     return Collected(
-        groups=_gathered(groups, prompts, world),
+        groups=with_same_functions(_gathered(groups, prompts, world)),
         rollout_seconds=seconds - reward_seconds,
         reward_seconds=reward_seconds,
     )
@@ -95,21 +95,7 @@ def _gathered(local: list[Group], prompts: Sequence[Prompt], world: World) -> li
     return [*remote[: shard.start], *local, *remote[shard.stop :]]
 
 
-def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:
+def _take_finished(waiting: dict[int, PendingGroup]) -> dict[int, Scores]:
     """Remove finished calls from `waiting`; returns its scores."""
     finished = [index for index, pending in waiting.items() if pending.is_finished()]
     return {index: waiting.pop(index).result() for index in finished}
-
-
-def _inputs(prompt: Prompt, completions: Sequence[Completion], trainer_state: Mapping[str, Any]) -> Inputs:
-    count = len(completions)
-    texts = [completion.text for completion in completions]
-    is_conversation = not isinstance(prompt.content, str)
-    return Inputs(
-        prompts=[prompt.content] * count,
-        completions=[[{"role": "assistant", "content": text}] for text in texts] if is_conversation else texts,
-        completion_ids=[list(completion.token_ids) for completion in completions],
-        columns={name: [value] * count for name, value in prompt.columns.items()},
-        completion_prefixes=[prompt.completion_prefix] * count,
-        trainer_state=trainer_state,
-    )

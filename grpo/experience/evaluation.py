@@ -22,6 +22,7 @@ from ..data.groups import Group
 from ..data.prompts import Prompt
 from ..guards.evaluations import Rewards, mean_reward
 from .collect import collect
+from .episode_metrics import episode_metrics, void_failures
 from .step_metrics import completion_metrics, failures, scored_shares
 
 EVALUATION = -1
@@ -51,6 +52,11 @@ class Evaluation:
         return failures(self.groups)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether its rewards say something about the policy: no function failed, and no episode is void."""
+        return not self.failures and not void_failures(self.groups)
+
+    @property
     def scored_shares(self) -> dict[str, float]:
         """The share of the completions that each function with a weight scored, by its name."""
         return scored_shares(self.groups)
@@ -73,6 +79,7 @@ class Evaluation:
             "eval_runtime": self.seconds,
             "eval_samples_per_second": sum(len(group.completions) for group in self.groups) / self.seconds,
             **_spread(self.groups),
+            **{f"eval_{name}": value for name, value in episode_metrics(self.groups).items()},
         }
         for name in dict.fromkeys(group.prompt.eval_set for group in self.groups):
             if name is not None:
