@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,8 @@ class RunSetup:
     Attributes:
         start_fingerprint: hash of the adapter of `lora.start_from`, if it is set.
         functions: the user's functions on prompts and groups.
+        episodes: how completions are sampled; None: each is one answer.
+        code_of_episodes: hashes of the users' files with tools and environments.
         view: what shows the run; None on all workers but the main process.
         stop_requested: asked between steps, for requests that do not arrive as signals; one worker's answer stops all.
         on_ready: called once, when this worker's engine has started.
@@ -56,6 +58,7 @@ class RunSetup:
     store: CheckpointStore
     storage: Storage | None
     view: View | None
+    code_of_episodes: Mapping[str, str] = field(default_factory=dict)
     start_fingerprint: str | None = None
     world: World = SINGLE_PROCESS
     interrupts: Interrupts = field(default_factory=Interrupts)
@@ -73,7 +76,7 @@ class RunSetup:
     def fingerprint(self) -> dict[str, Any]:
         """The run's inputs besides its configuration, to compare when it resumes."""
         start = {} if self.start_fingerprint is None else {"adapter of lora.start_from": self.start_fingerprint}
-        code = {**self.scorer.code, **UserFunctions.code(self.config)}
+        code = {**self.scorer.code, **UserFunctions.code(self.config), **self.code_of_episodes}
         return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), CODE: code, **start}
 
     def stage(self, text: str) -> None:
@@ -101,9 +104,9 @@ def prepare_run(
     config = with_template_text(config)
     logging = config.logging.model_copy(update={"working_dir": Path.cwd()})  # of the paths in the saved configuration
     config = config.model_copy(update={"logging": logging})
-    scorer = Scorer(config.rewards, inputs.reward_funcs)
     functions = UserFunctions.load(config)
     actions = Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
+    scorer = Scorer(config.rewards, inputs.reward_funcs, needs_functions=actions is None or not actions.rewards)
     with log_to(lambda text: None if view is None else view.stage(text)):
         tools = None if actions is None else actions.schemas
         loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset, tools)
@@ -130,6 +133,7 @@ def prepare_run(
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),
+        code_of_episodes={} if actions is None else actions.code,
         start_fingerprint=None if start is None else start.fingerprint,
         view=view,
         world=world,

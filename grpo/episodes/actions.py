@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import GRPOConfig
 from .calls import Caller
-from .environments import EnvironmentFactories, Environments, load_environments
+from .environments import EnvironmentFactories, Environments, code_of_episodes, load_environments
 from .tools import Tool, ToolSpec, load_tools, make_tools
 
 Schema = Mapping[str, Any]
@@ -25,6 +25,8 @@ class Actions:
     tools: Sequence[Tool]
     environments: Environments | None
     caller: Caller
+    code: Mapping[str, str]
+    """Hashes of the users' files that they come from."""
 
     @classmethod
     def load(
@@ -46,7 +48,8 @@ class Actions:
             return None
         caller = Caller(rollout.tool_timeout, rollout.tool_workers)
         worlds = None if factories is None else Environments(factories, caller)
-        return cls(tools=found, environments=worlds, caller=caller)
+        code = code_of_episodes(tools or rollout.tools, environments or rollout.environment)
+        return cls(tools=found, environments=worlds, caller=caller, code=code)
 
     def schemas(self, row: Mapping[str, Any]) -> list[Schema]:
         """The tools of a row's prompt.
@@ -64,6 +67,11 @@ class Actions:
         names = () if worlds is None else worlds.names or (None,)
         of_worlds = [tool for name in names if worlds is not None for tool in worlds.tools(name)]
         return list({str(tool.schema): tool.schema for tool in [*self.tools, *of_worlds]}.values())
+
+    @property
+    def rewards(self) -> bool:
+        """Whether an environment gives rewards."""
+        return self.environments is not None and bool(self.environments.reward_names)
 
     @property
     def responds(self) -> bool:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ class Dialogues:
         *,
         seeds: Sequence[int] | None = None,
         use_adapter: bool = True,
-    ) -> Iterator[PlayedGroup]:
+    ) -> Generator[PlayedGroup]:
         """Play `sampling.num_generations` episodes of each prompt; yields each group when its last one ends.
 
         Args:
@@ -89,6 +89,7 @@ class Dialogues:
             environments=self.actions.environments,
             prompt_column=self._config.data.prompt_column,
             max_completion_length=sampling.max_completion_length,
+            is_greedy=sampling.temperature == 0,
         )
         size = sampling.num_generations
         players = [

@@ -78,6 +78,11 @@ class Environments:
         """The names of the classes that have `get_reward`, under which its numbers are logged; see `worlds.rewards_of`."""
         return tuple(dict.fromkeys(world.class_name for world in self._probes.values() if world.get_reward is not None))
 
+    @property
+    def responds(self) -> bool:
+        """Whether one of them answers turns without a call."""
+        return any(world.respond is not None for world in self._probes.values())
+
     def tools(self, name: str | None, extra: Sequence[Tool] = ()) -> list[Tool]:
         """Tools that belong to no environment, and those of the class: its public methods.
 

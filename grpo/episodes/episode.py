@@ -23,11 +23,12 @@ from ...rollout.types import CallError, Completion, Episode, FinishReason, ToolC
 from ..data.messages import Message, read_template_kwargs
 from ..data.prompts import Prompt
 from ..data.renderer import PromptRenderer
-from .calls import Caller, Outcome
+from .calls import Caller, Outcome, error_text
 from .dialect import Dialect, ParsedCall, Reply
-from .environments import Environments, World, observation_of, rewards_of
+from .environments import Environments
 from .stream import Stream
-from .tools import Tool, error_text, unknown_tool
+from .tools import Tool, unknown_tool
+from .worlds import World, observation_of, rewards_of
 
 Steps = Generator[Request | Future[Any], Any, Any]
 LARGEST_SEED = 2**31 - 1
@@ -42,6 +43,7 @@ class Kit:
         tools: that the model may call in every episode.
         environments: None: there is no world to act in.
         max_completion_length: of this rollout, sampled and given tokens together.
+        is_greedy: nothing is drawn, so turns need no seeds.
     """
 
     rollout: RolloutConfig
@@ -53,6 +55,7 @@ class Kit:
     environments: Environments | None
     prompt_column: str
     max_completion_length: int
+    is_greedy: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +229,7 @@ class Player:
 
     def _request(self) -> Request:
         number = self._said.turns
-        seed = self._seed
+        seed = None if self._kit.is_greedy else self._seed
         if seed is not None:
             seed = seed + self._place if number == 0 else self._seed_of(f"turn {number}")
         room, longest = self._room(), self._kit.rollout.max_turn_length

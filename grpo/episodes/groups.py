@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class Episodes(Protocol):
         *,
         seeds: Sequence[int] | None = None,
         use_adapter: bool = True,
-    ) -> Iterator[PlayedGroup]:
+    ) -> Generator[PlayedGroup]:
         """Play `sampling.num_generations` episodes of each prompt; yields each group when its last one has ended.
 
         Args:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...rollout.config import SamplingConfig
@@ -56,7 +56,7 @@ class UserRollouts:
         *,
         seeds: Sequence[int] | None = None,
         use_adapter: bool = True,
-    ) -> Iterator[PlayedGroup]:
+    ) -> Generator[PlayedGroup]:
         """See `groups.Episodes`. The function draws its own seeds.
 
         Raises:
@@ -167,7 +167,6 @@ class _Rows:
 
 
 def _number(value: Any) -> float:
-    """A log-probability; engines return lists with those of the likeliest tokens, of which the first is the sampled one."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
-        value = value[0]
-    return float(value)
+    """A log-probability, also in a list of its own, as in what TRL's vLLM server returns."""
+    is_list = isinstance(value, list | tuple) and len(value) == 1
+    return float(value[0] if is_list else value)

@@ -20,6 +20,7 @@ from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from ..episodes.groups import Episodes
 from ..guards.evaluations import Rewards, mean_reward
 from .collect import collect
 from .episode_metrics import episode_metrics, void_failures
@@ -95,6 +96,7 @@ def evaluate(
     config: GRPOConfig,
     *,
     step: int,
+    episodes: Episodes | None = None,
     trainer_state: Mapping[str, Any] | None = None,
     use_adapter: bool = True,
     world: World = SINGLE_PROCESS,
@@ -110,8 +112,9 @@ def evaluate(
         scorer,
         prompts,
         config.rollout.greedy() if count is None else config.rollout.as_in_training(count),
+        episodes=episodes,
         # The same in every evaluation: what differs between two of them is the policy.
-        seeds=None if count is None else [request_seed(config.seed, EVALUATION, index) for index in range(len(prompts))],
+        seeds=[request_seed(config.seed, EVALUATION, index) for index in range(len(prompts))],
         trainer_state=trainer_state or {"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
         world=world,

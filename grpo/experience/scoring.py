@@ -20,6 +20,7 @@ from ...rewards.runner import Scorer
 from ...rollout.types import Completion
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from ..episodes.groups import PlayedGroup
 
 T = TypeVar("T")
 
@@ -59,56 +60,40 @@ class PendingGroup:
 
 
 def submit(
-    scorer: Scorer,
-    prompt: Prompt,
-    completions: Sequence[Completion],
-    trainer_state: Mapping[str, Any],
-    environments: Sequence[object] | None = None,
+    scorer: Scorer, group: PlayedGroup, trainer_state: Mapping[str, Any]
 ) -> PendingGroup:
     """Start scoring a prompt's completions. Inline functions have finished when this returns.
-
-    Args:
-        environments: the instance in which each completion acted, for inline functions.
 
     Raises:
         ValueError: a function requires an argument that does not exist.
     """
-    places = [place for place, completion in enumerate(completions) if not completion.is_void]
+    places = [place for place, completion in enumerate(group.completions) if not completion.is_void]
     calls = None
     if places and scorer.names:
-        calls = scorer.submit(
-            inputs_of(
-                prompt,
-                [completions[place] for place in places],
-                trainer_state,
-                None if environments is None else [environments[place] for place in places],
-            )
-        )
+        calls = scorer.submit(inputs_of(group, places, trainer_state))
     return PendingGroup(
-        completions=tuple(completions),
+        completions=group.completions,
         places=places,
         weights=dict(zip(scorer.names, scorer.weights, strict=True)),
         calls=calls,
     )
 
 
-def inputs_of(
-    prompt: Prompt,
-    completions: Sequence[Completion],
-    trainer_state: Mapping[str, Any],
-    environments: Sequence[object] | None = None,
-) -> Inputs:
-    """What reward functions get of a prompt's completions."""
-    count = len(completions)
+def inputs_of(group: PlayedGroup, places: Sequence[int], trainer_state: Mapping[str, Any]) -> Inputs:
+    """What reward functions get of a prompt's completions at these places."""
+    count, prompt = len(places), group.prompt
+    completions = [group.completions[place] for place in places]
+    environments = [group.environments[place] for place in places]
+    of_rollout = {name: [values[place] for place in places] for name, values in group.columns.items()}
     return Inputs(
-        prompts=[prompt.content] * count,
+        prompts=[group.contents[place] for place in places],
         completions=[content_of(prompt, completion) for completion in completions],
         completion_ids=[list(completion.token_ids) for completion in completions],
-        columns={name: [value] * count for name, value in prompt.columns.items()},
+        columns={**{name: [value] * count for name, value in prompt.columns.items()}, **of_rollout},
         completion_prefixes=[prompt.completion_prefix] * count,
         sampled_lengths=[completion.num_tokens for completion in completions],
         trainer_state=trainer_state,
-        environments=environments,
+        environments=None if all(one is None for one in environments) else environments,
     )
 
 
