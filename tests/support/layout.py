@@ -16,6 +16,7 @@ LAYERS = (
     {"grpo/config"},
     {"grpo/display"},
     {"grpo/data", "grpo/guards", "grpo/algorithm"},
+    {"grpo/episodes"},
     {"grpo/model"},
     {"grpo/experience"},
     {"grpo/update"},

@@ -1,0 +1,1 @@
+"""Episodes: completions of several turns, with tools and environments."""
