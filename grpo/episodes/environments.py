@@ -20,7 +20,8 @@
 
 Public methods are tools (`worlds.py`). Several environments are a mapping of names to classes, or to functions that return an
 instance; then a row's column `environment` names one. An instance is made when all others are in use: connections belong into
-`reset`, which may be async and has a time limit. What fails is closed and not used again.
+`reset`, which may be async and has a time limit. What fails is closed and not used again. With `rollout.tool_workers` the calls
+of an instance come from several threads, one at a time.
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ class Environments:
     def reward_names(self) -> tuple[str, ...]:
         """The names of the classes that have `get_reward`, under which its numbers are logged; see `worlds.rewards_of`."""
         return tuple(dict.fromkeys(world.class_name for world in self._probes.values() if world.get_reward is not None))
+
+    @property
+    def responds(self) -> bool:
+        """Whether one of them answers turns without a call."""
+        return any(world.respond is not None for world in self._probes.values())
 
     def tools(self, name: str | None, extra: Sequence[Tool] = ()) -> list[Tool]:
         """Tools that belong to no environment, and those of the class: its public methods.
