@@ -76,8 +76,9 @@ def end_with_best_policy(ctx: RunContext, recorded: Evaluation | None) -> None:
 
 
 def _evidence(ctx: RunContext, evaluation: Evaluation) -> Rewards | None:
-    """The rewards of an evaluation; None if an outage of a reward function makes them no evidence about the policy."""
-    if evaluation.failures:
+    """The rewards of an evaluation; None if an outage of a reward function or an environment makes them no evidence about the
+    policy."""
+    if not evaluation.is_complete:
         return None
     return ctx.session.learner.guards.comparable(evaluation.rewards, evaluation.scored_shares)
 
@@ -94,6 +95,7 @@ def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
             setup.eval_prompts,
             setup.config,
             step=step,
+            episodes=setup.episodes,
             trainer_state=setup.callbacks.state_for_rewards(),
             world=setup.world,
         )
@@ -146,7 +148,15 @@ def evaluate_now(
     step = setup.callbacks.state.global_step
     with nullcontext() if adapter is None else _adapter_in_place(session, adapter):
         state = setup.callbacks.state_for_rewards()
-        evaluation = evaluate(session.engine, setup.scorer, prompts, setup.config, step=step, trainer_state=state)
+        evaluation = evaluate(
+            session.engine,
+            setup.scorer,
+            prompts,
+            setup.config,
+            step=step,
+            episodes=setup.episodes,
+            trainer_state=state,
+        )
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:

@@ -108,6 +108,7 @@ def train_step(ctx: RunContext, step: int) -> Batch:
         setup.config,
         functions=setup.functions,
         step=step,
+        episodes=setup.episodes,
         trainer_state=setup.callbacks.state_for_rewards(),
         world=setup.world,
     )

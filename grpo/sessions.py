@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -198,7 +198,10 @@ class Sessions:
         """Reward processes load their functions while vLLM starts."""
         if starts_session and engine is None and self._setup.config.rollout.engine == "vllm":
             vllm_version()  # before anything is started
-        with closing(self._setup.scorer):
+        with ExitStack() as stack:
+            stack.callback(self._setup.scorer.close)
+            if self._setup.episodes is not None:
+                stack.callback(self._setup.episodes.close)
             self._setup.scorer.start()
             yield
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,9 @@ from .config import GRPOConfig, resolve_epochs
 from .data.run_inputs import Prompt, RunInputs, load_run_inputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
+from .episodes.actions import Actions
+from .episodes.groups import Episodes
+from .episodes.make import make_episodes
 from .experience.user_functions import CODE, UserFunctions
 from .run.callbacks import Callbacks
 from .update.resolve import resolve_training
@@ -36,6 +39,8 @@ class RunSetup:
     Attributes:
         start_fingerprint: hash of the adapter of `lora.start_from`, if it is set.
         functions: the user's functions on prompts and groups.
+        episodes: how completions are sampled; None: each is one answer.
+        code_of_episodes: hashes of the users' files with tools and environments.
         view: what shows the run; None on all workers but the main process.
         stop_requested: asked between steps, for requests that do not arrive as signals; one worker's answer stops all.
         on_ready: called once, when this worker's engine has started.
@@ -45,6 +50,7 @@ class RunSetup:
 
     config: GRPOConfig
     scorer: Scorer
+    episodes: Episodes | None
     inputs: RunInputs
     callbacks: Callbacks
     functions: UserFunctions
@@ -52,6 +58,7 @@ class RunSetup:
     store: CheckpointStore
     storage: Storage | None
     view: View | None
+    code_of_episodes: Mapping[str, str] = field(default_factory=dict)
     start_fingerprint: str | None = None
     world: World = SINGLE_PROCESS
     interrupts: Interrupts = field(default_factory=Interrupts)
@@ -69,7 +76,7 @@ class RunSetup:
     def fingerprint(self) -> dict[str, Any]:
         """The run's inputs besides its configuration, to compare when it resumes."""
         start = {} if self.start_fingerprint is None else {"adapter of lora.start_from": self.start_fingerprint}
-        code = {**self.scorer.code, **UserFunctions.code(self.config)}
+        code = {**self.scorer.code, **UserFunctions.code(self.config), **self.code_of_episodes}
         return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), CODE: code, **start}
 
     def stage(self, text: str) -> None:
@@ -97,19 +104,23 @@ def prepare_run(
     config = with_template_text(config)
     logging = config.logging.model_copy(update={"working_dir": Path.cwd()})  # of the paths in the saved configuration
     config = config.model_copy(update={"logging": logging})
-    scorer = Scorer(config.rewards, inputs.reward_funcs)
     functions = UserFunctions.load(config)
+    actions = Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
+    scorer = Scorer(config.rewards, inputs.reward_funcs, needs_functions=actions is None or not actions.rewards)
     with log_to(lambda text: None if view is None else view.stage(text)):
-        loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset)
+        tools = None if actions is None else actions.schemas
+        loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset, tools)
         config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
     scorer.check_columns(prompts[0].columns)
     loaded.check_rows(scorer)
+    episodes = make_episodes(actions, inputs.rollout_func, config, loaded)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,
         scorer=scorer,
+        episodes=episodes,
         inputs=loaded,
         callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),
         functions=functions,
@@ -122,6 +133,7 @@ def prepare_run(
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),
+        code_of_episodes={} if actions is None else actions.code,
         start_fingerprint=None if start is None else start.fingerprint,
         view=view,
         world=world,

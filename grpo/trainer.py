@@ -34,6 +34,9 @@ from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
 from .display.terminal import View, make_view, make_view_without_run
+from .episodes.environments import EnvironmentFactories
+from .episodes.rollout_func import RolloutFunc, of_trainer
+from .episodes.tools import ToolSpec
 from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
 from .running import run
@@ -64,7 +67,11 @@ class GRPOTrainer(TrainerMethods):
         callbacks: `transformers.TrainerCallback`s, as in TRL; `add_callback` adds further ones.
         quantization_config: NF4 (`BitsAndBytesConfig`): `args.model.load_in`.
         peft_config: `peft.LoraConfig`; None: `args.lora`.
-        optimizers, tools, rollout_func, environment_factory: of TRL; not supported.
+        optimizers: of TRL; not supported.
+        tools: functions that the model may call; None: `args.rollout.tools`. See docs/episodes.md.
+        rollout_func: samples in place of the engine's own loop: see `episodes/rollout_func.py`.
+        environment_factory: makes the world of a completion: a class, or several by name, of which a row's column
+            `environment` names one; None: `args.rollout.environment`.
         view: where progress is shown; None: the terminal.
 
     Attributes:
@@ -88,9 +95,9 @@ class GRPOTrainer(TrainerMethods):
         optimizers: tuple[object, object] | None = (None, None),
         quantization_config: QuantizationConfigMixin | None = None,
         peft_config: PeftConfig | None = None,
-        tools: object = None,
-        rollout_func: object = None,
-        environment_factory: object = None,
+        tools: Sequence[ToolSpec] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactories | None = None,
         *,
         view: View | None = None,
     ) -> None:
@@ -103,9 +110,6 @@ class GRPOTrainer(TrainerMethods):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
         )
         self.summary: dict[str, Any] = {}
         self._inputs = UserInputs(
@@ -113,6 +117,9 @@ class GRPOTrainer(TrainerMethods):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks or ()),
+            tools=tools,
+            environment_factory=environment_factory,
+            rollout_func=None if rollout_func is None else of_trainer(rollout_func, self),
         )
         if config.cluster.workers > 1:
             self._inputs = self._inputs.without_streams(config)
@@ -255,6 +262,30 @@ class GRPOTrainer(TrainerMethods):
             ValueError: a prompt is neither text nor conversation, or too long; or the engine cannot sample like this.
         """
         return generation.generate(
+            lambda: self._current().engine,
+            self.setup,
+            prompts,
+            temperature=temperature,
+            max_completion_length=max_completion_length,
+            seed=seed,
+        )
+
+    def generate_rollout_completions(
+        self,
+        prompts: Sequence[generation.UserPrompt | Sequence[int]],
+        *,
+        temperature: float | None = None,
+        max_completion_length: int | None = None,
+        seed: int | None = None,
+    ) -> list[generation.SampledCompletion]:
+        """One completion of each prompt with its tokens, for a `rollout_func`: `prompt_ids`, `completion_ids`, `logprobs` (of
+        the sampler, of each completion token) and `text`. The arguments are those of `generate`; a prompt may also be a list
+        of token ids.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        return generation.sample(
             lambda: self._current().engine,
             self.setup,
             prompts,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
@@ -11,11 +12,13 @@ from ..rewards.loading import RewardSpec
 from .config import GRPOConfig
 from .data.run_inputs import read_streams
 from .data.sources import DataSource, EvalSource
+from .episodes.environments import EnvironmentFactories
+from .episodes.tools import ToolSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserInputs:
-    """Reward functions and data sets (None: those of the configuration), and callbacks.
+    """Reward functions, data sets, tools and environments (None: those of the configuration), and callbacks.
 
     `eval_dataset` may be several data sets by name.
     """
@@ -24,6 +27,9 @@ class UserInputs:
     train_dataset: DataSource | None = None
     eval_dataset: EvalSource | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
+    tools: Sequence[ToolSpec] | None = None
+    environment_factory: EnvironmentFactories | None = None
+    rollout_func: Callable[[list[Any]], Mapping[str, Any]] | None = None
 
     def without_streams(self, config: GRPOConfig) -> UserInputs:
         """The same with the rows of streams in their place: a stream could be read only once, or differently by each worker.

@@ -10,7 +10,9 @@
 
 A reward function is any callable. It is called with keyword arguments only: `prompts`, `completions`, `completion_ids`, every
 other column of the data, `trainer_state`, `log_extra` and `log_metric`; without `**kwargs` it gets only those that it names. A
-function that names `completion_prefixes` gets what the prompt has written of each completion. It returns one number for each
+function that names `completion_prefixes` gets what the prompt has written of each completion, and one that names
+`sampled_lengths` how many tokens of each were sampled and not given by a tool or an environment. In a run with environments an
+inline function also gets `environments`, the instance in which each completion acted. It returns one number for each
 completion, or `None` where it does not apply to the row. Lists and mappings among the arguments are copies: it may change them.
 The same code runs in the trainer's process and in reward processes (`worker.py`).
 """
@@ -33,11 +35,14 @@ from typing import Any
 from .logged import logged_name, plain
 from .texts import Function, describe, shorten
 
-ONLY_BY_NAME = ("completion_prefixes",)
+ONLY_BY_NAME = ("completion_prefixes", "sampled_lengths")
 """Arguments that TRL does not have: a function gets them only if it names them."""
 
+ENVIRONMENTS = "environments"
+"""The argument with the instances, which cannot leave the trainer's process."""
+
 RESERVED_ARGUMENTS = (
-    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
+    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", ENVIRONMENTS),
     *ONLY_BY_NAME,
 )
 
@@ -54,6 +59,8 @@ class Inputs:
             be a `History`.
         completion_prefixes: n texts: what the prompt has written of the completion, from a tag on, such as "<think>\\n" at the
             end of a chat template; None: nothing.
+        sampled_lengths: n numbers: how many of the tokens were sampled; None: all.
+        environments: n instances, in which the completions acted; None: there are none, or the function is not inline.
 
     Raises ValueError if lengths differ, or if a column has the name of an argument.
     """
@@ -64,6 +71,8 @@ class Inputs:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     trainer_state: Mapping[str, Any] = field(default_factory=dict)
     completion_prefixes: Sequence[str] | None = None
+    sampled_lengths: Sequence[int] | None = None
+    environments: Sequence[object] | None = None
 
     def __post_init__(self) -> None:
         check_column_names(self.columns)
@@ -76,13 +85,20 @@ class Inputs:
 
     def rows(self) -> dict[str, Sequence[Any]]:
         """The arguments that have one value for each completion, by name."""
+        lengths = self.sampled_lengths
         return {
             "prompts": self.prompts,
             "completions": self.completions,
             "completion_ids": self.completion_ids,
             "completion_prefixes": [""] * len(self) if self.completion_prefixes is None else self.completion_prefixes,
+            "sampled_lengths": list(map(len, self.completion_ids)) if lengths is None else lengths,
             **self.columns,
+            **({} if self.environments is None else {ENVIRONMENTS: self.environments}),
         }
+
+    def without_environments(self) -> Inputs:
+        """The same for functions that are not inline."""
+        return self if self.environments is None else dataclasses.replace(self, environments=None)
 
     def split(self, size: int) -> list[Inputs]:
         """The same rows in consecutive parts of at most `size`."""
@@ -94,6 +110,8 @@ class Inputs:
                 columns={name: values[start : start + size] for name, values in self.columns.items()},
                 trainer_state=self.trainer_state,
                 completion_prefixes=self.completion_prefixes and self.completion_prefixes[start : start + size],
+                sampled_lengths=self.sampled_lengths and self.sampled_lengths[start : start + size],
+                environments=self.environments and self.environments[start : start + size],
             )
             for start in range(0, len(self), size)
         ]
@@ -272,6 +290,8 @@ def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[s
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     missing = [parameter for parameter in required if parameter not in arguments]
+    if ENVIRONMENTS in missing:
+        raise ValueError(f"reward function {name!r} requires `{ENVIRONMENTS}`, but the run has none: set rollout.environment")
     if missing:
         columns = [column for column in arguments if column not in RESERVED_ARGUMENTS]
         raise ValueError(
@@ -281,6 +301,14 @@ def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[s
     names = {p.name for p in parameters}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {key: value for key, value in arguments.items() if key in names or (takes_all and key not in ONLY_BY_NAME)}
+
+
+def names_environments(function: Function) -> bool:
+    """Whether a function has an argument `environments`."""
+    try:
+        return ENVIRONMENTS in inspect.signature(function).parameters
+    except ValueError:  # some callables written in C have no signature
+        return False
 
 
 def check_column_names(columns: Iterable[str]) -> None:

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from .contract import RESERVED_ARGUMENTS
 from .judge_endpoint import MAX_MESSAGE, Endpoint, JudgeError, Reply
-from .texts import shorten, text_of
+from .texts import content_text, shorten, text_of
 
 DEFAULT_TEMPLATE = """\
 You judge how well a language model answered a request.
@@ -233,9 +233,10 @@ def _as_text(value: Any) -> str:
     is_conversation = isinstance(value, (list, tuple)) and all(isinstance(m, Mapping) and "role" in m for m in value)
     if not is_conversation or not value:
         return str(value)
+    texts = [content_text(message.get("content")) for message in value]
     if len(value) == 1:
-        return text_of(value)
-    return "\n\n".join(f"{message['role']}: {text_of([message])}" for message in value)
+        return texts[0]
+    return "\n\n".join(f"{message['role']}: {text}" for message, text in zip(value, texts, strict=True))
 
 
 def _shown(reply: Reply) -> str | None:

@@ -5,7 +5,8 @@
         - {function: "rankup.rewards.lengths:target_length", kwargs: {tokens: 100, tolerance: 10}}
         - {function: "rankup.rewards.lengths:soft_overlong", kwargs: {max_completion_length: 1024}}
 
-Lengths are those of `completion_ids`, the sampled tokens including an end token.
+Lengths are those of `completion_ids`, the sampled tokens including an end token. Of an episode, tokens that were given to it,
+such as results of tools, do not count.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,11 @@ def target_length(tokens: int, *, tolerance: int = 0, falloff: int | None = None
             "least 1, tolerance at least 0, and less than tokens if falloff is not set"
         )
 
-    def reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float | None]:
-        excess = [max(0, abs(len(ids) - tokens) - tolerance) for ids in completion_ids]
+    def reward(
+        completion_ids: Sequence[Sequence[int]], sampled_lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        lengths = map(len, completion_ids) if sampled_lengths is None else sampled_lengths
+        excess = [max(0, abs(length - tokens) - tolerance) for length in lengths]
         return [max(0.0, 1.0 - tokens_off / falloff) for tokens_off in excess]
 
     reward.__name__ = "target_length"
@@ -52,8 +56,11 @@ def soft_overlong(max_completion_length: int, *, cache_tokens: int | None = None
     if not 1 <= cache <= max_completion_length:
         raise ValueError(f"soft_overlong: cache_tokens ({cache}) must be between 1 and {max_completion_length}, the limit")
 
-    def reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float | None]:
-        excess = [max(0, len(ids) - (max_completion_length - cache)) for ids in completion_ids]
+    def reward(
+        completion_ids: Sequence[Sequence[int]], sampled_lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        lengths = map(len, completion_ids) if sampled_lengths is None else sampled_lengths
+        excess = [max(0, length - (max_completion_length - cache)) for length in lengths]
         return [-min(1.0, tokens_over / cache) if tokens_over else 0.0 for tokens_over in excess]
 
     reward.__name__ = "soft_overlong"

@@ -43,6 +43,7 @@ OWN_METRICS = frozenset(
 OWN_PREFIXES = (
     "clip_ratio/",
     "completions/",
+    "episodes/",
     "eval_",
     "guards/",
     "memory/",
@@ -52,6 +53,7 @@ OWN_PREFIXES = (
     "sampling/",
     "time/",
     "tokens_per_second/",
+    "tools/",
     "train_",
     "workers/",
 )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .contract import with_check
-from .texts import Completion, Function, describe, did_you_mean, text_of, with_prefixes
+from .texts import Completion, Function, content_text, describe, did_you_mean, with_prefixes
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BOARD_TASKS = ("arc_agi", "rearc")
@@ -65,7 +65,7 @@ def reasoning_gym_score(task: str | None = None, *, options: Mapping[str, Any] |
                 scores.append(None)
                 continue
             metadata_of_row = _read_metadata(facts, f"the metadata of row {row}", name)
-            entry = {"question": text_of(prompt), "answer": right, "metadata": metadata_of_row}
+            entry = {"question": _question_of(prompt), "answer": right, "metadata": metadata_of_row}
             score = _score(_scorer(name, settings), _answer_in(text), entry, f"row {row} ({name})")
             failed += score is None
             scores.append(score or 0.0)
@@ -127,6 +127,11 @@ def _read_metadata(metadata: Any, subject: str, task: str) -> dict[str, Any]:
         # These two compare with a tuple of tuples, which JSON has turned into lists; all others accept lists.
         return {**metadata, "output": tuple(tuple(line) for line in metadata["output"])}
     return dict(metadata)
+
+
+def _question_of(prompt: Completion) -> str:
+    """The text itself, or the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1].get("content"))
 
 
 def _answer_in(text: str) -> str:

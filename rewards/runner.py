@@ -28,6 +28,7 @@ from typing import Any, Literal
 from .combining import Pending, Scores
 from .config import Isolation, RewardFunction, RewardsConfig, weights_of
 from .contract import (
+    ENVIRONMENTS,
     RESERVED_ARGUMENTS,
     CallResult,
     Failure,
@@ -40,6 +41,7 @@ from .contract import (
     failure_of,
     is_async,
     is_interruption,
+    names_environments,
     row_check_of,
 )
 from .loading import RewardSpec, load_reward, reward_name
@@ -73,21 +75,26 @@ class Scorer:
             them, or `RewardFunction`s. A callable's attribute `isolation` replaces `config.isolation`; `config.timeout` does
             not apply to an async one whose attribute `has_own_timeout` is true.
 
+        needs_functions: whether a run needs any. Not if an environment gives the rewards.
+
     `names` holds one distinct name per function, `code` the hashes of those in a user's own files (`own_code.py`). Raises
-    ValueError without functions or with a wrong number of weights, and the errors of `load_reward`.
+    ValueError without functions, with a wrong number of weights, or for a function that names `environments` and does not run
+    inline, and the errors of `load_reward`.
     """
 
     def __init__(
         self,
         config: RewardsConfig,
         functions: RewardSpec | RewardFunction | Iterable[RewardSpec | RewardFunction] | None = None,
+        *,
+        needs_functions: bool = True,
     ) -> None:
         if functions is None:
             functions = config.entries()
         if isinstance(functions, str | RewardFunction) or callable(functions) or not isinstance(functions, Iterable):
             functions = [functions]
         entries = [_with_options(function) for function in functions]
-        if not entries:
+        if not entries and needs_functions:
             raise ValueError("no reward functions: specify at least one")
         self.config = config
         self.weights = weights_of(config.weights, [options for _, options in entries])
@@ -97,12 +104,14 @@ class Scorer:
         self._loop: BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
 
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise the error that `submit` would raise for these columns of the data set (without the prompt's)."""
+    def check_columns(self, columns: Iterable[str], *, has_environments: bool = True) -> None:
+        """Raise the error that `submit` would raise for these columns of the data set (without the prompt's), and with or
+        without environments."""
         columns = list(columns)
         check_column_names(columns)
+        arguments = [name for name in RESERVED_ARGUMENTS if has_environments or name != ENVIRONMENTS]
         for reward in self._rewards:
-            accepted(reward.name, reward.function, dict.fromkeys([*RESERVED_ARGUMENTS, *columns]))
+            accepted(reward.name, reward.function, dict.fromkeys([*arguments, *columns]))
 
     def check_row(self, columns: Mapping[str, Any]) -> None:
         """Raise ValueError if a function cannot use a row with these columns, or if a process cannot get them.
@@ -139,10 +148,10 @@ class Scorer:
         Raises ValueError if a function requires an argument that does not exist. Every other failure of a function is raised
         by `Pending.result`.
         """
-        self.check_columns(inputs.columns)
+        self.check_columns(inputs.columns, has_environments=inputs.environments is not None)
         self.start()
         pieces = [inputs] if self.config.rows_per_call is None else inputs.split(self.config.rows_per_call)
-        pickled = [pickle.dumps(piece) for piece in pieces] if self._pools else [b""] * len(pieces)
+        pickled = [pickle.dumps(one.without_environments()) for one in pieces] if self._pools else [b""] * len(pieces)
         # Inline functions last: they run here while the others run elsewhere.
         order = sorted(self._rewards, key=lambda reward: reward.isolation == "inline")
         futures = {
@@ -170,7 +179,8 @@ class Scorer:
         if reward.isolation == "async":
             self._loop = self._loop or BackgroundLoop()
             timeout = None if getattr(reward.function, "has_own_timeout", False) else self.config.timeout
-            return self._loop.run(attempts(functools.partial(_call_async, reward, inputs, timeout), self.config.retries))
+            call_once = functools.partial(_call_async, reward, inputs.without_environments(), timeout)
+            return self._loop.run(attempts(call_once, self.config.retries))
         if reward.portable is not None:
             return self._pools[reward.isolation].submit(reward.name, pickled)
         done: Future[CallResult] = Future()
@@ -228,6 +238,11 @@ def _load(entries: Sequence[tuple[RewardSpec, RewardFunction]], isolation: Isola
         where = "async" if is_async(function) else options.isolation or getattr(function, "isolation", None) or isolation
         if where not in (*POOLS, "inline", "async"):
             raise ValueError(f"reward function {name!r}: isolation must be inline, process or ray (got {where!r})")
+        if where != "inline" and names_environments(function):
+            raise ValueError(
+                f"reward function {name!r} requires `{ENVIRONMENTS}`, and instances cannot leave the trainer's process, nor "
+                "wait for an async function: make it a `def` function with `isolation: inline`"
+            )
         portable = None
         if where in POOLS:
             portable = portable_of(name, spec, kwargs=options.kwargs, other_machines=where == "ray")

@@ -1,7 +1,7 @@
 """Shared by the modules of this folder: the text of a completion, and values, errors and names in messages.
 
     text_of("42")                                         # "42"
-    text_of([{"role": "assistant", "content": "42"}])     # "42"
+    text_of([{"role": "assistant", "content": "42"}])     # "42", of the assistant's last message
     content_text([{"type": "text", "text": "42"}])        # "42"
     with_prefixes(["a</think>b"], ["<think>"], bool)      # ["<think>a</think>b"]
     shorten("x" * 99, 10)                                 # "xxxxxxx..."
@@ -24,8 +24,14 @@ apply."""
 
 
 def text_of(completion: Completion) -> str:
-    """The text itself, or the content of a conversation's last message: "" where that is None or missing (a tool call)."""
-    return completion if isinstance(completion, str) else content_text(completion[-1].get("content"))
+    """The text itself, or the content of the assistant's last message: "" if there is none, or it has no text (a tool call).
+
+    What a tool or a user says behind it is no answer of the model.
+    """
+    if isinstance(completion, str):
+        return completion
+    answers = [message for message in completion if message.get("role", "assistant") == "assistant"]
+    return content_text(answers[-1].get("content")) if answers else ""
 
 
 def content_text(content: str | Sequence[Any] | None) -> str:

@@ -16,7 +16,7 @@ import gc
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,7 +31,7 @@ from .model_limits import check_cache_on_cpu
 from .sampling_params import check_sampling_params, sampling_params, text_of
 from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
 from .texts import Texts
-from .types import Completion, EngineError, PromptGroup
+from .types import Completion, PromptGroup
 from .vllm_compat import (
     collections_skipped,
     cpu_norms,
@@ -42,6 +42,7 @@ from .vllm_compat import (
     replace_cpu_sampler,
     require,
 )
+from .vllm_requests import VllmRequests, VllmTurns
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,6 @@ class RolloutEngine:
         self.device: str = current_platform.device_type
         self.policy_version = 0
         self._write_slots: Callable[[], None] | None = None
-        self._requests = 0
         with tempfile.TemporaryDirectory(prefix="rankup-adapter-") as folder:
             _write_empty_adapter(Path(folder), self.slots, settings)
             self._lora_request = LoRARequest("policy", ADAPTER_ID, folder)
@@ -227,6 +227,26 @@ class RolloutEngine:
             for index, output in outputs:
                 yield self._group(output, texts, index=index)
 
+    def requests(
+        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
+    ) -> VllmTurns:
+        """Requests of episodes. Keys and values of what an episode holds stay in the prefix cache, in full blocks.
+
+        Raises:
+            ValueError: vLLM cannot sample like this.
+        """
+        check_engine_limits(sampling, "vllm")
+        self._ensure_active()
+        texts, lora_request = Texts(self._tokenizer, sampling), self._lora_request if use_adapter else None
+        return VllmTurns(
+            self._engine,
+            lora_request,
+            sampling,
+            texts,
+            stop_token_ids=[*{*texts.stop_token_ids, *stop_token_ids}],
+            policy_version=self.policy_version,
+        )
+
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, under the engine's policy at temperature 1."""
         from vllm import SamplingParams
@@ -264,36 +284,11 @@ class RolloutEngine:
     ) -> Generator[tuple[int, RequestOutput]]:
         """Submit all requests and yield each one's index and output when it is finished. Aborts the others if closed early."""
         self._ensure_active()
-        running: dict[str, int] = {}
-        try:
+        with VllmRequests(self._engine, self._lora_request if use_adapter else None) as running:
             for index, (prompt, params) in enumerate(requests):
-                running[self._submit(prompt, params, use_adapter=use_adapter)] = index
-            while running:
-                for output in self._step():
-                    if output.finished:
-                        yield running.pop(output.request_id), output
-        finally:
-            if running:
-                self._engine.abort_request(list(running))
-
-    def _step(self) -> list[Any]:
-        try:
-            return self._engine.step()
-        except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise EngineError(f"vLLM failed while sampling: {reason}") from error
-
-    def _submit(self, prompt: Sequence[int], params: SamplingParams, *, use_adapter: bool) -> str:
-        from vllm.exceptions import VLLMError
-
-        self._requests += 1
-        name = str(self._requests)
-        lora_request = self._lora_request if use_adapter else None
-        try:
-            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=lora_request)
-        except VLLMError as error:
-            raise ValueError(f"vLLM refuses to sample like this: {error}") from error
-        return name
+                running.add(index, prompt, params)
+            while running.has_unfinished:
+                yield from running.step()
 
     def _group(self, output: Any, texts: Texts, *, index: int) -> PromptGroup:
         completions = tuple(self._completion(c, texts) for c in sorted(output.outputs, key=lambda c: c.index))

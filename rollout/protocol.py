@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .config import SamplingConfig
 from .slots import AdapterSlot
+from .turns import Requests
 from .types import PromptGroup
 
 
@@ -50,6 +51,19 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine failed.
             ValueError: it cannot sample like this.
+        """
+        ...
+
+    def requests(
+        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
+    ) -> Requests:
+        """Single completions, submitted while others are sampled: turns of episodes (`turns.py`). One such block at a time.
+
+        Args:
+            stop_token_ids: tokens that end a turn, besides those of the model and of `sampling`.
+
+        Raises:
+            ValueError: the engine cannot sample like this.
         """
         ...
 

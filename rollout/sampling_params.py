@@ -19,19 +19,24 @@ if TYPE_CHECKING:
     from vllm.sampling_params import StructuredOutputsParams
 
 
-def sampling_params(sampling: SamplingConfig, seed: int | None, *, stop_token_ids: Sequence[int]) -> SamplingParams:
+def sampling_params(
+    sampling: SamplingConfig, seed: int | None, *, stop_token_ids: Sequence[int], max_tokens: int | None = None
+) -> SamplingParams:
     """vLLM's parameters for the completions of a prompt.
 
     Args:
         stop_token_ids: tokens that end a completion besides those of the model.
+        max_tokens: for a single one, which is a turn of an episode; None: for `sampling.num_generations`, of
+            `sampling.max_completion_length`.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     kwargs = sampling.generation_kwargs
+    longest = sampling.max_completion_length if max_tokens is None else max_tokens
     return SamplingParams(
-        n=sampling.num_generations,
-        max_tokens=sampling.max_completion_length,
+        n=sampling.num_generations if max_tokens is None else 1,
+        max_tokens=longest,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -39,7 +44,7 @@ def sampling_params(sampling: SamplingConfig, seed: int | None, *, stop_token_id
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=kwargs.presence_penalty,
         frequency_penalty=kwargs.frequency_penalty,
-        min_tokens=kwargs.min_tokens,
+        min_tokens=min(kwargs.min_tokens, longest),
         bad_words=kwargs.bad_words,
         logit_bias=kwargs.logit_bias or None,
         allowed_token_ids=kwargs.allowed_token_ids,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 ResultT = TypeVar("ResultT")
 
@@ -32,18 +32,23 @@ class Request:
         prompt_token_ids: all tokens before the turn, sampled or given.
         max_tokens: most tokens of the turn.
         seed: None: sampling is not reproducible.
+        group: adjacent requests of one group with the same prompt may be computed together.
+        may_continue: the engine may keep what it computed for the next turn of the same key, until that is released.
     """
 
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
     seed: int | None
+    group: int = 0
+    may_continue: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """What was sampled for a request. The attributes are those of `Completion`.
 
-    `ended_by_token`: its last token ended it, not a stop string.
+    `ended_by_token`: its last token ended it, not a stop string. `cached_tokens`: tokens of its prompt whose keys and values
+    the engine still had.
     """
 
     token_ids: tuple[int, ...]
@@ -52,10 +57,17 @@ class Turn:
     finish_reason: Literal["stop", "length", "abort"]
     ended_by_token: bool
     policy_version: int
+    cached_tokens: int
 
 
 class Requests(Protocol):
     """An engine's requests while episodes are played. Leaving its context aborts those that are not finished."""
+
+    def __enter__(self) -> Self:
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        ...
 
     @property
     def has_unfinished(self) -> bool:
@@ -68,6 +80,10 @@ class Requests(Protocol):
         Raises:
             ValueError: the engine cannot sample like this.
         """
+        ...
+
+    def release(self, key: int) -> None:
+        """The episode of this key asks for no further turn."""
         ...
 
     def step(self) -> list[tuple[int, Turn]]:
@@ -109,6 +125,7 @@ def play(requests: Requests, episodes: Sequence[Play[ResultT]], *, at_most: int 
                 outcome = _advance(requests, waiting, index, episodes[index], value)
                 if outcome is not None:
                     open_now.discard(index)
+                    requests.release(index)
                     yield index, outcome[0]
     finally:
         for episode in episodes:

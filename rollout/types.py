@@ -15,8 +15,8 @@ Span = tuple[int, int]
 """A half-open range of places in `Completion.token_ids`."""
 
 FinishReason = Literal["stop", "length", "abort", "turns", "done", "failed"]
-"""Why a completion ended: the model ended it (`stop`); there was no room for more tokens, or for a result (`length`); the
-engine aborted it; the limit of turns, with a pending call (`turns`); its environment ended it (`done`), or failed (`failed`)."""
+"""Why a completion ended: the model ended it (`stop`); no room was left for tokens, or for a result (`length`); the engine
+aborted it; the limit of turns, with a pending call (`turns`); its environment ended it (`done`), or failed (`failed`)."""
 
 CallError = Literal["raised", "unknown", "arguments", "malformed", "timeout"]
 """Why a tool gave no result: it raised; there is no such tool; its arguments are wrong; the call does not parse; time limit."""
@@ -114,6 +114,11 @@ class Completion:
         ends = [end for _, end in self.given]
         starts = [start for start, _ in self.given]
         return [(a, b) for a, b in zip([0, *ends], [*starts, len(self.token_ids)], strict=True) if a < b]
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a limit of tokens or turns cut it off."""
+        return self.finish_reason in ("length", "turns")
 
     @property
     def is_void(self) -> bool:

@@ -117,7 +117,7 @@ class AlgorithmConfig(Section):
     needs another forward pass to find the threshold, which is the same for all iterations of the step."""
 
     mask_truncated_completions: bool = False
-    """Exclude completions that reached the length limit from the loss (DAPO's overlong filtering)."""
+    """Exclude completions that reached the limit of tokens, or of turns, from the loss (DAPO's overlong filtering)."""
 
     off_policy_mask_threshold: float | None = Field(default=None, gt=0)
     """Exclude completions with a negative advantage whose log-probability per token has fallen by more than this since they

@@ -5,8 +5,7 @@
 It happens once, when a run file is loaded. Afterwards every relative path starts from the working directory, as in a
 configuration made in Python, and nothing needs to know where the run file was.
 
-Files are looked for with `os.path` and not with `Path`, whose tests raise OSError for a text that is too long for a file's
-name.
+Files are looked for with `os.path` and not with `Path`, whose tests raise OSError for a text that is too long for a name.
 """
 
 from __future__ import annotations

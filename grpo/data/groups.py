@@ -39,6 +39,11 @@ class Group:
         return dataclasses.replace(
             self,
             completions=tuple(self.completions[place] for place in places),
-            advantages=tuple(self.advantages[place] for place in places),
+            advantages=tuple(self.advantages[place] for place in places) if self.advantages else (),
             scores=self.scores.select(places) if self.scores.total else self.scores,
         )
+
+    def without_void(self) -> Group:
+        """The group without its void episodes."""
+        places = [place for place, completion in enumerate(self.completions) if not completion.is_void]
+        return self if len(places) == len(self.completions) else self.select(places)

@@ -10,7 +10,7 @@ columns go to the reward functions.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...rewards.runner import check_column_names
 from ..config import DataConfig
+from .hermes import Schema
 from .messages import BadRowError, Message, read_prompt, read_template_kwargs, read_tools, texts_of
+from .renderer import PromptRenderer
 from .templates import ChatTemplate, Rendered
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ _FIRST_TAG = re.compile(_TAG)
 _LAST_TAG = re.compile(rf"(?P<tag>{_TAG})\s*\Z")
 _LONGEST_LAST_TAG = 100
 _ERRORS_IN_SUMMARY = 20
+
+ToolsOfRow = Callable[[Mapping[str, Any]], Sequence[Schema] | None]
+"""From a row to the schemas of the tools that its episodes have."""
 
 REMARKS = {
     "from_text": "are conversations as text (JSON or Python's notation): they are read, and go through the chat template",
@@ -95,6 +100,7 @@ def prepare_prompts(
     *,
     max_prompt_length: int,
     vocab_size: int | None = None,
+    tools: ToolsOfRow | None = None,
 ) -> PromptData:
     """Tokenize the prompts of `rows` and drop those of more than `max_prompt_length` tokens.
 
@@ -104,12 +110,15 @@ def prepare_prompts(
 
     Args:
         vocab_size: rows of the model's embedding; None: token ids are not checked.
+        tools: of a run with tools or an environment: the schemas for a row, which are written into its conversation. Special
+            tokens in its rows are encoded as text.
 
     Raises:
         ValueError: no rows; no such column; a conversation without a chat template, or one with a syntax error; a column with
             the name of an argument of reward functions; all prompts too long; and, unless `config.on_bad_row` is `drop`, a row
             whose prompt is empty, is neither text nor conversation, has content other than text, has no valid Unicode, is
-            refused by the chat template, or has a token that the model does not know.
+            refused by the chat template, or has a token that the model does not know; with `tools` also a row whose prompt is a
+            text, or that has a column `tools`.
     """
     rows, config = list(rows), config or DataConfig()
     if not rows:
@@ -121,12 +130,12 @@ def prepare_prompts(
     check_column_names(column_names)
 
     bad = _BadRows(config.on_bad_row == "stop")
-    reader, drafts = _Reader(tokenizer, config), []
+    reader, drafts = _Reader(tokenizer, config, tools), []
     for index, row in enumerate(rows):
         with bad.of_row(index):
             drafts.append(reader.read(row, index))
     kept, too_long = [], []
-    for draft, ids in zip(drafts, _token_ids(drafts, tokenizer), strict=True):
+    for draft, ids in zip(drafts, reader.token_ids(drafts), strict=True):
         with bad.of_row(draft.row):
             _check_ids(ids, tokenizer, vocab_size)
             columns = {name: rows[draft.row].get(name) for name in column_names}
@@ -144,7 +153,7 @@ def prepare_prompts(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draft:
-    """A prompt before it is tokenized. `text`: what the tokenizer gets; `prefix` and `row`: as in `Prompt`."""
+    """A prompt before it is tokenized. `text`: as rendered; `prefix` and `row`: as in `Prompt`."""
 
     content: str | list[Message]
     text: str
@@ -156,8 +165,8 @@ class _Draft:
 class _Reader:
     """Reads the prompts of rows."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> None:
-        self._tokenizer, self._config = tokenizer, config
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, tools: ToolsOfRow | None) -> None:
+        self._tokenizer, self._config, self._tools = tokenizer, config, tools
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         tokens = [re.escape(token) for token in added if token.strip()]
         self._rendered = re.compile("|".join(tokens)) if tokens else None
@@ -165,6 +174,16 @@ class _Reader:
     @cached_property
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer, self._config.chat_template_kwargs)
+
+    @cached_property
+    def _renderer(self) -> PromptRenderer:
+        return PromptRenderer(self._tokenizer, self._config)
+
+    def token_ids(self, drafts: Sequence[_Draft]) -> list[list[int]]:
+        """The ids of all prompts, in their order."""
+        if self._tools is None:
+            return _token_ids(drafts, self._tokenizer)
+        return self._renderer.guard.encode_each([draft.text for draft in drafts])
 
     def read(self, row: Mapping[str, Any], index: int) -> _Draft:
         """The prompt of a row.
@@ -179,24 +198,41 @@ class _Reader:
         if prompt == "":
             raise BadRowError("is empty: remove the row")
         messages = self._with_system_prompt(prompt)
+        if messages is None and self._tools is not None:
+            raise BadRowError(
+                "is plain text, and tools and environments need conversations: write messages, or set data.system_prompt"
+            )
         if messages is None:
             assert isinstance(prompt, str)
             rendered, content, last = Rendered(prompt), prompt, None
             remarks["plain"] = self._skips_template(prompt)
         else:
-            tools, kwargs = read_tools(row.get("tools")), read_template_kwargs(row.get("chat_template_kwargs"))
-            rendered, content = self._template.render(messages, tools=tools, kwargs=kwargs), messages
+            tools = read_tools(row.get("tools"))
+            rendered, content = self._render(messages, tools, row), messages
             last = messages[-1] if messages[-1]["role"] == "assistant" else None
             remarks |= {
                 "continued": last is not None,
                 "without_calls": rendered.loses_calls,
                 "without_tools": tools is not None and not self._template.takes("tools"),
             }
-        _check_encodable(rendered.text)
-        prefix = self._prefix(rendered.text, last)
+        shown = rendered.text if self._tools is None else self._renderer.guard.show(rendered.text)
+        _check_encodable(shown)
+        prefix = self._prefix(shown, last)
         remarks["opened"] = bool(prefix)
         noted = tuple(remark for remark, is_so in remarks.items() if is_so)
         return _Draft(content=content, text=rendered.text, prefix=prefix, row=index, remarks=noted)
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, row: Mapping[str, Any]) -> Rendered:
+        """The text of a conversation; `tools`: those of its column."""
+        kwargs = read_template_kwargs(row.get("chat_template_kwargs"))
+        if self._tools is None:
+            return self._template.render(messages, tools=tools, kwargs=kwargs)
+        if tools is not None:
+            raise BadRowError(
+                "has a column `tools`, whose calls nobody would answer in a run with tools or an environment: remove it, or "
+                "rename it if it is for reward functions only"
+            )
+        return self._renderer.render(messages, self._tools(row), kwargs)
 
     def _with_system_prompt(self, prompt: str | list[Message]) -> list[Message] | None:
         """The conversation with the system prompt of the configuration; None: the prompt is a text and stays one."""

@@ -27,7 +27,7 @@ from ..common.model_files import check_model, resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig, with_options
 from ..config.data import check_set_names
-from .prompts import Prompt, PromptData, prepare_prompts
+from .prompts import Prompt, PromptData, ToolsOfRow, prepare_prompts
 from .row_checks import check_rows
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
 from .templates import template_text
@@ -45,6 +45,8 @@ class RunInputs:
     eval_prompts: PromptData | None
     vocab_size: int | None = None
     """Rows of the model's embedding; None: not known."""
+    tools: ToolsOfRow | None = None
+    """The schemas of the tools of a row; None: the run has none."""
 
     def counts(self) -> dict[str, Any]:
         """What became of the rows of the training data and of the evaluation data; see `PromptData.counts`."""
@@ -74,10 +76,14 @@ def load_run_inputs(
     config: GRPOConfig,
     train_dataset: DataSource | None = None,
     eval_dataset: EvalSource | None = None,
+    tools: ToolsOfRow | None = None,
 ) -> RunInputs:
     """Find the model, then read and tokenize the data sets, by default those of the configuration. Writes nothing.
 
     Of training data without a length, only as many rows are read as the steps of the run have prompts.
+
+    Args:
+        tools: the schemas of the tools of a row, which go into its prompt.
 
     Raises:
         ValueError, FileNotFoundError: missing or invalid data, no such model; the message says what to do.
@@ -98,7 +104,7 @@ def load_run_inputs(
     config = with_fitting_prompts(config, model_path)
 
     def prepare(rows: list[dict[str, Any]], eval_set: str | None = None) -> PromptData:
-        return _prepare(config, rows, tokenizer, vocab_size, eval_set)
+        return _prepare(config, rows, tokenizer, vocab_size, eval_set, tools)
 
     return RunInputs(
         model_path=model_path,
@@ -106,6 +112,7 @@ def load_run_inputs(
         train_prompts=prepare(train_rows),
         eval_prompts=_joined({name: prepare(rows, name) for name, rows in eval_rows.items()}) if eval_rows else None,
         vocab_size=vocab_size,
+        tools=tools,
     )
 
 
@@ -125,7 +132,8 @@ def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, inputs: RunI
         ValueError, FileNotFoundError: missing or invalid data.
     """
     sets = _load_eval(config, eval_dataset).items()
-    return _joined({name: _prepare(config, rows, inputs.tokenizer, inputs.vocab_size, name) for name, rows in sets})
+    tokenizer, vocab_size, tools = inputs.tokenizer, inputs.vocab_size, inputs.tools
+    return _joined({name: _prepare(config, rows, tokenizer, vocab_size, name, tools) for name, rows in sets})
 
 
 def with_template_text(config: GRPOConfig) -> GRPOConfig:
@@ -190,10 +198,13 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int | None,
     eval_set: str | None,
+    tools: ToolsOfRow | None,
 ) -> PromptData:
     longest = config.rollout.max_prompt_length
     with _errors_about(eval_set):
-        return prepare_prompts(rows, tokenizer, config.data, max_prompt_length=longest, vocab_size=vocab_size)
+        return prepare_prompts(
+            rows, tokenizer, config.data, max_prompt_length=longest, vocab_size=vocab_size, tools=tools
+        )
 
 
 def _rows_of_all_steps(config: GRPOConfig) -> int:

@@ -90,7 +90,12 @@ class ChatTemplate:
         return variable in str(self.tokenizer.chat_template)
 
     def render(
-        self, messages: Sequence[Message], *, tools: list[Any] | None = None, kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        is_complete: bool = False,
     ) -> Rendered:
         """A conversation, with the generation prompt added; if it ends with an assistant's message, that message is left open
         for the model to continue.
@@ -98,13 +103,14 @@ class ChatTemplate:
         Args:
             tools: schemas or functions that the model may call; None: those in the keyword arguments.
             kwargs: variables of the template for this row, which take precedence.
+            is_complete: nothing follows: no generation prompt, and an assistant's message at the end is not left open.
 
         Raises:
             BadRowError: the template refuses the conversation, or leaves out messages other than the assistant's; or the
                 conversation ends with a tool call.
             ValueError: the template has a syntax error.
         """
-        if messages[-1]["role"] == "assistant" and messages[-1].get("tool_calls"):
+        if messages[-1]["role"] == "assistant" and messages[-1].get("tool_calls") and not is_complete:
             raise BadRowError("ends with a tool call: add its result, a message of the role tool")
         options = {**self.kwargs, **(kwargs or {}), **({} if tools is None else {"tools": tools})}
         if taken := SET_HERE & options.keys():
@@ -113,13 +119,13 @@ class ChatTemplate:
         for form in self._forms(messages):
             shaped = [self._shaped(message, form) for message in messages]
             try:
-                text = self._apply(shaped, options)
+                text = self._apply(shaped, options, is_complete)
             except jinja2.TemplateSyntaxError as error:
                 raise ValueError(f"the chat template has a mistake in line {error.lineno}: {error.message}") from error
             except Exception as error:  # a template may raise anything
                 reason = reason or f"is refused by the chat template: {first_line(error)}"
                 continue
-            lost = self._lost_roles(shaped, form, options)
+            lost = self._lost_roles(shaped, form, options, is_complete)
             if not lost:
                 return Rendered(text)
             if lost == {CALLS}:
@@ -154,7 +160,7 @@ class ChatTemplate:
         elif self._content == "parts" or (is_parts and self._content == "both"):
             shaped["content"] = [{"type": "text", "text": text} for text in texts or [""]]
         if message.get("tool_calls"):
-            shaped["tool_calls"] = [_with_arguments(call, form.arguments) for call in message["tool_calls"]]
+            shaped["tool_calls"] = [with_arguments(call, form.arguments) for call in message["tool_calls"]]
         return shaped
 
     @cached_property
@@ -168,7 +174,9 @@ class ChatTemplate:
             return "both" if of_text == of_parts else "text"
         return "parts" if MARK in of_parts else "text"
 
-    def _lost_roles(self, shaped: Sequence[Message], form: Form, options: Mapping[str, Any]) -> set[str]:
+    def _lost_roles(
+        self, shaped: Sequence[Message], form: Form, options: Mapping[str, Any], is_complete: bool
+    ) -> set[str]:
         """The roles whose messages are not in the text, and `CALLS` if a tool call is not.
 
         An assistant's text may be missing: templates leave out its thoughts, or what it says besides a tool call.
@@ -177,7 +185,7 @@ class ChatTemplate:
         variables = {name: value for name, value in options.items() if name != "tools"}
         key = (form, kinds, "tools" in options, json.dumps(variables, default=str, sort_keys=True))
         if key not in self._losses:
-            text = self._try([_marked(message, place) for place, message in enumerate(shaped)], options)
+            text = self._try([_marked(message, place) for place, message in enumerate(shaped)], options, is_complete)
             self._losses[key] = {
                 role
                 for place, message in enumerate(shaped)
@@ -188,21 +196,21 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------------------------ rendering
 
-    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
-        is_open = messages[-1]["role"] == "assistant"
+    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any], is_complete: bool = False) -> str:
+        is_open = messages[-1]["role"] == "assistant" and not is_complete
         rendered: Any = self.tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
-            add_generation_prompt=not is_open,
+            add_generation_prompt=not (is_open or is_complete),
             continue_final_message=is_open,
             **options,
         )
         return rendered
 
-    def _try(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+    def _try(self, messages: Sequence[Message], options: Mapping[str, Any], is_complete: bool = False) -> str:
         """The text, or none if the template refuses the messages."""
         try:
-            return self._apply(messages, options)
+            return self._apply(messages, options, is_complete)
         except Exception:  # a template may raise anything
             return ""
 
@@ -215,7 +223,7 @@ class Form:
     arguments: Literal["mapping", "text"]
 
 
-def _with_arguments(call: Mapping[str, Any], form: Literal["mapping", "text"]) -> dict[str, Any]:
+def with_arguments(call: Mapping[str, Any], form: Literal["mapping", "text"]) -> dict[str, Any]:
     """A tool call with its arguments as a mapping or as JSON text; text that is no JSON object stays as it is."""
     is_nested = isinstance(call.get("function"), Mapping)
     function = call["function"] if is_nested else call

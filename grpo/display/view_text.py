@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ...rewards.texts import text_of
+from ...rewards.texts import content_text
 
 When = Literal["before", "during", "after"]
 """When an evaluation took place: before, during or after training."""
@@ -135,7 +135,7 @@ def summary_text(
 def one_line(text: Prompt) -> str:
     """`text`, or the last message of a conversation, on one line: line breaks as ⏎, control characters as ·."""
     if not isinstance(text, str):
-        text = text_of(text)
+        text = content_text(text[-1].get("content")) if text else ""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
     return "".join(character if character.isprintable() else "·" for character in text)
 

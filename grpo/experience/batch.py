@@ -22,6 +22,7 @@ from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
 from ..data.sampler import PromptSampler
+from ..episodes.groups import Episodes
 from .collect import Collected, collect
 from .step_metrics import completion_metrics, has_reward, reward_metrics
 from .user_functions import NO_FUNCTIONS, UserFunctions, filtered, user_advantages
@@ -53,6 +54,7 @@ def collect_batch(
     *,
     functions: UserFunctions,
     step: int,
+    episodes: Episodes | None = None,
     trainer_state: Mapping[str, Any] | None = None,
     world: World = SINGLE_PROCESS,
 ) -> Batch:
@@ -62,6 +64,7 @@ def collect_batch(
 
     Args:
         functions: those of `config`, loaded.
+        episodes: None: a completion is one answer.
         trainer_state: of the reward functions. None: only the step.
 
     Raises:
@@ -81,6 +84,7 @@ def collect_batch(
             scorer,
             prompts,
             config.rollout,
+            episodes=episodes,
             seeds=[request_seed(config.seed, step, number * wanted + index) for index in range(len(prompts))],
             trainer_state=trainer_state or {"global_step": step, "max_steps": config.optim.max_steps},
             world=world,

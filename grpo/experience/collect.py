@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...rewards.combining import Pending, Scores
-from ...rewards.contract import Inputs
+from ...rewards.combining import Scores
 from ...rewards.runner import Scorer
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
-from ...rollout.types import Completion
 from ..common.world import World
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from ..episodes.groups import Episodes, PlayedGroup
+from .sampling import sampled_groups
+from .scoring import PendingGroup, submit, with_same_functions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,25 +41,31 @@ def collect(
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
+    episodes: Episodes | None = None,
     seeds: Sequence[int] | None,
     trainer_state: Mapping[str, Any],
     use_adapter: bool = True,
     world: World,
 ) -> Collected:
-    """Sample and score completions of the prompts, of which each worker takes its shard; the groups of others as metadata."""
+    """Sample and score completions of the prompts, of which each worker takes its shard; the groups of others as metadata.
+
+    `episodes`: None: a completion is one answer.
+    """
     shard = world.shard(len(prompts))
     local = prompts[shard]
     started = time.perf_counter()
     reward_seconds = 0.0
-    waiting: dict[int, Pending] = {}
-    completions: dict[int, tuple[Completion, ...]] = {}
+    waiting: dict[int, PendingGroup] = {}
+    found: dict[int, PlayedGroup] = {}
     scores: dict[int, Scores] = {}
-    token_ids, seeds = [prompt.token_ids for prompt in local], None if seeds is None else seeds[shard]
+    seeds = None if seeds is None else seeds[shard]
+    groups = sampled_groups(engine, episodes, local, sampling, seeds=seeds, use_adapter=use_adapter)
     try:
-        for sampled in engine.rollout(token_ids, sampling, seeds=seeds, use_adapter=use_adapter):
+        for sampled in groups:
             scoring_started = time.perf_counter()
-            completions[sampled.index] = sampled.completions
-            waiting[sampled.index] = scorer.submit(_inputs(local[sampled.index], sampled.completions, trainer_state))
+            found[sampled.index] = sampled
+            waiting[sampled.index] = submit(scorer, sampled, trainer_state)
+            sampled.release()  # only functions in this process look at environments, and they have finished
             scores |= _take_finished(waiting)  # a failure that stops the run should do so now
             reward_seconds += time.perf_counter() - scoring_started
         sampled_all = time.perf_counter()
@@ -67,11 +74,12 @@ def collect(
     except BaseException:  # the rollout failed or was interrupted: no caller awaits these any more
         for pending in waiting.values():
             pending.cancel()
+        groups.close()
         raise
     seconds = time.perf_counter() - started
-    groups = [Group(prompt=local[i], completions=completions[i], scores=scores[i]) for i in sorted(completions)]
+    scored = [Group(prompt=found[i].prompt, completions=found[i].completions, scores=scores[i]) for i in sorted(found)]
     return Collected(
-        groups=_gathered(groups, prompts, world),
+        groups=with_same_functions(_gathered(scored, prompts, world)),
         rollout_seconds=seconds - reward_seconds,
         reward_seconds=reward_seconds,
     )
@@ -95,21 +103,7 @@ def _gathered(local: list[Group], prompts: Sequence[Prompt], world: World) -> li
     return [*remote[: shard.start], *local, *remote[shard.stop :]]
 
 
-def _take_finished(waiting: dict[int, Pending]) -> dict[int, Scores]:
+def _take_finished(waiting: dict[int, PendingGroup]) -> dict[int, Scores]:
     """Remove finished calls from `waiting`; returns its scores."""
     finished = [index for index, pending in waiting.items() if pending.is_finished()]
     return {index: waiting.pop(index).result() for index in finished}
-
-
-def _inputs(prompt: Prompt, completions: Sequence[Completion], trainer_state: Mapping[str, Any]) -> Inputs:
-    count = len(completions)
-    texts = [completion.text for completion in completions]
-    is_conversation = not isinstance(prompt.content, str)
-    return Inputs(
-        prompts=[prompt.content] * count,
-        completions=[[{"role": "assistant", "content": text}] for text in texts] if is_conversation else texts,
-        completion_ids=[list(completion.token_ids) for completion in completions],
-        columns={name: [value] * count for name, value in prompt.columns.items()},
-        completion_prefixes=[prompt.completion_prefix] * count,
-        trainer_state=trainer_state,
-    )

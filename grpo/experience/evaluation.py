@@ -20,8 +20,10 @@ from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from ..episodes.groups import Episodes
 from ..guards.evaluations import Rewards, mean_reward
 from .collect import collect
+from .episode_metrics import episode_metrics, void_failures
 from .step_metrics import completion_metrics, failures, scored_shares
 
 EVALUATION = -1
@@ -51,6 +53,11 @@ class Evaluation:
         return failures(self.groups)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether its rewards say something about the policy: no function failed, and no episode is void."""
+        return not self.failures and not void_failures(self.groups)
+
+    @property
     def scored_shares(self) -> dict[str, float]:
         """The share of the completions that each function with a weight scored, by its name."""
         return scored_shares(self.groups)
@@ -73,6 +80,7 @@ class Evaluation:
             "eval_runtime": self.seconds,
             "eval_samples_per_second": sum(len(group.completions) for group in self.groups) / self.seconds,
             **_spread(self.groups),
+            **{f"eval_{name}": value for name, value in episode_metrics(self.groups).items()},
         }
         for name in dict.fromkeys(group.prompt.eval_set for group in self.groups):
             if name is not None:
@@ -88,6 +96,7 @@ def evaluate(
     config: GRPOConfig,
     *,
     step: int,
+    episodes: Episodes | None = None,
     trainer_state: Mapping[str, Any] | None = None,
     use_adapter: bool = True,
     world: World = SINGLE_PROCESS,
@@ -103,8 +112,9 @@ def evaluate(
         scorer,
         prompts,
         config.rollout.greedy() if count is None else config.rollout.as_in_training(count),
+        episodes=episodes,
         # The same in every evaluation: what differs between two of them is the policy.
-        seeds=None if count is None else [request_seed(config.seed, EVALUATION, index) for index in range(len(prompts))],
+        seeds=[request_seed(config.seed, EVALUATION, index) for index in range(len(prompts))],
         trainer_state=trainer_state or {"global_step": step, "max_steps": config.optim.max_steps},
         use_adapter=use_adapter,
         world=world,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.groups import Group
+from .episode_metrics import episode_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,9 @@ def reward_metrics(groups: Sequence[Group], function_names: Sequence[str]) -> di
     A mean is NaN where there is no reward: that is not reward 0. `advantage_scale` is the spread in the groups that have one:
     the scale of advantages before anything divides them. `rewards/<name>/none_ratio` is the share of the completions to which a
     function with a weight gave no reward, and `reward_without_failures` the mean reward of those on which no function failed;
-    both exist only where there are such completions.
+    both exist only where there are such completions. Void episodes count in none of them.
     """
+    groups = [g.without_void() for g in groups]
     scored = [g for g in groups if has_reward(g)]
     metrics = {
         "reward": _mean(reward for g in groups for reward in g.scores.total),
@@ -43,7 +45,7 @@ def reward_metrics(groups: Sequence[Group], function_names: Sequence[str]) -> di
         "frac_reward_zero_std": _mean(float(not g.has_variance) for g in scored),
         "advantage_scale": _mean((g.reward_std for g in scored if g.has_variance), of_none=0.0 if scored else math.nan),
     }
-    for name in function_names:
+    for name in dict.fromkeys([*function_names, *groups[0].scores.by_function]):  # environments give rewards too
         values = [reward for g in groups for reward in g.scores.by_function[name] if reward is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0 if values else math.nan
@@ -66,14 +68,20 @@ def has_reward(group: Group) -> bool:
 
 
 def scored_shares(groups: Sequence[Group]) -> dict[str, float]:
-    """The share of the completions that each function scored itself, by its name; without functions of weight 0."""
-    shares = {}
+    """The share of the completions that each function scored itself, by its name; without functions of weight 0.
+
+    Void episodes, which no function sees, do not count.
+    """
+    shares: dict[str, float] = {}
+    groups = [g.without_void() for g in groups]
     for name, weight in zip(groups[0].scores.by_function, groups[0].scores.weights, strict=True):
         rewards = [reward for g in groups for reward in g.scores.by_function[name]]
         errors = [error for g in groups for error in g.scores.errors.get(name) or [None] * len(g.completions)]
         if weight != 0.0:
             pairs = zip(rewards, errors, strict=True)
-            shares[name] = sum(reward is not None and error is None for reward, error in pairs) / len(rewards)
+            scored = [reward is not None and error is None for reward, error in pairs]
+            if scored:
+                shares[name] = sum(scored) / len(scored)
     return shares
 
 
@@ -90,19 +98,20 @@ def failures(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def completion_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Lengths in tokens and the share of truncated completions."""
-    completions = [completion for group in groups for completion in group.completions]
+    """Lengths in sampled tokens and the share of truncated completions, without void episodes; those of episodes."""
+    completions = [completion for group in groups for completion in group.completions if not completion.is_void]
     lengths = [completion.num_tokens for completion in completions]
-    terminated = [completion.num_tokens for completion in completions if completion.finish_reason == "stop"]
+    terminated = [completion.num_tokens for completion in completions if completion.finish_reason in ("stop", "done")]
     of_terminated = terminated or [0]  # TRL's value if there is none
     return {
         "completions/mean_length": _mean(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
+        "completions/min_length": float(min(lengths, default=math.nan)),
+        "completions/max_length": float(max(lengths, default=math.nan)),
         "completions/mean_terminated_length": _mean(of_terminated),
         "completions/min_terminated_length": float(min(of_terminated)),
         "completions/max_terminated_length": float(max(of_terminated)),
-        "completions/clipped_ratio": 1.0 - len(terminated) / len(completions),
+        "completions/clipped_ratio": 1.0 - len(terminated) / len(completions) if completions else math.nan,
+        **episode_metrics(groups),
     }
 
 

@@ -3,10 +3,11 @@
     packs = pack(groups, tokens_per_pack=4096)                 # shared prompts, see kernels/shared_prompt_attention.py
     packs = pad(groups, tokens_per_pack=4096, pad_token_id=0)  # one row per completion, for models that cannot share prompts
 
-Both layouts hold the same targets, so everything after the forward pass is the same. A completion's last token is a target but
-never an input: nothing is predicted from it.
+Both layouts hold the same targets, so everything after the forward pass is the same. Only sampled tokens are targets. Tokens
+that were given to an episode (results of tools, a user's turn) are inputs like those of the prompt, so nothing after the forward
+pass has to know of them. A completion's inputs end before its last sampled token: nothing is predicted from what follows.
 
-Legend: L tokens of a pack, N targets (all completion tokens of the pack), S completions (sequences) of the pack.
+Legend: L tokens of a pack, N targets (all sampled tokens of the pack), S completions (sequences) of the pack.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Pack:
         targets_N: token ids to predict.
         advantages_N, sampler_logprobs_N: float32, for each target.
         sequence_N: which completion of the pack each target belongs to.
-        lengths_S: the completions' lengths in tokens.
+        lengths_S: how many tokens of each completion were sampled.
         origins: origin of each of the S completions: (index of its group, index in the group).
     """
 
@@ -77,7 +78,7 @@ def pad(
 def by_completion(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Split per-target values of each pack [N] into one tensor for each completion, in the order of the groups.
 
-    Completions without tokens are left out, as in `pack` and `pad`.
+    Completions without targets are left out, as in `pack` and `pad`.
     """
     pieces = {
         origin: piece
@@ -106,17 +107,23 @@ class _Part:
     @property
     def size(self) -> int:
         """Tokens that go through the model."""
-        return len(self.prompt) + sum(len(_inputs(c)) for c in self.completions)
+        return len(self.prompt) + sum(len(row_inputs(c)) for c in self.completions)
 
 
-def _inputs(completion: Completion) -> Sequence[int]:
-    return completion.token_ids[:-1]
+def row_inputs(completion: Completion) -> Sequence[int]:
+    """The tokens of a completion that go through the model: all before its last sampled token."""
+    return completion.token_ids[: completion.spans[-1][1] - 1]
+
+
+def has_targets(completion: Completion) -> bool:
+    """Whether there is something to train on: not if it was aborted immediately, nor if it is void."""
+    return bool(completion.logprobs) and not completion.is_void
 
 
 def _parts(groups: Iterable[Group]) -> Iterator[_Part]:
-    """One part for each group. Completions without tokens (aborted immediately) are left out."""
+    """One part for each group. Completions without targets are left out."""
     for place, group in enumerate(groups):
-        picks = tuple(i for i, completion in enumerate(group.completions) if completion.token_ids)
+        picks = tuple(i for i, completion in enumerate(group.completions) if has_targets(completion))
         if picks:
             yield _Part(place, group, picks)
 
@@ -126,7 +133,7 @@ def _split(part: _Part, budget: int) -> Iterator[_Part]:
     picks: tuple[int, ...] = ()
     size = len(part.prompt)
     for pick in part.picks:
-        added = len(_inputs(part.group.completions[pick]))
+        added = len(row_inputs(part.group.completions[pick]))
         if picks and size + added > budget:
             yield _Part(part.place, part.group, picks)
             picks, size = (), len(part.prompt)
@@ -170,11 +177,11 @@ def _shared_pack(parts: list[_Part], device: str) -> Pack:
         last_of_prompt = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
-        shapes.append((len(prompt), [len(_inputs(c)) for c in completions]))
+        shapes.append((len(prompt), [len(row_inputs(c)) for c in completions]))
         for completion in completions:
-            inputs = _inputs(completion)
+            inputs = row_inputs(completion)
             # The first token is predicted from the prompt's last one, each later token from the one before it.
-            source += [last_of_prompt, *range(len(ids), len(ids) + len(inputs))]
+            source += [len(ids) + i - 1 if i else last_of_prompt for i in completion.sampled]
             ids += inputs
             positions += range(len(prompt), len(prompt) + len(inputs))
     return _make_pack(
@@ -189,12 +196,13 @@ def _shared_pack(parts: list[_Part], device: str) -> Pack:
 
 
 def _padded_pack(parts: list[_Part], pad_token_id: int, device: str) -> Pack:
-    rows = [[*part.prompt, *_inputs(completion)] for part in parts for completion in part.completions]
-    assert len(rows) == len(parts), "one completion in each part"
+    pairs = [(part.prompt, completion) for part in parts for completion in part.completions]
+    assert len(pairs) == len(parts), "one completion in each part"
+    rows = [[*prompt, *row_inputs(completion)] for prompt, completion in pairs]
     width = max(map(len, rows))
     source: list[int] = []
-    for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
-        source += range(index * width + len(part.prompt) - 1, index * width + len(row))
+    for index, (prompt, completion) in enumerate(pairs):
+        source += [index * width + len(prompt) + i - 1 for i in completion.sampled]
     padding = [width - len(row) for row in rows]
     return _make_pack(
         parts,
@@ -222,9 +230,9 @@ def _make_pack(
     """The pack with its targets, the same for both layouts."""
     completions = [completion for part in parts for completion in part.completions]
     advantages_S = torch.tensor([part.group.advantages[i] for part in parts for i in part.picks], dtype=torch.float32)
-    lengths_S = torch.tensor([len(c.token_ids) for c in completions])
+    lengths_S = torch.tensor([len(c.logprobs) for c in completions])
     sequence_N = torch.arange(len(completions)).repeat_interleave(lengths_S)
-    targets_N = torch.tensor([token for c in completions for token in c.token_ids])
+    targets_N = torch.tensor([c.token_ids[i] for c in completions for i in c.sampled])
     assert len(source) == len(targets_N), "one hidden state for each target"
     return Pack(
         input_ids=input_ids,

@@ -33,18 +33,13 @@ def resolve_arguments(
     optimizers: tuple[object, object] | None = None,
     quantization_config: QuantizationConfigMixin | None = None,
     peft_config: PeftConfig | None = None,
-    tools: object = None,
-    rollout_func: object = None,
-    environment_factory: object = None,
 ) -> tuple[GRPOConfig, list[RewardSpec] | None]:
     """The configuration with these arguments, and the reward functions; None for those of the configuration.
 
     Raises:
         TypeError, ValueError: an argument is not supported, or contradicts another one; the message says what to do.
     """
-    check_unsupported(
-        optimizers=optimizers, tools=tools, rollout_func=rollout_func, environment_factory=environment_factory
-    )
+    check_unsupported(optimizers)
     functions = reward_functions(reward_funcs, reward_processing_classes)
     given = from_objects(
         config,

@@ -15,6 +15,7 @@ from ..config.trl.batch import effective_step
 from ..data.groups import Group
 from ..data.prompts import REMARKS, PromptData
 from ..data.run_inputs import RunInputs
+from ..experience.episode_metrics import void_failures
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import failures, has_reward, scored_shares
 from ..model.start import describe_start
@@ -68,11 +69,13 @@ def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
     for name, reasons in failures(groups).items():
         yield f"step {step + 1}: reward function {name!r} failed on {len(reasons)} completions: {reasons[0]}"
     unscored = sum(
-        reward is None and not any(errors[row] for errors in group.scores.errors.values())
+        reward is None
+        and not group.completions[row].is_void
+        and not any(errors[row] for errors in group.scores.errors.values())
         for group in groups
         for row, reward in enumerate(group.scores.total)
     )
-    names = ", ".join(groups[0].scores.by_function)
+    names = ", ".join(groups[0].scores.by_function) or "none"
     if not any(has_reward(group) for group in groups):
         yield (
             f"step {step + 1}: no completion has a reward (functions: {names}): nothing is learned, and the step says nothing "
@@ -86,8 +89,8 @@ def step_notes(step: int, groups: Sequence[Group]) -> Iterator[str]:
 
 
 class SamplingNotes:
-    """What a user should know about the completions as soon as it shows, and once in a run: that all of them are cut off, and
-    that their texts lack special tokens.
+    """What a user should know about the completions as soon as it shows, and once in a run: that all of them are cut off, that
+    their texts lack special tokens, and why episodes are void.
 
         notes = SamplingNotes(config, tokenizer)
         for note in notes.about("step 1", groups): ...
@@ -99,19 +102,37 @@ class SamplingNotes:
         skips = config.rollout.skip_special_tokens
         self._skipped = {id: text for text, id in special_tokens(tokenizer).items() if id not in ends} if skips else {}
         self._has_noted_cut_off = False
+        self._num_void = 0
 
     def about(self, what: str, groups: Sequence[Group]) -> Iterator[str]:
         """Notes about these groups' completions. `what`: where they come from."""
-        completions = [completion for group in groups for completion in group.completions]
-        if not self._has_noted_cut_off and completions and all(c.finish_reason == "length" for c in completions):
+        yield from self._about_void_episodes(what, groups)
+        completions = [completion for group in groups for completion in group.without_void().completions]
+        if not self._has_noted_cut_off and completions and all(c.is_truncated for c in completions):
             self._has_noted_cut_off = True
-            yield f"{what}: all {len(completions)} completions were cut off at {self._limit()}"
+            yield f"{what}: all {len(completions)} completions were cut off at {self._limit(completions)}"
         if self._skipped:
             yield from self._about_special_tokens(what, completions)
 
-    def _limit(self) -> str:
-        """The length limit, and what can be done about it."""
+    def _about_void_episodes(self, what: str, groups: Sequence[Group]) -> Iterator[str]:
+        """The traceback of the first one in the run; of later steps only the number."""
+        failures = void_failures(groups)
+        if not failures:
+            return
+        is_first = self._num_void == 0
+        self._num_void += len(failures)
+        count = sum(completion.episode is not None for group in groups for completion in group.completions)
+        text = f"{what}: {len(failures)} of {count} episodes are void, since their environment failed"
+        yield f"{text}: {failures[0]}" if is_first else f"{text} ({self._num_void} so far)"
+
+    def _limit(self, completions: Sequence[Completion]) -> str:
+        """The limit that most completions reached, and what can be done about it."""
         rollout = self._config.rollout
+        if 2 * sum(completion.finish_reason == "turns" for completion in completions) > len(completions):
+            return (
+                f"rollout.max_tool_calling_iterations, which is {rollout.max_tool_calling_iterations}: reward functions see "
+                "unfinished episodes; increase it, or ask for fewer calls"
+            )
         limit = rollout.max_completion_length
         text = f"rollout.max_completion_length, which is {limit}: reward functions see unfinished answers"
         if self._config.algorithm.mask_truncated_completions:
@@ -122,8 +143,11 @@ class SamplingNotes:
         return f"{text}; increase it, ask for shorter answers, or {stop}"
 
     def _about_special_tokens(self, what: str, completions: Sequence[Completion]) -> Iterator[str]:
-        """A note if any special token but end and padding was sampled. The token that ended a completion belongs to no text."""
-        local = [c for c in completions if c.token_ids]
+        """A note if any special token but end and padding was sampled. The token that ended a completion belongs to no text.
+
+        Not about episodes: the calls and messages in them are read from the tokens.
+        """
+        local = [c for c in completions if c.token_ids and c.episode is None]
         bodies = [c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids for c in local]
         found = [ids for body in bodies if (ids := self._skipped.keys() & set(body))]
         if found:

@@ -80,7 +80,7 @@ class RunOutput(RecordsUserLogs):
     ) -> None:
         """Record and show an evaluation."""
         metrics = evaluation.metrics()
-        self.recorder.evaluation(state.global_step, metrics, when=when, is_complete=not evaluation.failures)
+        self.recorder.evaluation(state.global_step, metrics, when=when, is_complete=evaluation.is_complete)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
         for note in self._sampling_notes.about("evaluation", evaluation.groups):

@@ -25,7 +25,7 @@ from ..config import GRPOConfig
 from ..data.groups import Group
 from ..guards.decision import Decision
 from ..guards.guards import Guards
-from ..model.packing import Pack, pack, pad
+from ..model.packing import Pack, has_targets, pack, pad, row_inputs
 from ..model.policy import Policy
 from .objective import Objective, StepConstants
 from .optimizer import make_optimizer, set_learning_rate
@@ -132,7 +132,11 @@ class Learner:
         return Update(metrics={**gradients.metrics(), **update.metrics}, notes=update.notes)
 
     def backward(self, groups: Sequence[Group]) -> StepGradients:
-        """Forward and backward over the groups: the step's clipped gradients. Changes neither weights nor optimizer state."""
+        """Forward and backward over the groups: the step's clipped gradients. Changes neither weights nor optimizer state.
+
+        Void episodes are in no mean: a group without them is what is trained on.
+        """
+        groups = [group.without_void() for group in groups]
         trained = self._trained(groups)
         if not any(completion.num_tokens for group in trained for completion in group.completions):
             return StepGradients()
@@ -336,7 +340,7 @@ def _lacks_rewards(group: Group) -> bool:
 
 def without_truncated(group: Group) -> Group:
     """The group without its truncated completions."""
-    return group.select([i for i, one in enumerate(group.completions) if one.finish_reason != "length"])
+    return group.select([i for i, one in enumerate(group.completions) if not one.is_truncated])
 
 
 def _num_tokens(groups: Sequence[Group]) -> int:
@@ -345,13 +349,13 @@ def _num_tokens(groups: Sequence[Group]) -> int:
 
 def _packing_counts(packs: Sequence[Pack], groups: Sequence[Group]) -> dict[str, int]:
     """Packs and tokens of this worker, and the tokens of one prompt for each completion."""
-    lengths = [(len(g.prompt.token_ids), len(c.token_ids)) for g in groups for c in g.completions if c.token_ids]
+    rows = [(len(g.prompt.token_ids), len(row_inputs(c)) + 1) for g in groups for c in g.completions if has_targets(c)]
     return {
         "packs": len(packs),
         "computed": sum(one.num_input_tokens for one in packs),
         "padding": sum(one.num_padding_tokens for one in packs),
-        "completion": sum(length for _, length in lengths),
-        "plain": sum(map(sum, lengths)),
+        "completion": sum(len(one.targets_N) for one in packs),
+        "plain": sum(map(sum, rows)),
     }
 
 

@@ -23,6 +23,7 @@ TRAINER = {
     "train": "(self, resume_from_checkpoint=None, *, allow_changes=False, engine=None)",
     "evaluate": "(self, eval_dataset=None, *, adapter=None)",
     "generate": "(self, prompts, *, temperature=None, max_completion_length=None, seed=None)",
+    "generate_rollout_completions": "(self, prompts, *, temperature=None, max_completion_length=None, seed=None)",
     "save_model": "(self, output_dir=None)",
     "push_to_hub": "(self, commit_message='End of training', *, repo_id=None, private=None, token=None)",
     "log": "(self, logs)",

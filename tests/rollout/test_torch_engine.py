@@ -19,7 +19,8 @@ from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.model.prove import trainer_logprobs
 from rankup.rollout.config import SamplingConfig
-from rankup.rollout.torch_engine import TorchEngine, check_cache, eos_token_ids, sample_inverse_cdf, warpers
+from rankup.rollout.torch_engine import TorchEngine, check_cache, eos_token_ids
+from rankup.rollout.torch_requests import sample_inverse_cdf, warpers
 from rankup.rollout.types import PromptGroup
 
 PROMPTS = [[5, 9, 14, 3], [7, 21, 40], [11, 12, 13, 14, 15]]

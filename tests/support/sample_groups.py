@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,7 @@ from tiny_models import SPECIAL_TOKENS, VOCABULARY
 
 from rankup.grpo.data.groups import Group
 from rankup.grpo.data.prompts import Prompt
-from rankup.rollout.types import Completion
+from rankup.rollout.types import Completion, Episode
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +71,34 @@ def random_groups(
     ]
 
 
+def with_given(groups: Sequence[Group], *, seed: int = 0) -> list[Group]:
+    """The groups with random ranges of each completion given, which have no log-probabilities: none, some or all of it."""
+    draw = random.Random(seed)
+
+    def of_episode(completion: Completion) -> Completion:
+        share = draw.choice([0.0, 0.3, 0.5, 1.0])
+        is_given = [draw.random() < share for _ in completion.token_ids]
+        edges = [i for i, (a, b) in enumerate(itertools.pairwise([False, *is_given, False])) if a != b]
+        logprobs = [logprob for logprob, given in zip(completion.logprobs, is_given, strict=True) if not given]
+        return dataclasses.replace(
+            completion, given=tuple(zip(edges[::2], edges[1::2], strict=True)), logprobs=tuple(logprobs)
+        )
+
+    return [dataclasses.replace(group, completions=tuple(map(of_episode, group.completions))) for group in groups]
+
+
+def void(completion: Completion, reason: str = "RuntimeError: the server is gone") -> Completion:
+    """The completion, if it were an episode whose environment failed."""
+    return dataclasses.replace(completion, episode=Episode(messages=(), turns=1, failure=reason), finish_reason="failed")
+
+
 def with_logprobs(groups: Sequence[Group], logprobs: Sequence[torch.Tensor]) -> list[Group]:
-    """The groups with other sampler's log-probabilities: one tensor a completion that is not empty, in order."""
+    """The groups with other sampler's log-probabilities: one tensor a completion with sampled tokens, in order."""
     remaining = iter(logprobs)
 
     def with_others(completion: Completion) -> Completion:
-        others = tuple(next(remaining).tolist()) if completion.token_ids else ()
-        assert len(others) == len(completion.token_ids)
+        others = tuple(next(remaining).tolist()) if completion.logprobs else ()
+        assert len(others) == len(completion.logprobs)
         return dataclasses.replace(completion, logprobs=others)
 
     return [

@@ -73,6 +73,14 @@ class Arguments(TypedDict, total=False):
     gpu_memory_utilization: float
     kv_cache_gib: float
     enforce_eager: bool | None
+    tools: list[str]
+    environment: str | dict[str, str] | None
+    max_tool_calling_iterations: int | None
+    max_turn_length: int | None
+    tool_timeout: float
+    tool_workers: int
+    tool_parser: str | None
+    on_malformed_call: Literal["answer", "end"]
     lora_path: Literal["auto", "dense", "punica"]
     loss_type: str | Callable[..., Any]
     advantage_estimator: str | Callable[..., Any] | None
@@ -338,7 +346,6 @@ class Arguments(TypedDict, total=False):
     entropy_coef_max: float
     entropy_coef_delta: float
     entropy_target: float
-    max_tool_calling_iterations: int | None
     vllm_importance_sampling_correction: bool
     vllm_importance_sampling_mode: Literal[
         "none",

@@ -94,7 +94,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "entropy_coef_max": moot("float", 1.0, ADAPTIVE),
     "entropy_coef_delta": moot("float", 0.005, ADAPTIVE),
     "entropy_target": moot("float", 0.2, ADAPTIVE),
-    "max_tool_calling_iterations": refused("int | None", None, "leave it out: a completion is one answer to one prompt"),
+    "max_tool_calling_iterations": mapped("rollout.max_tool_calling_iterations", "int | None", None),
     "vllm_importance_sampling_correction": mapped(
         "correction.vllm_importance_sampling_correction", "bool", True, "a switch in addition to the mode"
     ),

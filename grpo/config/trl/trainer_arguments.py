@@ -7,8 +7,6 @@ A test holds it complete against the installed TRL.
 
 from __future__ import annotations
 
-ONE_ANSWER = "not supported: a completion is one answer to one prompt"
-
 TRAINER_ARGUMENTS: dict[str, str] = {
     "model": "a name, folder or Hub id; a `transformers.PreTrainedModel`; a `peft.PeftModel`, to train its adapter on",
     "reward_funcs": "functions, `file.py:name`, names of rewards, Hub ids or objects of sequence classifiers with one label",
@@ -21,7 +19,7 @@ TRAINER_ARGUMENTS: dict[str, str] = {
     "optimizers": "only `(None, None)`: set `optim`, `learning_rate` and `lr_scheduler_type`",
     "quantization_config": "a `transformers.BitsAndBytesConfig` of 4 bits in NF4: `model.load_in=nf4`",
     "peft_config": "a `peft.LoraConfig`, see below; None: `lora`, a LoRA of rank 64 on all linear layers by default",
-    "tools": ONE_ANSWER,
-    "rollout_func": ONE_ANSWER,
-    "environment_factory": ONE_ANSWER,
+    "tools": "functions that the model may call, see [episodes.md](episodes.md)",
+    "rollout_func": "a function that samples itself, see [episodes.md](episodes.md)",
+    "environment_factory": "a class, or classes by name, see [episodes.md](episodes.md)",
 }

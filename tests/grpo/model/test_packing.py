@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_groups import make_group, random_groups
+from sample_groups import make_group, random_groups, void, with_given
 
 from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import Pack, by_completion, pack, pad
@@ -22,6 +23,15 @@ SHAPES = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(0, 12), min_size=1, max_size=5)), min_size=0, max_size=5
 )
 
+GROUPS = st.builds(
+    lambda shapes, are_episodes, seed: with_given(random_groups(shapes, seed=seed), seed=seed)
+    if are_episodes
+    else random_groups(shapes, seed=seed),
+    SHAPES,
+    st.booleans(),
+    st.integers(0, 20),
+)
+
 Target = tuple[tuple[int, ...], int, float, float]  # what it follows, the token, advantage, sampler's log-probability
 
 
@@ -31,8 +41,11 @@ def expected_targets(groups: list[Group], origins: Iterable[tuple[int, int]]) ->
     for place, number in origins:
         weighted = groups[place]
         completion, advantage = weighted.completions[number], weighted.advantages[number]
-        for i, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
-            targets.append((weighted.prompt.token_ids + completion.token_ids[:i], token, advantage, logprob))
+        logprobs = iter(completion.logprobs)
+        for i, token in enumerate(completion.token_ids):
+            if not any(start <= i < end for start, end in completion.given):
+                targets.append((weighted.prompt.token_ids + completion.token_ids[:i], token, advantage, next(logprobs)))
+        assert not list(logprobs)
     return targets
 
 
@@ -90,16 +103,15 @@ def check_sequences(packs: list[Pack], groups: list[Group]) -> None:
     for one in packs:
         assert torch.equal(one.sequence_N.bincount(), one.lengths_S)
         assert torch.equal(one.sequence_N, one.sequence_N.sort().values)
-        lengths = [len(groups[place].completions[number].token_ids) for place, number in one.origins]
+        lengths = [len(groups[place].completions[number].logprobs) for place, number in one.origins]
         assert one.lengths_S.tolist() == lengths
-    wanted = [(i, j) for i, w in enumerate(groups) for j, c in enumerate(w.completions) if c.token_ids]
+    wanted = [(i, j) for i, w in enumerate(groups) for j, c in enumerate(w.completions) if c.logprobs]
     assert sorted(origin for one in packs for origin in one.origins) == wanted
 
 
 @settings(deadline=None)
-@given(shapes=SHAPES, budget=st.integers(1, 60), seed=st.integers(0, 5))
-def test_shared_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: int) -> None:
-    groups = random_groups(shapes, seed=seed)
+@given(groups=GROUPS, budget=st.integers(1, 60))
+def test_shared_layout(groups: list[Group], budget: int) -> None:
     packs = pack(groups, tokens_per_pack=budget)
     check_sequences(packs, groups)
     for one in packs:
@@ -111,9 +123,8 @@ def test_shared_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: i
 
 
 @settings(deadline=None)
-@given(shapes=SHAPES, budget=st.integers(1, 60), seed=st.integers(0, 5))
-def test_plain_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: int) -> None:
-    groups = random_groups(shapes, seed=seed)
+@given(groups=GROUPS, budget=st.integers(1, 60))
+def test_plain_layout(groups: list[Group], budget: int) -> None:
     packs = pad(groups, tokens_per_pack=budget, pad_token_id=PAD_TOKEN_ID)
     check_sequences(packs, groups)
     for one in packs:
@@ -125,9 +136,8 @@ def test_plain_layout(shapes: list[tuple[int, list[int]]], budget: int, seed: in
 
 
 @settings(deadline=None)
-@given(shapes=SHAPES)
-def test_both_layouts_hold_the_same_targets(shapes: list[tuple[int, list[int]]]) -> None:
-    groups = random_groups(shapes)
+@given(groups=GROUPS)
+def test_both_layouts_hold_the_same_targets(groups: list[Group]) -> None:
     shared = pack(groups, tokens_per_pack=10**6)
     plain = pad(groups, tokens_per_pack=10**6, pad_token_id=PAD_TOKEN_ID)
     assert len(shared) == len(plain) <= 1
@@ -137,19 +147,17 @@ def test_both_layouts_hold_the_same_targets(shapes: list[tuple[int, list[int]]])
 
 
 @settings(deadline=None)
-@given(shapes=SHAPES, budget=st.integers(1, 60))
-def test_by_completion_restores_the_order(shapes: list[tuple[int, list[int]]], budget: int) -> None:
-    groups = random_groups(shapes)
-    expected = [list(c.token_ids) for weighted in groups for c in weighted.completions if c.token_ids]
+@given(groups=GROUPS, budget=st.integers(1, 60))
+def test_by_completion_restores_the_order(groups: list[Group], budget: int) -> None:
+    expected = [[c.token_ids[i] for i in c.sampled] for group in groups for c in group.completions if c.logprobs]
     packs = pack(groups, tokens_per_pack=budget)
     assert [t.tolist() for t in by_completion(packs, [one.targets_N for one in packs])] == expected
 
 
 @settings(deadline=None)
-@given(shapes=SHAPES, budget=st.integers(1, 60))
-def test_little_is_wasted(shapes: list[tuple[int, list[int]]], budget: int) -> None:
+@given(groups=GROUPS, budget=st.integers(1, 60))
+def test_little_is_wasted(groups: list[Group], budget: int) -> None:
     """Two packs that would fit into one are never left apart, and no row is packed with more rows than necessary."""
-    groups = random_groups(shapes)
     sizes = [one.num_input_tokens for one in pack(groups, tokens_per_pack=budget)]
     assert all(a + b > budget for a, b in itertools.combinations(sizes, 2))
     padded = pad(groups, tokens_per_pack=budget, pad_token_id=PAD_TOKEN_ID)
@@ -191,6 +199,51 @@ def test_one_token_completions_are_predicted_from_the_prompt_alone() -> None:
 def test_nothing_to_learn_from_is_no_pack(groups: list[Group]) -> None:
     assert pack(groups, tokens_per_pack=10) == []
     assert pad(groups, tokens_per_pack=10, pad_token_id=PAD_TOKEN_ID) == []
+
+
+def episode(group: Group, given: tuple[tuple[int, int], ...]) -> Group:
+    """The group with these ranges given in its only completion."""
+    (completion,) = group.completions
+    logprobs = (-1.0,) * (len(completion.token_ids) - sum(end - start for start, end in given))
+    return dataclasses.replace(group, completions=(dataclasses.replace(completion, given=given, logprobs=logprobs),))
+
+
+def test_given_tokens_are_inputs_and_the_row_ends_with_its_last_sampled_token() -> None:
+    group = episode(make_group([5, 6], [[10, 11, 12, 13, 14, 15]]), ((0, 1), (2, 3), (4, 6)))
+    (shared,) = pack([group], tokens_per_pack=100)
+    (plain,) = pad([group], tokens_per_pack=100, pad_token_id=PAD_TOKEN_ID)
+    for one in (shared, plain):
+        assert one.input_ids.tolist() == [[5, 6, 10, 11, 12]], "13 is predicted from 12; 14 and 15 predict nothing"
+        assert (one.source_N.tolist(), one.targets_N.tolist()) == ([2, 4], [11, 13])
+        assert (one.sequence_N.tolist(), one.lengths_S.tolist()) == ([0, 0], [2])
+
+
+def test_check_6_everything_is_trained_beyond_several_end_tokens_in_the_middle() -> None:
+    end = 2
+    group = episode(make_group([5], [[8, end, 10, 11, 9, end, 10, 7, end]]), ((2, 4), (6, 7)))
+    for (one,) in (pack([group], tokens_per_pack=100), pad([group], tokens_per_pack=100, pad_token_id=end)):
+        assert one.targets_N.tolist() == [8, end, 9, end, 7, end]
+        assert one.input_ids.tolist() == [[5, 8, end, 10, 11, 9, end, 10, 7]]
+
+
+def test_a_budget_counts_given_tokens() -> None:
+    group = make_group([5, 6], [[9] * 11, [9] * 11])
+    given = tuple(dataclasses.replace(c, given=((1, 10),), logprobs=(-1.0, -1.0)) for c in group.completions)
+    episodes = dataclasses.replace(group, completions=given)
+    assert [one.num_input_tokens for one in pack([episodes], tokens_per_pack=22)] == [22]
+    assert [one.num_input_tokens for one in pack([episodes], tokens_per_pack=21)] == [12, 12]
+
+
+def test_a_void_episode_and_one_without_sampled_tokens_are_left_out() -> None:
+    group = make_group([5, 6], [[7, 8], [9, 10], [11, 12]], advantages=[1.0, 2.0, 3.0])
+    first, second, third = group.completions
+    nothing_sampled = dataclasses.replace(second, given=((0, 2),), logprobs=())
+    group = dataclasses.replace(group, completions=(void(first), nothing_sampled, third))
+    for (one,) in (pack([group], tokens_per_pack=100), pad([group], tokens_per_pack=100, pad_token_id=PAD_TOKEN_ID)):
+        assert one.targets_N.tolist() == [11, 12] and one.origins == ((0, 2),)
+        assert one.advantages_N.tolist() == [3.0, 3.0]
+    only_void = dataclasses.replace(group, completions=(void(first), void(second), void(third)))
+    assert pack([only_void], tokens_per_pack=100) == []
 
 
 def test_dtypes_and_device() -> None:

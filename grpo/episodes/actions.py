@@ -1,0 +1,79 @@
+"""What completions of a run can do: tools to call, and environments to act in.
+
+    actions = Actions.load(config, tools=[add], environments=Guess)         # None if the run has neither
+    actions.schemas(row)                                                     # of the tools in a row's prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import GRPOConfig
+from .calls import Caller
+from .environments import EnvironmentFactories, Environments, code_of_episodes, load_environments
+from .tools import Tool, ToolSpec, load_tools, make_tools
+
+Schema = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actions:
+    """What completions of a run can do: tools to call, and environments to act in."""
+
+    tools: Sequence[Tool]
+    environments: Environments | None
+    caller: Caller
+    code: Mapping[str, str]
+    """Hashes of the users' files that they come from."""
+
+    @classmethod
+    def load(
+        cls,
+        config: GRPOConfig,
+        *,
+        tools: Sequence[ToolSpec] | None = None,
+        environments: EnvironmentFactories | None = None,
+    ) -> Actions | None:
+        """Those of a user; None: those of the configuration. None if there are neither.
+
+        Raises:
+            ValueError, FileNotFoundError: a tool without type hints or docstring, an environment without `reset`, no such file.
+        """
+        rollout = config.rollout
+        found = make_tools(tools) if tools else load_tools(rollout.tools)
+        factories = environments or load_environments(rollout.environment)
+        if not found and factories is None:
+            return None
+        caller = Caller(rollout.tool_timeout, rollout.tool_workers)
+        worlds = None if factories is None else Environments(factories, caller)
+        code = code_of_episodes(tools or rollout.tools, environments or rollout.environment)
+        return cls(tools=found, environments=worlds, caller=caller, code=code)
+
+    def schemas(self, row: Mapping[str, Any]) -> list[Schema]:
+        """The tools of a row's prompt.
+
+        Raises:
+            ValueError: its column `environment` names none.
+        """
+        worlds = self.environments
+        of_world = [] if worlds is None else worlds.tools(worlds.name_of(row))
+        return [tool.schema for tool in [*self.tools, *of_world]]
+
+    def all_schemas(self) -> list[Schema]:
+        """Those of all tools that are known before an episode begins."""
+        worlds = self.environments
+        names = () if worlds is None else worlds.names or (None,)
+        of_worlds = [tool for name in names if worlds is not None for tool in worlds.tools(name)]
+        return list({str(tool.schema): tool.schema for tool in [*self.tools, *of_worlds]}.values())
+
+    @property
+    def rewards(self) -> bool:
+        """Whether an environment gives rewards."""
+        return self.environments is not None and bool(self.environments.reward_names)
+
+    @property
+    def responds(self) -> bool:
+        """Whether an environment answers turns without a call."""
+        return self.environments is not None and self.environments.responds

@@ -1,0 +1,277 @@
+"""How a model's chat template writes a dialogue with tools: its calls, their results, other turns, and the ids between turns.
+
+    dialect = Dialect(tokenizer, config.data, schemas=schemas, responds=False, tool_parser=None)
+    reply = dialect.parse(turn.token_ids, before=held)                    # reply.message, reply.calls
+    if turn.token_ids[-1] == dialect.closing_id(reply):
+        held += [*turn.token_ids, *dialect.bridge(reply, reply.results(["5"]))]
+
+What the model sampled is never decoded and encoded again: a turn's ids are followed by the bridge's. Everything that a run needs
+of a template is proven when the dialect is made; a template that cannot do it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import DataConfig
+from ..data.hermes import FIRST_ID, Schema
+from ..data.messages import BadRowError, Message
+from .bridges import ANOTHER, Bridges, Called, called_message, result_message
+from .parsers import BUILT_IN, FoundCall, Parsed, Parser, parser_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNNAMED = "unknown"
+"""The name of a call that has none, in messages."""
+
+_TAIL = 512
+"""Tokens before a turn among which the header of the assistant's message is looked for."""
+
+_PROBE = {"text": "qzx one é qzx"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedCall:
+    """A call of a turn. `arguments`: as the model wrote them; a mapping if `error`, a sentence for the model, is None."""
+
+    id: str
+    name: str | None
+    arguments: Any
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A turn of the model: its message in OpenAI's form, and its calls in their order.
+
+    Calls with an error are in the message too; their arguments are the text that the model wrote.
+    """
+
+    message: Message
+    calls: tuple[ParsedCall, ...] = ()
+
+    def results(self, contents: Sequence[object]) -> list[Message]:
+        """The messages of the role tool, from what each call is answered, in their order."""
+        return [
+            result_message(called, text_of_result(content))
+            for called, content in zip(_called(self.calls), contents, strict=True)
+        ]
+
+
+class Dialect:
+    """See the module's docstring.
+
+    Attributes:
+        is_native: the chat template writes tools itself; otherwise they are written in Hermes' form (`grpo/data/hermes.py`).
+        parser_name: what reads the calls; None: there are no tools.
+        closing_ids: the tokens that close a turn so that the dialogue goes on. Those that do not end a turn in the engine by
+            themselves must be made to (`stop_token_ids`).
+
+    Args:
+        schemas: of the tools, which may be none.
+        responds: the environment answers turns without a call.
+        tool_parser: as in `rollout.tool_parser`.
+        eos_token_ids: what ends a turn in the engine, besides the tokenizer's.
+
+    Raises:
+        ValueError: the template cannot be used like this; the message says why, and what to do.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data_config: DataConfig,
+        *,
+        schemas: Sequence[Schema],
+        responds: bool,
+        tool_parser: str | None,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self._tokenizer, self._schemas = tokenizer, schemas
+        self._bridges = Bridges(tokenizer, data_config, schemas=schemas, eos_token_ids=eos_token_ids)
+        self._parser: Parser | None = None
+        self.parser_name: str | None = None
+        self.is_native = self._bridges.template.is_native
+        self._header = self._header_of_turns()
+        if schemas:
+            self._bridges.prove_results([_name(schema) for schema in schemas])
+            self._call_begins, text, prefix = self._probe()
+            self.parser_name, self._parser = self._find_parser(tool_parser, text, prefix)
+        if responds:
+            self._bridges.prove_user()
+        self.closing_ids = frozenset(self._bridges.closing.values())
+
+    def closing_id(self, reply: Reply) -> int:
+        """The token that must close this turn for the dialogue to go on. A turn that a stop string ended gets it as given."""
+        closing = self._bridges.closing
+        return closing[bool(reply.calls)] if bool(reply.calls) in closing else closing[not reply.calls]
+
+    def parse(self, token_ids: Sequence[int], *, before: Sequence[int] = (), num_calls: int = 0) -> Reply:
+        """A turn's message and calls. Nothing that a model can write is an exception.
+
+        Args:
+            token_ids: of the turn; the token that ended it may be left out.
+            before: all ids before the turn: they may have begun it, for instance with `<think>`.
+            num_calls: calls before in this episode; ids are counted from there.
+        """
+        ids = list(token_ids)
+        if ids and ids[-1] in self.closing_ids | self._bridges.eos_token_ids:
+            ids.pop()
+        parsed = self._parsed(self._decode(ids), self._prefix(before))
+        message: Message = {"role": "assistant", "content": self._bridges.guard.remove(parsed.content)}
+        if not parsed.calls and parsed.reasoning is None:
+            message["content"] = self._decode(ids, skip_special_tokens=True)
+        if parsed.reasoning is not None:
+            message["reasoning_content"] = parsed.reasoning
+        calls = [_numbered(call, num_calls + place) for place, call in enumerate(parsed.calls)]
+        if calls:
+            message["tool_calls"] = [_openai_form(*pair) for pair in zip(calls, parsed.calls, strict=True)]
+        return Reply(message=message, calls=tuple(calls))
+
+    def bridge(self, reply: Reply, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+        """The ids behind the closing token of a turn: separator, the new messages, generation prompt.
+
+        It depends on the number, names and ids of the turn's calls and on the messages, and on nothing else.
+
+        Args:
+            messages: a result for each call, and turns of the environment (role user, system or tool); their contents are
+                texts, or become JSON.
+            kwargs: the row's `chat_template_kwargs`.
+
+        Raises:
+            ValueError: a call without a result; the template refuses the messages.
+        """
+        results = sum(message["role"] == "tool" for message in messages)
+        if results < len(reply.calls):
+            raise ValueError(f"{len(reply.calls)} calls, and {results} results: each call needs one")
+        written = [{**message, "content": _encodable(text_of_result(message.get("content")))} for message in messages]
+        try:
+            return self._bridges.ids(_called(reply.calls), written, kwargs)
+        except BadRowError as error:
+            raise ValueError(f"the dialogue {error}") from error
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    def _parsed(self, text: str, prefix: str) -> Parsed:
+        if self._parser is None:
+            return Parsed(content=text)
+        parsed = self._parser(text, prefix=prefix)
+        if parsed.calls or not self._call_begins or self._call_begins not in parsed.content:
+            return parsed
+        # Others' parsers take a call that is not complete for ordinary text.
+        begin = parsed.content.index(self._call_begins)
+        written = parsed.content[begin:]
+        call = FoundCall(text=written, arguments=written, error="the call is not complete, or in another form than required")
+        return Parsed(content=parsed.content[:begin].strip(), calls=(call,), reasoning=parsed.reasoning)
+
+    def _prefix(self, before: Sequence[int]) -> str:
+        """What the prompt has begun of the turn, from the header of the assistant's message on."""
+        text = self._decode(before[-_TAIL:])
+        place = text.rfind(self._header) if self._header else -1
+        return text[place:] if place >= 0 else ""
+
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text: Any = self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    # ----------------------------------------------------------------------------------------------------- the proof
+
+    def _header_of_turns(self) -> str:
+        """What the generation prompt begins with, without the thinking that it may open."""
+        try:
+            opened, alone = (self._bridges.render(self._bridges.start, is_complete=is_complete) for is_complete in (False, True))
+        except BadRowError as error:
+            raise ValueError(f"the chat template cannot be used: a dialogue {error}: {ANOTHER}") from error
+        place = next((place for place, (a, b) in enumerate(zip(opened, alone, strict=False)) if a != b), len(alone))
+        return opened[place:].partition("<think>")[0].strip()
+
+    def _probe(self) -> tuple[str, str, str]:
+        """How a call begins, a turn with a call as the template writes it, and the prompt before it."""
+        name = _name(self._schemas[0])
+        start = self._bridges.start
+        opened = self._bridges.render(start)
+        message = called_message([Called(name, FIRST_ID)], _PROBE)
+        text = self._bridges.render([*start, message], is_complete=True)
+        prefixes = (opened, opened[: opened.rfind("<think>")] if "<think>" in opened else opened)
+        prefix = next((prefix for prefix in prefixes if text.startswith(prefix)), None)
+        if prefix is None:
+            prefix = text[: text.find(name, text.find("qzxquestionqzx"))]
+        closing = str(self._tokenizer.convert_ids_to_tokens(self._bridges.closing[True]))
+        turn = text[len(prefix) :]
+        end = turn.find(closing, turn.find(_PROBE["text"]))
+        turn = turn[:end] if end >= 0 else turn
+        return turn.partition(name)[0].rpartition("</think>")[2].strip(), turn, prefix
+
+    def _find_parser(self, name: str | None, text: str, prefix: str) -> tuple[str, Parser]:
+        """The parser of this name, or the first that gives the probe's call back."""
+        closing = str(self._tokenizer.convert_ids_to_tokens(self._bridges.closing[True]))
+        errors = []
+        for one in BUILT_IN if name is None else (name,):
+            try:
+                parser = parser_named(one, self._tokenizer, self._schemas, closing=closing)
+            except ValueError as error:
+                errors.append(str(error))
+                continue
+            calls = parser(text, prefix=prefix).calls
+            if [(call.name, call.arguments, call.error) for call in calls] == [(_name(self._schemas[0]), _PROBE, None)]:
+                return one, parser
+        if name is not None:
+            reason = errors[0] if errors else f"it does not read the calls that the chat template writes: {text.strip()!r}"
+            raise ValueError(f"rollout.tool_parser={name}: {reason}: set another one, or another data.chat_template")
+        raise ValueError(
+            f"no parser reads the calls that the chat template writes ({text.strip()!r}): set rollout.tool_parser to the name of "
+            f"vLLM's parser for this model, or {ANOTHER}"
+        )
+
+
+def text_of_result(value: object) -> str:
+    """What a tool returned as the text of a message: a text stays as it is, anything else becomes JSON."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_jsonable)
+    except (TypeError, ValueError, RecursionError):  # such as keys that are tuples, or a list in itself
+        return str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, Mapping):
+        return dict(value)
+    for method in ("model_dump", "tolist"):  # pydantic's models; arrays, tensors, and numbers of NumPy
+        if callable(convert := getattr(value, method, None)):
+            return convert()
+    return str(value)
+
+
+def _encodable(text: str) -> str:
+    """The text with halves of surrogate pairs, which no tokenizer takes, joined or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _numbered(call: FoundCall, number: int) -> ParsedCall:
+    id = call.id if call.id is not None and call.id in call.text else f"call{number:05d}"
+    return ParsedCall(id=id, name=call.name, arguments=call.arguments, error=call.error)
+
+
+def _openai_form(call: ParsedCall, found: FoundCall) -> dict[str, Any]:
+    arguments = call.arguments if call.error is None else found.text
+    return {"type": "function", "id": call.id, "function": {"name": call.name or UNNAMED, "arguments": arguments}}
+
+
+def _called(calls: Sequence[ParsedCall]) -> list[Called]:
+    return [Called(call.name or UNNAMED, call.id) for call in calls]
+
+
+def _name(schema: Schema) -> str:
+    return str(schema.get("function", schema)["name"])

@@ -1,0 +1,147 @@
+"""The episodes of a run with tools and environments, played beside each other.
+
+    dialogues = Dialogues(actions, config, tokenizer)                       # proves the chat template
+    for played in dialogues.play(engine, prompts, config.rollout, seeds=seeds):
+        score(played)
+        played.release()                                                    # its environments may be used again
+    dialogues.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ...rollout.config import SamplingConfig
+from ...rollout.protocol import Engine
+from ...rollout.texts import Texts
+from ...rollout.turns import play
+from ..config import GRPOConfig
+from ..data.prompts import Prompt
+from ..data.renderer import PromptRenderer
+from .actions import Actions
+from .dialect import Dialect
+from .episode import Kit, Played, Player
+from .groups import PlayedGroup, behind_shared_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Dialogues:
+    """See the module's docstring.
+
+    Args:
+        eos_token_ids: tokens that end a completion in the engine.
+
+    Raises:
+        ValueError: the chat template cannot write these tools or turns, with the reason.
+    """
+
+    def __init__(
+        self,
+        actions: Actions,
+        config: GRPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self.actions = actions
+        self._config = config
+        self._tokenizer = tokenizer
+        self._renderer = PromptRenderer(tokenizer, config.data)
+        self._dialect = Dialect(
+            tokenizer,
+            config.data,
+            schemas=actions.all_schemas(),
+            responds=actions.responds,
+            tool_parser=config.rollout.tool_parser,
+            eos_token_ids=eos_token_ids,
+        )
+
+    @property
+    def has_environments(self) -> bool:
+        """Whether episodes act in environments."""
+        return self.actions.environments is not None
+
+    def play(
+        self,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        seeds: Sequence[int] | None = None,
+        use_adapter: bool = True,
+    ) -> Generator[PlayedGroup]:
+        """Play `sampling.num_generations` episodes of each prompt; yields each group when its last one ends.
+
+        Args:
+            seeds: one for each prompt; with them episodes repeat, as far as tools and environments do.
+        """
+        kit = Kit(
+            rollout=self._config.rollout,
+            dialect=self._dialect,
+            renderer=self._renderer,
+            texts=Texts(self._tokenizer, sampling),
+            caller=self.actions.caller,
+            tools=self.actions.tools,
+            environments=self.actions.environments,
+            prompt_column=self._config.data.prompt_column,
+            max_completion_length=sampling.max_completion_length,
+            is_greedy=sampling.temperature == 0,
+        )
+        size = sampling.num_generations
+        players = [
+            Player(
+                kit,
+                prompt,
+                group=index,
+                place=place,
+                seed=None if seeds is None else seeds[index],
+                policy_version=engine.policy_version,
+            )
+            for index, prompt in enumerate(prompts)
+            for place in range(size)
+        ]
+        ended: dict[int, dict[int, Played]] = {}
+        is_complete = False
+        try:
+            with (
+                self.actions.caller.isolated(),
+                engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
+            ):
+                for number, played in play(requests, [player.play() for player in players]):
+                    index, place = divmod(number, size)
+                    of_group = ended.setdefault(index, {})
+                    of_group[place] = played
+                    if len(of_group) == size:
+                        yield self._group(index, prompts[index], [of_group[one] for one in range(size)])
+                        del ended[index]
+            is_complete = True
+        finally:
+            if not is_complete:
+                self._release([played for of_group in ended.values() for played in of_group.values()], reuse=False)
+
+    def close(self) -> None:
+        """Close all environments and end their threads. The next `play` makes new ones."""
+        if self.actions.environments is not None:
+            self.actions.environments.close()
+        self.actions.caller.close()
+
+    def _release(self, played: Sequence[Played], *, reuse: bool) -> None:
+        for one in played:
+            if one.world is not None and self.actions.environments is not None:
+                self.actions.environments.release(one.world, reuse=reuse and one.is_reusable)
+
+    def _group(self, index: int, prompt: Prompt, played: Sequence[Played]) -> PlayedGroup:
+        ids, completions = [one.prompt_token_ids for one in played], [one.completion for one in played]
+        of_group, moved = behind_shared_prompt(prompt, ids, completions)
+        return PlayedGroup(
+            index=index,
+            prompt=of_group,
+            completions=moved,
+            contents=[one.content for one in played],
+            environments=[None if one.world is None else one.world.instance for one in played],
+            release=partial(self._release, played, reuse=True),
+        )

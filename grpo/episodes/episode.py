@@ -1,0 +1,397 @@
+"""One episode, from the reset of its environment to its reward: a generator that reads from top to bottom.
+
+    play(requests, [Player(kit, prompt, place=g, seed=seed).play() for g in range(8)])      # each ends as a `Played`
+
+A turn is sampled; its calls run, or the environment responds; what they say is given behind it; and the next turn follows,
+until the model has ended its turn without a call, the environment is done, or there is no room. Rules and failures:
+docs/episodes.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...rollout.config import RolloutConfig
+from ...rollout.texts import Texts
+from ...rollout.turns import Play, Request, Turn
+from ...rollout.types import CallError, Completion, Episode, FinishReason, ToolCallRecord
+from ..data.messages import Message, read_template_kwargs
+from ..data.prompts import Prompt
+from ..data.renderer import PromptRenderer
+from .calls import Caller, Outcome, error_text
+from .dialect import Dialect, ParsedCall, Reply
+from .environments import Environments
+from .stream import Stream
+from .tools import Tool, unknown_tool
+from .worlds import World, observation_of, rewards_of
+
+Steps = Generator[Request | Future[Any], Any, Any]
+LARGEST_SEED = 2**31 - 1
+"""Of environments: gymnasium and NumPy take no larger ones everywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kit:
+    """What the episodes of a rollout have in common.
+
+    Attributes:
+        tools: that the model may call in every episode.
+        environments: None: there is no world to act in.
+        max_completion_length: of this rollout, sampled and given tokens together.
+        is_greedy: nothing is drawn, so turns need no seeds.
+    """
+
+    rollout: RolloutConfig
+    dialect: Dialect
+    renderer: PromptRenderer
+    texts: Texts
+    caller: Caller
+    tools: Sequence[Tool]
+    environments: Environments | None
+    prompt_column: str
+    max_completion_length: int
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """An episode that has ended.
+
+    Attributes:
+        prompt_token_ids: its own prompt, which the environment may have extended.
+        content: the same as reward functions see it.
+        world: its environment, which the caller gives back; None: it has none.
+        is_reusable: whether the environment may be used again.
+    """
+
+    completion: Completion
+    prompt_token_ids: tuple[int, ...]
+    content: str | list[Message]
+    world: World | None
+    is_reusable: bool
+    recomputed_tokens: int
+
+
+class EpisodeError(Exception):
+    """The environment failed: the episode is void. The message is the sentence of the note, its cause what was raised."""
+
+
+@dataclass(slots=True)
+class _Said:
+    """What has happened behind the prompt."""
+
+    messages: list[Message] = field(default_factory=list)
+    calls: list[ToolCallRecord] = field(default_factory=list)
+    turns: int = 0
+    seconds_waiting: float = 0.0
+
+
+class Player:
+    """One completion of a prompt. `place`: its place in the group; `group`: the group's number in the rollout.
+
+    `seed`: the group's, which is that of all resets; None: nothing is reproducible.
+    """
+
+    def __init__(self, kit: Kit, prompt: Prompt, *, group: int, place: int, seed: int | None, policy_version: int) -> None:
+        self._kit = kit
+        self._prompt = prompt
+        self._group, self._place, self._seed = group, place, seed
+        self._policy_version = policy_version
+        self._said = _Said()
+        self._stream = Stream(prompt.token_ids)
+        self._content = prompt.content
+        self._world: World | None = None
+        self._is_reusable = True
+        self._tools: Sequence[Tool] = kit.tools
+        self._num_calls = 0
+        self._turn_text = ""
+
+    def play(self) -> Play[Played]:
+        """The episode, for `turns.play`."""
+        is_over = False
+        try:
+            yield from self._begin()
+            finish_reason = yield from self._turns()
+            rewards = yield from self._rewards()
+            is_over = True
+            return self._played(finish_reason, rewards)
+        except EpisodeError as error:
+            is_over, self._is_reusable = True, False
+            return self._void(error)
+        finally:
+            if not is_over and self._world is not None and self._kit.environments is not None:
+                self._kit.environments.release(self._world, reuse=False)
+
+    # ----------------------------------------------------------------------------------------------------- beginning
+
+    def _begin(self) -> Steps:
+        """Reset the environment, and extend the prompt by what it says."""
+        environments = self._kit.environments
+        if environments is None:
+            return
+        row = {**self._prompt.columns, self._kit.prompt_column: self._prompt.content}
+        name = environments.name_of(row)
+        try:
+            self._world = environments.acquire(name, seed=self._seed_of("acquire"))
+        except ValueError as error:
+            raise EpisodeError(f"the environment could not be made: {error}") from error
+        world = self._world
+        seed = None if self._seed is None else self._seed & LARGEST_SEED
+        said = yield from self._ask("reset", world.reset, world.reset_arguments(row, seed), seed=self._seed)
+        observation = self._checked(said, "reset")
+        before = [tool.schema for tool in environments.tools(name)]
+        self._tools = yield from self._ask("tools", world.tools, {"extra": self._kit.tools})
+        schemas = [tool.schema for tool in self._tools]
+        if observation is None and schemas == [*(tool.schema for tool in self._kit.tools), *before]:
+            return
+        self._content = self._with_observation(observation)
+        try:
+            ids = self._kit.renderer.token_ids(self._content, schemas, self._template_kwargs)
+        except ValueError as error:
+            raise EpisodeError(f"the prompt with what reset says {error}") from error
+        longest = self._kit.rollout.max_prompt_length
+        if len(ids) > longest:
+            raise EpisodeError(
+                f"the prompt has {len(ids)} tokens with what reset says, more than rollout.max_prompt_length={longest}"
+            )
+        self._stream = Stream(ids)
+
+    @property
+    def _template_kwargs(self) -> dict[str, Any]:
+        return read_template_kwargs(self._prompt.columns.get("chat_template_kwargs"))
+
+    def _with_observation(self, observation: str | list[Message] | None) -> list[Message]:
+        """The prompt's messages with what `reset` says: messages, or text that is appended to the last one."""
+        messages = self._prompt.content
+        if isinstance(messages, str):
+            raise EpisodeError("reset says something, but the prompt is plain text: write the prompts as messages")
+        if not isinstance(observation, str):
+            return [*messages, *(observation or [])]
+        last = messages[-1]
+        content = last.get("content") or ""
+        extended = content + observation if isinstance(content, str) else [*content, {"type": "text", "text": observation}]
+        return [*messages[:-1], {**last, "content": extended}]
+
+    # --------------------------------------------------------------------------------------------------------- turns
+
+    def _turns(self) -> Generator[Request | Future[Any], Any, FinishReason]:
+        """All turns, and what is given between them; returns why the episode ended."""
+        dialect, iterations = self._kit.dialect, 0
+        while True:
+            turn: Turn = yield self._request()
+            reply = dialect.parse(turn.token_ids, before=self._stream.all, num_calls=len(self._said.calls))
+            self._stream.sampled(turn)
+            self._said.turns += 1
+            self._turn_text = turn.text
+            self._said.messages.append(reply.message if reply.calls else {"role": "assistant", "content": turn.text})
+            if turn.finish_reason != "stop":
+                return turn.finish_reason
+            is_closed = turn.ended_by_token and turn.token_ids[-1] == dialect.closing_id(reply)
+            if turn.ended_by_token and not is_closed:
+                return "stop"  # behind this token the template cannot go on
+            if not reply.calls and not self._responds:
+                return "stop"
+            if any(call.error for call in reply.calls) and self._kit.rollout.on_malformed_call == "end":
+                self._said.calls += [_record(call, error_text(call.error), "malformed") for call in reply.calls if call.error]
+                return "stop"
+            limit = self._kit.rollout.max_tool_calling_iterations
+            if reply.calls and iterations == limit:
+                return "turns"
+            answers = yield from (self._results(reply) if reply.calls else self._response(reply))
+            if answers is None or (yield from self._is_done()):
+                self._said.messages += answers or []
+                return "done"
+            if iterations == limit:
+                return "turns"
+            bridge = self._bridge(reply, answers)
+            if not is_closed:  # a stop string ended it
+                bridge = (dialect.closing_id(reply), *bridge)
+            if self._room() <= len(bridge):
+                return "length"
+            self._said.messages += answers
+            self._stream.give(bridge)
+            iterations += 1
+
+    @property
+    def _responds(self) -> bool:
+        return self._world is not None and self._world.respond is not None
+
+    def _bridge(self, reply: Reply, answers: Sequence[Message]) -> tuple[int, ...]:
+        try:
+            return self._kit.dialect.bridge(reply, answers, self._template_kwargs)
+        except ValueError as error:
+            raise EpisodeError(f"what the environment says cannot be written: {error}") from error
+
+    def _request(self) -> Request:
+        number = self._said.turns
+        seed = None if self._kit.is_greedy else self._seed
+        if seed is not None:
+            seed = seed + self._place if number == 0 else self._seed_of(f"turn {number}")
+        room, longest = self._room(), self._kit.rollout.max_turn_length
+        return Request(
+            prompt_token_ids=self._stream.all,
+            max_tokens=room if longest is None else min(room, longest),
+            seed=seed,
+            group=self._group,
+            may_continue=True,
+        )
+
+    def _room(self) -> int:
+        """Tokens that there is room for in the completion and in the model's context."""
+        in_context = self._kit.rollout.max_model_length - len(self._stream.prompt) - len(self._stream.token_ids)
+        return min(self._kit.max_completion_length - len(self._stream.token_ids), in_context)
+
+    def _results(self, reply: Reply) -> Generator[Future[Any], Any, list[Message]]:
+        """Run all calls of a turn; the messages with their results, in the order of the calls."""
+        started = [self._started(call) for call in reply.calls]
+        records: list[ToolCallRecord] = []
+        for call, begun in zip(reply.calls, started, strict=True):
+            if isinstance(begun, ToolCallRecord):
+                records.append(begun)
+                continue
+            outcome: Outcome = yield begun
+            error: CallError | None = "timeout" if outcome.timed_out else "raised" if outcome.error else None
+            if outcome.timed_out:
+                self._is_reusable = False
+            records.append(_record(call, outcome.text, error, seconds=outcome.seconds))
+        self._said.calls += records
+        self._said.seconds_waiting += max(record.seconds for record in records)
+        return reply.results([record.result for record in records])
+
+    def _started(self, call: ParsedCall) -> Future[Outcome] | ToolCallRecord:
+        """The call in progress, or why it cannot be made."""
+        if call.error is not None:
+            return _record(call, error_text(call.error), "malformed")
+        tool = next((one for one in self._tools if one.name == call.name), None)
+        if tool is None:
+            return _record(call, error_text(unknown_tool(call.name, self._tools)), "unknown")
+        if problem := tool.problem(call.arguments):
+            return _record(call, error_text(problem), "arguments")
+        assert isinstance(call.arguments, Mapping)
+        return self._call(tool.function, call.arguments)
+
+    def _response(self, reply: Reply) -> Generator[Future[Any], Any, list[Message] | None]:
+        """What the environment says to a turn without calls; None ends the episode."""
+        world = self._world
+        assert world is not None and world.respond is not None
+        text = str(reply.message.get("content") or "")
+        said = yield from self._ask("respond", world.respond, world.respond_arguments(text))
+        observation = self._checked(said, "respond")
+        return [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
+
+    def _is_done(self) -> Generator[Future[Any], Any, bool]:
+        if self._world is None:
+            return False
+        return (yield from self._ask("done", self._world.is_done, {}))
+
+    def _rewards(self) -> Generator[Future[Any], Any, Mapping[str, float | None]]:
+        world = self._world
+        if world is None or world.get_reward is None:
+            return {}
+        value = yield from self._ask("get_reward", world.get_reward, {})
+        try:
+            return rewards_of(value, world.class_name)
+        except ValueError as error:
+            raise EpisodeError(str(error)) from error
+
+    # --------------------------------------------------------------------------------------------------------- calls
+
+    def _call(self, function: Any, arguments: Mapping[str, Any], *, seed: int | None = None) -> Future[Outcome]:
+        self._num_calls += 1
+        own_seed = self._seed_of(f"call {self._num_calls}") if seed is None else seed
+        return self._kit.caller.call(function, arguments, seed=own_seed)
+
+    def _ask(
+        self, what: str, function: Any, arguments: Mapping[str, Any], *, seed: int | None = None
+    ) -> Generator[Future[Any], Any, Any]:
+        """What a member of the environment returns.
+
+        Raises:
+            EpisodeError: it raised, or took too long.
+        """
+        assert self._world is not None
+        outcome: Outcome = yield self._call(function, arguments, seed=seed)
+        self._said.seconds_waiting += outcome.seconds
+        if outcome.error is not None:
+            self._is_reusable = False
+            how = str(outcome.error) if outcome.timed_out else "failed"
+            raise EpisodeError(f"{self._world.class_name}.{what} {how}") from outcome.error
+        return outcome.value
+
+    def _checked(self, said: object, what: str) -> str | list[Message] | None:
+        assert self._world is not None
+        try:
+            return observation_of(said, f"{self._world.class_name}.{what}")
+        except ValueError as error:
+            raise EpisodeError(str(error)) from error
+
+    def _seed_of(self, what: str) -> int | None:
+        """A seed of its own for a turn or a call of this episode."""
+        if self._seed is None:
+            return None
+        digest = hashlib.blake2b(f"{self._seed}/{self._place}/{what}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "little")
+
+    # -------------------------------------------------------------------------------------------------------- ending
+
+    def _played(self, finish_reason: FinishReason, rewards: Mapping[str, float | None]) -> Played:
+        stream = self._stream
+        completion = Completion(
+            token_ids=tuple(stream.token_ids),
+            logprobs=tuple(stream.logprobs),
+            text=self._text(),
+            finish_reason=finish_reason,
+            policy_version=self._policy_version,
+            given=tuple(stream.given),
+            episode=self._episode(rewards=rewards),
+        )
+        return self._as_played(completion)
+
+    def _text(self) -> str:
+        """Of a single turn, what the engine says; of several, all tokens decoded."""
+        if self._said.turns > 1:
+            return self._kit.texts.decode(self._stream.token_ids)
+        return self._turn_text
+
+    def _void(self, error: EpisodeError) -> Played:
+        cause = error.__cause__
+        details = "" if cause is None else "\n\n" + "".join(traceback.format_exception(cause))
+        completion = Completion(
+            token_ids=(),
+            logprobs=(),
+            text="",
+            finish_reason="failed",
+            policy_version=self._policy_version,
+            episode=self._episode(failure=f"{error}{details}"),
+        )
+        return self._as_played(completion)
+
+    def _episode(self, *, rewards: Mapping[str, float | None] | None = None, failure: str | None = None) -> Episode:
+        said = self._said
+        return Episode(
+            messages=tuple(said.messages),
+            turns=said.turns,
+            calls=tuple(said.calls),
+            seconds_waiting=said.seconds_waiting,
+            rewards=rewards or {},
+            failure=failure,
+        )
+
+    def _as_played(self, completion: Completion) -> Played:
+        return Played(
+            completion=completion,
+            prompt_token_ids=self._stream.prompt,
+            content=self._content,
+            world=self._world,
+            is_reusable=self._is_reusable,
+            recomputed_tokens=self._stream.recomputed,
+        )
+
+
+def _record(call: ParsedCall, result: str, error: CallError | None, *, seconds: float = 0.0) -> ToolCallRecord:
+    return ToolCallRecord(name=call.name, arguments=call.arguments, result=result, seconds=seconds, error=error)
