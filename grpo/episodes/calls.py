@@ -126,7 +126,9 @@ class Caller:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def call(self, function: Callable[..., Any], kwargs: Mapping[str, Any], *, seed: int | None = None) -> Future[Outcome]:
+    def call(
+        self, function: Callable[..., Any], kwargs: Mapping[str, Any], *, seed: int | None = None, inline: bool = False
+    ) -> Future[Outcome]:
         """Call a function with keyword arguments. The future has its outcome; it is done already if the call was inline.
 
         Awaitables that a function returns are awaited, so it need not be an `async def`.
@@ -134,14 +136,16 @@ class Caller:
         Args:
             seed: of Python's, NumPy's and torch's global generators while a call runs inline, or None: they stay as they are.
                 Afterwards their states are restored. What runs beside shares them: see `isolated`.
+            inline: call it inline even if there are workers: what is quick need not wait for a thread.
 
         Raises:
             KeyboardInterrupt, Interruption: a signal to this process, during an inline call.
         """
-        assert not self._is_closed, "this caller is closed"
+        if self._is_closed:
+            return self._refused()
         if is_async(function):
             return self._awaited(lambda: function(**kwargs))
-        called = self._queued(function, kwargs) if self._workers else self._inline(function, kwargs, seed)
+        called = self._queued(function, kwargs) if self._workers and not inline else self._inline(function, kwargs, seed)
         outcome: Future[Outcome] = Future()
         called.add_done_callback(lambda done: self._pass_on(done.result(), outcome))
         return outcome
@@ -154,7 +158,7 @@ class Caller:
         return preserved_random_states()
 
     def close(self) -> None:
-        """Cancel what runs. Threads and loops that hang are abandoned. Futures that are still open get an error."""
+        """Cancel what runs. Threads and loops that hang are abandoned. Later calls, and those that still wait, get an error."""
         with self._lock:
             self._is_closed = True
             loops, self._loop, self._clock = [loop for loop in (self._loop, self._clock) if loop], None, None
@@ -164,7 +168,7 @@ class Caller:
             except Empty:
                 break
             if job is not None:
-                _settle(job.future, Outcome(error=asyncio.CancelledError("the run has ended")))
+                self._refused(job.future)
         for _ in range(self._threads):
             self._jobs.put(None)
         for loop in loops:
@@ -173,7 +177,7 @@ class Caller:
             closing.join(ANSWER_S)  # longer only if a coroutine blocks the loop, or ignores that it is cancelled
             if isinstance(loop, _Loop):
                 for future in list(loop.open):
-                    _settle(future, Outcome(error=asyncio.CancelledError("the run has ended")))
+                    self._refused(future)
 
     def _pass_on(self, outcome: Outcome, future: Future[Outcome]) -> None:
         """Settle the future with the outcome, or with that of the awaitable which the call has returned."""
@@ -217,8 +221,7 @@ class Caller:
         future: Future[Outcome] = Future()
         with self._lock:
             if self._is_closed:
-                _settle(future, Outcome(error=asyncio.CancelledError("the run has ended")))
-                return future
+                return self._refused(future)
             loop = self._loop = self._loop or _Loop()
             loop.open.add(future)
         future.add_done_callback(loop.open.discard)
@@ -268,6 +271,12 @@ class Caller:
         await asyncio.sleep(self._timeout)
         if _settle(future, self._timed_out()):
             abandon()
+
+    def _refused(self, future: Future[Outcome] | None = None) -> Future[Outcome]:
+        """Settle a future since the caller is closed."""
+        future = future or Future()
+        _settle(future, Outcome(error=asyncio.CancelledError("the run has ended")))
+        return future
 
     def _timed_out(self) -> Outcome:
         error = TimeoutError(f"timed out after {self._timeout:g} s")

@@ -20,7 +20,8 @@
 
 Public methods are tools (`worlds.py`). Several environments are a mapping of names to classes, or to functions that return an
 instance; then a row's column `environment` names one. An instance is made when all others are in use: connections belong into
-`reset`, which may be async and has a time limit. What fails is closed and not used again.
+`reset`, which may be async and has a time limit. What fails is closed and not used again. With `rollout.tool_workers` the calls
+of an instance come from several threads, one at a time.
 """
 
 from __future__ import annotations

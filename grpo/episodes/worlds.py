@@ -3,7 +3,7 @@
     world = World.of(Guess(), name=None, shown="Guess")
     outcome = caller.call(world.reset, world.reset_arguments(row, seed), seed=seed).result()
     observation_of(outcome.value, "reset of Guess")         # a text, messages, or None
-    caller.call(world.is_done, {}).result().value           # users' code too: `done` may be a property or a method
+    caller.call(world.is_done, {}, inline=True).result()    # users' code too: `done` may be a property or a method
     rewards_of(0.5, "Guess")                                # {"Guess": 0.5}
 
 Only `reset` is required. Public methods are tools, except those of `MEMBERS`; properties are not evaluated in the search.
@@ -129,7 +129,7 @@ class World:
         return make_tools([*extra, *self.methods, *found])
 
     def is_done(self) -> bool:
-        """Whether the episode is over, without another turn. Runs users' code: call it through a `Caller`."""
+        """Whether the episode is over, without another turn. Runs users' code: call it through a `Caller`, inline."""
         return bool(self._evaluated("done"))
 
     def _evaluated(self, member: str) -> Any:

@@ -80,6 +80,48 @@ def test_the_user_folder_is_expanded_by_whoever_opens_the_file(folder: Path) -> 
     assert resolve("~/train.jsonl", folder) == "~/train.jsonl"
 
 
+EPISODES = """
+rollout:
+  tools: [tools.py:add, package.tools:find, math:sqrt]
+  environment: {guess: worlds.py:Guess, far: openenv:http://host:8000, game: textarena:Wordle, taxi: gymnasium:Taxi-v3}
+"""
+
+
+@pytest.fixture
+def episodes(tmp_path: Path) -> Path:
+    """A run file with its tools and environments beside it, and files with the names of the prefixes."""
+    folder = tmp_path / "there"
+    (folder / "package").mkdir(parents=True)
+    for name in ("tools.py", "package/tools.py", "worlds.py", "textarena.py", "openenv.py", "gymnasium.py"):
+        (folder / name).touch()
+    (folder / "run.yaml").write_text(EPISODES)
+    return folder
+
+
+def test_tools_and_environments_are_found_beside_the_run_file(episodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(episodes.parent)
+    rollout = load_config("there/run.yaml").rollout
+    assert rollout.tools == ["there/tools.py:add", "there/package/tools.py:find", "math:sqrt"]
+    libraries = {"far": "openenv:http://host:8000", "game": "textarena:Wordle", "taxi": "gymnasium:Taxi-v3"}
+    assert rollout.environment == {"guess": "there/worlds.py:Guess", **libraries}
+    (episodes / "run.yaml").write_text("{tools: tools.py:add, environment: worlds.py:Guess}")
+    rollout = load_config("there/run.yaml").rollout
+    assert (rollout.tools, rollout.environment) == (["there/tools.py:add"], "there/worlds.py:Guess")
+
+
+def test_tools_and_environments_of_a_run_are_found_from_elsewhere(
+    episodes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (episodes / "run.yaml").write_text(f"logging: {{working_dir: {episodes}}}\n{EPISODES}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rollout = load_config(episodes / "run.yaml").rollout
+    assert rollout.tools == [f"{episodes}/tools.py:add", f"{episodes}/package/tools.py:find", "math:sqrt"]
+    assert isinstance(rollout.environment, dict)
+    assert rollout.environment["guess"] == f"{episodes}/worlds.py:Guess"
+    assert rollout.environment["game"] == "textarena:Wordle"
+
+
 def test_options_that_name_no_file_stay_unset(tmp_path: Path) -> None:
     """A derived default that counted as set would be kept under another objective."""
     (tmp_path / "run.yaml").write_text("algorithm: {loss_type: rloo}")
@@ -121,6 +163,7 @@ def test_a_name_that_no_file_can_have_stays_as_it_is(tmp_path: Path, name: str) 
     config = GRPOConfig(
         data={"train": [name, f"{name}.jsonl"], "eval": {"one": name}, "chat_template": name, "sampler": f"{name}:f"},
         rewards={"functions": [name, f"{name}.py:f", f"{name}:f"]},
+        rollout={"tools": [name, f"{name}.py:f"], "environment": {"one": name, "two": f"{name}:f"}},
         model={"name": name, "tokenizer": name},
         lora={"start_from": name},
     )
