@@ -168,5 +168,6 @@ class _Rows:
 
 def _number(value: Any) -> float:
     """A log-probability, also in a list of its own, as in what TRL's vLLM server returns."""
-    is_list = isinstance(value, list | tuple) and len(value) == 1
-    return float(value[0] if is_list else value)
+    while isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    return float(value)
