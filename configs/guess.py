@@ -14,7 +14,10 @@ import random
 import re
 
 LARGEST, TRIES = 16, 5
-PROMPT = f"I think of a number from 1 to {LARGEST}. You have {TRIES} tries. Write only your guess."
+FIRST = f"I think of a number from 1 to {LARGEST}. Find it in {TRIES} tries."
+NEXT = f"Right! I think of another number from 1 to {LARGEST}. Find it in {TRIES} tries."
+EXAMPLES = ((8, "higher", 12, "lower", 10), (8, "lower", 4, "higher", 6, "higher", 7))
+"""Two games that are shown in the prompt: without them the model writes sentences."""
 
 
 class Guess:
@@ -52,4 +55,10 @@ def evaluation() -> list[dict]:
 
 
 def _prompt() -> list[dict]:
-    return [{"role": "user", "content": PROMPT}]
+    """Two games, and the beginning of the next one."""
+    messages = [{"role": "user", "content": FIRST}]
+    for game in EXAMPLES:
+        for place, said in enumerate(game):
+            messages.append({"role": "user" if place % 2 else "assistant", "content": str(said)})
+        messages.append({"role": "user", "content": NEXT})
+    return messages
