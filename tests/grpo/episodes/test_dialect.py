@@ -319,8 +319,10 @@ def test_a_template_that_cannot_write_the_dialogue_is_refused_by_what_fails():
     assert "has no chat template" in refusal("")
     numbered = QWEN3.replace("<|im_start|>user{% endif %}", "<|im_start|>user{{ loop.index }}{% endif %}")
     assert "writes a tool's result otherwise in a later turn of a dialogue: set another data.chat_template" in refusal(numbered)
-    last_only = QWEN3.replace("+ m.content", "+ (m.content if loop.last or loop.nextitem.role != 'tool' else '')")
-    assert refusal(last_only).startswith("the chat template")
+    next_one = "loop.nextitem if not loop.last and loop.nextitem.role == 'tool'"
+    swapped = f"({next_one} else loop.previtem if loop.previtem.role == 'tool' else m).content"
+    in_another_order = QWEN3.replace("+ m.content", f"+ {swapped}")
+    assert "loses two results of one turn, or writes them in another order: set another" in refusal(in_another_order)
     once = QWEN3 + (
         "{% if messages | length > 3 and messages[-1].role == 'user' %}{{ raise_exception('one question') }}{% endif %}"
     )
