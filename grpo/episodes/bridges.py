@@ -1,7 +1,7 @@
 """What a chat template writes between two turns of the model: separator, results or a user's turn, generation prompt.
 
     bridges = Bridges(tokenizer, data_config, schemas=schemas, eos_token_ids=(2,))
-    bridges.prove_results()                                      # ValueError: the template cannot be used with tools
+    bridges.prove_results(["add"])                               # ValueError: the template cannot be used with tools
     bridges.ids([Called("add", "call00000")], [result])          # ids behind the token that closes the turn
 
 The model's turns are never rendered again. A dialogue with stand-ins for all that came before is rendered, and cut behind the
@@ -10,7 +10,6 @@ token that closes the assistant's turn. What remains must not depend on the stan
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..data.special_tokens import SpecialTokenGuard
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANOTHER = "set another data.chat_template, such as one of TRL's for training"
+ANOTHER = "set another data.chat_template"
 _MARK = f"qzx{secrets.token_hex(8)}qzx"
 """In the assistant's stand-in, and in no text that anybody writes."""
 _FIRST, _SECOND = "qzxfirstqzx", "qzxsecondqzx"
@@ -58,8 +57,8 @@ class Bridges:
     ) -> None:
         self._tokenizer = tokenizer
         self.template = PromptRenderer(tokenizer, config).template
-        eos = tokenizer.eos_token_id
-        self.eos_token_ids = frozenset([*eos_token_ids, *([eos] if isinstance(eos, int) else [])])
+        of_tokenizer: Any = tokenizer.eos_token_id
+        self.eos_token_ids = frozenset(eos_token_ids) | ({of_tokenizer} - {None})
         self.guard = SpecialTokenGuard(tokenizer, more=self.eos_token_ids)
         self._special = frozenset(special_tokens(tokenizer).values()) | self.eos_token_ids
         self._schemas = self.guard.hide_all(list(schemas))
@@ -113,7 +112,7 @@ class Bridges:
         Raises:
             BadRowError: the template refuses the messages.
         """
-        hidden = [{**message, "content": self.guard.hide_all(message.get("content"))} for message in messages]
+        hidden = [{**self.guard.hide_all(message), "role": message["role"]} for message in messages]
         named = [Called(self.guard.hide(call.name), self.guard.hide(call.id)) for call in calls]
         text = self.text(named, hidden, kwargs)
         return tuple(self.guard.encode(text, behind=self.closing[bool(calls)]))
@@ -178,12 +177,11 @@ class Bridges:
         if ends:
             return ends[0]
         alone = self._behind_mark(turn, is_complete=True)
-        common = os.path.commonprefix([gap, alone])
-        special = [id for id in self._encode(common) if id in self._special]
+        special = [id for id in self._encode(gap[: length_in_common(gap, alone)]) if id in self._special]
         if not special:
             kind = "a turn with tool calls" if calls else "a turn"
             raise ValueError(
-                f"the chat template closes {kind} by no end-of-sequence token, so the dialogue cannot go on behind it: {ANOTHER}"
+                f"the chat template closes {kind} by no end-of-sequence token, so nothing can follow it: {ANOTHER}"
             )
         return special[-1]
 
@@ -191,7 +189,7 @@ class Bridges:
         self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, is_complete: bool = False
     ) -> str:
         """The text behind the last mark: behind what the assistant has written."""
-        before, mark, behind = self.render(messages, kwargs, is_complete=is_complete).rpartition(_MARK)
+        _, mark, behind = self.render(messages, kwargs, is_complete=is_complete).rpartition(_MARK)
         if not mark:
             raise BadRowError("loses the assistant's turn in the chat template")
         return behind
@@ -208,6 +206,12 @@ class Bridges:
 
     def _name(self, token: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token))
+
+
+def length_in_common(first: str, second: str) -> int:
+    """Characters at the beginning of both texts."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def called_message(calls: Sequence[Called], arguments: Mapping[str, Any]) -> Message:

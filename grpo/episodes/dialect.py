@@ -5,23 +5,24 @@
     if turn.token_ids[-1] == dialect.closing_id(reply):
         held += [*turn.token_ids, *dialect.bridge(reply, reply.results(["5"]))]
 
-What the model sampled is never decoded and encoded again: a turn's ids are followed by the bridge's. Everything that a run needs
-of a template is proven when the dialect is made; a template that cannot do it is refused.
+What the model sampled is never decoded and encoded again: a turn's ids are followed by the bridge's. Everything that a run
+needs of a template is proven when the dialect is made; a template that cannot do it is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import DataConfig
 from ..data.hermes import FIRST_ID, Schema
-from ..data.messages import BadRowError, Message
-from .bridges import ANOTHER, Bridges, Called, called_message, result_message
-from .parsers import BUILT_IN, FoundCall, Parsed, Parser, parser_named
+from ..data.messages import BadRowError, Message, texts_of
+from .bridges import ANOTHER, Bridges, Called, called_message, length_in_common, result_message
+from .parsers import BUILT_IN, TEXT_PARSERS, FoundCall, Parsed, Parser, end_of_thinking, parser_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,16 +101,19 @@ class Dialect:
         self._header = self._header_of_turns()
         if schemas:
             self._bridges.prove_results([_name(schema) for schema in schemas])
-            self._call_begins, text, prefix = self._probe()
+            text, prefix = self._probe()
+            self._call_marks = _marks_of_call(text, _name(schemas[0]))
             self.parser_name, self._parser = self._find_parser(tool_parser, text, prefix)
         if responds:
             self._bridges.prove_user()
         self.closing_ids = frozenset(self._bridges.closing.values())
 
-    def closing_id(self, reply: Reply) -> int:
-        """The token that must close this turn for the dialogue to go on. A turn that a stop string ended gets it as given."""
-        closing = self._bridges.closing
-        return closing[bool(reply.calls)] if bool(reply.calls) in closing else closing[not reply.calls]
+    def closing_id(self, reply: Reply) -> int | None:
+        """The token that must close this turn for the dialogue to go on. A turn that a stop string ended gets it as given.
+
+        None: nothing can follow this turn, since it has no call, and the environment does not respond.
+        """
+        return self._bridges.closing.get(bool(reply.calls))
 
     def parse(self, token_ids: Sequence[int], *, before: Sequence[int] = (), num_calls: int = 0) -> Reply:
         """A turn's message and calls. Nothing that a model can write is an exception.
@@ -139,19 +143,18 @@ class Dialect:
         It depends on the number, names and ids of the turn's calls and on the messages, and on nothing else.
 
         Args:
-            messages: a result for each call, and turns of the environment (role user, system or tool); their contents are
-                texts, or become JSON.
+            messages: a result for each call, and turns of the environment (role user, system or tool). The content of a
+                result is a text, or becomes JSON; that of the others is a text, or parts of text.
             kwargs: the row's `chat_template_kwargs`.
 
         Raises:
-            ValueError: a call without a result; the template refuses the messages.
+            ValueError: a call without a result; content that is no text; the template refuses the messages.
         """
         results = sum(message["role"] == "tool" for message in messages)
         if results < len(reply.calls):
             raise ValueError(f"{len(reply.calls)} calls, and {results} results: each call needs one")
-        written = [{**message, "content": _encodable(text_of_result(message.get("content")))} for message in messages]
         try:
-            return self._bridges.ids(_called(reply.calls), written, kwargs)
+            return self._bridges.ids(_called(reply.calls), [_written(message) for message in messages], kwargs)
         except BadRowError as error:
             raise ValueError(f"the dialogue {error}") from error
 
@@ -161,13 +164,23 @@ class Dialect:
         if self._parser is None:
             return Parsed(content=text)
         parsed = self._parser(text, prefix=prefix)
-        if parsed.calls or not self._call_begins or self._call_begins not in parsed.content:
+        return parsed if self.parser_name in TEXT_PARSERS else self._without_begun_calls(parsed, text, prefix)
+
+    def _without_begun_calls(self, parsed: Parsed, text: str, prefix: str) -> Parsed:
+        """What others' parsers take for ordinary text, or for a call, is an error if it is a call that is not complete."""
+        begins, ends = self._call_marks
+        if parsed.calls:
+            *others, last = parsed.calls
+            if last.error is None and ends not in text[text.rfind(begins) :]:
+                last = replace(last, error=f"the call is not complete: it has no {ends!r} at its end")
+            return replace(parsed, calls=(*others, last))
+        start = end_of_thinking(parsed.content, prefix) if parsed.reasoning is None else 0
+        begin = parsed.content.find(begins, start) if begins else -1
+        if begin < 0:
             return parsed
-        # Others' parsers take a call that is not complete for ordinary text.
-        begin = parsed.content.index(self._call_begins)
         written = parsed.content[begin:]
         call = FoundCall(text=written, arguments=written, error="the call is not complete, or in another form than required")
-        return Parsed(content=parsed.content[:begin].strip(), calls=(call,), reasoning=parsed.reasoning)
+        return replace(parsed, content=parsed.content[:begin].strip(), calls=(call,))
 
     def _prefix(self, before: Sequence[int]) -> str:
         """What the prompt has begun of the turn, from the header of the assistant's message on."""
@@ -186,14 +199,14 @@ class Dialect:
     def _header_of_turns(self) -> str:
         """What the generation prompt begins with, without the thinking that it may open."""
         try:
-            opened, alone = (self._bridges.render(self._bridges.start, is_complete=is_complete) for is_complete in (False, True))
+            opened = self._bridges.render(self._bridges.start)
+            alone = self._bridges.render(self._bridges.start, is_complete=True)
         except BadRowError as error:
             raise ValueError(f"the chat template cannot be used: a dialogue {error}: {ANOTHER}") from error
-        place = next((place for place, (a, b) in enumerate(zip(opened, alone, strict=False)) if a != b), len(alone))
-        return opened[place:].partition("<think>")[0].strip()
+        return opened[length_in_common(opened, alone) :].partition("<think>")[0].strip()
 
-    def _probe(self) -> tuple[str, str, str]:
-        """How a call begins, a turn with a call as the template writes it, and the prompt before it."""
+    def _probe(self) -> tuple[str, str]:
+        """A turn with a call as the template writes it, without the closing token, and the prompt before it."""
         name = _name(self._schemas[0])
         start = self._bridges.start
         opened = self._bridges.render(start)
@@ -206,29 +219,40 @@ class Dialect:
         closing = str(self._tokenizer.convert_ids_to_tokens(self._bridges.closing[True]))
         turn = text[len(prefix) :]
         end = turn.find(closing, turn.find(_PROBE["text"]))
-        turn = turn[:end] if end >= 0 else turn
-        return turn.partition(name)[0].rpartition("</think>")[2].strip(), turn, prefix
+        return turn[:end] if end >= 0 else turn, prefix
 
     def _find_parser(self, name: str | None, text: str, prefix: str) -> tuple[str, Parser]:
         """The parser of this name, or the first that gives the probe's call back."""
         closing = str(self._tokenizer.convert_ids_to_tokens(self._bridges.closing[True]))
-        errors = []
+        errors, shown = [], text.rpartition("</think>")[2].strip()
         for one in BUILT_IN if name is None else (name,):
             try:
                 parser = parser_named(one, self._tokenizer, self._schemas, closing=closing)
             except ValueError as error:
                 errors.append(str(error))
                 continue
-            calls = parser(text, prefix=prefix).calls
-            if [(call.name, call.arguments, call.error) for call in calls] == [(_name(self._schemas[0]), _PROBE, None)]:
+            parsed = parser(text, prefix=prefix)
+            calls = [(call.name, call.arguments, call.error) for call in parsed.calls]
+            # What is around the call must be a part of it; others' parsers have their own ideas of content.
+            rest = self._bridges.guard.remove(parsed.content).rpartition("</think>")[2].strip()
+            is_all = one not in TEXT_PARSERS or not rest
+            if calls == [(_name(self._schemas[0]), _PROBE, None)] and is_all:
                 return one, parser
         if name is not None:
-            reason = errors[0] if errors else f"it does not read the calls that the chat template writes: {text.strip()!r}"
+            reason = errors[0] if errors else f"it does not read the calls that the chat template writes: {shown!r}"
             raise ValueError(f"rollout.tool_parser={name}: {reason}: set another one, or another data.chat_template")
         raise ValueError(
-            f"no parser reads the calls that the chat template writes ({text.strip()!r}): set rollout.tool_parser to the name of "
-            f"vLLM's parser for this model, or {ANOTHER}"
+            f"no parser reads the calls that the chat template writes ({shown!r}): set rollout.tool_parser to the name of "
+            f"vLLM's parser for this model, give its tokenizer a response_template, or {ANOTHER}"
         )
+
+
+def _marks_of_call(text: str, name: str) -> tuple[str, str]:
+    """How a turn with a call begins the call, up to white space, and how it ends: with a tag, or one character."""
+    begins = text.partition(name)[0].rpartition("</think>")[2].split()
+    ending = text.rpartition(_PROBE["text"])[2].rstrip()
+    tag = re.search(r"<[^<>]*>\Z", ending)
+    return begins[0] if begins else "", ending[-1:] if tag is None else tag[0]
 
 
 def text_of_result(value: object) -> str:
@@ -254,13 +278,20 @@ def _jsonable(value: Any) -> Any:
     return str(value)
 
 
+def _written(message: Message) -> Message:
+    """The message with its content as one text."""
+    content = message.get("content")
+    text = text_of_result(content) if message["role"] == "tool" else "".join(texts_of(content))
+    return {**message, "content": _encodable(text)}
+
+
 def _encodable(text: str) -> str:
     """The text with halves of surrogate pairs, which no tokenizer takes, joined or replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _numbered(call: FoundCall, number: int) -> ParsedCall:
-    id = call.id if call.id is not None and call.id in call.text else f"call{number:05d}"
+    id = call.id or f"call{number:05d}"
     return ParsedCall(id=id, name=call.name, arguments=call.arguments, error=call.error)
 
 

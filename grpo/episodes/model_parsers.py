@@ -31,7 +31,7 @@ class ResponseTemplateParser:
         if getattr(tokenizer, "response_template", None) is None:
             raise ValueError("the tokenizer has no response_template")
         self._tokenizer, self._closing = tokenizer, closing
-        self._tools = [dict(schema) for schema in schemas]
+        self._tools: list[Any] = [dict(schema) for schema in schemas]
 
     def __call__(self, text: str, *, prefix: str) -> Parsed:
         try:
@@ -68,13 +68,13 @@ class VllmParser:
         messages = [{"role": "user", "content": ""}]
         self._request: Any = ChatCompletionRequest.model_validate({"messages": messages, "model": "", "tools": tools})
         try:
-            made: Any = ToolParserManager.get_tool_parser(name)(tokenizer, self._request.tools)
+            parser_class: Any = ToolParserManager.get_tool_parser(name)
+            self._parser = parser_class(tokenizer, self._request.tools)
         except KeyError:
             known = sorted({*BUILT_IN, *ToolParserManager.lazy_parsers, *ToolParserManager.tool_parsers})
             raise ValueError(f"there is no parser {name!r}: there are {', '.join(known)}") from None
         except Exception as error:  # such as a tokenizer without the tokens of its calls
             raise ValueError(f"vLLM's parser {name!r} does not work with this tokenizer: {first_line(error)}") from error
-        self._parser = made
 
     def __call__(self, text: str, *, prefix: str) -> Parsed:
         place = end_of_thinking(text, prefix)
@@ -84,11 +84,14 @@ class VllmParser:
             return _one_error(text, f"the call does not parse: {first_line(error)}")
         if not found.tools_called:
             return Parsed(content=text)
-        return Parsed(content=text[:place] + _as_text(found.content), calls=tuple(map(self._call, found.tool_calls)))
+        calls = tuple(_of_vllm(call, text) for call in found.tool_calls)
+        return Parsed(content=text[:place] + _as_text(found.content), calls=calls)
 
-    @staticmethod
-    def _call(call: Any) -> FoundCall:
-        return checked("", call.function.name, _from_json(call.function.arguments), id=call.id)
+
+def _of_vllm(call: Any, text: str) -> FoundCall:
+    """A call that vLLM found; its id is random unless the model wrote it."""
+    function, id = call.function, call.id if call.id and call.id in text else None
+    return checked(str(function.arguments), function.name, _from_json(function.arguments), id=id)
 
 
 def _one_error(text: str, error: str) -> Parsed:

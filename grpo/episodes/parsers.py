@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 BUILT_IN = ("response_template", "hermes", "llama", "qwen_xml")
 """In the order in which they are tried."""
 
+TEXT_PARSERS = ("hermes", "llama", "qwen_xml")
+"""Those of this module."""
+
 NOT_CLOSED = "the call is not complete: it has no {end!r} at its end"
 
 
@@ -183,8 +186,14 @@ def _llama_call(text: str, start: int) -> tuple[FoundCall | None, int, int] | No
         return FoundCall(text=text[begin:], arguments=text[begin:], error=error), begin, len(text)
     separator = re.compile(r"\s*;").match(text, stop)
     end = stop if separator is None else separator.end()
-    is_call = bool(found["tag"]) or (isinstance(value, Mapping) and not {"name", "parameters"}.isdisjoint(value))
+    is_call = found["tag"] is not None or _is_llama_call(value)
     return (_from_json(text[begin:stop], value, ("parameters", "arguments")) if is_call else None), begin, end
+
+
+def _is_llama_call(value: object) -> bool:
+    """Whether JSON without a tag is a call, as far as it goes: an answer may have a `name` too, but has more besides."""
+    parts = {"name", "parameters", "arguments"}
+    return isinstance(value, Mapping) and not parts.isdisjoint(value) and value.keys() <= parts | {"type", "function", "id"}
 
 
 def _from_json(text: str, value: object, keys: Sequence[str]) -> FoundCall:
@@ -274,8 +283,8 @@ def _name_in(value: object) -> str | None:
 
 
 def _kind(value: object) -> str:
-    kinds = ((bool, "a truth value"), (str, "a text"), (int | float, "a number"), (list | tuple, "a list"), (Mapping, "an object"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
+    kinds = {bool: "a truth value", str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null")
 
 
 def _is_unicode(value: object) -> bool:
