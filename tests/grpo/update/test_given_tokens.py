@@ -231,3 +231,36 @@ def test_every_hidden_state_that_predicts_a_sampled_token_moves_a_metric(
         with hidden_states_plus(policy, term):
             changed, _ = outcome(policy, config, groups, steps=1)
         assert exact(changed) != exact(metrics), place
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"], ids=["shared", "padded"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("aggregation", "entropy", "kl", "all", "loss"))])
+def test_check_12_nothing_of_a_void_episode_is_trained_and_it_is_in_no_mean(
+    make_policy: Callable[..., Policy], episodes: list[Group], kind: str, name: str
+) -> None:
+    policy, config = make_policy(kind, rank=4), options_of(name)
+    policy.write_slots()
+    near = near_the_policy(policy, episodes)
+    all_void = dataclasses.replace(near[1], completions=tuple(map(void, near[1].completions)))
+    all_void = dataclasses.replace(all_void, scores=scores_of(all_void.completions, seed=0))
+    groups = with_advantages([*near, all_void], config)
+    without = [group.without_void() for group in with_advantages(near, config)]
+    assert sum(len(group.completions) for group in without) == len([c for g in groups for c in g.completions]) - 4
+    metrics, end = outcome(policy, config, groups)
+    metrics_without, end_without = outcome(policy, config, without)
+    of_episodes = [name for name in metrics[0] if name.startswith(("tools/", "episodes/"))]
+    for row in metrics:
+        for name in of_episodes:
+            del row[name]
+    assert of_episodes and exact(metrics) == exact(metrics_without)
+    assert torch.equal(end, end_without)
+
+
+def test_a_step_of_void_episodes_alone_trains_nothing(make_policy: Callable[..., Policy], episodes: list[Group]) -> None:
+    policy, config = make_policy("llama", rank=4), options_of("kl to the start")
+    policy.write_slots()
+    policy.keep_reference()
+    groups = [dataclasses.replace(g, completions=tuple(map(void, g.completions))) for g in episodes]
+    groups = [dataclasses.replace(g, scores=scores_of(g.completions, seed=0)) for g in groups]
+    learner = Learner(policy, config)
+    assert learner.backward(with_advantages(groups, config)).stats is None
