@@ -64,7 +64,11 @@ def {name}(completions, **kwargs):
 
 
 def text_of(completion):
-    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+    """The text, or in a conversation that of the assistant's last message."""
+    if isinstance(completion, str):
+        return completion
+    answers = [message.get("content") for message in completion if message["role"] == "assistant"]
+    return (answers[-1] if answers else None) or ""
 '''
 
 TEST_TEMPLATE = '''"""Completions with a known reward. A wrong reward trains the wrong behavior, and no other check finds it."""
@@ -216,6 +220,7 @@ class _Row:
     completion: Any
     completion_prefix: str
     completion_ids: list[int]
+    num_sampled: int
     columns: dict[str, Any]
     rewards: dict[str, float | None]
 
@@ -235,13 +240,29 @@ def _read_rows(source: str, reading: DataConfig) -> list[_Row]:
     files = [path] if is_saved else sorted(folder.glob("step_*.parquet"))
     if files:
         rows = [row for file in files for row in read_completions(file)]
-        return [_row(row, read_prompt(row["prompt"]), columns=row["data"], rewards=row["rewards"]) for row in rows]
+        scored = [row for row in rows if "episode" not in row or row["episode"]["failure"] is None]
+        if rows and not scored:
+            raise ValueError(f"all {len(rows)} completions of {source} are void episodes, which no reward function sees")
+        return [_saved_row(row) for row in scored]
     try:
         return _rows_of_data(source, reading)
     except ValueError as error:
         if not os.path.isdir(path):
             raise
         raise ValueError(f"{source} has no saved completions, and is no data either: {error}") from error
+
+
+def _saved_row(row: Mapping[str, Any]) -> _Row:
+    """A completion that a run has saved. An episode in a conversation is its messages."""
+    prompt, episode = read_prompt(row["prompt"]), row.get("episode", {})
+    is_dialogue = not isinstance(prompt, str) and episode.get("messages") is not None
+    return _row(
+        {**row, "completion": episode["messages"]} if is_dialogue else row,
+        prompt,
+        columns=row["data"],
+        rewards=row["rewards"],
+        num_given=episode.get("num_given", 0),
+    )
 
 
 def _rows_of_data(source: str, reading: DataConfig) -> list[_Row]:
@@ -284,20 +305,28 @@ def _prompt_of(row: Mapping[str, Any], index: int) -> Any:
         raise ValueError(f"the prompt of row {index} {error}") from error
 
 
-def _row(row: Mapping[str, Any], prompt: Any, *, columns: dict[str, Any], rewards: dict[str, float | None]) -> _Row:
+def _row(
+    row: Mapping[str, Any],
+    prompt: Any,
+    *,
+    columns: dict[str, Any],
+    rewards: dict[str, float | None],
+    num_given: int = 0,
+) -> _Row:
     """With the completion as reward functions get it: a conversation if the prompt is one."""
     completion = row["completion"]
     if isinstance(completion, str) and not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": completion}]
     prefix = row.get("completion_prefix") or ""
-    return _Row(prompt, completion, prefix, list(row.get("completion_ids") or ()), columns, rewards)
+    ids: list[int] = list(row.get("completion_ids") or ())
+    return _Row(prompt, completion, prefix, ids, len(ids) - num_given, columns, rewards)
 
 
 def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
     """Score rows as a run would: all completions of a prompt in one call."""
     groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: encode([row.prompt, row.columns]))]
     (name,) = scorer.names
-    scorer.check_columns(rows[0].columns)
+    scorer.check_columns(rows[0].columns, has_environments=False)
     started = time.perf_counter()
     scores = [pending.result() for pending in [scorer.submit(_inputs(group)) for group in groups]]
     seconds = time.perf_counter() - started
@@ -320,6 +349,7 @@ def _inputs(group: Sequence[_Row]) -> Inputs:
         columns={name: [row.columns[name] for row in group] for name in group[0].columns},
         trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []},
         completion_prefixes=[row.completion_prefix for row in group],
+        sampled_lengths=[row.num_sampled for row in group],
     )
 
 

@@ -4,7 +4,7 @@
         view.stage("starting the engine")
         view.evaluation(0, {"eval_reward": 0.11}, "before")
         view.step(1, metrics, {"rollout": 3.1, "train": 2.1})
-        view.completions(1, [(prompt, completion, reward)])
+        view.completions(1, [(prompt, completion, reward)])    # an episode: its messages
         view.finish(summary)
 
 `metrics` and `summary` are those of `RunRecorder`. Text from a model or a data set is shown on one line, shortened, and never
@@ -29,13 +29,17 @@ from rich.table import Table
 from rich.text import Text
 
 from .view_text import (
+    MOST_MESSAGES,
+    MOST_OF_A_NAME,
     Prompt,
     When,
     as_number,
     decimal,
+    dialogue,
     duration,
     evaluation_text,
     guards_text,
+    name_width,
     no_update_text,
     one_line,
     phases_of,
@@ -48,7 +52,8 @@ from .view_text import (
     workers_text,
 )
 
-SampleRow = tuple[Prompt, str, float | None]
+SampleRow = tuple[Prompt, Prompt, float | None]
+"""Prompt, completion and reward; an episode is its messages."""
 
 LABEL_WIDTH = 10  # of "evaluation", the longest label, so that rows below the metrics are aligned with them
 
@@ -147,7 +152,12 @@ class PlainView(_TerminalView):
         self._print(f"completions of step {step}")
         for prompt, completion, reward in rows:
             self._print(f"    reward {decimal(reward)}  {shorten(one_line(prompt), 160)}")
-            self._print(f"        {shorten(one_line(completion), 320)}")
+            if isinstance(completion, str):
+                self._print(f"        {shorten(one_line(completion), 320)}")
+                continue
+            lines = dialogue(completion)
+            for speaker, text in lines:
+                self._print(f"        {shorten(speaker, MOST_OF_A_NAME):<{name_width(lines)}}  {shorten(text, 160)}".rstrip())
 
     def evaluation(self, step: int, metrics: Mapping[str, float], when: When) -> None:
         self._print(evaluation_text(step, metrics, when))
@@ -224,15 +234,23 @@ class LiveView(_TerminalView):
         grid.add_column(justify="right", width=6, no_wrap=True)
         grid.add_column(overflow="fold")
         grid.add_row("", Text(f"completions of step {step}", style="dim"))
-        # The rest of the panel has 14 lines, 15 with the workers' row; a completion has up to 3.
-        num_shown = max(0, (self._console.height - 15 - bool(self._workers)) // 3)
-        for prompt, completion, reward in rows[:num_shown]:
+        # The rest of the panel has 14 lines, 15 with the workers' row.
+        lines_left = self._console.height - 15 - bool(self._workers)
+        num_shown = 0
+        for prompt, completion, reward in rows:
+            shown = _sample_lines(completion, lines_left - 1)
+            height = 3 if isinstance(completion, str) else 1 + len(shown)  # a text may wrap once
+            lines_left -= height
+            if lines_left < 0 or not shown:
+                break
+            num_shown += 1
             style = "dim" if reward is None else "bold green" if reward > 0 else "bold red"
             grid.add_row(
                 Text(decimal(reward), style=style),
                 Text(shorten(one_line(prompt), 66), style="dim", no_wrap=True, overflow="ellipsis"),
             )
-            grid.add_row("", Text(shorten(one_line(completion), 132)))
+            for line in shown:
+                grid.add_row("", line)
         self._samples = grid if num_shown else None
         self._live.refresh()
 
@@ -313,6 +331,23 @@ class LiveView(_TerminalView):
         if (factor := metrics.get("guards/learning_rate_factor", 1.0)) != 1.0:
             grid.add_row("lr factor", Text(f"x {factor:g}", style="yellow"))
         return grid
+
+
+def _sample_lines(completion: Prompt, most: int) -> list[Text]:
+    """A text, or the messages of an episode, one line each; none if there is no room for the first and the last."""
+    if isinstance(completion, str):
+        return [Text(shorten(one_line(completion), 132))]
+    lines = dialogue(completion, most=min(most, MOST_MESSAGES)) if most >= min(3, len(completion)) else []
+    width = name_width(lines)
+    return [
+        Text.assemble(
+            (f"{shorten(speaker, MOST_OF_A_NAME):<{width}}  ", "cyan" if speaker == "assistant" else "dim"),
+            (shorten(text, 80 - width), "" if speaker == "assistant" else "dim"),
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+        for speaker, text in lines
+    ]
 
 
 def _workers_row(text: str) -> Table:

@@ -4,10 +4,12 @@
     decimal(0.4071, 3)                                  # 0.407
     sparkline([0.1, 0.4, 0.9], width=20)                # ▂▄▇
     shorten(one_line(completion), 132)                  # one line without control characters
+    dialogue(messages)                                  # [("assistant", "add(a=1, b=2)"), ("add", "3"), ...]
 
 An unknown (None) or non-finite number is a dash. Colours and widths are in `terminal.py`.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,13 @@ When = Literal["before", "during", "after"]
 """When an evaluation took place: before, during or after training."""
 
 Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation."""
+
+MOST_MESSAGES = 12
+"""Of an episode that are shown."""
+
+MOST_OF_A_NAME = 20
+"""Characters of the name of a tool."""
 
 WHEN_TEXT = {"before": "before training", "after": "after training"}
 GUARD_WORDS = {"alarms": "alarm", "skipped_steps": "skip", "restores": "restore"}
@@ -138,6 +147,45 @@ def one_line(text: Prompt) -> str:
         text = content_text(text[-1].get("content")) if text else ""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
     return "".join(character if character.isprintable() else "·" for character in text)
+
+
+def dialogue(messages: Sequence[Mapping[str, Any]], *, most: int = MOST_MESSAGES) -> list[tuple[str, str]]:
+    """Who says what in an episode, one line for each message: text and calls of the assistant, results of tools by their names.
+
+    Of more than `most` messages those in the middle are left out.
+    """
+    lines = [(_speaker(message), _said(message)) for message in messages]
+    if len(lines) <= most:
+        return lines
+    first = most // 2
+    rest = most - 1 - first
+    return [*lines[:first], ("", f"… {len(lines) - first - rest} more messages"), *lines[len(lines) - rest :]]
+
+
+def name_width(lines: Sequence[tuple[str, str]]) -> int:
+    """Of the column that says who says the lines of a dialogue."""
+    return min(MOST_OF_A_NAME, max((len(speaker) for speaker, _ in lines), default=0))
+
+
+def _speaker(message: Mapping[str, Any]) -> str:
+    name = message.get("name") if message.get("role") == "tool" else None
+    return one_line(str(name or message.get("role") or "?"))
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    calls = [_call_text(call) for call in message.get("tool_calls") or ()]
+    text = one_line(content_text(message.get("content"))).strip("⏎ ")
+    return "  ".join([*([text] if text else []), *calls]) or "(nothing)"
+
+
+def _call_text(call: Mapping[str, Any]) -> str:
+    """`add(a=1, b=2)`: arguments that are no mapping as they are."""
+    function = call.get("function") or call
+    arguments = function.get("arguments")
+    if isinstance(arguments, Mapping):
+        values = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in arguments.items()}
+        arguments = ", ".join(f"{name}={value}" for name, value in values.items())
+    return one_line(f"{function.get('name') or '?'}({'' if arguments is None else arguments})")
 
 
 def shorten(text: str, limit: int) -> str:

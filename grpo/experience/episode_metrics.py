@@ -1,6 +1,7 @@
-"""Metrics of a step's episodes: their tools by TRL's names, turns, and failures.
+"""Metrics of a step's episodes: their tools by TRL's names, turns, and failures; and their columns in the completions table.
 
-    episode_metrics(groups)      # {"tools/call_frequency": 1.5, ..., "episodes/mean_turns": 2.2}; {} without episodes
+    episode_metrics(groups)         # {"tools/call_frequency": 1.5, ..., "episodes/mean_turns": 2.2}; {} without episodes
+    episode_columns(completions)    # {"messages": [[{"role": "assistant", ...}, ...], ...], "tool_calls": ...}; the same
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from ...rollout.types import CallError
+from ...rewards.logged import plain
+from ...rollout.types import CallError, Completion
 from ..data.groups import Group
 
 ERRORS: dict[str, tuple[CallError, ...]] = {
@@ -39,6 +43,20 @@ def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "episodes/mean_turns": _mean([episode.turns for _, episode in valid]),
         "episodes/mean_given_tokens": _mean([completion.num_given for completion, _ in valid]),
         "episodes/tool_seconds": _mean([episode.seconds_waiting for _, episode in valid]),
+    }
+
+
+def episode_columns(completions: Sequence[Completion]) -> dict[str, list[Any]]:
+    """Messages, calls and failures of the episodes, which of their tokens were sampled, and how many were not."""
+    episodes = [completion.episode for completion in completions]
+    if all(episode is None for episode in episodes):
+        return {}
+    return {
+        "messages": [None if episode is None else plain(episode.messages) for episode in episodes],
+        "tool_calls": [None if episode is None else plain([asdict(call) for call in episode.calls]) for episode in episodes],
+        "sampled_spans": [[list(span) for span in completion.spans] for completion in completions],
+        "num_given": [completion.num_given for completion in completions],
+        "failure": [None if episode is None else plain(episode.failure) for episode in episodes],
     }
 
 

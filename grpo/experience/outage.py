@@ -39,6 +39,6 @@ def _stop_if_most_are_void(batch: Batch) -> None:
     count = sum(completion.episode is not None for group in batch.groups for completion in group.completions)
     if 2 * len(failures) > count:
         raise TrainingStoppedError(
-            f"stopping after a step in which {len(failures)} of {count} episodes are void: their environment failed, and nothing "
-            f"is learned from them. Resume the run when it works again. The last failure:\n{failures[-1]}"
+            f"stopping after a step in which {len(failures)} of {count} episodes are void: their environment failed, and "
+            f"nothing is learned from them. Resume the run when it works again. The last failure:\n{failures[-1]}"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.groups import Group
-from .episode_metrics import episode_metrics
+from .episode_metrics import episode_columns, episode_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,8 @@ class CompletionsTable:
     """Columns with one value for each completion.
 
     Attributes:
-        table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens, policy_version.
+        table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens, policy_version; of episodes
+            also messages, tool_calls, sampled_spans, num_given, failure.
         rewards: by function, None where it did not apply.
         extras: values that the functions logged. `<function>/error` says why a function that failed gave no reward.
         data: the data set's columns.
@@ -128,6 +129,7 @@ def completions_table(groups: Sequence[Group]) -> CompletionsTable:
         "finish_reason": [c.finish_reason for _, c in pairs],
         "num_tokens": [c.num_tokens for _, c in pairs],
         "policy_version": [c.policy_version for _, c in pairs],
+        **episode_columns([c for _, c in pairs]),
     }
     rewards = {name: [r for g in groups for r in g.scores.by_function[name]] for name in groups[0].scores.by_function}
     names = dict.fromkeys(name for g in groups for name in g.scores.extras)

@@ -4,8 +4,9 @@
     packs = pad(groups, tokens_per_pack=4096, pad_token_id=0)  # one row per completion, for models that cannot share prompts
 
 Both layouts hold the same targets, so everything after the forward pass is the same. Only sampled tokens are targets. Tokens
-that were given to an episode (results of tools, a user's turn) are inputs like those of the prompt, so nothing after the forward
-pass has to know of them. A completion's inputs end before its last sampled token: nothing is predicted from what follows.
+that were given to an episode (results of tools, a user's turn) are inputs like those of the prompt, so nothing after the
+forward pass has to know of them. A completion's inputs end before its last sampled token: nothing is predicted from what
+follows.
 
 Legend: L tokens of a pack, N targets (all sampled tokens of the pack), S completions (sequences) of the pack.
 """

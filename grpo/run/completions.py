@@ -18,6 +18,12 @@ from ..common.files import atomic_write
 COLUMN_NAMES = "rankup.columns"
 """Key in the metadata of a file: the columns of `rewards` and `data` by their names."""
 
+COUNTS = ("step", "num_tokens", "num_given")
+
+JSON_COLUMNS = ("messages", "tool_calls", "sampled_spans")
+EPISODE_COLUMNS = (*JSON_COLUMNS, "num_given", "failure")
+"""Columns of episodes; other runs do not have them."""
+
 
 def write_completions(
     path: Path,
@@ -34,7 +40,8 @@ def write_completions(
 
     Args:
         table: prompt (conversations as JSON text), completion_prefix, completion, completion_ids, advantage, reward,
-            finish_reason, num_tokens (or some of them); `step` is added.
+            finish_reason, num_tokens (or some of them); of episodes messages, tool_calls, sampled_spans, num_given, failure.
+            `step` is added.
         rewards: one column for each reward function, None where it did not apply.
         extras: columns that reward functions logged.
         data: the columns of the dataset, which `read_completions` returns unmodified.
@@ -43,13 +50,15 @@ def write_completions(
     import pyarrow.parquet
 
     num_rows = len(next(iter(table.values())))
-    columns = {name: _typed_column(name, values) for name, values in {"step": [step] * num_rows, **table}.items()}
-    names: dict[str, dict[str, Any]] = {"rewards": {}, "data": {}}
+    columns = {name: _table_column(name, values) for name, values in {"step": [step] * num_rows, **table}.items()}
+    names: dict[str, Any] = {"rewards": {}, "data": {}}
+    if of_episodes := [name for name in EPISODE_COLUMNS if name in table]:
+        names["episode"] = of_episodes
     for name, values in (rewards or {}).items():
         column = names["rewards"][name] = _free(name, "rewards", columns)
         columns[column] = _doubles(values)
     for name, values in (extras or {}).items():
-        columns[_free(name, "extras", columns)] = _typed_column(name, values)
+        columns[_free(name, "extras", columns)] = _typed_column(values)
     for name, values in (data or {}).items():
         column = _free(name, "data", columns)
         columns[column], is_json = _exact_column(values)
@@ -67,6 +76,8 @@ def write_completions(
 def read_completions(path: Path) -> list[dict[str, Any]]:
     """The rows of a completions file: `prompt`, `completion`, ..., and the mappings `rewards` (by function) and `data`.
 
+    Those of a run with episodes also have the mapping `episode`: messages, tool_calls, sampled_spans, num_given, failure.
+
     Raises:
         ValueError: the file was not written by `write_completions`.
     """
@@ -81,8 +92,10 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     for row in table.to_pylist():
         data = {name: (row.pop(one["column"]), one["json"]) for name, one in names["data"].items()}
         rewards = {name: row.pop(column) for name, column in names["rewards"].items()}
+        episode = {name: row.pop(name) for name in names.get("episode", ())}
+        episode |= {name: json.loads(episode[name]) for name in JSON_COLUMNS if episode.get(name) is not None}
         decoded = {name: decode(v) if is_json and v is not None else v for name, (v, is_json) in data.items()}
-        rows.append({**row, "rewards": rewards, "data": decoded})
+        rows.append({**row, "rewards": rewards, "data": decoded, **({"episode": episode} if episode else {})})
     return rows
 
 
@@ -110,20 +123,29 @@ def _exact_column(values: Sequence) -> tuple[Any, bool]:
     return pyarrow.array(texts, pyarrow.string()), True
 
 
-def _typed_column(name: str, values: Sequence) -> Any:
-    """A Parquet column whose type depends only on the kind of values, so that the files of all steps form one table.
-
-    Counts are integers, other numbers (and columns without values) doubles; values that are neither text nor number are JSON.
-    """
+def _table_column(name: str, values: Sequence) -> Any:
+    """A Parquet column of the run's own, whose type depends on its name."""
     import pyarrow
 
-    present = [value for value in values if value is not None]
     if name == "prompt":  # a text stays as it is, also beside conversations
         return pyarrow.array([value if isinstance(value, str) else _json(value) for value in values], pyarrow.string())
     if name == "completion_ids":
         return pyarrow.array(values, pyarrow.list_(pyarrow.int32()))
-    if name in ("step", "num_tokens"):
+    if name in COUNTS:
         return pyarrow.array(values, pyarrow.int64())
+    if name == "failure":
+        return pyarrow.array(values, pyarrow.string())
+    return _json_strings(values) if name in JSON_COLUMNS else _typed_column(values)
+
+
+def _typed_column(values: Sequence) -> Any:
+    """A Parquet column whose type depends only on the kind of values, so that the files of all steps form one table.
+
+    Numbers (and columns without values) are doubles; values that are neither text nor number are JSON.
+    """
+    import pyarrow
+
+    present = [value for value in values if value is not None]
     if all(isinstance(value, str) for value in present) and present:
         return pyarrow.array(values, pyarrow.string())
     if all(isinstance(value, bool) for value in present) and present:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
+from ...rollout.types import Completion
 from ..common.log import logger
 from ..config import GRPOConfig
 from ..data.groups import Group
@@ -99,7 +100,7 @@ class RunOutput(RecordsUserLogs):
         table = completions_table(local)
         self.recorder.completions(step + 1, table.table, rewards=table.rewards, extras=table.extras, data=table.data)
         shown = [
-            (group.prompt.content, group.completions[0].text, group.scores.total[0])
+            (group.prompt.content, _shown(group.completions[0]), group.scores.total[0])
             for group in local[: self.config.logging.num_completions_to_print]
         ]
         self.view.completions(step + 1, shown)
@@ -128,3 +129,13 @@ class RunOutput(RecordsUserLogs):
                 "data": data,
             }
         )
+
+
+def _shown(completion: Completion) -> str | Sequence[Mapping[str, Any]]:
+    """The text, or the messages of an episode, and why it is void."""
+    if completion.episode is None:
+        return completion.text
+    failure = completion.episode.failure
+    if failure is None:
+        return completion.episode.messages
+    return [*completion.episode.messages, {"role": "void", "content": failure.strip().rpartition("\n")[2]}]

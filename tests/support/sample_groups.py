@@ -71,12 +71,14 @@ def random_groups(
     ]
 
 
-def with_given(groups: Sequence[Group], *, seed: int = 0) -> list[Group]:
-    """The groups with random ranges of each completion given, which have no log-probabilities: none, some or all of it."""
+def with_given(
+    groups: Sequence[Group], *, seed: int = 0, shares: Sequence[float] = (0.0, 0.3, 0.5, 1.0)
+) -> list[Group]:
+    """The groups with random ranges of each completion given, which have no log-probabilities. `shares`: of its tokens."""
     draw = random.Random(seed)
 
     def of_episode(completion: Completion) -> Completion:
-        share = draw.choice([0.0, 0.3, 0.5, 1.0])
+        share = draw.choice(shares)
         is_given = [draw.random() < share for _ in completion.token_ids]
         edges = [i for i, (a, b) in enumerate(itertools.pairwise([False, *is_given, False])) if a != b]
         logprobs = [logprob for logprob, given in zip(completion.logprobs, is_given, strict=True) if not given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+from made_episodes import DIALOGUE, VOID, completion_of, group_of, played
 
 from rankup.grpo.cli.main import main
+from rankup.grpo.data.prompts import Prompt
+from rankup.grpo.experience.step_metrics import completions_table
 from rankup.grpo.run.records import RunRecorder
+from rankup.rewards.combining import Scores
 
 CONVERSATION = [{"role": "user", "content": "2 + 2?"}]
 
@@ -250,3 +255,42 @@ def test_kwargs_read_as_run_files_do(tmp_path, monkeypatch, capsys):
         assert json.loads(capsys.readouterr().out)["mean"] == number
     assert main(["reward", "penalty.py:penalty", "--kwargs", "{max_penalty: [", "--data", "rows.jsonl"]) == 1
     assert "rankup: error: --kwargs must be a mapping, such as '{tokens: 100}': " in capsys.readouterr().err
+
+
+@pytest.fixture
+def episodes(tmp_path: Path) -> Path:
+    """A run that saved an episode that ends with a result, a void one, and one in a plain text."""
+    scores = Scores(total=[1.0, None], by_function={}, extras={}, metrics={}, weights=[])
+    ends_with_result = completion_of(played(messages=DIALOGUE[:2]), sampled=5, given=3, text="I add. 1036")
+    groups = [group_of(ends_with_result, completion_of(VOID), scores=scores, advantages=(0.0, 0.0))]
+    recorder = RunRecorder(tmp_path / "run", config_yaml="")
+    table = completions_table(groups)
+    recorder.completions(1, table.table, rewards={}, data={})
+    text = dataclasses.replace(groups[0], prompt=Prompt(content="741 + 295 =", token_ids=(5,)))
+    table = completions_table([text.select([0])])
+    recorder.completions(2, table.table, rewards={}, data={})
+    recorder.close()
+    return recorder.output_dir
+
+
+def test_functions_get_the_messages_of_saved_episodes_but_of_no_void_one(episodes, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, completion_ids, sampled_lengths, **kwargs):\n"
+        "    assert [len(ids) for ids in completion_ids] == [8] and sampled_lengths == [5]\n"
+        "    return [float(c[-1]['role'] == 'tool' and c[0]['tool_calls'][0]['function']['name'] == 'add')"
+        " if isinstance(c, list) else 0.5 for c in completions]\n"
+    )
+    result = tried(capsys, f"{tmp_path}/mine.py:mine", "--data", str(episodes))
+    assert [row["reward"] for row in result["rows"]] == [1.0, 0.5], result
+    assert [row["completion"] for row in result["rows"]] == [list(DIALOGUE[:2]), "I add. 1036"]
+
+
+def test_built_in_rewards_read_what_the_model_says_and_no_result(episodes, capsys):
+    result = tried(capsys, "rankup.rewards.formats:matches", "--kwargs", "{pattern: 'I add.*'}", "--data", str(episodes))
+    assert [row["reward"] for row in result["rows"]] == [1.0, 1.0]
+
+
+def test_a_function_that_needs_instances_cannot_be_tried(episodes, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def mine(environments, **kwargs):\n    return [1.0]\n")
+    assert main(["reward", f"{tmp_path}/mine.py:mine", "--data", str(episodes)]) == 1
+    assert "requires `environments`: only a run with rollout.environment has them" in capsys.readouterr().err

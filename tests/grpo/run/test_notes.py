@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from made_episodes import TRACEBACK, VOID, completion_of, group_of, played
 from sample_groups import make_group
 from tiny_models import tiny_tokenizer
 
@@ -11,7 +12,8 @@ from rankup.grpo.config import GRPOConfig
 from rankup.grpo.data.prompts import PromptData
 from rankup.grpo.data.run_inputs import RunInputs
 from rankup.grpo.run import notes
-from rankup.grpo.run.notes import SamplingNotes
+from rankup.grpo.run.notes import SamplingNotes, step_notes
+from rankup.rewards.combining import Scores
 
 
 @pytest.mark.parametrize(("dtype", "native", "is_noted"), [
@@ -78,3 +80,40 @@ def test_special_tokens_that_the_text_lacks_are_noted_once() -> None:
     ]
     assert list(noted.about("step 2", groups)) == []
     assert list(notes_of(skip_special_tokens=False).about("step 1", groups)) == []
+
+
+# Episodes
+
+
+def test_the_first_void_episode_is_noted_with_its_traceback_and_later_ones_are_counted() -> None:
+    noted = notes_of()
+    played_one, void_one = completion_of(played()), completion_of(VOID)
+    assert list(noted.about("step 1", [group_of(played_one, played_one)])) == []
+    (first,) = noted.about("step 2", [group_of(played_one, void_one, void_one)])
+    assert first == f"step 2: 2 of 3 episodes are void, since their environment failed: {TRACEBACK}"
+    (second,) = noted.about("step 3", [group_of(played_one, dataclasses.replace(void_one).metadata())])
+    assert second == "step 3: 1 of 2 episodes are void, since their environment failed (3 so far)"
+
+
+def test_void_episodes_are_not_those_to_which_no_function_applied() -> None:
+    scores = Scores(total=[1.0, None], by_function={"exact": [1.0, None]}, extras={}, metrics={}, weights=[1.0])
+    group = group_of(completion_of(played()), completion_of(VOID), scores=scores)
+    assert list(step_notes(0, [group])) == []
+    other = dataclasses.replace(group, completions=(completion_of(played()), completion_of(played())))
+    (note,) = step_notes(0, [other])
+    assert note == "step 1: no reward function applied to 1 completions (exact): nothing is learned from them"
+
+
+def test_episodes_that_are_all_cut_off_by_turns_are_noted() -> None:
+    cut_off = completion_of(played(), reason="turns")
+    (note,) = notes_of(max_tool_calling_iterations=3).about("step 1", [group_of(cut_off, cut_off)])
+    assert note == (
+        "step 1: all 2 completions were cut off at rollout.max_tool_calling_iterations, which is 3: reward functions see "
+        "unfinished episodes; increase it, or ask for fewer calls"
+    )
+
+
+def test_special_tokens_of_episodes_are_no_missing_text() -> None:
+    """Markers of calls are read from the tokens, and each turn ends with a token of the template."""
+    episode = dataclasses.replace(completion_of(played(), sampled=4, given=0), token_ids=(UNK, 7, BOS, 8))
+    assert list(notes_of().about("step 1", [group_of(episode)])) == []

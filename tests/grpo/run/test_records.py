@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+from made_episodes import DIALOGUE, TRACEBACK, VOID, call, completion_of, group_of, played
 
 from rankup.grpo.common.files import atomic_write
+from rankup.grpo.experience.step_metrics import completions_table
 from rankup.grpo.run import run_folder
 from rankup.grpo.run.completions import read_completions, write_completions
 from rankup.grpo.run.records import RunRecorder, read_metrics
 from rankup.grpo.run.run_folder import locked_folder
+from rankup.rewards.combining import Scores
 
 TABLE = {
     "prompt": ["What is 1 + 1?", "What is 1 + 1?"],
@@ -352,3 +355,44 @@ def test_columns_of_the_data_are_read_as_they_were_written(tmp_path: Path, value
     path = tmp_path / "step_000001.parquet"
     write_completions(path, 1, {"prompt": ["a", "b"], "completion": ["c", "d"]}, data={"answer": values})
     assert repr([row["data"]["answer"] for row in read_completions(path)]) == repr(values)
+
+
+EPISODE_NAMES = {"messages", "tool_calls", "sampled_spans", "num_given", "failure"}
+
+
+def test_episodes_are_read_as_they_were_written(tmp_path: Path):
+    failed = call("süß", error="timeout", seconds=9.5)
+    odd = {"role": "tool", "name": "add", "content": [{"type": "text", "text": "\ud800 \x00"}]}
+    completions = (
+        completion_of(played(calls=[call(), failed], messages=[*DIALOGUE, odd]), sampled=4, given=2),
+        completion_of(VOID, sampled=1, given=0),
+        completion_of(None, sampled=2, given=0),
+    )
+    scores = Scores(total=[1.0, None, 0.0], by_function={}, extras={}, metrics={}, weights=[])
+    table = completions_table([group_of(*completions, scores=scores, advantages=(0.5, 0.0, -0.5))])
+    path = tmp_path / "step_000001.parquet"
+    extras = {"failure": [1, 2, 3], "messages": ["a", "b", "c"]}
+    write_completions(path, 1, table.table, extras=extras, data={"messages": [["x"]] * 3})
+    first, second, third = read_completions(path)
+    assert EPISODE_NAMES.isdisjoint(first) and first["extras/failure"] == 1.0 and first["data"] == {"messages": ["x"]}
+    episode = first["episode"]
+    assert episode["messages"][:3] == list(DIALOGUE)
+    assert episode["messages"][3]["content"] == [{"type": "text", "text": "? \x00"}]
+    assert episode["tool_calls"] == [
+        {"name": "add", "arguments": {"a": 741, "b": 295}, "result": "1036", "seconds": 0.5, "error": None},
+        {"name": "süß", "arguments": {"a": 741, "b": 295}, "result": "1036", "seconds": 9.5, "error": "timeout"},
+    ]
+    assert (episode["sampled_spans"], episode["num_given"], episode["failure"]) == ([[0, 1], [3, 6]], 2, None)
+    assert (first["num_tokens"], len(first["completion_ids"])) == (4, 6)
+    assert second["episode"]["failure"] == TRACEBACK and second["finish_reason"] == "failed"
+    assert third["episode"]["messages"] is third["episode"]["tool_calls"] is None
+
+
+def test_files_without_episodes_have_no_columns_of_them(tmp_path: Path):
+    scores = Scores(total=[1.0], by_function={}, extras={}, metrics={}, weights=[])
+    table = completions_table([group_of(completion_of(given=0), scores=scores, advantages=(0.0,))])
+    path = tmp_path / "step_000001.parquet"
+    write_completions(path, 1, table.table, extras={"failure": ["mine"], "messages": ["mine"]})
+    (row,) = read_completions(path)
+    assert "episode" not in row and row["failure"] == row["messages"] == "mine"
+    assert json.loads(pyarrow.parquet.read_metadata(path).metadata[b"rankup.columns"]) == {"rewards": {}, "data": {}}
