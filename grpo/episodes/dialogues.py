@@ -17,6 +17,7 @@ from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
 from ...rollout.texts import Texts
 from ...rollout.turns import play
+from ..common.log import logger
 from ..config import GRPOConfig
 from ..data.prompts import Prompt
 from ..data.renderer import PromptRenderer
@@ -34,6 +35,7 @@ class Dialogues:
 
     Args:
         eos_token_ids: tokens that end a completion in the engine.
+        num_workers: workers of the cluster, which share the servers of environments.
 
     Raises:
         ValueError: the chat template cannot write these tools or turns, with the reason.
@@ -46,6 +48,7 @@ class Dialogues:
         tokenizer: PreTrainedTokenizerBase,
         *,
         eos_token_ids: Collection[int] = (),
+        num_workers: int = 1,
     ) -> None:
         self.actions = actions
         self._config = config
@@ -59,6 +62,8 @@ class Dialogues:
             tool_parser=config.rollout.tool_parser,
             eos_token_ids=eos_token_ids,
         )
+
+        self._at_most = self._capacity(num_workers)
 
     @property
     def has_environments(self) -> bool:
@@ -90,6 +95,7 @@ class Dialogues:
             prompt_column=self._config.data.prompt_column,
             max_completion_length=sampling.max_completion_length,
             is_greedy=sampling.temperature == 0,
+            is_limited=self._at_most is not None,
         )
         size = sampling.num_generations
         players = [
@@ -111,7 +117,7 @@ class Dialogues:
                 self.actions.caller.isolated(),
                 engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
             ):
-                for number, played in play(requests, [player.play() for player in players]):
+                for number, played in play(requests, [player.play() for player in players], at_most=self._at_most):
                     index, place = divmod(number, size)
                     of_group = ended.setdefault(index, {})
                     of_group[place] = played
@@ -128,6 +134,30 @@ class Dialogues:
         if self.actions.environments is not None:
             self.actions.environments.close()
         self.actions.caller.close()
+
+    def _capacity(self, num_workers: int) -> int | None:
+        """How many episodes of a worker may be open at the same time; None: all of a step.
+
+        Raises:
+            ValueError: a server cannot be reached, or admits fewer than one episode of each worker.
+        """
+        environments, config = self.actions.environments, self._config
+        if environments is None:
+            return None
+        needed = config.optim.prompts_per_step * config.rollout.num_generations
+        admitted = environments.capacity(needed)
+        if admitted is None:
+            return None
+        if admitted < num_workers:
+            raise ValueError(
+                f"rollout.environment: the server admits {admitted} sessions at the same time, and each of {num_workers} "
+                "workers needs one: raise its limit, such as max_concurrent_envs of OpenEnv"
+            )
+        logger.info(
+            f"rollout.environment: the server admits {admitted} sessions at the same time, and a step has {needed} episodes: "
+            f"no more than {admitted // num_workers * num_workers} are open at once, the others wait"
+        )
+        return admitted // num_workers
 
     def _release(self, played: Sequence[Played], *, reuse: bool) -> None:
         for one in played:

@@ -30,7 +30,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ...rewards.loading import load_object
 from ...rewards.own_code import code_of
@@ -44,6 +44,18 @@ logger = logging.getLogger(__name__)
 
 EnvironmentFactory = Callable[[], object]
 """A class, or a function that returns an instance."""
+
+@runtime_checkable
+class LimitedFactory(Protocol):
+    """A factory of instances that a server may not admit in any number."""
+
+    def __call__(self) -> object:
+        ...
+
+    def capacity(self, needed: int) -> int | None:
+        """How many of `needed` instances can be open at the same time; None: all of them."""
+        ...
+
 
 EnvironmentFactories = EnvironmentFactory | Mapping[str, EnvironmentFactory]
 """One environment, or several by name."""
@@ -83,6 +95,18 @@ class Environments:
     def responds(self) -> bool:
         """Whether one of them answers turns without a call."""
         return any(world.respond is not None for world in self._probes.values())
+
+    def capacity(self, needed: int) -> int | None:
+        """How many of `needed` instances can be open at the same time, if a server is asked that admits fewer; None: all.
+
+        Raises:
+            ValueError: a server cannot be reached.
+        """
+        try:
+            found = [factory.capacity(needed) for factory in self._factories.values() if isinstance(factory, LimitedFactory)]
+        except ConnectionError as error:
+            raise ValueError(str(error)) from error
+        return min((one for one in found if one is not None), default=None)
 
     def tools(self, name: str | None, extra: Sequence[Tool] = ()) -> list[Tool]:
         """Tools that belong to no environment, and those of the class: its public methods.

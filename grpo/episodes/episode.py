@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,8 @@ class Kit:
         environments: None: there is no world to act in.
         max_completion_length: of this rollout, sampled and given tokens together.
         is_greedy: nothing is drawn, so turns need no seeds.
+        is_limited: few environments may be open: each is given back when its episode has ended, and reward functions, which
+            see complete groups, get None in its place.
     """
 
     rollout: RolloutConfig
@@ -56,6 +58,7 @@ class Kit:
     prompt_column: str
     max_completion_length: int
     is_greedy: bool
+    is_limited: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +122,23 @@ class Player:
             finish_reason = yield from self._turns()
             rewards = yield from self._rewards()
             is_over = True
+            if self._kit.is_limited:
+                self._give_back()
             return self._played(finish_reason, rewards)
         except EpisodeError as error:
             is_over, self._is_reusable = True, False
+            self._give_back()
             return self._void(error)
         finally:
-            if not is_over and self._world is not None and self._kit.environments is not None:
-                self._kit.environments.release(self._world, reuse=False)
+            if not is_over:
+                self._is_reusable = False
+                self._give_back()
+
+    def _give_back(self) -> None:
+        """Let another episode have the environment, if it may be used again."""
+        if self._world is not None and self._kit.environments is not None:
+            self._kit.environments.release(self._world, reuse=self._is_reusable)
+        self._world = None
 
     # ----------------------------------------------------------------------------------------------------- beginning
 
@@ -145,7 +158,7 @@ class Player:
         said = yield from self._ask("reset", world.reset, world.reset_arguments(row, seed), seed=self._seed)
         observation = self._checked(said, "reset")
         before = [tool.schema for tool in environments.tools(name)]
-        self._tools = yield from self._ask("tools", world.tools, {"extra": self._kit.tools})
+        self._tools = yield from self._ask("tools", world.tools, {"extra": self._kit.tools}, inline=True)
         schemas = [tool.schema for tool in self._tools]
         if observation is None and schemas == [*(tool.schema for tool in self._kit.tools), *before]:
             return
@@ -191,9 +204,10 @@ class Player:
             self._said.messages.append(reply.message if reply.calls else {"role": "assistant", "content": turn.text})
             if turn.finish_reason != "stop":
                 return turn.finish_reason
-            is_closed = turn.ended_by_token and turn.token_ids[-1] == dialect.closing_id(reply)
-            if turn.ended_by_token and not is_closed:
-                return "stop"  # behind this token the template cannot go on
+            closing = dialect.closing_id(reply)
+            is_closed = turn.ended_by_token and turn.token_ids[-1] == closing
+            if closing is None or (turn.ended_by_token and not is_closed):
+                return "stop"  # behind this turn the template cannot go on
             if not reply.calls and not self._responds:
                 return "stop"
             if any(call.error for call in reply.calls) and self._kit.rollout.on_malformed_call == "end":
@@ -210,7 +224,7 @@ class Player:
                 return "turns"
             bridge = self._bridge(reply, answers)
             if not is_closed:  # a stop string ended it
-                bridge = (dialect.closing_id(reply), *bridge)
+                bridge = (closing, *bridge)
             if self._room() <= len(bridge):
                 return "length"
             self._said.messages += answers
@@ -255,6 +269,8 @@ class Player:
                 records.append(begun)
                 continue
             outcome: Outcome = yield begun
+            if isinstance(outcome.error, ConnectionError) and not outcome.timed_out and self._is_of_world(call):
+                raise EpisodeError(f"{call.name}: the connection to the environment was lost") from outcome.error
             error: CallError | None = "timeout" if outcome.timed_out else "raised" if outcome.error else None
             if outcome.timed_out:
                 self._is_reusable = False
@@ -275,6 +291,9 @@ class Player:
         assert isinstance(call.arguments, Mapping)
         return self._call(tool.function, call.arguments)
 
+    def _is_of_world(self, call: ParsedCall) -> bool:
+        return all(tool.name != call.name for tool in self._kit.tools)
+
     def _response(self, reply: Reply) -> Generator[Future[Any], Any, list[Message] | None]:
         """What the environment says to a turn without calls; None ends the episode."""
         world = self._world
@@ -287,7 +306,7 @@ class Player:
     def _is_done(self) -> Generator[Future[Any], Any, bool]:
         if self._world is None:
             return False
-        return (yield from self._ask("done", self._world.is_done, {}))
+        return (yield from self._ask("done", self._world.is_done, {}, inline=True))
 
     def _rewards(self) -> Generator[Future[Any], Any, Mapping[str, float | None]]:
         world = self._world
@@ -301,21 +320,35 @@ class Player:
 
     # --------------------------------------------------------------------------------------------------------- calls
 
-    def _call(self, function: Any, arguments: Mapping[str, Any], *, seed: int | None = None) -> Future[Outcome]:
+    def _call(
+        self,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        inline: bool = False,
+    ) -> Future[Outcome]:
+        """Call user code. `seed`: of the global random generators; None: one of this call's own."""
         self._num_calls += 1
         own_seed = self._seed_of(f"call {self._num_calls}") if seed is None else seed
-        return self._kit.caller.call(function, arguments, seed=own_seed)
+        return self._kit.caller.call(function, arguments, seed=own_seed, inline=inline)
 
     def _ask(
-        self, what: str, function: Any, arguments: Mapping[str, Any], *, seed: int | None = None
+        self,
+        what: str,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        inline: bool = False,
     ) -> Generator[Future[Any], Any, Any]:
-        """What a member of the environment returns.
+        """What a member of the environment returns. `inline`: it is quick, and waits for no thread.
 
         Raises:
             EpisodeError: it raised, or took too long.
         """
         assert self._world is not None
-        outcome: Outcome = yield self._call(function, arguments, seed=seed)
+        outcome: Outcome = yield self._call(function, arguments, seed=seed, inline=inline)
         self._said.seconds_waiting += outcome.seconds
         if outcome.error is not None:
             self._is_reusable = False

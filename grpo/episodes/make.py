@@ -43,4 +43,4 @@ def make_episodes(
     from ...rollout.torch_engine import eos_token_ids
 
     ends = eos_token_ids(inputs.model_path, inputs.tokenizer)
-    return Dialogues(actions, config, inputs.tokenizer, eos_token_ids=ends)
+    return Dialogues(actions, config, inputs.tokenizer, eos_token_ids=ends, num_workers=config.cluster.workers)

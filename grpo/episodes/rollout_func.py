@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
@@ -168,6 +168,4 @@ class _Rows:
 
 def _number(value: Any) -> float:
     """A log-probability, also in a list of its own, as in what TRL's vLLM server returns."""
-    while isinstance(value, list | tuple) and len(value) == 1:
-        (value,) = value
-    return float(value)
+    return float(cast(float, value[0]) if isinstance(value, list | tuple) and len(value) == 1 else value)
