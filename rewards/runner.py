@@ -104,7 +104,7 @@ class Scorer:
         self._loop: BackgroundLoop | None = None
         self._pools: dict[str, Pool] = {}
 
-    def check_columns(self, columns: Iterable[str], *, has_environments: bool = True) -> None:
+    def check_columns(self, columns: Iterable[str], *, has_environments: bool = False) -> None:
         """Raise the error that `submit` would raise for these columns of the data set (without the prompt's), and with or
         without environments."""
         columns = list(columns)

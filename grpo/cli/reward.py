@@ -326,7 +326,7 @@ def _score_saved(scorer: Scorer, rows: Sequence[_Row]) -> Trial:
     """Score rows as a run would: all completions of a prompt in one call."""
     groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: encode([row.prompt, row.columns]))]
     (name,) = scorer.names
-    scorer.check_columns(rows[0].columns, has_environments=False)
+    scorer.check_columns(rows[0].columns)
     started = time.perf_counter()
     scores = [pending.result() for pending in [scorer.submit(_inputs(group)) for group in groups]]
     seconds = time.perf_counter() - started

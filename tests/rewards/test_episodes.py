@@ -10,7 +10,8 @@ from rankup.rewards import answers, formats, lengths, mathematics, repetition
 from rankup.rewards.contract import Inputs, call
 from rankup.rewards.texts import text_of
 
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+ADD = {"type": "function", "function": {"name": "add", "arguments": {}}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [ADD]}
 RESULT = {"role": "tool", "name": "add", "content": "42"}
 ANSWER = {"role": "assistant", "content": "So it is 7."}
 

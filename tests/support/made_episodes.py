@@ -43,7 +43,12 @@ VOID = Episode(messages=DIALOGUE[:1], turns=1, failure=TRACEBACK)
 
 
 def completion_of(
-    episode: Episode | None = None, *, sampled: int = 4, given: int = 2, reason: FinishReason = "stop", text: str = "It is 1036."
+    episode: Episode | None = None,
+    *,
+    sampled: int = 4,
+    given: int = 2,
+    reason: FinishReason = "stop",
+    text: str = "It is 1036.",
 ) -> Completion:
     """Its first token was sampled, the given ones follow, then come the other sampled ones."""
     if episode is not None and episode.failure is not None:

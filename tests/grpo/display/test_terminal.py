@@ -297,3 +297,47 @@ def test_both_views_end_with_the_output_folder_and_the_wall_time(monkeypatch: py
     with live:
         live.finish(SUMMARY)
     assert recorded.export_text().rstrip().endswith("\noutput: runs/sums")
+
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 741, "b": 295}}}
+EPISODE = [
+    {"role": "assistant", "content": "I add [bold]them.", "tool_calls": [ADD]},
+    {"role": "tool", "name": "add", "content": "1036" + " 0" * 200},
+    {"role": "assistant", "content": "It is 1036."},
+]
+
+
+def test_an_episode_is_shown_as_a_dialogue_in_plain_lines() -> None:
+    file = io.StringIO()
+    plain_view(file).completions(1, [("What is 741 + 295?", EPISODE, 1.0), ("Next?", "A text", None)])
+    lines = file.getvalue().splitlines()
+    assert lines[1:3] == [
+        "    reward 1.00  What is 741 + 295?",
+        "        assistant  I add [bold]them.  add(a=741, b=295)",
+    ]
+    assert lines[3].startswith("        add        1036 0 0") and " … " in lines[3] and len(lines[3]) < 190
+    assert lines[4:] == ["        assistant  It is 1036.", "    reward -  Next?", "        A text"]
+
+
+@pytest.mark.parametrize(("height", "lines_of_episode"), [(17, 0), (18, 0), (19, 3), (48, 3)])
+def test_a_panel_shows_an_episode_with_its_beginning_and_its_end_or_not_at_all(height: int, lines_of_episode: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, _environ={})
+    view = LiveView(max_steps=80, run_name="sums", console=console)
+    view.step(1, METRICS, PHASES)
+    view.completions(1, [("What is 741 + 295?", EPISODE, 1.0)] * 9)
+    recorded = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, record=True)
+    recorded.print(view)
+    shown = recorded.export_text()
+    assert len(shown.splitlines()) <= height
+    assert ("I add [bold]them.  add(a=741, b=295)" in shown) == ("It is 1036." in shown) == bool(lines_of_episode)
+
+
+def test_a_long_episode_fits_into_the_panel() -> None:
+    for height in range(10, 50):
+        console = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, _environ={})
+        view = LiveView(max_steps=80, run_name="sums", console=console)
+        view.step(1, METRICS, PHASES)
+        view.completions(1, [("Guess!", EPISODE * 20, 0.0), ("Guess!", EPISODE, 0.0), ("Say!", "x" * 400, 0.0)])
+        recorded = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, record=True)
+        recorded.print(view)
+        assert len(recorded.export_text().splitlines()) <= max(height, 15), height

@@ -5,6 +5,7 @@ import pytest
 from rankup.grpo.display.view_text import (
     as_number,
     decimal,
+    dialogue,
     duration,
     evaluation_rewards,
     evaluation_text,
@@ -143,3 +144,33 @@ def test_summary_text():
     only_after = {"steps": 3, "seconds": {"total": 370}, "evaluation": {"after": {"reward": 0.86}}}
     assert summary_text(only_after) == "done: 3 steps in 6m10s, evaluation reward 0.860"
     assert summary_text({"steps": 2, "interrupted": True}) == "stopped: 2 steps in -"
+
+
+def called(name: str, arguments: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_a_dialogue_has_one_line_for_each_message() -> None:
+    messages = [
+        {"role": "assistant", "content": "I\nadd.", "tool_calls": [called("add", {"a": 1, "b": "süß\n"}), called("now", None)]},
+        {"role": "tool", "name": "add", "content": [{"type": "text", "text": "3\x1b[2J"}]},
+        {"role": "tool", "content": ""},
+        {"role": "user", "content": "higher"},
+        {"role": "assistant", "tool_calls": [called("add", "{broken"), {"name": "flat", "arguments": {}}]},
+        {"role": "assistant", "content": None},
+    ]
+    assert dialogue(messages) == [
+        ("assistant", 'I⏎add.  add(a=1, b="süß\\n")  now()'),
+        ("add", "3·[2J"),
+        ("tool", "(nothing)"),
+        ("user", "higher"),
+        ("assistant", "add({broken)  flat()"),
+        ("assistant", "(nothing)"),
+    ]
+
+
+@pytest.mark.parametrize("most", [3, 4, 7])
+def test_a_long_dialogue_keeps_its_beginning_and_its_end(most: int) -> None:
+    lines = dialogue([{"role": "user", "content": str(i)} for i in range(9)], most=most)
+    assert len(lines) == most and lines[0] == ("user", "0") and lines[-1] == ("user", "8")
+    assert ("", f"… {9 - most + 1} more messages") in lines

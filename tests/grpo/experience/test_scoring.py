@@ -192,14 +192,14 @@ def test_a_function_elsewhere_that_names_environments_is_refused_at_the_start() 
     async def waits(environments: Sequence[Any], **kwargs: Any) -> list[float]:
         return [0.0] * len(environments)
 
-    with pytest.raises(ValueError, match="reward function 'wins' requires `environments`.*`isolation: inline`"):
+    with pytest.raises(ValueError, match=r"reward function 'wins' requires `environments`.*`isolation: inline`"):
         Scorer(RewardsConfig(isolation="process"), wins)
-    with pytest.raises(ValueError, match="reward function 'waits' requires `environments`.* nor wait for an async function"):
+    with pytest.raises(ValueError, match=r"reward function 'waits' requires `environments`.* nor wait for an async function"):
         Scorer(RewardsConfig(), waits)
     scorer = Scorer(RewardsConfig(), wins)
-    scorer.check_columns(["answer"])
-    with pytest.raises(ValueError, match="'wins' requires `environments`: only a run with rollout.environment has them"):
-        scorer.check_columns(["answer"], has_environments=False)
+    scorer.check_columns(["answer"], has_environments=True)
+    with pytest.raises(ValueError, match=r"'wins' requires `environments`: only a run with rollout.environment has them"):
+        scorer.check_columns(["answer"])
 
 
 # Advantages

@@ -1,7 +1,7 @@
 """No given token moves a loss: there is no mask, so every option of the objective must be unable to see one.
 
-The model's last hidden states get a term that is 0, except where the next token was given: there it is NaN. If a loss, ratio, KL,
-entropy, guard or metric read any of these rows, in the trainer's forward, the reference's or the one that finds the entropy
+The model's last hidden states get a term that is 0, except where the next token was given: there it is NaN. If a loss, ratio,
+KL, entropy, guard or metric read any of these rows, in the trainer's forward, the reference's or the one that finds the entropy
 threshold, its numbers would be NaN or others. They are the same bit for bit, and the rows' gradients are exactly 0. A finite
 difference in the logits of a given token is a special case: NaN is the difference that nothing can hide.
 """
@@ -31,9 +31,6 @@ from rankup.rewards.combining import Scores
 from rankup.rollout.types import Completion
 
 SHAPES = [(4, [6, 9, 7, 5]), (3, [8, 5, 6]), (5, [7, 4, 9, 6])]
-
-
-WIDE: dict[str, int] = {"tokens_per_pack": 10_000, "pad_token_id": 0}
 
 
 def entropic(tokens: LossInputs) -> torch.Tensor:
@@ -126,7 +123,8 @@ def rows_that_predict(groups: Sequence[Group], *, is_shared: bool) -> torch.Tens
 
 def near_the_policy(policy: Policy, groups: list[Group]) -> list[Group]:
     """The groups with sampler's log-probabilities that are the policy's but for noise."""
-    packs = pack(groups, tokens_per_pack=10_000) if policy.shares_prompts else pad(groups, **WIDE)
+    shared, padded = pack(groups, tokens_per_pack=10_000), pad(groups, tokens_per_pack=10_000, pad_token_id=0)
+    packs = shared if policy.shares_prompts else padded
     exact = by_completion(packs, [policy.logprobs(one)[0] for one in packs])
     generator = torch.Generator().manual_seed(0)
     noisy = iter([lps + 0.3 * (torch.rand(lps.shape, generator=generator) - 0.5) for lps in exact])
