@@ -132,7 +132,8 @@ def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Pro
         prompts = load_eval_prompts(setup.config, eval_dataset, setup.inputs)
         for note in data_notes("evaluation", prompts, setup.config.rollout.max_prompt_length):
             logger.info(note)
-        setup.scorer.check_columns(prompts.rows[0].columns)
+        has_environments = setup.episodes is not None and setup.episodes.has_environments
+        setup.scorer.check_columns(prompts.rows[0].columns, has_environments=has_environments)
         check_rows(setup.scorer, prompts.rows, "evaluation data")
         return prompts.rows
     if setup.eval_prompts is None:

@@ -113,7 +113,7 @@ def prepare_run(
         config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
     prompts = loaded.train_prompts.rows
     config = resolve_epochs(config, rows=len(prompts))
-    scorer.check_columns(prompts[0].columns)
+    scorer.check_columns(prompts[0].columns, has_environments=actions is not None and actions.environments is not None)
     loaded.check_rows(scorer)
     episodes = make_episodes(actions, inputs.rollout_func, config, loaded)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint

@@ -61,6 +61,11 @@ class Episodes(Protocol):
         """
         ...
 
+    @property
+    def has_environments(self) -> bool:
+        """Whether completions act in environments."""
+        ...
+
     def close(self) -> None:
         """Close all environments. The next `play` makes new ones."""
         ...

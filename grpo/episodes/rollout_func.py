@@ -80,6 +80,11 @@ class UserRollouts:
                 columns={name: [values[place] for place in places] for name, values in rows.columns.items()},
             )
 
+    @property
+    def has_environments(self) -> bool:
+        """Not as far as anyone here knows."""
+        return False
+
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -168,4 +173,5 @@ class _Rows:
 
 def _number(value: Any) -> float:
     """A log-probability, also in a list of its own, as in what TRL's vLLM server returns."""
-    return float(cast(float, value[0]) if isinstance(value, list | tuple) and len(value) == 1 else value)
+    is_list = isinstance(value, list | tuple) and len(value) == 1
+    return float(cast(float, value[0] if is_list else value))

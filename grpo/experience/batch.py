@@ -24,6 +24,7 @@ from ..data.groups import Group
 from ..data.sampler import PromptSampler
 from ..episodes.groups import Episodes
 from .collect import Collected, collect
+from .scoring import with_same_functions
 from .step_metrics import completion_metrics, has_reward, reward_metrics
 from .user_functions import NO_FUNCTIONS, UserFunctions, filtered, user_advantages
 
@@ -92,7 +93,8 @@ def collect_batch(
 
     def groups_of(rounds: Sequence[Collected]) -> list[Group]:
         """All groups, with their advantages and the decision of the user's filter."""
-        groups = with_advantages([group for one in rounds for group in one.groups], config, functions, world)
+        scored = with_same_functions([group for one in rounds for group in one.groups])
+        groups = with_advantages(scored, config, functions, world)
         return groups if functions.group_filter is None else filtered(functions.group_filter, groups, world)
 
     rounds = [collect_round(0)]
@@ -158,8 +160,8 @@ def _metrics(groups: Sequence[Group], function_names: Sequence[str], config: GRP
     algorithm = config.algorithm
     metrics = {**reward_metrics(groups, function_names), **completion_metrics(groups)}
     if algorithm.soft_overlong_tokens:
-        penalties = [penalty for group in groups for penalty in _overlong_penalties(group, config)]
-        metrics["overlong_penalty"] = sum(penalties) / len(penalties)
+        penalties = [penalty for group in groups for penalty in _overlong_penalties(group.without_void(), config)]
+        metrics["overlong_penalty"] = sum(penalties) / max(1, len(penalties))
     if algorithm.group_filter is not None:
         metrics["filtered_ratio"] = sum(not group.passes_filter for group in groups) / len(groups)
     if algorithm.max_resampling_rounds:

@@ -14,6 +14,7 @@ from rankup.grpo.common.world import SINGLE_PROCESS
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.data.groups import Group
 from rankup.grpo.data.prompts import Prompt
+from rankup.grpo.episodes.groups import PlayedGroup
 from rankup.grpo.experience.batch import with_advantages
 from rankup.grpo.experience.collect import collect
 from rankup.grpo.experience.scoring import submit, with_same_functions
@@ -23,9 +24,24 @@ from rankup.rewards.runner import Scorer
 from rankup.rollout.types import Completion, Episode, PromptGroup
 
 
-def scored(scorer: Scorer, *episodes: Episode | None, prompt: Prompt | None = None, **options: Any) -> Scores:
+def sampled(prompt: Prompt, completions: Sequence[Completion], environments: Sequence[object] | None = None) -> PlayedGroup:
+    return PlayedGroup(
+        index=0,
+        prompt=prompt,
+        completions=tuple(completions),
+        contents=[prompt.content] * len(completions),
+        environments=environments or [None] * len(completions),
+    )
+
+
+def scored(
+    scorer: Scorer,
+    *episodes: Episode | None,
+    prompt: Prompt | None = None,
+    environments: Sequence[object] | None = None,
+) -> Scores:
     completions = [completion_of(episode) for episode in episodes]
-    return submit(scorer, prompt or prompt_of(), completions, {"global_step": 0}, **options).result()
+    return submit(scorer, sampled(prompt or prompt_of(), completions, environments), {"global_step": 0}).result()
 
 
 class Sees:
@@ -100,7 +116,7 @@ def test_a_failure_of_a_function_is_that_of_the_episodes_that_it_saw() -> None:
 @pytest.mark.parametrize("has_functions", [True, False])
 def test_check_12_a_group_of_void_episodes_calls_no_function(sees: Sees, has_functions: bool) -> None:
     scorer = Scorer(RewardsConfig(), [sees] if has_functions else [], needs_functions=False)
-    pending = submit(scorer, prompt_of(), [completion_of(VOID), completion_of(VOID)], {})
+    pending = submit(scorer, sampled(prompt_of(), [completion_of(VOID), completion_of(VOID)]), {})
     assert pending.is_finished()
     scores = pending.result()
     assert scores.total == [None, None] and not sees.calls
