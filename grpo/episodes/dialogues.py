@@ -23,8 +23,9 @@ from ..data.prompts import Prompt
 from ..data.renderer import PromptRenderer
 from .actions import Actions
 from .dialect import Dialect
-from .episode import Kit, Played, Player
+from .episode import Player
 from .groups import PlayedGroup, behind_shared_prompt
+from .kit import Kit, Played
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,79 +9,26 @@ docs/episodes.md.
 
 from __future__ import annotations
 
-import hashlib
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...rollout.config import RolloutConfig
-from ...rollout.texts import Texts
 from ...rollout.turns import Play, Request, Turn
-from ...rollout.types import CallError, Completion, Episode, FinishReason, ToolCallRecord
+from ...rollout.types import Completion, Episode, FinishReason, ToolCallRecord
 from ..data.messages import Message, read_template_kwargs
 from ..data.prompts import Prompt
-from ..data.renderer import PromptRenderer
-from .calls import Caller, Outcome, error_text
-from .dialect import Dialect, ParsedCall, Reply
-from .environments import Environments
+from .dialect import Reply
+from .kit import EpisodeError, Kit, Played
 from .stream import Stream
-from .tools import Tool, unknown_tool
+from .tools import Tool
+from .user_code import UserCode, malformed
 from .worlds import World, observation_of, rewards_of
 
 Steps = Generator[Request | Future[Any], Any, Any]
 LARGEST_SEED = 2**31 - 1
 """Of environments: gymnasium and NumPy take no larger ones everywhere."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kit:
-    """What the episodes of a rollout have in common.
-
-    Attributes:
-        tools: that the model may call in every episode.
-        environments: None: there is no world to act in.
-        max_completion_length: of this rollout, sampled and given tokens together.
-        is_greedy: nothing is drawn, so turns need no seeds.
-        is_limited: few environments may be open: each is given back when its episode has ended, and reward functions, which
-            see complete groups, get None in its place.
-    """
-
-    rollout: RolloutConfig
-    dialect: Dialect
-    renderer: PromptRenderer
-    texts: Texts
-    caller: Caller
-    tools: Sequence[Tool]
-    environments: Environments | None
-    prompt_column: str
-    max_completion_length: int
-    is_greedy: bool
-    is_limited: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """An episode that has ended.
-
-    Attributes:
-        prompt_token_ids: its own prompt, which the environment may have extended.
-        content: the same as reward functions see it.
-        world: its environment, which the caller gives back; None: it has none.
-        is_reusable: whether the environment may be used again.
-    """
-
-    completion: Completion
-    prompt_token_ids: tuple[int, ...]
-    content: str | list[Message]
-    world: World | None
-    is_reusable: bool
-    recomputed_tokens: int
-
-
-class EpisodeError(Exception):
-    """The environment failed: the episode is void. The message is the sentence of the note, its cause what was raised."""
 
 
 @dataclass(slots=True)
@@ -91,7 +38,6 @@ class _Said:
     messages: list[Message] = field(default_factory=list)
     calls: list[ToolCallRecord] = field(default_factory=list)
     turns: int = 0
-    seconds_waiting: float = 0.0
 
 
 class Player:
@@ -109,9 +55,8 @@ class Player:
         self._stream = Stream(prompt.token_ids)
         self._content = prompt.content
         self._world: World | None = None
-        self._is_reusable = True
+        self._code = UserCode(kit.caller, seed=seed, place=place)
         self._tools: Sequence[Tool] = kit.tools
-        self._num_calls = 0
         self._turn_text = ""
 
     def play(self) -> Play[Played]:
@@ -121,23 +66,20 @@ class Player:
             yield from self._begin()
             finish_reason = yield from self._turns()
             rewards = yield from self._rewards()
-            is_over = True
             if self._kit.is_limited:
-                self._give_back()
+                self._give_back(reuse=not self._code.has_failed)
+            is_over = True
             return self._played(finish_reason, rewards)
         except EpisodeError as error:
-            is_over, self._is_reusable = True, False
-            self._give_back()
             return self._void(error)
         finally:
             if not is_over:
-                self._is_reusable = False
-                self._give_back()
+                self._give_back(reuse=False)
 
-    def _give_back(self) -> None:
+    def _give_back(self, *, reuse: bool) -> None:
         """Let another episode have the environment, if it may be used again."""
         if self._world is not None and self._kit.environments is not None:
-            self._kit.environments.release(self._world, reuse=self._is_reusable)
+            self._kit.environments.release(self._world, reuse=reuse)
         self._world = None
 
     # ----------------------------------------------------------------------------------------------------- beginning
@@ -150,7 +92,7 @@ class Player:
         row = {**self._prompt.columns, self._kit.prompt_column: self._prompt.content}
         name = environments.name_of(row)
         try:
-            self._world = environments.acquire(name, seed=self._seed_of("acquire"))
+            self._world = environments.acquire(name, seed=self._code.seed_of("acquire"))
         except ValueError as error:
             raise EpisodeError(f"the environment could not be made: {error}") from error
         world = self._world
@@ -211,7 +153,7 @@ class Player:
             if not reply.calls and not self._responds:
                 return "stop"
             if any(call.error for call in reply.calls) and self._kit.rollout.on_malformed_call == "end":
-                self._said.calls += [_record(call, error_text(call.error), "malformed") for call in reply.calls if call.error]
+                self._said.calls += [malformed(call) for call in reply.calls if call.error]
                 return "stop"
             limit = self._kit.rollout.max_tool_calling_iterations
             if reply.calls and iterations == limit:
@@ -245,7 +187,7 @@ class Player:
         number = self._said.turns
         seed = None if self._kit.is_greedy else self._seed
         if seed is not None:
-            seed = seed + self._place if number == 0 else self._seed_of(f"turn {number}")
+            seed = seed + self._place if number == 0 else self._code.seed_of(f"turn {number}")
         room, longest = self._room(), self._kit.rollout.max_turn_length
         return Request(
             prompt_token_ids=self._stream.all,
@@ -261,38 +203,11 @@ class Player:
         return min(self._kit.max_completion_length - len(self._stream.token_ids), in_context)
 
     def _results(self, reply: Reply) -> Generator[Future[Any], Any, list[Message]]:
-        """Run all calls of a turn; the messages with their results, in the order of the calls."""
-        started = [self._started(call) for call in reply.calls]
-        records: list[ToolCallRecord] = []
-        for call, begun in zip(reply.calls, started, strict=True):
-            if isinstance(begun, ToolCallRecord):
-                records.append(begun)
-                continue
-            outcome: Outcome = yield begun
-            if isinstance(outcome.error, ConnectionError) and not outcome.timed_out and self._is_of_world(call):
-                raise EpisodeError(f"{call.name}: the connection to the environment was lost") from outcome.error
-            error: CallError | None = "timeout" if outcome.timed_out else "raised" if outcome.error else None
-            if outcome.timed_out:
-                self._is_reusable = False
-            records.append(_record(call, outcome.text, error, seconds=outcome.seconds))
+        """Make all calls of a turn; the messages with their results, in the order of the calls."""
+        of_world = {tool.name for tool in self._tools} - {tool.name for tool in self._kit.tools}
+        records = yield from self._code.results(reply.calls, self._tools, of_world=of_world)
         self._said.calls += records
-        self._said.seconds_waiting += max(record.seconds for record in records)
         return reply.results([record.result for record in records])
-
-    def _started(self, call: ParsedCall) -> Future[Outcome] | ToolCallRecord:
-        """The call in progress, or why it cannot be made."""
-        if call.error is not None:
-            return _record(call, error_text(call.error), "malformed")
-        tool = next((one for one in self._tools if one.name == call.name), None)
-        if tool is None:
-            return _record(call, error_text(unknown_tool(call.name, self._tools)), "unknown")
-        if problem := tool.problem(call.arguments):
-            return _record(call, error_text(problem), "arguments")
-        assert isinstance(call.arguments, Mapping)
-        return self._call(tool.function, call.arguments)
-
-    def _is_of_world(self, call: ParsedCall) -> bool:
-        return all(tool.name != call.name for tool in self._kit.tools)
 
     def _response(self, reply: Reply) -> Generator[Future[Any], Any, list[Message] | None]:
         """What the environment says to a turn without calls; None ends the episode."""
@@ -304,9 +219,10 @@ class Player:
         return [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
 
     def _is_done(self) -> Generator[Future[Any], Any, bool]:
-        if self._world is None:
+        world = self._world
+        if world is None:
             return False
-        return (yield from self._ask("done", self._world.is_done, {}, inline=True))
+        return (yield from self._ask("done", world.is_done, {}, inline=True))
 
     def _rewards(self) -> Generator[Future[Any], Any, Mapping[str, float | None]]:
         world = self._world
@@ -318,43 +234,18 @@ class Player:
         except ValueError as error:
             raise EpisodeError(str(error)) from error
 
-    # --------------------------------------------------------------------------------------------------------- calls
-
-    def _call(
-        self,
-        function: Callable[..., Any],
-        arguments: Mapping[str, Any],
-        *,
-        seed: int | None = None,
-        inline: bool = False,
-    ) -> Future[Outcome]:
-        """Call user code. `seed`: of the global random generators; None: one of this call's own."""
-        self._num_calls += 1
-        own_seed = self._seed_of(f"call {self._num_calls}") if seed is None else seed
-        return self._kit.caller.call(function, arguments, seed=own_seed, inline=inline)
-
     def _ask(
         self,
-        what: str,
+        member: str,
         function: Callable[..., Any],
         arguments: Mapping[str, Any],
         *,
         seed: int | None = None,
         inline: bool = False,
     ) -> Generator[Future[Any], Any, Any]:
-        """What a member of the environment returns. `inline`: it is quick, and waits for no thread.
-
-        Raises:
-            EpisodeError: it raised, or took too long.
-        """
+        """What a member of the environment returns; see `UserCode.ask`."""
         assert self._world is not None
-        outcome: Outcome = yield self._call(function, arguments, seed=seed, inline=inline)
-        self._said.seconds_waiting += outcome.seconds
-        if outcome.error is not None:
-            self._is_reusable = False
-            how = str(outcome.error) if outcome.timed_out else "failed"
-            raise EpisodeError(f"{self._world.class_name}.{what} {how}") from outcome.error
-        return outcome.value
+        return self._code.ask(f"{self._world.class_name}.{member}", function, arguments, seed=seed, inline=inline)
 
     def _checked(self, said: object, what: str) -> str | list[Message] | None:
         assert self._world is not None
@@ -362,13 +253,6 @@ class Player:
             return observation_of(said, f"{self._world.class_name}.{what}")
         except ValueError as error:
             raise EpisodeError(str(error)) from error
-
-    def _seed_of(self, what: str) -> int | None:
-        """A seed of its own for a turn or a call of this episode."""
-        if self._seed is None:
-            return None
-        digest = hashlib.blake2b(f"{self._seed}/{self._place}/{what}".encode(), digest_size=7).digest()
-        return int.from_bytes(digest, "little")
 
     # -------------------------------------------------------------------------------------------------------- ending
 
@@ -410,7 +294,7 @@ class Player:
             messages=tuple(said.messages),
             turns=said.turns,
             calls=tuple(said.calls),
-            seconds_waiting=said.seconds_waiting,
+            seconds_waiting=self._code.seconds_waiting,
             rewards=rewards or {},
             failure=failure,
         )
@@ -421,10 +305,6 @@ class Player:
             prompt_token_ids=self._stream.prompt,
             content=self._content,
             world=self._world,
-            is_reusable=self._is_reusable,
+            is_reusable=not self._code.has_failed,
             recomputed_tokens=self._stream.recomputed,
         )
-
-
-def _record(call: ParsedCall, result: str, error: CallError | None, *, seconds: float = 0.0) -> ToolCallRecord:
-    return ToolCallRecord(name=call.name, arguments=call.arguments, result=result, seconds=seconds, error=error)
