@@ -17,18 +17,14 @@ from ..rewards.runner import Scorer
 from .checkpoint.storage import Storage
 from .checkpoint.store import CheckpointStore
 from .common.interrupts import Interrupts
-from .common.log import log_to
 from .common.world import SINGLE_PROCESS, World
-from .config import GRPOConfig, resolve_epochs
-from .data.run_inputs import Prompt, RunInputs, load_run_inputs, with_template_text
+from .config import GRPOConfig
+from .data.run_inputs import Prompt, RunInputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
-from .episodes.actions import Actions
-from .episodes.groups import Episodes
-from .episodes.make import make_episodes
 from .experience.user_functions import CODE, UserFunctions
+from .prepared import Episodes, load_actions, prepare_inputs
 from .run.callbacks import Callbacks
-from .update.resolve import resolve_training
 from .user_inputs import UserInputs
 
 
@@ -104,24 +100,20 @@ def prepare_run(
     config = with_template_text(config)
     logging = config.logging.model_copy(update={"working_dir": Path.cwd()})  # of the paths in the saved configuration
     config = config.model_copy(update={"logging": logging})
-    functions = UserFunctions.load(config)
-    actions = Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
+    actions = load_actions(config, inputs)
     scorer = Scorer(config.rewards, inputs.reward_funcs, needs_functions=actions is None or not actions.rewards)
-    with log_to(lambda text: None if view is None else view.stage(text)):
-        tools = None if actions is None else actions.schemas
-        loaded = load_run_inputs(config, inputs.train_dataset, inputs.eval_dataset, tools)
-        config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
-    prompts = loaded.train_prompts.rows
-    config = resolve_epochs(config, rows=len(prompts))
-    scorer.check_columns(prompts[0].columns, has_environments=actions is not None and actions.environments is not None)
-    loaded.check_rows(scorer)
-    episodes = make_episodes(actions, inputs.rollout_func, config, loaded)
+    functions = UserFunctions.load(config)
+    prepared = prepare_inputs(config, inputs, actions, view=view)
+    config, prompts = prepared.config, prepared.inputs.train_prompts.rows
+    has_environments = prepared.episodes is not None and prepared.episodes.has_environments
+    scorer.check_columns(prompts[0].columns, has_environments=has_environments)
+    prepared.inputs.check_rows(scorer)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,
         scorer=scorer,
-        episodes=episodes,
-        inputs=loaded,
+        episodes=prepared.episodes,
+        inputs=prepared.inputs,
         callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),
         functions=functions,
         sampler=PromptSampler(
@@ -133,8 +125,8 @@ def prepare_run(
         ),
         store=CheckpointStore(run_dir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best),
         storage=None if checkpoint.storage is None else Storage(checkpoint.storage, run_dir),
-        code_of_episodes={} if actions is None else actions.code,
-        start_fingerprint=None if start is None else start.fingerprint,
+        code_of_episodes=prepared.code_of_episodes,
+        start_fingerprint=prepared.start_fingerprint,
         view=view,
         world=world,
         stop_requested=stop_requested,

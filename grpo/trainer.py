@@ -34,16 +34,13 @@ from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
 from .display.terminal import View, make_view, make_view_without_run
-from .episodes.environments import EnvironmentFactories
-from .episodes.rollout_func import RolloutFunc, of_trainer
-from .episodes.tools import ToolSpec
 from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
 from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
 from .trainer_methods import TrainerMethods
-from .user_inputs import DataSource, EvalSource, UserInputs
+from .user_inputs import DataSource, EnvironmentFactories, EvalSource, RolloutFunc, ToolSpec, UserInputs, of_trainer
 
 
 class GRPOTrainer(TrainerMethods):

@@ -13,7 +13,10 @@ from .config import GRPOConfig
 from .data.run_inputs import read_streams
 from .data.sources import DataSource, EvalSource
 from .episodes.environments import EnvironmentFactories
+from .episodes.rollout_func import RolloutFunc, of_trainer
 from .episodes.tools import ToolSpec
+
+__all__ = ["DataSource", "EnvironmentFactories", "EvalSource", "RolloutFunc", "ToolSpec", "UserInputs", "of_trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,14 +180,16 @@ class Environments:
         close = getattr(world.instance, "close", None)
         if not callable(close):
             return None
-        future = self._caller.call(close, {})
+        is_logged: Future[Outcome] = Future()
 
-        def log(error: BaseException | None) -> None:
+        def log(done: Future[Outcome]) -> None:
+            error = done.result().error
             if error is not None:
                 logger.warning("environment %s: close failed: %s", world.class_name, describe(error))
+            is_logged.set_result(done.result())
 
-        future.add_done_callback(lambda done: log(done.result().error))
-        return future
+        self._caller.call(close, {}).add_done_callback(log)
+        return is_logged
 
 
 def load_environments(spec: str | Mapping[str, str] | None) -> EnvironmentFactories | None:

@@ -1,6 +1,7 @@
 """One episode, from the reset of its environment to its reward: a generator that reads from top to bottom.
 
-    play(requests, [Player(kit, prompt, place=g, seed=seed).play() for g in range(8)])      # each ends as a `Played`
+    players = [Player(kit, prompt, group=0, place=g, seed=seed, policy_version=3) for g in range(8)]
+    play(requests, [player.play() for player in players])       # each ends as a `Played`
 
 A turn is sampled; its calls run, or the environment responds; what they say is given behind it; and the next turn follows,
 until the model has ended its turn without a call, the environment is done, or there is no room. Rules and failures:

@@ -15,6 +15,8 @@ from .dialogues import Dialogues
 from .groups import Episodes
 from .rollout_func import UserRollouts
 
+__all__ = ["Actions", "Episodes", "make_episodes"]
+
 
 def make_episodes(
     actions: Actions | None,

@@ -21,6 +21,7 @@ from ..algorithm.advantages import group_advantages, normalized_sums, soft_overl
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
+from ..data.prompts import Prompt
 from ..data.sampler import PromptSampler
 from ..episodes.groups import Episodes
 from .collect import Collected, collect
@@ -74,12 +75,7 @@ def collect_batch(
     wanted, max_rounds = config.optim.prompts_per_step, config.algorithm.max_resampling_rounds
 
     def collect_round(number: int) -> Collected:
-        """The step's prompts (number 0), or those of a resampling round."""
-        if number == 0:  # a user's sampler could differ between workers: the main process decides
-            indices = world.broadcast_from_main(lambda: sampler.indices(step))
-            prompts = [sampler.rows[index] for index in indices]
-        else:
-            prompts = sampler.further_batch(step, number)
+        prompts = _prompts(sampler, step, number, world)
         return collect(
             engine,
             scorer,
@@ -111,6 +107,14 @@ def collect_batch(
         rollout_seconds=sum(one.rollout_seconds for one in rounds),
         reward_seconds=sum(one.reward_seconds for one in rounds),
     )
+
+
+def _prompts(sampler: PromptSampler, step: int, number: int, world: World) -> Sequence[Prompt]:
+    """The step's prompts (number 0), or those of a resampling round."""
+    if number > 0:
+        return sampler.further_batch(step, number)
+    # A user's sampler could differ between workers: the main process decides.
+    return [sampler.rows[index] for index in world.broadcast_from_main(lambda: sampler.indices(step))]
 
 
 def _lacks_variance(groups: Sequence[Group], wanted: int) -> bool:

@@ -1,6 +1,6 @@
 """The rewards of a group whose completions may be episodes.
 
-    pending = submit(scorer, prompt, completions, trainer_state)
+    pending = submit(scorer, played_group, trainer_state)
     scores = pending.result()               # of all completions, in order
 
 Functions never see a void episode: they are called with the other completions, and its rewards are None. What an environment

@@ -49,7 +49,10 @@ SECTIONS = [
 CONFIG = {"notes", "has_trl_batch", "completions_per_step", "max_num_seqs", "to_dict", "to_json_string"}
 
 FIELDS = {
-    "Completion": ["token_ids", "logprobs", "text", "finish_reason", "policy_version", "omitted_tokens"],
+    "Completion": [
+        "token_ids", "logprobs", "text", "finish_reason", "policy_version", "given", "episode", "omitted_tokens",
+        "omitted_given",
+    ],
     "Group": [
         "prompt", "completions", "scores", "advantages", "reward_std", "has_variance", "passes_filter", "is_local",
     ],

@@ -23,6 +23,7 @@ LAYERS = (
     {"grpo/run"},
     {"grpo/checkpoint"},
     {"grpo/user_inputs"},
+    {"grpo/prepared"},
     {"grpo/setup"},
     {"grpo/sessions", "grpo/generation", "grpo/sharing"},
     {"grpo/context"},

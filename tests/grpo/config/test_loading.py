@@ -31,8 +31,8 @@ ErrorOf = Callable[..., str]
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_file_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.data.train and config.data.eval and config.rewards.functions
-    found = [config.data.train, config.data.eval, *(one.function for one in config.rewards.entries())]
+    assert config.data.train and config.data.eval and (config.rewards.functions or config.rollout.environment)
+    found = [config.data.train, config.data.eval, *(one.function for one in config.rewards.entries()), *config.rollout.tools]
     assert all(Path(name.rpartition(":")[0]).is_file() for name in found if ".py:" in name)  # tests start in the root
 
 

@@ -1,0 +1,69 @@
+"""What a run reads before it starts: the model's folder, the tokenizer, prompts with their tools, and how they are sampled.
+
+    prepared = prepare_inputs(config, UserInputs(tools=[add]), view=view)
+    prepared.inputs.train_prompts, prepared.episodes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .common.log import log_to
+from .config import GRPOConfig, resolve_epochs
+from .data.run_inputs import RunInputs, load_run_inputs
+from .display.terminal import View
+from .episodes.make import Actions, Episodes, make_episodes
+from .update.resolve import resolve_training
+from .user_inputs import UserInputs
+
+__all__ = ["Episodes", "PreparedInputs", "load_actions", "prepare_inputs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedInputs:
+    """See the module's docstring.
+
+    Attributes:
+        config: with what depends on model and data, such as the number of steps of a run in epochs.
+        episodes: None: a completion is one answer to one prompt.
+        code_of_episodes: hashes of the users' files with tools and environments.
+        start_fingerprint: hash of the adapter of `lora.start_from`, if it is set.
+    """
+
+    config: GRPOConfig
+    inputs: RunInputs
+    episodes: Episodes | None
+    code_of_episodes: Mapping[str, str] = field(default_factory=dict)
+    start_fingerprint: str | None = None
+
+
+def load_actions(config: GRPOConfig, inputs: UserInputs) -> Actions | None:
+    """The tools and environments of a run; None if it has neither.
+
+    Raises:
+        ValueError, FileNotFoundError: see `Actions.load`.
+    """
+    return Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
+
+
+def prepare_inputs(
+    config: GRPOConfig, user_inputs: UserInputs, actions: Actions | None, *, view: View | None
+) -> PreparedInputs:
+    """Load the inputs of a run, and prove that its chat template can write its tools and turns. Writes nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, no such model, a chat template that does not do.
+    """
+    with log_to(lambda text: None if view is None else view.stage(text)):
+        tools = None if actions is None else actions.schemas
+        loaded = load_run_inputs(config, user_inputs.train_dataset, user_inputs.eval_dataset, tools)
+        config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
+        episodes = make_episodes(actions, user_inputs.rollout_func, config, loaded)
+    return PreparedInputs(
+        config=resolve_epochs(config, rows=len(loaded.train_prompts.rows)),
+        inputs=loaded,
+        episodes=episodes,
+        code_of_episodes={} if actions is None else actions.code,
+        start_fingerprint=None if start is None else start.fingerprint,
+    )
