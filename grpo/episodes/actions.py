@@ -13,7 +13,7 @@ from typing import Any
 from ..config import GRPOConfig
 from .calls import Caller
 from .environments import EnvironmentFactories, Environments, code_of_episodes, load_environments
-from .tools import Tool, ToolSpec, load_tools, make_tools
+from .tools import Tool, ToolSpec, load_tools, make_tool, make_tools
 
 Schema = Mapping[str, Any]
 
@@ -62,11 +62,14 @@ class Actions:
         return [tool.schema for tool in [*self.tools, *of_world]]
 
     def all_schemas(self) -> list[Schema]:
-        """Those of all tools that are known before an episode begins."""
+        """Those of all tools that are known before an episode begins; of one to try if they are known later only."""
         worlds = self.environments
         names = () if worlds is None else worlds.names or (None,)
         of_worlds = [tool for name in names if worlds is not None for tool in worlds.tools(name)]
-        return list({str(tool.schema): tool.schema for tool in [*self.tools, *of_worlds]}.values())
+        schemas = list({str(tool.schema): tool.schema for tool in [*self.tools, *of_worlds]}.values())
+        if not schemas and worlds is not None and worlds.has_own_tools:
+            return [make_tool(("probe", "Any tool.", {"type": "object", "properties": {}}, lambda: None)).schema]
+        return schemas
 
     @property
     def rewards(self) -> bool:

@@ -27,6 +27,7 @@ of an instance come from several threads, one at a time.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -95,6 +96,11 @@ class Environments:
     def responds(self) -> bool:
         """Whether one of them answers turns without a call."""
         return any(world.respond is not None for world in self._probes.values())
+
+    @property
+    def has_own_tools(self) -> bool:
+        """Whether one of them has `tools`, which are known at run time only."""
+        return any(inspect.getattr_static(world.instance, "tools", None) is not None for world in self._probes.values())
 
     def capacity(self, needed: int) -> int | None:
         """How many of `needed` instances can be open at the same time, if a server is asked that admits fewer; None: all.

@@ -72,6 +72,7 @@ class Player:
             is_over = True
             return self._played(finish_reason, rewards)
         except EpisodeError as error:
+            self._give_back(reuse=False)
             return self._void(error)
         finally:
             if not is_over:
@@ -103,6 +104,10 @@ class Player:
         before = [tool.schema for tool in environments.tools(name)]
         self._tools = yield from self._ask("tools", world.tools, {"extra": self._kit.tools}, inline=True)
         schemas = [tool.schema for tool in self._tools]
+        if schemas and self._kit.dialect.parser_name is None:
+            raise EpisodeError(
+                f"{world.class_name} has tools after reset only: declare `tools` in the class, such as tools = ()"
+            )
         if observation is None and schemas == [*(tool.schema for tool in self._kit.tools), *before]:
             return
         self._content = self._with_observation(observation)

@@ -118,9 +118,8 @@ def script(
     tokenizer = tokenizer or dialect_tokenizer(template)
     rows = rows or [{"prompt": [{"role": "user", "content": "What is 2 + 3?"}]}]
     size = len(turns) // len(rows)
-    config = GRPOConfig(
-        **{"num_generations": max(2, size), "max_completion_length": 400, "max_prompt_length": 2000, **options}
-    )
+    defaults: dict[str, Any] = {"num_generations": max(2, size), "max_completion_length": 400, "max_prompt_length": 2000}
+    config = GRPOConfig(**defaults | options)
     actions = Actions.load(config, tools=tools, environments=environment)
     assert actions is not None
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", *more_ends)]
