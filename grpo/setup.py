@@ -106,7 +106,8 @@ def prepare_run(
     prepared = prepare_inputs(config, inputs, actions, view=view)
     config, prompts = prepared.config, prepared.inputs.train_prompts.rows
     has_environments = prepared.episodes is not None and prepared.episodes.has_environments
-    scorer.check_columns(prompts[0].columns, has_environments=has_environments)
+    if inputs.rollout_func is None:  # which may add columns
+        scorer.check_columns(prompts[0].columns, has_environments=has_environments)
     prepared.inputs.check_rows(scorer)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(

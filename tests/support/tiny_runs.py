@@ -50,4 +50,6 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 def timeless(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl` without what no two runs share: times, speeds and memory."""
     of_this_run = ("time/", "tokens_per_second/", "memory/", "workers/", "eval_runtime", "eval_samples_per_second")
-    return [{name: value for name, value in row.items() if not name.startswith(of_this_run)} for row in metrics_of(run)]
+    of_tools = ("episodes/tool_seconds", "eval_episodes/tool_seconds")
+    left_out = (*of_this_run, *of_tools)
+    return [{name: value for name, value in row.items() if not name.startswith(left_out)} for row in metrics_of(run)]
