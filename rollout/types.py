@@ -50,6 +50,7 @@ class Episode:
         calls: of tools, in the order in which the model made them.
         seconds_waiting: from calls to their results, summed over the turns; other episodes are sampled meanwhile.
         rewards: what the environment's `get_reward` returned, by name; None: not scored. Empty if it has no such method.
+        recomputed_tokens: computed again for a later turn, as the engine no longer had their keys and values.
         failure: why it is void, with the traceback; None: it is not.
     """
 
@@ -58,6 +59,7 @@ class Episode:
     calls: tuple[ToolCallRecord, ...] = ()
     seconds_waiting: float = 0.0
     rewards: Mapping[str, float | None] = field(default_factory=dict)
+    recomputed_tokens: int = 0
     failure: str | None = None
 
     def metadata(self) -> Episode:

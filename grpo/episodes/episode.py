@@ -302,6 +302,7 @@ class Player:
             calls=tuple(said.calls),
             seconds_waiting=self._code.seconds_waiting,
             rewards=rewards or {},
+            recomputed_tokens=self._stream.recomputed,
             failure=failure,
         )
 
@@ -312,5 +313,4 @@ class Player:
             content=self._content,
             world=self._world,
             is_reusable=not self._code.has_failed,
-            recomputed_tokens=self._stream.recomputed,
         )

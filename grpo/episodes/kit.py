@@ -59,7 +59,6 @@ class Played:
     content: str | list[Message]
     world: World | None
     is_reusable: bool
-    recomputed_tokens: int
 
 
 class EpisodeError(Exception):

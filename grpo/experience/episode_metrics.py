@@ -27,7 +27,7 @@ ERRORS: dict[str, tuple[CallError, ...]] = {
 def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Calls per completion, and the share of them that failed (TRL's names); shares of calls that name no tool or have wrong
     arguments, that do not parse, and that were out of time; the share of episodes that are void. Of the others: turns, given
-    tokens, and seconds in which they waited for tools, on average.
+    tokens, tokens that the engine computed again for a later turn, and seconds in which they waited for tools, on average.
     """
     completions = [completion for group in groups for completion in group.completions if completion.episode is not None]
     if not completions:
@@ -42,6 +42,7 @@ def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "episodes/failed": 1.0 - len(valid) / len(completions),
         "episodes/mean_turns": _mean([episode.turns for _, episode in valid]),
         "episodes/mean_given_tokens": _mean([completion.num_given for completion, _ in valid]),
+        "episodes/mean_recomputed_tokens": _mean([episode.recomputed_tokens for _, episode in valid]),
         "episodes/tool_seconds": _mean([episode.seconds_waiting for _, episode in valid]),
     }
 
