@@ -108,7 +108,8 @@ class RolloutConfig(SamplingConfig):
 
     environment: str | dict[str, str] | None = None
     """The class of the world that each completion acts in, as `file.py:Class` or `package.module:Class`,
-    `openenv:http://host:port`, or `textarena:Game-v0`; or several by name, of which a row's column `environment` names one."""
+    `openenv:http://host:port`, `textarena:Game-v0` or `gymnasium:Name-v0`; or several by name, of which a row's column
+    `environment` names one. See docs/episodes.md."""
 
     max_tool_calling_iterations: int | None = Field(default=None, ge=1)
     """Most turns of an episode whose tool calls, or the environment's answer, are followed by another turn. None: no limit."""
