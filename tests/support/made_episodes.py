@@ -33,9 +33,15 @@ def played(
     calls: Sequence[ToolCallRecord] = (),
     rewards: Mapping[str, float | None] | None = None,
     seconds: float = 0.0,
+    recomputed: int = 0,
 ) -> Episode:
     return Episode(
-        messages=tuple(messages), turns=turns, calls=tuple(calls), rewards=dict(rewards or {}), seconds_waiting=seconds
+        messages=tuple(messages),
+        turns=turns,
+        calls=tuple(calls),
+        rewards=dict(rewards or {}),
+        seconds_waiting=seconds,
+        recomputed_tokens=recomputed,
     )
 
 

@@ -25,7 +25,7 @@ def groups() -> list[Group]:
     calls = [call(), call(error="raised"), call("sub", error="unknown"), call(error="arguments"), call(None, error="malformed")]
     return [
         group_of(
-            completion_of(played(turns=3, calls=calls, seconds=2.0), sampled=4, given=6),
+            completion_of(played(turns=3, calls=calls, seconds=2.0, recomputed=21), sampled=4, given=6),
             completion_of(VOID, sampled=50, given=90),
             completion_of(played(turns=1), sampled=8, given=0, reason="done"),
             scores=Scores(
@@ -50,6 +50,7 @@ def test_metrics_of_tools_and_episodes(groups: list[Group]) -> None:
             "episodes/failed": 1 / 4,
             "episodes/mean_turns": 2.0,
             "episodes/mean_given_tokens": 3.0,
+            "episodes/mean_recomputed_tokens": 7.0,
             "episodes/tool_seconds": 4.0,
         }
     )
