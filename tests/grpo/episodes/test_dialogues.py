@@ -36,7 +36,7 @@ class Room:
 
 
 class AsyncRoom(Room):
-    async def look(self) -> str:
+    async def look(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Look around."""
         return "a door"
 

@@ -45,15 +45,15 @@ def test_the_game_is_won_by_halving_the_range(examples: dict[str, Any]) -> None:
     assert environments.responds and environments.reward_names == ("Guess",)
     for seed in range(16):
         world = environments.acquire(None)
+        game: Any = world.instance
         assert isinstance(caller.call(world.reset, world.reset_arguments({"prompt": []}, seed)).result().value, str)
-        low, high, said = 1, 16, ""
+        low, high = 1, 16
         while not world.is_done():
             guess = (low + high) // 2
-            said = world.instance.respond(str(guess))
-            low, high = (guess + 1, high) if said == "higher" else (low, guess - 1)
-        assert world.instance.get_reward() == 1.0, said
+            low, high = (guess + 1, high) if game.respond(str(guess)) == "higher" else (low, guess - 1)
+        assert game.get_reward() == 1.0
+        assert game.respond("twelve") == "Write a number."
         environments.release(world, reuse=True)
-    assert world.instance.respond("twelve") == "Write a number."
 
 
 def test_the_reward_functions_score_episodes(examples: dict[str, Any]) -> None:
