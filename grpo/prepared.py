@@ -1,6 +1,7 @@
 """What a run reads before it starts: the model's folder, the tokenizer, prompts with their tools, and how they are sampled.
 
-    prepared = prepare_inputs(config, UserInputs(tools=[add]), view=view)
+    user_inputs = UserInputs(tools=[add])
+    prepared = prepare_inputs(config, user_inputs, load_actions(config, user_inputs), view=view)
     prepared.inputs.train_prompts, prepared.episodes
 """
 

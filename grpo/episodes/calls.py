@@ -157,8 +157,15 @@ class Caller:
         """
         return preserved_random_states()
 
+    def open(self) -> None:
+        """Take calls again after `close`: in new threads, and on a new loop. Without effect if it is open."""
+        with self._lock:
+            if self._is_closed:
+                self._jobs, self._threads, self._is_closed = SimpleQueue(), 0, False
+
     def close(self) -> None:
-        """Cancel what runs. Threads and loops that hang are abandoned. Later calls, and those that still wait, get an error."""
+        """Cancel what runs. Threads and loops that hang are abandoned. Later calls, and those that still wait, get an error,
+        until `open`."""
         with self._lock:
             self._is_closed = True
             loops, self._loop, self._clock = [loop for loop in (self._loop, self._clock) if loop], None, None
@@ -211,7 +218,8 @@ class Caller:
 
     def _work(self) -> None:
         """A worker: one call after the other, until one is abandoned, for another thread has then taken this one's place."""
-        while (job := self._jobs.get()) is not None:
+        jobs = self._jobs
+        while (job := jobs.get()) is not None:
             self._limit(job.future, self._start_thread)
             if not _settle(job.future, _outcome_of(job.function, job.kwargs)):
                 return

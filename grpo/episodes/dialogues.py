@@ -85,6 +85,7 @@ class Dialogues:
         Args:
             seeds: one for each prompt; with them episodes repeat, as far as tools and environments do.
         """
+        self.actions.caller.open()
         kit = Kit(
             rollout=self._config.rollout,
             dialect=self._dialect,
