@@ -18,6 +18,7 @@ from .data.run_inputs import EvalSource, load_eval_prompts
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
 from .guards.evaluations import Rewards
+from .prepared import check_columns
 from .run.notes import data_notes, evaluation_notes
 from .setup import RunSetup
 from .update.session import Session
@@ -132,8 +133,7 @@ def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Pro
         prompts = load_eval_prompts(setup.config, eval_dataset, setup.inputs)
         for note in data_notes("evaluation", prompts, setup.config.rollout.max_prompt_length):
             logger.info(note)
-        has_environments = setup.episodes is not None and setup.episodes.has_environments
-        setup.scorer.check_columns(prompts.rows[0].columns, has_environments=has_environments)
+        check_columns(setup.scorer, prompts.rows[0].columns, setup.episodes)
         check_rows(setup.scorer, prompts.rows, "evaluation data")
         return prompts.rows
     if setup.eval_prompts is None:

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..rewards.runner import Scorer
 from .common.log import log_to
 from .config import GRPOConfig, resolve_epochs
 from .data.run_inputs import RunInputs, load_run_inputs
@@ -18,7 +19,7 @@ from .episodes.make import Actions, Episodes, make_episodes
 from .update.resolve import resolve_training
 from .user_inputs import UserInputs
 
-__all__ = ["Episodes", "PreparedInputs", "load_actions", "prepare_inputs"]
+__all__ = ["Episodes", "PreparedInputs", "check_columns", "load_actions", "prepare_inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,12 @@ def load_actions(config: GRPOConfig, inputs: UserInputs) -> Actions | None:
         ValueError, FileNotFoundError: see `Actions.load`.
     """
     return Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
+
+
+def check_columns(scorer: Scorer, columns: Iterable[str], episodes: Episodes | None) -> None:
+    """Raise ValueError if a reward function requires what a run with these columns of its data does not have."""
+    if episodes is None or not episodes.adds_columns:
+        scorer.check_columns(columns, has_environments=episodes is not None and episodes.shows_environments)
 
 
 def prepare_inputs(

@@ -23,7 +23,7 @@ from .data.run_inputs import Prompt, RunInputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
 from .experience.user_functions import CODE, UserFunctions
-from .prepared import Episodes, load_actions, prepare_inputs
+from .prepared import Episodes, check_columns, load_actions, prepare_inputs
 from .run.callbacks import Callbacks
 from .user_inputs import UserInputs
 
@@ -105,9 +105,7 @@ def prepare_run(
     functions = UserFunctions.load(config)
     prepared = prepare_inputs(config, inputs, actions, view=view)
     config, prompts = prepared.config, prepared.inputs.train_prompts.rows
-    has_environments = prepared.episodes is not None and prepared.episodes.has_environments
-    if inputs.rollout_func is None:  # which may add columns
-        scorer.check_columns(prompts[0].columns, has_environments=has_environments)
+    check_columns(scorer, prompts[0].columns, prepared.episodes)
     prepared.inputs.check_rows(scorer)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(

@@ -40,7 +40,7 @@ from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
 from .trainer_methods import TrainerMethods
-from .user_inputs import DataSource, EnvironmentFactories, EvalSource, RolloutFunc, ToolSpec, UserInputs, of_trainer
+from .user_inputs import DataSource, EnvironmentFactories, EpisodeTools, EvalSource, RolloutFunc, UserInputs, of_trainer
 
 
 class GRPOTrainer(TrainerMethods):
@@ -92,7 +92,7 @@ class GRPOTrainer(TrainerMethods):
         optimizers: tuple[object, object] | None = (None, None),
         quantization_config: QuantizationConfigMixin | None = None,
         peft_config: PeftConfig | None = None,
-        tools: Sequence[ToolSpec] | None = None,
+        tools: EpisodeTools | None = None,
         rollout_func: RolloutFunc | None = None,
         environment_factory: EnvironmentFactories | None = None,
         *,

@@ -12,11 +12,11 @@ from ..rewards.loading import RewardSpec
 from .config import GRPOConfig
 from .data.run_inputs import read_streams
 from .data.sources import DataSource, EvalSource
+from .episodes.actions import EpisodeTools
 from .episodes.environments import EnvironmentFactories
 from .episodes.rollout_func import RolloutFunc, of_trainer
-from .episodes.tools import ToolSpec
 
-__all__ = ["DataSource", "EnvironmentFactories", "EvalSource", "RolloutFunc", "ToolSpec", "UserInputs", "of_trainer"]
+__all__ = ["DataSource", "EnvironmentFactories", "EpisodeTools", "EvalSource", "RolloutFunc", "UserInputs", "of_trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class UserInputs:
     train_dataset: DataSource | None = None
     eval_dataset: EvalSource | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
-    tools: Sequence[ToolSpec] | None = None
+    tools: EpisodeTools | None = None
     environment_factory: EnvironmentFactories | None = None
     rollout_func: Callable[[list[Any]], Mapping[str, Any]] | None = None
 

@@ -291,7 +291,8 @@ def accepted(name: str, function: Function, arguments: dict[str, Any]) -> dict[s
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
     missing = [parameter for parameter in required if parameter not in arguments]
     if ENVIRONMENTS in missing:
-        raise ValueError(f"reward function {name!r} requires `{ENVIRONMENTS}`: only a run with rollout.environment has them")
+        raise ValueError(f"reward function {name!r} requires `{ENVIRONMENTS}`: only a run with rollout.environment has "
+            "them, and not if its server admits fewer sessions than a step has episodes")
     if missing:
         columns = [column for column in arguments if column not in RESERVED_ARGUMENTS]
         raise ValueError(

@@ -95,7 +95,7 @@ class Scorer:
             functions = [functions]
         entries = [_with_options(function) for function in functions]
         if not entries and needs_functions:
-            raise ValueError("no reward functions: specify at least one")
+            raise ValueError("no reward functions: specify at least one, or an environment with get_reward")
         self.config = config
         self.weights = weights_of(config.weights, [options for _, options in entries])
         self._rewards = _load(entries, config.isolation)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from .environments import EnvironmentFactories, Environments, code_of_episodes, 
 from .tools import Tool, ToolSpec, load_tools, make_tool, make_tools
 
 Schema = Mapping[str, Any]
+EpisodeTools = Tool | Callable[..., Any] | Sequence[ToolSpec]
+"""Several tools, or a single one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class Actions:
         cls,
         config: GRPOConfig,
         *,
-        tools: Sequence[ToolSpec] | None = None,
+        tools: EpisodeTools | None = None,
         environments: EnvironmentFactories | None = None,
     ) -> Actions | None:
         """Those of a user; None: those of the configuration. None if there are neither.
@@ -42,13 +44,14 @@ class Actions:
             ValueError, FileNotFoundError: a tool without type hints or docstring, an environment without `reset`, no such file.
         """
         rollout = config.rollout
-        found = make_tools(tools) if tools else load_tools(rollout.tools)
+        given = _listed(tools)
+        found = make_tools(given) if given else load_tools(rollout.tools)
         factories = environments or load_environments(rollout.environment)
         if not found and factories is None:
             return None
         caller = Caller(rollout.tool_timeout, rollout.tool_workers)
         worlds = None if factories is None else Environments(factories, caller)
-        code = code_of_episodes(tools or rollout.tools, environments or rollout.environment)
+        code = code_of_episodes(given or rollout.tools, environments or rollout.environment)
         return cls(tools=found, environments=worlds, caller=caller, code=code)
 
     def schemas(self, row: Mapping[str, Any]) -> list[Schema]:
@@ -72,6 +75,13 @@ class Actions:
         return schemas
 
     @property
+    def runs_beside(self) -> bool:
+        """Whether calls run while other episodes are sampled, so that their order does not repeat."""
+        worlds = self.environments
+        is_async = any(tool.is_async for tool in self.tools) or (worlds is not None and worlds.is_async)
+        return is_async or self.caller.workers > 0
+
+    @property
     def rewards(self) -> bool:
         """Whether an environment gives rewards."""
         return self.environments is not None and bool(self.environments.reward_names)
@@ -80,3 +90,9 @@ class Actions:
     def responds(self) -> bool:
         """Whether an environment answers turns without a call."""
         return self.environments is not None and self.environments.responds
+
+
+def _listed(tools: EpisodeTools | None) -> list[ToolSpec]:
+    if tools is None:
+        return []
+    return [tools] if isinstance(tools, Tool) or callable(tools) else list(tools)

@@ -111,14 +111,16 @@ class _Job:
 class Caller:
     """See the module's docstring.
 
+    Attributes:
+        workers: threads for functions that are not async; 0: they are called inline.
+
     Args:
         timeout: seconds that a call may run.
-        workers: threads for functions that are not async; 0: they are called inline.
     """
 
     def __init__(self, timeout: float, workers: int = 0) -> None:
         self._timeout = timeout
-        self._workers = workers
+        self.workers = workers
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads = 0
         self._loop: _Loop | None = None
@@ -145,7 +147,7 @@ class Caller:
             return self._refused()
         if is_async(function):
             return self._awaited(lambda: function(**kwargs))
-        called = self._queued(function, kwargs) if self._workers and not inline else self._inline(function, kwargs, seed)
+        called = self._queued(function, kwargs) if self.workers and not inline else self._inline(function, kwargs, seed)
         outcome: Future[Outcome] = Future()
         called.add_done_callback(lambda done: self._pass_on(done.result(), outcome))
         return outcome
@@ -206,7 +208,7 @@ class Caller:
     def _queued(self, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Future[Outcome]:
         future: Future[Outcome] = Future()
         with self._lock:
-            missing = self._threads < self._workers
+            missing = self._threads < self.workers
             self._threads += missing
         if missing:
             self._start_thread()

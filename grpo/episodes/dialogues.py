@@ -65,11 +65,23 @@ class Dialogues:
         )
 
         self._at_most = self._capacity(num_workers)
+        if actions.runs_beside:
+            logger.info("tools or environments run while other episodes are sampled: the run does not repeat to the bit")
 
     @property
     def has_environments(self) -> bool:
         """Whether episodes act in environments."""
         return self.actions.environments is not None
+
+    @property
+    def shows_environments(self) -> bool:
+        """See `groups.Episodes`. Not if a server admits few: those are used again before a group is complete."""
+        return self.has_environments and self._at_most is None
+
+    @property
+    def adds_columns(self) -> bool:
+        """See `groups.Episodes`."""
+        return False
 
     def play(
         self,

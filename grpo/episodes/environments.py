@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol, runtime_checkable
 
+from ...rewards.contract import is_async
 from ...rewards.loading import load_object
 from ...rewards.own_code import code_of
 from ...rewards.texts import describe
@@ -96,6 +97,13 @@ class Environments:
     def responds(self) -> bool:
         """Whether one of them answers turns without a call."""
         return any(world.respond is not None for world in self._probes.values())
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a member or a tool of one of them is."""
+        worlds = self._probes.values()
+        members = [one for world in worlds for one in (world.reset, world.respond, world.get_reward) if one is not None]
+        return any(map(is_async, members)) or any(tool.is_async for world in worlds for tool in world.methods)
 
     @property
     def has_own_tools(self) -> bool:

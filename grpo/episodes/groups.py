@@ -62,8 +62,13 @@ class Episodes(Protocol):
         ...
 
     @property
-    def has_environments(self) -> bool:
-        """Whether completions act in environments."""
+    def shows_environments(self) -> bool:
+        """Whether reward functions get the environment of each completion."""
+        ...
+
+    @property
+    def adds_columns(self) -> bool:
+        """Whether reward functions get more columns than the data has."""
         ...
 
     def close(self) -> None:

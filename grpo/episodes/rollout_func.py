@@ -81,9 +81,14 @@ class UserRollouts:
             )
 
     @property
-    def has_environments(self) -> bool:
-        """Not as far as anyone here knows."""
+    def shows_environments(self) -> bool:
+        """See `groups.Episodes`."""
         return False
+
+    @property
+    def adds_columns(self) -> bool:
+        """See `groups.Episodes`."""
+        return True
 
     def close(self) -> None:
         """There is nothing to close."""

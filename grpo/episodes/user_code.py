@@ -72,7 +72,8 @@ class UserCode:
     def results(
         self, calls: Sequence[ParsedCall], tools: Sequence[Tool], *, of_world: Collection[str]
     ) -> Generator[Future[Any], Any, list[ToolCallRecord]]:
-        """Make all calls of a turn; what became of them, in their order. Those that run beside run at the same time.
+        """Make all calls of a turn; what became of them, in their order. Those that run beside run at the same time, except for
+        methods of the environment in threads, which run one after another.
 
         Args:
             of_world: names of tools that are methods of the environment.
@@ -80,9 +81,11 @@ class UserCode:
         Raises:
             EpisodeError: the connection to the environment was lost.
         """
-        started = [self._started(call, tools) for call in calls]
+        in_turn = {tool.name for tool in tools if tool.name in of_world and not tool.is_async}
+        started = [None if call.name in in_turn else self._started(call, tools) for call in calls]
         records: list[ToolCallRecord] = []
-        for call, begun in zip(calls, started, strict=True):
+        for call, already in zip(calls, started, strict=True):
+            begun = already or self._started(call, tools)
             if isinstance(begun, ToolCallRecord):
                 records.append(begun)
                 continue
