@@ -268,13 +268,17 @@ class CalculatorEngine:
         rows = [{"prompt": [{"role": "user", "content": f"What is {7 * index} + {index}?"}]} for index in range(8)]
         return EpisodesOf(config, actions, self._tokenizer, ends=self._ends, rows=rows)
 
-    def single_turns(self, episodes: EpisodesOf, *, length: int, ignore_eos: bool) -> tuple[int, float]:
-        """Tokens sampled and seconds taken by single answers to the same prompts, with the same seeds."""
-        sampling = self.config.rollout.model_copy(
-            update={"max_completion_length": length, "generation_kwargs": GenerationKwargs(ignore_eos=ignore_eos)}
-        )
+    def single_turns(self, episodes: EpisodesOf, lengths: Sequence[int]) -> float:
+        """Seconds of single answers to the same prompts, with the same seeds and these numbers of tokens."""
+        sampling = self.config.rollout.model_copy(update={"generation_kwargs": GenerationKwargs(ignore_eos=True)})
         started = time.perf_counter()
-        prompts = [prompt.token_ids for prompt in episodes.prompts]
-        groups = list(self.vllm.rollout(prompts, sampling, seeds=episodes.seeds))
-        seconds = time.perf_counter() - started
-        return sum(completion.num_tokens for group in groups for completion in group.completions), seconds
+        with self.vllm.requests(sampling) as requests:
+            for key, length in enumerate(lengths):
+                group, place = divmod(key, COMPLETIONS)
+                prompt, seed = episodes.prompts[group].token_ids, episodes.seeds[group] + place
+                requests.submit(key, Request(prompt_token_ids=prompt, max_tokens=length, seed=seed, group=group))
+            sampled = 0
+            while requests.has_unfinished:
+                sampled += sum(len(turn.token_ids) for _, turn in requests.step())
+        assert sampled == sum(lengths), "nothing ends early"
+        return time.perf_counter() - started
