@@ -9,10 +9,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import secrets
 from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ...rewards.logged import plain
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
 from ...rollout.texts import Texts
@@ -26,6 +30,7 @@ from .dialect import Dialect
 from .episode import Player
 from .groups import PlayedGroup, behind_shared_prompt
 from .kit import Kit, Played
+from .user_code import SEED_BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +69,7 @@ class Dialogues:
             eos_token_ids=eos_token_ids,
         )
 
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._at_most = self._capacity(num_workers)
 
     @property
@@ -97,6 +103,7 @@ class Dialogues:
             max_completion_length=sampling.max_completion_length,
             is_greedy=sampling.temperature == 0,
             is_limited=self._at_most is not None,
+            longest_token=self._longest_token,
         )
         size = sampling.num_generations
         players = [
@@ -113,9 +120,11 @@ class Dialogues:
         ]
         ended: dict[int, dict[int, Played]] = {}
         is_complete = False
+        self.actions.caller.reopen()
+        seed = secrets.randbits(SEED_BITS) if not seeds else seeds[0]
         try:
             with (
-                self.actions.caller.isolated(),
+                self.actions.caller.isolated(seed) as states,
                 engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
             ):
                 for number, played in play(requests, [player.play() for player in players], at_most=self._at_most):
@@ -123,7 +132,8 @@ class Dialogues:
                     of_group = ended.setdefault(index, {})
                     of_group[place] = played
                     if len(of_group) == size:
-                        yield self._group(index, prompts[index], [of_group[one] for one in range(size)])
+                        with states.paused():  # reward functions draw as in a run without episodes
+                            yield self._group(index, prompts[index], [of_group[one] for one in range(size)])
                         del ended[index]
             is_complete = True
         finally:
@@ -167,7 +177,7 @@ class Dialogues:
 
     def _group(self, index: int, prompt: Prompt, played: Sequence[Played]) -> PlayedGroup:
         ids, completions = [one.prompt_token_ids for one in played], [one.completion for one in played]
-        of_group, moved = behind_shared_prompt(prompt, ids, completions)
+        of_group, moved = behind_shared_prompt(_as_extended(prompt, played), ids, completions)
         return PlayedGroup(
             index=index,
             prompt=of_group,
@@ -176,3 +186,9 @@ class Dialogues:
             environments=[None if one.world is None else one.world.instance for one in played],
             release=partial(self._release, played, reuse=True),
         )
+
+
+def _as_extended(prompt: Prompt, played: Sequence[Played]) -> Prompt:
+    """The prompt with what the environments have said at the beginning, if all have said the same: so it is recorded."""
+    contents = {json.dumps(plain(one.content)): plain(one.content) for one in played if not one.completion.is_void}
+    return dataclasses.replace(prompt, content=contents.popitem()[1]) if len(contents) == 1 else prompt

@@ -378,7 +378,7 @@ def test_an_isolated_rollout_restores_the_states_whatever_runs_beside(make_calle
 
     caller = make_caller(workers=1)
     before = random_states()
-    with caller.isolated():
+    with caller.isolated(seed=4):
         futures: list[Future[Outcome]] = [caller.call(draw_and_reseed, {}), caller.call(reseed, {})]
         assert all(future.result(LONG).error is None for future in futures)
         assert random_states() != before
@@ -395,3 +395,43 @@ def test_an_inline_call_costs_much_less_than_a_millisecond(make_caller: MakeCall
         return (time.perf_counter() - start) / 20
 
     assert min(seconds() for _ in range(10)) < 1e-3
+
+
+class ExitsAsText:
+    def __str__(self) -> str:
+        sys.exit(3)
+
+
+class FalsyError(Exception):
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_result"),
+    [
+        (Outcome(value=3), True),
+        (Outcome(value={"error": "an answer of the tool"}), True),
+        (Outcome(value=10**6000), False),  # Python writes no integers as long as this
+        (Outcome(value=ExitsAsText()), False),
+        (Outcome(error=FalsyError("no")), False),
+        (Outcome(error=UnprintableError()), False),
+    ],
+)
+def test_what_has_no_text_is_no_result(outcome: Outcome, is_result: bool) -> None:
+    text, told = outcome.told()
+    assert told is is_result and (is_result or "error" in json.loads(text))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_caller_that_was_closed_can_be_opened_again(
+    make_caller: MakeCaller, release: threading.Event, workers: int
+) -> None:
+    caller = make_caller(workers=workers)
+    if workers:
+        caller.call(release.wait, {})  # its thread is left behind
+    caller.close()
+    assert isinstance(caller.call(add, {"a": 1, "b": 2}).result(LONG).error, asyncio.CancelledError)
+    caller.reopen()
+    for function in (add, add_async):
+        assert caller.call(function, {"a": 1, "b": 2}).result(LONG).value == 3
