@@ -21,6 +21,7 @@ import asyncio
 import inspect
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,6 +37,9 @@ from ...rewards.texts import describe
 from ..common.random_states import Preserved, preserved_random_states
 
 logger = logging.getLogger(__name__)
+
+SEED_BITS = 56
+"""Of a seed of global random generators."""
 
 ANSWER_S = 2.0
 """Time in which an event loop runs something trivial, or is blocked."""
@@ -167,13 +171,13 @@ class Caller:
         called.add_done_callback(lambda done: self._pass_on(done.result(), outcome))
         return outcome
 
-    def isolated(self, seed: int) -> AbstractContextManager[Preserved]:
+    def isolated(self, seed: int | None) -> AbstractContextManager[Preserved]:
         """Within the block, users' code may use the global random generators, which begin with the seed; their states are
-        restored at its end.
+        restored at its end. None: another seed each time.
 
         For a whole rollout whose calls run in threads or on the event loop.
         """
-        return preserved_random_states(seed)
+        return preserved_random_states(secrets.randbits(SEED_BITS) if seed is None else seed)
 
     def reopen(self) -> None:
         """Take calls again after `close`."""

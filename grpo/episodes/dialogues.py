@@ -9,14 +9,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import secrets
 from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ...rewards.logged import plain
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
 from ...rollout.texts import Texts
@@ -28,9 +24,8 @@ from ..data.renderer import PromptRenderer
 from .actions import Actions
 from .dialect import Dialect
 from .episode import Player
-from .groups import PlayedGroup, behind_shared_prompt
+from .groups import PlayedGroup, as_extended, behind_shared_prompt
 from .kit import Kit, Played
-from .user_code import SEED_BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,20 +86,7 @@ class Dialogues:
         Args:
             seeds: one for each prompt; with them episodes repeat, as far as tools and environments do.
         """
-        kit = Kit(
-            rollout=self._config.rollout,
-            dialect=self._dialect,
-            renderer=self._renderer,
-            texts=Texts(self._tokenizer, sampling),
-            caller=self.actions.caller,
-            tools=self.actions.tools,
-            environments=self.actions.environments,
-            prompt_column=self._config.data.prompt_column,
-            max_completion_length=sampling.max_completion_length,
-            is_greedy=sampling.temperature == 0,
-            is_limited=self._at_most is not None,
-            longest_token=self._longest_token,
-        )
+        kit = self._kit(sampling)
         size = sampling.num_generations
         players = [
             Player(
@@ -121,10 +103,9 @@ class Dialogues:
         ended: dict[int, dict[int, Played]] = {}
         is_complete = False
         self.actions.caller.reopen()
-        seed = secrets.randbits(SEED_BITS) if not seeds else seeds[0]
         try:
             with (
-                self.actions.caller.isolated(seed) as states,
+                self.actions.caller.isolated(seeds[0] if seeds else None) as states,
                 engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
             ):
                 for number, played in play(requests, [player.play() for player in players], at_most=self._at_most):
@@ -139,6 +120,22 @@ class Dialogues:
         finally:
             if not is_complete:
                 self._release([played for of_group in ended.values() for played in of_group.values()], reuse=False)
+
+    def _kit(self, sampling: SamplingConfig) -> Kit:
+        return Kit(
+            rollout=self._config.rollout,
+            dialect=self._dialect,
+            renderer=self._renderer,
+            texts=Texts(self._tokenizer, sampling),
+            caller=self.actions.caller,
+            tools=self.actions.tools,
+            environments=self.actions.environments,
+            prompt_column=self._config.data.prompt_column,
+            max_completion_length=sampling.max_completion_length,
+            is_greedy=sampling.temperature == 0,
+            is_limited=self._at_most is not None,
+            longest_token=self._longest_token,
+        )
 
     def close(self) -> None:
         """Close all environments and end their threads. The next `play` makes new ones."""
@@ -177,18 +174,12 @@ class Dialogues:
 
     def _group(self, index: int, prompt: Prompt, played: Sequence[Played]) -> PlayedGroup:
         ids, completions = [one.prompt_token_ids for one in played], [one.completion for one in played]
-        of_group, moved = behind_shared_prompt(_as_extended(prompt, played), ids, completions)
+        of_group, moved = behind_shared_prompt(prompt, ids, completions)
         return PlayedGroup(
             index=index,
-            prompt=of_group,
+            prompt=as_extended(of_group, [one.content for one in played if not one.completion.is_void]),
             completions=moved,
             contents=[one.content for one in played],
             environments=[None if one.world is None else one.world.instance for one in played],
             release=partial(self._release, played, reuse=True),
         )
-
-
-def _as_extended(prompt: Prompt, played: Sequence[Played]) -> Prompt:
-    """The prompt with what the environments have said at the beginning, if all have said the same: so it is recorded."""
-    contents = {json.dumps(plain(one.content)): plain(one.content) for one in played if not one.completion.is_void}
-    return dataclasses.replace(prompt, content=contents.popitem()[1]) if len(contents) == 1 else prompt

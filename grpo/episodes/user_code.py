@@ -15,13 +15,10 @@ from typing import Any
 
 from ...rewards.contract import copied
 from ...rollout.types import CallError, ToolCallRecord
-from .calls import Caller, Outcome, error_text
+from .calls import SEED_BITS, Caller, Outcome, error_text
 from .dialect import ParsedCall
 from .kit import EpisodeError
 from .tools import Tool, unknown_tool
-
-SEED_BITS = 56
-"""Of a seed of global random generators."""
 
 
 class UserCode:
