@@ -6,6 +6,12 @@
     with preserved_random_states(seed=7):
         users_code()                # draws from generators seeded with 7; afterwards they are as they were
 
+    with preserved_random_states(seed=7) as states:
+        users_code()
+        with states.paused():       # as they were; here they may go on
+            others_code()
+        users_code()                # from where it was
+
 Data order and sampling have separate seeds; the global generators matter to users' reward functions.
 """
 
@@ -53,26 +59,56 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
 
 
+class Preserved:
+    """The states from before a block of `preserved_random_states`."""
+
+    def __init__(self) -> None:
+        self._torch = sys.modules.get("torch")
+        self._before = self._current()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """In this block the generators are those from before, and what it draws is drawn from them."""
+        inside = self._current()
+        self.restore()
+        try:
+            yield
+        finally:
+            self._before = self._current()
+            self._set(inside)
+
+    def restore(self) -> None:
+        """The generators are as they were before."""
+        self._set(self._before)
+
+    def _current(self) -> tuple[Any, Any, Any, Any]:
+        torch = self._torch
+        cpu, cuda = (None, []) if torch is None else (torch.get_rng_state(), _cuda_states(torch))
+        return random.getstate(), np.random.get_state(), cpu, cuda
+
+    def _set(self, states: tuple[Any, Any, Any, Any]) -> None:
+        python, numpy, cpu, cuda = states
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if self._torch is not None:
+            self._torch.set_rng_state(cpu)
+        if self._torch is not None and cuda:
+            self._torch.cuda.set_rng_state_all(cuda)
+
+
 @contextmanager
-def preserved_random_states(seed: int | None = None) -> Iterator[None]:
+def preserved_random_states(seed: int | None = None) -> Iterator[Preserved]:
     """Restore the generators at the end of the block, whatever it does with them. torch's only if it has been imported.
 
     seed: what they are seeded with at its beginning; None: they go on from where they are.
     """
-    torch = sys.modules.get("torch")
-    python, numpy = random.getstate(), np.random.get_state()
-    states = None if torch is None else (torch.get_rng_state(), _cuda_states(torch))
+    preserved = Preserved()
     if seed is not None:
-        _seed_all(seed, torch)
+        _seed_all(seed, sys.modules.get("torch"))
     try:
-        yield
+        yield preserved
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if torch is not None and states is not None:
-            torch.set_rng_state(states[0])
-            if states[1]:
-                torch.cuda.set_rng_state_all(states[1])
+        preserved.restore()
 
 
 def _seed_all(seed: int, torch: ModuleType | None) -> None:

@@ -21,6 +21,7 @@ import asyncio
 import inspect
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -33,9 +34,12 @@ from typing import Any
 from ...rewards.contract import is_async, is_interruption
 from ...rewards.pool import BackgroundLoop
 from ...rewards.texts import describe
-from ..common.random_states import preserved_random_states
+from ..common.random_states import Preserved, preserved_random_states
 
 logger = logging.getLogger(__name__)
+
+SEED_BITS = 56
+"""Of a seed of global random generators."""
 
 ANSWER_S = 2.0
 """Time in which an event loop runs something trivial, or is blocked."""
@@ -57,15 +61,32 @@ class Outcome:
     timed_out: bool = False
     seconds: float = 0.0
 
+    def told(self) -> tuple[str, bool]:
+        """The content of a tool message, and whether it is a result: a string as it is, lists and dictionaries as JSON, and
+        `{"error": ...}`, also for a value that has no text."""
+        if self.error is not None:
+            return error_text(str(self.error) if self.timed_out else reason_of(self.error)), False
+        try:
+            return encodable(_as_text(self.value)), True
+        except BaseException as error:  # of a `__str__` of the user's
+            if is_interruption(error):
+                raise
+            return error_text(f"{type(error).__name__} in __str__ of {type(self.value).__name__}"), False
+
     @property
     def text(self) -> str:
-        """The content of a tool message: a string as it is, lists and dictionaries as JSON, and `{"error": ...}`."""
-        if self.timed_out:
-            return error_text(str(self.error))
-        try:
-            return error_text(describe(self.error)) if self.error is not None else encodable(_as_text(self.value))
-        except Exception as error:  # of a `__str__` of the user's
-            return error_text(f"{type(error).__name__} in __str__ of {type(self.error or self.value).__name__}")
+        """What the model sees; see `told`."""
+        return self.told()[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """Type and message of an error that a user's code raised; its `__str__` may raise too."""
+    try:
+        return describe(error)
+    except BaseException as another:
+        if is_interruption(another):
+            raise
+        return f"{type(another).__name__} in __str__ of {type(error).__name__}"
 
 
 def error_text(sentence: str) -> str:
@@ -152,22 +173,23 @@ class Caller:
         called.add_done_callback(lambda done: self._pass_on(done.result(), outcome))
         return outcome
 
-    def isolated(self) -> AbstractContextManager[None]:
-        """Within the block, users' code may use the global random generators; their states are restored at its end.
+    def isolated(self, seed: int | None) -> AbstractContextManager[Preserved]:
+        """Within the block, users' code may use the global random generators, which begin with the seed; their states are
+        restored at its end. None: another seed each time.
 
         For a whole rollout whose calls run in threads or on the event loop.
         """
-        return preserved_random_states()
+        return preserved_random_states(secrets.randbits(SEED_BITS) if seed is None else seed)
 
-    def open(self) -> None:
-        """Take calls again after `close`: in new threads, and on a new loop. Without effect if it is open."""
+    def reopen(self) -> None:
+        """Take calls again after `close`."""
         with self._lock:
             if self._is_closed:
                 self._jobs, self._threads, self._is_closed = SimpleQueue(), 0, False
 
     def close(self) -> None:
         """Cancel what runs. Threads and loops that hang are abandoned. Later calls, and those that still wait, get an error,
-        until `open`."""
+        until `reopen`."""
         with self._lock:
             self._is_closed = True
             loops, self._loop, self._clock = [loop for loop in (self._loop, self._clock) if loop], None, None
@@ -210,19 +232,19 @@ class Caller:
         with self._lock:
             missing = self._threads < self.workers
             self._threads += missing
+            jobs = self._jobs
         if missing:
-            self._start_thread()
-        self._jobs.put(_Job(function=function, kwargs=kwargs, future=future))
+            self._start_thread(jobs)
+        jobs.put(_Job(function=function, kwargs=kwargs, future=future))
         return future
 
-    def _start_thread(self) -> None:
-        threading.Thread(target=self._work, name="tools", daemon=True).start()
+    def _start_thread(self, jobs: SimpleQueue[_Job | None]) -> None:
+        threading.Thread(target=self._work, args=(jobs,), name="tools", daemon=True).start()
 
-    def _work(self) -> None:
+    def _work(self, jobs: SimpleQueue[_Job | None]) -> None:
         """A worker: one call after the other, until one is abandoned, for another thread has then taken this one's place."""
-        jobs = self._jobs
         while (job := jobs.get()) is not None:
-            self._limit(job.future, self._start_thread)
+            self._limit(job.future, lambda: self._start_thread(jobs))
             if not _settle(job.future, _outcome_of(job.function, job.kwargs)):
                 return
 

@@ -24,7 +24,7 @@ from ..data.renderer import PromptRenderer
 from .actions import Actions
 from .dialect import Dialect
 from .episode import Player
-from .groups import PlayedGroup, behind_shared_prompt
+from .groups import PlayedGroup, as_extended, behind_shared_prompt
 from .kit import Kit, Played
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Dialogues:
             eos_token_ids=eos_token_ids,
         )
 
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._at_most = self._capacity(num_workers)
         if actions.runs_beside:
             logger.info("tools or environments run while other episodes are sampled: the run does not repeat to the bit")
@@ -97,20 +98,7 @@ class Dialogues:
         Args:
             seeds: one for each prompt; with them episodes repeat, as far as tools and environments do.
         """
-        self.actions.caller.open()
-        kit = Kit(
-            rollout=self._config.rollout,
-            dialect=self._dialect,
-            renderer=self._renderer,
-            texts=Texts(self._tokenizer, sampling),
-            caller=self.actions.caller,
-            tools=self.actions.tools,
-            environments=self.actions.environments,
-            prompt_column=self._config.data.prompt_column,
-            max_completion_length=sampling.max_completion_length,
-            is_greedy=sampling.temperature == 0,
-            is_limited=self._at_most is not None,
-        )
+        kit = self._kit(sampling)
         size = sampling.num_generations
         players = [
             Player(
@@ -126,9 +114,10 @@ class Dialogues:
         ]
         ended: dict[int, dict[int, Played]] = {}
         is_complete = False
+        self.actions.caller.reopen()
         try:
             with (
-                self.actions.caller.isolated(),
+                self.actions.caller.isolated(seeds[0] if seeds else None) as states,
                 engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
             ):
                 for number, played in play(requests, [player.play() for player in players], at_most=self._at_most):
@@ -136,12 +125,29 @@ class Dialogues:
                     of_group = ended.setdefault(index, {})
                     of_group[place] = played
                     if len(of_group) == size:
-                        yield self._group(index, prompts[index], [of_group[one] for one in range(size)])
+                        with states.paused():  # reward functions draw as in a run without episodes
+                            yield self._group(index, prompts[index], [of_group[one] for one in range(size)])
                         del ended[index]
             is_complete = True
         finally:
             if not is_complete:
                 self._release([played for of_group in ended.values() for played in of_group.values()], reuse=False)
+
+    def _kit(self, sampling: SamplingConfig) -> Kit:
+        return Kit(
+            rollout=self._config.rollout,
+            dialect=self._dialect,
+            renderer=self._renderer,
+            texts=Texts(self._tokenizer, sampling),
+            caller=self.actions.caller,
+            tools=self.actions.tools,
+            environments=self.actions.environments,
+            prompt_column=self._config.data.prompt_column,
+            max_completion_length=sampling.max_completion_length,
+            is_greedy=sampling.temperature == 0,
+            is_limited=self._at_most is not None,
+            longest_token=self._longest_token,
+        )
 
     def close(self) -> None:
         """Close all environments and end their threads. The next `play` makes new ones."""
@@ -183,7 +189,7 @@ class Dialogues:
         of_group, moved = behind_shared_prompt(prompt, ids, completions)
         return PlayedGroup(
             index=index,
-            prompt=of_group,
+            prompt=as_extended(of_group, [one.content for one in played if not one.completion.is_void]),
             completions=moved,
             contents=[one.content for one in played],
             environments=[None if one.world is None else one.world.instance for one in played],

@@ -36,9 +36,8 @@ from typing import Any, Protocol, runtime_checkable
 from ...rewards.contract import is_async
 from ...rewards.loading import load_object
 from ...rewards.own_code import code_of
-from ...rewards.texts import describe
 from ..config.paths import ENVIRONMENT_PREFIXES
-from .calls import Caller, Outcome
+from .calls import Caller, Outcome, reason_of
 from .tools import Tool, ToolSpec, make_tools
 from .worlds import COLUMN, World
 
@@ -160,7 +159,12 @@ class Environments:
         return world
 
     def release(self, world: World, *, reuse: bool) -> None:
-        """The episode is over. Without `reuse`, after a time limit or a failure, the instance is closed and not used again."""
+        """The episode is over. Without `reuse`, after a time limit or a failure, the instance is closed and not used again.
+
+        Does nothing if it was given back before: what fails may do so behind the release.
+        """
+        if world not in self._open:
+            return
         self._open.remove(world)
         if reuse:
             self._idle[world.name].append(world)
@@ -184,25 +188,30 @@ class Environments:
             raise ValueError(f"environment {shown}: give a class, or a function that returns an instance, not an instance")
         outcome = self._caller.call(factory, {}, seed=seed).result()
         if outcome.error is not None:
-            raise ValueError(f"environment {shown} could not be made: {describe(outcome.error)}") from outcome.error
+            raise ValueError(f"environment {shown} could not be made: {reason_of(outcome.error)}") from outcome.error
         if any(world.instance is outcome.value for world in self._worlds()):
             raise ValueError(f"environment {shown}: returned the same object twice; each episode needs an instance of its own")
-        return World.of(outcome.value, name, shown, like=self._probes.get(name))
+        look = functools.partial(World.of, outcome.value, name, shown, like=self._probes.get(name))
+        outcome = self._caller.call(look, {}, seed=seed, inline=True).result()
+        if isinstance(outcome.error, ValueError):
+            raise outcome.error
+        if outcome.error is not None:
+            raise ValueError(f"environment {shown}: its members cannot be read: {reason_of(outcome.error)}") from outcome.error
+        return outcome.value
 
     def _close(self, world: World) -> Future[Outcome] | None:
         """Begin to close an instance. None: it has no `close`."""
-        close = getattr(world.instance, "close", None)
-        if not callable(close):
+        if world.close is None:
             return None
         is_logged: Future[Outcome] = Future()
 
         def log(done: Future[Outcome]) -> None:
             error = done.result().error
             if error is not None:
-                logger.warning("environment %s: close failed: %s", world.class_name, describe(error))
+                logger.warning("environment %s: close failed: %s", world.class_name, reason_of(error))
             is_logged.set_result(done.result())
 
-        self._caller.call(close, {}).add_done_callback(log)
+        self._caller.call(world.close, {}).add_done_callback(log)
         return is_logged
 
 

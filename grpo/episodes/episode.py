@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...rewards.texts import content_text
 from ...rollout.turns import Play, Request, Turn
 from ...rollout.types import Completion, Episode, FinishReason, ToolCallRecord
 from ..data.messages import Message, read_template_kwargs
@@ -94,7 +95,7 @@ class Player:
         row = {**self._prompt.columns, self._kit.prompt_column: self._prompt.content}
         name = environments.name_of(row)
         try:
-            self._world = environments.acquire(name, seed=self._code.seed_of("acquire"))
+            self._world = environments.acquire(name, seed=self._code.seed_of_draws("acquire"))
         except ValueError as error:
             raise EpisodeError(f"the environment could not be made: {error}") from error
         world = self._world
@@ -170,6 +171,8 @@ class Player:
                 return "done"
             if iterations == limit:
                 return "turns"
+            if self._is_huge(answers):  # tokenizing a text of megabytes would take minutes
+                return "length"
             bridge = self._bridge(reply, answers)
             if not is_closed:  # a stop string ended it
                 bridge = (closing, *bridge)
@@ -207,6 +210,11 @@ class Player:
         """Tokens that there is room for in the completion and in the model's context."""
         in_context = self._kit.rollout.max_model_length - len(self._stream.prompt) - len(self._stream.token_ids)
         return min(self._kit.max_completion_length - len(self._stream.token_ids), in_context)
+
+    def _is_huge(self, answers: Sequence[Message]) -> bool:
+        """Whether there is no room for them, however long their tokens are."""
+        texts = (content_text(message.get("content")) for message in answers)
+        return sum(map(len, texts)) > self._room() * self._kit.longest_token
 
     def _results(self, reply: Reply) -> Generator[Future[Any], Any, list[Message]]:
         """Make all calls of a turn; the messages with their results, in the order of the calls."""

@@ -8,10 +8,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ...rewards.logged import plain
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
 from ...rollout.types import Completion
@@ -74,6 +76,12 @@ class Episodes(Protocol):
     def close(self) -> None:
         """Close all environments. The next `play` makes new ones."""
         ...
+
+
+def as_extended(prompt: Prompt, contents: Sequence[str | list[Message]]) -> Prompt:
+    """The prompt with what the environments have said at its end, if all have said the same: so it is recorded."""
+    different = {json.dumps(content): content for content in map(plain, contents)}
+    return dataclasses.replace(prompt, content=different.popitem()[1]) if len(different) == 1 else prompt
 
 
 def behind_shared_prompt(

@@ -28,6 +28,7 @@ class Kit:
         is_greedy: nothing is drawn, so turns need no seeds.
         is_limited: few environments may be open: each is given back when its episode has ended, and reward functions, which
             see complete groups, get None in its place.
+        longest_token: characters of the longest token: n tokens hold no more than n times as many.
     """
 
     rollout: RolloutConfig
@@ -41,6 +42,7 @@ class Kit:
     max_completion_length: int
     is_greedy: bool
     is_limited: bool
+    longest_token: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

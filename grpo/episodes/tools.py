@@ -55,6 +55,10 @@ _LONGEST_PROBLEM = 200
 """Characters of a validation error: it quotes what the model wrote, which may be long."""
 
 
+DEEPEST = 100
+"""Levels of arguments and messages: far below what Python's recursion allows to those that copy, validate and record them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
     """See the module's docstring.
@@ -78,7 +82,9 @@ class Tool:
 
     def problem(self, arguments: object) -> str | None:
         """What is wrong with the arguments of a call, as a sentence for the model that names the parameters; None: nothing."""
-        if not isinstance(arguments, Mapping):
+        if is_deep(arguments):
+            found = f"arguments must not be nested more than {DEEPEST} times"
+        elif not isinstance(arguments, Mapping):
             found = "arguments must be an object with the names of the parameters"
         else:
             found = self._violation(arguments)
@@ -87,7 +93,9 @@ class Tool:
     def _violation(self, arguments: Mapping[Any, Any]) -> str | None:
         try:
             error = best_match(self.validator.iter_errors(dict(arguments)))
-        except Unresolvable:  # the schema refers to what it does not contain: the function has to judge
+        except (Unresolvable, ArithmeticError, ValueError, RecursionError):
+            # The schema refers to what it does not contain, or to itself; or no number is a multiple of infinity: the function
+            # has to judge.
             error = None
         if error is not None:
             where = "" if not error.absolute_path else f"{error.json_path.removeprefix('$.')}: "
@@ -148,6 +156,8 @@ def make_tool(given: ToolSpec, *, name: str | None = None) -> Tool:
 
 def make_tools(given: Iterable[ToolSpec]) -> list[Tool]:
     """The tools of several functions. Raises ValueError as `make_tool` does, and for two tools of one name."""
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"tools must be a list of functions: got {shorten(repr(given), 80)} ({type(given).__name__})")
     tools = [make_tool(one) for one in given]
     seen: dict[str, Tool] = {}
     for tool in tools:
@@ -281,6 +291,15 @@ def _with_nulls(schema: Any) -> Any:
         return changed
     del changed["nullable"]
     return {"anyOf": [changed, {"type": "null"}]}
+
+
+def is_deep(value: object) -> bool:
+    """Whether lists and mappings are nested more than `DEEPEST` times."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        within = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, Mapping | list)]
+        level = [item for items in within for item in items]
+    return bool(level)
 
 
 def _type_text(schema: object) -> str:

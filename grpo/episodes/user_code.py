@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from ...rewards.contract import copied
 from ...rollout.types import CallError, ToolCallRecord
-from .calls import Caller, Outcome, error_text
+from .calls import SEED_BITS, Caller, Outcome, error_text
 from .dialect import ParsedCall
 from .kit import EpisodeError
 from .tools import Tool, unknown_tool
@@ -41,8 +43,13 @@ class UserCode:
         """A seed of its own for a turn or a call of this episode."""
         if self._seed is None:
             return None
-        digest = hashlib.blake2b(f"{self._seed}/{self._place}/{what}".encode(), digest_size=7).digest()
+        digest = hashlib.blake2b(f"{self._seed}/{self._place}/{what}".encode(), digest_size=SEED_BITS // 8).digest()
         return int.from_bytes(digest, "little")
+
+    def seed_of_draws(self, what: str) -> int:
+        """A seed for the global random generators while a call runs. If nothing is reproducible, another one each time."""
+        seed = self.seed_of(what)
+        return secrets.randbits(SEED_BITS) if seed is None else seed
 
     def ask(
         self,
@@ -72,8 +79,8 @@ class UserCode:
     def results(
         self, calls: Sequence[ParsedCall], tools: Sequence[Tool], *, of_world: Collection[str]
     ) -> Generator[Future[Any], Any, list[ToolCallRecord]]:
-        """Make all calls of a turn; what became of them, in their order. Those that run beside run at the same time, except for
-        methods of the environment in threads, which run one after another.
+        """Make all calls of a turn; what became of them, in their order. Those that run beside run at the same time, but
+        those of the environment one after the other: an instance is used by one call at a time.
 
         Args:
             of_world: names of tools that are methods of the environment.
@@ -81,11 +88,9 @@ class UserCode:
         Raises:
             EpisodeError: the connection to the environment was lost.
         """
-        in_turn = {tool.name for tool in tools if tool.name in of_world and not tool.is_async}
-        started = [None if call.name in in_turn else self._started(call, tools) for call in calls]
+        started = yield from self._all_started(calls, tools, of_world)
         records: list[ToolCallRecord] = []
-        for call, already in zip(calls, started, strict=True):
-            begun = already or self._started(call, tools)
+        for call, begun in zip(calls, started, strict=True):
             if isinstance(begun, ToolCallRecord):
                 records.append(begun)
                 continue
@@ -93,11 +98,28 @@ class UserCode:
             if isinstance(outcome.error, ConnectionError) and call.name in of_world:
                 self.has_failed = True
                 raise EpisodeError(f"{call.name}: the connection to the environment was lost") from outcome.error
-            error: CallError | None = "timeout" if outcome.timed_out else "raised" if outcome.error else None
+            text, is_result = outcome.told()
+            error: CallError | None = "timeout" if outcome.timed_out else None if is_result else "raised"
             self.has_failed |= outcome.timed_out
-            records.append(record_of(call, outcome.text, error, seconds=outcome.seconds))
+            records.append(record_of(call, text, error, seconds=outcome.seconds))
         self.seconds_waiting += max(record.seconds for record in records)
         return records
+
+    def _all_started(
+        self, calls: Sequence[ParsedCall], tools: Sequence[Tool], of_world: Collection[str]
+    ) -> Generator[Future[Any], Any, list[Future[Outcome] | ToolCallRecord]]:
+        """All calls in progress, once all of the environment's but its last one have ended."""
+        started: list[Future[Outcome] | ToolCallRecord] = []
+        in_world: Future[Outcome] | None = None
+        for call in calls:
+            is_of_world = call.name in of_world
+            if is_of_world and in_world is not None:
+                yield in_world
+            begun = self._started(call, tools)
+            if is_of_world and isinstance(begun, Future):
+                in_world = begun
+            started.append(begun)
+        return started
 
     def _started(self, call: ParsedCall, tools: Sequence[Tool]) -> Future[Outcome] | ToolCallRecord:
         """The call in progress, or why it cannot be made."""
@@ -109,7 +131,7 @@ class UserCode:
         if problem := tool.problem(call.arguments):
             return record_of(call, error_text(problem), "arguments")
         assert isinstance(call.arguments, Mapping)
-        return self._call(tool.function, call.arguments)
+        return self._call(tool.function, copied(call.arguments))  # the tool may change them
 
     def _call(
         self,
@@ -120,7 +142,7 @@ class UserCode:
         inline: bool = False,
     ) -> Future[Outcome]:
         self._count += 1
-        own_seed = self.seed_of(f"call {self._count}") if seed is None else seed
+        own_seed = self.seed_of_draws(f"call {self._count}") if seed is None else seed
         return self._caller.call(function, arguments, seed=own_seed, inline=inline)
 
 

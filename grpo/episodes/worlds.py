@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any
 from ...rewards.contract import copied, is_async
 from ...rewards.texts import content_text, shorten
 from .calls import encodable
-from .tools import Tool, make_tool, make_tools
+from .tools import DEEPEST, Tool, is_deep, make_tool, make_tools
 
 MEMBERS = ("reset", "respond", "done", "get_reward", "tools", "close", "seed")
 """Names with a meaning here or in other libraries: never tools."""
@@ -42,6 +43,7 @@ class World:
         reset: begins an episode.
         respond: answers a turn without a tool call; None: it has no such method.
         get_reward: scores an episode that has ended; None: it has no such method.
+        close: called when it is not used again; None: it has no such method.
     """
 
     instance: object
@@ -51,10 +53,11 @@ class World:
     reset: Callable[..., Any]
     respond: Callable[..., Any] | None
     get_reward: Callable[..., Any] | None
+    close: Callable[..., Any] | None
 
     @staticmethod
     def of(instance: object, name: str | None, shown: str, *, like: World | None = None) -> World:
-        """The world of an instance.
+        """The world of an instance. Runs users' code, such as `__getattr__`: call it through a `Caller`.
 
         Args:
             shown: the environment in messages.
@@ -79,6 +82,7 @@ class World:
             reset=instance.reset,  # pyright: ignore[reportAttributeAccessIssue]
             respond=_member(instance, "respond"),
             get_reward=_member(instance, "get_reward"),
+            close=_member(instance, "close"),
         )
         if world.respond is not None:
             world.respond_arguments("")
@@ -145,7 +149,8 @@ class World:
 def observation_of(value: object, where: str) -> str | list[dict[str, Any]] | None:
     """What `reset` or `respond` returned: a text, messages, or None.
 
-    The parts of a message's content, which have no role, become a text. An empty list is None.
+    The parts of a message's content, which have no role, become a text. An empty list is None. Messages hold only what JSON
+    has, as all that is rendered and recorded.
 
     Args:
         where: what returned it, for messages.
@@ -160,11 +165,25 @@ def observation_of(value: object, where: str) -> str | list[dict[str, Any]] | No
         if not messages:
             return None
         if all(isinstance(one.get("role"), str) for one in messages):
-            return [copied(dict(one)) for one in messages]
+            return _plain_messages(messages, where)
         if all("role" not in one and isinstance(one.get("text"), str) for one in messages):
             return encodable(content_text(messages))
     shown = shorten(repr(value), 80)
     raise ValueError(f"{where} returned {shown} ({type(value).__name__}): return text, a list of messages, or None")
+
+
+def _plain_messages(messages: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Copies. Raises ValueError if a content is neither text nor parts, or a message holds what JSON does not have."""
+    wrong = [one["content"] for one in messages if not isinstance(one.get("content"), str | list | None)]
+    if wrong:
+        shown = shorten(repr(wrong[0]), 80)
+        raise ValueError(f"{where} returned a message with the content {shown} ({type(wrong[0]).__name__}): it must be text")
+    if is_deep(messages):
+        raise ValueError(f"{where} returned messages that are nested more than {DEEPEST} times")
+    try:
+        return json.loads(encodable(json.dumps([dict(one) for one in messages], ensure_ascii=False)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} returned a message that cannot be written as JSON: {error}") from error
 
 
 def rewards_of(value: object, class_name: str) -> dict[str, float | None]:

@@ -20,10 +20,15 @@ from rankup import GRPOTrainer
 from rankup.grpo.cli.main import main
 from rankup.grpo.common.errors import TrainingStoppedError
 from rankup.grpo.run.completions import read_completions
+from rankup.rewards.contract import RewardError
 
 DIALOGUES = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
 LENGTHS: dict[str, Any] = {"max_prompt_length": 128, "max_completion_length": 96, "max_turn_length": 8}
 Make = Callable[..., GRPOTrainer]
+OF_TRAINER = (
+    *("tools", "environment_factory", "rollout_func", "reward_funcs", "callbacks"),
+    *("train_dataset", "eval_dataset"),
+)
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def make(tiny_model_path, tmp_path: Path) -> Make:
     def made(name: str = "run", **options: Any) -> GRPOTrainer:
         of_trainer = {
             key: options.pop(key)
-            for key in ("tools", "environment_factory", "rollout_func", "reward_funcs", "train_dataset", "callbacks")
+            for key in OF_TRAINER
             if key in options
         }
         arguments: dict[str, Any] = {"train_dataset": DIALOGUES, "eval_dataset": DIALOGUES[:4], **of_trainer}
@@ -312,3 +317,35 @@ def test_a_rollout_func_that_samples_once_is_the_plain_run(make: Make, tmp_path:
     make(rollout_func=rollout, reward_funcs=low_ids, max_steps=2, eval_before=False).train()
     for step in steps_of(tmp_path / "run"):
         assert abs(step["sampling/sampling_logp_difference/max"]) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- around the episodes
+
+
+def test_environments_are_there_again_after_a_run(make: Make) -> None:
+    trainer = make(environment_factory=Noisy, max_steps=1, eval_before=False, **ENDS)
+    trainer.train()
+    assert trainer.evaluate()["eval_episodes/failed"] == 0.0
+    assert trainer.train().global_step == 1
+
+
+def test_a_reward_function_that_stops_the_run_is_what_the_run_says(make: Make) -> None:
+    def fails(completions: list[Any], **kwargs: Any) -> list[float]:
+        raise RuntimeError("no such file")
+
+    trainer = make(environment_factory=Noisy, reward_funcs=fails, on_error="stop", max_steps=1, eval_before=False, **ENDS)
+    with pytest.raises(RewardError, match="no such file"):
+        trainer.train()
+
+
+def test_completions_are_saved_with_the_prompts_that_reward_functions_got(make: Make, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def watches(prompts: list[Any], **kwargs: Any) -> list[float]:
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    options: dict[str, Any] = {"max_steps": 1, "completions_steps": 1, "eval_before": False}
+    make(environment_factory=Noisy, reward_funcs=watches, eval_dataset=None, **options, **ENDS).train()
+    rows = read_completions(tmp_path / "run" / "completions" / "step_000001.parquet")
+    assert all(json.loads(row["prompt"]) in seen for row in rows)

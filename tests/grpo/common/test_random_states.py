@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from rankup.grpo.common.random_states import random_states, set_random_states
+from rankup.grpo.common.random_states import preserved_random_states, random_states, set_random_states
 
 
 def draws() -> list[float]:
@@ -27,5 +27,23 @@ def test_all_generators_resume_at_their_state():
         assert draws() != first
         set_random_states(state)
         assert draws() == first
+    finally:
+        set_random_states(before)
+
+
+def test_what_draws_in_a_pause_goes_on_where_the_generators_were_before():
+    before = random_states()
+    try:
+        set_random_states(before)
+        expected = [draws(), draws()]
+        set_random_states(before)
+        with preserved_random_states(seed=7) as states:
+            first = draws()
+            with states.paused():
+                outside = draws()
+            second = draws()
+        assert [outside, draws()] == expected
+        with preserved_random_states(seed=7):
+            assert [draws(), draws()] == [first, second]
     finally:
         set_random_states(before)

@@ -378,7 +378,7 @@ def test_an_isolated_rollout_restores_the_states_whatever_runs_beside(make_calle
 
     caller = make_caller(workers=1)
     before = random_states()
-    with caller.isolated():
+    with caller.isolated(seed=4):
         futures: list[Future[Outcome]] = [caller.call(draw_and_reseed, {}), caller.call(reseed, {})]
         assert all(future.result(LONG).error is None for future in futures)
         assert random_states() != before

@@ -284,3 +284,36 @@ def test_the_code_of_tools_and_environments_is_compared_when_a_run_resumes(
     assert code_of_episodes([], None) == {} and code_of_episodes([], "openenv:http://host:8000") == {}
     factories = load_environments("worlds.py:Guess")
     assert set(code_of_episodes([make_tool(find), FIND, find], factories)) >= {"worlds.py"}
+
+
+def test_an_instance_that_is_given_back_twice_is_idle_once(caller: Caller) -> None:
+    environments = Environments(Guess, caller)
+    world = environments.acquire(None)
+    environments.release(world, reuse=True)
+    environments.release(world, reuse=False)
+    assert world.instance.closed == 0  # pyright: ignore[reportAttributeAccessIssue]
+    first, second = environments.acquire(None), environments.acquire(None)
+    assert first is world and second is not world
+
+
+@pytest.mark.parametrize("member", ["respond", "get_reward", "close"])
+def test_a_member_that_cannot_be_read_is_refused_at_the_start(caller: Caller, member: str) -> None:
+    def fails(self: object) -> None:
+        raise RuntimeError("not yet")
+
+    factory = type("Late", (Guess,), {member: property(fails)})
+    with pytest.raises(ValueError, match="environment Late: its members cannot be read: RuntimeError: not yet"):
+        Environments(factory, caller)
+
+
+def test_closing_ends_though_the_error_of_a_close_has_no_text(caller: Caller, caplog: pytest.LogCaptureFixture) -> None:
+    class SilentError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    class Silent(Guess):
+        def close(self) -> None:
+            raise SilentError
+
+    Environments(Silent, caller).close()
+    assert "Silent: close failed: ValueError in __str__ of SilentError" in caplog.text

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import get_json_schema
 
-from rankup.grpo.episodes.tools import Tool, load_tools, make_tool, make_tools, unknown_tool
+from rankup.grpo.episodes.tools import DEEPEST, Tool, load_tools, make_tool, make_tools, unknown_tool
 
 
 def add(a: int, b: int = 0) -> int:
@@ -297,3 +298,31 @@ def test_tools_of_a_run_file_are_loaded_by_name(tmp_path: Path, monkeypatch: pyt
 def test_a_schema_is_json() -> None:
     given: list[Callable[..., Any]] = [add, Shop().price, Shop()]
     assert [json.loads(json.dumps(tool.schema)) for tool in make_tools(given)] == [tool.schema for tool in make_tools(given)]
+
+
+@pytest.mark.parametrize(
+    ("properties", "value"),
+    [
+        ({"x": {"$ref": "#/properties/x"}}, 1),
+        ({"x": {"type": "number", "multipleOf": 0.1}}, math.inf),
+        ({"x": {"type": "number", "multipleOf": 0.1}}, math.nan),
+    ],
+)
+def test_what_a_schema_cannot_decide_is_left_to_the_function(properties: dict[str, Any], value: float) -> None:
+    tool = make_tool(("pay", "Pay.", {"type": "object", "properties": properties}, lambda x: x))
+    assert tool.problem({"x": value}) is None
+
+
+@pytest.mark.parametrize("levels", [DEEPEST, 900, 10_000])
+def test_check_11_arguments_that_are_nested_too_deeply_are_wrong(levels: int) -> None:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    tool = make_tool(("pay", "Pay.", {"type": "object", "properties": {"x": {}}}, lambda x: x))
+    assert "nested more than" in str(tool.problem({"x": nested}))
+    assert tool.problem({"x": [[[]]]}) is None
+
+
+def test_a_tool_in_the_place_of_a_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="tools must be a list of functions"):
+        make_tools(add)  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,6 @@
 """A user's instance: how its members are found and called, and what they may return."""
 
+import functools
 import math
 import types
 from collections.abc import Iterator
@@ -242,3 +243,20 @@ def test_check_13_none_is_not_zero_and_rewards_may_have_names(returned: Any, exp
 def test_other_rewards_are_errors(returned: Any) -> None:
     with pytest.raises(ValueError, match=r"get_reward.* of Guess returned"):
         rewards_of(returned, "Guess")
+
+
+def nested(levels: int) -> list[Any]:
+    return functools.reduce(lambda inner, _: [inner], range(levels), [])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"content": 5}, {"content": ("a",)}, {"meta": {(1, 2): 3}}, {"meta": object()}, {"meta": nested(500)}],
+)
+def test_messages_hold_only_what_can_be_rendered_and_recorded(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="respond of Guess returned"):
+        observation_of([{"role": "user", "content": "hot", **more}], "respond of Guess")
+
+
+def test_halves_of_surrogate_pairs_in_messages_are_replaced() -> None:
+    assert observation_of([{"role": "user", "content": "a\ud800"}], "reset") == [{"role": "user", "content": "a?"}]
