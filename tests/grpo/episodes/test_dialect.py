@@ -319,6 +319,8 @@ def test_a_template_that_cannot_write_the_dialogue_is_refused_by_what_fails():
     assert "has no chat template" in refusal("")
     numbered = QWEN3.replace("<|im_start|>user{% endif %}", "<|im_start|>user{{ loop.index }}{% endif %}")
     assert "writes a tool's result otherwise in a later turn of a dialogue: set another data.chat_template" in refusal(numbered)
+    late = QWEN3.replace("<|im_start|>user{% endif %}", "<|im_start|>user{% if loop.index > 7 %}!{% endif %}{% endif %}")
+    assert "writes a tool's result otherwise in a later turn of a dialogue" in refusal(late)
     next_one = "loop.nextitem if not loop.last and loop.nextitem.role == 'tool'"
     swapped = f"({next_one} else loop.previtem if loop.previtem.role == 'tool' else m).content"
     in_another_order = QWEN3.replace("+ m.content", f"+ {swapped}")
