@@ -305,6 +305,17 @@ def test_a_malformed_call_is_answered_like_a_call():
         assert reply.message["tool_calls"][0]["function"]["name"] == "unknown"
 
 
+def test_white_space_behind_the_generation_prompt_is_what_the_model_continues():
+    """A file of a template often ends with a line that is no part of it."""
+    template = template_of("chatml") + "  \n"
+    tokenizer = dialect_tokenizer(template, eos="<|im_end|>")
+    dialect = Dialect(tokenizer, DataConfig(), schemas=SCHEMAS, responds=True, tool_parser=None)
+    assert dialect.parser_name == "hermes"
+    _, reply = closed(tokenizer, dialect, CALL, prompt(tokenizer))
+    text = tokenizer.decode(dialect.bridge(reply, reply.results(["5"])))
+    assert text == "\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n  "
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
