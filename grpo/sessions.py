@@ -48,6 +48,7 @@ class _OpenSession:
                 pad_token_id=cast(int, setup.inputs.tokenizer.pad_token_id or 0),
                 engine=engine,
                 world=setup.world,
+                has_episodes=setup.episodes is not None,
             )
         )
 

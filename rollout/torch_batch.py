@@ -88,10 +88,11 @@ class Batch:
         self.logits_BV = _forward(self._model, self._cache, self._input_B1, self._attends_BT)
 
     def select(self, places: Sequence[int]) -> None:
-        """Keep these rows only."""
+        """Keep these rows only, and no column that is padding in all of them."""
         places_B = torch.tensor(places, dtype=torch.long, device=self._attends_BT.device)
         self._cache.batch_select_indices(places_B)
         self._input_B1, self._attends_BT = self._input_B1[places_B], self._attends_BT[places_B]
+        self._trim()
 
     def keep(self, place: int, num_tokens: int) -> Kept:
         """What is cached of the first `num_tokens` tokens of a row: all but its newest."""

@@ -214,8 +214,10 @@ class Dialect:
         text = self._bridges.render([*start, message], is_complete=True)
         prefixes = (opened, opened[: opened.rfind("<think>")] if "<think>" in opened else opened)
         prefix = next((prefix for prefix in prefixes if text.startswith(prefix)), None)
-        if prefix is None:
-            prefix = text[: text.find(name, text.find("qzxquestionqzx"))]
+        if prefix is None:  # the generation prompt has more than the header, such as white space or a date
+            shared = length_in_common(opened, text)
+            is_begun = shared > text.find("qzxquestionqzx") and self._header and text[:shared].rstrip().endswith(self._header)
+            prefix = text[: shared if is_begun else text.find(name, text.find("qzxquestionqzx"))]
         closing = str(self._tokenizer.convert_ids_to_tokens(self._bridges.closing[True]))
         turn = text[len(prefix) :]
         end = turn.find(closing, turn.find(_PROBE["text"]))

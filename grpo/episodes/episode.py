@@ -165,7 +165,7 @@ class Player:
             limit = self._kit.rollout.max_tool_calling_iterations
             if reply.calls and iterations == limit:
                 return "turns"
-            answers = yield from (self._results(reply) if reply.calls else self._response(reply))
+            answers = yield from (self._results(reply) if reply.calls else self._response(_text_of(turn, reply)))
             if answers is None or (yield from self._is_done()):
                 self._said.messages += answers or []
                 return "done"
@@ -223,11 +223,10 @@ class Player:
         self._said.calls += records
         return reply.results([record.result for record in records])
 
-    def _response(self, reply: Reply) -> Generator[Future[Any], Any, list[Message] | None]:
+    def _response(self, text: str) -> Generator[Future[Any], Any, list[Message] | None]:
         """What the environment says to a turn without calls; None ends the episode."""
         world = self._world
         assert world is not None and world.respond is not None
-        text = str(reply.message.get("content") or "")
         said = yield from self._ask("respond", world.respond, world.respond_arguments(text))
         observation = self._checked(said, "respond")
         return [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
@@ -322,3 +321,11 @@ class Player:
             world=self._world,
             is_reusable=not self._code.has_failed,
         )
+
+
+def _text_of(turn: Turn, reply: Reply) -> str:
+    """What an environment is told of a turn: without the stop string that ended it, and without thinking that a parser took
+    out."""
+    if not turn.ended_by_token and "reasoning_content" not in reply.message:
+        return turn.text
+    return str(reply.message.get("content") or "")

@@ -11,6 +11,7 @@ What is between `<think>` and `</think>` is no place for calls.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def checked(text: str, name: object, arguments: object, *, key: str = "arguments
         error = f"{key} must be an object with the names of the parameters, not {_kind(arguments)}"
     elif not _is_unicode([name, arguments]):
         error = "the call has half of a surrogate pair, which is no character"
+    elif not _is_finite(arguments):
+        error = f"{key} has a number that is infinite or none, which is no JSON"
     shown = str(name) if has_name and _is_unicode(name) else None
     return FoundCall(text=text, name=shown, arguments=arguments, error=error, id=id)
 
@@ -193,6 +196,8 @@ def _llama_call(text: str, start: int) -> tuple[FoundCall | None, int, int] | No
 def _is_llama_call(value: object) -> bool:
     """Whether JSON without a tag is a call, as far as it goes: an answer may have a `name` too, but has more besides."""
     parts = {"name", "parameters", "arguments"}
+    if isinstance(value, Mapping) and value.get("type") == "function":
+        return True  # also with the rest in another form
     return isinstance(value, Mapping) and not parts.isdisjoint(value) and value.keys() <= parts | {"type", "function", "id"}
 
 
@@ -260,8 +265,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+def _finite(number: str) -> float:
+    """Python reads 1e999 as infinity."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number} is too large for a number")
+    return value
+
+
 _SPACE = re.compile(r"\s+")
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def _json_at(text: str, place: int) -> tuple[Any, int, str | None]:
@@ -285,6 +298,15 @@ def _name_in(value: object) -> str | None:
 def _kind(value: object) -> str:
     kinds = {bool: "a truth value", str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return kinds.get(type(value), "null")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether no number in JSON data is NaN or infinite: no file of JSON takes it."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_unicode(value: object) -> bool:

@@ -7,6 +7,7 @@ effect of the adapter, so that effect is the unit.
 
     prove_slots(policy, engine)                    # all projections together, distinct adapters; about a second
     prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
+    prove_slots(policy, engine, episodes=True)     # also what the engine stores of episodes, which continue behind given tokens
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 
 from ...rollout.config import SamplingConfig
 from ...rollout.protocol import Engine
+from ...rollout.turns import Play, Request, Turn, play
 from ...rollout.types import Completion
 from ..common.log import logger
 from ..data.groups import Group
 from ..data.prompts import Prompt
+from ..episodes.stream import Stream
 from .lora_layers import ADAPTER
-from .packing import Pack, by_completion, pack, pad
+from .packing import by_completion, pack, pad
 from .policy import Policy
 
 # Strength of a random adapter: the norm of its update relative to that of the base weight. The fewer layers are adapted at
@@ -31,6 +34,7 @@ from .policy import Policy
 MIN_STRENGTH, MAX_STRENGTH = 0.05, 4.0
 TOTAL_STRENGTH = 10.5  # divided among the layers
 PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
+EPISODES, TURN_LENGTH, GIVEN_LENGTH = 8, 4, 3  # of the proof: their number, and tokens of each of two turns and between them
 # The largest gap that counts as rounding, relative to the effect of the adapter. In bf16 rounding causes up to 0.35 (k_proj of
 # SmolLM2-135M); a scale that is wrong by a factor of 2 causes 0.5, a misplaced adapter about 1.4.
 TOLERANCE = 0.42
@@ -73,10 +77,12 @@ class Proof:
         return f"{self.what}: difference {self.gap:.4f}, bound {self.bound:.4f}, effect of the adapter {self.effect:.4f}"
 
 
-def prove_slots(policy: Policy, engine: Engine, *, each: bool = False) -> list[Proof]:
+def prove_slots(policy: Policy, engine: Engine, *, each: bool = False, episodes: bool = False) -> list[Proof]:
     """Compare trainer and engine under random adapters, then publish the policy's adapter again.
 
-    `each`: also compare under an adapter on each projection alone, and log every comparison that fails.
+    Args:
+        each: also compare under an adapter on each projection alone, and log every comparison that fails.
+        episodes: also sample episodes of two turns, and compare what is stored of them.
 
     Raises:
         RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains.
@@ -97,6 +103,8 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False) -> list[P
             of_engine = engine.prompt_logprobs(sequences)
             gap, effect = _difference(of_engine, trainer_logprobs(policy, sequences)), _difference(of_engine, base)
             proofs.append(Proof(what=what, gap=gap, effect=effect, noise=noise if len(names) == 1 else 0.0))
+            if episodes and not seed:  # all projections
+                _prove_episodes(policy, engine)
             if each and not proofs[-1].holds:
                 logger.warning("FAILED %s", proofs[-1])
     finally:
@@ -117,32 +125,95 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False) -> list[P
 
 def trainer_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
     """Log-probability of every token after the first of each sequence, by the trainer's forward at temperature 1."""
-    packs = _packs(policy, sequences)
+    streams = (Stream(tuple(ids[:1]), token_ids=list(ids[1:]), logprobs=[0.0] * (len(ids) - 1)) for ids in sequences)
+    return _of_trainer(policy, [_group(stream) for stream in streams], use_adapter=use_adapter)
+
+
+def _of_trainer(policy: Policy, groups: Sequence[Group], *, use_adapter: bool = True) -> list[list[float]]:
+    """The trainer's log-probabilities of all sampled tokens."""
+    if policy.shares_prompts:
+        packs = pack(groups, tokens_per_pack=4096, device=policy.device)
+    else:
+        packs = pad(groups, tokens_per_pack=4096, pad_token_id=0, device=policy.device)
     logprobs = [policy.logprobs(one, use_adapter=use_adapter)[0] for one in packs]
     return [values.tolist() for values in by_completion(packs, logprobs)]
 
 
-def _packs(policy: Policy, sequences: Sequence[Sequence[int]]) -> list[Pack]:
-    """Each sequence as a group: its first token is the prompt, the rest one completion."""
-    groups = [
-        Group(
-            prompt=Prompt(content="", token_ids=tuple(sequence[:1])),
-            completions=(
-                Completion(
-                    token_ids=tuple(sequence[1:]),
-                    logprobs=(0.0,) * (len(sequence) - 1),
-                    text="",
-                    finish_reason="stop",
-                    policy_version=0,
-                ),
-            ),
-            advantages=(0.0,),
-        )
-        for sequence in sequences
+def _group(stream: Stream) -> Group:
+    """A group of one completion."""
+    completion = Completion(
+        token_ids=tuple(stream.token_ids),
+        logprobs=tuple(stream.logprobs),
+        text="",
+        finish_reason="stop",
+        policy_version=0,
+        given=tuple(stream.given),
+    )
+    return Group(prompt=Prompt(content="", token_ids=stream.prompt), completions=(completion,), advantages=(0.0,))
+
+
+def _prove_episodes(policy: Policy, engine: Engine) -> None:
+    """Compare what is stored of episodes with the engine's log-probabilities of all their tokens, and with the trainer's.
+
+    The first and the last tokens of the turns are compared each by themselves: a wrong place there must not vanish in the
+    mean of all tokens.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    groups, lengths = _sampled_episodes(policy, engine)
+    stored = [list(group.completions[0].logprobs) for group in groups]
+    of_engine, of_base = (_of_engine(engine, groups, use_adapter=use) for use in (True, False))
+    bound = TOLERANCE * _difference(stored, of_base)
+    edges = [(0, first - 1, first, len(row) - 1) for first, row in zip(lengths, stored, strict=True)]
+    for what, computed in (("engine", of_engine), ("trainer", _of_trainer(policy, groups))):
+        gaps = [_difference(_picked(stored, edge), _picked(computed, edge)) for edge in zip(*edges, strict=True)]
+        if not max(gaps) < bound:  # nor if they are no numbers
+            raise RuntimeError(
+                f"what is stored of an episode is not what the {what} computes for its tokens: at the ends of turns they "
+                f"differ by up to {max(gaps):.4f} in mean log-probability (bound {bound:.4f}). Episodes of this model cannot "
+                "be trained here"
+            )
+
+
+def _of_engine(engine: Engine, groups: Sequence[Group], *, use_adapter: bool) -> list[list[float]]:
+    """The engine's log-probabilities of all sampled tokens of finished streams."""
+    streams = [[*group.prompt.token_ids, *group.completions[0].token_ids] for group in groups]
+    return [
+        [row[len(group.prompt.token_ids) - 1 + place] for place in group.completions[0].sampled]
+        for row, group in zip(engine.prompt_logprobs(streams, use_adapter=use_adapter), groups, strict=True)
     ]
-    if policy.shares_prompts:
-        return pack(groups, tokens_per_pack=4096, device=policy.device)
-    return pad(groups, tokens_per_pack=4096, pad_token_id=0, device=policy.device)
+
+
+def _picked(logprobs: Sequence[Sequence[float]], places: Sequence[int]) -> list[list[float]]:
+    return [[row[place]] for row, place in zip(logprobs, places, strict=True)]
+
+
+def _sampled_episodes(policy: Policy, engine: Engine) -> tuple[list[Group], list[int]]:
+    """Episodes of two turns with random tokens between them, each as a group; and the lengths of the first turns."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    given: list[list[int]] = torch.randint(0, vocabulary, (EPISODES, 2 + GIVEN_LENGTH), generator=generator).tolist()
+
+    def episode(index: int) -> Play[tuple[Stream, int]]:
+        prompt, bridge = given[index][:2], given[index][2:]
+        stream, first = Stream(tuple(prompt)), 0
+        for number in range(2):
+            turn: Turn = yield Request(
+                prompt_token_ids=stream.all, max_tokens=TURN_LENGTH, seed=2 * index + number, group=index, may_continue=True
+            )
+            stream.sampled(turn)
+            if number == 0:
+                first = len(turn.token_ids)
+                stream.give(bridge)
+        return stream, first
+
+    sampling = SamplingConfig(num_generations=1, max_completion_length=2 * TURN_LENGTH + GIVEN_LENGTH)
+    # Some tokens end a turn: such a turn is continued from what the engine has kept of it.
+    with engine.requests(sampling, stop_token_ids=range(0, vocabulary, 4)) as requests:
+        played = dict(play(requests, [episode(index) for index in range(EPISODES)]))
+    streams, lengths = zip(*(played[index] for index in range(EPISODES)), strict=True)
+    return [_group(stream) for stream in streams], list(lengths)
 
 
 def _sequences(policy: Policy, engine: Engine) -> list[list[int]]:

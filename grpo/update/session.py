@@ -51,11 +51,13 @@ def open_session(
     pad_token_id: int = 0,
     engine: RolloutEngine | None = None,
     world: World = SINGLE_PROCESS,
+    has_episodes: bool = False,
 ) -> Iterator[Session]:
     """Start the engine and the policy on one copy of the adapter, prove the slot map, and stop the engine at the end.
 
     Args:
         engine: a user-supplied one, which stays open; None: one for this session.
+        has_episodes: completions of the run may have several turns; then the proof covers one with given tokens.
 
     Raises:
         ValueError: the optimizer does not run on this device; vLLM is missing; the engine was made with other settings than
@@ -69,7 +71,7 @@ def open_session(
             logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
         logger.info(base_note(policy, config.rollout.engine))
         logger.info(policy.fusion.summary)
-        prove_slots(policy, sampler)
+        prove_slots(policy, sampler, episodes=has_episodes)
         sampler.policy_version = 0  # a run counts its policies from the initial adapter
         yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
 

@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from worlds_of_runs import TURNS, BreaksAtStep, Noisy, add
 from rankup import GRPOTrainer
 from rankup.grpo.cli.main import main
 from rankup.grpo.common.errors import TrainingStoppedError
+from rankup.grpo.episodes.stream import Stream
 from rankup.grpo.run.completions import read_completions
 from rankup.rewards.contract import RewardError
 
@@ -349,3 +350,17 @@ def test_completions_are_saved_with_the_prompts_that_reward_functions_got(make: 
     make(environment_factory=Noisy, reward_funcs=watches, eval_dataset=None, **options, **ENDS).train()
     rows = read_completions(tmp_path / "run" / "completions" / "step_000001.parquet")
     assert all(json.loads(row["prompt"]) in seen for row in rows)
+
+
+def test_rule_13_a_run_with_episodes_proves_one_before_it_starts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    give = Stream.give
+
+    def shifted(stream: Stream, token_ids: Sequence[int]) -> None:
+        give(stream, token_ids)
+        start, end = stream.given.pop()
+        stream.given.append((start - 1, end - 1) if start > 1 else (start, end))
+
+    monkeypatch.setattr(Stream, "give", shifted)
+    with pytest.raises(RuntimeError, match="what is stored of an episode is not what the engine computes"):
+        make("episodes", tools=[add], reward_funcs=low_ids, max_steps=1, max_prompt_length=1200).train()
+    assert make("plain", reward_funcs=low_ids, max_steps=1, max_prompt_length=1200).train().global_step == 1

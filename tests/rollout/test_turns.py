@@ -200,3 +200,16 @@ def test_random_dialogues_give_back_what_is_kept(make: Make) -> None:
         found = dict(play(requests, episodes))
         assert requests._kept == {} and requests._rows == []
     assert sorted(found) == list(range(17))
+
+
+def test_padding_that_no_row_needs_any_more_is_dropped_when_the_longest_row_ends(make: Make) -> None:
+    engine = make()
+    with engine.requests(SamplingConfig(num_generations=1, max_completion_length=64)) as requests:
+        requests.submit(0, Request(prompt_token_ids=PROMPT * 8, max_tokens=2, seed=1))
+        requests.submit(1, Request(prompt_token_ids=PROMPT[:3], max_tokens=30, seed=2))
+        ended: list[int] = []
+        while not ended:
+            ended += [key for key, _ in requests.step()]
+        assert ended == [0] and requests._batch is not None
+        assert requests._batch.width == 3 + len(requests._rows[0].token_ids)
+        assert requests._batch._cache.get_seq_length() == requests._batch.width - 1

@@ -67,10 +67,11 @@ class Script:
         cut = ids[: request.max_tokens]
         by_token = bool(cut) and cut[-1] in self._ends
         by_string = not by_token and self._stop is not None and self._tokenizer.decode(cut).endswith(self._stop)
+        text = self._tokenizer.decode(cut, skip_special_tokens=True)
         return Turn(
             token_ids=tuple(cut),
             logprobs=(-0.5,) * len(cut),
-            text=self._tokenizer.decode(cut, skip_special_tokens=True),
+            text=text.removesuffix(self._stop) if by_string and self._stop else text,
             finish_reason="stop" if by_token or by_string else "length",
             ended_by_token=by_token,
             policy_version=self.policy_version,

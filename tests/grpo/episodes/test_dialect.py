@@ -305,6 +305,17 @@ def test_a_malformed_call_is_answered_like_a_call():
         assert reply.message["tool_calls"][0]["function"]["name"] == "unknown"
 
 
+def test_white_space_behind_the_generation_prompt_is_what_the_model_continues():
+    """A file of a template often ends with a line that is no part of it."""
+    template = template_of("chatml") + "  \n"
+    tokenizer = dialect_tokenizer(template, eos="<|im_end|>")
+    dialect = Dialect(tokenizer, DataConfig(), schemas=SCHEMAS, responds=True, tool_parser=None)
+    assert dialect.parser_name == "hermes"
+    _, reply = closed(tokenizer, dialect, CALL, prompt(tokenizer))
+    text = tokenizer.decode(dialect.bridge(reply, reply.results(["5"])))
+    assert text == "\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n  "
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -319,6 +330,8 @@ def test_a_template_that_cannot_write_the_dialogue_is_refused_by_what_fails():
     assert "has no chat template" in refusal("")
     numbered = QWEN3.replace("<|im_start|>user{% endif %}", "<|im_start|>user{{ loop.index }}{% endif %}")
     assert "writes a tool's result otherwise in a later turn of a dialogue: set another data.chat_template" in refusal(numbered)
+    late = QWEN3.replace("<|im_start|>user{% endif %}", "<|im_start|>user{% if loop.index > 7 %}!{% endif %}{% endif %}")
+    assert "writes a tool's result otherwise in a later turn of a dialogue" in refusal(late)
     next_one = "loop.nextitem if not loop.last and loop.nextitem.role == 'tool'"
     swapped = f"({next_one} else loop.previtem if loop.previtem.role == 'tool' else m).content"
     in_another_order = QWEN3.replace("+ m.content", f"+ {swapped}")

@@ -302,3 +302,28 @@ def test_a_parser_of_vllm_by_its_name():
 
 
 GLM = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<think>", "</think>")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("form", ["hermes", "llama"])
+def test_a_number_that_is_no_json_is_an_error_and_not_infinite(form: str, number: str):
+    """Python reads 1e999 as infinity, which no JSON file of completions could hold."""
+    text = written(form, "add", {"a": 1}).replace("1", number)
+    (call,) = parsed(form, text).calls
+    assert call.error is not None and number.lstrip("-") in call.error
+
+
+def test_parsers_of_others_give_no_infinite_numbers():
+    from rankup.grpo.episodes.model_parsers import _call_in
+
+    for number in ("1e999", "NaN", "-Infinity"):
+        call = _call_in({"function": {"name": "add", "arguments": f'{{"a": [{number}]}}'}})
+        assert call.error is not None and "no JSON" in call.error
+    assert _call_in({"function": {"name": "add", "arguments": {"a": float("nan")}}}).error is not None
+    assert _call_in({"function": {"name": "add", "arguments": '{"a": [1e300]}'}}).error is None
+
+
+def test_a_call_in_openais_form_is_an_error_for_llama_and_not_an_answer():
+    text = '{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}'
+    (call,) = parsed("llama", text).calls
+    assert call.error == "the call has no name"

@@ -241,3 +241,19 @@ def test_user_code_neither_changes_nor_depends_on_the_generators_of_the_run() ->
     first, second, again, _ = drawn[0], drawn[1], drawn[2], drawn[3]
     assert first == again and first[0] == second[0]  # the seed of a reset is the group's
     assert first[1] != second[1]  # that of other calls their own
+
+
+def test_an_environment_is_told_a_turn_without_the_stop_string_that_ended_it() -> None:
+    """As the messages have it."""
+    heard: list[str] = []
+
+    class Listens(Game):
+        def respond(self, text: str) -> str | None:
+            heard.append(text)
+            return super().respond(text)
+
+    played = script([["Left.\nUser:", "Right." + END, "Up.\nUser:"]], environment=Listens, stop="\nUser:")
+    assert heard == ["Left.", "Right.", "Up."]
+    episode = played.completions[0].episode
+    assert episode is not None
+    assert [one["content"] for one in episode.messages if one["role"] == "assistant"] == heard
