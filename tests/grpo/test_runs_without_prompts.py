@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tiny_runs import steps_of, tiny_config
@@ -22,7 +22,7 @@ Make = Callable[..., GRPOTrainer]
 class Asks:
     """Returns a task as its prompt; `got` collects what `reset` was called with."""
 
-    got: list[dict[str, Any]] = []
+    got: ClassVar[list[dict[str, Any]]] = []
 
     def reset(self, seed: int, **row: Any) -> Any:
         Asks.got.append(row)
@@ -133,14 +133,14 @@ def test_a_run_stops_if_nobody_returns_a_prompt(make: Make, says: Any) -> None:
         pass
 
     Nothing.says = says
-    with pytest.raises(TrainingStoppedError, match="(?s)12 of 12 episodes are void.*there is no prompt.*Nothing says nothing"):
+    with pytest.raises(TrainingStoppedError, match=r"(?s)12 of 12 .* void.*there is no prompt.*Nothing says nothing"):
         make(Nothing).train()
 
 
 @pytest.mark.parametrize(
     ("environment", "options", "message"),
     [
-        (Asks, {"max_steps": None, "num_train_epochs": 2}, "optim.max_steps must be set: there is no training data.*num_train_epochs=2"),
+        (Asks, {"max_steps": None, "num_train_epochs": 2}, r"optim\.max_steps must be set: .*epochs=2"),
         ({"a": Asks}, {}, "no training data, of which a column 'environment' names one"),
         (None, {"reward_funcs": lambda completions, **kwargs: [0.0] * len(completions)}, "no training data: set data.train"),
         (Asks, {"train_dataset": [{"question": "2 + 3?"}], "prompt_column": "ask"}, "no column 'ask' for the prompt"),

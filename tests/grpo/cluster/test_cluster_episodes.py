@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import string
 import subprocess
@@ -120,12 +121,12 @@ def adapter_of(run: Path) -> dict[str, Any]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Adapters that differ by rounding, and the same metrics of every step."""
+    """The same metrics of every step, and adapters that differ by rounding, which Adam amplifies where gradients are near 0."""
     a, b = adapter_of(one), adapter_of(two)
     distance = sum(((a[name] - b[name]) ** 2).sum().item() for name in a) ** 0.5
-    assert distance / sum((a[name] ** 2).sum().item() for name in a) ** 0.5 < 1e-5
+    assert distance / sum((a[name] ** 2).sum().item() for name in a) ** 0.5 < 1e-4
     for mine, theirs in zip(timeless(one), timeless(two), strict=True):
-        shared = mine.keys() & theirs.keys()
+        shared = {name for name in mine.keys() & theirs.keys() if not name.startswith("packing/")}  # each worker has its packs
         assert {"rewards/said/mean", "tools/call_frequency", "episodes/failed", "episodes/mean_given_tokens"} <= shared or (
             "reward" not in mine
         )
@@ -204,14 +205,18 @@ def test_tools_and_environments_of_a_script_are_sent_to_the_workers(
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     data = [{**row, "environment": ("one", "two")[place % 2]} for place, row in enumerate(rows({}))]
-    for workers in (1, 2):
-        command = [sys.executable, "script.py", str(model), str(workers), json.dumps(data), json.dumps(OPTIONS)]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | cluster, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert result.stdout.endswith("tools: {'add'} updates: 2\n")
+    arguments = [json.dumps(data), json.dumps(OPTIONS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(sys, "argv", ["script.py", str(model), "1", *arguments])
+        runpy.run_path("script.py", run_name="__main__")
+    command = [sys.executable, "script.py", str(model), "2", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | cluster, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("tools: {'add'} updates: 2\n")
     assert_same_run(tmp_path / "runs" / "1", tmp_path / "runs" / "2")
+    inputs = [json.loads((tmp_path / "runs" / one / "summary.json").read_text())["inputs"] for one in ("1", "2")]
+    assert inputs[0] == inputs[1], "code of a script has the same hash on a worker"
     assert {"made_0", "made_1"} <= {path.name for path in tmp_path.glob("made_*")}
 
 
