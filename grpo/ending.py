@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .common.errors import Attempts
+from .common.errors import Attempts, TrainingStoppedError
 from .common.interrupts import RunInterrupted
 from .common.log import logger
 from .context import RunContext
@@ -24,8 +24,9 @@ def save_on_error(ctx: RunContext) -> Iterator[None]:
         yield
     except BaseException as error:  # raised again
         attempts, checkpoints = Attempts(), ctx.checkpoints
-        # If one of several workers fails, the others are elsewhere: there is no step that all of them could save.
-        can_save = ctx.setup.world.size == 1 or isinstance(error, RunInterrupted)
+        # If one of several workers fails, the others are elsewhere: there is no step that all of them could save. These errors
+        # are raised by all of them after the same step.
+        can_save = ctx.setup.world.size == 1 or isinstance(error, RunInterrupted | TrainingStoppedError)
         is_saved = can_save and attempts.to("save a checkpoint", checkpoints.write) and checkpoints.is_saved
         has_adapter = attempts.to("save the adapter", ctx.save_adapter)
         attempts.to("draw the learning curve", ctx.draw)

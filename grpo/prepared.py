@@ -64,8 +64,14 @@ def prepare_inputs(
         ValueError, FileNotFoundError: bad data, no such model, a chat template that does not do.
     """
     with log_to(lambda text: None if view is None else view.stage(text)):
-        tools = None if actions is None else actions.schemas
-        loaded = load_run_inputs(config, user_inputs.train_dataset, user_inputs.eval_dataset, tools)
+        train_dataset, tools, has_environment = user_inputs.train_dataset, None, False
+        if actions is not None:
+            tools, has_environment = actions.schemas, actions.environments is not None
+            if train_dataset is None and config.data.train is None:
+                train_dataset = actions.rows_without_data(config)
+        loaded = load_run_inputs(
+            config, train_dataset, user_inputs.eval_dataset, tools, has_environment=has_environment
+        )
         config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
         episodes = make_episodes(actions, user_inputs.rollout_func, config, loaded)
     return PreparedInputs(

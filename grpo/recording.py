@@ -25,7 +25,7 @@ def record_step(
     """Record and show a step. Once its metrics are written, a checkpoint of this step is valid, also if a callback fails."""
     checkpoints = ctx.checkpoints
     reports = exchange_reports(ctx.setup.world, ctx.session, clock.seconds, batch.groups)
-    checkpoints.num_tokens += num_tokens(batch.groups)
+    checkpoints.num_tokens += num_tokens(reports)
     metrics = {
         **metrics,
         "num_tokens": float(checkpoints.num_tokens),

@@ -10,6 +10,7 @@ rankup are not compared, nor are data files and models that a function reads.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import sys
@@ -41,8 +42,24 @@ def code_of(function: RewardSpec) -> dict[str, str]:
     try:
         source = inspect.getsource(defined)
     except (OSError, TypeError):  # typed at a prompt, or written in C
-        return {}
-    return digests_of({defined.__name__: source.encode()})
+        source = _source_by_method(defined) if inspect.isclass(defined) else None
+    return {} if source is None else digests_of({defined.__name__: source.encode()})
+
+
+def _source_by_method(defined: type) -> str | None:
+    """The text of a class of a script that was sent to a worker, where `__main__` is another file: its methods know theirs."""
+    method = next((one for one in vars(defined).values() if inspect.isfunction(one)), None)
+    try:
+        lines = [] if method is None else inspect.findsource(method)[0]
+        nodes = [node for node in ast.walk(ast.parse("".join(lines))) if isinstance(node, ast.ClassDef)]
+    except (OSError, SyntaxError):
+        return None
+    for node in nodes:
+        assert method is not None and node.end_lineno is not None
+        if node.name == defined.__name__ and node.lineno <= method.__code__.co_firstlineno <= node.end_lineno:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            return "".join(inspect.getblock(lines[first - 1 :]))
+    return None
 
 
 def _module_named(name: str, spec: str) -> ModuleType:

@@ -32,7 +32,8 @@ OUT_OF_MEMORY = (
 
 
 class TrainingStoppedError(ValueError):
-    """The guards stopped the run. The adapter so far is saved."""
+    """The guards stopped the run, or most episodes or all rewards failed. All workers raise it after the same step; what was
+    learned so far is saved."""
 
 
 class BaseWeightsModifiedError(RuntimeError):

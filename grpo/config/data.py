@@ -64,7 +64,7 @@ class DataConfig(Section):
     train: Sources | None = None
     """Training rows: a data file, a folder, a pattern such as `part-*.jsonl.gz`, an id on the Hub, `reasoning_gym:<task>`, or a
     function that returns rows (`file.py:name`, `package.module:name`); or a list of such sources (docs/data.md). None: the
-    `train_dataset` of `GRPOTrainer`."""
+    `train_dataset` of `GRPOTrainer`, or no rows: `reset` of the environment returns the prompts."""
 
     eval: EvalSources | None = None
     """Evaluation rows, in the same forms; or a mapping of names to such sources, which are evaluated together and also reported

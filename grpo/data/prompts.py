@@ -47,6 +47,8 @@ REMARKS = {
 }
 """What a user should know about prompts, after "12 of 40 prompts"."""
 
+DEFAULT_COLUMN = str(DataConfig.model_fields["prompt_column"].default)
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -64,6 +66,12 @@ class Prompt:
     """What the prompt has written of the assistant's text, from a tag on, such as `<think>`."""
     row: int = 0
     """Its place in the source, from 0."""
+    is_from_reset: bool = False
+    """Whether the row has no prompt, which `reset` of its environment returns: `content` then ends with an empty user turn."""
+
+    def as_row(self, prompt_column: str) -> dict[str, Any]:
+        """Its columns, with the prompt if the row has one."""
+        return self.columns if self.is_from_reset else {**self.columns, prompt_column: self.content}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,7 @@ def prepare_prompts(
     max_prompt_length: int,
     vocab_size: int | None = None,
     tools: ToolsOfRow | None = None,
+    has_environment: bool = False,
 ) -> PromptData:
     """Tokenize the prompts of `rows` and drop those of more than `max_prompt_length` tokens.
 
@@ -112,6 +121,7 @@ def prepare_prompts(
         vocab_size: rows of the model's embedding; None: token ids are not checked.
         tools: of a run with tools or an environment: the schemas for a row, which are written into its conversation. Special
             tokens in its rows are encoded as text.
+        has_environment: rows may have no prompt, or no column `prompt`: then `reset` of the environment returns it, as in TRL.
 
     Raises:
         ValueError: no rows; no such column; a conversation without a chat template, or one with a syntax error; a column with
@@ -124,13 +134,14 @@ def prepare_prompts(
     if not rows:
         raise ValueError("the data set has no rows")
     column_names = list(dict.fromkeys(name for row in rows for name in row))
-    if config.prompt_column not in column_names:
+    if config.prompt_column in column_names:
+        column_names.remove(config.prompt_column)
+    elif not (has_environment and config.prompt_column == DEFAULT_COLUMN):
         raise ValueError(f"no column {config.prompt_column!r} for the prompt: set data.prompt_column to one of {column_names}")
-    column_names.remove(config.prompt_column)
     check_column_names(column_names)
 
     bad = _BadRows(config.on_bad_row == "stop")
-    reader, drafts = _Reader(tokenizer, config, tools), []
+    reader, drafts = _Reader(tokenizer, config, tools, has_environment), []
     for index, row in enumerate(rows):
         with bad.of_row(index):
             drafts.append(reader.read(row, index))
@@ -139,7 +150,14 @@ def prepare_prompts(
         with bad.of_row(draft.row):
             _check_ids(ids, tokenizer, vocab_size)
             columns = {name: rows[draft.row].get(name) for name in column_names}
-            prompt = Prompt(draft.content, tuple(ids), columns, completion_prefix=draft.prefix, row=draft.row)
+            prompt = Prompt(
+                draft.content,
+                tuple(ids),
+                columns,
+                completion_prefix=draft.prefix,
+                row=draft.row,
+                is_from_reset=draft.is_from_reset,
+            )
             (kept if len(ids) <= max_prompt_length else too_long).append(prompt)
     if not kept:
         raise ValueError(_nothing_left(rows, too_long, bad.errors, max_prompt_length))
@@ -153,20 +171,27 @@ def prepare_prompts(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draft:
-    """A prompt before it is tokenized. `text`: as rendered; `prefix` and `row`: as in `Prompt`."""
+    """A prompt before it is tokenized. `text`: as rendered; `prefix`, `row` and `is_from_reset`: as in `Prompt`."""
 
     content: str | list[Message]
     text: str
     prefix: str
     row: int
+    is_from_reset: bool
     remarks: tuple[str, ...]
 
 
 class _Reader:
     """Reads the prompts of rows."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, tools: ToolsOfRow | None) -> None:
-        self._tokenizer, self._config, self._tools = tokenizer, config, tools
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: DataConfig,
+        tools: ToolsOfRow | None,
+        has_environment: bool,
+    ) -> None:
+        self._tokenizer, self._config, self._tools, self._has_environment = tokenizer, config, tools, has_environment
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         tokens = [re.escape(token) for token in added if token.strip()]
         self._rendered = re.compile("|".join(tokens)) if tokens else None
@@ -193,7 +218,8 @@ class _Reader:
             ValueError: there is no chat template for a conversation, or it has a syntax error.
         """
         written = row.get(self._config.prompt_column)
-        prompt = read_prompt(written)
+        is_from_reset = written is None and self._has_environment
+        prompt = [{"role": "user", "content": ""}] if is_from_reset else read_prompt(written)
         remarks = {"from_text": isinstance(written, str) and not isinstance(prompt, str)}
         if prompt == "":
             raise BadRowError("is empty: remove the row")
@@ -220,7 +246,9 @@ class _Reader:
         prefix = self._prefix(shown, last)
         remarks["opened"] = bool(prefix)
         noted = tuple(remark for remark, is_so in remarks.items() if is_so)
-        return _Draft(content=content, text=rendered.text, prefix=prefix, row=index, remarks=noted)
+        return _Draft(
+            content=content, text=rendered.text, prefix=prefix, row=index, is_from_reset=is_from_reset, remarks=noted
+        )
 
     def _render(self, messages: list[Message], tools: list[Any] | None, row: Mapping[str, Any]) -> Rendered:
         """The text of a conversation; `tools`: those of its column."""

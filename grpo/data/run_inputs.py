@@ -47,6 +47,8 @@ class RunInputs:
     """Rows of the model's embedding; None: not known."""
     tools: ToolsOfRow | None = None
     """The schemas of the tools of a row; None: the run has none."""
+    has_environment: bool = False
+    """Whether completions act in an environment, whose `reset` may return the prompts."""
 
     def counts(self) -> dict[str, Any]:
         """What became of the rows of the training data and of the evaluation data; see `PromptData.counts`."""
@@ -77,6 +79,8 @@ def load_run_inputs(
     train_dataset: DataSource | None = None,
     eval_dataset: EvalSource | None = None,
     tools: ToolsOfRow | None = None,
+    *,
+    has_environment: bool = False,
 ) -> RunInputs:
     """Find the model, then read and tokenize the data sets, by default those of the configuration. Writes nothing.
 
@@ -84,6 +88,7 @@ def load_run_inputs(
 
     Args:
         tools: the schemas of the tools of a row, which go into its prompt.
+        has_environment: rows may have no prompts: `reset` of the environment returns them.
 
     Raises:
         ValueError, FileNotFoundError: missing or invalid data, no such model; the message says what to do.
@@ -104,7 +109,7 @@ def load_run_inputs(
     config = with_fitting_prompts(config, model_path)
 
     def prepare(rows: list[dict[str, Any]], eval_set: str | None = None) -> PromptData:
-        return _prepare(config, rows, tokenizer, vocab_size, eval_set, tools)
+        return _prepare(config, rows, tokenizer, vocab_size, eval_set, tools, has_environment)
 
     return RunInputs(
         model_path=model_path,
@@ -113,6 +118,7 @@ def load_run_inputs(
         eval_prompts=_joined({name: prepare(rows, name) for name, rows in eval_rows.items()}) if eval_rows else None,
         vocab_size=vocab_size,
         tools=tools,
+        has_environment=has_environment,
     )
 
 
@@ -132,8 +138,11 @@ def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, inputs: RunI
         ValueError, FileNotFoundError: missing or invalid data.
     """
     sets = _load_eval(config, eval_dataset).items()
-    tokenizer, vocab_size, tools = inputs.tokenizer, inputs.vocab_size, inputs.tools
-    return _joined({name: _prepare(config, rows, tokenizer, vocab_size, name, tools) for name, rows in sets})
+
+    def prepare(rows: list[dict[str, Any]], name: str | None) -> PromptData:
+        return _prepare(config, rows, inputs.tokenizer, inputs.vocab_size, name, inputs.tools, inputs.has_environment)
+
+    return _joined({name: prepare(rows, name) for name, rows in sets})
 
 
 def with_template_text(config: GRPOConfig) -> GRPOConfig:
@@ -199,11 +208,17 @@ def _prepare(
     vocab_size: int | None,
     eval_set: str | None,
     tools: ToolsOfRow | None,
+    has_environment: bool,
 ) -> PromptData:
-    longest = config.rollout.max_prompt_length
     with _errors_about(eval_set):
         return prepare_prompts(
-            rows, tokenizer, config.data, max_prompt_length=longest, vocab_size=vocab_size, tools=tools
+            rows,
+            tokenizer,
+            config.data,
+            max_prompt_length=config.rollout.max_prompt_length,
+            vocab_size=vocab_size,
+            tools=tools,
+            has_environment=has_environment,
         )
 
 

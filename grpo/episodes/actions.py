@@ -14,6 +14,7 @@ from ..config import GRPOConfig
 from .calls import Caller
 from .environments import EnvironmentFactories, Environments, code_of_episodes, load_environments
 from .tools import Tool, ToolSpec, load_tools, make_tool, make_tools
+from .worlds import COLUMN
 
 Schema = Mapping[str, Any]
 EpisodeTools = Tool | Callable[..., Any] | Sequence[ToolSpec]
@@ -73,6 +74,27 @@ class Actions:
         if not schemas and worlds is not None and worlds.has_own_tools:
             return [make_tool(("probe", "Any tool.", {"type": "object", "properties": {}}, lambda: None)).schema]
         return schemas
+
+    def rows_without_data(self, config: GRPOConfig) -> list[dict[str, Any]] | None:
+        """The rows of a run without training data, as many as a step needs; None: there is no environment, which owns the data
+        then: its `reset` returns the prompts.
+
+        Raises:
+            ValueError: rows must name their environment; the length of the run is given in epochs.
+        """
+        if self.environments is None:
+            return None
+        if self.environments.names:
+            raise ValueError(
+                f"no training data, of which a column {COLUMN!r} names one of the environments: set data.train, pass "
+                "train_dataset to GRPOTrainer, or give a single environment, whose `reset` returns the prompts"
+            )
+        if config.optim.num_train_epochs is not None:
+            raise ValueError(
+                "optim.max_steps must be set: there is no training data, since `reset` of the environment returns the prompts, "
+                f"so optim.num_train_epochs={config.optim.num_train_epochs:g} is no number of steps"
+            )
+        return [{} for _ in range(config.optim.prompts_per_step)]
 
     @property
     def runs_beside(self) -> bool:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -187,6 +188,9 @@ class Dialogues:
     def _group(self, index: int, prompt: Prompt, played: Sequence[Played]) -> PlayedGroup:
         ids, completions = [one.prompt_token_ids for one in played], [one.completion for one in played]
         of_group, moved = behind_shared_prompt(prompt, ids, completions)
+        contents = [one.content for one in played if not one.completion.is_void]
+        if contents and all(content == contents[0] for content in contents):
+            of_group = replace(of_group, content=contents[0])  # what is recorded and shown
         return PlayedGroup(
             index=index,
             prompt=as_extended(of_group, [one.content for one in played if not one.completion.is_void]),

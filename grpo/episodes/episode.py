@@ -92,7 +92,7 @@ class Player:
         environments = self._kit.environments
         if environments is None:
             return
-        row = {**self._prompt.columns, self._kit.prompt_column: self._prompt.content}
+        row = self._prompt.as_row(self._kit.prompt_column)
         name = environments.name_of(row)
         try:
             self._world = environments.acquire(name, seed=self._code.seed_of_draws("acquire"))
@@ -102,6 +102,11 @@ class Player:
         seed = None if self._seed is None else self._seed & LARGEST_SEED
         said = yield from self._ask("reset", world.reset, world.reset_arguments(row, seed), seed=self._seed)
         observation = self._checked(said, "reset")
+        if self._prompt.is_from_reset and not observation:
+            raise EpisodeError(
+                f"there is no prompt: the row has no column {self._kit.prompt_column!r}, and reset of {world.class_name} says "
+                "nothing: return the prompt from reset, or set data.prompt_column"
+            )
         before = [tool.schema for tool in environments.tools(name)]
         self._tools = yield from self._ask("tools", world.tools, {"extra": self._kit.tools}, inline=True)
         schemas = [tool.schema for tool in self._tools]
@@ -133,11 +138,20 @@ class Player:
         if isinstance(messages, str):
             raise EpisodeError("reset says something, but the prompt is plain text: write the prompts as messages")
         if not isinstance(observation, str):
-            return [*messages, *(observation or [])]
+            return [*self._messages_before(observation or []), *(observation or [])]
         last = messages[-1]
         content = last.get("content") or ""
         extended = content + observation if isinstance(content, str) else [*content, {"type": "text", "text": observation}]
         return [*messages[:-1], {**last, "content": extended}]
+
+    def _messages_before(self, observation: Sequence[Message]) -> Sequence[Message]:
+        """What stays of the prompt before the messages of `reset`: of a row without a prompt, only the system prompt of the
+        configuration, unless they have their own."""
+        messages = self._prompt.content
+        assert not isinstance(messages, str)
+        if not self._prompt.is_from_reset or not observation:
+            return messages
+        return [] if observation[0]["role"] == "system" else messages[:-1]
 
     # --------------------------------------------------------------------------------------------------------- turns
 

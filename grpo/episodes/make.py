@@ -41,7 +41,7 @@ def make_episodes(
     for prompts in (inputs.train_prompts, inputs.eval_prompts):
         if prompts is not None and actions.environments is not None:
             for prompt in prompts.rows:
-                actions.environments.check_row({**prompt.columns, config.data.prompt_column: prompt.content})
+                actions.environments.check_row(prompt.as_row(config.data.prompt_column))
     from ...rollout.torch_engine import eos_token_ids
 
     ends = eos_token_ids(inputs.model_path, inputs.tokenizer)

@@ -22,10 +22,11 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """One worker's step. `checksum`: of its fp32 master weights after the update."""
+    """One worker's step. `seen_tokens`: see `num_tokens`; `checksum`: of its fp32 master weights after the update."""
 
     seconds: Mapping[str, float]
     sampled_tokens: int
+    seen_tokens: int
     policy_version: int
     checksum: int
 
@@ -60,9 +61,11 @@ def exchange_reports(
     Raises:
         DivergedError: the workers hold different policies.
     """
+    local = [group for group in groups if group.is_local]
     report = WorkerReport(
         seconds=dict(seconds),
-        sampled_tokens=sum(c.num_tokens for g in groups if g.is_local for c in g.completions),
+        sampled_tokens=sum(c.num_tokens for g in local for c in g.completions),
+        seen_tokens=sum(len(g.prompt.token_ids) + c.num_tokens for g in local for c in g.completions),
         policy_version=session.engine.policy_version,
         checksum=checksum(session.policy.masters) if world.size > 1 else 0,
     )
@@ -91,6 +94,9 @@ def time_metrics(reports: Sequence[WorkerReport], *, trained_tokens: float) -> d
     }
 
 
-def num_tokens(groups: Sequence[Group]) -> int:
-    """Tokens of all groups, the prompt counted once for each completion (TRL's `num_tokens`)."""
-    return sum(len(group.prompt.token_ids) + one.num_tokens for group in groups for one in group.completions)
+def num_tokens(reports: Sequence[WorkerReport]) -> int:
+    """Tokens of all groups, the prompt counted once for each completion (TRL's `num_tokens`).
+
+    Each worker counts its own groups: only there is the prompt as the environment has extended it.
+    """
+    return sum(report.seen_tokens for report in reports)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
+from calling_models import make_calling_model
 from script_data import make_data
 
 from rankup.grpo.cli.main import main
@@ -52,7 +53,13 @@ SCRIPTS = {
     "peft_config": Expected(2, text='layers.1.self_attn.v_proj.lora_A.weight": [2, 96]'),
     "iterable": Expected(2),
     "peft_model": Expected(2, text='"adapter_model.safetensors"'),
+    "tools": Expected(2, text="called: True"),
+    "environment": Expected(2, text="called: True"),
+    "environment_data": Expected(2, text="rewards of the environment: [True, True]"),
 }
+
+CALLS = ("tools", "environment", "environment_data")
+"""Those with a model that calls `multiply`."""
 
 NOT_LOGGED = {
     "step_time": "time/rollout, time/reward, time/train and time/publish",
@@ -82,11 +89,37 @@ NOT_EVALUATED = {
 """Those of its evaluations. A name with a slash at its end stands for all that begin with it."""
 
 
+def multiply(a: int, b: int) -> int:
+    """
+    Multiplies two integers.
+
+    Args:
+        a: The first integer.
+        b: The second integer.
+
+    Returns:
+        The product of the two integers.
+    """
+    return a * b
+
+
 @pytest.fixture(scope="session")
-def inputs(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The arguments of every script: a model's folder and a folder of data."""
-    model = tiny_model_path("llama")
-    return [str(model), str(make_data(tmp_path_factory.mktemp("script") / "data", model=model))]
+def data(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_data(tmp_path_factory.mktemp("script") / "data", model=tiny_model_path("llama")))
+
+
+@pytest.fixture(scope="session")
+def calling_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_calling_model(tmp_path_factory.mktemp("calls") / "model", multiply, {"a": 6, "b": 7}))
+
+
+@pytest.fixture
+def inputs(request: pytest.FixtureRequest, tiny_model_path, data: str) -> list[str]:
+    """The arguments of a script: a model's folder and a folder of data."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("name") in CALLS:
+        return [request.getfixturevalue("calling_model"), data]
+    return [str(tiny_model_path("llama")), data]
 
 
 @pytest.fixture

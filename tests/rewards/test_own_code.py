@@ -2,6 +2,11 @@
 
 import functools
 import inspect
+import json
+import linecache
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +70,45 @@ def test_installed_functions_are_not_compared(spec: str):
 def test_a_checkpoint_of_an_earlier_version_has_no_code():
     assert list(input_changes({"reward functions": ["f"]}, {"reward functions": ["f"], CODE: {"a.py": "1"}})) == []
     assert len(list(input_changes({CODE: {}}, {CODE: {"a.py": "1"}}))) == 2
+
+
+SENDS_A_CLASS = """
+import functools, json, sys
+from ray import cloudpickle
+from rankup.rewards.own_code import code_of
+
+def decorated(cls):
+    return cls
+
+class Other:
+    def reset(self):
+        return "other"
+
+@decorated
+class Mine:
+    size = 1
+
+    def reset(self):
+        return "mine"
+
+open("sent", "wb").write(cloudpickle.dumps(Mine))
+print(json.dumps(code_of(Mine)))
+"""
+
+
+def test_a_class_of_a_script_has_the_same_hash_in_a_worker_whose_main_file_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def sent() -> tuple[dict[str, str], dict[str, str]]:
+        """The hashes in the script, and here."""
+        result = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=True)
+        linecache.clearcache()
+        return json.loads(result.stdout), code_of(pickle.loads(Path("sent").read_bytes()))
+
+    Path("script.py").write_text(SENDS_A_CLASS)
+    there, here = sent()
+    assert there == here and set(here) == {"Mine"}
+    Path("script.py").write_text(SENDS_A_CLASS.replace("size = 1", "size = 2"))
+    assert sent()[1] != here

@@ -9,7 +9,8 @@ import torch
 
 from rankup.grpo.run.worker_reports import DivergedError, WorkerReport, check_same_policy, checksum, slowest, time_metrics
 
-REPORT = WorkerReport(seconds={"rollout": 2.0, "train": 1.0}, sampled_tokens=100, policy_version=7, checksum=255)
+TIMES = {"rollout": 2.0, "train": 1.0}
+REPORT = WorkerReport(seconds=TIMES, sampled_tokens=100, seen_tokens=150, policy_version=7, checksum=255)
 SLOWER = dataclasses.replace(REPORT, seconds={"rollout": 4.0, "train": 0.5}, sampled_tokens=80)
 
 
