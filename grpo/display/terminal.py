@@ -39,6 +39,7 @@ from .view_text import (
     duration,
     evaluation_text,
     guards_text,
+    harmless,
     name_width,
     no_update_text,
     one_line,
@@ -126,7 +127,7 @@ class PlainView(_TerminalView):
         self._print(f"{text} ...")
 
     def note(self, text: str) -> None:
-        self._print(f"note: {text}")
+        self._print(f"note: {harmless(text)}")
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._print(f"resuming after step {step}")
@@ -212,7 +213,7 @@ class LiveView(_TerminalView):
     def note(self, text: str) -> None:
         self._num_notes += 1
         self._note_line = f"notes: {self._num_notes}, the last at step {self._pace.steps_done}"
-        self._console.print(Text(f"note: {text}", style="yellow"))
+        self._console.print(Text(f"note: {harmless(text)}", style="yellow"))
 
     def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._pace.steps_done = step

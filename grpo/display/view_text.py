@@ -145,8 +145,12 @@ def one_line(text: Prompt) -> str:
     """`text`, or the last message of a conversation, on one line: line breaks as ⏎, control characters as ·."""
     if not isinstance(text, str):
         text = content_text(text[-1].get("content")) if text else ""
-    text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
-    return "".join(character if character.isprintable() else "·" for character in text)
+    return harmless(text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " "))
+
+
+def harmless(text: str) -> str:
+    """The text with · for what controls a terminal or cannot be written to one: errors of users' code may quote the model."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "·" for character in text)
 
 
 def dialogue(messages: Sequence[Mapping[str, Any]], *, most: int = MOST_MESSAGES) -> list[tuple[str, str]]:

@@ -35,7 +35,7 @@ def make_episodes(
             raise ValueError("rollout_func: samples everything itself: leave out tools and environments, or call them in it")
         if config.cluster.workers > 1:
             raise ValueError("rollout_func: gets the trainer, which workers of a cluster do not have: set cluster.workers=1")
-        return UserRollouts(rollout_func, inputs.tokenizer, inputs.vocab_size)
+        return UserRollouts(rollout_func, inputs.tokenizer, inputs.vocab_size, config.rollout.max_model_length)
     if actions is None:
         return None
     for prompts in (inputs.train_prompts, inputs.eval_prompts):

@@ -39,14 +39,20 @@ class UserRollouts:
 
     Args:
         function: called with the prompts alone.
+        max_length: most tokens of a prompt and its completion together.
     """
 
     def __init__(
-        self, function: Callable[[list[Any]], Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+        self,
+        function: Callable[[list[Any]], Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int | None,
+        max_length: int,
     ) -> None:
         self._function = function
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._max_length = max_length
 
     def play(
         self,
@@ -70,7 +76,9 @@ class UserRollouts:
             completions = [
                 rows.completion(place, self._tokenizer, sampling, policy_version=engine.policy_version) for place in places
             ]
-            of_group, moved = behind_shared_prompt(prompt, [rows.prompt(place) for place in places], completions)
+            ids = [rows.prompt(place) for place in places]
+            self._check(places, ids, completions)
+            of_group, moved = behind_shared_prompt(prompt, ids, completions)
             yield PlayedGroup(
                 index=index,
                 prompt=of_group,
@@ -79,6 +87,21 @@ class UserRollouts:
                 environments=[None] * size,
                 columns={name: [values[place] for place in places] for name, values in rows.columns.items()},
             )
+
+    def _check(self, places: Sequence[int], prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion]) -> None:
+        """Raise ValueError if a row of a prompt is too long, or shares not even its first token with the others."""
+        for place, ids, completion in zip(places, prompts, completions, strict=True):
+            length = len(ids) + len(completion.token_ids)
+            if length > self._max_length:
+                raise ValueError(
+                    f"rollout_func: row {place} has {length} tokens with its prompt, more than rollout.max_prompt_length and "
+                    f"rollout.max_completion_length allow together ({self._max_length}): shorten it, or increase them"
+                )
+            if ids[0] != prompts[0][0]:
+                raise ValueError(
+                    f"rollout_func: prompt_ids of row {place} and row {places[0]} are of one prompt, and begin with different "
+                    "tokens: begin all of them alike, such as with the token that begins every sequence"
+                )
 
     @property
     def shows_environments(self) -> bool:

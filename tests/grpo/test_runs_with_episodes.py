@@ -299,6 +299,8 @@ def test_check_19_a_rollout_func_gets_every_prompt_num_generations_times_and_env
         (lambda rows: {**rows, "completion_ids": [[10**6]] * 12, "logprobs": [[-1.0]] * 12}, "does not know"),
         (lambda rows: list(rows.values()), "must return a mapping"),
         (lambda rows: {**rows, "prompt_ids": [[]] * 12}, "prompt_ids of row 0 is empty"),
+        (lambda rows: {**rows, "prompt_ids": [[40 + row, 50] for row in range(12)]}, "row 1 and row 0 .* begin with different"),
+        (lambda rows: {**rows, "completion_ids": [[40] * 999] * 12, "logprobs": [[-1.0] * 999] * 12}, "increase them"),
     ],
 )
 def test_check_19_wrong_rows_of_a_rollout_func_are_refused(make: Make, change: Callable[[Any], Any], message: str) -> None:

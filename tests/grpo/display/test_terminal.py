@@ -58,6 +58,16 @@ def plain_view(file: io.TextIOBase, *, max_steps: int = 80) -> PlainView:
     return PlainView(max_steps=max_steps, run_name="sums", console=Console(file=file))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [PlainView, LiveView])
+def test_a_note_that_quotes_a_failure_does_not_control_the_terminal(kind: type[PlainView] | type[LiveView]) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    view = kind(max_steps=3, run_name="sums", console=Console(file=file, color_system=None))  # type: ignore[arg-type]
+    view.note("void:\n\tValueError: bad move \x1b[2J\x9b31m \ud800")
+    file.flush()
+    lines = file.buffer.getvalue().decode().splitlines()  # type: ignore[attr-defined]
+    assert lines[0] == "note: void:" and lines[1].split() == ["ValueError:", "bad", "move", "·[2J·31m", "·"]
+
+
 def live_view(*, width: int = 80, height: int = 30) -> tuple[LiveView, Console]:
     console = Console(force_terminal=True, width=width, height=height, file=io.StringIO(), record=True)
     return LiveView(max_steps=80, run_name="sums", console=console), console
