@@ -163,8 +163,18 @@ class Dialect:
     def _parsed(self, text: str, prefix: str) -> Parsed:
         if self._parser is None:
             return Parsed(content=text)
+        if self.parser_name in TEXT_PARSERS:
+            begun = self._begun_call(prefix)
+            text, prefix = begun + text, prefix.removesuffix(begun)
         parsed = self._parser(text, prefix=prefix)
         return parsed if self.parser_name in TEXT_PARSERS else self._without_begun_calls(parsed, text, prefix)
+
+    def _begun_call(self, prefix: str) -> str:
+        """The call that the prompt has begun for the model, such as `<tool_call>`; nothing if there is none."""
+        begins, ends = self._call_marks
+        place = prefix.rfind(begins) if begins else -1
+        is_thought = prefix.rfind("<think>", 0, max(place, 0)) > prefix.rfind("</think>", 0, max(place, 0))
+        return "" if place < 0 or is_thought or ends in prefix[place:] else prefix[place:]
 
     def _without_begun_calls(self, parsed: Parsed, text: str, prefix: str) -> Parsed:
         """What others' parsers take for ordinary text, or for a call, is an error if it is a call that is not complete."""

@@ -316,6 +316,21 @@ def test_white_space_behind_the_generation_prompt_is_what_the_model_continues():
     assert text == "\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n  "
 
 
+@pytest.mark.parametrize("name", TURNS)
+def test_a_call_that_the_prompt_has_begun_is_the_models(name: str):
+    """As in prompts that make a model call a tool: their last message is the assistant's, which the model continues."""
+    tokenizer, dialect = MADE[name]
+    before, text = prompt(tokenizer), TURNS[name]
+    for length in (len(text.split()[0]), len(text) // 2):
+        begun = [*before, *ids(tokenizer, text[:length])]
+        reply = dialect.parse(ids(tokenizer, text[length:]), before=begun)
+        assert [(call.name, call.arguments, call.error) for call in reply.calls] == [("add", {"a": 2, "b": 3}, None)]
+    thinking = [*before, *ids(tokenizer, f"<think>\n{text[: len(text) // 2]}")]
+    assert dialect.parse(ids(tokenizer, text[len(text) // 2 :] + "</think>\nFive."), before=thinking).calls == ()
+    ended = [*before, *ids(tokenizer, f"{text}\n")]
+    assert dialect.parse(ids(tokenizer, "Five."), before=ended).calls == ()
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
