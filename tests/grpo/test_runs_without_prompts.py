@@ -50,7 +50,7 @@ class Silent(Asks):
 
     says: Any = None
 
-    def reset(self) -> Any:
+    def reset(self, seed: int, **row: Any) -> Any:
         return self.says
 
 
