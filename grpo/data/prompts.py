@@ -149,15 +149,7 @@ def prepare_prompts(
     for draft, ids in zip(drafts, reader.token_ids(drafts), strict=True):
         with bad.of_row(draft.row):
             _check_ids(ids, tokenizer, vocab_size)
-            columns = {name: rows[draft.row].get(name) for name in column_names}
-            prompt = Prompt(
-                draft.content,
-                tuple(ids),
-                columns,
-                completion_prefix=draft.prefix,
-                row=draft.row,
-                is_from_reset=draft.is_from_reset,
-            )
+            prompt = draft.prompt(ids, {name: rows[draft.row].get(name) for name in column_names})
             (kept if len(ids) <= max_prompt_length else too_long).append(prompt)
     if not kept:
         raise ValueError(_nothing_left(rows, too_long, bad.errors, max_prompt_length))
@@ -179,6 +171,17 @@ class _Draft:
     row: int
     is_from_reset: bool
     remarks: tuple[str, ...]
+
+    def prompt(self, token_ids: Sequence[int], columns: dict[str, Any]) -> Prompt:
+        """The tokenized prompt, with the other columns of its row."""
+        return Prompt(
+            self.content,
+            tuple(token_ids),
+            columns,
+            completion_prefix=self.prefix,
+            row=self.row,
+            is_from_reset=self.is_from_reset,
+        )
 
 
 class _Reader:

@@ -45,13 +45,16 @@ class AsksWithItsOwnSystemPrompt(Asks):
         return [{"role": "system", "content": "Mine."}, {"role": "user", "content": f"count to {number}"}]
 
 
-class Silent(Asks):
+class Silent:
     """Says nothing that is a prompt."""
 
     says: Any = None
 
     def reset(self, seed: int, **row: Any) -> Any:
         return self.says
+
+    def get_reward(self) -> float:
+        return 1.0
 
 
 @pytest.fixture(autouse=True)
