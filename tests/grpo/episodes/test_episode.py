@@ -147,22 +147,6 @@ def test_a_turn_that_a_stop_string_ended_gets_its_closing_token_as_a_given_one()
     assert played.text() == ADD + BEHIND.format(5) + "5." + END
 
 
-def test_an_environment_is_told_a_turn_without_the_stop_string_that_ended_it() -> None:
-    """As the messages have it."""
-    heard: list[str] = []
-
-    class Listens(Game):
-        def respond(self, text: str) -> str | None:
-            heard.append(text)
-            return super().respond(text)
-
-    played = script([["Left.\nUser:", "Right." + END, "Up.\nUser:"]], environment=Listens, stop="\nUser:")
-    assert heard == ["Left.", "Right.", "Up."]
-    episode = played.completions[0].episode
-    assert episode is not None
-    assert [one["content"] for one in episode.messages if one["role"] == "assistant"] == heard
-
-
 def test_check_10_a_turn_that_ends_with_another_eos_ends_the_episode() -> None:
     tokenizer = dialect_tokenizer(QWEN3, plain=())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
