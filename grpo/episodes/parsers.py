@@ -82,9 +82,16 @@ def parser_named(name: str, tokenizer: PreTrainedTokenizerBase, schemas: Sequenc
     return VllmParser(name, tokenizer, schemas)
 
 
+MOST_LEVELS = 64
+"""Of the arguments of a call."""
+
+
 def checked(text: str, name: object, arguments: object, *, key: str = "arguments", id: str | None = None) -> FoundCall:
     """A call with these parts, or with the error that they have; `key`: how the arguments are called."""
     has_name = isinstance(name, str) and bool(name)
+    if not _is_shallow([name, arguments], MOST_LEVELS):
+        name_only = name if isinstance(name, str) and _is_unicode(name) else None
+        return FoundCall(text=text, name=name_only, arguments=None, error=f"{key} is nested too deeply", id=id)
     error = None
     if not has_name:
         error = "the call has no name" if name in (None, "") else f"the name must be a text, not {_kind(name)}"
@@ -98,6 +105,14 @@ def checked(text: str, name: object, arguments: object, *, key: str = "arguments
         error = f"{key} has a number that is infinite or none, which is no JSON"
     shown = str(name) if has_name and _is_unicode(name) else None
     return FoundCall(text=text, name=shown, arguments=arguments, error=error, id=id)
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    """Whether lists and mappings are nested no deeper: what looks at them later recurses."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
 
 
 # ------------------------------------------------------------------------------------------------------ calls in text

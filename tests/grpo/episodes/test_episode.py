@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_episodes import call, script
 
+from rankup.grpo.experience.episode_metrics import episode_columns
+
 END = "<|im_end|>"
 BEHIND = "\n<|im_start|>tool\n{}<|im_end|>\n<|im_start|>assistant\n"
 ADD = call("add", a=2, b=3) + END
@@ -214,6 +216,17 @@ def test_check_11_a_call_that_cannot_be_made_is_answered_with_one_error(written:
     assert record.error in (error, "malformed") and says in json.loads(record.result)["error"]
     assert json.loads(record.result)["error"] in played.given()[0].replace('\\"', '"') or record.result in played.given()[0]
     assert played.completions[0].finish_reason == "stop" and episode.turns == 2
+
+
+@pytest.mark.parametrize("levels", [50, 200, 900, 5000, 100_000])
+def test_arguments_that_are_nested_deeply_are_an_error_for_the_model_and_can_be_recorded(levels: int) -> None:
+    nested = "[" * levels + "]" * levels
+    written = f'<tool_call>{{"name": "add", "arguments": {{"a": {nested}, "b": 1}}}}</tool_call>'
+    played = script([[written + END, "sorry" + END]], tools=[add], max_completion_length=10**6, max_prompt_length=10**6)
+    episode = played.completions[0].episode
+    assert episode is not None and episode.turns == 2
+    assert episode.calls[0].error in ("arguments", "malformed")
+    assert episode_columns(played.completions)["tool_calls"]
 
 
 def test_a_malformed_call_ends_the_episode_if_asked() -> None:
