@@ -137,6 +137,29 @@ def test_check_10_a_turn_that_ends_with_another_eos_ends_the_episode() -> None:
     assert played.results() == []
 
 
+def test_check_15_64_episodes_of_three_turns_wait_at_the_same_time() -> None:
+    """Each round of calls ends only when all 64 episodes are in it. The seconds are measured by scripts/bench/episodes.py."""
+    rounds = [asyncio.Event() for _ in range(2)]
+    arrived = [0, 0]
+
+    async def meet(turn: int) -> str:
+        """Waits for the calls of all other episodes in this turn.
+
+        Args:
+            turn: The number of the turn.
+        """
+        arrived[turn] += 1
+        if arrived[turn] == 64:
+            rounds[turn].set()
+        await rounds[turn].wait()
+        return "all are here"
+
+    turns = [[call("meet", turn=0) + END, call("meet", turn=1) + END, "ok" + END]] * 64
+    played = script(turns, tools=[meet], tool_timeout=30)
+    assert arrived == [64, 64]
+    assert all(played.results(index) == ["all are here"] * 2 for index in range(64))
+
+
 # ------------------------------------------------------------------------------------------------------------ budgets
 
 
