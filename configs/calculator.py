@@ -33,14 +33,14 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-def train() -> list[dict]:
-    """Rows {"prompt", "answer"}."""
-    return [_row(a, b) for a, b in _pairs()[NUM_EVALUATION_SUMS:]]
+def train(*, examples: bool = True) -> list[dict]:
+    """Rows {"prompt", "answer"}; `data.options.examples=false`: without the worked dialogues."""
+    return [_row(a, b, examples) for a, b in _pairs()[NUM_EVALUATION_SUMS:]]
 
 
-def evaluation() -> list[dict]:
+def evaluation(*, examples: bool = True) -> list[dict]:
     """The 128 sums held out for evaluation; rows {"prompt", "answer"}."""
-    return [_row(a, b) for a, b in _pairs()[:NUM_EVALUATION_SUMS]]
+    return [_row(a, b, examples) for a, b in _pairs()[:NUM_EVALUATION_SUMS]]
 
 
 def _pairs() -> list[tuple[int, int]]:
@@ -52,9 +52,9 @@ def _pairs() -> list[tuple[int, int]]:
     return list(found.values())[len(EXAMPLES) :]
 
 
-def _row(a: int, b: int) -> dict:
-    examples = [message for pair in EXAMPLES for message in _dialogue(*pair)]
-    return {"prompt": [*examples, _question(a, b)], "answer": str(a + b)}
+def _row(a: int, b: int, examples: bool) -> dict:
+    shown = [message for pair in EXAMPLES for message in _dialogue(*pair)] if examples else []
+    return {"prompt": [*shown, _question(a, b)], "answer": str(a + b)}
 
 
 def _question(a: int, b: int) -> dict:

@@ -43,6 +43,12 @@ def test_the_worked_dialogues_call_the_tool_and_use_its_result() -> None:
         assert messages[place + 3]["content"].endswith(f"= {messages[place + 2]['content']}.")
 
 
+def test_the_same_sums_can_be_asked_without_worked_dialogues() -> None:
+    bare = evaluation(examples=False)
+    assert [(terms(row), row["answer"]) for row in bare] == [(terms(row), row["answer"]) for row in evaluation()]
+    assert all(len(row["prompt"]) == 1 for row in [*bare, *train(examples=False)])
+
+
 def test_the_split_is_fixed() -> None:
     assert train() == train()
     # Results are compared across runs and releases: a change of the split must be noticed.
