@@ -57,7 +57,7 @@ FIELDS = {
         "prompt", "completions", "scores", "advantages", "reward_std", "has_variance", "passes_filter", "is_local",
     ],
     "LossInputs": ["logprobs", "entropies", "old_logprobs", "sampler_logprobs", "advantages", "sequence", "lengths"],
-    "Prompt": ["content", "token_ids", "columns", "eval_set", "completion_prefix", "row"],
+    "Prompt": ["content", "token_ids", "columns", "eval_set", "completion_prefix", "row", "is_from_reset"],
 }  # fmt: skip
 
 

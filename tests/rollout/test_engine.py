@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from merged_slots import add_request
 
 from rankup.grpo.model.prove import trainer_logprobs
 from rankup.rollout.config import RolloutConfig, SamplingConfig
@@ -132,7 +133,7 @@ def test_requests_with_and_without_the_adapter_share_a_batch(make_engine, make_p
     expected = {}
     for ids in PROMPTS:
         for use_adapter in (True, False):
-            name = engine._submit(ids, params, use_adapter=use_adapter)
+            name = add_request(engine, ids, params, use_adapter=use_adapter)
             expected[name] = ids, trainer_logprobs(policy, [ids], use_adapter=use_adapter)[0]
     outputs = {}
     while len(outputs) < len(expected):

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 RANK = 16
+_NUMBERS = itertools.count()
 
 
 def publish_random(engine: Any, names: Container[str], seed: int = 0) -> None:
@@ -58,6 +60,14 @@ def flat(logprobs: list[list[float]]) -> list[float]:
     return [lp for sequence in logprobs for lp in sequence]
 
 
+def add_request(engine: Any, ids: Sequence[int], params: Any, *, use_adapter: bool) -> str:
+    """Add a request to vLLM, in a batch that may have requests with and without the adapter; returns its name."""
+    name = f"mixed-{next(_NUMBERS)}"
+    lora_request = engine._lora_request if use_adapter else None
+    engine._engine.add_request(name, {"prompt_token_ids": list(ids)}, params, lora_request=lora_request)
+    return name
+
+
 def assert_a_mixed_batch_agrees(engine: Any, folder: Path, lengths: Sequence[int], *, tolerance: float) -> None:
     """Every other prompt of a batch uses the adapter; compare log-probabilities of prompts and sampled tokens."""
     import pytest
@@ -68,7 +78,7 @@ def assert_a_mixed_batch_agrees(engine: Any, folder: Path, lengths: Sequence[int
     prompts, outputs = {}, {}
     for i, length in enumerate(lengths):
         ids = [5 + (31 * i + 7 * j) % 250 for j in range(length)]
-        prompts[engine._submit(ids, params, use_adapter=i % 2 == 0)] = ids, i % 2 == 0
+        prompts[add_request(engine, ids, params, use_adapter=i % 2 == 0)] = ids, i % 2 == 0
     while len(outputs) < len(prompts):
         outputs |= {output.request_id: output for output in engine._engine.step() if output.finished}
     for name, (ids, use_adapter) in prompts.items():

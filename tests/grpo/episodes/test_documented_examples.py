@@ -70,7 +70,7 @@ def test_the_sampling_loop_returns_what_a_run_takes(examples: dict[str, Any]) ->
     one = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "logprobs": [-0.5, -0.1], "text": "two words"}
     trainer = SimpleNamespace(generate_rollout_completions=lambda prompts: [one for _ in prompts])
     tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: "two words", eos_token_id=4)
-    rollouts = UserRollouts(lambda prompts: examples["rollout"](prompts, trainer), tokenizer, vocab_size=10)
+    rollouts = UserRollouts(lambda prompts: examples["rollout"](prompts, trainer), tokenizer, vocab_size=10, max_length=100)
     engine: Any = SimpleNamespace(policy_version=0)
     (group,) = rollouts.play(engine, [Prompt("?", (1, 2), {})], RolloutConfig(num_generations=2))
     assert [completion.logprobs for completion in group.completions] == [(-0.5, -0.1)] * 2
