@@ -123,7 +123,8 @@ class RolloutConfig(SamplingConfig):
 
     tool_workers: int = Field(default=0, ge=0)
     """Threads for tools and environments that are not async, so that other episodes are sampled while they run. 0: they run
-    between two steps of the engine, one after another, and runs repeat to the bit."""
+    between two steps of the engine, one after another, and a seeded run is repeated bit-exactly on
+    the CPU."""
 
     tool_parser: str | None = None
     """How tool calls are read: `response_template` (of the tokenizer), `hermes`, `llama`, `qwen_xml`, or a parser of vLLM by

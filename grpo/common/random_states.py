@@ -100,7 +100,8 @@ class Preserved:
 def preserved_random_states(seed: int | None = None) -> Iterator[Preserved]:
     """Restore the generators at the end of the block, whatever it does with them. torch's only if it has been imported.
 
-    seed: what they are seeded with at its beginning; None: they go on from where they are.
+    Args:
+        seed: seeds them at the start of the block; None: they continue from their current states.
     """
     preserved = Preserved()
     if seed is not None:

@@ -68,7 +68,7 @@ class Dialogues:
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self._at_most = self._capacity(num_workers)
         if actions.runs_beside:
-            logger.info("tools or environments run while other episodes are sampled: the run does not repeat to the bit")
+            logger.info("tools or environments run while other episodes are sampled: the run cannot be repeated bit-exactly")
 
     @property
     def has_environments(self) -> bool:
