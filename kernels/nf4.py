@@ -73,4 +73,9 @@ def _code(device: torch.device) -> torch.Tensor:
     """The values of the 16 codes."""
     from bitsandbytes.functional import get_4bit_type
 
-    return get_4bit_type(QUANT_TYPE, device=device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # bitsandbytes' choice otherwise: bf16 while vLLM loads a model
+    try:
+        return get_4bit_type(QUANT_TYPE, device=device)
+    finally:
+        torch.set_default_dtype(before)

@@ -139,12 +139,15 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
 
     platform_class = type(current_platform)
     replaceable(platform_class, "get_punica_wrapper", (), purpose="choose how adapters are multiplied")
-    original = vars(platform_class)["get_punica_wrapper"]  # the classmethod object, not the bound method
+    original = vars(platform_class).get("get_punica_wrapper")  # the classmethod object; None: inherited, as on CUDA
     platform_class.get_punica_wrapper = classmethod(lambda cls: qualname)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        platform_class.get_punica_wrapper = original
+        if original is None:
+            del platform_class.get_punica_wrapper
+        else:
+            platform_class.get_punica_wrapper = original
 
 
 @contextmanager

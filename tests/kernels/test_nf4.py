@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from lora_oracle import make_layer
 
 from rankup.kernels.lora import Projection, lora_linear, lora_mlp, lora_projections
-from rankup.kernels.nf4 import BLOCKSIZE, PIECE, Nf4Weight
+from rankup.kernels.nf4 import BLOCKSIZE, PIECE, Nf4Weight, _code
 
 SHAPES = [(1, 64), (7, 33), (96, 160), (64, 96), (128, 32), (3, PIECE // 2), (2 * PIECE // 64 + 1, 64)]
 
@@ -48,6 +48,17 @@ def test_rounding_again_changes_nothing(dtype: torch.dtype) -> None:
     largest = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % 64)).view(-1, 64).abs().amax(1)
     error = (once.dense() - weight).float().flatten().abs()
     assert (error <= 0.16 * largest.repeat_interleave(64)[: error.numel()]).all()
+
+
+def test_the_codes_are_those_of_fp32_under_any_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as in vLLM's loader
+    try:
+        code = _code.__wrapped__(torch.device("cpu"))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(code, get_4bit_type("nf4", device="cpu"))
 
 
 def test_a_weight_that_is_not_contiguous() -> None:

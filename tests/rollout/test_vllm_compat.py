@@ -47,6 +47,19 @@ def test_the_wrapper_is_replaced_only_while_an_engine_is_built():
     assert current_platform.get_punica_wrapper() == before
 
 
+def test_a_platform_that_inherits_its_wrapper_has_it_again_afterwards(monkeypatch):
+    from vllm import platforms
+
+    class Derived(type(platforms.current_platform)):
+        """As on CUDA: the method is that of a base class."""
+
+    monkeypatch.setattr(platforms, "_current_platform", Derived())
+    with vllm_compat.lora_wrapper_replaced("some.where.Else"):
+        assert platforms.current_platform.get_punica_wrapper() == "some.where.Else"
+    assert "get_punica_wrapper" not in vars(Derived)
+    assert platforms.current_platform.get_punica_wrapper() != "some.where.Else"
+
+
 def test_collections_are_as_before_after_a_failed_start():
     collect = gc.collect
     with pytest.raises(RuntimeError, match="stop"), vllm_compat.existing_objects_frozen():
