@@ -139,7 +139,7 @@ class RolloutConfig(SamplingConfig):
 
     lora_path: Literal["auto", "dense", "punica"] = "auto"
     """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's kernels), `auto`
-    (dense on CPU, punica on CUDA)."""
+    (dense on CPU and in float32, otherwise punica)."""
 
     @field_validator("tools", mode="before")
     @classmethod

@@ -21,13 +21,12 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .activity import Activity, KeptCache
 from .base_weights import find_base_weights
 from .config import SamplingConfig
-from .dense_lora import wrapper_name
+from .dense_lora import is_dense, wrapper_name
 from .engine_errors import in_our_names
 from .engine_settings import CPU_BLOCK, EngineSettings, engine_args
-from .kv_cache import kv_cache_of, require_no_other_pool
+from .kv_cache import activity_of, require_no_other_pool
 from .limits import check_engine_limits
 from .model_limits import check_cache_on_cpu
 from .sampling_params import check_sampling_params, sampling_params, text_of
@@ -37,6 +36,7 @@ from .types import Completion, PromptGroup
 from .vllm_compat import (
     collections_skipped,
     existing_objects_frozen,
+    forget_lora_pointers,
     import_vllm,
     lora_wrapper_replaced,
     replace_cpu_layers,
@@ -83,8 +83,7 @@ class RolloutEngine:
 
         self.settings = settings
         on_cpu = current_platform.device_type == "cpu"
-        lora_path = settings.rollout.lora_path
-        dense = lora_path == "dense" or (lora_path == "auto" and on_cpu)
+        dense = is_dense(settings.rollout.lora_path, on_cpu=on_cpu, dtype=settings.dtype)
         check_engine_limits(settings.rollout, "vllm")
         if on_cpu:
             check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
@@ -103,8 +102,7 @@ class RolloutEngine:
         self.slots = self._apply_model(find_slots)
         self._check_targets()
         self.device: str = current_platform.device_type
-        releases = args.enable_cumem_allocator or (on_cpu and settings.rollout.release_kv_cache is not False)
-        self._activity = Activity(kv_cache_of(self._engine, self.device) if releases else KeptCache())
+        self._activity = activity_of(self._engine, settings.rollout, self.device)
         self._queue = VllmQueue(self._engine, self._opened)
         self.policy_version = 0
         self._write_slots: Callable[[], None] | None = None
@@ -262,6 +260,7 @@ class RolloutEngine:
         self.slots = {}
         self._write_slots = None  # the policy's
         del self._engine
+        forget_lora_pointers()
         cleanup_dist_env_and_memory()  # collects garbage; what this revives (the embedding) is collected now
         gc.collect()
 

@@ -1,8 +1,8 @@
-"""vLLM's KV cache, whose memory is released while the trainer computes gradients: `activity.KvCache`.
+"""vLLM's KV cache, whose memory is released while the trainer computes gradients (`activity.py`).
 
-    cache = kv_cache_of(llm_engine, "cuda")
-    cache.release()
-    cache.restore()
+    activity = activity_of(llm_engine, config.rollout, "cuda")
+    activity.suspend()
+    activity.resume()
 
 On CUDA the cache is in a memory pool of vLLM's own (`enable_cumem_allocator`), whose physical pages are unmapped and mapped
 again at the same addresses, which captured graphs have. Weights and LoRA buffers stay: only pages with the tag `kv_cache` go.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .activity import KvCache
+from .activity import Activity, KeptCache
 from .config import RolloutConfig
 from .vllm_compat import require
 
@@ -41,13 +41,15 @@ _NEVER_FREED: list[torch.Tensor] = []
 logger = logging.getLogger("rankup")
 
 
-def kv_cache_of(engine: LLMEngine, device: str) -> KvCache:
-    """The cache of an engine on `cpu` or `cuda`; on CUDA of one that was started with `enable_cumem_allocator`.
+def activity_of(engine: LLMEngine, rollout: RolloutConfig, device: str) -> Activity:
+    """The states of an engine on `cpu` or `cuda` that was built with `uses_pool`.
 
     Raises:
         ValueError: the installed vLLM lacks something that rankup needs.
     """
-    return _CpuCache(engine) if device == "cpu" else _CudaCache(engine)
+    if device == "cpu":
+        return Activity(KeptCache() if rollout.release_kv_cache is False else _CpuCache(engine))
+    return Activity(_CudaCache(engine) if engine.vllm_config.model_config.enable_cumem_allocator else KeptCache())
 
 
 def uses_pool(rollout: RolloutConfig, device: str) -> bool:

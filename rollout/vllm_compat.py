@@ -9,6 +9,7 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | kernels of norms, CPU | `cpu_ops.rms_norm`, ... | vLLM has kernels but registers them for GPUs only |
 | sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
 | `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
+| addresses of LoRA buffers | `clear()` when an engine is closed | vLLM keeps them by address for the life of the process |
 | repacking of linear weights, CPU | nothing: a mark skips it | the trainer reads the original layout |
 | garbage collections, CPU | one collection per start and one per close | each walks all objects of the process: 0.4 s |
 """
@@ -224,6 +225,18 @@ def replace_cpu_layers(model: nn.Module) -> None:
         if isinstance(layer, BaseLinearLayerWithLoRA) and type(layer.base_layer) in known and layer.tp_size == 1:
             replaceable(layer, "apply", ("x", "bias"), purpose="compute adapted layers")
             layer.apply = cpu_ops.dense_apply(layer)
+
+
+def forget_lora_pointers() -> None:
+    """Clear the tables in which vLLM's LoRA kernels keep strides and addresses of buffers, by the buffers' addresses.
+
+    vLLM never clears them. An engine that is started later, at the same addresses but with other shapes, would compute with the
+    strides of this one; and the tables keep buffers in memory.
+    """
+    from vllm.lora.ops.triton_ops import utils
+
+    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        require(utils, name, purpose="close an engine").clear()
 
 
 def keep_linear_weights(model: nn.Module) -> None:

@@ -78,6 +78,7 @@ def test_what_samples_resumes_and_samples_the_same(any_engine):
     requests = any_engine.requests(SAMPLING)
     with requests:
         assert not any_engine.is_suspended
+        turns = []
         requests.submit(0, Request(prompt_token_ids=(5, 9, 14, 3), max_tokens=4, seed=1))
         while requests.has_unfinished:
             turns = requests.step()
