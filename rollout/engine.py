@@ -26,7 +26,7 @@ from .config import SamplingConfig
 from .dense_lora import is_dense, wrapper_name
 from .engine_errors import in_our_names
 from .engine_settings import CPU_BLOCK, EngineSettings, engine_args
-from .kv_cache import activity_of, require_no_other_pool
+from .kv_cache import activity_of, beside_earlier_pools
 from .limits import check_engine_limits
 from .model_limits import check_cache_on_cpu
 from .sampling_params import check_sampling_params, sampling_params, text_of
@@ -89,9 +89,8 @@ class RolloutEngine:
             check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
-        if args.enable_cumem_allocator:
-            require_no_other_pool()
-        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper):
+        pools = beside_earlier_pools() if args.enable_cumem_allocator else nullcontext()
+        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper), pools:
             check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
         if on_cpu:

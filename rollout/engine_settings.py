@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CPU_BLOCK = 32  # tokens of a block of the KV cache on CPU
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
+CUDA_BATCHED_TOKENS = 8192  # on CUDA, where they are
+MAX_CAPTURED = 512  # sequences of the largest captured graph
 # vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
 # every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
 PACKED_NAMES = {
@@ -85,6 +87,8 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
     from vllm.engine.arg_utils import EngineArgs
 
     rollout = settings.rollout
+    eager = on_cpu if rollout.enforce_eager is None else rollout.enforce_eager
+    batched = max(CPU_BATCHED_TOKENS, rollout.max_model_length) if on_cpu else CUDA_BATCHED_TOKENS
     return EngineArgs(
         model=settings.model,
         tokenizer=settings.tokenizer,
@@ -97,10 +101,11 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         enable_prefix_caching=True,
         # After a chunk of a prompt, vLLM 0.32 rewinds the request's random generator, which CPU generators do not support.
         enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length, settings.max_num_seqs) if on_cpu else None,
+        max_num_batched_tokens=max(batched, settings.max_num_seqs),
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        enforce_eager=eager,
+        compilation_config={} if eager else _captures(settings.max_num_seqs),  # type: ignore[arg-type]
         enable_lora=True,
         max_loras=1,
         max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
@@ -112,6 +117,25 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         use_tqdm_on_load=False,
         **loading(settings.nf4_weights, settings.weight_files, keep_linear_weights=settings.keep_base_weights),
     )
+
+
+def _captures(max_num_seqs: int) -> dict[str, object]:
+    """Which CUDA graphs vLLM captures: about 20 instead of 100, each of which takes time at the start, and memory.
+
+    Graphs are for steps in which every sequence gets one token. Steps with prompts have thousands of tokens, more than vLLM has
+    graphs for. Every rollout has the adapter, so there are no graphs without it.
+    """
+    return {
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": capture_sizes(min(max_num_seqs, MAX_CAPTURED)),
+        "cudagraph_specialize_lora": False,
+    }
+
+
+def capture_sizes(largest: int) -> list[int]:
+    """Numbers of sequences with a graph. A step takes the next larger one: at most 7 more sequences, or a fourth more."""
+    sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest + 1, 32)}
+    return [*sorted(size for size in sizes if size < largest), largest]
 
 
 def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:

@@ -21,13 +21,15 @@ import logging
 import mmap
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .activity import Activity, KeptCache
 from .config import RolloutConfig
-from .vllm_compat import require
+from .vllm_compat import require, usage_reduced
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -71,21 +73,28 @@ def uses_pool(rollout: RolloutConfig, device: str) -> bool:
     return False
 
 
-def require_no_other_pool() -> None:
-    """Whether an engine with a memory pool of its own can be started: vLLM has one in a process.
+@contextmanager
+def beside_earlier_pools() -> Iterator[None]:
+    """Start an engine with a memory pool although tensors of an earlier one are still in use.
+
+    vLLM forbids it, as its sleep mode would then also release those. Here only KV caches are released, and views of weights
+    remain wherever a trainer's model is kept, or as tables that modules of vLLM make when they are imported.
 
     Raises:
-        ValueError: tensors of an earlier engine are still in use.
+        ValueError: the earlier engine is open.
     """
-    if not _allocations():
-        return
-    gc.collect()  # an engine is full of reference cycles
-    if used := sum(data.handle[1] for data in _allocations().values()):
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    earlier = _allocations()
+    if any(data.tag == TAG for data in earlier.values()):
+        gc.collect()  # an engine is full of reference cycles
+    if any(data.tag == TAG for data in earlier.values()):
         raise ValueError(
-            f"an earlier engine of this process still holds {used / 2**30:.3g} GiB of GPU memory, and vLLM has one memory pool "
-            "in a process: close that engine and drop what uses its weights (its trainer, a model from `trainer.model`), or "
-            "set rollout.release_kv_cache: false"
+            "another engine of this process is open, and vLLM has one memory pool in a process: close it, or set "
+            "rollout.release_kv_cache: false for both"
         )
+    with usage_reduced(CuMemAllocator.get_instance(), sum(data.handle[1] for data in earlier.values())):
+        yield
 
 
 class _CudaCache:
@@ -128,8 +137,11 @@ class _CudaCache:
             return
         try:
             self.restore()
-        except RuntimeError:  # such as after an error in training that still holds the memory
+        except RuntimeError:  # such as after an error in training, whose traceback holds the memory
             _NEVER_FREED.extend(_caches(self._engine))
+            for data in _allocations().values():
+                if data.is_asleep:
+                    data.tag = "weights"  # a later engine does not wake it
 
 
 def _too_little(needed: int, free: int, total: int) -> str:

@@ -70,10 +70,11 @@ def session(request: pytest.FixtureRequest, tiny_model_path, monkeypatch) -> Ite
     policy = Policy(model, lora=CONFIG.lora, device="cuda", shared=engine.base_weights())
     assert not policy.base.unshared
     policy.attach(engine.slots)
-    yield Session(engine, policy)
-    del policy
+    session = Session(engine, policy)
+    yield session
+    del policy, session.policy  # views of the engine's weights
     gc.collect()
-    engine.close()
+    session.engine.close()
 
 
 def used_mib() -> int:
@@ -113,7 +114,26 @@ def test_an_engine_that_does_not_fit_any_more_says_what_to_lower_and_can_try_aga
     session.engine.suspend()  # closed in this state
 
 
-def test_a_second_engine_needs_the_first_ones_weights_gone(session, tiny_model_path):
-    with pytest.raises(ValueError, match=r"an earlier engine of this process still holds .* rollout.release_kv_cache: false"):
+def test_a_second_engine_waits_for_the_end_of_the_first(session):
+    expected = session.step(suspends=True)
+    with pytest.raises(ValueError, match=r"another engine of this process is open.*rollout\.release_kv_cache: false"):
         RolloutEngine(session.engine.settings)
+    weights = {name: weight.clone() for name, weight in session.policy.base.weights.items()}
+    session.engine.suspend()
+    session.engine.close()
+    second = RolloutEngine(session.engine.settings)  # although a policy still holds the first one's weights
+    assert all(torch.equal(session.policy.base.weights[name], weight) for name, weight in weights.items())
+    policy = Policy(second.settings.model, lora=CONFIG.lora, device="cuda", shared=second.base_weights())
+    policy.attach(second.slots)
+    session.engine, session.policy = second, policy
+    assert_equal(session.step(suspends=True), expected)
+
+
+def test_an_engine_is_closed_while_something_else_has_its_memory(session, monkeypatch):
+    session.engine.suspend()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (MIB, 6 * 2**30))
+        session.engine.close()
+    session.engine = RolloutEngine(session.engine.settings)
+    session.engine.suspend()
     assert len(session.sampled()) == 4

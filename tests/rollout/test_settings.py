@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from rankup.rollout.config import RolloutConfig, SamplingConfig
 from rankup.rollout.dense_lora import is_dense
 from rankup.rollout.engine import EngineSettings, engine_args
+from rankup.rollout.engine_settings import capture_sizes
 
 SETTINGS = EngineSettings(model="model", rollout=RolloutConfig(), target_modules=("q_proj",))
 
@@ -66,6 +67,15 @@ def test_vllms_lora_kernels_compute_in_16_bits_on_cuda(lora_path, on_cpu: bool, 
 def test_vllms_lora_kernels_are_refused_in_float32_on_cuda():
     with pytest.raises(ValueError, match=r"rollout\.lora_path: punica .* model\.dtype is float32: use auto or dense"):
         is_dense("punica", on_cpu=False, dtype="float32")
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 8, 20, 64, 100, 128, 250, 512])
+def test_every_number_of_sequences_has_a_graph_that_is_little_larger(largest: int):
+    sizes = capture_sizes(largest)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == largest and len(sizes) <= 30
+    for number in range(1, largest + 1):
+        padded = next(size for size in sizes if size >= number)
+        assert padded < number + max(8, number / 4)
 
 
 @pytest.mark.slow
