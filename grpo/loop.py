@@ -114,6 +114,7 @@ def train_step(ctx: RunContext, step: int) -> Batch:
     )
     clock.seconds |= {"rollout": batch.rollout_seconds, "reward": batch.reward_seconds}
     with clock.phase("train"):
+        ctx.session.engine.suspend()  # whatever samples next resumes it
         gradients = learner.backward(batch.trained)
         ctx.checkpoints.leave_position()
         decision = learner.guards.inspect(step, {**batch.metrics, **gradients.metrics()})

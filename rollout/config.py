@@ -99,6 +99,10 @@ class RolloutConfig(SamplingConfig):
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Size of vLLM's KV cache in GiB. CPU only."""
 
+    release_kv_cache: bool | None = None
+    """Give the memory of vLLM's KV cache back while gradients are computed, so that training can use it. None: yes. The
+    prefix cache is emptied by every update anyway."""
+
     enforce_eager: bool | None = None
     """Run vLLM without graphs and compilation. None: decided by the device."""
 
@@ -135,7 +139,7 @@ class RolloutConfig(SamplingConfig):
 
     lora_path: Literal["auto", "dense", "punica"] = "auto"
     """How vLLM computes the adapter: `dense` (plain products, one adapter), `punica` (vLLM's kernels), `auto`
-    (dense on CPU, punica on CUDA)."""
+    (dense on CPU and in float32, otherwise punica)."""
 
     @field_validator("tools", mode="before")
     @classmethod

@@ -25,6 +25,25 @@ if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
 
 
+def is_dense(lora_path: Literal["auto", "dense", "punica"], *, on_cpu: bool, dtype: str) -> bool:
+    """Whether the engine computes the adapter with dense products.
+
+    Args:
+        lora_path: `rollout.lora_path`.
+        dtype: `model.dtype`.
+
+    Raises:
+        ValueError: vLLM's kernels are asked for, and do not compute in this dtype.
+    """
+    needs_dense = not on_cpu and dtype == "float32"  # vLLM's kernels on CUDA assert 16 bits
+    if needs_dense and lora_path == "punica":
+        raise ValueError(
+            "rollout.lora_path: punica computes in 16 bits on CUDA, and model.dtype is float32: use auto or dense, or another "
+            "dtype"
+        )
+    return lora_path == "dense" or (lora_path == "auto" and (on_cpu or needs_dense))
+
+
 def wrapper_name(device_type: str, *, dense: bool, head: bool) -> str | None:
     """The import path of the wrapper class for `cpu` or `cuda`; None for vLLM's class.
 

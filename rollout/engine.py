@@ -17,15 +17,16 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base_weights import find_base_weights, loading
-from .config import RolloutConfig, SamplingConfig
-from .dense_lora import wrapper_name
+from .base_weights import find_base_weights
+from .config import SamplingConfig
+from .dense_lora import is_dense, wrapper_name
 from .engine_errors import in_our_names
+from .engine_settings import CPU_BLOCK, EngineSettings, engine_args
+from .kv_cache import activity_of, beside_earlier_pools
 from .limits import check_engine_limits
 from .model_limits import check_cache_on_cpu
 from .sampling_params import check_sampling_params, sampling_params, text_of
@@ -34,76 +35,22 @@ from .texts import Texts
 from .types import Completion, PromptGroup
 from .vllm_compat import (
     collections_skipped,
-    cpu_norms,
     existing_objects_frozen,
+    forget_lora_pointers,
     import_vllm,
     lora_wrapper_replaced,
     replace_cpu_layers,
     replace_cpu_sampler,
     require,
 )
-from .vllm_requests import VllmRequests, VllmTurns
+from .vllm_requests import VllmQueue, VllmRequests, VllmTurns
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from vllm import RequestOutput, SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
 
 ADAPTER_ID = 1
-CPU_BLOCK = 32  # tokens of a block of the KV cache on CPU
-CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
-# vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
-# every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
-PACKED_NAMES = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """How an engine is built: the section `rollout` of a configuration, and what other sections determine.
-
-    Attributes:
-        model: path of the model.
-        tokenizer: path or Hub id of the tokenizer; None: the model's own.
-        max_rank: largest LoRA rank that the slots can hold.
-        max_num_seqs: sequences that are sampled concurrently; used instead of `rollout.max_num_seqs`, which may be None.
-        keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
-        nf4_weights: names of the weights to round to NF4 while loading.
-        weight_files: names of the files that hold the weights, if the model's folder has others that vLLM might read.
-    """
-
-    model: str
-    rollout: RolloutConfig
-    target_modules: tuple[str, ...]
-    max_rank: int = 64
-    dtype: str = "bfloat16"
-    seed: int = 0
-    max_num_seqs: int = 128
-    keep_base_weights: bool = False
-    nf4_weights: tuple[str, ...] = field(default=(), repr=False)
-    weight_files: tuple[str, ...] = ()
-    tokenizer: str | None = None
-
-    def differences(self, needed: EngineSettings) -> list[str]:
-        """Settings that keep this engine from serving a run with other ones, each as "NAME VALUE instead of NEEDED VALUE".
-
-        The seed may differ because every request has one. So may the sampling options, which are arguments of `rollout()`.
-        """
-        of_engine = [f.name for f in fields(self) if f.name not in ("rollout", "seed")]
-        values = {name: (getattr(self, name), getattr(needed, name)) for name in of_engine}
-        of_rollout = ("max_model_length", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "lora_path")
-        values |= {name: (getattr(self.rollout, name), getattr(needed.rollout, name)) for name in of_rollout}
-        return [f"{name} {_short(a)} instead of {_short(b)}" for name, (a, b) in values.items() if a != b]
-
-
-def _short(value: object) -> str:
-    return str(value) if len(str(value)) < 80 else f"{str(value)[:80]} ..."
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
@@ -136,14 +83,14 @@ class RolloutEngine:
 
         self.settings = settings
         on_cpu = current_platform.device_type == "cpu"
-        lora_path = settings.rollout.lora_path
-        dense = lora_path == "dense" or (lora_path == "auto" and on_cpu)
+        dense = is_dense(settings.rollout.lora_path, on_cpu=on_cpu, dtype=settings.dtype)
         check_engine_limits(settings.rollout, "vllm")
         if on_cpu:
             check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
-        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper):
+        pools = beside_earlier_pools() if args.enable_cumem_allocator else nullcontext()
+        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper), pools:
             check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
         if on_cpu:
@@ -154,6 +101,8 @@ class RolloutEngine:
         self.slots = self._apply_model(find_slots)
         self._check_targets()
         self.device: str = current_platform.device_type
+        self._activity = activity_of(self._engine, settings.rollout, self.device)
+        self._queue = VllmQueue(self._engine, self._opened)
         self.policy_version = 0
         self._write_slots: Callable[[], None] | None = None
         with tempfile.TemporaryDirectory(prefix="rankup-adapter-") as folder:
@@ -167,9 +116,13 @@ class RolloutEngine:
     def publish(self, write_slots: Callable[[], None]) -> int:
         """Sample from now on with the adapter that `write_slots` writes into the slots; returns the new policy version.
 
-        Resets the prefix cache, which holds keys and values of the previous policy. Nothing is read from or written to disk.
+        Resets the prefix cache, which holds keys and values of the previous policy. Nothing is read from or written to disk. A
+        suspended engine stays suspended.
+
+        Raises:
+            RuntimeError: a rollout is in progress.
         """
-        assert not self._engine.has_unfinished_requests(), "publish between rollouts, not during one"
+        self._activity.require_idle("publish another policy")
         self._write_slots = write_slots
         self._ensure_active()
         write_slots()
@@ -194,6 +147,38 @@ class RolloutEngine:
     def base_weights(self) -> dict[str, torch.Tensor]:
         """Views of the base weights that vLLM holds in their original layout, by their names in transformers."""
         return self._apply_model(find_base_weights)
+
+    # --------------------------------------------------------------------------------------------- suspending
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the engine is between `suspend` and `resume`."""
+        return self._activity.is_suspended
+
+    def suspend(self) -> None:
+        """Release the memory of the KV cache, and keep it released until `resume`, or until something samples.
+
+        The memory stays with `rollout.release_kv_cache: false`. Does nothing if the engine is suspended.
+
+        Raises:
+            RuntimeError: a rollout is in progress: its iterator is neither exhausted nor closed.
+        """
+        self._activity.suspend()
+
+    def resume(self) -> None:
+        """Take the memory of the KV cache again. Does nothing if the engine is not suspended.
+
+        Raises:
+            RuntimeError: there is too little memory. The engine is still suspended.
+        """
+        self._activity.resume()
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """A block of requests."""
+        with self._activity.sampling():
+            self._ensure_active()
+            yield
 
     # ---------------------------------------------------------------------------------------------- sampling
 
@@ -236,10 +221,9 @@ class RolloutEngine:
             ValueError: vLLM cannot sample like this.
         """
         check_engine_limits(sampling, "vllm")
-        self._ensure_active()
         texts, lora_request = Texts(self._tokenizer, sampling), self._lora_request if use_adapter else None
         return VllmTurns(
-            self._engine,
+            self._queue,
             lora_request,
             sampling,
             texts,
@@ -262,14 +246,20 @@ class RolloutEngine:
         return results
 
     def close(self) -> None:
-        """Shut vLLM down and free its memory, except for base weights that the trainer shares. Slots become invalid."""
+        """Shut vLLM down and free its memory, except for base weights that the trainer shares. Slots become invalid.
+
+        A rollout that is still in progress raises EngineError when it goes on.
+        """
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        self._queue.close()
+        self._activity.close()
         with collections_skipped() if self.device == "cpu" else nullcontext():
             self._engine.engine_core.shutdown()
         self.slots = {}
         self._write_slots = None  # the policy's
         del self._engine
+        forget_lora_pointers()
         cleanup_dist_env_and_memory()  # collects garbage; what this revives (the embedding) is collected now
         gc.collect()
 
@@ -283,8 +273,7 @@ class RolloutEngine:
         self, requests: Iterable[tuple[Sequence[int], SamplingParams]], *, use_adapter: bool
     ) -> Generator[tuple[int, RequestOutput]]:
         """Submit all requests and yield each one's index and output when it is finished. Aborts the others if closed early."""
-        self._ensure_active()
-        with VllmRequests(self._engine, self._lora_request if use_adapter else None) as running:
+        with VllmRequests(self._queue, self._lora_request if use_adapter else None) as running:
             for index, (prompt, params) in enumerate(requests):
                 running.add(index, prompt, params)
             while running.has_unfinished:
@@ -318,49 +307,6 @@ class RolloutEngine:
             raise ValueError(f"vLLM cannot load an adapter on {HEAD} alone for this model: add another layer to lora.targets")
         if EMBEDDING in found and EMBEDDING not in loadable:  # Qwen2, Mistral: stock vLLM could not serve the trained adapter
             raise ValueError(f"vLLM cannot load an adapter on {EMBEDDING} for this model: remove it from lora.targets")
-
-
-def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
-    """vLLM's arguments for an engine with these settings. Starts nothing.
-
-    Raises:
-        ValueError: the installed vLLM lacks something that rankup needs.
-    """
-    import_vllm()
-    from vllm.engine.arg_utils import EngineArgs
-
-    rollout = settings.rollout
-    return EngineArgs(
-        model=settings.model,
-        tokenizer=settings.tokenizer,
-        dtype=settings.dtype,  # type: ignore[arg-type]
-        seed=settings.seed,
-        max_model_len=rollout.max_model_length,
-        max_num_seqs=settings.max_num_seqs,
-        # Only full blocks of a prompt's keys are shared by its completions: smaller blocks share more.
-        block_size=CPU_BLOCK if on_cpu else None,
-        enable_prefix_caching=True,
-        # After a chunk of a prompt, vLLM 0.32 rewinds the request's random generator, which CPU generators do not support.
-        enable_chunked_prefill=False if on_cpu else None,
-        max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length, settings.max_num_seqs) if on_cpu else None,
-        kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
-        lora_target_modules=_lora_target_modules(settings.target_modules),
-        logprobs_mode="processed_logprobs",
-        ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **loading(settings.nf4_weights, settings.weight_files, keep_linear_weights=settings.keep_base_weights),
-    )
-
-
-def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
-    packed = [PACKED_NAMES[name] for name in target_modules if name in PACKED_NAMES]
-    return sorted({*target_modules, *packed})
 
 
 def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: EngineSettings) -> None:

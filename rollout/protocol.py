@@ -29,7 +29,34 @@ class Engine(Protocol):
         ...
 
     def publish(self, write_slots: Callable[[], None]) -> int:
-        """Sample from now on with the adapter that `write_slots` writes into the slots; returns the new policy version."""
+        """Sample from now on with the adapter that `write_slots` writes into the slots; returns the new policy version.
+
+        Works in both states: a suspended engine stays suspended.
+
+        Raises:
+            RuntimeError: a rollout is in progress.
+        """
+        ...
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the engine is between `suspend` and `resume`."""
+        ...
+
+    def suspend(self) -> None:
+        """Release the memory of the KV cache until `resume`. Whatever samples resumes by itself. Does nothing if suspended.
+
+        Raises:
+            RuntimeError: a rollout is in progress: its iterator is neither exhausted nor closed.
+        """
+        ...
+
+    def resume(self) -> None:
+        """Take the memory again. Does nothing if the engine is not suspended.
+
+        Raises:
+            RuntimeError: there is too little memory. The engine is still suspended.
+        """
         ...
 
     def rollout(

@@ -52,6 +52,7 @@ def self_test() -> dict[str, Exception | None]:
         "adapter slots": lambda: find_slots(module),
         "base weights": lambda: find_base_weights(module),
         "unpacked linear weights": lambda: vllm_compat.keep_linear_weights(module),
+        "addresses of LoRA buffers": vllm_compat.forget_lora_pointers,
         "dense LoRA": lambda: _make_lora_wrappers(device),
     }
     if device == "cpu":

@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .activity import Activity, KeptCache
 from .config import SamplingConfig
 from .limits import check_engine_limits
 from .texts import Texts
@@ -74,9 +75,24 @@ class TorchEngine:
         self._max_num_seqs = max_num_seqs
         self._max_model_length = max_model_length
         self._eos_token_ids = eos_token_ids(model_path, self._tokenizer)
+        self._activity = Activity(KeptCache())  # its keys and values are gone when a rollout ends
+
+    @property
+    def is_suspended(self) -> bool:
+        """See `protocol.Engine`."""
+        return self._activity.is_suspended
+
+    def suspend(self) -> None:
+        """See `protocol.Engine`. Nothing is kept between two rollouts, so there is nothing to release."""
+        self._activity.suspend()
+
+    def resume(self) -> None:
+        """See `protocol.Engine`."""
+        self._activity.resume()
 
     def publish(self, write_slots: Callable[[], None]) -> int:
         """Write the slots; returns the new policy version."""
+        self._activity.require_idle("publish another policy")
         write_slots()
         self.policy_version += 1
         return self.policy_version
@@ -128,10 +144,12 @@ class TorchEngine:
             use_adapter=use_adapter,
             max_num_seqs=self._max_num_seqs,
             policy_version=self.policy_version,
+            activity=self._activity,
         )
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
+        self.resume()
         results: list[list[float]] = []
         for first in range(0, len(sequences), ROWS_OF_LOGPROBS):
             some = sequences[first : first + ROWS_OF_LOGPROBS]

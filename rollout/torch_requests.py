@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self, cast
 
@@ -30,6 +30,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .activity import Activity
 from .config import SamplingConfig
 from .slots import AdapterSlot
 from .texts import Texts
@@ -107,8 +108,11 @@ class TorchRequests:
         use_adapter: bool,
         max_num_seqs: int,
         policy_version: int,
+        activity: Activity,
     ) -> None:
         self._policy = policy
+        self._activity = activity
+        self._stack = ExitStack()
         self._ends = ends
         self._use_adapter = use_adapter
         self._max_num_seqs = max_num_seqs
@@ -122,9 +126,11 @@ class TorchRequests:
         self._kept: dict[int, tuple[tuple[int, ...], Kept]] = {}
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(self._activity.sampling())
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._stack.close()
         self._rows, self._batch = [], None
         self._new.clear()
         self._continued.clear()

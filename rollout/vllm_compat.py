@@ -9,6 +9,8 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | kernels of norms, CPU | `cpu_ops.rms_norm`, ... | vLLM has kernels but registers them for GPUs only |
 | sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
 | `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
+| usage of the memory pool, CUDA | `usage_reduced`, during a start | a closed engine's weights may still have users |
+| addresses of LoRA buffers | `clear()` when an engine is closed | vLLM keeps them by address for the life of the process |
 | repacking of linear weights, CPU | nothing: a mark skips it | the trainer reads the original layout |
 | garbage collections, CPU | one collection per start and one per close | each walks all objects of the process: 0.4 s |
 """
@@ -224,6 +226,32 @@ def replace_cpu_layers(model: nn.Module) -> None:
         if isinstance(layer, BaseLinearLayerWithLoRA) and type(layer.base_layer) in known and layer.tp_size == 1:
             replaceable(layer, "apply", ("x", "bias"), purpose="compute adapted layers")
             layer.apply = cpu_ops.dense_apply(layer)
+
+
+@contextmanager
+def usage_reduced(allocator: Any, used: int) -> Iterator[None]:
+    """Let vLLM's memory pool report that many bytes less within this context. It asserts that it is empty at a start.
+
+    See `kv_cache.beside_earlier_pools`.
+    """
+    original = replaceable(allocator, "get_current_usage", (), purpose="start a second engine")
+    allocator.get_current_usage = lambda: original() - used
+    try:
+        yield
+    finally:
+        del allocator.get_current_usage
+
+
+def forget_lora_pointers() -> None:
+    """Clear the tables in which vLLM's LoRA kernels keep strides and addresses of buffers, by the buffers' addresses.
+
+    vLLM never clears them. An engine that is started later, at the same addresses but with other shapes, would compute with the
+    strides of this one; and the tables keep buffers in memory.
+    """
+    from vllm.lora.ops.triton_ops import utils
+
+    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        require(utils, name, purpose="close an engine").clear()
 
 
 def keep_linear_weights(model: nn.Module) -> None:

@@ -1,17 +1,20 @@
 """Requests to vLLM, each with a key of the caller's.
 
-    with VllmRequests(llm_engine, lora_request) as requests:
+    queue = VllmQueue(llm_engine, opened)
+    with VllmRequests(queue, lora_request) as requests:
         requests.add(0, prompt_token_ids, params)
         while requests.has_unfinished:
             for key, output in requests.step():
                 ...
 
-Leaving the block aborts the requests that are not finished. `VllmTurns` are the requests of episodes (`turns.py`).
+Leaving the block aborts the requests that are not finished. Several blocks may be open at the same time, such as when a reward
+function samples: a step of one advances the requests of all. `VllmTurns` are the requests of episodes (`turns.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,53 +32,119 @@ _NAMES = count(1)
 """Names of requests, unique in the process."""
 
 
+class VllmQueue:
+    """The requests of an engine, as several blocks share them.
+
+    Args:
+        opened: makes the context in which a block is open.
+    """
+
+    def __init__(self, engine: Any, opened: Callable[[], AbstractContextManager[None]]) -> None:
+        self.opened = opened
+        self._engine: Any | None = engine
+        self._owners: dict[str, VllmRequests] = {}
+        self._to_abort: list[str] = []
+        self._is_busy = False
+
+    def add(self, owner: VllmRequests, prompt: Sequence[int], params: SamplingParams, lora: LoRARequest | None) -> str:
+        """Submit a request; returns its name. See `VllmRequests.add`."""
+        from vllm.exceptions import VLLMError
+
+        engine, name = self._live_engine(), str(next(_NAMES))
+        self._is_busy = True
+        try:
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=lora)
+        except VLLMError as error:
+            raise ValueError(f"vLLM refuses to sample like this: {error}") from error
+        finally:
+            self._is_busy = False
+        self._owners[name] = owner
+        return name
+
+    def step(self) -> None:
+        """One step of the engine. Requests that have ended with it are given to their owners. See `VllmRequests.step`."""
+        engine = self._live_engine()
+        self.abort(())
+        self._is_busy = True
+        try:
+            outputs = engine.step()
+        except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EngineError(f"vLLM failed while sampling: {reason}") from error
+        finally:
+            self._is_busy = False
+        for one in outputs:
+            if one.finished and (owner := self._owners.pop(one.request_id, None)) is not None:
+                owner.finish(one)
+
+    def abort(self, names: Iterable[str]) -> None:
+        """End requests. Not within a step, at which an abandoned iterator may be collected as garbage: then before the next."""
+        self._to_abort += [name for name in names if self._owners.pop(name, None) is not None]
+        if self._to_abort and not self._is_busy and self._engine is not None:
+            aborted, self._to_abort = self._to_abort, []
+            self._engine.abort_request(aborted)
+
+    def close(self) -> None:
+        """Forget the engine, which is about to be shut down. Blocks that are still open raise EngineError when they go on."""
+        self._engine = None
+        self._owners.clear()
+
+    def _live_engine(self) -> Any:
+        if self._engine is None:
+            raise EngineError("the engine was closed in the middle of this rollout")
+        return self._engine
+
+
 class VllmRequests:
     """See the module's docstring. `lora_request`: None samples from the base model."""
 
-    def __init__(self, engine: Any, lora_request: LoRARequest | None) -> None:
-        self._engine = engine
+    def __init__(self, queue: VllmQueue, lora_request: LoRARequest | None) -> None:
+        self._queue = queue
         self._lora_request = lora_request
         self._keys: dict[str, int] = {}
+        self._finished: list[tuple[int, RequestOutput]] = []
+        self._stack = ExitStack()
+        self._is_open = False
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(self._queue.opened())
+        self._is_open = True
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._keys:
-            self._engine.abort_request(list(self._keys))
+        self._is_open = False
+        with self._stack:
+            self._queue.abort(list(self._keys))
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a request was added and has not ended."""
-        return bool(self._keys)
+        """Whether a request was added and has not been returned by `step`."""
+        return bool(self._keys or self._finished)
 
     def add(self, key: int, prompt: Sequence[int], params: SamplingParams) -> None:
         """Sample from the next step on.
 
         Raises:
+            EngineError: the engine was closed.
             ValueError: vLLM refuses the request.
         """
-        from vllm.exceptions import VLLMError
-
-        name = str(next(_NAMES))
-        try:
-            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora_request)
-        except VLLMError as error:
-            raise ValueError(f"vLLM refuses to sample like this: {error}") from error
-        self._keys[name] = key
+        assert self._is_open, "requests are added within the block"
+        self._keys[self._queue.add(self, prompt, params, self._lora_request)] = key
 
     def step(self) -> list[tuple[int, RequestOutput]]:
-        """One step of the engine; the requests that have ended with it.
+        """One step of the engine; the requests that have ended with it, or with the steps of other blocks before.
 
         Raises:
-            EngineError: vLLM failed.
+            EngineError: vLLM failed, or the engine was closed.
         """
-        try:
-            outputs = self._engine.step()
-        except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise EngineError(f"vLLM failed while sampling: {reason}") from error
-        return [(self._keys.pop(one.request_id), one) for one in outputs if one.finished]
+        if not self._finished:
+            self._queue.step()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def finish(self, output: RequestOutput) -> None:
+        """One of these requests has ended."""
+        self._finished.append((self._keys.pop(output.request_id), output))
 
 
 class VllmTurns(VllmRequests):
@@ -83,7 +152,7 @@ class VllmTurns(VllmRequests):
 
     def __init__(
         self,
-        engine: Any,
+        queue: VllmQueue,
         lora_request: LoRARequest | None,
         sampling: SamplingConfig,
         texts: Texts,
@@ -91,7 +160,7 @@ class VllmTurns(VllmRequests):
         stop_token_ids: Sequence[int],
         policy_version: int,
     ) -> None:
-        super().__init__(engine, lora_request)
+        super().__init__(queue, lora_request)
         self._sampling, self._texts, self._policy_version = sampling, texts, policy_version
         self._stop_token_ids = stop_token_ids
         self._prompts: dict[int, tuple[int, ...]] = {}

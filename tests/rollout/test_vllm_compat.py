@@ -60,6 +60,27 @@ def test_a_platform_that_inherits_its_wrapper_has_it_again_afterwards(monkeypatc
     assert platforms.current_platform.get_punica_wrapper() != "some.where.Else"
 
 
+@pytest.mark.engine
+def test_addresses_of_buffers_are_forgotten():
+    vllm_compat.import_vllm()
+    from vllm.lora.ops.triton_ops import utils
+
+    utils._LORA_A_PTR_DICT[(1, 2)] = utils._LORA_B_PTR_DICT[(3,)] = ()
+    vllm_compat.forget_lora_pointers()
+    assert not utils._LORA_A_PTR_DICT and not utils._LORA_B_PTR_DICT
+
+
+def test_a_memory_pool_reports_its_own_usage_again_after_a_start():
+    class Allocator:
+        def get_current_usage(self) -> int:
+            return 7
+
+    allocator = Allocator()
+    with vllm_compat.usage_reduced(allocator, 5):
+        assert allocator.get_current_usage() == 2
+    assert allocator.get_current_usage() == 7 and not vars(allocator)
+
+
 def test_collections_are_as_before_after_a_failed_start():
     collect = gc.collect
     with pytest.raises(RuntimeError, match="stop"), vllm_compat.existing_objects_frozen():

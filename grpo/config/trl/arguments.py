@@ -72,6 +72,7 @@ class Arguments(TypedDict, total=False):
     max_num_seqs: int | None
     gpu_memory_utilization: float
     kv_cache_gib: float
+    release_kv_cache: bool | None
     enforce_eager: bool | None
     tools: list[str]
     environment: str | dict[str, str] | None
@@ -323,7 +324,7 @@ class Arguments(TypedDict, total=False):
     use_vllm: bool
     vllm_mode: str
     vllm_model_impl: str
-    vllm_enable_sleep_mode: bool
+    vllm_enable_sleep_mode: bool | None
     vllm_structured_outputs_regex: str | None
     vllm_server_base_url: str | None
     vllm_server_host: str

@@ -51,7 +51,9 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "use_vllm": converted("rollout.engine", "bool", False, "false: torch, true: vllm"),
     "vllm_mode": refused("str", "colocate", "leave it out: vLLM runs in this process, so there is no server to start"),
     "vllm_model_impl": refused("str", "vllm", "leave it out: vLLM's own layers hold the adapter"),
-    "vllm_enable_sleep_mode": moot("bool", False, "vLLM's weights are the trainer's, so they stay in place", is_reported=True),
+    "vllm_enable_sleep_mode": mapped(
+        "rollout.release_kv_cache", "bool", False, "the weights stay in place: they are the trainer's too"
+    ),
     "vllm_structured_outputs_regex": converted(
         "rollout.generation_kwargs", "str | None", None, "structured_outputs.regex of generation_kwargs"
     ),
