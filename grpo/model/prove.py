@@ -91,8 +91,8 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False, episodes:
         episodes: also sample episodes of two turns, and compare what is stored of them.
 
     Raises:
-        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains. Or the base model's
-            log-probabilities are not finite.
+        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains; or the base
+            model's log-probabilities are not finite.
     """
     sequences = _sequences(policy, engine)
     base = engine.prompt_logprobs(sequences, use_adapter=False)

@@ -43,6 +43,7 @@ class LossScale:
         self.overflows = 0
         self._lowest = initial
         self._steps_without_overflow = 0
+        self._between_steps = self._state()
 
     @torch.no_grad()
     def unscale_(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -84,14 +85,19 @@ class LossScale:
             self.value = min(2.0 * self.value, MAX_SCALE)
             self._steps_without_overflow = 0
         self.overflows = 0
+        self._between_steps = self._state()
         return notes
 
     def state_dict(self) -> dict[str, float]:
-        """Everything that later steps depend on, as plain data."""
-        return {"value": self.value, "lowest": self._lowest, "steps_without_overflow": float(self._steps_without_overflow)}
+        """Everything that later steps depend on, as plain data. In the middle of a step: the state before it."""
+        return dict(self._between_steps)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the state of `state_dict`."""
         self.value, self._lowest = state["value"], state["lowest"]
         self._steps_without_overflow = int(state["steps_without_overflow"])
         self.overflows = 0
+        self._between_steps = self._state()
+
+    def _state(self) -> dict[str, float]:
+        return {"value": self.value, "lowest": self._lowest, "steps_without_overflow": float(self._steps_without_overflow)}

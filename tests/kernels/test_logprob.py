@@ -240,11 +240,14 @@ def test_a_loss_scale_multiplies_gradients_alone(
 ) -> None:
     """In fp16 too, where a gradient would else be rounded to zero before it is multiplied."""
     for dtype, size in ((torch.float32, 1.0), (torch.float16, 1e-8)):
-        case, found = make_case(40, hidden=5, vocabulary=7, dtype=dtype, **head), []
-        token_loss = curved_loss(40, entropy=True)
+        case, found, curved = make_case(40, hidden=5, vocabulary=7, dtype=dtype, **head), [], curved_loss(40, entropy=True)
+
+        def small(*arguments: Any, size: float = size, curved: TokenLoss = curved) -> torch.Tensor:
+            return size * curved(*arguments)
+
         for scale in (None, 2.0**12):
             loss, *measured = linear_logprob_loss(
-                *case, lambda *args: size * token_loss(*args), chunk_bytes=1, passes=passes, factor=factor, loss_scale=scale
+                *case, small, chunk_bytes=1, passes=passes, factor=factor, loss_scale=scale
             )
             found.append([loss.detach(), *measured, *torch.autograd.grad(loss, leaves(*case[:2]))])
         plain, scaled = found

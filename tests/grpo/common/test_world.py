@@ -48,7 +48,8 @@ def test_one_worker_exchanges_nothing():
 def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What one worker comes to, and each of three."""
     model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("world")
-    arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS | {"local means": LOCAL_MEANS, "float16": FLOAT16}, str(out))
+    variants = VARIANTS | {"local means": LOCAL_MEANS, "float16": FLOAT16}
+    arguments = (3, f"file://{out / 'rendezvous'}", model, variants, str(out))
     # One process imports what they need, and becomes all three: the imports take longer than everything else.
     get_context("forkserver").set_forkserver_preload(["rankup.grpo.update.learner"])
     start_processes(learn_in_a_group, arguments, nprocs=3, start_method="forkserver")

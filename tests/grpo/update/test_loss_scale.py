@@ -182,6 +182,16 @@ def test_the_scale_doubles_after_steps_without_overflow() -> None:
     assert scale.halve(128.0) and scale.end_step(GROWTH_INTERVAL + 2, is_finite=True) != (), "lower than ever before"
 
 
+def test_a_step_that_fails_changes_no_state() -> None:
+    """A checkpoint that an error saves is that of the last complete step."""
+    scale = LossScale(2.0**16)
+    before = scale.state_dict()
+    scale.halve(2.0**16)
+    assert scale.state_dict() == before
+    scale.end_step(0, is_finite=True)
+    assert scale.state_dict()["value"] == 2.0**15
+
+
 def test_a_restored_scale_goes_on_like_the_original() -> None:
     scale, restored = LossScale(2.0**16), LossScale(2.0**10)
     scale.halve(2.0**16)
