@@ -42,6 +42,20 @@ def native_dtype() -> Literal["bfloat16", "float32"]:
     return "bfloat16" if is_native else "float32"
 
 
+def check_dtype(dtype: str, device: str) -> None:
+    """Whether a device, `cpu` or `cuda`, has instructions for `model.dtype`.
+
+    Raises:
+        ValueError: a GPU before Ampere has none for bf16.
+    """
+    if device == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        raise ValueError(
+            f"model.dtype=bfloat16: needs a GPU of compute capability 8.0 (Ampere) or later, and {name} has {major}.{minor}: "
+            "set model.dtype=float16"
+        )
+
+
 @contextmanager
 def paths_of_cuda() -> Iterator[None]:
     """Let fake tensors, and only these, take the code paths of a CUDA device since Ampere. Triton launches no kernel."""

@@ -1,4 +1,4 @@
-"""vLLM's errors about lengths and memory, with the names of the options here.
+"""vLLM's errors about lengths and memory, with the names of the options here, and that of both engines about logits.
 
     with in_our_names(config.rollout, on_cpu=False):
         engine = LLMEngine.from_engine_args(args)
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 
 from .config import RolloutConfig
 
+NOT_FINITE = (
+    "the policy's logits are not finite, so nothing can be sampled: resume from an earlier checkpoint with a lower "
+    "optim.learning_rate, or, in model.dtype=float16, whose range ends at 65504, set bfloat16 or float32"
+)
 LENGTHS = "rollout.max_prompt_length + rollout.max_completion_length"
 
 _TOO_LONG = re.compile(r"max_model_len \((\d+)\) is greater than the derived max_model_len \((\w+)=([\d.]+)")

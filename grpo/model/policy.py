@@ -206,11 +206,13 @@ class Policy:
         temperature: float = 1.0,
         passes: Literal[1, 2] = 1,
         factor: TokenFactor | None = None,
+        loss_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One forward and one backward; gradients are added to the master weights'. Returns loss, logprobs [N], entropy [N].
 
         `passes`: over the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
-        once all log-probabilities are. See `linear_logprob_loss` for both.
+        once all log-probabilities are. `loss_scale`: of all gradients, not of the loss that is returned. See
+        `linear_logprob_loss` for these.
         """
         with self.packed():
             loss, logprobs_N, entropy_N = linear_logprob_loss(
@@ -222,6 +224,7 @@ class Policy:
                 chunk_bytes=self._logits_bytes,
                 passes=passes,
                 factor=factor,
+                loss_scale=loss_scale,
             )
             loss.backward()
         return loss.detach(), logprobs_N, entropy_N

@@ -12,6 +12,7 @@ effect of the adapter, so that effect is the unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ EPISODES, TURN_LENGTH, GIVEN_LENGTH = 8, 4, 3  # of the proof: their number, and
 TOLERANCE = 0.42
 # For a projection alone, relative to the gap without adapters: the largest gap, and the smallest effect that is evidence then.
 NOISE_TOLERANCE, MIN_EFFECT = 1.25, 1.5
+
+NOT_A_NUMBER = (
+    "the base model's log-probabilities are not finite: it cannot be trained like this. In model.dtype=float16 its activations "
+    "leave the range, which ends at 65504: set bfloat16 or float32"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +91,14 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False, episodes:
         episodes: also sample episodes of two turns, and compare what is stored of them.
 
     Raises:
-        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains.
+        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains; or the base
+            model's log-probabilities are not finite.
     """
     sequences = _sequences(policy, engine)
     base = engine.prompt_logprobs(sequences, use_adapter=False)
     noise = _difference(base, trainer_logprobs(policy, sequences, use_adapter=False))
+    if not math.isfinite(noise):
+        raise RuntimeError(NOT_A_NUMBER)
     saved = [p.detach().clone() for p in policy.masters]
     proofs = []
     try:

@@ -27,6 +27,7 @@ from ..guards.decision import Decision
 from ..guards.guards import Guards
 from ..model.packing import Pack, has_targets, pack, pad, row_inputs
 from ..model.policy import Policy
+from .loss_scale import LossScale
 from .objective import Objective, StepConstants
 from .optimizer import make_optimizer, set_learning_rate
 from .schedule import learning_rate
@@ -116,6 +117,7 @@ class Learner:
         self.pad_token_id = pad_token_id
         self.objective = Objective(config)
         self.optimizer = make_optimizer(policy.master_roles, config.optim)
+        self.loss_scale = LossScale(config.optim.initial_loss_scale) if config.model.dtype == "float16" else None
         self.snapshots = Snapshots(policy.masters, self.optimizer)
         self.guards = Guards(config.guards, self.snapshots)
 
@@ -170,6 +172,9 @@ class Learner:
             metrics |= {"updates": float(is_updated), "update_skipped": float(not is_updated)}
             if is_updated:
                 self._iterate_further(gradients, step, metrics, notes)
+            if self.loss_scale is not None:
+                metrics |= self.loss_scale.metrics()
+                notes += self.loss_scale.end_step(step, is_finite=math.isfinite(gradients.stats.grad_norm))
         self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
         return Update(metrics={**metrics, **self.guards.metrics()}, notes=tuple(notes))
 
@@ -197,7 +202,25 @@ class Learner:
         old: Sequence[torch.Tensor | None],
         reference: Sequence[torch.Tensor | None],
     ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
-        """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities."""
+        """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities.
+
+        In float16 a pass whose gradients overflow is repeated with half the loss scale; all workers decide alike, by the
+        numbers of all. If the forward pass is not finite, or no scale is small enough, the guards get the gradient as it is.
+        """
+        stats, logprobs = self._one_pass(packs, constants, old, reference)
+        if self.loss_scale is not None:
+            initial = self.loss_scale.value
+            while math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm) and self.loss_scale.halve(initial):
+                stats, logprobs = self._one_pass(packs, constants, old, reference)
+        return stats, logprobs
+
+    def _one_pass(
+        self,
+        packs: Sequence[Pack],
+        constants: StepConstants,
+        old: Sequence[torch.Tensor | None],
+        reference: Sequence[torch.Tensor | None],
+    ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for one, old_N, reference_N in zip(packs, old, reference, strict=True):
@@ -209,12 +232,15 @@ class Learner:
                     temperature=self.config.rollout.temperature,
                     passes=loss.passes,
                     factor=loss.factor,
+                    loss_scale=None if self.loss_scale is None else self.loss_scale.value,
                 )
             )
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
         local = self._tally(packs, losses, logprobs, entropies, old=old, reference=reference) if packs else Tally()
         tally = Tally.merge(self.world.all_gather(local))
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_(self.policy.masters)
         grad_norm = self._clip_gradients()
         stats = GradientStats(
             loss=tally.sums["loss"],

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ...kernels.device import check_dtype
 from ...rollout.engine import EngineSettings
-from ...rollout.model_limits import check_model_limits
+from ...rollout.model_limits import check_model_dtype, check_model_limits
 from ..common.weight_files import find_weights
 from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
@@ -19,6 +20,7 @@ from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
 from .objective import Objective
+from .optimizer import check_device as check_optimizer
 
 
 def resolve_training(
@@ -28,11 +30,13 @@ def resolve_training(
 
     Raises:
         ValueError, FileNotFoundError: the objective cannot be loaded, or the model has not the context or the tokens that
-            `rollout` needs, or training cannot start from this adapter, or it is in the folder that the run replaces.
+            `rollout` needs, or does not work in `model.dtype`, or training cannot start from this adapter, or it is in the
+            folder that the run replaces.
     """
     Objective(config)
     config = with_fitting_prompts(config, model_path)
     check_model_limits(config.rollout, model_path, tokenizer)
+    check_model_dtype(model_path, config.model.dtype)
     config, start = resolve_start(config, model_path)
     output_dir = config.logging.output_dir
     if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):
@@ -40,6 +44,16 @@ def resolve_training(
             f"lora.start_from: {start.folder} is inside {output_dir}, which a new run replaces: set another logging.output_dir"
         )
     return config, start
+
+
+def check_device(config: GRPOConfig, device: str) -> None:
+    """Whether `cpu` or `cuda` can do what the configuration asks.
+
+    Raises:
+        ValueError: the optimizer or `model.dtype` does not run there.
+    """
+    check_optimizer(config.optim, device)
+    check_dtype(config.model.dtype, device)
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:

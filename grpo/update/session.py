@@ -26,8 +26,7 @@ from ..model.policy import Policy
 from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
 from .learner import Learner
-from .optimizer import check_device
-from .resolve import engine_settings
+from .resolve import check_device, engine_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +59,10 @@ def open_session(
         has_episodes: completions of the run may have several turns; then the proof covers one with given tokens.
 
     Raises:
-        ValueError: the optimizer does not run on this device; vLLM is missing; the engine was made with other settings than
-            this run needs; the model cannot be adapted as asked.
+        ValueError: optimizer or `model.dtype` do not run on this device; vLLM is missing; the engine was made with other
+            settings than this run needs; the model cannot be adapted as asked.
         RuntimeError: the engine does not sample from the policy that would be trained.
     """
-    check_device(config.optim, _device())
     keep_freed_memory()
     with engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
         if policy.plain_reason is not None:
@@ -85,6 +83,7 @@ def engine_and_policy(
     Raises:
         ValueError: see `open_session`.
     """
+    check_device(config, _device())
     config, start = resolve_start(config, model_path)
     if config.rollout.engine == "torch":
         if engine is not None:

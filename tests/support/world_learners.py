@@ -40,7 +40,8 @@ def learn(
     outcomes = {}
     for name, options in variants.items():
         with quiet_stderr():
-            policy = Policy(model_path, lora=LoraConfig(rank=8, alpha=8), dtype="float32", seed=3)
+            dtype = options.get("dtype", "float32")
+            policy = Policy(model_path, lora=LoraConfig(rank=8, alpha=8), dtype=dtype, seed=3)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for layer in policy.layers.values():

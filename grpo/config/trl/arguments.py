@@ -42,7 +42,7 @@ class Arguments(TypedDict, total=False):
     name: str
     revision: str | None
     tokenizer: str | None
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     load_in: Literal["nf4"] | None
     share_base_weights: Literal["auto"] | bool
     start_from: str | None
@@ -161,6 +161,7 @@ class Arguments(TypedDict, total=False):
     warmup_ratio: float
     prompts_per_step: int
     max_grad_norm: float
+    initial_loss_scale: float
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
     adam_beta1: float
     adam_beta2: float
