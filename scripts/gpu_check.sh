@@ -4,7 +4,8 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-Usage: scripts/gpu_check.sh [--output FOLDER] [--model NAME] [--steps N] [--no-engine [--tiny] [--wheels FOLDER]] [--cpu]
+Usage: scripts/gpu_check.sh [--output FOLDER] [--model NAME] [--steps N] [--cpu]
+       scripts/gpu_check.sh --no-engine [--output FOLDER] [--tiny] [--limit SECONDS] [--wheels FOLDER] [--cpu]
 
 Runs on the GPU, one after the other: `rankup doctor`, the tests marked `gpu`, `rankup check`, a short GRPO run and `rankup eval`
 of it, and the benchmarks of the kernels, of rollouts, of the training phase, of its ranks, and of a complete step against TRL's.
@@ -21,6 +22,7 @@ runs the kernels; the learner needs transformers 5, peft, accelerate and pydanti
   --steps N         steps of the run (default: 20; with --cpu 2)
   --no-engine       the trainer alone, see above; --model and --steps have no effect
   --tiny            with --no-engine: the smallest sizes, which take seconds and show only that everything runs
+  --limit SECONDS   with --no-engine: what a step may take (default: 120); then the next one runs
   --wheels FOLDER   with --no-engine: packages that are missing, as wheels; they are unpacked to a temporary folder
   --cpu             the same on the CPU, with the smallest sizes: some tests of kernels instead of those for a GPU, and of the
                     benchmarks only kernels and training phase
@@ -45,10 +47,10 @@ fail() {
 
 # --- Options -----------------------------------------------------------------------------------------------------
 
-output="" model="smollm2-135m-instruct" steps="" cpu="" engine=yes wheels="" tiny=""
+output="" model="smollm2-135m-instruct" steps="" cpu="" engine=yes wheels="" tiny="" limit=120
 while (($#)); do
     case "$1" in
-        --output | --model | --steps | --wheels)
+        --output | --model | --steps | --wheels | --limit)
             [[ -n "${2:-}" ]] || fail "$1 needs a value: see --help"
             printf -v "${1#--}" '%s' "$2"
             shift
@@ -66,6 +68,7 @@ while (($#)); do
 done
 [[ -z "$steps" || "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be an integer of at least 1, not '$steps'"
 [[ -z "$output" ]] || output=$(realpath -m -- "$output")
+[[ "$limit" =~ ^[1-9][0-9]*$ ]] || fail "--limit must be an integer of at least 1, not '$limit'"
 [[ ! -d "$model" ]] || model=$(realpath -- "$model")
 [[ -z "$wheels$tiny" || -z "$engine" ]] || fail "--wheels and --tiny need --no-engine"
 [[ -z "$wheels" ]] || wheels=$(realpath -- "$wheels")
@@ -96,6 +99,8 @@ use_checkout() { # this checkout as the package rankup, for any python3 with tor
     export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 }
 
+# A benchmark that hangs must not keep the report back. With an engine nothing is in a hurry.
+[[ -z "$engine" ]] || limit=1800
 if [[ -n "$engine" ]]; then use_environment; else use_checkout; fi
 [[ -z "$cpu" ]] || export CUDA_VISIBLE_DEVICES=""
 
@@ -155,7 +160,7 @@ doctor() {
 bench() { # file of the results without .json, the benchmark, its options...
     local name=$1 script=$2
     shift 2
-    step "$name" timeout --kill-after=10 "$LIMIT" python3 "scripts/bench/$script.py" --json "$output/bench/$name.json" "$@"
+    step "$name" timeout --kill-after=10 "$limit" python3 "scripts/bench/$script.py" --json "$output/bench/$name.json" "$@"
 }
 
 finish() {
@@ -168,7 +173,6 @@ finish() {
 
 # --- Without an engine --------------------------------------------------------------------------------------------
 
-LIMIT=120 # seconds of a step, so that there is a report after a kernel that hangs
 if [[ -z "$engine" ]]; then
     echo "gpu_check: ${device:-the CPU}, the trainer alone, report in $output"
     bench self_test self_test
