@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from ..kernels.cpu_memory import return_freed_memory
 from ..rollout.engine import RolloutEngine
 from ..rollout.vllm_compat import vllm_version
@@ -31,6 +33,14 @@ __all__ = ["Session", "Sessions"]
 
 LARGE_BYTES = 2**26
 """Base weights whose memory is worth the half second that collecting garbage takes."""
+
+
+def start_text(*, starts_vllm: bool, compiles: bool) -> str:
+    """What the start of a session does, and what is slow about it: vLLM is silent meanwhile."""
+    if not starts_vllm:
+        return "loading the model"
+    slow = "; vLLM compiles the model and captures CUDA graphs, which takes minutes the first time"
+    return f"starting vLLM and loading the model{slow if compiles else ''}"
 
 
 class _OpenSession:
@@ -188,7 +198,8 @@ class Sessions:
             other.close()
         self.close()
         starts_vllm = engine is None and self._setup.config.rollout.engine == "vllm"
-        self._setup.stage("starting vLLM and loading the model" if starts_vllm else "loading the model")
+        compiles = torch.cuda.is_available() and not self._setup.config.rollout.enforce_eager
+        self._setup.stage(start_text(starts_vllm=starts_vllm, compiles=compiles))
         self._open = _OpenSession(self._setup, engine)
         self._close_as_garbage = weakref.finalize(self, self._open.close)
         Sessions._of_process = weakref.ref(self)

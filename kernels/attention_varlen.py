@@ -10,7 +10,9 @@ U occurrences of a prompt among the gathered keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +101,18 @@ def varlen_attention(
         max_k=plan.longest_key,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query_HLD.shape[0] != key_KLD.shape[0],
+        **_for_grouped_heads(varlen_attn, query_HLD.shape[0], key_KLD.shape[0]),
     )
+
+
+def _for_grouped_heads(function: Callable[..., Any], heads: int, key_heads: int) -> dict[str, Any]:
+    """The keyword that lets a key head serve several query heads: torch 2.11 has none, and always allows it."""
+    return {"enable_gqa": heads != key_heads} if "enable_gqa" in _parameters(function) else {}
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 class _Gather(torch.autograd.Function):

@@ -24,6 +24,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,20 @@ def replaceable(owner: object, name: str, parameters: tuple[str, ...], *, purpos
             f"to {purpose}; {_working_versions()}"
         )
     return function
+
+
+def use_separate_cache(local_rank: int) -> None:
+    """Give a worker, but for the first of a machine, a folder of its own for what vLLM compiles. Before vLLM is imported.
+
+    vLLM writes the list of its compiled graphs in place, and under the same name in every process that is not part of a tensor
+    parallel group: a worker could read the half that another has written. The caches of Triton, Inductor and FlashInfer need
+    nothing: they rename complete files, or lock.
+    """
+    if local_rank == 0:
+        return
+    of_user = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "vllm")
+    root = Path(os.environ.get("VLLM_CACHE_ROOT", of_user)).expanduser()
+    os.environ["VLLM_CACHE_ROOT"] = str(root / f"worker_{local_rank}")
 
 
 def import_vllm() -> ModuleType:

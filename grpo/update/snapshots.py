@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..common.errors import first_line
+from ..common.log import logger
 from ..guards.decision import SnapshotKind
 from .optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 
@@ -55,6 +57,7 @@ class Snapshot:
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._host: dict[str, torch.Tensor] = {}
+        self._is_page_locked = self._parameters[0].is_cuda
         self._names: list[str] = []  # of the snapshot; `_host` may hold further buffers
 
     def take(self, step: int) -> None:
@@ -105,8 +108,20 @@ class Snapshot:
     def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             if name not in self._host:
-                # Page-locked memory is several times faster to copy to and from a GPU.
-                self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._parameters[0].is_cuda)
+                self._host[name] = self._buffer(tensor)
         self._names = list(tensors)
         if tensors:  # torch refuses empty lists
             torch._foreach_copy_([self._host[name] for name in tensors], list(tensors.values()))  # type: ignore[attr-defined]
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """An empty tensor on the host, page-locked if the parameters are on a GPU: it is several times faster to copy then.
+
+        Where the system grants no such memory (WSL2 grants little, containers by `ulimit -l`), it is ordinary memory.
+        """
+        if self._is_page_locked:
+            try:
+                return torch.empty_like(like, device="cpu", pin_memory=True)
+            except RuntimeError as error:
+                self._is_page_locked = False
+                logger.info(f"snapshots are in ordinary memory, slower to copy: no page-locked memory ({first_line(error)})")
+        return torch.empty_like(like, device="cpu")

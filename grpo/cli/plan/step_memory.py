@@ -20,6 +20,7 @@ exactly what the full depth takes, as tests show, in half a second where 32 laye
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import tempfile
@@ -146,7 +147,8 @@ def fake_tensors(memory: PeakMemory | None = None) -> Iterator[PeakMemory]:
     """Every new tensor is a fake and its memory is counted; a policy reads no weights. Pass indices as real tensors."""
     from ....kernels import nf4
 
-    nf4._code(torch.device("cpu"))  # cached from here on: a real tensor, and no fake of a mode that has ended
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        nf4._code(torch.device("cpu"))  # cached from here on: a real tensor, and no fake of a mode that has ended
     apply = nn.Module._apply
     nn.Module._apply = lambda module, function, recurse=True: module  # type: ignore[method-assign]  # `to`: fakes stay
     try:
