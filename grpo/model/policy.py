@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ...kernels import shared_prompt_attention
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
+from ...kernels.repeated_rows import gather_rows
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
@@ -248,8 +249,7 @@ class Policy:
         if pack.layout is not None:
             inputs = {"position_ids": pack.position_ids, "shared_prompt_layout": pack.layout}
         output = self.model.base_model(input_ids=pack.input_ids, **inputs, use_cache=False)
-        # index_select: indexing would sum its gradient one element at a time.
-        return output.last_hidden_state.flatten(0, 1).index_select(0, pack.source_N)
+        return gather_rows(output.last_hidden_state.flatten(0, 1), pack.sources)
 
     @property
     def head(self) -> Head:
