@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from .device import is_ampere
-from .repeated_rows import RowCopies, gather_rows
+from .repeated_rows import RowCopies
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def varlen_attention(
     query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, plan: SequencePlan, scaling: float
 ) -> torch.Tensor:
     """Attention in the plan's layout, [L, H, D] in the inputs' dtype."""
-    key_NKD, value_NKD = (gather_rows(t.transpose(0, 1), plan.keys) for t in (key_KLD, value_KLD))
+    key_NKD, value_NKD = (plan.keys.gather(t.transpose(0, 1)) for t in (key_KLD, value_KLD))
     return varlen_attn(  # type: ignore[return-value]
         query_HLD.transpose(0, 1),
         key_NKD,

@@ -1,7 +1,7 @@
 """Gather rows, some of them many times; the gradient of a row is the sum of its copies' gradients in fp32, in a fixed order.
 
     copies = RowCopies([0, 1, 1, 1, 2], length=3)
-    gathered = gather_rows(rows, copies)            # rows[[0, 1, 1, 1, 2]]
+    gathered = copies.gather(rows)                  # rows[[0, 1, 1, 1, 2]]
 
 The backward of torch's `index_select` adds on CUDA with atomics: in bf16, and in an order that differs from run to run. A pack
 repeats the last token of a prompt for each completion's first target, and a prompt's keys for each completion.
@@ -58,11 +58,10 @@ class RowCopies:
             rounds.append((by_count[:rows].to(self.rows_N.device), self._places_N[starts[:rows] + copy].to(self.rows_N.device)))
         return tuple(rounds)
 
-
-def gather_rows(rows_LW: torch.Tensor, copies: RowCopies) -> torch.Tensor:
-    """`rows[copies.rows_N]`: [L, ...] to [N, ...]. Gradients are summed in fp32 (fp64 for fp64) and rounded once."""
-    assert rows_LW.shape[0] == copies.length
-    return _GatherRows.apply(rows_LW, copies)  # type: ignore[return-value]
+    def gather(self, rows_LW: torch.Tensor) -> torch.Tensor:
+        """`rows[rows_N]`: [L, ...] to [N, ...]. Gradients are summed in fp32 (fp64 for fp64) and rounded once."""
+        assert rows_LW.shape[0] == self.length
+        return _GatherRows.apply(rows_LW, self)  # type: ignore[return-value]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -18,6 +18,7 @@ from ..data.run_inputs import with_fitting_prompts
 from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
+from .device import device_of_torch
 from .objective import Objective
 
 
@@ -49,10 +50,12 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
     """
     files = find_weights(Path(model_path))
+    # On CUDA `auto` are vLLM's kernels, which split a sum and add its parts by atomics.
+    dense = {"lora_path": "dense"} if config.deterministic and device_of_torch() == "cuda" else {}
     return EngineSettings(
         model=model_path,
         tokenizer=config.model.tokenizer,
-        rollout=config.rollout,
+        rollout=config.rollout.model_copy(update=dense),
         target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,
         dtype=config.model.dtype,

@@ -12,9 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from ...kernels.cpu_memory import keep_freed_memory
 from ...rollout.engine import RolloutEngine
 from ...rollout.protocol import Engine
 from ...rollout.torch_engine import TorchEngine
@@ -25,8 +22,8 @@ from ..config import GRPOConfig
 from ..model.policy import Policy
 from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
+from .device import device_of_torch, prepared_device
 from .learner import Learner
-from .optimizer import check_device
 from .resolve import engine_settings
 
 
@@ -64,9 +61,7 @@ def open_session(
             this run needs; the model cannot be adapted as asked.
         RuntimeError: the engine does not sample from the policy that would be trained.
     """
-    check_device(config.optim, _device())
-    keep_freed_memory()
-    with engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
+    with prepared_device(config), engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
         if policy.plain_reason is not None:
             logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
         logger.info(base_note(policy, config.rollout.engine))
@@ -126,10 +121,6 @@ def _vllm_engine(config: GRPOConfig, model_path: str, engine: RolloutEngine | No
         yield started
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def make_policy(
     config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None, *, start: StartAdapter | None = None
 ) -> Policy:
@@ -147,10 +138,11 @@ def make_policy(
         start=start,
         dtype=config.model.dtype,
         seed=config.seed,
-        device=_device() if engine is None else engine.device,
+        device=device_of_torch() if engine is None else engine.device,
         gradient_checkpointing=config.optim.gradient_checkpointing,
         logits_mib=config.optim.logits_mib,
         load_in=config.model.load_in,
+        deterministic=config.deterministic,
         shared=engine.base_weights() if engine is not None and share else None,
         slots=None if engine is None else engine.slots,
     )

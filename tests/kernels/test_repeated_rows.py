@@ -7,14 +7,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rankup.kernels.repeated_rows import RowCopies, gather_rows
+from rankup.kernels.repeated_rows import RowCopies
 
 INDEX = st.integers(1, 6).flatmap(lambda length: st.tuples(st.lists(st.integers(0, length - 1), max_size=20), st.just(length)))
 
 
 def gradient_of(index: list[int], grad: torch.Tensor, length: int) -> torch.Tensor:
     rows = torch.zeros(length, *grad.shape[1:], dtype=grad.dtype, device=grad.device, requires_grad=True)
-    return torch.autograd.grad(gather_rows(rows, RowCopies(index, length, grad.device)), rows, grad)[0]
+    return torch.autograd.grad(RowCopies(index, length, grad.device).gather(rows), rows, grad)[0]
 
 
 @settings(deadline=None, max_examples=60)
@@ -24,7 +24,7 @@ def gradient_of(index: list[int], grad: torch.Tensor, length: int) -> torch.Tens
 def test_equals_index_select(case: tuple[list[int], int]) -> None:
     index, length = case
     rows = torch.randn(length, 3, 2, dtype=torch.float64, requires_grad=True)
-    ours, torchs = gather_rows(rows, RowCopies(index, length)), rows.index_select(0, torch.tensor(index, dtype=torch.long))
+    ours, torchs = RowCopies(index, length).gather(rows), rows.index_select(0, torch.tensor(index, dtype=torch.long))
     assert torch.equal(ours, torchs)
     grad = torch.randn_like(torchs)
     torch.testing.assert_close(*(torch.autograd.grad(result, rows, grad) for result in (ours, torchs)))
@@ -60,4 +60,4 @@ def test_a_gradient_that_is_not_contiguous() -> None:
 
 def test_gradcheck() -> None:
     rows = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: gather_rows(t, RowCopies([2, 0, 2, 2], 3)), (rows,))
+    assert torch.autograd.gradcheck(lambda t: RowCopies([2, 0, 2, 2], 3).gather(t), (rows,))
