@@ -20,18 +20,19 @@ DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _simulates_cuda = False
 
 
-def _is_on_cuda(x: torch.Tensor) -> bool:
+def is_on_cuda(x: torch.Tensor) -> bool:
+    """Whether x is on a CUDA device, or a fake tensor within `paths_of_cuda`."""
     return x.is_cuda or (_simulates_cuda and isinstance(x, FakeTensor))
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels support these tensors: all are on a CUDA device, in fp32, bf16 or fp16."""
-    return all(_is_on_cuda(t) and t.dtype in DTYPES for t in tensors)
+    return all(is_on_cuda(t) and t.dtype in DTYPES for t in tensors)
 
 
 def is_ampere(x: torch.Tensor) -> bool:
     """Whether x is in bf16 or fp16 on a CUDA device of compute capability 8.0 or later."""
-    if not _is_on_cuda(x) or x.dtype not in (torch.bfloat16, torch.float16):
+    if not is_on_cuda(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
 

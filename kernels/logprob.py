@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from .device import runs_triton
 from .logprob_rows import Rows, Slopes, TorchRows
-from .lora import Adapter
+from .lora import Adapter, product
 
 if TYPE_CHECKING:
     from .triton.logprob_rows import TritonRows
@@ -260,5 +260,5 @@ class _Gradients:
         u_nR = ((gradient_nV @ adapter.b) * factor_n1).to(hidden_nD.dtype)
         h_nR = ((hidden_nD @ adapter.a.t()) * (factor_n1 * adapter.scaling)).to(hidden_nD.dtype)
         self.hidden_ND[chunk].addmm_(u_nR, adapter.a)
-        self.a_RD += u_nR.t() @ hidden_nD
-        self.b_VR += gradient_nV.t() @ h_nR
+        self.a_RD += product(u_nR.t(), hidden_nD, dtype=self.a_RD.dtype)
+        self.b_VR += product(gradient_nV.t(), h_nR, dtype=self.b_VR.dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.repeated_rows import RowCopies
 from ...kernels.shared_prompt_attention import SharedPromptLayout
 from ...rollout.types import Completion
 from ..data.groups import Group
@@ -31,7 +32,7 @@ class Pack:
         input_ids: [1, L] with shared prompts, [rows, width] padded.
         position_ids, layout: of shared prompts; None in a padded pack.
         attention_mask: of a padded pack, [rows, width]; None with shared prompts.
-        source_N: index of the hidden state (flattened to [L, D]) that predicts each target.
+        sources: the hidden state (flattened to [L, D]) that predicts each target.
         targets_N: token ids to predict.
         advantages_N, sampler_logprobs_N: float32, for each target.
         sequence_N: which completion of the pack each target belongs to.
@@ -43,7 +44,7 @@ class Pack:
     position_ids: torch.Tensor | None = None
     layout: SharedPromptLayout | None = None
     attention_mask: torch.Tensor | None = None
-    source_N: torch.Tensor
+    sources: RowCopies
     targets_N: torch.Tensor
     advantages_N: torch.Tensor
     sampler_logprobs_N: torch.Tensor
@@ -240,7 +241,7 @@ def _make_pack(
         position_ids=position_ids,
         layout=layout,
         attention_mask=attention_mask,
-        source_N=torch.tensor(source, device=device),
+        sources=RowCopies(source, num_input_tokens + num_padding_tokens, device),
         targets_N=targets_N.to(device),
         advantages_N=advantages_S[sequence_N].to(device),
         sampler_logprobs_N=torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float32, device=device),

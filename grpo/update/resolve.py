@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ...kernels.device import check_dtype
 from ...rollout.engine import EngineSettings
 from ...rollout.model_limits import check_model_dtype, check_model_limits
 from ..common.weight_files import find_weights
@@ -19,8 +18,8 @@ from ..data.run_inputs import with_fitting_prompts
 from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
+from .device import device_of_torch
 from .objective import Objective
-from .optimizer import check_device as check_optimizer
 
 
 def resolve_training(
@@ -46,16 +45,6 @@ def resolve_training(
     return config, start
 
 
-def check_device(config: GRPOConfig, device: str) -> None:
-    """Whether `cpu` or `cuda` can do what the configuration asks.
-
-    Raises:
-        ValueError: the optimizer or `model.dtype` does not run there.
-    """
-    check_optimizer(config.optim, device)
-    check_dtype(config.model.dtype, device)
-
-
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     """The settings of vLLM from the configuration.
 
@@ -63,10 +52,12 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
     """
     files = find_weights(Path(model_path))
+    # On CUDA `auto` are vLLM's kernels, which split a sum and add its parts by atomics.
+    dense = {"lora_path": "dense"} if config.deterministic and device_of_torch() == "cuda" else {}
     return EngineSettings(
         model=model_path,
         tokenizer=config.model.tokenizer,
-        rollout=config.rollout,
+        rollout=config.rollout.model_copy(update=dense),
         target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,
         dtype=config.model.dtype,

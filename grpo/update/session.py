@@ -12,9 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from ...kernels.cpu_memory import keep_freed_memory
 from ...rollout.engine import RolloutEngine
 from ...rollout.protocol import Engine
 from ...rollout.torch_engine import TorchEngine
@@ -25,8 +22,9 @@ from ..config import GRPOConfig
 from ..model.policy import Policy
 from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
+from .device import check_device, device_of_torch, prepared_device
 from .learner import Learner
-from .resolve import check_device, engine_settings
+from .resolve import engine_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +61,7 @@ def open_session(
             settings than this run needs; the model cannot be adapted as asked.
         RuntimeError: the engine does not sample from the policy that would be trained.
     """
-    keep_freed_memory()
-    with engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
+    with prepared_device(config), engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
         if policy.plain_reason is not None:
             logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
         logger.info(base_note(policy, config.rollout.engine))
@@ -83,7 +80,7 @@ def engine_and_policy(
     Raises:
         ValueError: see `open_session`.
     """
-    check_device(config, _device())
+    check_device(config, device_of_torch())
     config, start = resolve_start(config, model_path)
     if config.rollout.engine == "torch":
         if engine is not None:
@@ -125,10 +122,6 @@ def _vllm_engine(config: GRPOConfig, model_path: str, engine: RolloutEngine | No
         yield started
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def make_policy(
     config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None, *, start: StartAdapter | None = None
 ) -> Policy:
@@ -146,10 +139,11 @@ def make_policy(
         start=start,
         dtype=config.model.dtype,
         seed=config.seed,
-        device=_device() if engine is None else engine.device,
+        device=device_of_torch() if engine is None else engine.device,
         gradient_checkpointing=config.optim.gradient_checkpointing,
         logits_mib=config.optim.logits_mib,
         load_in=config.model.load_in,
+        deterministic=config.deterministic,
         shared=engine.base_weights() if engine is not None and share else None,
         slots=None if engine is None else engine.slots,
     )

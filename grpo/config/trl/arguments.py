@@ -39,6 +39,7 @@ class Arguments(TypedDict, total=False):
     checkpoint: CheckpointConfig | dict[str, Any]
     cluster: ClusterConfig | dict[str, Any]
     seed: int
+    deterministic: bool
     name: str
     revision: str | None
     tokenizer: str | None

@@ -112,7 +112,7 @@ TRAINING_FIELDS: dict[str, TrlField] = {
     "greater_is_better": converted("guards.load_best_model_at_end", "bool | None", None, "only true: higher is better"),
     "ignore_data_skip": moot("bool", False, "the prompts of a step depend on seed and step only; nothing is skipped"),
     "restore_callback_states_from_checkpoint": moot("bool", False, "the states of callbacks are always restored"),
-    "full_determinism": moot("bool", False, "runs are bit-exact on the CPU; CUDA kernels are not", is_reported=True),
+    "full_determinism": mapped("deterministic", "bool", False, "on the CPU runs are always bit-exact"),
     "seed": mapped("seed", "int", 42),
     "data_seed": mapped("data.shuffle_seed", "int | None", None),
     "use_cpu": moot("bool", False, "set CUDA_VISIBLE_DEVICES= to hide the GPUs", is_reported=True),

@@ -42,7 +42,7 @@ def test_every_field_has_a_docstring(section: str) -> None:
 
 
 def test_sections_are_complete() -> None:
-    assert list(GRPOConfig.model_fields) == [*SECTIONS, "seed"]
+    assert list(GRPOConfig.model_fields) == [*SECTIONS, "seed", "deterministic"]
 
 
 def test_options_are_read_by_their_flat_names_too() -> None:
