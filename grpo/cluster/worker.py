@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import torch
 import torch.distributed as dist
 
-from ...rollout.vllm_compat import use_separate_cache
 from ..checkpoint.resume import Resume
 from ..common.errors import explain
 from ..common.interrupts import RunInterrupted
@@ -97,8 +94,6 @@ def run_worker(pickled_task: bytes, mailbox: Any) -> None:
 def _train(task: Task, mailbox: Any, world: World, deadline: Deadline) -> None:
     config = task.config
     _check_folder_is_shared(config, world)
-    use_separate_cache(ray.train.get_context().get_local_rank())
-    _connect_gpus(world)
 
     def start_deadline() -> None:
         world.all_gather(None)  # the engines of all workers have started, which takes longer than any step
@@ -124,15 +119,6 @@ def _train(task: Task, mailbox: Any, world: World, deadline: Deadline) -> None:
         outcome = Outcome(summary=summary, checkpoint=interruption.checkpoint, is_saved=interruption.code == 0)
     if world.is_main:
         ray.get(mailbox.end.remote(outcome))
-
-
-def _connect_gpus(world: World) -> None:
-    """Let NCCL connect the GPUs and take its buffers while they are free: the engine takes what is left.
-
-    Otherwise the first sum of gradients would, after a rollout, and might find no memory or no connection.
-    """
-    if torch.cuda.is_available():
-        world.all_reduce_([torch.zeros(1, device="cuda")])
 
 
 def _await_main(mailbox: Any) -> None:
