@@ -17,64 +17,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..algorithm.corrections import gap_metrics, gap_tally
-from ..algorithm.losses import Counts, entropy_bound, kl_k3
+from ..algorithm.losses import Counts, entropy_bound
 from ..algorithm.tally import Tally
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
 from ..guards.decision import Decision
 from ..guards.guards import Guards
-from ..model.packing import Pack, has_targets, pack, pad, row_inputs
+from ..model.packing import Pack, pack, pad
 from ..model.policy import Policy
 from .loss_scale import LossScale
 from .objective import Objective, StepConstants
 from .optimizer import make_optimizer, set_learning_rate
 from .schedule import learning_rate
 from .snapshots import Snapshots
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradientStats:
-    """Numbers of one forward and backward pass over the step, of all workers. `grad_norm` is before clipping.
-
-    `gap`: between sampler and trainer, see `gap_metrics`. `left_out_ratio`: the share of tokens in completions that a veto or
-    mask switches off. `kl`, `clip_low`, `clip_high`: None if the objective has none.
-    """
-
-    loss: float
-    grad_norm: float
-    entropy: float
-    gap: Mapping[str, float]
-    left_out_ratio: float
-    kl: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """By TRL's names."""
-        return {
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "entropy": self.entropy,
-            **self.gap,
-            "sampling/left_out_ratio": self.left_out_ratio,
-            **({} if self.kl is None else {"kl": self.kl}),
-            **self._clip_metrics(),
-        }
-
-    def off_policy_metrics(self) -> dict[str, float]:
-        """Those that a further iteration replaces. Metrics that compare with the sampler stay those of the first iteration."""
-        return {"loss": self.loss, "grad_norm": self.grad_norm, **self._clip_metrics()}
-
-    def _clip_metrics(self) -> dict[str, float]:
-        if self.clip_low is None or self.clip_high is None:
-            return {}
-        return {
-            "clip_ratio/low_mean": self.clip_low,
-            "clip_ratio/high_mean": self.clip_high,
-            "clip_ratio/region_mean": self.clip_low + self.clip_high,
-        }
+from .stats import GradientStats, packing_counts, packing_metrics, tally_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +108,7 @@ class Learner:
             stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), reference)
         return StepGradients(
             stats=stats,
-            packing=_packing_metrics(self.world.all_gather(_packing_counts(packs, local))),
+            packing=packing_metrics(self.world.all_gather(packing_counts(packs, local))),
             packs=packs,
             constants=constants,
             old_logprobs=logprobs,
@@ -237,56 +194,11 @@ class Learner:
             )
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
-        local = self._tally(packs, losses, logprobs, entropies, old=old, reference=reference) if packs else Tally()
+        local = tally_of(self.objective, packs, losses, logprobs, entropies, old=old, reference=reference) if packs else Tally()
         tally = Tally.merge(self.world.all_gather(local))
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.policy.masters)
-        grad_norm = self._clip_gradients()
-        stats = GradientStats(
-            loss=tally.sums["loss"],
-            grad_norm=grad_norm,
-            entropy=tally.mean("entropy"),
-            gap=gap_metrics(tally),
-            left_out_ratio=1.0 - tally.mean("kept"),
-            kl=tally.mean("kl_to_reference") if "kl_to_reference" in tally.sums else None,
-            clip_low=tally.mean("clip_low") if "clip_low" in tally.sums else None,
-            clip_high=tally.mean("clip_high") if "clip_high" in tally.sums else None,
-        )
-        return stats, logprobs
-
-    def _tally(
-        self,
-        packs: Sequence[Pack],
-        losses: Sequence[torch.Tensor],
-        logprobs: Sequence[torch.Tensor],
-        entropies: Sequence[torch.Tensor],
-        *,
-        old: Sequence[torch.Tensor | None],
-        reference: Sequence[torch.Tensor | None],
-    ) -> Tally:
-        """Sums and extremes over this worker's tokens, for the stats."""
-        pairs = list(zip(packs, logprobs, strict=True))
-        logprobs_all = torch.cat(list(logprobs))
-        sums = {
-            "entropy": torch.cat(list(entropies)),
-            "loss": torch.stack(list(losses)),
-            "kept": torch.cat([self.objective.keeps(one, logprobs_N) for one, logprobs_N in pairs]),
-        }
-        if self.config.algorithm.beta > 0:
-            sums["kl_to_reference"] = kl_k3(logprobs_all, torch.cat([r for r in reference if r is not None]))
-        if old[0] is not None:
-            counts = [
-                self.objective.clip_counts(one, logprobs_N, old_N)
-                for (one, logprobs_N), old_N in zip(pairs, old, strict=True)
-                if old_N is not None
-            ]
-            sums["clip_low"], sums["clip_high"] = torch.stack(counts).unbind(1)
-        gap = gap_tally(
-            logprobs_all,
-            torch.cat([one.sampler_logprobs_N for one in packs]),
-            torch.cat([self.objective.weights(one, logprobs_N) for one, logprobs_N in pairs]),
-        )
-        return Tally.of(sums=sums, extremes={}).join(gap)
+        return GradientStats.of(tally, grad_norm=self._clip_gradients()), logprobs
 
     def _sum_gradients(self) -> None:
         """Sum the workers' gradients; every worker gets the sum."""
@@ -371,27 +283,3 @@ def without_truncated(group: Group) -> Group:
 
 def _num_tokens(groups: Sequence[Group]) -> int:
     return sum(completion.num_tokens for group in groups for completion in group.completions)
-
-
-def _packing_counts(packs: Sequence[Pack], groups: Sequence[Group]) -> dict[str, int]:
-    """Packs and tokens of this worker, and the tokens of one prompt for each completion."""
-    rows = [(len(g.prompt.token_ids), len(row_inputs(c)) + 1) for g in groups for c in g.completions if has_targets(c)]
-    return {
-        "packs": len(packs),
-        "computed": sum(one.num_input_tokens for one in packs),
-        "padding": sum(one.num_padding_tokens for one in packs),
-        "completion": sum(len(one.targets_N) for one in packs),
-        "plain": sum(map(sum, rows)),
-    }
-
-
-def _packing_metrics(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """Packs and tokens of all workers, the share of padding, and the ratio to one prompt for each completion."""
-    total = {name: sum(one[name] for one in counts) for name in counts[0]}
-    return {
-        "packing/packs": float(total["packs"]),
-        "packing/tokens": float(total["computed"]),
-        "packing/completion_tokens": float(total["completion"]),
-        "packing/padding_ratio": total["padding"] / (total["computed"] + total["padding"]),
-        "packing/token_ratio": total["computed"] / total["plain"],
-    }

@@ -131,7 +131,6 @@ SCRIPTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bf16": False, "fp16": False}, {"model.dtype": "float32"}),
     ({"fp16": True}, {"model.dtype": "float16"}),
     ({"fp16": True, "bf16": False}, {"model.dtype": "float16"}),
-    ({"fp16": False}, {"model.dtype": "bfloat16"}),
     ({"fp16": True, "model_init_kwargs": {"dtype": "float32"}}, {"model.dtype": "float16"}),
     ({"model_init_kwargs": {"torch_dtype": torch.float16}}, {"model.dtype": "float16"}),
     ({"model_init_kwargs": {"torch_dtype": torch.float32}}, {"model.dtype": "float32"}),
