@@ -34,6 +34,7 @@ from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
 from .texts import Texts
 from .types import Completion, PromptGroup
 from .vllm_compat import (
+    check_model_runner,
     collections_skipped,
     existing_objects_frozen,
     forget_lora_pointers,
@@ -93,6 +94,7 @@ class RolloutEngine:
         with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper), pools:
             check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
+        check_model_runner(self._engine)
         if on_cpu:
             replace_cpu_sampler(self._engine)
             if dense:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 TESTED_VERSIONS = ("0.32",)
+RUNNERS_V1 = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner")
+"""The modules of model runner V1."""
 
 logger = logging.getLogger("rankup")
 
@@ -125,12 +127,16 @@ def import_vllm() -> ModuleType:
     on one device say something about the other.
 
     Raises:
-        ValueError: vLLM is not installed, or the environment puts its engine into another process.
+        ValueError: vLLM is not installed, or the environment puts its engine into another process or chooses another runner.
     """
     version = vllm_version()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
+        raise ValueError(
+            "rankup works with vLLM's model runner V1: unset VLLM_USE_V2_MODEL_RUNNER, or set it to 0"
+        )
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise ValueError(
             "rankup shares memory with vLLM's engine: unset VLLM_ENABLE_V1_MULTIPROCESSING, or set it to 0"
@@ -140,6 +146,24 @@ def import_vllm() -> ModuleType:
     if not version.startswith(TESTED_VERSIONS):
         logger.warning("vLLM %s is untested; %s", version, _working_versions())
     return vllm
+
+
+def check_model_runner(engine: Any) -> None:
+    """Whether an engine has model runner V1, which vLLM deprecates.
+
+    Raises:
+        ValueError: it has another one, although `import_vllm` chose V1.
+    """
+    purpose = "choose model runner V1"
+    owner = engine
+    for name in ("model_executor", "driver_worker", "worker", "model_runner"):
+        owner = require(owner, name, purpose=purpose)
+    module = type(owner).__module__
+    if module not in RUNNERS_V1:
+        raise ValueError(
+            f"vLLM {vllm_version()} started with {module}, although VLLM_USE_V2_MODEL_RUNNER=0 chooses model runner V1; "
+            f"{_working_versions()}"
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The parts of vLLM that rankup needs exist in the installed version, and errors name missing ones."""
 
 import gc
+import importlib.util
 import os
 import types
 
@@ -34,6 +35,37 @@ def test_an_engine_in_another_process_is_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ValueError, match="unset VLLM_ENABLE_V1_MULTIPROCESSING"):
         vllm_compat.import_vllm()
+
+
+def test_another_model_runner_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="model runner V1: unset VLLM_USE_V2_MODEL_RUNNER"):
+        vllm_compat.import_vllm()
+
+
+@pytest.mark.engine
+def test_vllm_still_has_the_deprecated_model_runner_and_its_switch(monkeypatch: pytest.MonkeyPatch):
+    """If this fails, model runner V1 is gone: docs/log.md says what V2 lacked."""
+    vllm_compat.import_vllm()
+    from vllm import envs
+    from vllm.config import VllmConfig
+
+    for module in vllm_compat.RUNNERS_V1:
+        assert importlib.util.find_spec(module) is not None, module
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", False, raising=False)
+    assert VllmConfig().use_v2_model_runner is False
+
+
+@pytest.mark.engine
+def test_an_engine_has_model_runner_v1(make_engine):
+    engine = make_engine()._engine
+    vllm_compat.check_model_runner(engine)
+    runner = engine.model_executor.driver_worker.worker.model_runner
+    worker = types.SimpleNamespace(worker=types.SimpleNamespace(model_runner=types.SimpleNamespace()))
+    other = types.SimpleNamespace(model_executor=types.SimpleNamespace(driver_worker=worker))
+    with pytest.raises(ValueError, match="started with types, although VLLM_USE_V2_MODEL_RUNNER=0"):
+        vllm_compat.check_model_runner(other)
+    assert type(runner).__module__ in vllm_compat.RUNNERS_V1
 
 
 @pytest.mark.engine
