@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import torch
 
 from ..algorithm.losses import Counts, entropy_bound
-from ..algorithm.tally import Tally
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
@@ -194,11 +193,11 @@ class Learner:
             )
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
-        local = tally_of(self.objective, packs, losses, logprobs, entropies, old=old, reference=reference) if packs else Tally()
-        tally = Tally.merge(self.world.all_gather(local))
+        local = tally_of(self.objective, packs, losses, logprobs, entropies, old=old, reference=reference)
+        tallies = self.world.all_gather(local)
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.policy.masters)
-        return GradientStats.of(tally, grad_norm=self._clip_gradients()), logprobs
+        return GradientStats.of(tallies, grad_norm=self._clip_gradients()), logprobs
 
     def _sum_gradients(self) -> None:
         """Sum the workers' gradients; every worker gets the sum."""

@@ -1,7 +1,7 @@
 """Numbers of a step's backward pass: what is counted on one worker, and the metrics of all.
 
     tally = tally_of(objective, packs, losses, logprobs, entropies, old=old, reference=reference)
-    GradientStats.of(Tally.merge(world.all_gather(tally)), grad_norm=norm).metrics()
+    GradientStats.of(world.all_gather(tally), grad_norm=norm).metrics()
     packing_metrics(world.all_gather(packing_counts(packs, groups)))
 """
 
@@ -38,8 +38,9 @@ class GradientStats:
     clip_high: float | None = None
 
     @staticmethod
-    def of(tally: Tally, *, grad_norm: float) -> GradientStats:
-        """From the tally of all workers, see `tally_of`."""
+    def of(tallies: Sequence[Tally], *, grad_norm: float) -> GradientStats:
+        """From the tallies of all workers, see `tally_of`."""
+        tally = Tally.merge(tallies)
         return GradientStats(
             loss=tally.sums["loss"],
             grad_norm=grad_norm,
@@ -91,6 +92,8 @@ def tally_of(
 
     old, reference: the log-probabilities under these policies, None for each pack without.
     """
+    if not packs:
+        return Tally()
     pairs = list(zip(packs, logprobs, strict=True))
     logprobs_all = torch.cat(list(logprobs))
     sums = {

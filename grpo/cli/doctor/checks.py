@@ -27,7 +27,7 @@ from .device import available_memory
 from .findings import Check, Finding, Level, gib
 from .versions import INSTALL, WITHOUT_VLLM
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEMORY_BESIDES_KV_CACHE = 3 * 2**30  # of a run on CPU: vLLM, the trainer and a small model in both
 LITTLE_DISK = 5 * 2**30
 
@@ -55,7 +55,7 @@ def kernels() -> Iterator[Finding]:
         note = "head sizes that are multiples of 8, up to 192; batched torch products for others and for float32"
         yield Finding("attention", "torch's flash kernels, one call per pack", note)
     else:
-        note = "flash kernels need bf16 and an Ampere or later GPU; on CPU these products are faster"
+        note = "flash kernels need 16 bits and an Ampere or later GPU; on CPU these products are faster"
         yield Finding("attention", "batched torch products", note)
 
 

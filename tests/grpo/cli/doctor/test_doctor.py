@@ -93,7 +93,7 @@ def test_without_bitsandbytes_runs_work(without_two: dict[str, Any]) -> None:
     version, path = by_name(without_two["versions"])["bitsandbytes"], by_name(without_two["paths"])["bitsandbytes"]
     assert version["level"] == path["level"] == "warning"
     assert "NF4" in version["note"] and "8-bit" in path["note"]
-    assert {f["name"] for f in without_two["self-test"] if f["level"] == "warning"} == {"NF4, bf16", "NF4, fp32"}
+    assert {f["name"] for f in without_two["self-test"] if f["level"] == "warning"} == {"NF4, bf16", "NF4, fp16", "NF4, fp32"}
 
 
 def test_without_torch_only_versions_are_reported(tmp_path: Path) -> None:
