@@ -39,7 +39,7 @@ from .vllm_compat import (
     import_vllm,
     lora_wrapper_replaced,
     replace_cpu_layers,
-    replace_cpu_sampler,
+    replace_sampler,
     require,
 )
 from .vllm_requests import VllmRequests, VllmTurns
@@ -146,10 +146,9 @@ class RolloutEngine:
         with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper):
             check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
-        if on_cpu:
-            replace_cpu_sampler(self._engine)
-            if dense:
-                self._apply_model(replace_cpu_layers)
+        replace_sampler(self._engine, on_cpu=on_cpu)
+        if on_cpu and dense:
+            self._apply_model(replace_cpu_layers)
         self._tokenizer = self._engine.get_tokenizer()
         self.slots = self._apply_model(find_slots)
         self._check_targets()

@@ -11,11 +11,13 @@ Leaving the block aborts the requests that are not finished. `VllmTurns` are the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 from .config import SamplingConfig
+from .cpu_ops import NOT_FINITE
 from .sampling_params import sampling_params, text_of
 from .texts import Texts
 from .turns import Request, Turn
@@ -68,14 +70,22 @@ class VllmRequests:
         """One step of the engine; the requests that have ended with it.
 
         Raises:
-            EngineError: vLLM failed.
+            EngineError: vLLM failed, or the policy's logits are not finite.
         """
         try:
             outputs = self._engine.step()
         except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(f"vLLM failed while sampling: {reason}") from error
-        return [(self._keys.pop(one.request_id), one) for one in outputs if one.finished]
+        ended = [one for one in outputs if one.finished]
+        if any(_has_nan(completion) for one in ended for completion in one.outputs):
+            raise EngineError(f"vLLM failed while sampling: {NOT_FINITE}")
+        return [(self._keys.pop(one.request_id), one) for one in ended]
+
+
+def _has_nan(completion: Any) -> bool:
+    """Whether a token was sampled from logits that are not finite: its log-probability is NaN then."""
+    return completion.logprobs is not None and math.isnan(sum(completion.logprobs.logprobs))
 
 
 class VllmTurns(VllmRequests):
