@@ -10,9 +10,9 @@ fp32 master weights A and B. With h = x a^T, g = dL/dy and u = g b
 
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
-On CUDA y and dx take one kernel each (`triton/lora.py`); torch computes every other product, and on other devices all of them.
-dA and dB are sums over all tokens. cuBLAS writes them in fp32; torch has no such product of 16-bit operands on CPU, where they
-are rounded to the operands' dtype first.
+On CUDA y and dx take one kernel each (`triton/lora.py`) where that is the faster way (`lora_choice.py`); torch computes every
+other product, and on other devices all of them. dA and dB are sums over all tokens. cuBLAS writes them in fp32; torch has no such
+product of 16-bit operands on CPU, where they are rounded to the operands' dtype first.
 A weight in NF4 (`nf4.py`) is dequantised before each product with it and freed afterwards.
 
 Neither `x @ A` in fp32 nor the merged weight is ever formed. h is saved for the backward: it is small compared to x (R of I
@@ -29,7 +29,7 @@ V vocabulary, D width of the embedding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, linear, silu
 
 from .device import is_ampere, is_on_cuda, runs_triton
+from .lora_choice import choose, kernel_for
 from .nf4 import Nf4Weight
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -268,11 +269,29 @@ def _product_with_adapter(
     x_TK: torch.Tensor, w_KN: torch.Tensor, h_TR: torch.Tensor, b_RN: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`x w + h b + bias`, [T, N]: y of a forward, dx of a backward."""
-    if _has_kernel(x_TK):
+    if _has_kernel(x_TK) and kernel_for(w_KN, b_RN) == "triton":
         from .triton import lora  # a machine without such a device needs no Triton
 
         return lora.product_with_adapter(x_TK, w_KN, h_TR, b_RN, bias_N)
+    return _two_products(x_TK, w_KN, h_TR, b_RN, bias_N)
+
+
+def _two_products(
+    x_TK: torch.Tensor, w_KN: torch.Tensor, h_TR: torch.Tensor, b_RN: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
     return linear(x_TK, w_KN.t(), bias_N).addmm_(h_TR, b_RN)
+
+
+def choose_kernel(
+    kernel: Literal["auto", "triton", "cublas"], run: Callable[[], object], *, like: torch.Tensor
+) -> str | None:
+    """`lora_choice.choose` between the kernel and torch's products, for layers with weights such as `like`. None without a
+    device that has the kernel."""
+    if not _has_kernel(like):
+        return None
+    from .triton import lora
+
+    return choose(kernel, run, {"triton": lora.product_with_adapter, "cublas": _two_products})
 
 
 def product(left_MK: torch.Tensor, right_KN: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

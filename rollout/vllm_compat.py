@@ -8,6 +8,7 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | LoRA wrapper class | `dense_lora.py` | vLLM's copies the adapter once per token on CPU, and is wrong on the LM head |
 | kernels of norms, CPU | `cpu_ops.rms_norm`, ... | vLLM has kernels but registers them for GPUs only |
 | sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
+| sampling of tokens, CUDA | `cuda_ops.sample` | vLLM's launches a kernel for each sequence with a seed |
 | `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
 | usage of the memory pool, CUDA | `usage_reduced`, during a start | a closed engine's weights may still have users |
 | addresses of LoRA buffers | `clear()` when an engine is closed | vLLM keeps them by address for the life of the process |
@@ -28,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import cpu_ops
+from . import cpu_ops, cuda_ops
 
 if TYPE_CHECKING:
     from torch import nn
@@ -236,8 +237,8 @@ def cpu_norms() -> dict[str, list[str]]:
     return {"rms_norm": [provider], "fused_add_rms_norm": [provider]}
 
 
-def replace_cpu_sampler(engine: Any) -> None:
-    """Let this engine sample tokens with `cpu_ops.sample`.
+def replace_sampler(engine: Any, *, on_cpu: bool) -> None:
+    """Let this engine sample tokens with `cpu_ops.sample`, or else with `cuda_ops.sample`.
 
     Raises:
         ValueError: the engine's sampler is elsewhere or has other parameters.
@@ -248,7 +249,7 @@ def replace_cpu_sampler(engine: Any) -> None:
         owner = require(owner, name, purpose=purpose)
     assert owner.logprobs_mode == "processed_logprobs", "`sample` returns the log-probabilities that it sampled from"
     replaceable(owner, "forward", ("logits", "generators", "k", "p"), purpose=purpose)
-    owner.forward = cpu_ops.sample
+    owner.forward = cpu_ops.sample if on_cpu else cuda_ops.sample
 
 
 def replace_cpu_layers(model: nn.Module) -> None:

@@ -107,6 +107,10 @@ class OptimConfig(Section):
     logits_mib: int | None = Field(default=None, ge=1)
     """Memory for the logits of one chunk, in MiB; a chunk has at least 16 tokens. None: 128 on CPU, 1024 on CUDA."""
 
+    lora_kernel: Literal["auto", "triton", "cublas"] = "auto"
+    """What multiplies with an adapter and its layer on CUDA: one kernel of `triton`, two products of `cublas`, or `auto`: the
+    faster one for each shape, measured at the start (with `deterministic`, triton). They differ by rounding errors."""
+
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

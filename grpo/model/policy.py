@@ -242,13 +242,17 @@ class Policy:
                 "from the newest checkpoint"
             )
 
-    def _any_forward(self) -> None:
-        """The model once, on two tokens."""
+    def any_pass(self) -> None:
+        """A forward and backward of the model on two tokens. Leaves no gradients."""
+        torch.autograd.grad(self._any_forward().sum(), self.masters, allow_unused=True)
+
+    def _any_forward(self) -> torch.Tensor:
+        """The hidden states of the model, on two tokens."""
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
         if self.shares_prompts:
             inputs["shared_prompt_layout"] = shared_prompt_attention.SharedPromptLayout.build([(2, [])], self.device)
         with self.packed():
-            self.model.base_model(**inputs, use_cache=False)
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
         inputs: dict[str, Any] = {"attention_mask": pack.attention_mask}

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from ...kernels.lora import choose_kernel
 from ...rollout.engine import RolloutEngine
 from ...rollout.protocol import Engine
 from ...rollout.torch_engine import TorchEngine
@@ -66,6 +67,9 @@ def open_session(
             logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
         logger.info(base_note(policy, config.rollout.engine))
         logger.info(policy.fusion.summary)
+        kernel = "triton" if config.deterministic and config.optim.lora_kernel == "auto" else config.optim.lora_kernel
+        if note := choose_kernel(kernel, policy.any_pass, like=next(policy.model.parameters())):
+            logger.info(note)
         prove_slots(policy, sampler, episodes=has_episodes)
         sampler.policy_version = 0  # a run counts its policies from the initial adapter
         yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))

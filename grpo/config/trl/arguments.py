@@ -170,6 +170,7 @@ class Arguments(TypedDict, total=False):
     weight_decay: float
     tokens_per_pack: int
     logits_mib: int | None
+    lora_kernel: Literal["auto", "triton", "cublas"]
     gradient_checkpointing: bool
     functions: list[str | RewardFunction | dict[str, Any]] | str | dict[str, Any]
     weights: list[float] | None
