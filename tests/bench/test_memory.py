@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankup.grpo.cli.plan.step_memory import PeakMemory, fake_tensors, flash_workspace
+from rankup.grpo.memory.step_memory import PeakMemory, fake_tensors, flash_workspace
 from rankup.grpo.common.quiet import quiet_stderr
 
 pytestmark = pytest.mark.slow

@@ -25,9 +25,9 @@ from ...common.log import log_to
 from ...config import GRPOConfig
 from ...config.loading import dump_yaml
 from ...config.lora import TARGET_PRESETS
+from ...memory.budget import GIB, Budget, Saving, gib, plan_budget, rank_that_fits, savings, with_full_sequences
+from ...memory.shapes import SIZES, ModelShape, read_shape
 from .advice import ONE_POLICY, PRACTICE, PRESETS, Choice, advise, lower_ranks
-from .memory import GIB, Budget, Saving, gib, plan_budget, rank_that_fits, savings, with_full_sequences
-from .shapes import SIZES, ModelShape, read_shape
 
 MAX_RANK_REASON = "rank of vLLM's LoRA buffers, 64 or 128"
 EXAMPLES = """examples:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .memory import Budget, gib
+from ...memory.budget import Budget, gib
 from .plan import MAX_RANK_REASON, Plan
 
 PIPED_WIDTH = 120

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rankup.grpo.cli.plan import memory
 from rankup.grpo.cli.plan.advice import PRACTICE
-from rankup.grpo.cli.plan.memory import GIB
 from rankup.grpo.cli.plan.plan import EXAMPLES, add_plan_command, make_plan
 from rankup.grpo.cli.plan.view import show
 from rankup.grpo.config import load_config
+from rankup.grpo.memory import budget
+from rankup.grpo.memory.budget import GIB
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Planner:
 @pytest.fixture
 def plan_without_a_pass(plan: Planner, monkeypatch: pytest.MonkeyPatch) -> Planner:
     """For tests of what does not depend on the memory of a pass, of which a plan measures up to ten."""
-    monkeypatch.setattr(memory, "pass_parts", lambda *_: {"activations": GIB, "logits_chunk": GIB // 8})
+    monkeypatch.setattr(budget, "pass_parts", lambda *_: {"activations": GIB, "logits_chunk": GIB // 8})
     return plan
 
 

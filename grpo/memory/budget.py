@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...config import GRPOConfig
-from ...config.run_config import MAX_NUM_SEQS
+from ..config import GRPOConfig
+from ..config.run_config import MAX_NUM_SEQS
 from .shapes import ModelShape
 
 GIB = 2**30
@@ -339,6 +339,6 @@ def low_memory(config: GRPOConfig, device: Device) -> GRPOConfig:
 
 
 def _logits_mib(config: GRPOConfig, device: Device) -> int:
-    from ...model.policy import LOGITS_MIB
+    from ..model.policy import LOGITS_MIB
 
     return config.optim.logits_mib or LOGITS_MIB[device]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rankup.grpo.cli.plan.memory import GIB, Budget, Device, changed, gib, low_memory, plan_budget, savings, training_parts
-from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.budget import GIB, Budget, Device, changed, gib, low_memory, plan_budget, savings, training_parts
+from rankup.grpo.memory.shapes import ModelShape, read_shape
 
 pytestmark = pytest.mark.slow
 

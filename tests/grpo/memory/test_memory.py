@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from rankup.grpo.cli.plan import memory
-from rankup.grpo.cli.plan.memory import (
+from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory import budget
+from rankup.grpo.memory.budget import (
     BF16,
     FP32,
     Device,
@@ -23,11 +24,10 @@ from rankup.grpo.cli.plan.memory import (
     training_parts,
     unshared_base_bytes,
 )
-from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
-from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.shapes import ModelShape, read_shape
 from rankup.kernels.device import native_dtype
 
-MEASURE = Path(__file__).resolve().parents[4] / "scripts" / "bench" / "plan_memory.py"
+MEASURE = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "plan_memory.py"
 NATIVE_BF16 = pytest.mark.skipif(
     native_dtype() != "bfloat16", reason="this CPU emulates bf16: one update takes a quarter of an hour"
 )
@@ -52,7 +52,7 @@ PARAMETERS = LINEAR + 100 * 8 + 3 * 8  # and the embedding, and the norms
 @pytest.fixture
 def shape_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModelShape]:
     """A Llama of one layer with changes; a pass takes `PASS`."""
-    monkeypatch.setattr(memory, "pass_parts", lambda *_: dict(PASS))
+    monkeypatch.setattr(budget, "pass_parts", lambda *_: dict(PASS))
 
     def made(**changes: Any) -> ModelShape:
         (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
