@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 ADAPTER_ID = 1
 CPU_BLOCK = 32  # tokens of a block of the KV cache on CPU
+USUAL_GPU_SHARE = 0.45  # of the device's memory, for an engine that no run has planned
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
 # vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
 # every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
@@ -93,12 +94,15 @@ class EngineSettings:
     def differences(self, needed: EngineSettings) -> list[str]:
         """Settings that keep this engine from serving a run with other ones, each as "NAME VALUE instead of NEEDED VALUE".
 
-        The seed may differ because every request has one. So may the sampling options, which are arguments of `rollout()`.
+        The seed may differ because every request has one. So may the sampling options, which are arguments of `rollout()`, and
+        the share of the GPU's memory unless the run asks for one.
         """
         of_engine = [f.name for f in fields(self) if f.name not in ("rollout", "seed")]
         values = {name: (getattr(self, name), getattr(needed, name)) for name in of_engine}
         of_rollout = ("max_model_length", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "lora_path")
         values |= {name: (getattr(self.rollout, name), getattr(needed.rollout, name)) for name in of_rollout}
+        if needed.rollout.gpu_memory_utilization is None:
+            del values["gpu_memory_utilization"]
         return [f"{name} {_short(a)} instead of {_short(b)}" for name, (a, b) in values.items() if a != b]
 
 
@@ -344,7 +348,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(CPU_BATCHED_TOKENS, rollout.max_model_length, settings.max_num_seqs) if on_cpu else None,
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=rollout.gpu_memory_utilization or USUAL_GPU_SHARE,
         enforce_eager=on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
         enable_lora=True,
         max_loras=1,

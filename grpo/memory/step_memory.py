@@ -295,6 +295,7 @@ def measure_pass(
         policy = Policy(
             folder,
             lora=config.lora,
+            dtype=config.model.dtype,
             gradient_checkpointing=config.optim.gradient_checkpointing,
             logits_mib=config.optim.logits_mib or LOGITS_MIB[device],
             load_in=config.model.load_in,
@@ -317,6 +318,7 @@ def measure_pass(
 
 def _full_pack_of(policy: Policy, config: GRPOConfig) -> Pack:
     rollout, tokens = config.rollout, config.optim.tokens_per_pack
+    assert tokens is not None, "the size of a pack is decided before it is measured"
     prompt, completion, generations = rollout.max_prompt_length, rollout.max_completion_length, rollout.num_generations
     if policy.shares_prompts:
         sizes = full_pack(tokens, prompt=prompt, completion=completion, generations=generations)

@@ -20,7 +20,7 @@ from plots import LEGEND, SUBTITLE, picture
 from scaling import shape_of
 
 from rankup.grpo.config import GRPOConfig
-from rankup.grpo.memory.budget import FP32, changed, training_parts
+from rankup.grpo.memory.parts import FP32, changed, training_parts
 from rankup.grpo.memory.shapes import ModelShape
 from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS
 

@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> Result:
     """The rise of memory, and the planner's training part for the same sizes."""
     from rankup.grpo.common.model_files import resolve_model
     from rankup.grpo.common.quiet import quiet_stderr
-    from rankup.grpo.memory.budget import changed, training_parts
+    from rankup.grpo.memory.parts import changed, training_parts
     from rankup.grpo.memory.shapes import read_shape
     from rankup.kernels.cpu_memory import keep_freed_memory
 
