@@ -25,6 +25,7 @@ from ..kernels.cpu_memory import return_freed_memory
 from ..rollout.engine import RolloutEngine
 from ..rollout.vllm_compat import vllm_version
 from .common.log import logger
+from .memory.decide import decide_memory
 from .run.run_folder import SavedAdapter
 from .setup import RunSetup
 from .update.session import Session, open_session
@@ -51,14 +52,18 @@ class _OpenSession:
         self.has_run = False
         self._callbacks = setup.callbacks
         self._stack = ExitStack()
+        config, budget = setup.config, None
+        if engine is None:  # a user's engine has its memory already
+            config, budget = decide_memory(config, setup.inputs.model_path, world=setup.world)
         self._session: Session | None = self._stack.enter_context(
             open_session(
-                setup.config,
+                config,
                 setup.inputs.model_path,
                 pad_token_id=cast(int, setup.inputs.tokenizer.pad_token_id or 0),
                 engine=engine,
                 world=setup.world,
                 has_episodes=setup.episodes is not None,
+                planned_bytes=None if budget is None else budget.training_peak,
             )
         )
 

@@ -93,8 +93,9 @@ class RolloutConfig(SamplingConfig):
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Sequences that are sampled concurrently. None: all completions of a step, at most 256."""
 
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
-    """Share of the GPU's memory for vLLM, (0, 1]; the trainer needs the rest. CUDA only."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of the GPU's memory for vLLM, (0, 1]: weights, buffers, graphs and KV cache. None: decided from the model, the
+    lengths, the sequences that are sampled at the same time, the card, and what the trainer needs. CUDA only."""
 
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Size of vLLM's KV cache in GiB. CPU only."""

@@ -72,7 +72,7 @@ def _message(text: str, rollout: RolloutConfig, *, on_cpu: bool) -> str | None:
     if found := _FREE.search(text):
         free, total, wanted = found.groups()
         return (
-            f"rollout.gpu_memory_utilization {rollout.gpu_memory_utilization:g} is {wanted} GiB, and {free} of {total} GiB are "
+            f"rollout.gpu_memory_utilization {_value(rollout, on_cpu)} is {wanted} GiB, and {free} of {total} GiB are "
             "free: lower it, or end what else uses the device"
         )
     if found := _CPU_CACHE.search(text):
@@ -87,4 +87,7 @@ def _message(text: str, rollout: RolloutConfig, *, on_cpu: bool) -> str | None:
 
 
 def _value(rollout: RolloutConfig, on_cpu: bool) -> str:
-    return f"{rollout.kv_cache_gib:g}" if on_cpu else f"{rollout.gpu_memory_utilization:g}"
+    if on_cpu:
+        return f"{rollout.kv_cache_gib:g}"
+    share = rollout.gpu_memory_utilization
+    return "(not set)" if share is None else f"{share:g}"

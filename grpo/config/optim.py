@@ -20,6 +20,9 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 """The keys of `optim.lr_scheduler_kwargs` for each schedule. Names and formulas are those of transformers."""
 
+USUAL_TOKENS_PER_PACK = 4096
+"""`optim.tokens_per_pack` where nothing decides it: on CPU, or if the memory of the model or of the device is not known."""
+
 DECAY_TYPES = ("linear", "cosine", "1-sqrt")
 
 
@@ -101,8 +104,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay, at least 0."""
 
-    tokens_per_pack: int = Field(default=4096, ge=1)
-    """Token budget of one forward and backward pass; affects peak memory, not the update."""
+    tokens_per_pack: int | None = Field(default=None, ge=1)
+    """Token budget of one forward and backward pass; affects peak memory, not the update. It is halved when memory runs out in
+    training. None: 4096 on CPU; on CUDA as many as the memory plan has room for, from 2048 to 16384."""
 
     logits_mib: int | None = Field(default=None, ge=1)
     """Memory for the logits of one chunk, in MiB; a chunk has at least 16 tokens. None: 128 on CPU, 1024 on CUDA."""

@@ -77,16 +77,21 @@ def pad(
     return [_padded_pack(batch, pad_token_id, device) for batch in _of_like_length(rows, tokens_per_pack)]
 
 
+def by_origin(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> dict[tuple[int, int], torch.Tensor]:
+    """Per-target values of each pack [N], split into one tensor for each completion, by its origin."""
+    return {
+        origin: piece
+        for one, values_N in zip(packs, values, strict=True)
+        for origin, piece in zip(one.origins, values_N.split(one.lengths_S.tolist()), strict=True)
+    }
+
+
 def by_completion(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Split per-target values of each pack [N] into one tensor for each completion, in the order of the groups.
 
     Completions without targets are left out, as in `pack` and `pad`.
     """
-    pieces = {
-        origin: piece
-        for one, values_N in zip(packs, values, strict=True)
-        for origin, piece in zip(one.origins, values_N.split(one.lengths_S.tolist()), strict=True)
-    }
+    pieces = by_origin(packs, values)
     return [pieces[origin] for origin in sorted(pieces)]
 
 

@@ -23,30 +23,28 @@ from ..config import GRPOConfig
 from ..data.groups import Group
 from ..guards.decision import Decision
 from ..guards.guards import Guards
-from ..model.packing import Pack, pack, pad
 from ..model.policy import Policy
 from .loss_scale import LossScale
 from .objective import Objective, StepConstants
 from .optimizer import make_optimizer, set_learning_rate
 from .schedule import learning_rate
 from .snapshots import Snapshots
-from .stats import GradientStats, packing_counts, packing_metrics, tally_of
+from .stats import GradientStats, tally_of
+from .step_packs import PackBudget, Part, StepPacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepGradients:
     """A step's first backward pass: its clipped gradients are in `.grad` of the fp32 master weights.
 
-    `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs, the
-    constants of the loss, and per pack the log-probabilities under the step's initial policy and under the reference.
+    `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs with their
+    log-probabilities, and the constants of the loss.
     """
 
     stats: GradientStats | None = None
     packing: Mapping[str, float] = field(default_factory=dict)
-    packs: Sequence[Pack] = ()
+    packs: StepPacks | None = None
     constants: StepConstants | None = None
-    old_logprobs: Sequence[torch.Tensor] = ()
-    reference_logprobs: Sequence[torch.Tensor | None] = ()
 
     def metrics(self) -> dict[str, float]:
         """Of gradients and packing, by TRL's names; empty if there was nothing to train on."""
@@ -71,6 +69,7 @@ class Learner:
         self.world = world
         self.config = config
         self.pad_token_id = pad_token_id
+        self.pack_budget = PackBudget.of(config.optim)
         self.objective = Objective(config)
         self.optimizer = make_optimizer(policy.master_roles, config.optim)
         self.loss_scale = LossScale(config.optim.initial_loss_scale) if config.model.dtype == "float16" else None
@@ -99,20 +98,13 @@ class Learner:
         if not any(completion.num_tokens for group in trained for completion in group.completions):
             return StepGradients()
         local = [group for group in trained if group.is_local]
-        packs = self._packs(local)
+        packs = StepPacks(self.policy, local, self.pack_budget, pad_token_id=self.pad_token_id, world=self.world)
         with self.policy.packed():
             constants = self._constants(groups, trained, packs)
-            reference = self._reference_logprobs(packs)
+            packs.reference = self._reference_logprobs(packs)
             # The policy of the first iteration is that of the start of the step: its log-probabilities are the old ones.
-            stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), reference)
-        return StepGradients(
-            stats=stats,
-            packing=packing_metrics(self.world.all_gather(packing_counts(packs, local))),
-            packs=packs,
-            constants=constants,
-            old_logprobs=logprobs,
-            reference_logprobs=reference,
-        )
+            stats, packs.old = self._forward_backward(packs, constants)
+        return StepGradients(stats=stats, packing=packs.metrics(), packs=packs, constants=constants)
 
     def apply(self, decision: Decision, gradients: StepGradients, *, step: int) -> Update:
         """Carry out the guards' decision: an update with these gradients, or none, or a restored snapshot.
@@ -132,18 +124,17 @@ class Learner:
                 metrics |= self.loss_scale.metrics()
                 notes += self.loss_scale.end_step(step, is_finite=math.isfinite(gradients.stats.grad_norm))
         self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
+        notes += self.pack_budget.take_notes()
         return Update(metrics={**metrics, **self.guards.metrics()}, notes=tuple(notes))
 
     def _iterate_further(
         self, gradients: StepGradients, step: int, metrics: dict[str, float], notes: list[str]
     ) -> None:
         """The second to last iteration; adds to `metrics` and `notes`. Ends early if the guards skip an update."""
-        assert gradients.constants is not None
+        assert gradients.constants is not None and gradients.packs is not None
         for _ in range(1, self.config.algorithm.num_iterations):
             self.policy.write_slots()  # the forward reads the slots: they must follow the master weights
-            stats, _ = self._forward_backward(
-                gradients.packs, gradients.constants, gradients.old_logprobs, gradients.reference_logprobs
-            )
+            stats, _ = self._forward_backward(gradients.packs, gradients.constants)
             metrics |= stats.off_policy_metrics()
             skip_note = self.guards.reason_to_skip_iteration(step, stats.grad_norm)
             if skip_note is not None:
@@ -152,48 +143,40 @@ class Learner:
             metrics["updates"] += self._optimizer_step(stats)
 
     def _forward_backward(
-        self,
-        packs: Sequence[Pack],
-        constants: StepConstants,
-        old: Sequence[torch.Tensor | None],
-        reference: Sequence[torch.Tensor | None],
+        self, packs: StepPacks, constants: StepConstants
     ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
         """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities.
 
         In float16 a pass whose gradients overflow is repeated with half the loss scale; all workers decide alike, by the
         numbers of all. If the forward pass is not finite, or no scale is small enough, the guards get the gradient as it is.
         """
-        stats, logprobs = self._one_pass(packs, constants, old, reference)
+        stats, logprobs = self._one_pass(packs, constants)
         if self.loss_scale is not None:
             initial = self.loss_scale.value
             while math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm) and self.loss_scale.halve(initial):
-                stats, logprobs = self._one_pass(packs, constants, old, reference)
+                stats, logprobs = self._one_pass(packs, constants)
         return stats, logprobs
 
-    def _one_pass(
-        self,
-        packs: Sequence[Pack],
-        constants: StepConstants,
-        old: Sequence[torch.Tensor | None],
-        reference: Sequence[torch.Tensor | None],
-    ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
-        self.optimizer.zero_grad(set_to_none=True)
-        results = []
-        for one, old_N, reference_N in zip(packs, old, reference, strict=True):
-            loss = self.objective.of(one, constants, old_logprobs_N=old_N, reference_logprobs_N=reference_N)
-            results.append(
-                self.policy.backward(
-                    one,
-                    loss.token_loss,
-                    temperature=self.config.rollout.temperature,
-                    passes=loss.passes,
-                    factor=loss.factor,
-                    loss_scale=None if self.loss_scale is None else self.loss_scale.value,
-                )
+    def _one_pass(self, packs: StepPacks, constants: StepConstants) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
+        def backward(part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            old_N, reference_N = part.old_N, part.reference_N
+            loss = self.objective.of(part.pack, constants, old_logprobs_N=old_N, reference_logprobs_N=reference_N)
+            return self.policy.backward(
+                part.pack,
+                loss.token_loss,
+                temperature=self.config.rollout.temperature,
+                passes=loss.passes,
+                factor=loss.factor,
+                loss_scale=None if self.loss_scale is None else self.loss_scale.value,
             )
+
+        self.optimizer.zero_grad(set_to_none=True)
+        results = packs.each(backward, undo=lambda: self.optimizer.zero_grad(set_to_none=True))
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
-        local = tally_of(self.objective, packs, losses, logprobs, entropies, old=old, reference=reference)
+        local = tally_of(
+            self.objective, packs.packs, losses, logprobs, entropies, old=packs.old, reference=packs.reference
+        )
         tallies = self.world.all_gather(local)
         if self.loss_scale is not None:
             self.loss_scale.unscale_(self.policy.masters)
@@ -230,13 +213,7 @@ class Learner:
         trained = [g for g in groups if any(g.advantages) or (algorithm.needs_every_group and not _lacks_rewards(g))]
         return [without_truncated(group) for group in trained] if algorithm.mask_truncated_completions else trained
 
-    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
-        budget, device = self.config.optim.tokens_per_pack, self.policy.device
-        if self.policy.shares_prompts:
-            return pack(groups, tokens_per_pack=budget, device=device)
-        return pad(groups, tokens_per_pack=budget, pad_token_id=self.pad_token_id, device=device)
-
-    def _constants(self, groups: Sequence[Group], trained: Sequence[Group], packs: list[Pack]) -> StepConstants:
+    def _constants(self, groups: Sequence[Group], trained: Sequence[Group], packs: StepPacks) -> StepConstants:
         """The denominators of the step's means, and the entropy that a token must reach."""
         algorithm = self.config.algorithm
         sequences = sum(completion.num_tokens > 0 for group in trained for completion in group.completions)
@@ -256,18 +233,18 @@ class Learner:
         if algorithm.top_entropy_quantile == 1.0:
             return StepConstants(counts=counts, entropy_tokens=tokens)
         temperature = self.config.rollout.temperature
-        local = [self.policy.logprobs(one, temperature=temperature)[1].cpu() for one in packs]
+        local = packs.each(lambda part: self.policy.logprobs(part.pack, temperature=temperature)[1].cpu())
         entropies = torch.cat(self.world.gather(local)).to(self.policy.device)
         bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
         return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 
-    def _reference_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
+    def _reference_logprobs(self, packs: StepPacks) -> list[torch.Tensor] | None:
         """Log-probabilities of the reference policy, if there is a KL penalty."""
         if self.config.algorithm.beta == 0:
-            return [None] * len(packs)
+            return None
         temperature = self.config.rollout.temperature
         with self.policy.as_reference():
-            return [self.policy.logprobs(one, temperature=temperature)[0] for one in packs]
+            return packs.each(lambda part: self.policy.logprobs(part.pack, temperature=temperature)[0])
 
 
 def _lacks_rewards(group: Group) -> bool:

@@ -30,11 +30,12 @@ from .resolve import engine_settings
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The parts of a run that share one copy of the adapter."""
+    """The parts of a run that share one copy of the adapter. `planned_bytes`: of the GPU, at the peak of training."""
 
     engine: Engine
     policy: Policy
     learner: Learner
+    planned_bytes: int | None = None
 
     def publish(self) -> int:
         """Make the current policy the one that the engine samples with; returns its version."""
@@ -50,12 +51,14 @@ def open_session(
     engine: RolloutEngine | None = None,
     world: World = SINGLE_PROCESS,
     has_episodes: bool = False,
+    planned_bytes: int | None = None,
 ) -> Iterator[Session]:
     """Start the engine and the policy on one copy of the adapter, prove the slot map, and stop the engine at the end.
 
     Args:
         engine: a user-supplied one, which stays open; None: one for this session.
         has_episodes: completions of the run may have several turns; then the proof covers one with given tokens.
+        planned_bytes: see `Session`.
 
     Raises:
         ValueError: optimizer or `model.dtype` do not run on this device; vLLM is missing; the engine was made with other
@@ -72,7 +75,8 @@ def open_session(
             logger.info(note)
         prove_slots(policy, sampler, episodes=has_episodes)
         sampler.policy_version = 0  # a run counts its policies from the initial adapter
-        yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
+        learner = Learner(policy, config, pad_token_id=pad_token_id, world=world)
+        yield Session(sampler, policy, learner, planned_bytes)
 
 
 @contextmanager

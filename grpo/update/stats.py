@@ -85,12 +85,12 @@ def tally_of(
     logprobs: Sequence[torch.Tensor],
     entropies: Sequence[torch.Tensor],
     *,
-    old: Sequence[torch.Tensor | None],
-    reference: Sequence[torch.Tensor | None],
+    old: Sequence[torch.Tensor] | None,
+    reference: Sequence[torch.Tensor] | None,
 ) -> Tally:
     """Sums and extremes over the tokens of one worker, from the loss, log-probabilities and entropies of each of its packs.
 
-    old, reference: the log-probabilities under these policies, None for each pack without.
+    old, reference: the log-probabilities of each pack under these policies; None if there are none.
     """
     if not packs:
         return Tally()
@@ -101,13 +101,11 @@ def tally_of(
         "loss": torch.stack(list(losses)),
         "kept": torch.cat([objective.keeps(one, logprobs_N) for one, logprobs_N in pairs]),
     }
-    if objective.algorithm.beta > 0:
-        sums["kl_to_reference"] = kl_k3(logprobs_all, torch.cat([r for r in reference if r is not None]))
-    if old[0] is not None:
+    if reference is not None:
+        sums["kl_to_reference"] = kl_k3(logprobs_all, torch.cat(list(reference)))
+    if old is not None:
         counts = [
-            objective.clip_counts(one, logprobs_N, old_N)
-            for (one, logprobs_N), old_N in zip(pairs, old, strict=True)
-            if old_N is not None
+            objective.clip_counts(one, logprobs_N, old_N) for (one, logprobs_N), old_N in zip(pairs, old, strict=True)
         ]
         sums["clip_low"], sums["clip_high"] = torch.stack(counts).unbind(1)
     gap = gap_tally(

@@ -71,7 +71,7 @@ class Arguments(TypedDict, total=False):
     generation_kwargs: GenerationKwargs | dict[str, Any] | str | None
     engine: Literal["vllm", "torch"]
     max_num_seqs: int | None
-    gpu_memory_utilization: float
+    gpu_memory_utilization: float | None
     kv_cache_gib: float
     release_kv_cache: bool | None
     enforce_eager: bool | None
@@ -168,7 +168,7 @@ class Arguments(TypedDict, total=False):
     adam_beta2: float
     adam_epsilon: float
     weight_decay: float
-    tokens_per_pack: int
+    tokens_per_pack: int | None
     logits_mib: int | None
     lora_kernel: Literal["auto", "triton", "cublas"]
     gradient_checkpointing: bool
@@ -334,7 +334,7 @@ class Arguments(TypedDict, total=False):
     vllm_server_port: int
     vllm_server_timeout: float
     vllm_group_port: int
-    vllm_gpu_memory_utilization: float
+    vllm_gpu_memory_utilization: float | None
     vllm_max_model_length: int | None
     vllm_tensor_parallel_size: int
     vespo_k_pos: float

@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no truncated ones": {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
     "groups without variance count": {"filter_zero_variance": False},
     "8-bit state": {"optimizer": "adamw_8bit"},
+    "memory runs out on one": {"fitting_tokens": 24, "num_iterations": 2, "beta": 0.1, "top_entropy_quantile": 0.5},
 }
 LOCAL_MEANS = {"loss_type": "bnpo"}
 """An objective that depends on how the groups are divided among the workers."""
