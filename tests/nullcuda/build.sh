@@ -46,7 +46,8 @@ called | grep -E '^(cuda|cu[A-Z]|cublas|cudnn|cusparse|cufft|curand|cusolver|ncc
     awk '{print "int " $1 "(void) { return nullcuda_called(\"" $1 "\"); }"}' "$work/others"
 } >"$work/others.c"
 gcc -O1 -fPIC -w -c "$work/others.c" -o "$work/others.c.o"
-gcc -shared -o "$out/libcuda.so.1" "$work"/*.o -Wl,-soname,libcuda.so.1 -ldl -lpthread
+gcc -shared -o "$work/libcuda.so.1" "$work"/*.o -Wl,-soname,libcuda.so.1 -ldl -lpthread
+mv "$work/libcuda.so.1" "$out" # not written in place: processes may be using it
 ln -sf libcuda.so.1 "$out/libnvidia-ml.so.1"
 ln -sf libcuda.so.1 "$out/libcuda.so"
 
@@ -55,7 +56,8 @@ ln -sf libcuda.so.1 "$out/libcuda.so"
 torch=$site/torch
 python_include=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
 g++ -std=c++20 -O1 -w -shared -fPIC -DTORCH_EXTENSION_NAME=on_host -D_GLIBCXX_USE_CXX11_ABI=1 -DTORCH_API_INCLUDE_EXTENSION_H \
-    -I"$torch/include" -I"$torch/include/torch/csrc/api/include" -I"$include" -I"$python_include" "$here/host/on_host.cpp" -o "$out/on_host.so" \
+    -I"$torch/include" -I"$torch/include/torch/csrc/api/include" -I"$include" -I"$python_include" "$here/host/on_host.cpp" -o "$work/on_host.so" \
     -L"$torch/lib" -ltorch_python -ltorch -ltorch_cpu -ltorch_cuda -lc10 -lc10_cuda -L"$out" -l:libcuda.so.1 -Wl,-rpath,"$torch/lib"
+mv "$work/on_host.so" "$out"
 echo "$stamp" >"$out/stamp"
 echo "nullcuda: $(wc -l <"$work/defined") functions are defined, $(wc -l <"$work/others") only succeed (${SECONDS} s)"

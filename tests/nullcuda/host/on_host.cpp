@@ -1,7 +1,7 @@
 // Lets torch's CPU kernels compute on tensors of the null device, whose memory is host memory: every operator that has a CUDA
 // kernel and a CPU one gets a kernel for CUDA that sees its tensors as CPU tensors of the same memory and calls the operator
-// again. What it returns is made a CUDA tensor. Views, factories and operators without a CPU kernel stay as they are: their
-// CUDA kernels are launched, and compute nothing.
+// again. What it returns is made a CUDA tensor. Views and factories stay as they are. Operators without a CPU kernel are an
+// error, except for those that Python replaces (cuda_only.py, attention.py): their CUDA kernels would compute nothing.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -214,6 +214,10 @@ void on_host(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::Sta
     }
 }
 
+void refuse(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::Stack *) {
+    TORCH_CHECK(false, op.schema().operator_name(), " has kernels for CUDA only: the null device cannot compute it");
+}
+
 struct Silent : c10::WarningHandler {
     void process(const c10::Warning &) override {}
 };
@@ -238,13 +242,14 @@ int install() {
         for (const auto &r : op->schema().returns())
             if (r.alias_info() && !r.alias_info()->isWrite()) is_view = true;
         if (is_view) continue;
+        std::string full = name.name.substr(6) + (name.overload_name.empty() ? "" : "." + name.overload_name);
         if (!op->hasKernelForDispatchKey(c10::DispatchKey::CPU) &&
             !op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) &&
             !op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
             !op->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutogradNonFunctional)) {
+            library->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse>());
             continue;
         }
-        std::string full = name.name.substr(6) + (name.overload_name.empty() ? "" : "." + name.overload_name);
         library->impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&on_host>());
         count++;
     }

@@ -1,4 +1,4 @@
-"""What computes on CUDA is replaced when torch is imported: its operators by on_host.cpp, the rest by these modules."""
+"""What computes on CUDA is replaced when torch is imported: its operators by on_host.cpp, the rest by modules here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import after_import
 import attention
 import bitsandbytes_operators
+import cuda_only
 import on_host  # pyright: ignore[reportMissingModuleSource]  # compiled
 import torch
 import vllm_operators
@@ -21,6 +22,7 @@ def install() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     flash = {"_flash_attention_forward": attention.flash_forward, "_flash_attention_backward": attention.flash_backward}
     replace("aten", flash)
+    cuda_only.install()
     if os.environ["NULLCUDA_COMPUTE"] != "no-triton":
         after_import.run("triton", _compute_triton)
     bitsandbytes_operators.install()
