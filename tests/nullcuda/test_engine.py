@@ -114,7 +114,7 @@ def moved_buffers(engine: RolloutEngine, policy: Policy) -> Iterator[None]:
 
 def move_buffers(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Buffers, and what they held before."""
-    layers = [module for module in model.modules() if isinstance(getattr(module, "lora_a_stacked", None), tuple)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "lora_a_stacked", None), tuple)]
     buffers = [buffer for layer in layers for buffer in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
     moved = [(buffer, buffer.data) for buffer in buffers]
     for buffer in buffers:
