@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> Result:
         return {**named, "left_out": "bitsandbytes is not installed"}
     from learner_side import LearnerSide
 
-    from rankup.grpo.cli.plan.shapes import read_shape
+    from rankup.grpo.memory.shapes import read_shape
 
     case = CASES.get(options.shape, FULL)
     with tempfile.TemporaryDirectory(prefix="rankup-shape-") as folder:

@@ -19,16 +19,16 @@ import torch
 from cases import LAST_TOKEN, Case, randomise_adapter
 from common import Result, summarise
 
-from rankup.grpo.cli.plan.memory import training_parts
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.parts import training_parts
 from rankup.grpo.model.base_model import empty_model
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 from rankup.kernels.cpu_memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from rankup.grpo.cli.plan.shapes import ModelShape
+    from rankup.grpo.memory.shapes import ModelShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WEIGHT_STD = 0.02
@@ -139,10 +139,11 @@ class LearnerSide:
     def _update(self) -> dict[str, dict[str, torch.Tensor]]:
         learner = self._begin()
         gradients = learner.backward(self._groups)
+        assert gradients.packs is not None and gradients.packs.old is not None
         grads = {name: master.grad.clone() for name, master in self._named_masters() if master.grad is not None}
         learner.apply(learner.guards.inspect(0, gradients.metrics()), gradients, step=0)
         return {
-            "logprobs": {f"pack {index}": one for index, one in enumerate(gradients.old_logprobs)},
+            "logprobs": {f"pack {index}": one for index, one in enumerate(gradients.packs.old)},
             "gradients": grads,
             "weights": {name: master.detach().clone() for name, master in self._named_masters()},
         }

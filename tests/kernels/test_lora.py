@@ -276,7 +276,7 @@ def test_on_a_device_sums_over_tokens_are_not_rounded_to_16_bits(dtype: torch.dt
     """All operands are 1: dA and dB count the tokens, and neither 4,099 nor 257 exists in the operands' dtype."""
     tokens = {torch.bfloat16: 257, torch.float16: 4099}[dtype]
     ones = [torch.ones(*shape, dtype=dtype, device="cuda") for shape in [(8, 8), (8, 8), (8, 8)]]
-    masters = [torch.ones(8, 8, device="cuda", requires_grad=True) for _ in range(2)]
-    layer = Projection(ones[0], None, Adapter(*masters, ones[1] / 8, ones[2] / 8, 1.0))
+    master_a, master_b = (torch.ones(8, 8, device="cuda", requires_grad=True) for _ in range(2))
+    layer = Projection(ones[0], None, Adapter(master_a, master_b, ones[1] / 8, ones[2] / 8, 1.0))
     lora_linear(torch.ones(tokens, 8, dtype=dtype, device="cuda"), layer).sum().backward()
-    assert [master.grad.unique().tolist() for master in masters if master.grad is not None] == [[tokens], [tokens]]
+    assert [master.grad.unique().tolist() for master in (master_a, master_b) if master.grad is not None] == [[tokens], [tokens]]

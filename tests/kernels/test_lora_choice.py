@@ -90,8 +90,7 @@ def test_without_a_device_nothing_is_chosen() -> None:
 def test_both_are_timed_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_choice, "TOKENS", 64)
     weight, a, b = (torch.randn(*shape, dtype=torch.bfloat16, device="cuda") for shape in [(48, 32), (8, 32), (48, 8)])
-    masters = [t.float().requires_grad_() for t in (a, b)]
-    layer = lora.Projection(weight, None, lora.Adapter(*masters, a, b, 1.0))
+    layer = lora.Projection(weight, None, lora.Adapter(a.float().requires_grad_(), b.float().requires_grad_(), a, b, 1.0))
     x = torch.randn(4, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     note = lora.choose_kernel("auto", lambda: lora.lora_linear(x, layer).sum().backward(), like=weight)
     assert note is not None and "of 2 shapes" in note

@@ -94,8 +94,8 @@ def outcomes(make_learner) -> Callable[..., Outcomes]:
         before = [master.detach().clone() for master in masters]
         groups = random_groups(SHAPES)
         gradients = learner.backward(groups)
-        assert gradients.stats is not None
-        logprobs = torch.cat([values.cpu() for values in gradients.old_logprobs])
+        assert gradients.stats is not None and gradients.packs is not None and gradients.packs.old is not None
+        logprobs = torch.cat([values.cpu() for values in gradients.packs.old])
         vector = torch.cat([m.grad.flatten().cpu() for m in masters if m.grad is not None])
         learner.apply(learner.guards.inspect(0, gradients.metrics()), gradients, step=0)
         changes = torch.cat([(m.detach() - b).flatten().cpu() for m, b in zip(masters, before, strict=True)])

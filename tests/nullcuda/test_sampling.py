@@ -7,6 +7,7 @@ import torch
 
 from rankup.rollout.config import SamplingConfig
 from rankup.rollout.cuda_ops import sample
+from rankup.rollout.generation_kwargs import GenerationKwargs
 
 pytestmark = [
     pytest.mark.nullcuda,
@@ -14,7 +15,7 @@ pytestmark = [
 ]
 
 PROMPTS = [[5, 9, 14], [3], [7, 7, 2, 40, 11]]
-SAMPLING = SamplingConfig(num_generations=2, max_completion_length=6, generation_kwargs={"ignore_eos": True})
+SAMPLING = SamplingConfig(num_generations=2, max_completion_length=6, generation_kwargs=GenerationKwargs(ignore_eos=True))
 
 
 @pytest.fixture

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from rankup.rollout.cuda_ops import OFFSETS, draws
 from rankup.rollout.types import EngineError
-from rankup.rollout.vllm_requests import VllmRequests
+from rankup.rollout.vllm_requests import VllmQueue, VllmRequests
 
 
 class Generator:
@@ -68,8 +69,9 @@ def test_a_token_from_logits_that_are_not_finite_is_an_error() -> None:
     def ends_with(logprob: float) -> Any:
         flat = SimpleNamespace(logprobs=[-1.0, logprob, -2.0])
         output = SimpleNamespace(finished=True, request_id="a", outputs=[SimpleNamespace(logprobs=flat)])
-        requests = VllmRequests(SimpleNamespace(step=lambda: [output]), None)
+        requests = VllmRequests(VllmQueue(None, nullcontext), None)
         requests._keys = {"a": 3}
+        requests.finish(cast(Any, output))
         return requests.step()
 
     assert [key for key, _ in ends_with(-0.5)] == [3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from rankup.grpo.data.groups import Group
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
 from rankup.grpo.update.loss_scale import GROWTH_INTERVAL, LossScale
+from rankup.grpo.update.step_packs import make_packs
 
 SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8])]
 
@@ -27,7 +28,7 @@ GRADIENT_ONLY = {f"{alarm}_stop": None for alarm in ("sampler_kl", "sampler_rati
 def make_learner(make_policy) -> Callable[..., Learner]:
     """A learner on a policy with a strong adapter; the made-up log-probabilities are not corrected, and not judged."""
 
-    def make(kind: str = "llama", *, dtype: str = "float16", **options: Any) -> Learner:
+    def make(kind: str = "llama", *, dtype: Literal["float16", "float32"] = "float16", **options: Any) -> Learner:
         policy: Policy = make_policy(kind, dtype=dtype, **options.pop("lora", {}))
         policy.write_slots()
         values: dict[str, Any] = {"mode": "none", "veto": 0.0, "guards": {"enabled": False}, **options}
@@ -99,7 +100,7 @@ def test_an_update_in_float16_makes_good_completions_likelier(make_learner, kind
     good, bad = random_groups([(5, [6, 4]), (5, [6, 4])])
     groups = [replace(good, advantages=(1.0, 1.0)), replace(bad, advantages=(-1.0, -1.0))]
     learner: Learner = make_learner(kind, learning_rate=1e-3)
-    (one,) = learner._packs(groups)
+    (one,) = make_packs(learner.policy, groups, 4096)
     before, _ = learner.policy.logprobs(one)
     metrics = learner.update(groups, step=0).metrics
     learner.policy.write_slots()
