@@ -29,7 +29,7 @@ import torch
 
 from .activity import Activity, KeptCache
 from .config import RolloutConfig
-from .vllm_compat import require, usage_reduced
+from .vllm_compat import require, usage_counted_anew
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -93,7 +93,7 @@ def beside_earlier_pools() -> Iterator[None]:
             "another engine of this process is open, and vLLM has one memory pool in a process: close it, or set "
             "rollout.release_kv_cache: false for both"
         )
-    with usage_reduced(CuMemAllocator.get_instance(), sum(data.handle[1] for data in earlier.values())):
+    with usage_counted_anew(CuMemAllocator.get_instance()):
         yield
 
 

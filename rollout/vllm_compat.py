@@ -10,7 +10,7 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
 | sampling of tokens, CUDA | `cuda_ops.sample` | vLLM's launches a kernel for each sequence with a seed |
 | `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
-| usage of the memory pool, CUDA | `usage_reduced`, during a start | a closed engine's weights may still have users |
+| usage of the memory pool, CUDA | `usage_counted_anew`, during a start | a closed engine's weights may still have users |
 | addresses of LoRA buffers | `clear()` when an engine is closed | vLLM keeps them by address for the life of the process |
 | repacking of linear weights, CPU | nothing: a mark skips it | the trainer reads the original layout |
 | garbage collections, CPU | one collection per start and one per close | each walks all objects of the process: 0.4 s |
@@ -269,13 +269,17 @@ def replace_cpu_layers(model: nn.Module) -> None:
 
 
 @contextmanager
-def usage_reduced(allocator: Any, used: int) -> Iterator[None]:
-    """Let vLLM's memory pool report that many bytes less within this context. It asserts that it is empty at a start.
+def usage_counted_anew(allocator: Any) -> Iterator[None]:
+    """Let vLLM's memory pool count within this context only what is allocated in it. It asserts that it is empty at a start.
 
     See `kv_cache.beside_earlier_pools`.
     """
-    original = replaceable(allocator, "get_current_usage", (), purpose="start a second engine")
-    allocator.get_current_usage = lambda: original() - used
+    replaceable(allocator, "get_current_usage", (), purpose="start a second engine")
+    allocations = require(allocator, "pointer_to_data", purpose="start a second engine")
+    earlier = list(allocations.values())  # some are freed meanwhile
+    allocator.get_current_usage = lambda: sum(
+        data.handle[1] for data in allocations.values() if not any(data is one for one in earlier)
+    )
     try:
         yield
     finally:

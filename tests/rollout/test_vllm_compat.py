@@ -103,15 +103,25 @@ def test_addresses_of_buffers_are_forgotten():
     assert not utils._LORA_A_PTR_DICT and not utils._LORA_B_PTR_DICT
 
 
-def test_a_memory_pool_reports_its_own_usage_again_after_a_start():
+def test_a_memory_pool_counts_only_what_is_new_during_a_start():
+    def data(size: int):
+        return types.SimpleNamespace(handle=(0, size))
+
     class Allocator:
+        def __init__(self) -> None:
+            self.pointer_to_data = {1: data(5), 2: data(9)}
+
         def get_current_usage(self) -> int:
-            return 7
+            return sum(one.handle[1] for one in self.pointer_to_data.values())
 
     allocator = Allocator()
-    with vllm_compat.usage_reduced(allocator, 5):
-        assert allocator.get_current_usage() == 2
-    assert allocator.get_current_usage() == 7 and not vars(allocator)
+    with vllm_compat.usage_counted_anew(allocator):
+        assert allocator.get_current_usage() == 0
+        del allocator.pointer_to_data[1]  # a view of the closed engine's weights
+        assert allocator.get_current_usage() == 0
+        allocator.pointer_to_data[1] = data(7)
+        assert allocator.get_current_usage() == 7
+    assert allocator.get_current_usage() == 16 and "get_current_usage" not in vars(allocator)
 
 
 def test_collections_are_as_before_after_a_failed_start():
