@@ -11,8 +11,8 @@ fp32 master weights A and B. With h = x a^T, g = dL/dy and u = g b
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
 On CUDA y and dx take one kernel each (`triton/lora.py`) where that is the faster way (`lora_choice.py`); torch computes every
-other product, and on other devices all of them. dA and dB are sums over all tokens. cuBLAS writes them in fp32; torch has no
-such product of 16-bit operands on CPU, where they are rounded to the operands' dtype first.
+other product, and on other devices all of them. dA and dB are sums over all tokens. cuBLAS writes them in fp32; on CPU torch
+has no such product of 16-bit operands, and they are rounded to the operands' dtype first.
 A weight in NF4 (`nf4.py`) is dequantised before each product with it and freed afterwards.
 
 Neither `x @ A` in fp32 nor the merged weight is ever formed. h is saved for the backward: it is small compared to x (R of I

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankup.rollout.config import SamplingConfig
+from rankup.rollout.config import RolloutConfig, SamplingConfig
 from rankup.rollout.cuda_ops import sample
 from rankup.rollout.generation_kwargs import GenerationKwargs
 
@@ -20,7 +20,8 @@ SAMPLING = SamplingConfig(num_generations=2, max_completion_length=6, generation
 
 @pytest.fixture
 def engine(make_engine):
-    return make_engine(lora_path="dense")
+    rollout = RolloutConfig(max_prompt_length=64, max_completion_length=64, enforce_eager=True, lora_path="dense")
+    return make_engine(rollout=rollout)
 
 
 def tokens(engine, prompts: list[list[int]], seeds: list[int]) -> dict[int, list[tuple[int, ...]]]:
