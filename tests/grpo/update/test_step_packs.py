@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -117,15 +118,15 @@ def test_other_errors_are_not_survived(make_learner, groups: list[Group], error:
     assert learner.pack_budget.tokens == 4096
 
 
+def tensors_in_memory() -> int:
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
 def test_a_failed_pass_leaves_no_activations(make_learner, groups: list[Group]) -> None:
     """Its error has a traceback, whose frames hold them."""
-    import gc
-
     learner: Learner = make_learner()
-    gc.collect()
-    before = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+    before = tensors_in_memory()
     with little_memory(24):
         learner.update(groups, step=0)
-    gc.collect()
-    state = sum(len(state) for state in learner.optimizer.state.values())
-    assert sum(isinstance(one, torch.Tensor) for one in gc.get_objects()) <= before + state
+    assert tensors_in_memory() <= before + sum(map(len, learner.optimizer.state.values()))
