@@ -36,8 +36,11 @@ def decide_memory(
     """
     import torch
 
+    from ...kernels.cuda_memory import use_expandable_segments
+
     if not torch.cuda.is_available():
         return config, None
+    use_expandable_segments()
     vram, in_use = device_memory()
     try:
         shape = read_shape(model_path)

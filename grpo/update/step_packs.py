@@ -33,15 +33,31 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class PackBudget:
-    """Token budget of a pack, for the rest of the run. `notes`: of the halvings since they were last taken."""
+    """Token budget of a pack, for the rest of the run.
+
+    Attributes:
+        first: the one that the run began with.
+        notes: of the halvings since they were last taken.
+    """
 
     tokens: int
+    first: int = 0
     notes: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(optim: OptimConfig) -> PackBudget:
         """The configured one, or the usual one."""
-        return PackBudget(optim.tokens_per_pack or USUAL_TOKENS_PER_PACK)
+        tokens = optim.tokens_per_pack or USUAL_TOKENS_PER_PACK
+        return PackBudget(tokens, first=tokens)
+
+    def state_dict(self) -> dict[str, int]:
+        """For a checkpoint: a run that resumes makes the same packs."""
+        return {"first": self.first, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take the budget of a checkpoint, unless this run begins with another one than that run did."""
+        if state.get("first") == self.first:
+            self.tokens = state["tokens"]
 
     def take_notes(self) -> list[str]:
         """The notes, which are then forgotten."""

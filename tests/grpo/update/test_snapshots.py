@@ -197,14 +197,14 @@ def test_without_page_locked_memory_snapshots_are_in_ordinary_memory(
     """As in WSL2. One note, not one for each tensor."""
     run = run_with("adamw")
     run.snapshot._is_page_locked = True  # as if the parameters were on a GPU
-    empty_like = torch.empty_like
+    empty = torch.empty
 
-    def refused(tensor: torch.Tensor, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+    def refused(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         if pin_memory:
             raise RuntimeError("CUDA error: out of memory\nmore lines")
-        return empty_like(tensor, **options)
+        return empty(*size, **options)
 
-    monkeypatch.setattr(torch, "empty_like", refused)
+    monkeypatch.setattr(torch, "empty", refused)
     with caplog.at_level("INFO", logger="rankup"):
         run.steps([0])
         run.snapshot.take(1)

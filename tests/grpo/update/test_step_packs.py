@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ from little_memory import little_memory
 from sample_groups import random_groups
 
 from rankup.grpo.common.log import log_to
-from rankup.grpo.config import GRPOConfig
+from rankup.grpo.config import GRPOConfig, OptimConfig
 from rankup.grpo.data.groups import Group
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner, Update
+from rankup.grpo.update.step_packs import PackBudget
 
 SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8])]
 # A step of AdamW with a large epsilon is proportional to the gradient: updates can be compared.
@@ -117,15 +119,25 @@ def test_other_errors_are_not_survived(make_learner, groups: list[Group], error:
     assert learner.pack_budget.tokens == 4096
 
 
+def tensors_in_memory() -> int:
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
 def test_a_failed_pass_leaves_no_activations(make_learner, groups: list[Group]) -> None:
     """Its error has a traceback, whose frames hold them."""
-    import gc
-
     learner: Learner = make_learner()
-    gc.collect()
-    before = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+    before = tensors_in_memory()
     with little_memory(24):
         learner.update(groups, step=0)
-    gc.collect()
-    state = sum(len(state) for state in learner.optimizer.state.values())
-    assert sum(isinstance(one, torch.Tensor) for one in gc.get_objects()) <= before + state
+    assert tensors_in_memory() <= before + sum(map(len, learner.optimizer.state.values()))
+
+
+def test_a_resumed_run_makes_the_packs_that_the_run_made() -> None:
+    shrunk, same, other = (PackBudget.of(OptimConfig(tokens_per_pack=n)) for n in (4096, 4096, 2048))
+    shrunk.tokens = 512
+    for budget in (same, other):
+        budget.load_state_dict(shrunk.state_dict())
+    assert (same.tokens, other.tokens) == (512, 2048), "configured anew"
+    other.load_state_dict({})  # of an earlier version
+    assert other.tokens == 2048
