@@ -54,7 +54,9 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def make_cublas_repeatable() -> bool:
-    """Choose cuBLAS's workspace so that it adds in a fixed order; False if that may be too late, since CUDA runs already.
+    """Choose cuBLAS's workspace so that it adds in a fixed order; False if that may be too late, since it may have one.
+
+    CUDA itself may have started: imports of other packages ask for the device's properties.
 
     Raises:
         ValueError: the environment chooses another workspace.
@@ -65,4 +67,5 @@ def make_cublas_repeatable() -> bool:
     if chosen is not None:
         raise ValueError(f"deterministic=true needs {WORKSPACE} to be {' or '.join(REPEATABLE)} (it is {chosen!r}): unset it")
     os.environ[WORKSPACE] = REPEATABLE[0]
-    return not torch.cuda.is_initialized()
+    # cuBLAS reads the variable at its first product, for which torch allocates a workspace and operands.
+    return not torch.cuda.is_initialized() or torch.cuda.memory_stats().get("allocation.all.allocated", 0) == 0

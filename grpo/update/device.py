@@ -53,6 +53,6 @@ def _make_deterministic(device: str) -> None:
         logger.info("deterministic=true changes nothing on CPU, where a seeded run is bit-exact anyway")
     elif not make_cublas_repeatable():
         logger.warning(
-            f"deterministic=true: CUDA had started before {WORKSPACE} was set. If this process has already multiplied matrices "
-            f"there, products may differ from run to run: set {WORKSPACE}=:4096:8 before the process starts"
+            f"deterministic=true: this process had computed on CUDA before {WORKSPACE} was set. If it has multiplied matrices, "
+            f"products may differ from run to run: set {WORKSPACE}=:4096:8 before the process starts"
         )

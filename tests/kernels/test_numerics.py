@@ -49,14 +49,17 @@ def test_algorithms_are_deterministic_within_the_block_only(before: str) -> None
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
-def test_cublas_gets_a_workspace_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+@pytest.mark.parametrize(
+    ("is_started", "allocations", "in_time"), [(False, 0, True), (True, 0, True), (True, 3, False)]
+)
+def test_cublas_gets_a_workspace_before_the_first_product(
+    is_started: bool, allocations: int, in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_started)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"allocation.all.allocated": allocations})
     monkeypatch.delenv(WORKSPACE, raising=False)
-    assert make_cublas_repeatable()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert make_cublas_repeatable(), "it was set in time"
-    monkeypatch.delenv(WORKSPACE)
-    assert not make_cublas_repeatable()
+    assert make_cublas_repeatable() == in_time
+    assert make_cublas_repeatable(), "the environment has it now"
 
 
 def test_another_workspace_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

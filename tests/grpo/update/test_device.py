@@ -30,13 +30,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("is_late", [True, False])
-def test_a_deterministic_run_says_if_cuda_had_started(
+def test_a_deterministic_run_says_if_it_was_set_too_late(
     is_late: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_late)
+    monkeypatch.setattr(device, "make_cublas_repeatable", lambda: not is_late)
     with caplog.at_level(logging.INFO, "rankup"), prepared_device(GRPOConfig(deterministic=True)):
         pass
-    assert ("CUDA had started before CUBLAS_WORKSPACE_CONFIG was set" in caplog.text) == is_late
+    assert ("had computed on CUDA before CUBLAS_WORKSPACE_CONFIG was set" in caplog.text) == is_late
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
