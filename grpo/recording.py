@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..kernels.cuda_memory import peak_memory
 from .common.memory import resident_mib
 from .common.timing import Clock
 from .context import RunContext
@@ -30,6 +31,7 @@ def record_step(
         **metrics,
         "num_tokens": float(checkpoints.num_tokens),
         "memory/resident_mib": resident_mib(),
+        **_gpu_memory(ctx),
         **time_metrics(reports, trained_tokens=metrics.get("packing/completion_tokens", 0.0)),
     }
     record = StepRecord(groups=batch.groups, metrics=metrics, seconds=slowest(reports), notes=update.notes)
@@ -39,3 +41,10 @@ def record_step(
     ctx.setup.callbacks.step_end(record)
     if is_complete:  # again: callbacks can ask for an evaluation, log, and draw random numbers
         checkpoints.set_position(step + 1, evaluation_pending=evaluation_is_due(ctx.setup, step + 1))
+
+
+def _gpu_memory(ctx: RunContext) -> dict[str, float]:
+    """Peaks of the step on this worker's GPU, and what the memory plan expects while training, in MiB. Empty on CPU."""
+    peaks = {f"memory/gpu_{name}_mib": size / 2**20 for name, size in peak_memory().items()}
+    planned = ctx.session.planned_bytes
+    return peaks if planned is None else {**peaks, "memory/gpu_planned_mib": planned / 2**20}

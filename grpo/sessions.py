@@ -19,10 +19,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from ..kernels.cpu_memory import return_freed_memory
 from ..rollout.engine import RolloutEngine
 from ..rollout.vllm_compat import vllm_version
 from .common.log import logger
+from .memory.decide import decide_memory
 from .run.run_folder import SavedAdapter
 from .setup import RunSetup
 from .update.session import Session, open_session
@@ -33,6 +36,14 @@ LARGE_BYTES = 2**26
 """Base weights whose memory is worth the half second that collecting garbage takes."""
 
 
+def start_text(*, starts_vllm: bool, compiles: bool) -> str:
+    """What the start of a session does, and what is slow about it: vLLM is silent meanwhile."""
+    if not starts_vllm:
+        return "loading the model"
+    slow = "; vLLM compiles the model and captures CUDA graphs, which takes minutes the first time"
+    return f"starting vLLM and loading the model{slow if compiles else ''}"
+
+
 class _OpenSession:
     """A session and what closes it, without a reference to `Sessions`: it is closed when those are garbage."""
 
@@ -41,14 +52,18 @@ class _OpenSession:
         self.has_run = False
         self._callbacks = setup.callbacks
         self._stack = ExitStack()
+        config, budget = setup.config, None
+        if engine is None:  # a user's engine has its memory already
+            config, budget = decide_memory(config, setup.inputs.model_path, world=setup.world)
         self._session: Session | None = self._stack.enter_context(
             open_session(
-                setup.config,
+                config,
                 setup.inputs.model_path,
                 pad_token_id=cast(int, setup.inputs.tokenizer.pad_token_id or 0),
                 engine=engine,
                 world=setup.world,
                 has_episodes=setup.episodes is not None,
+                planned_bytes=None if budget is None else budget.training_peak,
             )
         )
 
@@ -188,7 +203,8 @@ class Sessions:
             other.close()
         self.close()
         starts_vllm = engine is None and self._setup.config.rollout.engine == "vllm"
-        self._setup.stage("starting vLLM and loading the model" if starts_vllm else "loading the model")
+        compiles = torch.cuda.is_available() and not self._setup.config.rollout.enforce_eager
+        self._setup.stage(start_text(starts_vllm=starts_vllm, compiles=compiles))
         self._open = _OpenSession(self._setup, engine)
         self._close_as_garbage = weakref.finalize(self, self._open.close)
         Sessions._of_process = weakref.ref(self)

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from .device import runs_triton
 from .logprob_rows import Rows, Slopes, TorchRows
-from .lora import Adapter
+from .lora import Adapter, product
 
 if TYPE_CHECKING:
     from .triton.logprob_rows import TritonRows
@@ -90,6 +90,7 @@ def linear_logprob_loss(
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
     passes: Literal[1, 2] = 1,
     factor: TokenFactor | None = None,
+    loss_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of `loss` over the tokens, differentiable in `hidden_ND` and in the master weights of the head's adapter.
 
@@ -107,6 +108,7 @@ def linear_logprob_loss(
         factor: constant factors of the tokens' losses that depend on all log-probabilities (does a completion count?). In one
             pass they multiply the gradients of the hidden states at the end. The gradients of an adapter on the head are sums
             over tokens, so with such an adapter there are always two passes.
+        loss_scale: the gradients are those of `loss_scale * loss`, multiplied before they are rounded to the hidden's dtype.
 
     Returns:
         loss (scalar), log-probabilities [N] and entropies [N], in fp32 (fp64 for fp64), the latter two without gradient.
@@ -115,7 +117,8 @@ def linear_logprob_loss(
     logits = _Logits(hidden_ND.detach(), head, targets_N, temperature, chunk_bytes)
     if factor is not None and (passes == 2 or head.adapter is not None):
         loss, factor, passes = _weighted(loss, factor), None, 2
-    return _LinearLogprobLoss.apply(hidden_ND, *masters, logits, loss, passes, factor)  # type: ignore[return-value]
+    arguments = (*masters, logits, loss, passes, factor, loss_scale)
+    return _LinearLogprobLoss.apply(hidden_ND, *arguments)  # type: ignore[return-value]
 
 
 def _weighted(loss: TokenLoss, factor: TokenFactor) -> TokenLoss:
@@ -140,11 +143,12 @@ class _LinearLogprobLoss(torch.autograd.Function):
         loss: TokenLoss,
         passes: Literal[1, 2],
         factor: TokenFactor | None,
+        loss_scale: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gradients = _Gradients(logits.hidden_ND, logits.head)
         if passes == 2 and len(logits.chunks) > 1:
             logprobs_N, entropy_N = logits.measure()
-            loss_N, slopes = _differentiate(loss, logprobs_N, entropy_N, slice(0, len(logprobs_N)))
+            loss_N, slopes = _differentiate(loss, logprobs_N, entropy_N, slice(0, len(logprobs_N)), loss_scale)
             for chunk in logits.chunks if slopes.any else ():
                 buffer_nV, rows = logits.form(chunk)
                 gradients.add(chunk, buffer_nV, logits.gradient_in_place(buffer_nV, chunk, rows, slopes.of(chunk)))
@@ -154,7 +158,7 @@ class _LinearLogprobLoss(torch.autograd.Function):
             for chunk in logits.chunks:
                 buffer_nV, rows = logits.form(chunk)
                 logprobs_N[chunk], entropy_N[chunk] = rows.logprobs_n, rows.entropy_n
-                loss_n, slopes = _differentiate(loss, rows.logprobs_n, rows.entropy_n, chunk)
+                loss_n, slopes = _differentiate(loss, rows.logprobs_n, rows.entropy_n, chunk, loss_scale)
                 losses.append(loss_n.flatten())
                 if slopes.any:
                     gradients.add(chunk, buffer_nV, logits.gradient_in_place(buffer_nV, chunk, rows, slopes))
@@ -171,17 +175,18 @@ class _LinearLogprobLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         scaled = [None if gradient is None else gradient * grads[0] for gradient in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _differentiate(
-    loss: TokenLoss, logprobs_n: torch.Tensor, entropy_n: torch.Tensor, tokens: slice
+    loss: TokenLoss, logprobs_n: torch.Tensor, entropy_n: torch.Tensor, tokens: slice, scale: float | None
 ) -> tuple[torch.Tensor, Slopes]:
-    """The tokens' losses (in two passes of any shape, since they are only summed) and their derivatives."""
+    """The tokens' losses (in two passes of any shape, since they are only summed) and `scale` times their derivatives."""
     with torch.enable_grad():
         leaves = (logprobs_n.detach().requires_grad_(), entropy_n.detach().requires_grad_())
         loss_n = loss(*leaves, tokens)
-        slopes = torch.autograd.grad(loss_n.sum(), leaves, allow_unused=True) if loss_n.requires_grad else (None, None)
+        total = loss_n.sum() if scale is None else scale * loss_n.sum()
+        slopes = torch.autograd.grad(total, leaves, allow_unused=True) if loss_n.requires_grad else (None, None)
     return loss_n.detach(), Slopes(*slopes)
 
 
@@ -255,5 +260,5 @@ class _Gradients:
         u_nR = ((gradient_nV @ adapter.b) * factor_n1).to(hidden_nD.dtype)
         h_nR = ((hidden_nD @ adapter.a.t()) * (factor_n1 * adapter.scaling)).to(hidden_nD.dtype)
         self.hidden_ND[chunk].addmm_(u_nR, adapter.a)
-        self.a_RD += u_nR.t() @ hidden_nD
-        self.b_VR += gradient_nV.t() @ h_nR
+        self.a_RD += product(u_nR.t(), hidden_nD, dtype=self.a_RD.dtype)
+        self.b_VR += product(gradient_nV.t(), h_nR, dtype=self.b_VR.dtype)

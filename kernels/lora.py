@@ -10,7 +10,9 @@ fp32 master weights A and B. With h = x a^T, g = dL/dy and u = g b
 
     y = x W^T + bias + h b^T        dx = g W + u a        dA = u^T x        dB = scaling * g^T h
 
-On CUDA y and dx take one kernel each (`triton/lora.py`); torch computes every other product, and on other devices all of them.
+On CUDA y and dx take one kernel each (`triton/lora.py`) where that is the faster way (`lora_choice.py`); torch computes every
+other product, and on other devices all of them. dA and dB are sums over all tokens. cuBLAS writes them in fp32; on CPU torch
+has no such product of 16-bit operands, and they are rounded to the operands' dtype first.
 A weight in NF4 (`nf4.py`) is dequantised before each product with it and freed afterwards.
 
 Neither `x @ A` in fp32 nor the merged weight is ever formed. h is saved for the backward: it is small compared to x (R of I
@@ -27,7 +29,7 @@ V vocabulary, D width of the embedding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +37,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, gelu, linear, silu
 
-from .device import is_ampere, runs_triton
+from .device import is_ampere, is_on_cuda, runs_triton
+from .lora_choice import choose, kernel_for
 from .nf4 import Nf4Weight
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -192,9 +195,9 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (grad_TD,), adapter = grads, ctx.adapter
         ids_T, a_RV, b_DR = ctx.saved_tensors
-        u_TR = (grad_TD @ b_DR).to(adapter.master_a.dtype).mul_(ctx.multiplier)
+        u_TR = product(grad_TD, b_DR, dtype=adapter.master_a.dtype).mul_(ctx.multiplier)
         da_VR = torch.ops.aten.embedding_dense_backward(u_TR, ids_T, a_RV.shape[1], ctx.padding, False)
-        db_RD = embedding(ids_T, a_RV.t()).t() @ grad_TD
+        db_RD = product(embedding(ids_T, a_RV.t()).t(), grad_TD, dtype=adapter.master_b.dtype)
         db_DR = torch.empty_like(adapter.master_b).copy_(db_RD.t()).mul_(adapter.scaling * ctx.multiplier)
         return grad_TD if ctx.needs_input_grad[0] else None, None, None, None, None, da_VR.t(), db_DR
 
@@ -252,10 +255,11 @@ def _backward(
         grad_TO, weight_OI = bare[0]
         dx_TI = _product_with_adapter(grad_TO, _dense(weight_OI), u_TS, _stacked(adapters))
         dx_TI = _sum_of_products(dx_TI, bare[1:])
-    da = (u_TS.t() @ x_TI).to(adapters[0].master_a.dtype).split([adapter.a.shape[0] for adapter in adapters])
+    da_SI = product(u_TS.t(), x_TI, dtype=adapters[0].master_a.dtype)
+    da = da_SI.split([adapter.a.shape[0] for adapter in adapters])
     for (i, grad_TO, adapter), da_RI in zip(adapted, da, strict=True):
         # Transposed because a product with the larger matrix on the right takes three quarters of the time on CPU.
-        db_RO = h_TS[:, columns[i]].t() @ grad_TO
+        db_RO = product(h_TS[:, columns[i]].t(), grad_TO, dtype=adapter.master_b.dtype)
         db_OR = torch.empty_like(adapter.master_b).copy_(db_RO.t()).mul_(adapter.scaling)
         gradients[i] = (da_RI, db_OR)
     return dx_TI, gradients
@@ -265,11 +269,36 @@ def _product_with_adapter(
     x_TK: torch.Tensor, w_KN: torch.Tensor, h_TR: torch.Tensor, b_RN: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`x w + h b + bias`, [T, N]: y of a forward, dx of a backward."""
-    if _has_kernel(x_TK):
+    if _has_kernel(x_TK) and kernel_for(w_KN, b_RN) == "triton":
         from .triton import lora  # a machine without such a device needs no Triton
 
         return lora.product_with_adapter(x_TK, w_KN, h_TR, b_RN, bias_N)
+    return _two_products(x_TK, w_KN, h_TR, b_RN, bias_N)
+
+
+def _two_products(
+    x_TK: torch.Tensor, w_KN: torch.Tensor, h_TR: torch.Tensor, b_RN: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
     return linear(x_TK, w_KN.t(), bias_N).addmm_(h_TR, b_RN)
+
+
+def choose_kernel(
+    kernel: Literal["auto", "triton", "cublas"], run: Callable[[], object], *, like: torch.Tensor
+) -> str | None:
+    """`lora_choice.choose` between the kernel and torch's products, for layers with weights such as `like`. None without a
+    device that has the kernel."""
+    if not _has_kernel(like):
+        return None
+    from .triton import lora
+
+    return choose(kernel, run, {"triton": lora.product_with_adapter, "cublas": _two_products})
+
+
+def product(left_MK: torch.Tensor, right_KN: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """`left right`, [M, N] in `dtype`: the operands', or fp32 for 16-bit operands, which on CUDA is not rounded to 16 bits."""
+    if left_MK.dtype != dtype and is_on_cuda(left_MK):
+        return torch.mm(left_MK, right_KN, out_dtype=dtype)
+    return (left_MK @ right_KN).to(dtype)
 
 
 def _has_kernel(x: torch.Tensor) -> bool:

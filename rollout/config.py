@@ -93,8 +93,9 @@ class RolloutConfig(SamplingConfig):
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Sequences that are sampled concurrently. None: all completions of a step, at most 256."""
 
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
-    """Share of the GPU's memory for vLLM, (0, 1]; the trainer needs the rest. CUDA only."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of the GPU's memory for vLLM, (0, 1]: weights, buffers, graphs and KV cache. None: decided from the model, the
+    lengths, the sequences that are sampled at the same time, the card, and what the trainer needs. CUDA only."""
 
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Size of vLLM's KV cache in GiB. CPU only."""
@@ -107,8 +108,7 @@ class RolloutConfig(SamplingConfig):
     """Run vLLM without graphs and compilation. None: decided by the device."""
 
     model_runner: Literal["v1", "v2"] = "v1"
-    """vLLM's model runner: `v1`, which vLLM deprecates, or `v2` (CUDA only), which samples seeded requests in one kernel. They
-    draw other tokens for the same seed."""
+    """vLLM's model runner: `v1`, which vLLM deprecates, or `v2` (CUDA only). They draw other tokens for the same seed."""
 
     tools: list[str] = Field(default=[])
     """Functions that the model may call, as `file.py:name` or `package.module:name`: functions with type hints and a docstring

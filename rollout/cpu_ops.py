@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .engine_errors import NOT_FINITE
+
 BLOCK = 256
 
 
@@ -66,10 +68,7 @@ def sample(
 
     logprobs_NV = apply_top_k_top_p(logits_NV, k, p).log_softmax(-1, dtype=torch.float32)
     if logprobs_NV[:, 0].isnan().any():  # log_softmax makes a row with such a logit all NaN
-        raise RuntimeError(
-            "the policy's logits are not finite, so nothing can be sampled: resume from an earlier checkpoint with a lower "
-            "optim.learning_rate"
-        )
+        raise RuntimeError(NOT_FINITE)
     uniform_N = torch.rand(logits_NV.shape[0], dtype=torch.float64)
     for row, generator in generators.items():
         uniform_N[row] = torch.rand((), generator=generator, dtype=torch.float64)

@@ -42,7 +42,7 @@ from .vllm_compat import (
     import_vllm,
     lora_wrapper_replaced,
     replace_cpu_layers,
-    replace_cpu_sampler,
+    replace_sampler,
     require,
 )
 from .vllm_requests import VllmQueue, VllmRequests, VllmTurns
@@ -97,10 +97,10 @@ class RolloutEngine:
             check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
         check_model_runner(self._engine, settings.rollout.model_runner)
-        if on_cpu:
-            replace_cpu_sampler(self._engine)
-            if dense:
-                self._apply_model(replace_cpu_layers)
+        if settings.rollout.model_runner == "v1":  # the sampler of V2 has counter-based noise of its own
+            replace_sampler(self._engine, on_cpu=on_cpu)
+        if on_cpu and dense:
+            self._apply_model(replace_cpu_layers)
         self._tokenizer = self._engine.get_tokenizer()
         self.slots = self._apply_model(find_slots)
         self._check_targets()

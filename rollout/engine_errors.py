@@ -1,4 +1,4 @@
-"""vLLM's errors about lengths and memory, with the names of the options here.
+"""vLLM's errors about lengths and memory, with the names of the options here, and that of both engines about logits.
 
     with in_our_names(config.rollout, on_cpu=False):
         engine = LLMEngine.from_engine_args(args)
@@ -12,6 +12,10 @@ from contextlib import contextmanager
 
 from .config import RolloutConfig
 
+NOT_FINITE = (
+    "the policy's logits are not finite, so nothing can be sampled: resume from an earlier checkpoint with a lower "
+    "optim.learning_rate, or, in model.dtype=float16, whose range ends at 65504, set bfloat16 or float32"
+)
 LENGTHS = "rollout.max_prompt_length + rollout.max_completion_length"
 
 _TOO_LONG = re.compile(r"max_model_len \((\d+)\) is greater than the derived max_model_len \((\w+)=([\d.]+)")
@@ -68,7 +72,7 @@ def _message(text: str, rollout: RolloutConfig, *, on_cpu: bool) -> str | None:
     if found := _FREE.search(text):
         free, total, wanted = found.groups()
         return (
-            f"rollout.gpu_memory_utilization {rollout.gpu_memory_utilization:g} is {wanted} GiB, and {free} of {total} GiB are "
+            f"rollout.gpu_memory_utilization {_value(rollout, on_cpu)} is {wanted} GiB, and {free} of {total} GiB are "
             "free: lower it, or end what else uses the device"
         )
     if found := _CPU_CACHE.search(text):
@@ -83,4 +87,7 @@ def _message(text: str, rollout: RolloutConfig, *, on_cpu: bool) -> str | None:
 
 
 def _value(rollout: RolloutConfig, on_cpu: bool) -> str:
-    return f"{rollout.kv_cache_gib:g}" if on_cpu else f"{rollout.gpu_memory_utilization:g}"
+    if on_cpu:
+        return f"{rollout.kv_cache_gib:g}"
+    share = rollout.gpu_memory_utilization
+    return "(not set)" if share is None else f"{share:g}"

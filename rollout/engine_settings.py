@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 CPU_BLOCK = 32  # tokens of a block of the KV cache on CPU
+USUAL_GPU_SHARE = 0.45  # of the device's memory, for an engine that no run has planned
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
 CUDA_BATCHED_TOKENS = 8192  # on CUDA, where they are
 MAX_CAPTURED = 512  # sequences of the largest captured graph
@@ -62,7 +63,8 @@ class EngineSettings:
     def differences(self, needed: EngineSettings) -> list[str]:
         """Settings that keep this engine from serving a run with other ones, each as "NAME VALUE instead of NEEDED VALUE".
 
-        The seed may differ because every request has one. So may the sampling options, which are arguments of `rollout()`.
+        The seed may differ because every request has one. So may the sampling options, which are arguments of `rollout()`, and
+        the share of the GPU's memory unless the run asks for one.
         """
         of_engine = [f.name for f in fields(self) if f.name not in ("rollout", "seed")]
         values = {name: (getattr(self, name), getattr(needed, name)) for name in of_engine}
@@ -71,6 +73,8 @@ class EngineSettings:
             "model_runner",
         )
         values |= {name: (getattr(self.rollout, name), getattr(needed.rollout, name)) for name in of_rollout}
+        if needed.rollout.gpu_memory_utilization is None:
+            del values["gpu_memory_utilization"]
         return [f"{name} {_short(a)} instead of {_short(b)}" for name, (a, b) in values.items() if a != b]
 
 
@@ -104,7 +108,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(batched, settings.max_num_seqs),
         kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30) if on_cpu else None,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=rollout.gpu_memory_utilization or USUAL_GPU_SHARE,
         enforce_eager=eager,
         compilation_config={} if eager else _captures(settings.max_num_seqs),  # type: ignore[arg-type]
         enable_lora=True,

@@ -1,6 +1,7 @@
 """What a model and its tokenizer cannot sample, said before an engine is started.
 
     check_model_limits(config.rollout, "path/to/model", tokenizer)
+    check_model_dtype("path/to/model", "float16")
 
 An engine would say it in the names of its own arguments, minutes later, or not at all.
 """
@@ -28,6 +29,22 @@ SCALED_ALREADY = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn",
 
 KEEPS_ALL_KEYS = frozenset({"llama", "qwen2", "qwen3", "mistral", "granite", "cohere"})
 """Kinds of models whose layers keep the keys and values of all tokens, if they have no window."""
+
+UNSTABLE_IN_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+"""Kinds of models whose activations leave float16's range, as vLLM lists them."""
+
+
+def check_model_dtype(model_path: str, dtype: str) -> None:
+    """Whether models of this kind work in `model.dtype`.
+
+    Raises:
+        ValueError: they do not.
+    """
+    kind = AutoConfig.from_pretrained(model_path).model_type
+    if dtype == "float16" and kind in UNSTABLE_IN_FLOAT16:
+        raise ValueError(
+            f"model.dtype=float16: {kind} models are numerically unstable in it, and vLLM refuses them: set bfloat16 or float32"
+        )
 
 
 def check_model_limits(rollout: RolloutConfig, model_path: str, tokenizer: PreTrainedTokenizerBase) -> None:

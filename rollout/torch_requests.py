@@ -32,10 +32,12 @@ from transformers.generation.logits_process import (
 
 from .activity import Activity
 from .config import SamplingConfig
+from .engine_errors import NOT_FINITE
 from .slots import AdapterSlot
 from .texts import Texts
 from .torch_batch import Batch, Kept
 from .turns import Request, Turn
+from .types import EngineError
 
 
 class SampledPolicy(Protocol):
@@ -220,7 +222,13 @@ class TorchRequests:
         return ended
 
     def _tokens(self, logits_BV: torch.Tensor, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A token for each row and its log-probability, after temperature and the other options."""
+        """A token for each row and its log-probability, after temperature and the other options.
+
+        Raises:
+            EngineError: a row has NaN or plus infinity among its logits.
+        """
+        if logits_BV.amax(-1).isfinite().logical_not().any():
+            raise EngineError(NOT_FINITE)
         if self._warp is None:
             logprobs_BV = logits_BV.log_softmax(-1)
             tokens_B = logits_BV.argmax(-1)

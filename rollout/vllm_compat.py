@@ -8,6 +8,7 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | LoRA wrapper class | `dense_lora.py` | vLLM's copies the adapter once per token on CPU, and is wrong on the LM head |
 | kernels of norms, CPU | `cpu_ops.rms_norm`, ... | vLLM has kernels but registers them for GPUs only |
 | sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
+| sampling of tokens, CUDA | `cuda_ops.sample` | vLLM's launches a kernel for each sequence with a seed |
 | `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
 | usage of the memory pool, CUDA | `usage_counted_anew`, during a start | a closed engine's weights may still have users |
 | addresses of LoRA buffers | `clear()` when an engine is closed | vLLM keeps them by address for the life of the process |
@@ -24,10 +25,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import cpu_ops
+from . import cpu_ops, cuda_ops
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,6 +107,20 @@ def replaceable(owner: object, name: str, parameters: tuple[str, ...], *, purpos
             f"to {purpose}; {_working_versions()}"
         )
     return function
+
+
+def use_separate_cache(local_rank: int) -> None:
+    """Give a worker, but for the first of a machine, a folder of its own for what vLLM compiles. Before vLLM is imported.
+
+    vLLM writes the list of its compiled graphs in place, and under the same name in every process that is not part of a tensor
+    parallel group: a worker could read the half that another has written. The caches of Triton, Inductor and FlashInfer need
+    nothing: they rename complete files, or lock.
+    """
+    if local_rank == 0:
+        return
+    of_user = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "vllm")
+    root = Path(os.environ.get("VLLM_CACHE_ROOT", of_user)).expanduser()
+    os.environ["VLLM_CACHE_ROOT"] = str(root / f"worker_{local_rank}")
 
 
 def import_vllm() -> ModuleType:
@@ -232,8 +248,8 @@ def cpu_norms() -> dict[str, list[str]]:
     return {"rms_norm": [provider], "fused_add_rms_norm": [provider]}
 
 
-def replace_cpu_sampler(engine: Any) -> None:
-    """Let this engine sample tokens with `cpu_ops.sample`.
+def replace_sampler(engine: Any, *, on_cpu: bool) -> None:
+    """Let this engine sample tokens with `cpu_ops.sample`, or else with `cuda_ops.sample`.
 
     Raises:
         ValueError: the engine's sampler is elsewhere or has other parameters.
@@ -244,7 +260,7 @@ def replace_cpu_sampler(engine: Any) -> None:
         owner = require(owner, name, purpose=purpose)
     assert owner.logprobs_mode == "processed_logprobs", "`sample` returns the log-probabilities that it sampled from"
     replaceable(owner, "forward", ("logits", "generators", "k", "p"), purpose=purpose)
-    owner.forward = cpu_ops.sample
+    owner.forward = cpu_ops.sample if on_cpu else cuda_ops.sample
 
 
 def replace_cpu_layers(model: nn.Module) -> None:

@@ -13,12 +13,14 @@ function samples: a step of one advances the requests of all. `VllmTurns` are th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
 from .config import SamplingConfig
+from .engine_errors import NOT_FINITE
 from .sampling_params import sampling_params, text_of
 from .texts import Texts
 from .turns import Request, Turn
@@ -135,16 +137,23 @@ class VllmRequests:
         """One step of the engine; the requests that have ended with it, or with the steps of other blocks before.
 
         Raises:
-            EngineError: vLLM failed, or the engine was closed.
+            EngineError: vLLM failed, the engine was closed, or the policy's logits are not finite.
         """
         if not self._finished:
             self._queue.step()
         finished, self._finished = self._finished, []
+        if any(_has_nan(completion) for _, output in finished for completion in output.outputs):
+            raise EngineError(f"vLLM failed while sampling: {NOT_FINITE}")
         return finished
 
     def finish(self, output: RequestOutput) -> None:
         """One of these requests has ended."""
         self._finished.append((self._keys.pop(output.request_id), output))
+
+
+def _has_nan(completion: Any) -> bool:
+    """Whether a token was sampled from logits that are not finite: its log-probability is NaN then."""
+    return completion.logprobs is not None and math.isnan(sum(completion.logprobs.logprobs))
 
 
 class VllmTurns(VllmRequests):

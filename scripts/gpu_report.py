@@ -36,6 +36,7 @@ def _header(folder: Path) -> Iterator[str]:
     yield f"# GPU check: {folder.name}"
     found = _json(folder / "doctor.json")
     if found is None:
+        yield from _machine(folder)
         return
     for title in ("device", "versions", "paths"):
         yield from ("", f"## {title.capitalize()}", "", "| | | |", "|---|---|---|")
@@ -47,6 +48,19 @@ def _header(folder: Path) -> Iterator[str]:
     yield from ("", f"Self-test: {sum(one['level'] == 'ok' for one in kernels)} of {len(kernels)} kernels pass.")
     for finding in bad:
         yield f"- {finding['level']}: {finding['name']}, {finding['value']}: {finding['note']}"
+
+
+def _machine(folder: Path) -> Iterator[str]:
+    """What the first benchmark has noted of machine and versions, for a check without `rankup doctor`."""
+    results = filter(None, (_json(path) for path in sorted((folder / "bench").glob("*.json"))))
+    first: dict[str, Any] = next(results, {"machine": {}, "versions": {}})
+    for title in ("machine", "versions"):
+        yield from ("", f"## {title.capitalize()}", "", "| | |", "|---|---|")
+        for name, value in first[title].items():
+            if isinstance(value, dict):
+                yield from (_row(f"{name}, {part}", one) for part, one in value.items())
+            else:
+                yield _row(name, value)
 
 
 def _steps(folder: Path) -> Iterator[str]:
@@ -90,9 +104,9 @@ def _run(folder: Path) -> Iterator[str]:
 
 
 def _benchmarks(folder: Path) -> Iterator[str]:
-    """What the benchmarks print: a table, and lines below it."""
+    """What the benchmarks print: a table, and lines below it. `learner-8b.json` is of `learner.py`."""
     for path in sorted((folder / "bench").glob("*.json")):
-        report = import_module(path.stem).report(json.loads(path.read_text()))
+        report = import_module(path.stem.partition("-")[0]).report(json.loads(path.read_text()))
         yield from ("", f"## Benchmark {path.stem}", "", f"All results: [bench/{path.name}](bench/{path.name})", "", report)
 
 

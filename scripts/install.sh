@@ -176,15 +176,15 @@ exact_versions() { # the lock file; its `==` would also take local versions: for
 install_torch() { # first and alone: it is the largest, and the one that a machine may not offer
     local torch
     torch=$(exact_versions | grep '^torch===')
-    say "installing $torch"
+    say "installing ${torch/===/ }"
     pip install --no-deps "$torch" && return
     # pip words it the second way where the user has set constraints.
     local missing="No matching distribution found for torch|no matching distributions available for your environment"
     if [[ "$device" == cpu ]] && grep -qE "$missing" "$LOG"; then
-        fail "pip finds no $torch for Python $1: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index" \
+        fail "pip finds no ${torch/===/ } for Python $1: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index" \
             "(pytorch.org, 'Get Started', pip + CPU) and run again"
     fi
-    fail_pip "cannot install $torch"
+    fail_pip "cannot install ${torch/===/ }"
 }
 
 install_rest() {

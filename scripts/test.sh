@@ -5,14 +5,20 @@
 #   scripts/test.sh                                   all but those marked exhaustive
 #   scripts/test.sh --exhaustive tests/kernels        these too, of a folder or file
 #   scripts/test.sh --quick                           skips tests marked engine, ray, runs or slow
-#   scripts/test.sh --all                             everything
+#   scripts/test.sh --all                             everything that needs no CUDA build
+#   scripts/test.sh --cuda                            on CUDA devices that are not there (tests/nullcuda/README.md), in .venv-cuda
 #   scripts/test.sh tests/grpo -k config              one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 0
+fi
+if [[ "${1:-}" == --cuda ]]; then
+    shift
+    scripts/install.sh cuda --venv .venv-cuda
+    OMP_NUM_THREADS=1 exec tests/nullcuda/test.sh "$@"
 fi
 scripts/install.sh
 lane=()

@@ -133,6 +133,7 @@ def test_help_shows_examples_and_installs_nothing(tmp_path: Path, name: str):
         (["cpu", "--python", "no-such-python"], "no interpreter 'no-such-python'"),
         (["cpu", "--python", "true"], "is not Python 3.11 or newer"),
         (["cpu", "--python"], "--python needs an interpreter"),
+        (["cpu", "--venv", "elsewhere"], "--venv needs a folder's name that starts with .venv"),
     ],
 )
 def test_install_refuses_in_one_line(bare_copy: Path, arguments: list[str], message: str):
@@ -148,10 +149,25 @@ def test_install_without_the_cpu_torch_names_the_option_and_leaves_no_stamp(bare
     offers_nothing = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     result = run_script(script, "cpu", "--python", sys.executable, **offers_nothing)
     assert result.returncode != 0
-    assert "pip finds no torch==2.13.0+cpu" in result.stderr and "PIP_EXTRA_INDEX_URL" in result.stderr
+    assert "pip finds no torch 2.13.0+cpu" in result.stderr and "PIP_EXTRA_INDEX_URL" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (bare_copy / ".venv" / ".rankup-installed").exists()
     assert run_script(script, "--check").returncode == 1
+
+
+def test_install_for_cuda_takes_no_cpu_build_of_the_same_version(bare_copy: Path):
+    """`torch==2.13.0` would: a local version such as 2.13.0+cpu satisfies it."""
+    wheel = bare_copy / "wheels" / "torch-2.13.0+cpu-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as content:
+        info = "torch-2.13.0+cpu.dist-info"
+        content.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+cpu\n")
+        content.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        content.writestr(f"{info}/RECORD", "")
+    only_that = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": os.devnull}
+    result = run_script(bare_copy / "scripts" / "install.sh", "cuda", "--python", sys.executable, **only_that)
+    assert result.returncode != 0
+    assert "cannot install torch 2.13.0: ERROR: No matching distribution" in result.stderr
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="the tests run in another environment")

@@ -42,7 +42,7 @@ def correction_weights(log_w_n: torch.Tensor, lengths_S: torch.Tensor | None, co
 
 def veto_keep(log_w_n: torch.Tensor, lengths_S: torch.Tensor, *, veto: float) -> torch.Tensor:
     """[n], False for all tokens of a completion that has one with w < veto."""
-    lowest_S = torch.segment_reduce(log_w_n.exp(), "min", lengths=lengths_S)
+    lowest_S = torch.segment_reduce(log_w_n.exp(), "min", lengths=lengths_S, unsafe=True)
     return (lowest_S >= veto).repeat_interleave(lengths_S, output_size=len(log_w_n))
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 UserLoss = Callable[["LossInputs"], torch.Tensor]
 
@@ -82,12 +84,33 @@ def sapo(ratio_n: torch.Tensor, advantages_n: torch.Tensor, *, positive: float, 
 
 def sequence_mean(values_n: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
     """Each completion's mean [S] of its tokens' values, which stand one after the other."""
-    return torch.segment_reduce(values_n, "mean", lengths=lengths_S)
+    # Unsafe: without two checks of the lengths, for each of which a GPU would be waited for.
+    return torch.segment_reduce(values_n, "mean", lengths=lengths_S, unsafe=True)
+
+
+def for_each_token(values_S: torch.Tensor, lengths_S: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Each completion's value for each of its tokens, [n]; `tokens` is the sum of the lengths."""
+    return _ForEachToken.apply(values_S, lengths_S, tokens)  # type: ignore[return-value]
+
+
+class _ForEachToken(torch.autograd.Function):
+    """`repeat_interleave`, of which torch sums the gradient by atomics on CUDA, in an order that differs from run to run."""
+
+    @staticmethod
+    def forward(ctx: Any, values_S: torch.Tensor, lengths_S: torch.Tensor, tokens: int) -> torch.Tensor:
+        ctx.save_for_backward(lengths_S)
+        return values_S.repeat_interleave(lengths_S, output_size=tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (lengths_S,) = ctx.saved_tensors
+        return torch.segment_reduce(grads[0].contiguous(), "sum", lengths=lengths_S, unsafe=True), None, None
 
 
 def sequence_ratio(log_ratio_n: torch.Tensor, lengths_S: torch.Tensor) -> torch.Tensor:
     """`exp(mean log rho)`: the geometric mean over the completion, for each of its tokens [n] (GSPO, arXiv 2507.18071)."""
-    return torch.exp(sequence_mean(log_ratio_n, lengths_S)).repeat_interleave(lengths_S, output_size=len(log_ratio_n))
+    return for_each_token(torch.exp(sequence_mean(log_ratio_n, lengths_S)), lengths_S, len(log_ratio_n))
 
 
 def kl_k3(logprobs_n: torch.Tensor, reference_logprobs_n: torch.Tensor) -> torch.Tensor:

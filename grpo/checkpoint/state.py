@@ -68,6 +68,8 @@ class RunState:
         inputs: fingerprint of data and reward functions.
         made_with: versions of the software, device and threads.
         callbacks: states of the user's callbacks, see `Callbacks.states`.
+        loss_scale: state of float16's; empty in other data types, and in checkpoints of earlier versions.
+        pack_budget: of the learner, which halves it when memory runs out; None in checkpoints of earlier versions.
     """
 
     position: Position
@@ -77,6 +79,8 @@ class RunState:
     inputs: dict[str, Any]
     made_with: dict[str, str]
     callbacks: dict[str, Any] = field(default_factory=dict)
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    pack_budget: dict[str, int] | None = None
 
 
 def write_state(
@@ -105,6 +109,8 @@ def write_state(
         inputs=dict(inputs),
         made_with=made_with(session.policy.device),
         callbacks=dict(callbacks),
+        loss_scale={} if learner.loss_scale is None else learner.loss_scale.state_dict(),
+        pack_budget=learner.pack_budget.state_dict(),
     )
     (folder / STATE).write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
 
@@ -134,6 +140,9 @@ def load_state(folder: Path, state: RunState, session: Session) -> bool:
         file = folder / snapshot_file(kind)
         snapshot.load_state_dict(load_file(file) if file.is_file() else {})
     learner.guards.load_state_dict(state.guards)
+    if learner.loss_scale is not None and state.loss_scale:
+        learner.loss_scale.load_state_dict(state.loss_scale)
+    learner.pack_budget.load_state_dict(state.pack_budget or {})
     session.publish()
     engine.policy_version = state.policy_version
     return restores_optimizer

@@ -7,6 +7,7 @@ from ..common.model_files import resolve_model
 from ..common.quiet import quiet_stderr
 from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
+from ..memory.decide import decide_memory
 from ..model.prove import prove_slots
 from ..update.session import base_note, engine_and_policy
 
@@ -18,6 +19,8 @@ def check_slots(config: GRPOConfig) -> int:
     config = with_fitting_prompts(config, model_path)
     name = "vLLM" if config.rollout.engine == "vllm" else "the torch engine"
     print(f"starting {name} with {config.model.name}", flush=True)
+    with log_to(print):
+        config, _ = decide_memory(config, model_path)
     with engine_and_policy(config, model_path) as (engine, policy):
         print(base_note(policy, config.rollout.engine), flush=True)
         print(f"publishing a random adapter to each of {len(policy.layers)} projections alone", flush=True)

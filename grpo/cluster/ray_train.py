@@ -57,8 +57,10 @@ def fit(job: Job) -> str | None:
 
 
 def _run_worker(arguments: Mapping[str, Any]) -> None:
-    from .worker import run_worker  # takes seconds, and Ray's controller never calls this
+    from .devices import prepare_device  # these take seconds, and Ray's controller never calls this
+    from .worker import run_worker
 
+    prepare_device()
     run_worker(arguments["task"], arguments["mailbox"])
 
 

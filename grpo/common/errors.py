@@ -31,6 +31,14 @@ OUT_OF_MEMORY = (
 )
 
 
+OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+)
+
+
 class TrainingStoppedError(ValueError):
     """The guards stopped the run, or most episodes or all rewards failed. All workers raise it after the same step; what was
     learned so far is saved."""
@@ -72,11 +80,11 @@ class Attempts:
 
 def explain(error: BaseException) -> str | None:
     """The message for the user; None for an unexpected error, whose traceback should be shown."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY.format(reason=first_line(error))
     if isinstance(error, EngineError):
         cause = error.__cause__
-        memory = cause is not None and _is_out_of_memory(cause)
+        memory = cause is not None and is_out_of_memory(cause)
         return OUT_OF_MEMORY.format(reason=first_line(error)) if memory else str(error)
     if _is_full_disk(error):
         return f"no space left on the disk: {first_line(error)}. Free some space, or set another logging.output_dir"
@@ -88,13 +96,14 @@ def explain(error: BaseException) -> str | None:
 def is_transient(error: BaseException) -> bool:
     """Whether restarting the run may help: for network errors, and for engine errors other than out of memory."""
     if isinstance(error, EngineError):
-        return error.__cause__ is None or not _is_out_of_memory(error.__cause__)
+        return error.__cause__ is None or not is_out_of_memory(error.__cause__)
     return isinstance(error, ConnectionError | TimeoutError)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's error, torch's for CUDA, or torch's for the CPU, a plain RuntimeError. Does not import torch."""
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's error, torch's for CUDA, or a plain RuntimeError: torch's for the CPU, cuBLAS's, and those of CUDA itself and of
+    Triton. Does not import torch."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def random_states() -> dict[str, Any]:
-    """States of the generators; of CUDA's too, if CUDA is in use."""
+    """States of the generators; of this process's GPU too, if CUDA is in use."""
     import torch
 
     numpy_state = np.random.get_state(legacy=False)
@@ -42,12 +42,12 @@ def random_states() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
+        "cuda": [_encode(torch.cuda.get_rng_state())] if torch.cuda.is_initialized() else [],
     }
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what `random_states` returned."""
+    """Restore what `random_states` returned, here or on a machine with another number of GPUs."""
     import torch
 
     version, words, gauss = states["python"]
@@ -55,8 +55,10 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
     np.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
     torch.set_rng_state(_decode(states["torch"]))
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
+    if states["cuda"] and torch.cuda.is_available():
+        # Earlier versions saved a state for each visible GPU.
+        of_gpu = states["cuda"][min(torch.cuda.current_device(), len(states["cuda"]) - 1)]
+        torch.cuda.set_rng_state(_decode(of_gpu))
 
 
 class Preserved:
@@ -83,7 +85,7 @@ class Preserved:
 
     def _current(self) -> tuple[Any, Any, Any, Any]:
         torch = self._torch
-        cpu, cuda = (None, []) if torch is None else (torch.get_rng_state(), _cuda_states(torch))
+        cpu, cuda = (None, None) if torch is None else (torch.get_rng_state(), _cuda_state(torch))
         return random.getstate(), np.random.get_state(), cpu, cuda
 
     def _set(self, states: tuple[Any, Any, Any, Any]) -> None:
@@ -92,8 +94,8 @@ class Preserved:
         np.random.set_state(numpy)
         if self._torch is not None:
             self._torch.set_rng_state(cpu)
-        if self._torch is not None and cuda:
-            self._torch.cuda.set_rng_state_all(cuda)
+        if self._torch is not None and cuda is not None:
+            self._torch.cuda.set_rng_state(cuda)
 
 
 @contextmanager
@@ -118,11 +120,12 @@ def _seed_all(seed: int, torch: ModuleType | None) -> None:
     if torch is not None:
         torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed queues work for a CUDA that is not in use
         if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed % 2**63)
+            torch.cuda.manual_seed(seed % 2**63)
 
 
-def _cuda_states(torch: ModuleType) -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def _cuda_state(torch: ModuleType) -> torch.Tensor | None:
+    """Of this process's GPU; None if CUDA is not in use."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
 
 def _encode(state: torch.Tensor) -> str:

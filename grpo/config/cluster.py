@@ -1,6 +1,6 @@
 """The section `cluster`: several devices that share every step. Imports neither torch nor Ray."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...section import Section
 
@@ -16,7 +16,7 @@ class ClusterConfig(Section):
     """CPU cores that Ray reserves for each worker; on CPU, also its number of threads."""
 
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs that Ray reserves for each worker. None: 1 if the cluster has GPUs, else 0."""
+    """GPUs that Ray reserves for each worker, a whole number. None: 1 if the cluster has GPUs, else 0."""
 
     max_failures: int = Field(default=3, ge=0)
     """How many times all workers restart from the newest checkpoint after losing one: its process or node died, or a step
@@ -25,3 +25,13 @@ class ClusterConfig(Section):
     step_timeout: float = Field(default=1800.0, gt=0)
     """Seconds without a completed collective after which workers are considered hung. A step, an evaluation, and copying a
     checkpoint must each take less."""
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _gpus_are_whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus != int(gpus):
+            raise ValueError(
+                f"{gpus:g} is a part of a GPU, but workers cannot share one: each has its own vLLM and policy on it, and NCCL "
+                "refuses two on one device: use 1"
+            )
+        return gpus

@@ -221,8 +221,8 @@ def nest(values: Mapping[Any, Any], keys: KnownKeys) -> dict[str, Any]:
             nested[str(name)] = value
     for name, value in flat.items():
         dotted = keys.locate(name) or name
-        section, _, field = dotted.partition(".")
-        fields = nested.setdefault(section, {})
+        section, _, field = dotted.rpartition(".")
+        fields = nested.setdefault(section, {}) if section else nested
         if field in fields:
             raise ValueError(f"{name}: is the same option as {dotted}, which is set too; keep one of them")
         fields[field] = value

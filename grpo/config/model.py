@@ -21,9 +21,11 @@ class ModelConfig(Section):
     """Tokenizer, if it is not the model's: a local folder, or an id on the Hub. Prompts are encoded and completions decoded
     with it. None: the model's own."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of the base weights and of the adapter that vLLM samples with. The adapter's master weights are always
-    float32."""
+    float32. `float16` is for GPUs without bfloat16 (before Ampere), and has a smaller gap between sampler and trainer
+    (2510.26788); its range ends at 65504, so gradients are computed with a loss scale (`optim.initial_loss_scale`), and
+    models with larger weights or activations cannot use it (Gemma 2 and 3, GLM-4)."""
 
     load_in: Literal["nf4"] | None = None
     """`nf4`: quantize the base model's linear layers, except the head, to 4 bits (NF4, bitsandbytes) for trainer and sampler.

@@ -20,6 +20,9 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 """The keys of `optim.lr_scheduler_kwargs` for each schedule. Names and formulas are those of transformers."""
 
+USUAL_TOKENS_PER_PACK = 4096
+"""`optim.tokens_per_pack` where nothing decides it: on CPU, or if the memory of the model or of the device is not known."""
+
 DECAY_TYPES = ("linear", "cosine", "1-sqrt")
 
 
@@ -78,6 +81,12 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm (over all adapters), above 0."""
 
+    initial_loss_scale: float = Field(default=2.0**16, ge=1, le=2.0**24)
+    """Factor of the loss in the backward pass of `model.dtype: float16`, at the start of the run: a power of two, 1 to 2^24.
+    It keeps small gradients above float16's smallest number, and is divided out of the master weights' gradients. A backward
+    pass that overflows is repeated with half the scale; after 100 updates without overflow the scale is doubled. No effect in
+    the other data types."""
+
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """Optimizer: the state of `adamw` takes 8 bytes per adapter parameter; that of `adamw_8bit` (bitsandbytes) 2, or 8 for
     an adapter on the embedding; `paged_adamw_8bit` (CUDA only) takes as many, which CUDA moves to the host when memory is
@@ -95,11 +104,16 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay, at least 0."""
 
-    tokens_per_pack: int = Field(default=4096, ge=1)
-    """Token budget of one forward and backward pass; affects peak memory, not the update."""
+    tokens_per_pack: int | None = Field(default=None, ge=1)
+    """Token budget of one forward and backward pass; affects peak memory, not the update. It is halved when memory runs out in
+    training. None: 4096 on CPU; on CUDA as many as the memory plan has room for, from 2048 to 16384."""
 
     logits_mib: int | None = Field(default=None, ge=1)
     """Memory for the logits of one chunk, in MiB; a chunk has at least 16 tokens. None: 128 on CPU, 1024 on CUDA."""
+
+    lora_kernel: Literal["auto", "triton", "cublas"] = "auto"
+    """What multiplies with an adapter and its layer on CUDA: one kernel of `triton`, two products of `cublas`, or `auto`: the
+    faster one for each shape, measured at the start (with `deterministic`, triton). They differ by rounding errors."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -113,6 +127,13 @@ class OptimConfig(Section):
         if values.get("max_steps", 0) in (None, -1, "-1"):
             values = {name: value for name, value in values.items() if name != "max_steps"}
         return {**values, "num_train_epochs": None} if "max_steps" in values and "num_train_epochs" in values else values
+
+    @field_validator("initial_loss_scale")
+    @classmethod
+    def _is_power_of_two(cls, scale: float) -> float:
+        if not math.log2(scale).is_integer():  # multiplying by any other number rounds
+            raise ValueError(f"must be a power of two (got {scale:g})")
+        return scale
 
     @field_validator("lr_scheduler_kwargs")
     @classmethod

@@ -86,9 +86,22 @@ class GRPOConfig(Section):
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed for the data order, the adapter's initialisation and sampling, 0 to 2**32 - 1."""
 
+    deterministic: bool = False
+    """Repeat a seeded run bit-exactly on CUDA too (docs/runs.md): slower algorithms in the backward pass, and plain products
+    for the adapter in vLLM (`rollout.lora_path` dense). On CPU a seeded run is repeated bit-exactly without it."""
+
     @model_validator(mode="after")
     def _the_engine_can_sample_like_this(self) -> "GRPOConfig":
         self.rollout.check()
+        return self
+
+    @model_validator(mode="after")
+    def _vllms_adapter_kernels_are_not_deterministic(self) -> "GRPOConfig":
+        if self.deterministic and self.rollout.lora_path == "punica":
+            raise ValueError(
+                "rollout.lora_path: punica adds in an order that differs from run to run: with deterministic=true use auto or "
+                "dense"
+            )
         return self
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ def load_base(
         shared: tensors by parameter name that replace parameters of the same shape, dtype and device. Not on fake tensors.
 
     Raises:
-        ValueError: in NF4, the model's files name weights differently from transformers.
+        ValueError: in NF4, the model's files name weights differently from transformers; or a weight is not finite in `dtype`.
     """
     if detect_fake_mode() is not None:
         return _without_values(model_path, dtype, load_in)
@@ -204,6 +204,7 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
     model.requires_grad_(False)
     scales = {name: buffer for name, buffer in model.named_buffers() if name.endswith(f".{Nf4Linear.SCALES}")}
     weights = {**dict(model.named_parameters()), **scales}
+    _check_range(weights)
     unshared = tuple(name for name in weights if name not in shared)
     return BaseModel(
         model=model,
@@ -214,6 +215,18 @@ def _described(model: PreTrainedModel, shared: Mapping[str, torch.Tensor]) -> Ba
         versions=tuple(tensor._version for tensor in weights.values()),
         checksums=tuple(_checksum(tensor) for tensor in weights.values()) if detect_fake_mode() is None else (),
     )
+
+
+def _check_range(weights: Mapping[str, torch.Tensor]) -> None:
+    """Whether float16 holds all weights (of those in 4 bits: their scales). The files' dtype may have a wider range."""
+    if detect_fake_mode() is not None or all(weight.dtype != torch.float16 for weight in weights.values()):
+        return
+    for name, weight in weights.items():
+        # A sum in fp32 is finite if the numbers are, and needs no mask of the weight's size.
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite():
+            raise ValueError(
+                f"model.dtype=float16: {name} has a value beyond float16's range (65504): set model.dtype=bfloat16 or float32"
+            )
 
 
 def _checksum(weight: torch.Tensor) -> int:

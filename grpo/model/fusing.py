@@ -6,7 +6,7 @@
 A candidate has the right children and parameters. An MLP is replaced if it computes down(act(gate(x)) * up(x)), a norm if its
 output is bit-exactly ours. Both are tested on a miniature: the same module with small random weights instead of its
 weights. So the test takes no time on a large model, and gives the same answer for a model whose weights have no values
-(`grpo/cli/plan/step_memory.py`). q, k and v run together if one forward of the model shows that they read the same tensor.
+(`grpo/memory/step_memory.py`). q, k and v run together if one forward of the model shows that they read the same tensor.
 Nothing is skipped silently: an adapted layer outside of q/k/v and MLPs runs as a single fused layer, and a candidate that
 computes something else is listed.
 """

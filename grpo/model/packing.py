@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.repeated_rows import RowCopies
 from ...kernels.shared_prompt_attention import SharedPromptLayout
 from ...rollout.types import Completion
 from ..data.groups import Group
@@ -31,7 +32,7 @@ class Pack:
         input_ids: [1, L] with shared prompts, [rows, width] padded.
         position_ids, layout: of shared prompts; None in a padded pack.
         attention_mask: of a padded pack, [rows, width]; None with shared prompts.
-        source_N: index of the hidden state (flattened to [L, D]) that predicts each target.
+        sources: the hidden state (flattened to [L, D]) that predicts each target.
         targets_N: token ids to predict.
         advantages_N, sampler_logprobs_N: float32, for each target.
         sequence_N: which completion of the pack each target belongs to.
@@ -43,7 +44,7 @@ class Pack:
     position_ids: torch.Tensor | None = None
     layout: SharedPromptLayout | None = None
     attention_mask: torch.Tensor | None = None
-    source_N: torch.Tensor
+    sources: RowCopies
     targets_N: torch.Tensor
     advantages_N: torch.Tensor
     sampler_logprobs_N: torch.Tensor
@@ -76,16 +77,21 @@ def pad(
     return [_padded_pack(batch, pad_token_id, device) for batch in _of_like_length(rows, tokens_per_pack)]
 
 
+def by_origin(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> dict[tuple[int, int], torch.Tensor]:
+    """Per-target values of each pack [N], split into one tensor for each completion, by its origin."""
+    return {
+        origin: piece
+        for one, values_N in zip(packs, values, strict=True)
+        for origin, piece in zip(one.origins, values_N.split(one.lengths_S.tolist()), strict=True)
+    }
+
+
 def by_completion(packs: Sequence[Pack], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Split per-target values of each pack [N] into one tensor for each completion, in the order of the groups.
 
     Completions without targets are left out, as in `pack` and `pad`.
     """
-    pieces = {
-        origin: piece
-        for one, values_N in zip(packs, values, strict=True)
-        for origin, piece in zip(one.origins, values_N.split(one.lengths_S.tolist()), strict=True)
-    }
+    pieces = by_origin(packs, values)
     return [pieces[origin] for origin in sorted(pieces)]
 
 
@@ -240,7 +246,7 @@ def _make_pack(
         position_ids=position_ids,
         layout=layout,
         attention_mask=attention_mask,
-        source_N=torch.tensor(source, device=device),
+        sources=RowCopies(source, num_input_tokens + num_padding_tokens, device),
         targets_N=targets_N.to(device),
         advantages_N=advantages_S[sequence_N].to(device),
         sampler_logprobs_N=torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float32, device=device),

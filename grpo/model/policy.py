@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ...kernels import shared_prompt_attention
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
+from ...kernels.numerics import deterministic_algorithms
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
@@ -43,6 +44,7 @@ class Policy:
         start: the adapter to begin with, as `resolve_start` gives it with `lora`; None: a new one.
         load_in, shared: in which form and in whose memory the base is held, see `load_base`.
         slots: the engine's, see `attach`; None: slots of its own.
+        deterministic: `backward` gives the same gradients each time on CUDA too, see `kernels/numerics.py`.
 
     Attributes:
         base: the base model, and how much of it only the trainer holds.
@@ -69,6 +71,7 @@ class Policy:
         load_in: Literal["nf4"] | None = None,
         shared: Mapping[str, torch.Tensor] | None = None,
         slots: Mapping[str, AdapterSlot] | None = None,
+        deterministic: bool = False,
     ) -> None:
         shared_prompt_attention.register()
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
@@ -81,6 +84,7 @@ class Policy:
         self._is_packed = False
         self._checkpoints_gradients = False
         self.device = device
+        self._is_deterministic = deterministic and device != "cpu"  # on CPU it is so anyway
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
         self.peft_model = inject(base, lora, seed)
@@ -206,13 +210,15 @@ class Policy:
         temperature: float = 1.0,
         passes: Literal[1, 2] = 1,
         factor: TokenFactor | None = None,
+        loss_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One forward and one backward; gradients are added to the master weights'. Returns loss, logprobs [N], entropy [N].
 
         `passes`: over the logits; 2 where the loss of a token depends on other tokens. `factor`: of each token's loss, known
-        once all log-probabilities are. See `linear_logprob_loss` for both.
+        once all log-probabilities are. `loss_scale`: of all gradients, not of the loss that is returned. See
+        `linear_logprob_loss` for these.
         """
-        with self.packed():
+        with self.packed(), deterministic_algorithms() if self._is_deterministic else nullcontext():
             loss, logprobs_N, entropy_N = linear_logprob_loss(
                 self._hidden(pack),
                 self.head,
@@ -222,6 +228,7 @@ class Policy:
                 chunk_bytes=self._logits_bytes,
                 passes=passes,
                 factor=factor,
+                loss_scale=loss_scale,
             )
             loss.backward()
         return loss.detach(), logprobs_N, entropy_N
@@ -235,21 +242,24 @@ class Policy:
                 "from the newest checkpoint"
             )
 
-    def _any_forward(self) -> None:
-        """The model once, on two tokens."""
+    def any_pass(self) -> None:
+        """A forward and backward of the model on two tokens. Leaves no gradients."""
+        torch.autograd.grad(self._any_forward().sum(), self.masters, allow_unused=True)
+
+    def _any_forward(self) -> torch.Tensor:
+        """The hidden states of the model, on two tokens."""
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
         if self.shares_prompts:
             inputs["shared_prompt_layout"] = shared_prompt_attention.SharedPromptLayout.build([(2, [])], self.device)
         with self.packed():
-            self.model.base_model(**inputs, use_cache=False)
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
         inputs: dict[str, Any] = {"attention_mask": pack.attention_mask}
         if pack.layout is not None:
             inputs = {"position_ids": pack.position_ids, "shared_prompt_layout": pack.layout}
         output = self.model.base_model(input_ids=pack.input_ids, **inputs, use_cache=False)
-        # index_select: indexing would sum its gradient one element at a time.
-        return output.last_hidden_state.flatten(0, 1).index_select(0, pack.source_N)
+        return pack.sources.gather(output.last_hidden_state.flatten(0, 1))
 
     @property
     def head(self) -> Head:

@@ -1,23 +1,25 @@
 """Proof that trainer and sampler compute the same function of the same adapter.
 
 A wrong map between PEFT's projections and vLLM's buffers is hard to see in training: shapes often fit, and losses stay finite.
-So strong random adapters are published, and the engine's log-probabilities of some token sequences are compared with the
-trainer's. Rounding causes small differences. A misplaced, unscaled or stale adapter causes differences about as large as the
-effect of the adapter, so that effect is the unit.
+So strong random adapters are published, and the engine's log-probabilities are compared with the trainer's: those of some token
+sequences, and those that come with tokens that it samples. Rounding causes small differences. A misplaced, unscaled or stale
+adapter causes differences about as large as the effect of the adapter, so that effect is the unit.
 
-    prove_slots(policy, engine)                    # all projections together, distinct adapters; about a second
+    prove_slots(policy, engine)                    # all projections together, distinct adapters; sampling; about a second
     prove_slots(policy, engine, each=True)         # also every projection alone (`rankup check`)
     prove_slots(policy, engine, episodes=True)     # also what the engine stores of episodes, which continue behind given tokens
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ...rollout.config import SamplingConfig
+from ...rollout.generation_kwargs import GenerationKwargs
 from ...rollout.protocol import Engine
 from ...rollout.turns import Play, Request, Turn, play
 from ...rollout.types import Completion
@@ -33,13 +35,20 @@ from .policy import Policy
 # once, the stronger each has to be: at 0.05, thirty q_proj change SmolLM2-135M by no more than rounding does.
 MIN_STRENGTH, MAX_STRENGTH = 0.05, 4.0
 TOTAL_STRENGTH = 10.5  # divided among the layers
-PROOF_LENGTH = 16  # tokens sampled after each of the proof's prompts
+PROOF_PROMPTS, PROOF_LENGTH = 4, 16  # sequences of the proof, and tokens sampled after each one's prompt
+SAMPLED_PROMPTS, SAMPLED_LENGTH = 8, 8  # the same for what is sampled with adapters
 EPISODES, TURN_LENGTH, GIVEN_LENGTH = 8, 4, 3  # of the proof: their number, and tokens of each of two turns and between them
 # The largest gap that counts as rounding, relative to the effect of the adapter. In bf16 rounding causes up to 0.35 (k_proj of
 # SmolLM2-135M); a scale that is wrong by a factor of 2 causes 0.5, a misplaced adapter about 1.4.
 TOLERANCE = 0.42
+SAMPLING = ("sampling with an adapter on all projections", "sampling with another one")
 # For a projection alone, relative to the gap without adapters: the largest gap, and the smallest effect that is evidence then.
 NOISE_TOLERANCE, MIN_EFFECT = 1.25, 1.5
+
+NOT_A_NUMBER = (
+    "the base model's log-probabilities are not finite: it cannot be trained like this. In model.dtype=float16 its activations "
+    "leave the range, which ends at 65504: set bfloat16 or float32"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +56,10 @@ class Proof:
     """One comparison, as mean absolute differences of log-probabilities.
 
     Attributes:
-        what: the projections with an adapter.
+        what: the projections with an adapter, or one of `SAMPLING`.
         gap: between trainer and engine.
-        effect: between the engine with and without the adapter.
+        effect: between the engine with and without the adapter; of sampled tokens, between the engine with it and the trainer
+            without.
         noise: for a projection alone, the gap without any adapter, which is rounding; else 0.
     """
 
@@ -78,18 +88,24 @@ class Proof:
 
 
 def prove_slots(policy: Policy, engine: Engine, *, each: bool = False, episodes: bool = False) -> list[Proof]:
-    """Compare trainer and engine under random adapters, then publish the policy's adapter again.
+    """Compare trainer and engine under random adapters, then publish the policy's adapter again; not if the engine fails.
 
     Args:
         each: also compare under an adapter on each projection alone, and log every comparison that fails.
         episodes: also sample episodes of two turns, and compare what is stored of them.
 
     Raises:
-        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains.
+        RuntimeError: a comparison failed: the engine does not sample from the policy that the trainer trains; or the base
+            model's log-probabilities are not finite.
+        EngineError: the engine failed.
     """
-    sequences = _sequences(policy, engine)
+    # Completions of random tokens by the base model: likely text, on which rounding errors are small. Needs no tokenizer.
+    of_base = _sampled(policy, engine, PROOF_PROMPTS, PROOF_LENGTH, use_adapter=False)
+    sequences = [[*group.prompt.token_ids, *group.completions[0].token_ids] for group in of_base]
     base = engine.prompt_logprobs(sequences, use_adapter=False)
     noise = _difference(base, trainer_logprobs(policy, sequences, use_adapter=False))
+    if not math.isfinite(noise):
+        raise RuntimeError(NOT_A_NUMBER)
     saved = [p.detach().clone() for p in policy.masters]
     proofs = []
     try:
@@ -97,9 +113,7 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False, episodes:
         if each:
             targets += [(name, [name]) for name in policy.layers]
         for seed, (what, names) in enumerate(targets):
-            strength = min(MAX_STRENGTH, max(MIN_STRENGTH, TOTAL_STRENGTH / len(names)))
-            _write_random_adapters(policy, names, seed, strength)
-            engine.publish(policy.write_slots)
+            _publish_random_adapters(policy, engine, names, seed)
             of_engine = engine.prompt_logprobs(sequences)
             gap, effect = _difference(of_engine, trainer_logprobs(policy, sequences)), _difference(of_engine, base)
             proofs.append(Proof(what=what, gap=gap, effect=effect, noise=noise if len(names) == 1 else 0.0))
@@ -107,20 +121,34 @@ def prove_slots(policy: Policy, engine: Engine, *, each: bool = False, episodes:
                 _prove_episodes(policy, engine)
             if each and not proofs[-1].holds:
                 logger.warning("FAILED %s", proofs[-1])
+        proofs += [_prove_sampling(policy, engine, seed, what) for seed, what in enumerate(SAMPLING)]
     finally:
         with torch.no_grad():
             for master, before in zip(policy.masters, saved, strict=True):
                 master.copy_(before)
-        engine.publish(policy.write_slots)
-    failed = [proof for proof in proofs if not proof.holds]
-    if failed:
-        worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
-        raise RuntimeError(
-            f"the engine does not sample from the policy that is trained: with an adapter on {worst.what}, trainer and engine "
-            f"differ by {worst.gap:.4f} in mean log-probability (bound {worst.bound:.4f}), while the adapter changes it by "
-            f"{worst.effect:.4f} ({len(failed)} of {len(proofs)} comparisons failed). This model cannot be trained here"
-        )
+    engine.publish(policy.write_slots)  # not after an error: an engine that failed would raise another one here
+    _check(proofs)
     return proofs
+
+
+def _check(proofs: Sequence[Proof]) -> None:
+    failed = [proof for proof in proofs if not proof.holds]
+    if not failed:
+        return
+    worst = max(failed, key=lambda proof: proof.gap / max(proof.effect, 1e-12))
+    if all(proof.what in SAMPLING for proof in failed):
+        advice = (
+            "Only what it samples is wrong, not what it computes of prompts: on CUDA it samples with captured graphs, which "
+            "may read old memory. Try rollout.enforce_eager=true, which samples without them, and please report this"
+        )
+    else:
+        advice = "This model cannot be trained here"
+    where = worst.what if worst.what in SAMPLING else f"with an adapter on {worst.what}"
+    raise RuntimeError(
+        f"the engine does not sample from the policy that is trained: {where}, trainer and engine differ by {worst.gap:.4f} in "
+        f"mean log-probability (bound {worst.bound:.4f}), while the adapter changes it by {worst.effect:.4f} ({len(failed)} of "
+        f"{len(proofs)} comparisons failed). {advice}"
+    )
 
 
 def trainer_logprobs(policy: Policy, sequences: Sequence[Sequence[int]], *, use_adapter: bool = True) -> list[list[float]]:
@@ -150,6 +178,21 @@ def _group(stream: Stream) -> Group:
         given=tuple(stream.given),
     )
     return Group(prompt=Prompt(content="", token_ids=stream.prompt), completions=(completion,), advantages=(0.0,))
+
+
+def _prove_sampling(policy: Policy, engine: Engine, seed: int, what: str) -> Proof:
+    """Compare the log-probabilities that come with sampled tokens, under a random adapter on all projections.
+
+    The engine computes a prompt all at once, but samples token by token: on CUDA by captured graphs, on CPU by other kernels.
+    What still reads an earlier adapter there fails under the second of two adapters at the latest.
+    """
+    _publish_random_adapters(policy, engine, list(policy.layers), seed)
+    groups = _sampled(policy, engine, SAMPLED_PROMPTS, SAMPLED_LENGTH, use_adapter=True)
+    stored = [list(group.completions[0].logprobs) for group in groups]
+    of_trainer, of_base = (_of_trainer(policy, groups, use_adapter=use) for use in (True, False))
+    # The first token is sampled with the prompt.
+    stored, of_trainer, of_base = ([row[1:] for row in rows] for rows in (stored, of_trainer, of_base))
+    return Proof(what=what, gap=_difference(stored, of_trainer), effect=_difference(stored, of_base))
 
 
 def _prove_episodes(policy: Policy, engine: Engine) -> None:
@@ -216,14 +259,24 @@ def _sampled_episodes(policy: Policy, engine: Engine) -> tuple[list[Group], list
     return [_group(stream) for stream in streams], list(lengths)
 
 
-def _sequences(policy: Policy, engine: Engine) -> list[list[int]]:
-    """Completions of random tokens by the base model: likely text, on which rounding errors are small. Needs no tokenizer."""
+def _sampled(policy: Policy, engine: Engine, count: int, length: int, *, use_adapter: bool) -> list[Group]:
+    """Groups of one completion each, of random prompts of two tokens. No token ends a completion."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = policy.model.config.get_text_config().vocab_size
-    prompts = torch.randint(0, vocabulary, (4, 2), generator=generator).tolist()
-    sampling = SamplingConfig(num_generations=1, max_completion_length=PROOF_LENGTH)
-    groups = engine.rollout(prompts, sampling, seeds=range(len(prompts)), use_adapter=False)
-    return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in sorted(groups, key=lambda g: g.index)]
+    prompts = torch.randint(0, vocabulary, (count, 2), generator=generator).tolist()
+    sampling = SamplingConfig(
+        num_generations=1, max_completion_length=length, generation_kwargs=GenerationKwargs(ignore_eos=True)
+    )
+    groups = engine.rollout(prompts, sampling, seeds=range(count), use_adapter=use_adapter)
+    ordered = sorted(groups, key=lambda group: group.index)
+    completions = [(group.prompt_token_ids, group.completions[0]) for group in ordered]
+    return [_group(Stream(tuple(ids), token_ids=list(c.token_ids), logprobs=list(c.logprobs))) for ids, c in completions]
+
+
+def _publish_random_adapters(policy: Policy, engine: Engine, names: Sequence[str], seed: int) -> None:
+    strength = min(MAX_STRENGTH, max(MIN_STRENGTH, TOTAL_STRENGTH / len(names)))
+    _write_random_adapters(policy, names, seed, strength)
+    engine.publish(policy.write_slots)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from .cache import Digest, cached_folder, new_folder, size_of
 from .found import LocalCopy, comparable, different_weight, is_same_model, local_copies
 from .quantization import quantization
 from .tokenizer import check_ids, fingerprint, load_tokenizer, own_tokenizer, write_tokenizer
-from .weights import plain_weights, run_dtype, tied_names, without_ties
+from .weights import DTYPES, SUPPORTED, plain_weights, run_dtype, tied_names, without_ties
 
 MAX_SHARD_SIZE = "4GB"
 
@@ -97,8 +97,8 @@ def _nf4_base(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], confi
     """The files of a model that bitsandbytes quantized while it was loaded: they are read and rounded again."""
     loaded_in = str(model.config.dtype or model.dtype).removeprefix("torch.")
     dtype = config.dtype if "dtype" in config.model_fields_set else loaded_in
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"model: was loaded in {dtype}: load it with dtype=torch.bfloat16 or torch.float32")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"model: was loaded in {dtype}: load it with {SUPPORTED}")
     load_in, notes = quantization(model.config.quantization_config, dtype=dtype)
     name = model.name_or_path
     if not name:

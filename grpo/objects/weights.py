@@ -17,7 +17,8 @@ from ..config import ModelConfig
 
 Weights = dict[str, torch.Tensor]
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+SUPPORTED = "dtype=torch.bfloat16, torch.float16 or torch.float32"
 
 
 def plain_weights(model: PreTrainedModel) -> Weights:
@@ -65,13 +66,8 @@ def run_dtype(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> tuple
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
     if len(found) != 1:
         raise ValueError(f"model: has weights in {names}: cast them to one dtype, as in model.to(torch.bfloat16)")
-    if torch.float16 in found:
-        raise ValueError(
-            "model: is in float16, whose range is too small for training without loss scaling: load it with "
-            "dtype=torch.bfloat16 or torch.float32"
-        )
     if found[0] not in DTYPES:
-        raise ValueError(f"model: {names} weights are not supported: load it with dtype=torch.bfloat16 or torch.float32")
+        raise ValueError(f"model: {names} weights are not supported: load it with {SUPPORTED}")
     if "dtype" not in config.model_fields_set or config.dtype == names:
         return names, ()
     return config.dtype, (f"model: its weights are in {names}, and training uses them in {config.dtype} (model.dtype)",)

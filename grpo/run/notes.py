@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ...kernels.device import native_dtype
+from ...kernels.device import multiplies_fp16, native_dtype
 from ...rollout.texts import special_tokens
 from ...rollout.types import Completion
 from ..algorithm.corrections import sampling_warnings
@@ -39,6 +39,8 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
     yield from describe(config)
     if config.model.dtype == "bfloat16" and native_dtype() == "float32":
         yield "this CPU has no bf16 instructions and emulates them: model.dtype=float32 is many times faster here"
+    if config.model.dtype == "float16" and not multiplies_fp16():
+        yield f"this CPU has no fp16 instructions and emulates them: model.dtype={native_dtype()} is many times faster here"
     yield from sampling_warnings(
         temperature=rollout.temperature,
         top_p=rollout.top_p,

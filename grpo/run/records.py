@@ -64,6 +64,7 @@ class RunRecorder:
         self._last_evaluation: tuple[int, float] | None = None
         self._started = time.monotonic()
         self._peak_memory = 0
+        self._peak_gpu_mib = 0.0
         self._reports: list[Report] = []
         self._metrics_bytes = 0
         self.moved_aside = None
@@ -95,6 +96,7 @@ class RunRecorder:
         reward = float(metrics.get("reward_without_failures", metrics.get("reward", math.nan)))
         if math.isfinite(reward):  # no reward says nothing about the policy
             self._recent_rewards.append(reward)
+        self._peak_gpu_mib = max(self._peak_gpu_mib, float(metrics.get("memory/gpu_reserved_mib", 0.0)))
         for name, value in metrics.items():
             if name.startswith("time/"):
                 self._seconds[name.removeprefix("time/")] += float(value)
@@ -139,7 +141,7 @@ class RunRecorder:
         """Write `summary.json` and return its content.
 
         The recorder adds the evaluations (each in the form of `evaluation_rewards`), seconds by phase (summed over the steps),
-        steps, and peak resident memory in bytes.
+        steps, and peak memory in bytes: resident, and reserved on the GPU if there is one.
         `values` (run_name, model, ...) has priority; its `seconds` are merged. `seconds.total` is the time of the run, also
         before it was resumed, unless `values` has it.
         """
@@ -148,6 +150,7 @@ class RunRecorder:
             "evaluation": {when: rewards or {"reward": None, "rewards": {}} for when, rewards in self._evaluation.items()},
             "steps": self._steps,
             "peak_memory_bytes": self._peak(),
+            **({"peak_gpu_memory_bytes": int(self._peak_gpu_mib * 2**20)} if self._peak_gpu_mib else {}),
             **values,
             "seconds": measured | dict(values.get("seconds", {})),
         }
@@ -184,6 +187,7 @@ class RunRecorder:
             "last_evaluation": self._last_evaluation,
             "elapsed": time.monotonic() - self._started,
             "peak_memory": self._peak(),
+            "peak_gpu_mib": self._peak_gpu_mib,
             "reports": {report.name: report.state_dict() for report in self._reports},
         }
 
@@ -231,6 +235,7 @@ class RunRecorder:
         self._last_evaluation = state["last_evaluation"] and tuple(state["last_evaluation"])
         self._started -= state["elapsed"]
         self._peak_memory = state["peak_memory"]
+        self._peak_gpu_mib = state.get("peak_gpu_mib", 0.0)  # not in checkpoints of earlier versions
         self._metrics_bytes = state["metrics_bytes"]
 
     def _peak(self) -> int:

@@ -17,79 +17,34 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..algorithm.corrections import gap_metrics, gap_tally
-from ..algorithm.losses import Counts, entropy_bound, kl_k3
-from ..algorithm.tally import Tally
+from ..algorithm.losses import Counts, entropy_bound
 from ..common.world import SINGLE_PROCESS, World
 from ..config import GRPOConfig
 from ..data.groups import Group
 from ..guards.decision import Decision
 from ..guards.guards import Guards
-from ..model.packing import Pack, has_targets, pack, pad, row_inputs
 from ..model.policy import Policy
+from .loss_scale import LossScale
 from .objective import Objective, StepConstants
 from .optimizer import make_optimizer, set_learning_rate
 from .schedule import learning_rate
 from .snapshots import Snapshots
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradientStats:
-    """Numbers of one forward and backward pass over the step, of all workers. `grad_norm` is before clipping.
-
-    `gap`: between sampler and trainer, see `gap_metrics`. `left_out_ratio`: the share of tokens in completions that a veto or
-    mask switches off. `kl`, `clip_low`, `clip_high`: None if the objective has none.
-    """
-
-    loss: float
-    grad_norm: float
-    entropy: float
-    gap: Mapping[str, float]
-    left_out_ratio: float
-    kl: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """By TRL's names."""
-        return {
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "entropy": self.entropy,
-            **self.gap,
-            "sampling/left_out_ratio": self.left_out_ratio,
-            **({} if self.kl is None else {"kl": self.kl}),
-            **self._clip_metrics(),
-        }
-
-    def off_policy_metrics(self) -> dict[str, float]:
-        """Those that a further iteration replaces. Metrics that compare with the sampler stay those of the first iteration."""
-        return {"loss": self.loss, "grad_norm": self.grad_norm, **self._clip_metrics()}
-
-    def _clip_metrics(self) -> dict[str, float]:
-        if self.clip_low is None or self.clip_high is None:
-            return {}
-        return {
-            "clip_ratio/low_mean": self.clip_low,
-            "clip_ratio/high_mean": self.clip_high,
-            "clip_ratio/region_mean": self.clip_low + self.clip_high,
-        }
+from .stats import GradientStats, tally_of
+from .step_packs import PackBudget, Part, StepPacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepGradients:
     """A step's first backward pass: its clipped gradients are in `.grad` of the fp32 master weights.
 
-    `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs, the
-    constants of the loss, and per pack the log-probabilities under the step's initial policy and under the reference.
+    `stats` is None if there was nothing to train on. The rest is what further iterations need: this worker's packs with their
+    log-probabilities, and the constants of the loss.
     """
 
     stats: GradientStats | None = None
     packing: Mapping[str, float] = field(default_factory=dict)
-    packs: Sequence[Pack] = ()
+    packs: StepPacks | None = None
     constants: StepConstants | None = None
-    old_logprobs: Sequence[torch.Tensor] = ()
-    reference_logprobs: Sequence[torch.Tensor | None] = ()
 
     def metrics(self) -> dict[str, float]:
         """Of gradients and packing, by TRL's names; empty if there was nothing to train on."""
@@ -114,8 +69,10 @@ class Learner:
         self.world = world
         self.config = config
         self.pad_token_id = pad_token_id
+        self.pack_budget = PackBudget.of(config.optim)
         self.objective = Objective(config)
         self.optimizer = make_optimizer(policy.master_roles, config.optim)
+        self.loss_scale = LossScale(config.optim.initial_loss_scale) if config.model.dtype == "float16" else None
         self.snapshots = Snapshots(policy.masters, self.optimizer)
         self.guards = Guards(config.guards, self.snapshots)
 
@@ -141,20 +98,13 @@ class Learner:
         if not any(completion.num_tokens for group in trained for completion in group.completions):
             return StepGradients()
         local = [group for group in trained if group.is_local]
-        packs = self._packs(local)
+        packs = StepPacks(self.policy, local, self.pack_budget, pad_token_id=self.pad_token_id, world=self.world)
         with self.policy.packed():
             constants = self._constants(groups, trained, packs)
-            reference = self._reference_logprobs(packs)
+            packs.reference = self._reference_logprobs(packs)
             # The policy of the first iteration is that of the start of the step: its log-probabilities are the old ones.
-            stats, logprobs = self._forward_backward(packs, constants, [None] * len(packs), reference)
-        return StepGradients(
-            stats=stats,
-            packing=_packing_metrics(self.world.all_gather(_packing_counts(packs, local))),
-            packs=packs,
-            constants=constants,
-            old_logprobs=logprobs,
-            reference_logprobs=reference,
-        )
+            stats, packs.old = self._forward_backward(packs, constants)
+        return StepGradients(stats=stats, packing=packs.metrics(), packs=packs, constants=constants)
 
     def apply(self, decision: Decision, gradients: StepGradients, *, step: int) -> Update:
         """Carry out the guards' decision: an update with these gradients, or none, or a restored snapshot.
@@ -170,19 +120,21 @@ class Learner:
             metrics |= {"updates": float(is_updated), "update_skipped": float(not is_updated)}
             if is_updated:
                 self._iterate_further(gradients, step, metrics, notes)
+            if self.loss_scale is not None:
+                metrics |= self.loss_scale.metrics()
+                notes += self.loss_scale.end_step(step, is_finite=math.isfinite(gradients.stats.grad_norm))
         self.optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the next step is sampled
+        notes += self.pack_budget.take_notes()
         return Update(metrics={**metrics, **self.guards.metrics()}, notes=tuple(notes))
 
     def _iterate_further(
         self, gradients: StepGradients, step: int, metrics: dict[str, float], notes: list[str]
     ) -> None:
         """The second to last iteration; adds to `metrics` and `notes`. Ends early if the guards skip an update."""
-        assert gradients.constants is not None
+        assert gradients.constants is not None and gradients.packs is not None
         for _ in range(1, self.config.algorithm.num_iterations):
             self.policy.write_slots()  # the forward reads the slots: they must follow the master weights
-            stats, _ = self._forward_backward(
-                gradients.packs, gradients.constants, gradients.old_logprobs, gradients.reference_logprobs
-            )
+            stats, _ = self._forward_backward(gradients.packs, gradients.constants)
             metrics |= stats.off_policy_metrics()
             skip_note = self.guards.reason_to_skip_iteration(step, stats.grad_norm)
             if skip_note is not None:
@@ -191,76 +143,44 @@ class Learner:
             metrics["updates"] += self._optimizer_step(stats)
 
     def _forward_backward(
-        self,
-        packs: Sequence[Pack],
-        constants: StepConstants,
-        old: Sequence[torch.Tensor | None],
-        reference: Sequence[torch.Tensor | None],
+        self, packs: StepPacks, constants: StepConstants
     ) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
-        """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities."""
-        self.optimizer.zero_grad(set_to_none=True)
-        results = []
-        for one, old_N, reference_N in zip(packs, old, reference, strict=True):
-            loss = self.objective.of(one, constants, old_logprobs_N=old_N, reference_logprobs_N=reference_N)
-            results.append(
-                self.policy.backward(
-                    one,
-                    loss.token_loss,
-                    temperature=self.config.rollout.temperature,
-                    passes=loss.passes,
-                    factor=loss.factor,
-                )
-            )
-        losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
-        self._sum_gradients()
-        local = self._tally(packs, losses, logprobs, entropies, old=old, reference=reference) if packs else Tally()
-        tally = Tally.merge(self.world.all_gather(local))
-        grad_norm = self._clip_gradients()
-        stats = GradientStats(
-            loss=tally.sums["loss"],
-            grad_norm=grad_norm,
-            entropy=tally.mean("entropy"),
-            gap=gap_metrics(tally),
-            left_out_ratio=1.0 - tally.mean("kept"),
-            kl=tally.mean("kl_to_reference") if "kl_to_reference" in tally.sums else None,
-            clip_low=tally.mean("clip_low") if "clip_low" in tally.sums else None,
-            clip_high=tally.mean("clip_high") if "clip_high" in tally.sums else None,
-        )
+        """One pass over all packs: gradients summed over workers and clipped. Also returns each pack's log-probabilities.
+
+        In float16 a pass whose gradients overflow is repeated with half the loss scale; all workers decide alike, by the
+        numbers of all. If the forward pass is not finite, or no scale is small enough, the guards get the gradient as it is.
+        """
+        stats, logprobs = self._one_pass(packs, constants)
+        if self.loss_scale is not None:
+            initial = self.loss_scale.value
+            while math.isfinite(stats.loss) and not math.isfinite(stats.grad_norm) and self.loss_scale.halve(initial):
+                stats, logprobs = self._one_pass(packs, constants)
         return stats, logprobs
 
-    def _tally(
-        self,
-        packs: Sequence[Pack],
-        losses: Sequence[torch.Tensor],
-        logprobs: Sequence[torch.Tensor],
-        entropies: Sequence[torch.Tensor],
-        *,
-        old: Sequence[torch.Tensor | None],
-        reference: Sequence[torch.Tensor | None],
-    ) -> Tally:
-        """Sums and extremes over this worker's tokens, for the stats."""
-        pairs = list(zip(packs, logprobs, strict=True))
-        logprobs_all = torch.cat(list(logprobs))
-        sums = {
-            "entropy": torch.cat(list(entropies)),
-            "loss": torch.stack(list(losses)),
-            "kept": torch.cat([self.objective.keeps(one, logprobs_N) for one, logprobs_N in pairs]),
-        }
-        if self.config.algorithm.beta > 0:
-            sums["kl_to_reference"] = kl_k3(logprobs_all, torch.cat([r for r in reference if r is not None]))
-        if old[0] is not None:
-            counts = [
-                self.objective.clip_counts(one, logprobs_N, old_N)
-                for (one, logprobs_N), old_N in zip(pairs, old, strict=True)
-                if old_N is not None
-            ]
-            sums["clip_low"], sums["clip_high"] = torch.stack(counts).unbind(1)
-        gap = gap_tally(
-            logprobs_all,
-            torch.cat([one.sampler_logprobs_N for one in packs]),
-            torch.cat([self.objective.weights(one, logprobs_N) for one, logprobs_N in pairs]),
+    def _one_pass(self, packs: StepPacks, constants: StepConstants) -> tuple[GradientStats, tuple[torch.Tensor, ...]]:
+        def backward(part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            old_N, reference_N = part.old_N, part.reference_N
+            loss = self.objective.of(part.pack, constants, old_logprobs_N=old_N, reference_logprobs_N=reference_N)
+            return self.policy.backward(
+                part.pack,
+                loss.token_loss,
+                temperature=self.config.rollout.temperature,
+                passes=loss.passes,
+                factor=loss.factor,
+                loss_scale=None if self.loss_scale is None else self.loss_scale.value,
+            )
+
+        self.optimizer.zero_grad(set_to_none=True)
+        results = packs.each(backward, undo=lambda: self.optimizer.zero_grad(set_to_none=True))
+        losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
+        self._sum_gradients()
+        local = tally_of(
+            self.objective, packs.packs, losses, logprobs, entropies, old=packs.old, reference=packs.reference
         )
-        return Tally.of(sums=sums, extremes={}).join(gap)
+        tallies = self.world.all_gather(local)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_(self.policy.masters)
+        return GradientStats.of(tallies, grad_norm=self._clip_gradients()), logprobs
 
     def _sum_gradients(self) -> None:
         """Sum the workers' gradients; every worker gets the sum."""
@@ -293,13 +213,7 @@ class Learner:
         trained = [g for g in groups if any(g.advantages) or (algorithm.needs_every_group and not _lacks_rewards(g))]
         return [without_truncated(group) for group in trained] if algorithm.mask_truncated_completions else trained
 
-    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
-        budget, device = self.config.optim.tokens_per_pack, self.policy.device
-        if self.policy.shares_prompts:
-            return pack(groups, tokens_per_pack=budget, device=device)
-        return pad(groups, tokens_per_pack=budget, pad_token_id=self.pad_token_id, device=device)
-
-    def _constants(self, groups: Sequence[Group], trained: Sequence[Group], packs: list[Pack]) -> StepConstants:
+    def _constants(self, groups: Sequence[Group], trained: Sequence[Group], packs: StepPacks) -> StepConstants:
         """The denominators of the step's means, and the entropy that a token must reach."""
         algorithm = self.config.algorithm
         sequences = sum(completion.num_tokens > 0 for group in trained for completion in group.completions)
@@ -319,18 +233,18 @@ class Learner:
         if algorithm.top_entropy_quantile == 1.0:
             return StepConstants(counts=counts, entropy_tokens=tokens)
         temperature = self.config.rollout.temperature
-        local = [self.policy.logprobs(one, temperature=temperature)[1].cpu() for one in packs]
+        local = packs.each(lambda part: self.policy.logprobs(part.pack, temperature=temperature)[1].cpu())
         entropies = torch.cat(self.world.gather(local)).to(self.policy.device)
         bound = entropy_bound(entropies, quantile=algorithm.top_entropy_quantile)
         return StepConstants(counts=counts, entropy_bound=bound, entropy_tokens=int((entropies >= bound).sum()))
 
-    def _reference_logprobs(self, packs: list[Pack]) -> list[torch.Tensor | None]:
+    def _reference_logprobs(self, packs: StepPacks) -> list[torch.Tensor] | None:
         """Log-probabilities of the reference policy, if there is a KL penalty."""
         if self.config.algorithm.beta == 0:
-            return [None] * len(packs)
+            return None
         temperature = self.config.rollout.temperature
         with self.policy.as_reference():
-            return [self.policy.logprobs(one, temperature=temperature)[0] for one in packs]
+            return packs.each(lambda part: self.policy.logprobs(part.pack, temperature=temperature)[0])
 
 
 def _lacks_rewards(group: Group) -> bool:
@@ -345,27 +259,3 @@ def without_truncated(group: Group) -> Group:
 
 def _num_tokens(groups: Sequence[Group]) -> int:
     return sum(completion.num_tokens for group in groups for completion in group.completions)
-
-
-def _packing_counts(packs: Sequence[Pack], groups: Sequence[Group]) -> dict[str, int]:
-    """Packs and tokens of this worker, and the tokens of one prompt for each completion."""
-    rows = [(len(g.prompt.token_ids), len(row_inputs(c)) + 1) for g in groups for c in g.completions if has_targets(c)]
-    return {
-        "packs": len(packs),
-        "computed": sum(one.num_input_tokens for one in packs),
-        "padding": sum(one.num_padding_tokens for one in packs),
-        "completion": sum(len(one.targets_N) for one in packs),
-        "plain": sum(map(sum, rows)),
-    }
-
-
-def _packing_metrics(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """Packs and tokens of all workers, the share of padding, and the ratio to one prompt for each completion."""
-    total = {name: sum(one[name] for one in counts) for name in counts[0]}
-    return {
-        "packing/packs": float(total["packs"]),
-        "packing/tokens": float(total["computed"]),
-        "packing/completion_tokens": float(total["completion"]),
-        "packing/padding_ratio": total["padding"] / (total["computed"] + total["padding"]),
-        "packing/token_ratio": total["computed"] / total["plain"],
-    }

@@ -11,13 +11,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ...rollout.engine import EngineSettings
-from ...rollout.model_limits import check_model_limits
+from ...rollout.model_limits import check_model_dtype, check_model_limits
 from ..common.weight_files import find_weights
 from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
 from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
+from .device import device_of_torch
 from .objective import Objective
 
 
@@ -28,11 +29,13 @@ def resolve_training(
 
     Raises:
         ValueError, FileNotFoundError: the objective cannot be loaded, or the model has not the context or the tokens that
-            `rollout` needs, or training cannot start from this adapter, or it is in the folder that the run replaces.
+            `rollout` needs, or does not work in `model.dtype`, or training cannot start from this adapter, or it is in the
+            folder that the run replaces.
     """
     Objective(config)
     config = with_fitting_prompts(config, model_path)
     check_model_limits(config.rollout, model_path, tokenizer)
+    check_model_dtype(model_path, config.model.dtype)
     config, start = resolve_start(config, model_path)
     output_dir = config.logging.output_dir
     if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):
@@ -49,10 +52,12 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
     """
     files = find_weights(Path(model_path))
+    # On CUDA `auto` are vLLM's kernels, which split a sum and add its parts by atomics.
+    dense = {"lora_path": "dense"} if config.deterministic and device_of_torch() == "cuda" else {}
     return EngineSettings(
         model=model_path,
         tokenizer=config.model.tokenizer,
-        rollout=config.rollout,
+        rollout=config.rollout.model_copy(update=dense),
         target_modules=target_module_names(model_path, config.lora),
         max_rank=config.lora.max_rank,
         dtype=config.model.dtype,

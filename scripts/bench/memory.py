@@ -2,7 +2,7 @@
 """The peak memory of one training step, without a GPU and without weights: rankup against PEFT, 8B to 32B, 2k to 64k tokens.
 
 The real code runs on fake tensors, which have sizes and no memory. Every tensor's bytes are counted from the operation that
-makes it to its end (`grpo/cli/plan/step_memory.py`, with which `rankup plan` measures too). A measurement is the last pass of
+makes it to its end (`grpo/memory/step_memory.py`, with which `rankup plan` measures too). A measurement is the last pass of
 an update, over one prompt with its completions, and the optimizer's step, by the sides of `memory_sides.py`: gradients of
 earlier passes and the optimizer's state are in memory. The tables show what `rankup plan` computes next to rankup's peak.
 
@@ -175,7 +175,7 @@ def measure(
     """For each case, the bytes between two updates, and those at the peak of an update as on CUDA."""
     from memory_sides import SIDES, trls_paths_of_cuda
 
-    from rankup.grpo.cli.plan.step_memory import fake_tensors
+    from rankup.grpo.memory.step_memory import fake_tensors
     from rankup.kernels.device import paths_of_cuda
 
     measured, smallest = [], Case(2, 2, prompts=1, completions=2)

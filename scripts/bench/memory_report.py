@@ -19,9 +19,9 @@ from memory import PROMPT, SIDE_NAMES, Cell, config_of
 from plots import LEGEND, SUBTITLE, picture
 from scaling import shape_of
 
-from rankup.grpo.cli.plan.memory import FP32, changed, training_parts
-from rankup.grpo.cli.plan.shapes import ModelShape
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.parts import FP32, changed, training_parts
+from rankup.grpo.memory.shapes import ModelShape
 from rankup.grpo.run.plots import COLOURS, FAINT_INK, MARKERS
 
 GIB = 2**30

@@ -28,8 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from rankup.grpo.cli.plan.step_memory import backward_pass, make_pack
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.step_memory import backward_pass, make_pack
 from rankup.grpo.model.base_model import load_base
 from rankup.grpo.model.policy import LOGITS_MIB, Policy
 from rankup.grpo.update.optimizer import make_optimizer

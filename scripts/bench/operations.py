@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from cases import Case
 
 if TYPE_CHECKING:
-    from rankup.grpo.cli.plan.shapes import ModelShape
+    from rankup.grpo.memory.shapes import ModelShape
 
 READ_THE_EMBEDDINGS = ("q_proj", "k_proj", "v_proj")
 

@@ -53,10 +53,10 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Result:
     """The rise of memory, and the planner's training part for the same sizes."""
-    from rankup.grpo.cli.plan.memory import changed, training_parts
-    from rankup.grpo.cli.plan.shapes import read_shape
     from rankup.grpo.common.model_files import resolve_model
     from rankup.grpo.common.quiet import quiet_stderr
+    from rankup.grpo.memory.parts import changed, training_parts
+    from rankup.grpo.memory.shapes import read_shape
     from rankup.kernels.cpu_memory import keep_freed_memory
 
     if options.return_freed:
@@ -117,7 +117,9 @@ def _train_tiny_model(config: GRPOConfig) -> None:
 
 def _peak_growth(model_path: str, config: GRPOConfig, *, vocabulary: int, updates: int) -> int:
     """Bytes by which resident memory rises at most, from before the policy is made."""
-    prompts = PACKS * config.optim.tokens_per_pack // GROUP.tokens
+    from rankup.grpo.memory.parts import tokens_per_pack
+
+    prompts = PACKS * tokens_per_pack(config) // GROUP.tokens
     return_freed_memory()
     before = resident_bytes("VmRSS")
     reset_peak()

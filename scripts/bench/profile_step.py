@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> Result:
     from profile_sides import ProfiledSide
     from train_sides import MODEL, RANK
 
-    from rankup.grpo.cli.plan.shapes import read_shape
+    from rankup.grpo.memory.shapes import read_shape
 
     model, side = read_shape(MODEL), ProfiledSide(rank=RANK)
     cases = {}

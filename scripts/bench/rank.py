@@ -29,7 +29,7 @@ from common import Result, command_line, interleave, markdown, run, summarise
 from operations import step_operations
 
 if TYPE_CHECKING:
-    from rankup.grpo.cli.plan.shapes import ModelShape
+    from rankup.grpo.memory.shapes import ModelShape
 
 RANKS = (8, 16, 32, 64, 96, 128)
 CASES = {"64+64": Case(64, 64), "quickstart": Case(40, 16, prompts=16)}
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> Result:
     """Seconds and operations at each rank in each case."""
     from train_sides import MODEL, RankupSide
 
-    from rankup.grpo.cli.plan.shapes import read_shape
+    from rankup.grpo.memory.shapes import read_shape
 
     model = read_shape(MODEL)
     sides = {rank: RankupSide(rank=rank) for rank in options.rank}

@@ -38,7 +38,7 @@ from scaling_model import (
 )
 
 if TYPE_CHECKING:
-    from rankup.grpo.cli.plan.shapes import ModelShape
+    from rankup.grpo.memory.shapes import ModelShape
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -85,7 +85,7 @@ def read_models() -> dict[int, Model]:
 
 def shape_of(model_config: dict[str, Any]) -> ModelShape:
     """The shapes of a model by the content of its `config.json`."""
-    from rankup.grpo.cli.plan.shapes import read_shape
+    from rankup.grpo.memory.shapes import read_shape
 
     with tempfile.TemporaryDirectory(prefix="rankup-bench-") as folder:
         Path(folder, "config.json").write_text(json.dumps(model_config))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from rankup.grpo.cli.plan.shapes import ModelShape
+    from rankup.grpo.memory.shapes import ModelShape
 
 BF16, FP32 = 2, 4
 RECORD_BYTES = 100  # rewards and lengths of one completion

@@ -26,6 +26,7 @@ from rankup.grpo.config import GRPOConfig
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
+from rankup.grpo.update.step_packs import PackBudget
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.kernels.device import native_dtype
 
@@ -140,7 +141,7 @@ class RankupSide(Side):
         }
 
     def _packs(self) -> list[Any]:
-        return pack(self._groups, tokens_per_pack=self._config.optim.tokens_per_pack, device=DEVICE)
+        return pack(self._groups, tokens_per_pack=PackBudget.of(self._config.optim).tokens, device=DEVICE)
 
     def _logprobs(self, *, use_adapter: bool) -> list[float]:
         return [x for one in self._packs() for x in self._policy.logprobs(one, use_adapter=use_adapter)[0].tolist()]

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankup.grpo.cli.plan.shapes import read_shape
+from rankup.grpo.memory.shapes import read_shape
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.read_text().startswith("#!"))

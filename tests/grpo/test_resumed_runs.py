@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.05, "max_steps": 10, "baseline_steps": 2, "entropy_watch": 0.95, "entropy_stop": 0.9,
     },
     "further prompts": {"max_resampling_rounds": 2, "shuffle": False},
+    "a loss scale that gives way": {"dtype": "float16", "initial_loss_scale": 2.0**24, "num_iterations": 2},
 }  # fmt: skip
 
 
@@ -65,6 +66,17 @@ def test_a_resumed_run_equals_the_undisturbed_one(
     assert one == other
     if "entropy_stop" in changes:
         assert one["summary"]["guards"]["guards/restores"] > 0
+    if "initial_loss_scale" in changes:
+        assert metrics_of(tmp_path / "failed")[1]["loss_scale/overflows"] > 0
+
+
+def test_a_checkpoint_without_a_loss_scale_resumes_with_the_initial_one(train, tmp_path: Path):
+    """Those of other data types and of earlier versions have none."""
+    with pytest.raises(RuntimeError, match="FaultError"):
+        train("run", reward=failing_at(3, FaultError()))
+    train("run", resume=True, dtype="float16", initial_loss_scale=2.0**10, allow_changes=True)
+    scales = [row.get("loss_scale") for row in metrics_of(tmp_path / "run") if "reward" in row]
+    assert scales == [None] * 3 + [2.0**10] * 3
 
 
 @pytest.mark.engine

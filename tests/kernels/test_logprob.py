@@ -167,14 +167,15 @@ def relative_errors(exact: list[torch.Tensor], results: list[torch.Tensor]) -> t
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 20.0, "scale": 0.5}])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_bf16_is_as_accurate_as_plain_bf16(head: dict[str, Any], entropy: bool) -> None:
-    """Against fp64 on the same bf16 numbers: log-probabilities, entropies and every gradient."""
-    case = make_case(200, hidden=64, vocabulary=500, rank=8, dtype=torch.bfloat16, **head)
-    hidden_ND, bf16_head, targets_N = case
-    adapter = bf16_head.adapter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_as_accurate_as_plain_torch(head: dict[str, Any], entropy: bool, dtype: torch.dtype) -> None:
+    """Against fp64 on the same rounded numbers: log-probabilities, entropies and every gradient."""
+    case = make_case(200, hidden=64, vocabulary=500, rank=8, dtype=dtype, **head)
+    hidden_ND, rounded_head, targets_N = case
+    adapter = rounded_head.adapter
     assert adapter is not None
     exact_adapter = make_adapter(adapter.a.double(), adapter.b.double() / adapter.scaling, adapter.scaling)
-    exact_head = replace(bf16_head, weight_VD=bf16_head.weight_VD.double(), adapter=exact_adapter)
+    exact_head = replace(rounded_head, weight_VD=rounded_head.weight_VD.double(), adapter=exact_adapter)
     exact_case = (hidden_ND.detach().double().requires_grad_(), exact_head, targets_N)
     token_loss = curved_loss(200, entropy=entropy)
 
@@ -185,12 +186,12 @@ def test_bf16_is_as_accurate_as_plain_bf16(head: dict[str, Any], entropy: bool) 
 
     loss, *measured = linear_logprob_loss(*case, token_loss, chunk_bytes=500 * 2 * 70)
     ours = [*measured, *torch.autograd.grad(loss, leaves(*case[:2]))]
-    assert [t.dtype for t in (loss, *ours)] == [torch.float32] * 3 + [torch.bfloat16] + [torch.float32] * 2
+    assert [t.dtype for t in (loss, *ours)] == [torch.float32] * 3 + [dtype] + [torch.float32] * 2
     exact = plain(exact_case)
     assert (relative_errors(exact, ours) <= 1.5 * relative_errors(exact, plain(case))).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_a_token_with_factor_zero_has_no_gradient(dtype: torch.dtype, rank: int) -> None:
     """A factor of 0 or 1 gives bit-exact results whether it is applied afterwards or in the loss."""
@@ -229,6 +230,33 @@ def test_the_loss_sees_logprobs_and_entropies(passes: Literal[1, 2], slices: lis
 def test_a_loss_of_the_entropy_alone(passes: Literal[1, 2], softcap: float | None) -> None:
     case = make_case(20, rank=2, softcap=softcap)
     assert_equals_full_logits(case, lambda _, entropy_n, __: entropy_n**2, chunk_bytes=ONE_CHUNK_IS_16_ROWS, passes=passes)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("factor", [None, uneven])
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "rank": 2}])
+def test_a_loss_scale_multiplies_gradients_alone(
+    passes: Literal[1, 2], factor: TokenFactor | None, head: dict[str, Any]
+) -> None:
+    """In fp16 too, where a gradient would else be rounded to zero before it is multiplied."""
+    for dtype, size in ((torch.float32, 1.0), (torch.float16, 1e-8)):
+        case, found, curved = make_case(40, hidden=5, vocabulary=7, dtype=dtype, **head), [], curved_loss(40, entropy=True)
+
+        def small(*arguments: Any, size: float = size, curved: TokenLoss = curved) -> torch.Tensor:
+            return size * curved(*arguments)
+
+        for scale in (None, 2.0**12):
+            loss, *measured = linear_logprob_loss(
+                *case, small, chunk_bytes=1, passes=passes, factor=factor, loss_scale=scale
+            )
+            found.append([loss.detach(), *measured, *torch.autograd.grad(loss, leaves(*case[:2]))])
+        plain, scaled = found
+        assert all(map(torch.equal, plain[:3], scaled[:3]))
+        of_hidden, scaled_of_hidden = plain[3].float(), scaled[3].float() / 2**12
+        if dtype == torch.float32:
+            assert all(torch.equal(2**12 * one, other) for one, other in zip(plain[3:], scaled[3:], strict=True))
+        else:
+            assert (of_hidden != 0).sum() < 0.9 * (scaled_of_hidden != 0).sum()
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -349,7 +377,7 @@ def test_a_logit_of_minus_infinity_is_the_same_as_no_token(softcap: float | None
     torch.testing.assert_close(torch.autograd.grad(total, hidden_ND), expected_gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 100.0])
 @pytest.mark.parametrize(("likely", "unlikely"), [(7.0, 0.0), (90.0, -90.0)])
 def test_almost_certain_and_impossible_targets_have_exact_gradients(

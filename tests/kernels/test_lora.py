@@ -267,3 +267,16 @@ def test_bf16_is_as_accurate_as_the_plain_formulation(what: str, tokens: int, wi
     fused = [*ys, *gradients(ys, grads, x_fused, *master_weights(layers))]
     for ours, theirs, exact in zip(fused, plain_in(torch.bfloat16), plain_in(torch.float64), strict=True):
         assert (ours.double() - exact).norm() <= 1.5 * (theirs.double() - exact).norm() + 1e-12 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_device_sums_over_tokens_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
+    """All operands are 1: dA and dB count the tokens, and neither 4,099 nor 257 exists in the operands' dtype."""
+    tokens = {torch.bfloat16: 257, torch.float16: 4099}[dtype]
+    ones = [torch.ones(*shape, dtype=dtype, device="cuda") for shape in [(8, 8), (8, 8), (8, 8)]]
+    master_a, master_b = (torch.ones(8, 8, device="cuda", requires_grad=True) for _ in range(2))
+    layer = Projection(ones[0], None, Adapter(master_a, master_b, ones[1] / 8, ones[2] / 8, 1.0))
+    lora_linear(torch.ones(tokens, 8, dtype=dtype, device="cuda"), layer).sum().backward()
+    assert [master.grad.unique().tolist() for master in (master_a, master_b) if master.grad is not None] == [[tokens], [tokens]]

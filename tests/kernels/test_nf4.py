@@ -22,7 +22,7 @@ def seeded() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_quantising_in_pieces_equals_bitsandbytes_on_the_complete_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, dtype=dtype)
     packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
@@ -36,7 +36,7 @@ def test_quantising_in_pieces_equals_bitsandbytes_on_the_complete_weight(shape: 
     assert (ours.dense().shape, ours.dense().dtype, ours.shape, ours.dtype) == (shape, dtype, shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounding_again_changes_nothing(dtype: torch.dtype) -> None:
     weight = torch.randn(300, 96, dtype=dtype) * torch.logspace(-6, 3, 96).to(dtype)
     weight[:7] = 0

@@ -34,7 +34,7 @@ def test_any_shape_equals_plain_autograd(shape: tuple[int, ...], width: int, uni
     torch.testing.assert_close(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_the_forward_is_bit_exact_with_transformers(dtype: torch.dtype, unit_offset: bool) -> None:
     theirs = (Gemma3RMSNorm if unit_offset else LlamaRMSNorm)(48, eps=EPS)

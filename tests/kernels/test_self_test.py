@@ -12,7 +12,7 @@ from rankup.kernels.self_test import CASES, Case, compare, make_case, self_test
 
 WITH_GRADIENTS = pytest.mark.parametrize("name", [name for name in CASES if name != "NF4"])
 KERNELS = pytest.mark.parametrize("name", CASES)
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 
 
 @KERNELS

@@ -47,7 +47,7 @@ def test_an_expression_adapts_only_the_layers_that_it_matches(engine_shelf, conf
     assert wrapped == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}, "packed layers are wrapped as one"
     policy.attach(engine.slots)
     proofs = prove_slots(policy, engine, each=True)
-    assert len(proofs) == 1 + len(RANKS)
+    assert len(proofs) == 3 + len(RANKS)
     assert all(proof.gap <= 0.01 * proof.effect for proof in proofs), max(proofs, key=lambda p: p.gap / p.effect)
 
     generator = torch.Generator().manual_seed(1)

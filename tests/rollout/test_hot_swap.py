@@ -45,7 +45,7 @@ def test_the_adapter_of_each_projection_reaches_its_slot(make_engine, make_polic
     engine, policy = make_engine(kind), make_policy(kind)
     policy.attach(engine.slots)
     proofs = prove_slots(policy, engine, each=True)
-    assert len(proofs) == 1 + len(policy.layers) == 1 + 7 * policy.model.config.num_hidden_layers
+    assert len(proofs) == 3 + len(policy.layers) == 3 + 7 * policy.model.config.num_hidden_layers
     assert all(proof.gap <= 0.01 * proof.effect for proof in proofs), max(proofs, key=lambda p: p.gap / p.effect)
 
 

@@ -13,8 +13,10 @@ from tiny_models import tiny_tokenizer
 
 from rankup.rollout.config import RolloutConfig
 from rankup.rollout.model_limits import (
+    UNSTABLE_IN_FLOAT16,
     _cache_bytes_per_token,
     check_cache_on_cpu,
+    check_model_dtype,
     check_model_limits,
     context_length,
     prompt_length,
@@ -50,6 +52,16 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], int]] = [
 def config_of(name: str, options: dict[str, Any]) -> transformers.PretrainedConfig:
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512, "head_dim": 32}
     return getattr(transformers, name)(**sizes, **options)
+
+
+def test_the_models_that_vllm_refuses_in_float16_are_refused_before(tiny_model_path) -> None:
+    from vllm.config.model import _FLOAT16_NOT_SUPPORTED_MODELS
+
+    assert set(_FLOAT16_NOT_SUPPORTED_MODELS) == UNSTABLE_IN_FLOAT16
+    with pytest.raises(ValueError, match=r"^model.dtype=float16: gemma2 models .* set bfloat16 or float32$"):
+        check_model_dtype(str(tiny_model_path("gemma2")), "float16")
+    check_model_dtype(str(tiny_model_path("gemma2")), "bfloat16")
+    check_model_dtype(str(tiny_model_path("llama")), "float16")
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), CONFIGURATIONS)

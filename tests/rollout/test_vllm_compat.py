@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import types
 
 import pytest
@@ -131,3 +132,25 @@ def test_collections_are_as_before_after_a_failed_start():
             assert gc.collect() == 0 and gc.collect is not collect
             raise RuntimeError("stop")
     assert gc.get_freeze_count() == 0 and gc.collect is collect
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_rank", "root"),
+    [
+        ({}, 0, None),
+        ({}, 2, "~/.cache/vllm/worker_2"),
+        ({"XDG_CACHE_HOME": "/cache"}, 1, "/cache/vllm/worker_1"),
+        ({"VLLM_CACHE_ROOT": "/of/user"}, 1, "/of/user/worker_1"),
+        ({"VLLM_CACHE_ROOT": "/of/user"}, 0, "/of/user"),
+    ],
+)
+def test_workers_of_a_machine_have_caches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], local_rank: int, root: str | None
+) -> None:
+    for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    vllm_compat.use_separate_cache(local_rank)
+    assert os.environ.get("VLLM_CACHE_ROOT") == (root and os.path.expanduser(root))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_help() -> None:
         (["--steps"], "--steps needs a value"),
         (["--cpu", "--steps", "0"], "--steps must be an integer of at least 1, not '0'"),
         (["--cpu", "--output", str(SCRIPT.parent)], "is not empty: choose another folder"),
+        (["--cpu", "--tiny"], "--wheels and --tiny need --no-engine"),
+        (["--cpu", "--no-engine", "--limit", "soon"], "--limit must be an integer of at least 1, not 'soon'"),
     ],
 )
 def test_wrong_options_are_an_error_in_one_line(words: list[str], message: str) -> None:
@@ -82,7 +85,7 @@ def test_every_step_on_the_cpu_writes_its_log_and_its_part_of_the_report(tiny_mo
     result = run_script("--cpu", "--output", str(folder), "--model", str(tiny_model_path("llama")), timeout=1200)
     logs = {path.stem: path.read_text() for path in (folder / "logs").glob("*.log")}
     assert result.returncode == 0, (result, logs)
-    names = ["doctor", "kernels", "check", "train", "eval", "train_step"]
+    names = ["doctor", "kernels", "check", "train", "eval", "kernel_times", "learner-tiny", "train_step"]
     assert steps(folder) == dict.fromkeys(names, "ok") and logs.keys() == set(names)
     assert json.loads((folder / "doctor.json").read_text())["healthy"] is True
     assert "comparisons passed" in logs["check"] and "passed" in logs["kernels"] and "reward" in logs["eval"]
@@ -94,6 +97,59 @@ def test_every_step_on_the_cpu_writes_its_log_and_its_part_of_the_report(tiny_mo
     assert "| step | reward | loss | gradient |" in run and "\n| 1 | " in run and "\n| 2 | " in run
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["grad_norm"] > 0 for line in metrics if "reward" in line] == [True, True]
+
+
+ABSENT = ("vllm", "hypothesis", "bitsandbytes", "ray", "trl", "datasets", "pytest", "gguf", "reasoning_gym", "rankup", "__edit")
+"""What a machine with torch and transformers alone does not have, by the first letters of its files."""
+
+
+def bare_environment(folder: Path, absent: tuple[str, ...]) -> dict[str, str]:
+    """With a `python3` that has this environment's packages without those `absent`."""
+    packages, commands = folder / "packages", folder / "bin"
+    packages.mkdir(parents=True)
+    commands.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(absent):
+            (packages / path.name).symlink_to(path)
+    (commands / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    (commands / "python3").chmod(0o755)
+    return os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
+
+
+@WITHOUT_GPU
+@pytest.mark.slow
+def test_without_an_engine_it_needs_torch_and_transformers_alone(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    command = [SCRIPT, "--no-engine", "--cpu", "--output", report]
+    environment = bare_environment(tmp_path / "python", ABSENT)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    logs = {path.stem: path.read_text() for path in (report / "logs").glob("*.log")}
+    assert (result.returncode, result.stderr) == (0, ""), (result, logs)
+    names = ["self_test", "kernel_times", "learner-tiny", "learner-tiny-nf4"]
+    assert steps(report) == dict.fromkeys(names, "ok") and logs.keys() == set(names)
+    text = (report / "report.md").read_text()
+    assert "- on cpu: 21 of 21 pass" in text and "| tiny | gate, up | backward | 48 → 32 |" in text
+    assert "- two equal updates, default: bit-identical\n" in text and "- tiny, NF4: not measured: bitsandbytes" in text
+    learner = json.loads((report / "bench" / "learner-tiny.json").read_text())
+    assert learner["is_finite"] and learner["versions"]["rankup"] and learner["memory"]["plan"]["parts"]["base_weights"] > 0
+    assert learner["equal_updates"]["default"]["gradients"] == {"tensors": 28, "different": {}}
+
+
+@WITHOUT_GPU
+@pytest.mark.slow
+def test_without_pydantic_the_kernels_run_and_the_learner_says_what_is_missing(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    command = [SCRIPT, "--no-engine", "--cpu", "--output", report]
+    environment = bare_environment(tmp_path / "python", (*ABSENT, "pydantic", "peft"))
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1, result
+    assert steps(report) == {
+        "self_test": "ok",
+        "kernel_times": "ok",
+        "learner-tiny": "failed (1)",
+        "learner-tiny-nf4": "failed (1)",
+    }
+    assert "- tiny: not measured: not installed: peft, pydantic\n" in (report / "report.md").read_text()
 
 
 @WITHOUT_GPU

@@ -24,8 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes of shared memory that one block may use, by compute capability: A100, L40S (none from 8.0 on has less), H100, B200."""
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that one block may use, by compute capability: A100, RTX 3090, L40S, H100, B200, RTX 5090. None
+from 8.0 on has less than 8.6."""
 TENSOR_MEMORY = 512
 """Columns of tensor memory that one block may use, from compute capability 100 on."""
 WARP = 32

@@ -20,6 +20,7 @@ LAYERS = (
     {"grpo/model"},
     {"grpo/experience"},
     {"grpo/update"},
+    {"grpo/memory"},
     {"grpo/run"},
     {"grpo/checkpoint"},
     {"grpo/user_inputs"},

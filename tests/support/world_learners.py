@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from little_memory import little_memory
 from sample_groups import random_groups
 
 from rankup.grpo.common.quiet import quiet_stderr
@@ -33,19 +35,23 @@ def as_remote(group: Group) -> Group:
 def learn(
     model_path: str, variants: dict[str, dict[str, Any]], world: World, *, shard_of: World | None = None
 ) -> dict[str, Outcome]:
-    """A few updates for each variant, on this worker's shard of the same groups.
+    """A few updates for each variant, on this worker's shard of the same groups. A variant may limit the tokens of a pack that
+    fit the memory of the last worker ("fitting_tokens").
 
     shard_of: learn alone from the shard of a worker of that world.
     """
     outcomes = {}
     for name, options in variants.items():
         with quiet_stderr():
-            policy = Policy(model_path, lora=LoraConfig(rank=8, alpha=8), dtype="float32", seed=3)
+            dtype = options.get("dtype", "float32")
+            policy = Policy(model_path, lora=LoraConfig(rank=8, alpha=8), dtype=dtype, seed=3)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for layer in policy.layers.values():
                 layer.master_b.copy_(torch.randn(layer.master_b.shape, generator=generator) * 0.05)
         policy.write_slots()
+        fitting_tokens = options.get("fitting_tokens") if world.rank == world.size - 1 else None
+        options = {option: value for option, value in options.items() if option != "fitting_tokens"}
         learner = Learner(policy, GRPOConfig(**{**OPTIONS, **options}), world=world)
         metrics = []
         for step in range(STEPS):
@@ -55,7 +61,8 @@ def learn(
             shared = [group if place in local else as_remote(group) for place, group in enumerate(groups)]
             if shard_of is not None:
                 shared = groups[shard_of.shard(len(groups))]
-            metrics.append(learner.update(shared, step=step).metrics)
+            with nullcontext() if fitting_tokens is None else little_memory(fitting_tokens):
+                metrics.append(learner.update(shared, step=step).metrics)
             policy.write_slots()
         outcomes[name] = (torch.cat([master.detach().flatten() for master in policy.masters]), metrics)
     return outcomes

@@ -27,9 +27,10 @@ from .device import available_memory
 from .findings import Check, Finding, Level, gib
 from .versions import INSTALL, WITHOUT_VLLM
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEMORY_BESIDES_KV_CACHE = 3 * 2**30  # of a run on CPU: vLLM, the trainer and a small model in both
 LITTLE_DISK = 5 * 2**30
+LITTLE_GPU_MEMORY = 4 * 2**30  # a run with the smallest models
 
 
 def torch_device() -> str:
@@ -55,7 +56,7 @@ def kernels() -> Iterator[Finding]:
         note = "head sizes that are multiples of 8, up to 192; batched torch products for others and for float32"
         yield Finding("attention", "torch's flash kernels, one call per pack", note)
     else:
-        note = "flash kernels need bf16 and an Ampere or later GPU; on CPU these products are faster"
+        note = "flash kernels need 16 bits and an Ampere or later GPU; on CPU these products are faster"
         yield Finding("attention", "batched torch products", note)
 
 
@@ -184,22 +185,27 @@ def vllm_internals() -> Iterator[Finding]:
 
 
 def vllm_memory() -> Iterator[Finding]:
-    """Memory for vLLM with the defaults of `rollout`. Nothing without vLLM."""
+    """Memory for vLLM: of a GPU what is free, on CPU what the defaults of `rollout` need. Nothing without vLLM."""
     if not is_installed():
         return
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        wanted = needed = RolloutConfig().gpu_memory_utilization * total
-        option = "rollout.gpu_memory_utilization"
-        remedy = f"{gib(total - free)} are in use: stop other processes, or set {option} below {free / total:.2f}"
-    else:
-        free, wanted = available_memory(), RolloutConfig().kv_cache_gib * 2**30
-        needed, option = wanted + MEMORY_BESIDES_KV_CACHE, "rollout.kv_cache_gib"
-        remedy = f"a run with a small model needs {gib(needed)}: stop other processes, or lower {option}"
+        yield _gpu_memory(*torch.cuda.mem_get_info())
+        return
+    free, wanted = available_memory(), RolloutConfig().kv_cache_gib * 2**30
+    needed, option = wanted + MEMORY_BESIDES_KV_CACHE, "rollout.kv_cache_gib"
+    remedy = f"a run with a small model needs {gib(needed)}: stop other processes, or lower {option}"
     level: Level = "problem" if free < wanted else "warning" if free < needed else "ok"
     figures = {"wanted_bytes": float(wanted), "free_bytes": float(free)}
     value = f"{gib(wanted)} of {gib(free)} free ({option})"
     yield Finding("vLLM memory", value, "" if level == "ok" else remedy, level, figures)
+
+
+def _gpu_memory(free: int, total: int) -> Finding:
+    """A run takes what is free, so memory that others use makes it slower before it fails."""
+    level: Level = "problem" if free < LITTLE_GPU_MEMORY else "warning" if free < 0.9 * total else "ok"
+    note = f"{gib(total - free)} are in use: a run divides what is left (`rankup plan`); stop other processes"
+    figures = {"total_bytes": float(total), "free_bytes": float(free)}
+    return Finding("vLLM memory", f"{gib(free)} of {gib(total)} free", "" if level == "ok" else note, level, figures)
 
 
 def embedded_models() -> Iterator[Finding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,42 +11,9 @@ import psutil
 import torch
 
 from .findings import Check, Finding, gib
+from .gpu import compiler, gpu
 
 SMALL_SHARED_MEMORY = 2**30
-
-
-def gpu() -> Iterator[Finding]:
-    """Name, compute capability and memory of the GPU, or why none can be used."""
-    installed = _nvidia_smi()
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        free, total = torch.cuda.mem_get_info()
-        count = torch.cuda.device_count()
-        note = f"the first of {count}: each worker uses one (cluster.workers)" if count > 1 else ""
-        yield Finding("GPU", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}", note)
-        driver = installed[0].partition(", ")[2] if installed else "unknown"
-        yield Finding("driver", f"{driver}, torch is built for CUDA {torch.version.cuda}")
-        figures = {"total_bytes": float(total), "free_bytes": float(free)}
-        yield Finding("GPU memory", f"{gib(total)}, {gib(free)} free", figures=figures)
-    elif torch.version.cuda is not None:
-        reason = "nvidia-smi lists a GPU, but torch cannot use it" if installed else "nvidia-smi lists no GPU"
-        note = f"{reason}: check the driver and CUDA_VISIBLE_DEVICES, or run scripts/install.sh cpu to use the CPU"
-        yield Finding("GPU", f"none, but torch is built for CUDA {torch.version.cuda}", note, "problem")
-    elif installed:
-        note = "torch is built for the CPU: run scripts/install.sh cuda to use the GPU"
-        yield Finding("GPU", f"{installed[0]}, not used", note, "warning")
-    else:
-        yield Finding("GPU", "none: runs use the CPU")
-
-
-def _nvidia_smi() -> list[str]:
-    """`name, driver version` of each GPU that NVIDIA's driver lists."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    result = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    return result.stdout.strip().splitlines() if result.returncode == 0 else []
 
 
 def processor() -> Iterator[Finding]:
@@ -110,4 +76,4 @@ def _numbers(*files: Path) -> list[int]:
     return [int(word) for word in words] if all(word.isdigit() for word in words) else []
 
 
-CHECKS: dict[str, Check] = {"GPU": gpu, "CPU": processor, "memory": memory}
+CHECKS: dict[str, Check] = {"GPU": gpu, "compiler": compiler, "CPU": processor, "memory": memory}

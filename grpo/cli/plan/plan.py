@@ -4,8 +4,8 @@
     rankup plan smollm2-135m-instruct --task chat --rows 500 --json
     rankup plan Qwen/Qwen2.5-1.5B-Instruct --vram 24 --write run.yaml
 
-The tables of practice are in `advice.py`, shapes and counts in `shapes.py`, memory in `memory.py` and `step_memory.py`, the
-terminal's output in `view.py`.
+The tables of practice are in `advice.py`, changes that need less memory in `savings.py`, the terminal's output in `view.py`.
+Shapes, counts and memory are those with which a run divides its device (`grpo/memory/`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from ...common.log import log_to
 from ...config import GRPOConfig
 from ...config.loading import dump_yaml
 from ...config.lora import TARGET_PRESETS
+from ...config.optim import USUAL_TOKENS_PER_PACK
+from ...memory.budget import Budget
+from ...memory.decide import decide_budget
+from ...memory.parts import GIB, gib, tokens_per_pack
+from ...memory.shapes import SIZES, ModelShape, read_shape
 from .advice import ONE_POLICY, PRACTICE, PRESETS, Choice, advise, lower_ranks
-from .memory import GIB, Budget, Saving, gib, plan_budget, rank_that_fits, savings, with_full_sequences
-from .shapes import SIZES, ModelShape, read_shape
+from .savings import Saving, rank_that_fits, savings
 
 MAX_RANK_REASON = "rank of vLLM's LoRA buffers, 64 or 128"
+PACK_REASON = "sets memory, not the update"
 EXAMPLES = """examples:
   rankup plan smollm2-135m-instruct                        the recommendation, its memory, devices that it fits on
   rankup plan Qwen/Qwen2.5-7B-Instruct --vram 80           what fits on a device of 80 GiB; only config.json is fetched
@@ -41,7 +46,8 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The result of the command. `config` is of the run file; `sized` the same with packs that hold the longest sequence."""
+    """The result of the command. `config` is of the run file; `sized` the same with packs that
+    hold the longest sequence, as large as the device has room for if they are not given."""
 
     shape: ModelShape
     task: str
@@ -67,7 +73,7 @@ def add_plan_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan", help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rollout, optim = GRPOConfig().rollout, GRPOConfig().optim
+    rollout = GRPOConfig().rollout
     add = parser.add_argument
     add("model", metavar="MODEL", help="embedded name, folder with a config.json, or Hub id")
     tasks = "; ".join(f"{name}: {practice.task}" for name, practice in PRACTICE.items())
@@ -86,9 +92,12 @@ def add_plan_command(commands: Any) -> None:
         ("--num-generations", "num_generations", rollout.num_generations, "completions of a prompt"),
         ("--prompt-length", "max_prompt_length", rollout.max_prompt_length, "longest prompt, in tokens"),
         ("--completion-length", "max_completion_length", rollout.max_completion_length, "longest completion, in tokens"),
-        ("--tokens-per-pack", "tokens_per_pack", optim.tokens_per_pack, "tokens of one forward and backward pass"),
     ):
         add(flag, dest=option, type=_positive, default=default, metavar="N", help=f"{what} (default {default})")
+    pack_help = f"tokens of one forward and backward pass (default: what fits on --vram, else {USUAL_TOKENS_PER_PACK})"
+    add("--tokens-per-pack", type=_positive, metavar="N", help=pack_help)
+    release_help = "whether vLLM's KV cache makes room for training (default: on CUDA)"
+    add("--release-kv-cache", choices=("true", "false"), help=release_help)
     add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
     add("--json", action="store_true", help="print one JSON object")
     add("--write", type=Path, metavar="FILE", help="write a run file (YAML)")
@@ -164,17 +173,16 @@ def make_plan(options: argparse.Namespace) -> Plan:
         if rank != advised:
             advice = advise_for(tight_rank=rank)
             config = _config(options, advice)
-    sized = with_full_sequences(config)
-    budget = plan_budget(shape, sized, device=device, vram=vram)
+    decided, budget = decide_budget(shape, config, device=device, vram=vram)
     return Plan(
         shape=shape,
         task=options.task,
         advice=advice,
         config=config,
-        sized=sized,
+        sized=decided,
         budget=budget,
-        savings=savings(shape, sized, device=device),
-        notes=[*shape.notes, *_notes(config, sized, budget, dropout=advice["dropout"].value)],
+        savings=savings(shape, decided, device=device),
+        notes=[*shape.notes, *_notes(config, decided, budget, dropout=advice["dropout"].value)],
     )
 
 
@@ -189,13 +197,14 @@ def _config(options: argparse.Namespace, advice: dict[str, Choice]) -> GRPOConfi
         },
         lora={name: advice[name].value for name in ("rank", "alpha", "use_rslora", "targets")},
         learning_rate=advice["learning_rate"].value,
+        release_kv_cache=None if options.release_kv_cache is None else options.release_kv_cache == "true",
         **{name: getattr(options, name) for name in (*rollout, *optim)},
     )
 
 
-def _notes(config: GRPOConfig, sized: GRPOConfig, budget: Budget, *, dropout: float) -> Iterator[str]:
-    tokens = sized.optim.tokens_per_pack
-    if tokens > config.optim.tokens_per_pack:
+def _notes(config: GRPOConfig, decided: GRPOConfig, budget: Budget, *, dropout: float) -> Iterator[str]:
+    tokens = tokens_per_pack(decided)
+    if config.optim.tokens_per_pack is not None and tokens > config.optim.tokens_per_pack:
         yield f"a prompt and a completion are longer than tokens_per_pack: the budget is for packs of {tokens:,} tokens"
     if config.model.load_in == "nf4" and "base_weights" not in budget.training:
         yield (
@@ -240,12 +249,14 @@ def as_json(made: Plan) -> dict[str, Any]:
             "load_in": model.load_in or "bf16",
             "share_base_weights": model.share_base_weights,
             "optimizer": optim.optimizer,
+            "release_kv_cache": budget.releases_kv,
             "device": budget.device,
         },
         "memory": {
             "training": budget.training,
             "engine": budget.engine,
-            "fixed": budget.fixed,
+            "sampling": budget.sampling,
+            "training_peak": budget.training_peak,
             "minimum": budget.minimum,
             "recommended": budget.recommended,
             "vram": budget.vram,
@@ -281,20 +292,18 @@ def run_file(made: Plan) -> str:
             "num_generations": (rollout.num_generations, ""),
             "max_prompt_length": (rollout.max_prompt_length, ""),
             "max_completion_length": (rollout.max_completion_length, ""),
+            **({} if rollout.release_kv_cache is None else {"release_kv_cache": (rollout.release_kv_cache, "")}),
         },
         "optim": {
             "learning_rate": advice["learning_rate"],
-            "tokens_per_pack": (optim.tokens_per_pack, "sets memory, not the update"),
+            **({} if optim.tokens_per_pack is None else {"tokens_per_pack": (optim.tokens_per_pack, PACK_REASON)}),
             "gradient_checkpointing": (optim.gradient_checkpointing, ""),
             **({} if optim.optimizer == "adamw" else {"optimizer": (optim.optimizer, "")}),
         },
     }
     if budget.fits and budget.device == "cpu":
-        wanted = min(budget.kv_bytes, budget.recommended - budget.fixed) / GIB
+        wanted = min(budget.kv_bytes, budget.kv_wanted) / GIB
         sections["rollout"]["kv_cache_gib"] = max(0.1, int(10 * wanted) / 10), "of the memory that the trainer leaves"
-    elif budget.fits:
-        sequences = f"a KV cache for {budget.concurrent_sequences:,} sequences of full length"
-        sections["rollout"]["gpu_memory_utilization"] = budget.gpu_memory_utilization, sequences
     lines = [f"# {config.model.name}: {made.shape.parameters:,} parameters, adapter {made.adapter_parameters:,}"]
     if budget.vram is not None:
         lines.append(f"# planned for a device of {budget.vram / GIB:g} GiB")

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .memory import Budget, gib
+from ...memory.budget import Budget
+from ...memory.parts import gib, tokens_per_pack
 from .plan import MAX_RANK_REASON, Plan
 
 PIPED_WIDTH = 120
@@ -43,7 +44,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     _section(console, "model", _model(plan), ("dim", ""))
     _section(console, "\nadapter", _adapter(plan), ("dim", "bold", ""))
     _section(console, "\nmemory", _memory(plan.budget), ("dim", "", "dim"), numbers=True)
-    _section(console, "\nsampling", _sampling(plan.budget), ("dim", ""), numbers=True)
+    _section(console, "\nsampling and training", _division(plan), ("dim", ""), numbers=True)
     _section(console, "\nless memory", _savings(plan), ("", "bold", "dim"), numbers=True)
     _section(console, "\nnotes", ((note,) for note in plan.notes), ("yellow",))
 
@@ -88,9 +89,13 @@ def _memory(budget: Budget) -> Iterator[Row]:
     for name, size in budget.engine.items():
         yield f"vLLM: {name.replace('_', ' ')}", gib(size)
     of_group = f"{budget.group_size} sequences of {budget.sequence_length:,} tokens"
-    yield Text("all but the KV cache", "not dim"), Text(gib(budget.fixed), "bold")
+    if budget.releases_kv:
+        yield Text("while sampling, but the KV cache", "not dim"), Text(gib(budget.sampling), "bold")
+        yield Text("while training, the cache released", "not dim"), Text(gib(budget.training_peak), "bold")
+    else:
+        yield Text("all but the KV cache", "not dim"), Text(gib(budget.sampling), "bold")
     yield Text("with the KV cache of one group", "not dim"), Text(gib(budget.minimum), "bold"), of_group
-    yield Text("of a step of 8 prompts", "not dim"), Text(gib(budget.recommended), "bold")
+    yield Text(f"of {budget.num_sequences} sequences", "not dim"), Text(gib(budget.recommended), "bold")
     if budget.vram is None:
         sizes = ", ".join(map(str, budget.common_sizes))
         yield "device", "", f"fits on {sizes} GiB" if sizes else "fits on none of the common sizes, which go up to 141 GiB"
@@ -101,15 +106,17 @@ def _memory(budget: Budget) -> Iterator[Row]:
         yield "device", gib(budget.vram), Text(f"too small, {missing} more are needed", "not dim red")
 
 
-def _sampling(budget: Budget) -> Iterator[Row]:
+def _division(plan: Plan) -> Iterator[Row]:
+    budget = plan.budget
+    yield "tokens of a pack", f"{tokens_per_pack(plan.sized):,}"
     if not budget.fits:
         yield "KV cache, a token", f"{budget.kv_per_token:,} bytes"
         return
-    yield "left for the KV cache", gib(budget.kv_bytes)
+    yield "KV cache", gib(budget.kv_bytes)
     yield "tokens in it", f"{budget.kv_tokens:,}"
     yield "concurrent sequences", f"{budget.concurrent_sequences:,}"
-    if budget.device == "cuda":
-        yield "gpu_memory_utilization", Text(f"{budget.gpu_memory_utilization:.2f}", "bold")
+    if budget.gpu_memory_utilization is not None:
+        yield "gpu_memory_utilization", Text(f"{budget.gpu_memory_utilization:.3g}", "bold")
 
 
 def _savings(plan: Plan) -> Iterator[Row]:

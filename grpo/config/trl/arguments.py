@@ -39,10 +39,11 @@ class Arguments(TypedDict, total=False):
     checkpoint: CheckpointConfig | dict[str, Any]
     cluster: ClusterConfig | dict[str, Any]
     seed: int
+    deterministic: bool
     name: str
     revision: str | None
     tokenizer: str | None
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     load_in: Literal["nf4"] | None
     share_base_weights: Literal["auto"] | bool
     start_from: str | None
@@ -70,10 +71,11 @@ class Arguments(TypedDict, total=False):
     generation_kwargs: GenerationKwargs | dict[str, Any] | str | None
     engine: Literal["vllm", "torch"]
     max_num_seqs: int | None
-    gpu_memory_utilization: float
+    gpu_memory_utilization: float | None
     kv_cache_gib: float
     release_kv_cache: bool | None
     enforce_eager: bool | None
+    model_runner: Literal["v1", "v2"]
     tools: list[str]
     environment: str | dict[str, str] | None
     max_tool_calling_iterations: int | None
@@ -161,13 +163,15 @@ class Arguments(TypedDict, total=False):
     warmup_ratio: float
     prompts_per_step: int
     max_grad_norm: float
+    initial_loss_scale: float
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
     weight_decay: float
-    tokens_per_pack: int
+    tokens_per_pack: int | None
     logits_mib: int | None
+    lora_kernel: Literal["auto", "triton", "cublas"]
     gradient_checkpointing: bool
     functions: list[str | RewardFunction | dict[str, Any]] | str | dict[str, Any]
     weights: list[float] | None
@@ -331,7 +335,7 @@ class Arguments(TypedDict, total=False):
     vllm_server_port: int
     vllm_server_timeout: float
     vllm_group_port: int
-    vllm_gpu_memory_utilization: float
+    vllm_gpu_memory_utilization: float | None
     vllm_max_model_length: int | None
     vllm_tensor_parallel_size: int
     vespo_k_pos: float

@@ -152,15 +152,19 @@ def _batch(script: Script) -> Batch | None:
 
 
 def _model(script: Script) -> None:
-    """`bf16` decides the type; else that of `model_init_kwargs`."""
-    bf16, text = script.trl("bf16"), script.trl("model_init_kwargs")
-    if bf16 is not None:
+    """`fp16` or `bf16` decides the type; else that of `model_init_kwargs`."""
+    bf16, fp16, text = script.trl("bf16"), script.trl("fp16"), script.trl("model_init_kwargs")
+    if bf16 and fp16:
+        raise ValueError("fp16: bf16 is set too; keep one of them")
+    if fp16:
+        script.set("model.dtype", "float16", by="fp16")
+    elif bf16 is not None:
         script.set("model.dtype", "bfloat16" if bf16 else "float32", by="bf16")
     kwargs = {} if text is None else mapping(text, "model_init_kwargs")
     for name, value in kwargs.items():
         if name in ("dtype", "torch_dtype"):
             dtype = str(value).removeprefix("torch.")
-            if bf16 is None and dtype != "auto":
+            if bf16 is None and not fp16 and dtype != "auto":
                 script.set("model.dtype", dtype, by=f"model_init_kwargs.{name}")
         elif name == "revision":
             script.set("model.revision", value, by="model_init_kwargs.revision")

@@ -25,6 +25,7 @@ DERIVED: dict[str, Callable[[GRPOConfig], Value]] = {
     "logging_steps": lambda config: 1,
     "eval_on_start": lambda config: config.logging.eval_before,
     "bf16": lambda config: config.model.dtype == "bfloat16",
+    "fp16": lambda config: config.model.dtype == "float16",
     "vllm_importance_sampling_correction": lambda config: config.correction.mode != "none",
     "use_vllm": lambda config: config.rollout.engine == "vllm",
     "vllm_max_model_length": lambda config: config.rollout.max_model_length,

@@ -42,8 +42,8 @@ class Script:
 
     def ours(self, dotted: str) -> Value:
         """The value of an option of ours; None if it is not set."""
-        section, _, field = dotted.partition(".")
-        fields = self.values.get(section)
+        section, _, field = dotted.rpartition(".")
+        fields = self.values.get(section) if section else self.values
         return fields.get(field) if isinstance(fields, dict) else None
 
     def set(self, dotted: str, value: Value, *, by: str) -> None:
@@ -58,8 +58,8 @@ class Script:
 
     def replace(self, dotted: str, value: Value) -> None:
         """Set an option of ours, whether it is set or not; None: leave it to its default."""
-        section, _, field = dotted.partition(".")
-        fields = self.values.setdefault(section, {})
+        section, _, field = dotted.rpartition(".")
+        fields = self.values.setdefault(section, {}) if section else self.values
         if value is None:
             fields.pop(field, None)
         else:

@@ -47,6 +47,15 @@ def counts_of(lengths: list[int], *, local: int | None = None, longest: int = 20
     )
 
 
+# ----------------------------------------------------------------------------------------------------- sequences
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 1, 4]])
+def test_the_gradient_of_a_sequences_ratio(lengths: list[int]) -> None:
+    log_ratio = doubles(sum(lengths)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: sequence_ratio(t, torch.tensor(lengths)), (log_ratio,))
+
+
 # ----------------------------------------------------------------------------------------------------- surrogates
 
 

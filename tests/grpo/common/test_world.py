@@ -20,9 +20,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no truncated ones": {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
     "groups without variance count": {"filter_zero_variance": False},
     "8-bit state": {"optimizer": "adamw_8bit"},
+    "memory runs out on one": {"fitting_tokens": 24, "num_iterations": 2, "beta": 0.1, "top_entropy_quantile": 0.5},
 }
 LOCAL_MEANS = {"loss_type": "bnpo"}
 """An objective that depends on how the groups are divided among the workers."""
+FLOAT16 = {"dtype": "float16", "initial_loss_scale": 2.0**24}
+"""A scale with which gradients overflow."""
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
@@ -46,7 +49,8 @@ def test_one_worker_exchanges_nothing():
 def outcomes(tiny_model_path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What one worker comes to, and each of three."""
     model, out = str(tiny_model_path("llama")), tmp_path_factory.mktemp("world")
-    arguments = (3, f"file://{out / 'rendezvous'}", model, VARIANTS | {"local means": LOCAL_MEANS}, str(out))
+    variants = VARIANTS | {"local means": LOCAL_MEANS, "float16": FLOAT16}
+    arguments = (3, f"file://{out / 'rendezvous'}", model, variants, str(out))
     # One process imports what they need, and becomes all three: the imports take longer than everything else.
     get_context("forkserver").set_forkserver_preload(["rankup.grpo.update.learner"])
     start_processes(learn_in_a_group, arguments, nprocs=3, start_method="forkserver")
@@ -65,11 +69,20 @@ def test_three_workers_equal_one(outcomes: list[dict[str, Any]], name: str):
     assert ((first_masters - masters).norm() / masters.norm()).item() < 1e-5
     for alone, shared in zip(metrics, first_metrics, strict=True):
         # Packs are local to a worker.
-        packing = {"packing/packs", "packing/tokens", "packing/token_ratio", "packing/padding_ratio"}
-        names = [metric for metric in alone if metric not in packing]
+        names = [metric for metric in alone if metric == "packing/completion_tokens" or not metric.startswith("packing/")]
         assert {metric: shared[metric] for metric in names} == pytest.approx(
             {metric: alone[metric] for metric in names}, rel=1e-4, abs=1e-6
         )
+
+
+@pytest.mark.slow
+def test_all_workers_halve_the_loss_scale_together(outcomes: list[dict[str, Any]], tiny_model_path):
+    alone, _ = learn(str(tiny_model_path("llama")), {"fp32": {}}, SINGLE_PROCESS)["fp32"]
+    (masters, metrics), *others = [outcome["float16"] for outcome in outcomes[1:]]
+    assert metrics[0]["loss_scale/overflows"] > 0 and metrics[0]["updates"] == 1.0
+    for other_masters, other_metrics in others:
+        assert torch.equal(masters, other_masters) and metrics == other_metrics
+    assert ((alone - masters).norm() / masters.norm()).item() < 0.05
 
 
 @pytest.mark.slow

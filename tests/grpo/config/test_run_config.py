@@ -42,7 +42,7 @@ def test_every_field_has_a_docstring(section: str) -> None:
 
 
 def test_sections_are_complete() -> None:
-    assert list(GRPOConfig.model_fields) == [*SECTIONS, "seed"]
+    assert list(GRPOConfig.model_fields) == [*SECTIONS, "seed", "deterministic"]
 
 
 def test_options_are_read_by_their_flat_names_too() -> None:
@@ -321,6 +321,8 @@ def test_one_step_to_profile_is_a_list_of_one(load: Load) -> None:
         ("warmup_steps=100", "optim.warmup_steps: must be below optim.max_steps, which is 100 (got 100)"),
         ("learning_rate=0", "optim.learning_rate: must be above 0.0 (got 0)"),
         ("adam_beta2=1", "optim.adam_beta2: must be below 1.0 (got 1)"),
+        ("initial_loss_scale=0", "optim.initial_loss_scale: must be at least 1.0 (got 0)"),
+        ("initial_loss_scale=1000", "optim.initial_loss_scale: must be a power of two (got 1000)"),
         ("alpha=0", "lora.alpha: must be above 0.0 (got 0)"),
         ("data.shuffle=maybe", "data.shuffle: must be true or false (got 'maybe')"),
         ("data={train: [[5]]}", "data.train.0: must be text (got [5])"),

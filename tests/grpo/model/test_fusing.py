@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP as GatedMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from rankup.grpo.cli.plan.step_memory import fake_tensors
 from rankup.grpo.config import LoraConfig
+from rankup.grpo.memory.step_memory import fake_tensors
 from rankup.grpo.model.fusing import Fusion, _activation, fuse
 from rankup.grpo.model.lora_layers import ADAPTER, FusedLoRALinear, FusedMLP
 from rankup.grpo.model.policy import Policy

@@ -87,7 +87,7 @@ def padded_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
 
 
 def found_targets(one: Pack, contexts: dict[int, tuple[int, ...]]) -> list[Target]:
-    columns = one.source_N, one.targets_N, one.advantages_N, one.sampler_logprobs_N
+    columns = one.sources.rows_N, one.targets_N, one.advantages_N, one.sampler_logprobs_N
     return [
         (contexts[source], token, advantage, logprob)
         for source, token, advantage, logprob in zip(*(c.tolist() for c in columns), strict=True)
@@ -189,10 +189,10 @@ def test_one_token_completions_are_predicted_from_the_prompt_alone() -> None:
     group = make_group([5, 6, 7], [[8], [9]])
     (one,) = pack([group], tokens_per_pack=100)
     assert one.input_ids.tolist() == [[5, 6, 7]]
-    assert (one.source_N.tolist(), one.targets_N.tolist()) == ([2, 2], [8, 9])
+    assert (one.sources.rows_N.tolist(), one.targets_N.tolist()) == ([2, 2], [8, 9])
     (one,) = pad([group], tokens_per_pack=100, pad_token_id=PAD_TOKEN_ID)
     assert one.input_ids.tolist() == [[5, 6, 7], [5, 6, 7]]
-    assert (one.source_N.tolist(), one.targets_N.tolist()) == ([2, 5], [8, 9])
+    assert (one.sources.rows_N.tolist(), one.targets_N.tolist()) == ([2, 5], [8, 9])
 
 
 @pytest.mark.parametrize("groups", [[], [make_group([5, 6], [[], []])]])
@@ -214,7 +214,7 @@ def test_given_tokens_are_inputs_and_the_row_ends_with_its_last_sampled_token() 
     (plain,) = pad([group], tokens_per_pack=100, pad_token_id=PAD_TOKEN_ID)
     for one in (shared, plain):
         assert one.input_ids.tolist() == [[5, 6, 10, 11, 12]], "13 is predicted from 12; 14 and 15 predict nothing"
-        assert (one.source_N.tolist(), one.targets_N.tolist()) == ([2, 4], [11, 13])
+        assert (one.sources.rows_N.tolist(), one.targets_N.tolist()) == ([2, 4], [11, 13])
         assert (one.sequence_N.tolist(), one.lengths_S.tolist()) == ([0, 0], [2])
 
 
@@ -249,8 +249,8 @@ def test_a_void_episode_and_one_without_sampled_tokens_are_left_out() -> None:
 def test_dtypes_and_device() -> None:
     groups = random_groups([(3, [2, 4])])
     for one in [*pack(groups, tokens_per_pack=99), *pad(groups, tokens_per_pack=99, pad_token_id=PAD_TOKEN_ID)]:
-        integers: list[Any] = [one.source_N, one.targets_N, one.sequence_N, one.lengths_S, one.input_ids]
+        integers: list[Any] = [one.sources.rows_N, one.targets_N, one.sequence_N, one.lengths_S, one.input_ids]
         assert {t.dtype for t in integers} == {torch.int64}
         assert {t.dtype for t in (one.advantages_N, one.sampler_logprobs_N)} == {torch.float32}
     (one,) = pack(groups, tokens_per_pack=99, device="meta")
-    assert {t.device.type for t in (one.source_N, one.advantages_N, one.lengths_S, one.input_ids)} == {"meta"}
+    assert {t.device.type for t in (one.sources.rows_N, one.advantages_N, one.lengths_S, one.input_ids)} == {"meta"}

@@ -62,7 +62,7 @@ def test_what_the_trainer_alone_takes_otherwise_is_found(prove: Prove, monkeypat
     def shifted(*arguments: Any, **options: Any) -> list[Any]:
         packs = pack(*arguments, **options)
         for one in packs:
-            one.source_N.copy_((one.source_N - 1).clamp(min=0))
+            one.sources.rows_N.copy_((one.sources.rows_N - 1).clamp(min=0))
         return packs
 
     pack, calls = module.pack, []

@@ -54,8 +54,9 @@ def test_an_unchanged_object_is_its_own_folder(kind: str, load_model: Load, tiny
 
 
 def test_an_object_in_another_dtype_is_its_own_folder_in_that_dtype(load_model: Load, tiny_model_path, cache: Path):
-    model = given_of(load_model(dtype=torch.bfloat16)).config.model
-    assert (model.name, model.dtype) == (str(tiny_model_path("llama")), "bfloat16")
+    for dtype in ("bfloat16", "float16"):
+        model = given_of(load_model(dtype=getattr(torch, dtype))).config.model
+        assert (model.name, model.dtype) == (str(tiny_model_path("llama")), dtype)
     assert not cache.exists()
 
 
@@ -325,12 +326,9 @@ def test_weights_that_are_not_in_memory_are_refused(load_model: Load):
         given_of(model)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "message"), [(torch.float16, "is in float16, whose range"), (torch.float64, "float64 weights are not supported")]
-)
-def test_other_dtypes_are_refused(dtype: torch.dtype, message: str, load_model: Load):
-    with pytest.raises(ValueError, match=message):
-        given_of(load_model().to(dtype))  # type: ignore[arg-type]
+def test_other_dtypes_are_refused(load_model: Load):
+    with pytest.raises(ValueError, match="float64 weights are not supported"):
+        given_of(load_model().to(torch.float64))  # type: ignore[arg-type]
 
 
 def test_several_dtypes_are_refused(load_model: Load):

@@ -26,6 +26,15 @@ def test_emulated_bf16_is_noted(monkeypatch: pytest.MonkeyPatch, dtype: Any, nat
     assert any("model.dtype=float32" in note for note in found) == is_noted
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_emulated_fp16_is_noted(monkeypatch: pytest.MonkeyPatch, multiplies: bool) -> None:
+    monkeypatch.setattr(notes, "multiplies_fp16", lambda: multiplies)
+    inputs = RunInputs(model_path="", tokenizer=None, train_prompts=PromptData(rows=[], dropped=0), eval_prompts=None)  # type: ignore[arg-type]
+    found = list(notes.start_notes(GRPOConfig(dtype="float16"), inputs))
+    assert any("no fp16 instructions" in note for note in found) != multiplies
+    assert not any("no fp16 instructions" in note for note in notes.start_notes(GRPOConfig(dtype="bfloat16"), inputs))
+
+
 def notes_of(**options: Any) -> SamplingNotes:
     return SamplingNotes(GRPOConfig(max_completion_length=9, **options), tiny_tokenizer())
 

@@ -19,6 +19,7 @@ from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import by_completion
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
+from rankup.grpo.update.step_packs import make_packs
 
 SHAPES = [(7, [5, 1, 9, 4]), (3, [3, 6]), (12, [2, 8])]
 
@@ -78,7 +79,7 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(make
     ]
     learner: Learner = make_learner(kind, learning_rate=1e-3)
     policy = learner.policy
-    (one,) = learner._packs(groups)
+    (one,) = make_packs(learner.policy, groups, 4096)
     before, _ = policy.logprobs(one)
     assert len(before) == 20
     learner.update(groups, step=0)
@@ -245,7 +246,7 @@ def test_a_user_supplied_objective(make_policy, mixed: list[Group], tmp_path: Pa
 
 def groups_of_the_policy(learner: Learner, groups: list[Group]) -> list[Group]:
     """The groups as if this policy had sampled them."""
-    packs = learner._packs(groups)
+    packs = make_packs(learner.policy, groups, 4096)
     return with_logprobs(groups, by_completion(packs, [learner.policy.logprobs(one)[0] for one in packs]))
 
 
@@ -325,7 +326,7 @@ def test_clip_ratios_of_a_later_iteration(make_learner, groups: list[Group], los
     """They are measured where the second iteration begins: after one step."""
     options = {"loss_type": loss_type, "epsilon": 0.05, "epsilon_high": 1.05 if loss_type == "cispo" else 0.05}
     first: Learner = make_learner(learning_rate=3e-3, **options)
-    (one,) = first._packs(groups)
+    (one,) = make_packs(first.policy, groups, 4096)
     old_N, _ = first.policy.logprobs(one)
     assert not [name for name in first.update(groups, step=0).metrics if name.startswith("clip_ratio")], "the ratio is 1"
     first.policy.write_slots()
@@ -360,7 +361,7 @@ def test_no_forward_that_is_not_needed(
 
 def test_metrics(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(temperature=0.7)
-    (one,) = learner._packs(groups)
+    (one,) = make_packs(learner.policy, groups, 4096)
     logprobs_N, entropy_N = learner.policy.logprobs(one, temperature=0.7)
     metrics = learner.update(groups, step=0).metrics
     tokens, plain = one.num_input_tokens, sum(p * len(c) + sum(c) for p, c in SHAPES)
@@ -378,6 +379,7 @@ def test_metrics(make_learner, groups: list[Group]) -> None:
         "packing/completion_tokens": len(logprobs_N),
         "packing/padding_ratio": 0.0,
         "packing/token_ratio": tokens / plain,
+        "packing/tokens_per_pack": 4096.0,
         **learner.guards.metrics(),
     }
     assert metrics == pytest.approx(expected, rel=1e-4)
@@ -386,15 +388,9 @@ def test_metrics(make_learner, groups: list[Group]) -> None:
 
 def test_kl_is_reported_only_if_it_is_computed_anyway(make_learner, groups: list[Group]) -> None:
     learner: Learner = make_learner(beta=0.1)
-    (one,) = learner._packs(groups)
+    (one,) = make_packs(learner.policy, groups, 4096)
     difference_N = learner.policy.logprobs(one, use_adapter=False)[0] - learner.policy.logprobs(one)[0]
     kl = (difference_N.exp() - 1 - difference_N).mean().item()
     metrics = learner.update(groups, step=0).metrics
     assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
     assert metrics["loss"] == pytest.approx(0.1 * kl - one.advantages_N.mean().item(), rel=1e-4)
-
-
-def test_padding_is_counted(make_learner) -> None:
-    learner: Learner = make_learner("mistral")
-    metrics = learner.update(random_groups([(5, [4, 2])]), step=0).metrics
-    assert (metrics["packing/tokens"], metrics["packing/padding_ratio"]) == (14.0, 2 / 16), "rows of 8 and 6 input tokens"

@@ -189,3 +189,28 @@ def test_a_snapshot_of_another_adapter_is_refused(run: Run):
 def test_restoring_nothing_is_our_mistake(run: Run):
     with pytest.raises(AssertionError, match="needs a snapshot"):
         run.snapshot.restore()
+
+
+def test_without_page_locked_memory_snapshots_are_in_ordinary_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in WSL2. One note, not one for each tensor."""
+    run = run_with("adamw")
+    run.snapshot._is_page_locked = True  # as if the parameters were on a GPU
+    empty = torch.empty
+
+    def refused(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nmore lines")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refused)
+    with caplog.at_level("INFO", logger="rankup"):
+        run.steps([0])
+        run.snapshot.take(1)
+    then = run.values()
+    run.steps([1])
+    assert not run.is_at(then)
+    assert run.snapshot.restore() == 1 and run.is_at(then)
+    (note,) = caplog.messages
+    assert note.endswith("no page-locked memory (CUDA error: out of memory)")

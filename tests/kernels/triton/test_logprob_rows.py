@@ -175,7 +175,7 @@ def test_the_loss_of_a_head_with_an_adapter(monkeypatch: pytest.MonkeyPatch, hea
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_builds_stay_in_registers(capability: int, dtype: torch.dtype, softcap: float | None) -> None:
     vector = torch.empty(512, device="meta")
@@ -195,7 +195,7 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype, softcap: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("which", SLOPES)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (123, 507), (64, 151_936)])

@@ -169,10 +169,12 @@ def test_every_build_fits_spills_nothing_and_uses_matrix_instructions(capability
 
 
 @pytest.mark.parametrize("what", DIRECTIONS)
-def test_the_tile_of_other_chips_fits_the_smallest(what: str) -> None:
-    found = build(89, 128, what, OTHER_TILE)
-    assert found.shared <= SHARED_MEMORY[89]
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_the_tile_of_other_chips_fits_the_smallest(capability: int, what: str) -> None:
+    found = build(capability, 128, what, OTHER_TILE)
+    assert found.shared <= 101_376 == SHARED_MEMORY[capability]
     assert (found.stack, found.local) == (0, 0)
+    assert found.count("mma.sync")
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def test_every_block_size(blocksize: int) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
     weight, packed = (torch.empty(14_336, 4096 // part, dtype=of, device="meta") for part, of in ((1, dtype), (2, torch.uint8)))
     absmax, code = torch.empty(weight.numel() // 64, device="meta"), torch.empty(16, device="meta")

@@ -98,7 +98,7 @@ def test_the_fused_mlp(monkeypatch: pytest.MonkeyPatch, activation: lora.Activat
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
     t = torch.empty(4096, 14_336, dtype=dtype, device="meta")
     for kernel, tensors in (

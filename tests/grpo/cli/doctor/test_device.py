@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from rankup.grpo.cli.doctor import device
 from rankup.grpo.cli.doctor.device import CHECKS, available_memory, cgroup_limits
 from rankup.grpo.cli.doctor.findings import run_checks
 
@@ -20,41 +18,6 @@ def test_this_machine() -> None:
     of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < memory["available_bytes"] < memory["total_bytes"] == pytest.approx(of_machine, rel=0.01)
     assert 0 < available_memory() < of_machine
-
-
-def test_a_gpu_that_torch_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_nvidia_smi", lambda: ["NVIDIA H100, 580.65", "NVIDIA H100, 580.65"])
-    for name, value in {
-        "is_available": True,
-        "get_device_capability": (9, 0),
-        "mem_get_info": (2**34, 2**36),
-        "device_count": 2,
-        "get_device_name": "NVIDIA H100",
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    gpu, driver, memory = device.gpu()
-    assert gpu.value == "NVIDIA H100, compute capability 9.0" and "the first of 2" in gpu.note
-    assert driver.value.startswith("580.65, ") and memory.value == "64.0 GiB, 16.0 GiB free"
-    assert memory.figures == {"total_bytes": 2.0**36, "free_bytes": 2.0**34}
-
-
-@pytest.mark.parametrize(
-    ("listed", "built_for", "level", "words"),
-    [
-        (["NVIDIA H100, 580.65"], None, "warning", "scripts/install.sh cuda"),
-        (["NVIDIA H100, 580.65"], "13.0", "problem", "torch cannot use it"),
-        ([], "13.0", "problem", "nvidia-smi lists no GPU"),
-        ([], None, "info", ""),
-    ],
-)
-def test_a_gpu_that_torch_cannot_use(
-    monkeypatch: pytest.MonkeyPatch, listed: list[str], built_for: str | None, level: str, words: str
-) -> None:
-    monkeypatch.setattr(device, "_nvidia_smi", lambda: listed)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", built_for)
-    (gpu,) = device.gpu()
-    assert gpu.level == level and words in gpu.note
 
 
 def limits_of(folder: Path, membership: str, files: dict[str, str]) -> tuple[int | None, float | None]:

@@ -32,6 +32,8 @@ def test_names_that_nobody_knows_are_no_attributes():
         ({"evaluation_strategy": "no"}, "evaluation_strategy", "no"),
         ({"save_strategy": "no"}, "save_strategy", "no"),
         ({"bf16": False}, "bf16", False),
+        ({"fp16": True}, "bf16", False),
+        ({"fp16": True}, "fp16", True),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers", 2),
         ({}, "dataloader_num_workers", 0),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", 4),

@@ -1,4 +1,4 @@
-"""Whether a run fits on a device, vLLM's share, and changes that would need less memory."""
+"""Changes that need less memory: what they save, in which order, and when they are not suggested."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from rankup.grpo.cli.plan.memory import GIB, Budget, Device, changed, gib, low_memory, plan_budget, savings, training_parts
-from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
+from rankup.grpo.cli.plan.savings import low_memory, savings
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.budget import plan_budget
+from rankup.grpo.memory.parts import Device, changed, training_parts
+from rankup.grpo.memory.shapes import ModelShape, read_shape
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +26,8 @@ QWEN_7B = {
     "vocab_size": 152064,
     "tie_word_embeddings": False,
 }
+SHORT = {"optim.tokens_per_pack": 256, "rollout.max_prompt_length": 64, "rollout.max_completion_length": 64}
+LARGE = {"lora.rank": 128, "lora.max_rank": 128, "optim.tokens_per_pack": 16384}
 
 
 @pytest.fixture(scope="module")
@@ -34,60 +38,9 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     return read_shape(str(folder))
 
 
-SHORT = {"optim.tokens_per_pack": 256, "rollout.max_prompt_length": 64, "rollout.max_completion_length": 64}
-LARGE = {"lora.rank": 128, "lora.max_rank": 128, "optim.tokens_per_pack": 16384}
-
-
 def config(changes: dict[str, Any] | None = None) -> GRPOConfig:
-    """Rank 64 on all seven projections, packs of 4096 tokens, with changes."""
-    return changed(GRPOConfig(), changes or {})
-
-
-def test_the_rest_of_the_memory_is_the_kv_cache(shape: ModelShape):
-    budget = plan_budget(shape, config(), device="cuda", vram=80 * GIB)
-    assert budget.fits
-    assert budget.kv_per_token == 2 * 28 * 4 * 128 * 2
-    assert 0 <= 80 * GIB - budget.fixed - budget.kv_bytes <= 0.01 * 80 * GIB  # the share is rounded down to two digits
-    assert budget.kv_tokens == budget.kv_bytes // budget.kv_per_token
-    assert budget.concurrent_sequences == budget.kv_tokens // 768
-
-
-def test_vllms_share_holds_its_weights_slots_and_cache(shape: ModelShape):
-    budget = plan_budget(shape, config(), device="cuda", vram=80 * GIB)
-    share = budget.gpu_memory_utilization or 0
-    assert share == round(share, 2)
-    vllm = sum(budget.engine.values()) + budget.training["adapter_slots"] + budget.kv_bytes
-    assert share * 80 * GIB == pytest.approx(vllm, rel=1e-6)
-    assert share * 80 * GIB + sum(budget.training.values()) - budget.training["adapter_slots"] <= 80 * GIB
-
-
-def test_the_smallest_common_size_holds_the_minimum(shape: ModelShape):
-    budget = plan_budget(shape, config(), device="cuda")
-    assert budget.fits is None and budget.gpu_memory_utilization is None
-    smallest = budget.common_sizes[0]
-    assert budget.minimum <= smallest * GIB
-    assert plan_budget(shape, config(), device="cuda", vram=smallest * GIB).fits
-    assert not any(plan_budget(shape, config(), device="cuda", vram=size * GIB).fits for size in (40, 48) if size < smallest)
-    assert budget.common_sizes[-1] == 141
-
-
-def test_a_device_that_cannot_hold_the_base_is_refused(shape: ModelShape):
-    """vLLM holds a copy in bf16, whatever the trainer holds."""
-    for sharing in ("auto", False):
-        for load_in in (None, "nf4"):
-            held = config({"model.share_base_weights": sharing, "model.load_in": load_in})
-            with pytest.raises(ValueError, match=r"--vram 14: too small for the base weights, 14\.2 GiB for vLLM in bf16"):
-                plan_budget(shape, held, device="cuda", vram=14 * GIB)
-    assert plan_budget(shape, config(), device="cuda", vram=15 * GIB).fits is False
-
-
-def test_a_second_copy_of_the_base_can_be_saved(shape: ModelShape):
-    separate = config({"model.share_base_weights": False})
-    with pytest.raises(ValueError, match=r"14\.2 GiB for vLLM in bf16 and 14\.2 GiB more for the trainer") as caught:
-        plan_budget(shape, separate, device="cuda", vram=24 * GIB)
-    assert "at least 29 GiB, or let both use one copy (14.2 GiB) with --share-base-weights true" in str(caught.value)
-    plan_budget(shape, config({"model.share_base_weights": True}), device="cuda", vram=24 * GIB)
-    plan_budget(shape, changed(separate, {"model.load_in": "nf4"}), device="cuda", vram=24 * GIB)
+    """Rank 64 on all seven projections, packs of 4096 tokens, a KV cache that is kept while training, with changes."""
+    return changed(GRPOConfig(tokens_per_pack=4096, release_kv_cache=False), changes or {})
 
 
 def test_nf4_saves_where_the_base_is_not_shared(shape: ModelShape):
@@ -144,16 +97,15 @@ def test_savings_come_in_the_order_of_least_harm_and_add_up(shape: ModelShape):
 
 
 def test_savings_in_use_are_not_suggested_again(shape: ModelShape):
-    lowest = low_memory(config({"lora.rank": 16}), "cuda")
+    lowest = low_memory(config({"lora.rank": 16, "rollout.release_kv_cache": None}), "cuda")
     assert [saving.change for saving in savings(shape, lowest, device="cuda")] == ["optim.optimizer adamw_8bit"]
     assert savings(shape, changed(lowest, {"optim.optimizer": "paged_adamw_8bit"}), device="cuda") == []
 
 
-def test_on_cpu_the_cache_takes_all_that_is_left(shape: ModelShape):
-    budget: Budget = plan_budget(shape, config(SHORT), device="cpu", vram=80 * GIB)
-    assert budget.kv_bytes == 80 * GIB - budget.fixed
-
-
-@pytest.mark.parametrize(("size", "text"), [(3.44 * GIB, "3.4 GiB"), (50 * 2**20, "50 MiB"), (0.1 * GIB, "0.1 GiB")])
-def test_sizes_in_words(size: float, text: str):
-    assert gib(size) == text
+def test_releasing_the_cache_is_suggested_first_where_it_is_off(shape: ModelShape):
+    """It was assumed that cache and activations exist together."""
+    released = config({"rollout.release_kv_cache": None})
+    kept, gone = (plan_budget(shape, one, device="cuda").minimum for one in (config(), released))
+    found = savings(shape, config(), device="cuda")
+    assert (found[0].change, found[0].alone) == ("rollout.release_kv_cache true", kept - gone)
+    assert all("release" not in one.change for one in savings(shape, released, device="cuda"))

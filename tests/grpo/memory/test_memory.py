@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from rankup.grpo.cli.plan import memory
-from rankup.grpo.cli.plan.memory import (
+from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory import parts as parts_of_memory
+from rankup.grpo.memory.parts import (
     BF16,
     FP32,
     Device,
@@ -23,11 +24,10 @@ from rankup.grpo.cli.plan.memory import (
     training_parts,
     unshared_base_bytes,
 )
-from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
-from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.shapes import ModelShape, read_shape
 from rankup.kernels.device import native_dtype
 
-MEASURE = Path(__file__).resolve().parents[4] / "scripts" / "bench" / "plan_memory.py"
+MEASURE = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "plan_memory.py"
 NATIVE_BF16 = pytest.mark.skipif(
     native_dtype() != "bfloat16", reason="this CPU emulates bf16: one update takes a quarter of an hour"
 )
@@ -52,7 +52,7 @@ PARAMETERS = LINEAR + 100 * 8 + 3 * 8  # and the embedding, and the norms
 @pytest.fixture
 def shape_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModelShape]:
     """A Llama of one layer with changes; a pass takes `PASS`."""
-    monkeypatch.setattr(memory, "pass_parts", lambda *_: dict(PASS))
+    monkeypatch.setattr(parts_of_memory, "pass_parts", lambda *_: dict(PASS))
 
     def made(**changes: Any) -> ModelShape:
         (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
@@ -67,7 +67,7 @@ def shape(shape_of: Callable[..., ModelShape]) -> ModelShape:
 
 
 def parts(shape: ModelShape, changes: dict[str, Any], device: Device = "cpu") -> dict[str, int]:
-    return training_parts(shape, changed(GRPOConfig(), changes), device)
+    return training_parts(shape, changed(GRPOConfig(tokens_per_pack=4096), changes), device)
 
 
 def test_the_adapter_takes_eighteen_bytes_a_parameter_where_its_rank_fills_the_slot(shape: ModelShape):
@@ -111,7 +111,7 @@ def test_the_trainer_holds_the_weights_that_it_does_not_share_with_vllm(
     held = {"model.share_base_weights": sharing, "model.load_in": load_in}
     assert unshared_base_bytes(with_biases, changed(GRPOConfig(), held), device) == unshared
     assert parts(with_biases, held, device).get("base_weights", 0) == unshared
-    assert engine_parts(with_biases, device)["base_weights"] == 2 * (PARAMETERS + BIASES)
+    assert engine_parts(with_biases, GRPOConfig(), device)["base_weights"] == 2 * (PARAMETERS + BIASES)
 
 
 def test_the_memory_of_a_pass_is_part_of_the_sum(shape: ModelShape):

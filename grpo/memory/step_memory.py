@@ -20,6 +20,7 @@ exactly what the full depth takes, as tests show, in half a second where 32 laye
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import tempfile
@@ -36,18 +37,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ....kernels.attention_plan import BlockPlan
-from ....kernels.attention_varlen import SequencePlan, plan_sequences
-from ....kernels.device import paths_of_cuda
-from ....kernels.shared_prompt_attention import SharedPromptLayout
-from ....rollout.types import Completion
-from ...algorithm.losses import Counts
-from ...config import GRPOConfig
-from ...data.groups import Group
-from ...data.prompts import Prompt
-from ...model.packing import Pack, pack, pad
-from ...model.policy import LOGITS_MIB, Policy
-from ...update.objective import Objective, StepConstants
+from ...kernels.attention_plan import BlockPlan
+from ...kernels.attention_varlen import SequencePlan, plan_sequences
+from ...kernels.device import paths_of_cuda
+from ...kernels.shared_prompt_attention import SharedPromptLayout
+from ...rollout.types import Completion
+from ..algorithm.losses import Counts
+from ..config import GRPOConfig
+from ..data.groups import Group
+from ..data.prompts import Prompt
+from ..model.packing import Pack, pack, pad
+from ..model.policy import LOGITS_MIB, Policy
+from ..update.objective import Objective, StepConstants
 
 QUERY_BLOCK = 128  # flash attention rounds the queries of a sequence up to it
 HEAD_BLOCK = 32
@@ -144,9 +145,10 @@ WORKSPACES = {
 @contextmanager
 def fake_tensors(memory: PeakMemory | None = None) -> Iterator[PeakMemory]:
     """Every new tensor is a fake and its memory is counted; a policy reads no weights. Pass indices as real tensors."""
-    from ....kernels import nf4
+    from ...kernels import nf4
 
-    nf4._code(torch.device("cpu"))  # cached from here on: a real tensor, and no fake of a mode that has ended
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        nf4._code(torch.device("cpu"))  # cached from here on: a real tensor, and no fake of a mode that has ended
     apply = nn.Module._apply
     nn.Module._apply = lambda module, function, recurse=True: module  # type: ignore[method-assign]  # `to`: fakes stay
     try:
@@ -295,6 +297,7 @@ def measure_pass(
         policy = Policy(
             folder,
             lora=config.lora,
+            dtype=config.model.dtype,
             gradient_checkpointing=config.optim.gradient_checkpointing,
             logits_mib=config.optim.logits_mib or LOGITS_MIB[device],
             load_in=config.model.load_in,
@@ -317,6 +320,7 @@ def measure_pass(
 
 def _full_pack_of(policy: Policy, config: GRPOConfig) -> Pack:
     rollout, tokens = config.rollout, config.optim.tokens_per_pack
+    assert tokens is not None, "the size of a pack is decided before it is measured"
     prompt, completion, generations = rollout.max_prompt_length, rollout.max_completion_length, rollout.num_generations
     if policy.shares_prompts:
         sizes = full_pack(tokens, prompt=prompt, completion=completion, generations=generations)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...common.errors import first_line
-from ...common.model_files import resolve_model
-from ...config import LoraConfig
-from ...config.lora import ATTENTION_MODULES
+from ..common.errors import first_line
+from ..common.model_files import resolve_model
+from ..config import LoraConfig
+from ..config.lora import ATTENTION_MODULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ class ModelShape:
         Raises:
             ValueError: a target fits no layer, or one that cannot be adapted.
         """
-        from ...model.adapters import check_targets, targeted_modules
+        from ..model.adapters import check_targets, targeted_modules
 
         modules = LoraConfig(targets=targets).target_modules  # type: ignore[arg-type]
         check_targets(self.model, modules)
@@ -163,7 +163,7 @@ def _read_keys(file: Path) -> dict[str, Any]:
 def _read_off(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape:
     from torch import nn
 
-    from ...model.policy import why_prompts_cannot_be_shared
+    from ..model.policy import why_prompts_cannot_be_shared
 
     config = model.config.get_text_config()
     sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in SIZES.items()}

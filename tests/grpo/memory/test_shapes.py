@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rankup.grpo.cli.plan.shapes import ModelShape, read_shape
+from rankup.grpo.memory.shapes import ModelShape, read_shape
 
 # Of the public configurations: layers, hidden, MLP, heads, key heads, head dimension, vocabulary, tied; and what follows.
 Row = tuple[str, int, int, int, int, int, int | None, int, bool]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rankup.grpo.cli.plan.step_memory import fake_tensors, full_pack, make_pack, measure_pass
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.memory.step_memory import fake_tensors, full_pack, make_pack, measure_pass
 from rankup.grpo.model.policy import Policy
 
 pytestmark = pytest.mark.slow

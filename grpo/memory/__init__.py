@@ -1,0 +1,1 @@
+"""What a run takes of a device's memory, before it starts: counted, measured on fake tensors, and divided with vLLM."""

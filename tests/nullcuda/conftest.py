@@ -1,0 +1,14 @@
+"""Tests on a CUDA device that is not there. They are collected on it only: see README.md."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+# The driver is preloaded into the process.
+collect_ignore_glob = [] if hasattr(ctypes.CDLL(None), "nullcuda_called") else ["test_*.py"]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.nullcuda)
