@@ -107,6 +107,9 @@ class RolloutConfig(SamplingConfig):
     enforce_eager: bool | None = None
     """Run vLLM without graphs and compilation. None: decided by the device."""
 
+    model_runner: Literal["v1", "v2"] = "v1"
+    """vLLM's model runner: `v1`, which vLLM deprecates, or `v2` (CUDA only). They draw other tokens for the same seed."""
+
     tools: list[str] = Field(default=[])
     """Functions that the model may call, as `file.py:name` or `package.module:name`: functions with type hints and a docstring
     in Google's style. A single name will do. See docs/episodes.md."""

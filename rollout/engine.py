@@ -35,6 +35,7 @@ from .texts import Texts
 from .types import Completion, PromptGroup
 from .vllm_compat import (
     check_model_runner,
+    choose_model_runner,
     collections_skipped,
     existing_objects_frozen,
     forget_lora_pointers,
@@ -88,14 +89,16 @@ class RolloutEngine:
         check_engine_limits(settings.rollout, "vllm")
         if on_cpu:
             check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
+        choose_model_runner(settings.rollout.model_runner, on_cpu=on_cpu)
         args = engine_args(settings, on_cpu=on_cpu)
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         pools = beside_earlier_pools() if args.enable_cumem_allocator else nullcontext()
         with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper), pools:
             check_sampling_params(args, settings.rollout)
             self._engine: Any = LLMEngine.from_engine_args(args)
-        check_model_runner(self._engine)
-        replace_sampler(self._engine, on_cpu=on_cpu)
+        check_model_runner(self._engine, settings.rollout.model_runner)
+        if settings.rollout.model_runner == "v1":  # the sampler of V2 has counter-based noise of its own
+            replace_sampler(self._engine, on_cpu=on_cpu)
         if on_cpu and dense:
             self._apply_model(replace_cpu_layers)
         self._tokenizer = self._engine.get_tokenizer()

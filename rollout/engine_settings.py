@@ -70,6 +70,7 @@ class EngineSettings:
         values = {name: (getattr(self, name), getattr(needed, name)) for name in of_engine}
         of_rollout = (
             *("max_model_length", "gpu_memory_utilization", "kv_cache_gib", "enforce_eager", "lora_path", "release_kv_cache"),
+            "model_runner",
         )
         values |= {name: (getattr(self.rollout, name), getattr(needed.rollout, name)) for name in of_rollout}
         if needed.rollout.gpu_memory_utilization is None:

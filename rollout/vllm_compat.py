@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import cpu_ops, cuda_ops
 
@@ -35,8 +35,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 TESTED_VERSIONS = ("0.32",)
-RUNNERS_V1 = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner")
-"""The modules of model runner V1."""
+MODEL_RUNNERS = {
+    "v1": ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner"),
+    "v2": ("vllm.v1.worker.gpu.model_runner",),
+}
+"""The modules of vLLM's model runners."""
 
 logger = logging.getLogger("rankup")
 
@@ -121,23 +124,17 @@ def use_separate_cache(local_rank: int) -> None:
 
 
 def import_vllm() -> ModuleType:
-    """Import vLLM with its engine in this process, only errors in its log, and model runner V1 on every device.
+    """Import vLLM with its engine in this process, and only errors in its log.
 
-    vLLM offers no arguments for these, only environment variables. They are set here and nowhere else, unless the caller's
-    environment has them already. On CUDA vLLM would choose model runner V2, which does not exist on CPU; with one runner, tests
-    on one device say something about the other.
+    vLLM offers no arguments for these, only environment variables. They are set here and in `choose_model_runner` and nowhere
+    else; here unless the caller's environment has them already.
 
     Raises:
-        ValueError: vLLM is not installed, or the environment puts its engine into another process or chooses another runner.
+        ValueError: vLLM is not installed, or the environment puts its engine into another process.
     """
     version = vllm_version()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] != "0":
-        raise ValueError(
-            "rankup works with vLLM's model runner V1: unset VLLM_USE_V2_MODEL_RUNNER, or set it to 0"
-        )
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
         raise ValueError(
             "rankup shares memory with vLLM's engine: unset VLLM_ENABLE_V1_MULTIPROCESSING, or set it to 0"
@@ -149,21 +146,35 @@ def import_vllm() -> ModuleType:
     return vllm
 
 
-def check_model_runner(engine: Any) -> None:
-    """Whether an engine has model runner V1, which vLLM deprecates.
+def choose_model_runner(runner: Literal["v1", "v2"], *, on_cpu: bool) -> None:
+    """Choose the model runner of the engines that are started from now on, whatever the environment says.
+
+    vLLM itself would choose V2 on CUDA. With V1 on both devices, tests on one say something about the other.
 
     Raises:
-        ValueError: it has another one, although `import_vllm` chose V1.
+        ValueError: there is no such runner on this device.
     """
-    purpose = "choose model runner V1"
+    from vllm import envs
+
+    if on_cpu and runner == "v2":
+        raise ValueError("rollout.model_runner: v2 needs a GPU, as it samples with Triton kernels: use v1 on CPU")
+    require(envs, "disable_envs_cache", purpose="choose the model runner")()  # an earlier engine has enabled it
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if runner == "v2" else "0"
+
+
+def check_model_runner(engine: Any, runner: Literal["v1", "v2"]) -> None:
+    """Whether an engine has the model runner that was chosen. vLLM deprecates V1.
+
+    Raises:
+        ValueError: it has another one.
+    """
     owner = engine
     for name in ("model_executor", "driver_worker", "worker", "model_runner"):
-        owner = require(owner, name, purpose=purpose)
+        owner = require(owner, name, purpose="choose the model runner")
     module = type(owner).__module__
-    if module not in RUNNERS_V1:
+    if module not in MODEL_RUNNERS[runner]:
         raise ValueError(
-            f"vLLM {vllm_version()} started with {module}, although VLLM_USE_V2_MODEL_RUNNER=0 chooses model runner V1; "
-            f"{_working_versions()}"
+            f"vLLM {vllm_version()} started with {module}, although rollout.model_runner is {runner}; {_working_versions()}"
         )
 
 

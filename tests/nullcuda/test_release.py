@@ -56,7 +56,7 @@ class Session:
         return [(c.token_ids, c.logprobs) for group in groups for c in group.completions]
 
 
-@pytest.fixture(params=["eager", "eager, synchronous", "graphs"])
+@pytest.fixture(params=["eager", "eager, synchronous", "eager, v2", "graphs"])
 def session(request: pytest.FixtureRequest, tiny_model_path, monkeypatch) -> Iterator[Session]:
     original = engine_module.engine_args
 
@@ -65,7 +65,10 @@ def session(request: pytest.FixtureRequest, tiny_model_path, monkeypatch) -> Ite
 
     monkeypatch.setattr(engine_module, "engine_args", changed_args)
     model = str(tiny_model_path("llama"))
-    rollout = ROLLOUT.model_copy(update={"enforce_eager": "eager" in request.param})
+    changes: dict[str, Any] = {"enforce_eager": "eager" in request.param}
+    if "v2" in request.param:
+        changes |= {"model_runner": "v2", "lora_path": "dense"}  # the interpreter is slow with LoRA kernels
+    rollout = ROLLOUT.model_copy(update=changes)
     engine = RolloutEngine(EngineSettings(model=model, rollout=rollout, target_modules=TARGETS, max_rank=16, max_num_seqs=8))
     policy = Policy(model, lora=CONFIG.lora, device="cuda", shared=engine.base_weights())
     assert not policy.base.unshared

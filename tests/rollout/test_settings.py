@@ -40,6 +40,7 @@ def test_an_engine_serves_runs_that_sample_differently():
         ({"rollout": RolloutConfig(max_prompt_length=100)}, "max_model_length 768 instead of 356"),
         ({"rollout": RolloutConfig(kv_cache_gib=2.0)}, "kv_cache_gib 1.0 instead of 2.0"),
         ({"rollout": RolloutConfig(lora_path="punica")}, "lora_path auto instead of punica"),
+        ({"rollout": RolloutConfig(model_runner="v2")}, "model_runner v1 instead of v2"),
         ({"rollout": RolloutConfig(release_kv_cache=False)}, "release_kv_cache None instead of False"),
         ({"nf4_weights": ("w" * 99,)}, f"nf4_weights () instead of ('{'w' * 78} ..."),
     ],

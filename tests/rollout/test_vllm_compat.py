@@ -37,35 +37,35 @@ def test_an_engine_in_another_process_is_an_error(monkeypatch: pytest.MonkeyPatc
         vllm_compat.import_vllm()
 
 
-def test_another_model_runner_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="model runner V1: unset VLLM_USE_V2_MODEL_RUNNER"):
-        vllm_compat.import_vllm()
-
-
 @pytest.mark.engine
-def test_vllm_still_has_the_deprecated_model_runner_and_its_switch(monkeypatch: pytest.MonkeyPatch):
-    """If this fails, model runner V1 is gone: docs/log.md says what V2 lacked."""
+def test_vllm_still_has_both_model_runners_and_their_switch(monkeypatch: pytest.MonkeyPatch):
+    """If this fails, vLLM has removed the deprecated model runner V1: use V2 on CUDA (docs/log.md, 2026-11-30)."""
     vllm_compat.import_vllm()
-    from vllm import envs
     from vllm.config import VllmConfig
 
-    for module in vllm_compat.RUNNERS_V1:
+    for module in [*vllm_compat.MODEL_RUNNERS["v1"], *vllm_compat.MODEL_RUNNERS["v2"]]:
         assert importlib.util.find_spec(module) is not None, module
-    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", False, raising=False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    vllm_compat.choose_model_runner("v1", on_cpu=False)
     assert VllmConfig().use_v2_model_runner is False
+    vllm_compat.choose_model_runner("v2", on_cpu=False)
+    assert vllm_envs().VLLM_USE_V2_MODEL_RUNNER is True
+    with pytest.raises(ValueError, match=r"rollout\.model_runner: v2 needs a GPU"):
+        vllm_compat.choose_model_runner("v2", on_cpu=True)
+
+
+def vllm_envs() -> types.ModuleType:
+    from vllm import envs
+
+    return envs
 
 
 @pytest.mark.engine
-def test_an_engine_has_model_runner_v1(make_engine):
+def test_an_engine_has_the_model_runner_that_was_chosen(make_engine):
     engine = make_engine()._engine
-    vllm_compat.check_model_runner(engine)
-    runner = engine.model_executor.driver_worker.worker.model_runner
-    worker = types.SimpleNamespace(worker=types.SimpleNamespace(model_runner=types.SimpleNamespace()))
-    other = types.SimpleNamespace(model_executor=types.SimpleNamespace(driver_worker=worker))
-    with pytest.raises(ValueError, match="started with types, although VLLM_USE_V2_MODEL_RUNNER=0"):
-        vllm_compat.check_model_runner(other)
-    assert type(runner).__module__ in vllm_compat.RUNNERS_V1
+    vllm_compat.check_model_runner(engine, "v1")
+    with pytest.raises(ValueError, match=r"started with vllm\.v1\.worker\.cpu_model_runner, although .* is v2"):
+        vllm_compat.check_model_runner(engine, "v2")
 
 
 @pytest.mark.engine

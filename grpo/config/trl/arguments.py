@@ -75,6 +75,7 @@ class Arguments(TypedDict, total=False):
     kv_cache_gib: float
     release_kv_cache: bool | None
     enforce_eager: bool | None
+    model_runner: Literal["v1", "v2"]
     tools: list[str]
     environment: str | dict[str, str] | None
     max_tool_calling_iterations: int | None
