@@ -101,7 +101,7 @@ def test_a_step_with_release_equals_one_without(session):
     assert used_mib() < 0.1 * before, "nearly all is the cache of a tiny model"
     session.engine.resume()
     session.engine.resume()
-    assert used_mib() >= 0.99 * before
+    assert used_mib() >= 0.95 * before, "without what torch had kept of freed memory"
     for _ in range(2):
         assert_equal(session.step(suspends=True), expected)
 
