@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
+from ..kernels.fp16_on_cpu import fp16_products
 from .config import SamplingConfig
 from .sampling_params import sampling_params, text_of
 from .texts import Texts
@@ -71,7 +72,8 @@ class VllmRequests:
             EngineError: vLLM failed.
         """
         try:
-            outputs = self._engine.step()
+            with fp16_products(self._engine.model_config.dtype):
+                outputs = self._engine.step()
         except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(f"vLLM failed while sampling: {reason}") from error
