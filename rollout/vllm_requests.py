@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
+from ..kernels.fp16_on_cpu import fp16_products
 from .config import SamplingConfig
 from .engine_errors import NOT_FINITE
 from .sampling_params import sampling_params, text_of
@@ -69,7 +70,8 @@ class VllmQueue:
         self.abort(())
         self._is_busy = True
         try:
-            outputs = engine.step()
+            with fp16_products(engine.model_config.dtype):
+                outputs = engine.step()
         except Exception as error:  # vLLM documents none; whatever it raises becomes the cause
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(f"vLLM failed while sampling: {reason}") from error

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...kernels import shared_prompt_attention
+from ...kernels.fp16_on_cpu import fp16_products
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ...kernels.numerics import deterministic_algorithms
 from ...rollout.slots import AdapterSlot
@@ -48,6 +49,7 @@ class Policy:
 
     Attributes:
         base: the base model, and how much of it only the trainer holds.
+        dtype: of the base's weights and of the slots.
         model: the transformers model with PEFT's layers inside.
         layers: the adapted layers by their name in the model.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
@@ -85,6 +87,7 @@ class Policy:
         self._checkpoints_gradients = False
         self.device = device
         self._is_deterministic = deterministic and device != "cpu"  # on CPU it is so anyway
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
         self.peft_model = inject(base, lora, seed)
@@ -287,7 +290,8 @@ class Policy:
         if self._checkpoints_gradients:
             self.model.train()  # transformers recomputes in training mode only; there is no dropout to switch on
         try:
-            yield
+            with fp16_products(self.dtype):
+                yield
         finally:
             self._is_packed = False
             self.model.eval()
@@ -302,7 +306,8 @@ class Policy:
         # token: `eval()` would take a seventh of the time of a small model.
         if any(module.training for module in self._modules):
             self.model.eval()
-        with torch.no_grad(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
+        without_adapter = nullcontext() if use_adapter else self.peft_model.disable_adapter()
+        with torch.no_grad(), fp16_products(self.dtype), without_adapter:
             yield
 
     def _local_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:
