@@ -72,6 +72,16 @@ def pack_step(path: Path, texts: TokenTexts | None, *, share: float = 1.0) -> Pa
     return packed | _tokens(chosen, packed["text"], texts)
 
 
+def step_entry(path: Path) -> dict[str, Any]:
+    """A step in the index of the page: how many groups and completions it has, and the prompts of the groups by their keys.
+
+    Raises ValueError and OSError like `pack_step`.
+    """
+    rows = read_completions(path)
+    keys = [key for key, _ in itertools.groupby(rows, key=prompt_key)]
+    return {"groups": len(keys), "completions": len(rows), "kept": len(rows), "keys": keys}
+
+
 def prompt_key(row: Mapping[str, Any]) -> str:
     """Identifies a prompt with its columns over steps and runs."""
     text = encode([row.get("prompt"), row.get("completion_prefix"), row["data"]])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.log import logger
-from .completions import Packed, pack_step, spread
+from .completions import pack_step, spread
 from .runs import RunFolder, columns_of, names_of
 from .tokens import TokenTexts
 
@@ -26,6 +26,17 @@ FULL_SHARE = 0.6
 """Of the space, for steps that keep all completions."""
 PROBES = 4
 """Steps that are packed to see how much smaller a packed step is than its file."""
+
+SCALES = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
+"""Of the limit, tried one after the other: an estimate may be too low."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """The completions of a step as a part of the page, and what the index says of them."""
+
+    entry: dict[str, Any]
+    part: bytes
 
 
 @dataclass(slots=True)
@@ -36,8 +47,8 @@ class PackedRun:
     name: str
     texts: TokenTexts | str
 
-    def pack(self, path: Path, share: float = 1.0) -> tuple[Packed, bytes] | None:
-        """A step, and the same as its part of the page; None for a file that vanished or is no completions file."""
+    def pack(self, path: Path, share: float = 1.0) -> PackedStep | None:
+        """A step, or this share of its groups; None for a file that vanished or is no completions file."""
         try:
             packed = pack_step(path, None if isinstance(self.texts, str) else self.texts, share=share)
         except FileNotFoundError:
@@ -45,7 +56,10 @@ class PackedRun:
         except ValueError as error:  # written by something else, or damaged
             logger.warning(f"left out {path}: {error}")
             return None
-        return packed, compress(packed)
+        groups, completions = packed["of"]
+        keys = [group["key"] for group in packed["groups"]]
+        entry = {"groups": groups, "completions": completions, "kept": len(packed["reward"]), "keys": keys}
+        return PackedStep(entry, compress(packed))
 
 
 def report_data(runs: Sequence[RunFolder], *, limit: int) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -100,27 +114,21 @@ def pack_run(one: PackedRun, *, limit: int) -> tuple[list[dict[str, Any]], dict[
     """The steps of a run in the index, and their parts, which take at most `limit` bytes together."""
     files = one.run.completions_files()
     whole = {step: one.pack(files[step]) for step in _some(list(files), PROBES)}
-    ratios = [len(found[1]) / files[step].stat().st_size for step, found in whole.items() if found]
-    ratio = max(ratios, default=1.0)
-    for scale in (1.0, 0.85, 0.7, 0.5, 0.3, 0.1):  # an estimate may be too low
-        estimates = [ratio * _size(path) for path in files.values()]
-        shares = dict(zip(files, shares_of(estimates, round(scale * limit)), strict=True))
-        found: dict[int, tuple[Packed, bytes]] = {}
-        for step, share in shares.items():
+    ratios = [len(packed.part) / _size(files[step]) for step, packed in whole.items() if packed and _size(files[step])]
+    estimates = [max(ratios, default=1.0) * _size(path) for path in files.values()]
+    found: dict[int, PackedStep] = {}
+    for scale in SCALES:
+        found.clear()
+        for step, share in zip(files, shares_of(estimates, scale * limit), strict=True):
             packed = whole[step] if share == 1.0 and step in whole else one.pack(files[step], share)
+            if share == 1.0:
+                whole[step] = packed
             if packed is not None:
-                whole |= {step: packed} if share == 1.0 else {}
                 found[step] = packed
-        if sum(len(part) for _, part in found.values()) <= limit:
+        if sum(len(packed.part) for packed in found.values() if packed.entry["kept"]) <= limit:
             break
-    return [_step(step, packed) for step, (packed, _) in found.items()], {s: part for s, (p, part) in found.items() if p["groups"]}
-
-
-def _step(step: int, packed: Packed) -> dict[str, Any]:
-    """A step in the index."""
-    groups, completions = packed["of"]
-    keys = [group["key"] for group in packed["groups"]]
-    return {"step": step, "groups": groups, "completions": completions, "kept": len(packed["reward"]), "keys": keys}
+    steps = [{"step": step, **packed.entry} for step, packed in found.items()]
+    return steps, {step: packed.part for step, packed in found.items() if packed.entry["kept"]}
 
 
 def shares_of(sizes: Sequence[float], limit: float) -> list[float]:
@@ -144,7 +152,7 @@ def shares_of(sizes: Sequence[float], limit: float) -> list[float]:
 
 
 def compress(value: Any) -> bytes:
-    """JSON in gzip, the same bytes for the same value. Half of a surrogate pair becomes what is no UTF-8, which readers replace."""
+    """JSON in gzip, the same bytes for the same value. Half of a surrogate pair is no UTF-8; the page replaces it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=9, mtime=0)
 

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from ...config import GRPOConfig, dump_config, load_config
+from ...config.functions import text_of
 from ...display.view_text import duration
 from ...run.records import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
@@ -112,6 +113,7 @@ class RunFolder:
         """The numbers at the top of the page. Rewards are those of evaluations; unknown values are None."""
         summary = self.summary()
         evaluations = [row["eval_reward"] for row in self.rows if "eval_reward" in row]
+        latest = evaluations[-1] if len(evaluations) > 1 else None
         steps = [row for row in self.rows if "reward" in row]
         of_summary = summary.get("evaluation", {})
         before = of_summary.get("before", {}).get("reward")
@@ -119,13 +121,13 @@ class RunFolder:
         guards = {name: last.get(f"guards/{name}") or 0 for name in GUARDS}
         return {
             "before": evaluations[0] if before is None and evaluations and self.rows[0].get("step") == 0 else before,
-            "after": of_summary.get("after", {}).get("reward") if summary else (evaluations or [None])[-1],
+            "after": of_summary.get("after", {}).get("reward") if summary else latest,
             "steps": last.get("step", 0),
             "max_steps": self.config.optim.max_steps if self.config else None,
             "seconds": summary.get("seconds", {}).get("total") or _seconds(steps),
             "peak_memory_bytes": summary.get("peak_memory_bytes") or _memory(steps),
             "guards": {name: count for name, count in guards.items() if count},
-            "state": "running or killed" if not summary else "interrupted" if summary.get("interrupted") else "finished",
+            "state": "not finished" if not summary else "interrupted" if summary.get("interrupted") else "finished",
         }
 
     def facts(self) -> list[tuple[str, str]]:
@@ -144,7 +146,8 @@ class RunFolder:
             ("scale", f"{lora.scaling:.4g} ({formula}, α = {lora.alpha:g})"),
             ("effective step", f"{step_factor(lora, optim):.3g} × the reference (α = 32, rate 1e-4)"),
             ("started from", lora.start_from or ""),
-            ("objective", f"{config.algorithm.loss_type}" + (f", KL {config.algorithm.beta:g}" if config.algorithm.beta else "")),
+            ("objective", text_of(config.algorithm.loss_type)),
+            ("KL coefficient", f"{config.algorithm.beta:g}" if config.algorithm.beta else ""),
             ("learning rate", f"{optim.learning_rate:g}, {optim.lr_scheduler_type}"),
             ("a step", f"{optim.prompts_per_step} prompts × {rollout.num_generations} completions"),
             ("completions", f"up to {rollout.max_completion_length} tokens, temperature {rollout.temperature:g}"),
@@ -177,7 +180,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[float | None]]]:
-    """Every metric of these rows by its name: steps and values, rounded to six digits. Values that are no numbers are left out."""
+    """Every metric of these rows by its name: steps, and values of six digits. What is no number is left out."""
     columns: dict[str, tuple[list[int], list[float | None]]] = {}
     for row in rows:
         for name, value in row.items():

@@ -66,7 +66,7 @@ class Chart {
     this.logButton.classList.add("quiet");
     this.area = h("div.area");
     this.element = h(spec.isWide ? "figure.chart.wide" : "figure.chart", {},
-      h("figcaption", {}, this.title, this.at, h("span.space"), this.legend, spec.isStacked ? null : this.logButton), this.area);
+      h("figcaption", {}, this.title, this.at, h("span.space"), this.legend), this.area, spec.isStacked ? null : this.logButton);
     charts.add(this);
   }
 

@@ -77,7 +77,7 @@ function showLegend() {
   const { no_tokens: reason } = runs[browsing.run];
   legend.hidden = browsing.colouring === "none" && !reason;
   if (reason) return fill(legend, visible(reason));
-  const scale = Array.from({ length: 10 }, (_, level) => h(`span.t.p${level}`, {}, " "));
+  const scale = Array.from({ length: 10 }, (_, level) => h(`span.t.p${level}`, {}, "\u00a0"));
   const texts = {
     none: [],
     logprob: ["log-probability when sampled: ", h("span.label", {}, "likely "), h("span.scale", {}, scale), h("span.label", {}, " −4.5 and below"), ", given tokens are ", h("span.t.given", {}, "grey")],

@@ -18,7 +18,7 @@ function rewardCharts(names) {
   const sets = matching(names, /^eval_([^/]+)_reward$/);
   const isShare = shareOf(["reward", "eval_reward"]);
   return [
-    { title: "Reward", lines: [training("reward"), evaluation("eval_reward")], isWide: true, isShare },
+    { title: "Mean reward", lines: [training("reward"), evaluation("eval_reward")], isWide: true, isShare },
     ...(functions.length > 1 ? functions : []).map(([metric, name]) => ({
       title: name,
       lines: [training(metric), evaluation(`eval_rewards/${name}/mean`)],

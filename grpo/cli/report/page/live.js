@@ -45,7 +45,7 @@ function takeNews(news) {
 }
 
 function showBadge() {
-  const going = runs.filter((run) => run.headline.state === "running or killed");
+  const going = runs.filter((run) => run.headline.state === "not finished");
   badge.className = going.length ? "badge live" : "badge";
   badge.textContent = going.length ? `live, step ${Math.max(...going.map((run) => run.headline.steps))}` : "complete";
 }

@@ -11,7 +11,8 @@ function showView(name) {
   const [key, , make] = VIEWS.find(([key]) => key === name) ?? VIEWS[0];
   shown.view = key;
   for (const tab of shown.tabs.children) tab.setAttribute("aria-current", tab.dataset.view === key ? "page" : "false");
-  current.view = key === "completions" ? current.view : null;
+  shown.summary.hidden = key !== "curves";
+  if (key !== "completions") current.view = null;
   fill(shown.element, make());
   if (key === "curves") drawCharts();
   if (location.hash !== `#${key}`) history.replaceState(null, "", `#${key}`);

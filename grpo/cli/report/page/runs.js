@@ -55,7 +55,7 @@ function guardEvents(run) {
 function figures(run) {
   const { before, after, steps, max_steps: planned, seconds, peak_memory_bytes: memory, state } = run.headline;
   const gain = before !== null && after !== null ? after - before : null;
-  const result = before === null ? number(after) : `${number(before)} → ${number(after)}`;
+  const result = before === null ? decimal(after, 3) : `${decimal(before, 3)} → ${decimal(after, 3)}`;
   return [
     ["evaluation", after === null && before === null ? "–" : result, gain === null ? "" : signed(gain, 3)],
     ["steps", `${steps}`, planned && planned !== steps ? `of ${planned}` : ""],
@@ -97,11 +97,11 @@ function summaryOfSeveral() {
   return h(
     "section.summary",
     {},
-    h("div.scroll", {}, h("table.runs", {},
+    h("div.scroll", {}, h("table.compared", {},
       h("thead", {}, h("tr", {}, h("th", {}, "run"), labels.map((label) => h("th", {}, label)))),
       h("tbody", {}, runs.map((run) => h("tr", {}, h("th", {}, swatch(runColour(run.number)), visible(run.name)), cells(run)))))),
     h("details.facts", {}, h("summary", {}, "what differs between these runs"),
-      h("div.scroll", {}, h("table.runs", {},
+      h("div.scroll", {}, h("table.compared", {},
         h("thead", {}, h("tr", {}, h("th", {}), runs.map((run) => h("th", {}, swatch(runColour(run.number)), visible(run.name))))),
         h("tbody", {}, differing.map(([name, texts]) => h("tr", {}, h("th", {}, name), texts.map((text) => h("td", {}, visible(text))))))))),
   );

@@ -57,9 +57,10 @@ function plainText(text, search) {
 
 function tokenClass(token, colouring, advantage) {
   if (token.isGiven) return "t given";
-  if (colouring === "logprob" && token.logprob !== null) return `t p${Math.min(9, Math.floor(-token.logprob * 2))}`;
-  if (colouring === "advantage" && advantage) return advantage > 0 ? "t up" : "t down";
-  return token.isSpecial ? "t special" : "t";
+  const kind = token.isSpecial ? "t special" : "t";
+  if (colouring === "logprob" && token.logprob !== null) return `${kind} p${Math.min(9, Math.floor(-token.logprob * 2))}`;
+  if (colouring === "advantage" && advantage) return `${kind} ${advantage > 0 ? "up" : "down"}`;
+  return kind;
 }
 
 function tokenTitle(token, advantage) {
