@@ -51,6 +51,8 @@ def report(options: argparse.Namespace) -> int:
         raise ValueError("--serve writes no file: leave out --output, or --serve")
     if options.port is not None and not options.serve:
         raise ValueError("--port is for --serve")
+    if len({folder.resolve() for folder in options.runs}) < len(options.runs):
+        raise ValueError("a run folder is given twice")
     runs = [RunFolder(folder) for folder in options.runs]
     if options.serve:
         from .serve import serve

@@ -171,12 +171,12 @@ class RunFolder:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder: its last part, with as many more in front as tell it from the others."""
+    """A short name for each of these different folders: its last part, with as many more as tell it from the others."""
     parts = [folder.resolve().parts for folder in folders]
     names = [part[-1] for part in parts]
     for length in range(2, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)]
-    return [name if names.count(name) == 1 else f"{name} ({n + 1})" for n, name in enumerate(names)]
+    return names
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[float | None]]]:

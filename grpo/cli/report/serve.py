@@ -46,9 +46,8 @@ class LiveRun:
     @property
     def seen(self) -> str:
         """What a page has seen that was told everything until now."""
-        run = self.one.run
-        state = run.headline()["state"]
-        return f"{self.generation}.{len(run.rows)}.{sum(entry is not None for _, entry in self._entries.values())}.{state}"
+        run, steps = self.one.run, sum(entry is not None for _, entry in self._entries.values())
+        return f"{self.generation}.{len(run.rows)}.{steps}.{len(run.summary())}"
 
     def update(self) -> None:
         """Read what is new."""

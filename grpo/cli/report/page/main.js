@@ -66,6 +66,7 @@ async function start() {
   addEventListener("hashchange", () => showView(location.hash.slice(1)));
   showView(location.hash.slice(1));
   if (isLive) listenToServer();
+  performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 }
 
