@@ -16,12 +16,8 @@ from ..config import GRPOConfig, load_config
 from ..display.view_text import evaluation_rewards, rewards_text
 from ..run.records import CONFIG_FILE
 from .command import add_command
-from .doctor.doctor import add_doctor_command
-from .export.export import add_export_command
-from .plan.plan import add_plan_command
-from .report.report import add_report_command
-from .reward import add_reward_commands
-from .trl.trl import add_trl_command, split_words
+from .subcommands import add_subcommands
+from .trl.trl import split_words
 
 if TYPE_CHECKING:
     from ..trainer import GRPOTrainer
@@ -109,12 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
         if function is train:
             _add_resume_options(command)
-    add_doctor_command(commands)
-    add_report_command(commands)
-    add_export_command(commands)
-    add_plan_command(commands)
-    add_reward_commands(commands)
-    add_trl_command(commands)
+    add_subcommands(commands)
     return parser
 
 

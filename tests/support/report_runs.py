@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rankup import GRPOConfig
+from rankup.grpo.cli.report.runs import GUARDS
 from rankup.grpo.config import dump_config
 from rankup.grpo.run.records import RunRecorder
 
-WORDS = "the sum of two numbers is what we need so first add the tens then the ones and carry if it is ten or more".split()
+TEXT = "the sum of two numbers is what we need so first add the tens then the ones and carry if it is ten or more"
+WORDS = TEXT.split()
 PROMPTS = 5
 """Different prompts, which return every few steps."""
 
@@ -46,7 +48,7 @@ class MadeRun:
     is_episode: bool = False
     with_logprobs: bool = True
     steps: int = 0
-    guards: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("alarms", "skipped_steps", "halvings", "restores"), 0.0))
+    guards: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GUARDS, 0.0))
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)

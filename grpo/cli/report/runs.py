@@ -139,12 +139,12 @@ class RunFolder:
         config, lora, rollout, optim = self.config, self.config.lora, self.config.rollout, self.config.optim
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         formula = "α/√rank" if lora.use_rslora else "α/rank"
-        by_phase = {name: s for name, s in self.summary().get("seconds", {}).items() if name != "total" and s}
+        by_phase = {name: s for name, s in self.summary().get("seconds", {}).items() if name != "total" and s >= 1}
         facts = [
             ("model", config.model.name + (f" ({config.model.load_in})" if config.model.load_in else "")),
             ("adapter", f"rank {lora.rank} on {targets}"),
             ("scale", f"{lora.scaling:.4g} ({formula}, α = {lora.alpha:g})"),
-            ("effective step", f"{step_factor(lora, optim):.3g} × the reference (α = 32, rate 1e-4)"),
+            ("effective step", f"{step_factor(lora, optim):.3g} × reference (α 32, 1e-4)"),
             ("started from", lora.start_from or ""),
             ("objective", text_of(config.algorithm.loss_type)),
             ("KL coefficient", f"{config.algorithm.beta:g}" if config.algorithm.beta else ""),

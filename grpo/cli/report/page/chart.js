@@ -66,7 +66,7 @@ class Chart {
     this.logButton.classList.add("quiet");
     this.area = h("div.area");
     this.element = h(spec.isWide ? "figure.chart.wide" : "figure.chart", {},
-      h("figcaption", {}, this.title, this.at, h("span.space"), this.legend), this.area, spec.isStacked ? null : this.logButton);
+      h("figcaption", {}, this.title, spec.isStacked ? null : this.logButton, this.at, h("span.space"), this.legend), this.area);
     charts.add(this);
   }
 
@@ -88,7 +88,7 @@ class Chart {
     this.data = data;
     this.items = this.lines.map((line) => {
       const value = h("b");
-      return { value, element: h("span.item", {}, swatch(line.colour, line.isPoints ? "point" : "line"), h("span.name", {}, visible(line.label)), value) };
+      return { value, element: h("span.item", {}, line.label ? swatch(line.colour, line.isPoints ? "point" : "line") : null, h("span.name", {}, visible(line.label)), value) };
     });
     fill(this.legend, this.items.map((item) => item.element));
     this.plot = new uPlot(this.options(series, bands), data, this.area);
@@ -146,7 +146,7 @@ class Chart {
       scales: { x: { time: false, range: () => plotting.zoom ?? fullRange() }, y: { distr: this.isLog ? 3 : 1, range } },
       axes: [
         { ...axis, grid: { show: false }, size: 26, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 1e4, 5e4, 1e5, 1e6] },
-        { ...axis, size: 54, values: (u, ticks) => ticks.map((value) => (value === null ? "" : number(value, 3))) },
+        { ...axis, size: 54, values: (u, ticks) => ticks.map((value) => (value === null ? "" : tick(value))) },
       ],
       cursor: {
         y: false,

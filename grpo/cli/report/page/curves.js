@@ -116,6 +116,7 @@ function toolbar() {
   const log = button("log scale", "logarithmic scale of all plots (l)", toggleLog, plotting.isLog);
   log.id = "log";
   const reset = button("reset zoom", "show all steps (double click)", () => zoomTo(null));
+  reset.id = "reset";
   reset.hidden = plotting.zoom === null;
   onZoom = () => (reset.hidden = plotting.zoom === null);
   const shown = runs.length > 1 ? h("span.runs", {}, runs.map(runToggle)) : null;

@@ -6,8 +6,15 @@ function number(value, digits = 4) {
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) {
     return value.toExponential(Math.min(2, digits - 1)).replace(/\.?0+e/, "e").replace("e+", "e").replaceAll("-", "−");
   }
-  const decimals = Number.isInteger(value) ? 0 : Math.max(0, digits - Math.max(1, Math.floor(Math.log10(size || 1)) + 1));
+  const places = size >= 0.1 ? digits - Math.max(1, Math.floor(Math.log10(size)) + 1) : digits;
+  const decimals = Number.isInteger(value) ? 0 : Math.max(0, places);
   return value.toFixed(decimals).replace("-", "−");
+}
+
+// A round number at an axis.
+function tick(value) {
+  const size = Math.abs(value);
+  return size !== 0 && (size < 1e-3 || size >= 1e6) ? number(value, 3) : String(Number(value.toPrecision(6))).replace("-", "−");
 }
 
 // A reward or an advantage: two or three decimals, so that they align.

@@ -55,9 +55,9 @@ function guardEvents(run) {
 function figures(run) {
   const { before, after, steps, max_steps: planned, seconds, peak_memory_bytes: memory, state } = run.headline;
   const gain = before !== null && after !== null ? after - before : null;
-  const result = before === null ? decimal(after, 3) : `${decimal(before, 3)} → ${decimal(after, 3)}`;
+  const result = gain === null ? decimal(after ?? before, 3) : `${decimal(before, 3)} → ${decimal(after, 3)}`;
   return [
-    ["evaluation", after === null && before === null ? "–" : result, gain === null ? "" : signed(gain, 3)],
+    ["evaluation", result, gain !== null ? signed(gain, 3) : before !== null ? "before training" : ""],
     ["steps", `${steps}`, planned && planned !== steps ? `of ${planned}` : ""],
     ["time", duration(seconds), seconds && steps ? `${duration(seconds / steps)} a step` : ""],
     ["peak memory", bytes(memory), ""],

@@ -127,7 +127,7 @@ function promptView(group, search) {
   const { prompt, prefix } = group;
   const body = typeof prompt === "string" ? plainText(prompt, search) : dialogue(prompt, null, search);
   const data = Object.entries(group.data).filter(([, value]) => value !== null);
-  return h("div.prompt", {}, clipped(body, 240), prefix ? h("div.prefix", {}, h("span.role", {}, "begins with"), plainText(prefix, search)) : null,
+  return h("div.prompt", {}, clipped(body, 240, "end"), prefix ? h("div.prefix", {}, h("span.role", {}, "begins with"), plainText(prefix, search)) : null,
     data.length ? h("dl.data", {}, data.map(([name, value]) => h("div", {}, h("dt", {}, visible(name)), h("dd", { dir: "auto" }, visible(shortened(value, 300)))))) : null);
 }
 
@@ -136,13 +136,13 @@ function shortened(value, most) {
   return text.length > most ? `${text.slice(0, most)}… (${text.length.toLocaleString("en")} characters)` : text;
 }
 
-// An element that is at most so many pixels high until its button is pressed.
-function clipped(body, pixels) {
+// An element that is at most so many pixels high until its button is pressed. `part`: "start" or "end", what is shown of it.
+function clipped(body, pixels, part = "start") {
   const inner = h("div.clip", {}, body);
   inner.style.maxHeight = `${pixels}px`;
   const more = button("show all", "", () => {
     inner.style.maxHeight = "none";
-    inner.classList.remove("is-clipped");
+    inner.classList.remove("clipped-start", "clipped-end");
     more.remove();
   });
   more.className = "more";
@@ -150,7 +150,8 @@ function clipped(body, pixels) {
   requestAnimationFrame(() => {
     const isShort = inner.scrollHeight <= pixels + 24;
     if (isShort) inner.style.maxHeight = "none";
-    else inner.classList.add("is-clipped");
+    else inner.classList.add(`clipped-${part}`);
+    if (part === "end") inner.scrollTop = inner.scrollHeight;
     more.hidden = isShort;
   });
   return h("div", {}, inner, more);

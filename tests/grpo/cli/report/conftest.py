@@ -101,7 +101,8 @@ class Browser:
         """Wait until a script returns something true; returns that."""
         from selenium.webdriver.support.wait import WebDriverWait
 
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda driver: driver.execute_script(script), script)
+        wait = WebDriverWait(self.driver, seconds, poll_frequency=0.05)
+        return wait.until(lambda driver: driver.execute_script(script), script)
 
     def find(self, selector: str) -> Any:
         """The first element that fits."""
@@ -111,8 +112,8 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """The content of all elements that fit and are shown."""
-        script = "return [...document.querySelectorAll(arguments[0])].filter((e) => e.checkVisibility()).map((e) => e.textContent)"
-        return self.run(script, selector)
+        shown = "[...document.querySelectorAll(arguments[0])].filter((e) => e.checkVisibility())"
+        return self.run(f"return {shown}.map((e) => e.textContent)", selector)
 
     def click(self, selector: str) -> None:
         """Click on the first element that fits."""
@@ -154,5 +155,5 @@ def browser(session_browser: Browser) -> Iterator[Browser]:
     yield session_browser
     session_browser.collect()
     assert session_browser.errors == []
-    elsewhere = [url for url in session_browser.requests if not url.startswith(("file:", "data:", "about:", "http://127.0.0.1:"))]
-    assert elsewhere == []
+    here = ("file:", "data:", "about:", "http://127.0.0.1:")
+    assert [url for url in session_browser.requests if not url.startswith(here)] == []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_runs import MadeRun
 
@@ -141,6 +141,7 @@ def test_half_of_a_step_is_half_of_its_groups(make_run: Make) -> None:
     assert packed["of"] == [8, 32] and len(packed["groups"]) == 4 and len(packed["reward"]) == 16
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # other work may slow it down
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=40), st.floats(0.01, 1.5))
 def test_what_is_kept_fits_and_the_first_and_last_steps_are_kept_first(sizes: list[int], part: float) -> None:
     limit = part * sum(sizes)
