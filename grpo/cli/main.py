@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, export, check, doctor, plan, new, reward, trl."""
+"""The command `rankup`: train, eval, report, export, check, doctor, plan, new, reward, trl."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from ..config import GRPOConfig, load_config
 from ..display.view_text import evaluation_rewards, rewards_text
 from ..run.records import CONFIG_FILE
 from .command import add_command
-from .doctor.doctor import add_doctor_command
-from .export.export import add_export_command
-from .plan.plan import add_plan_command
-from .reward import add_reward_commands
-from .trl.trl import add_trl_command, split_words
+from .subcommands import add_subcommands
+from .trl.trl import split_words
 
 if TYPE_CHECKING:
     from ..trainer import GRPOTrainer
@@ -32,6 +29,7 @@ EXAMPLES = """examples:
   rankup train run.yaml --resume                                  resume from the newest checkpoint
   rankup eval runs/quickstart                                     the adapter on the evaluation data, sampled greedily
   rankup eval configs/quickstart.yaml                             the base model on the same data
+  rankup report runs/quickstart                                   curves and completions as one page, opens from disk
   rankup export runs/quickstart --merge                           a plain transformers model to share or serve
   rankup check configs/quickstart.yaml                            check that vLLM and the trainer compute the same
   rankup doctor                                                   installed versions, and whether kernels and vLLM work
@@ -107,11 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
         if function is train:
             _add_resume_options(command)
-    add_doctor_command(commands)
-    add_export_command(commands)
-    add_plan_command(commands)
-    add_reward_commands(commands)
-    add_trl_command(commands)
+    add_subcommands(commands)
     return parser
 
 

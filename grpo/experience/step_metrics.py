@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...rollout.types import Completion
 from ..data.groups import Group
 from .episode_metrics import episode_columns, episode_metrics
 
@@ -17,8 +18,9 @@ class CompletionsTable:
     """Columns with one value for each completion.
 
     Attributes:
-        table: prompt, completion, completion_ids, advantage, reward, finish_reason, num_tokens, policy_version; of episodes
-            also messages, tool_calls, sampled_spans, num_given, failure.
+        table: prompt, completion, completion_ids, logprobs, advantage, reward, finish_reason, num_tokens, policy_version; of
+            episodes also messages, tool_calls, sampled_spans, num_given, failure. `logprobs` has a place for each of
+            `completion_ids`: the sampler's log-probability, None for a given token.
         rewards: by function, None where it did not apply.
         extras: values that the functions logged. `<function>/error` says why a function that failed gave no reward.
         data: the data set's columns.
@@ -124,6 +126,7 @@ def completions_table(groups: Sequence[Group]) -> CompletionsTable:
         "completion_prefix": [g.prompt.completion_prefix for g, _ in pairs],
         "completion": [c.text for _, c in pairs],
         "completion_ids": [list(c.token_ids) for _, c in pairs],
+        "logprobs": [_by_place(c) for _, c in pairs],
         "advantage": [advantage for g in groups for advantage in g.advantages],
         "reward": [reward for g in groups for reward in g.scores.total],
         "finish_reason": [c.finish_reason for _, c in pairs],
@@ -140,6 +143,14 @@ def completions_table(groups: Sequence[Group]) -> CompletionsTable:
         ]
     data = {name: [g.prompt.columns[name] for g, _ in pairs] for name in groups[0].prompt.columns}
     return CompletionsTable(table=table, rewards=rewards, extras=extras, data=data)
+
+
+def _by_place(completion: Completion) -> list[float | None]:
+    """The log-probability of each of its tokens; None for a given one."""
+    logprobs: list[float | None] = [None] * len(completion.token_ids)
+    for place, logprob in zip(completion.sampled, completion.logprobs, strict=True):
+        logprobs[place] = logprob
+    return logprobs
 
 
 def _mean(values: Iterable[float | None], *, of_none: float = math.nan) -> float:

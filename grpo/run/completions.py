@@ -39,9 +39,9 @@ def write_completions(
     A reward, extra or data column whose name is taken becomes `rewards/<name>`, `extras/<name>` or `data/<name>`.
 
     Args:
-        table: prompt (conversations as JSON text), completion_prefix, completion, completion_ids, advantage, reward,
-            finish_reason, num_tokens (or some of them); of episodes messages, tool_calls, sampled_spans, num_given, failure.
-            `step` is added.
+        table: prompt (conversations as JSON text), completion_prefix, completion, completion_ids, logprobs (one for each of
+            them, None for a given token), advantage, reward, finish_reason, num_tokens (or some of them); of episodes messages,
+            tool_calls, sampled_spans, num_given, failure. `step` is added.
         rewards: one column for each reward function, None where it did not apply.
         extras: columns that reward functions logged.
         data: the columns of the dataset, which `read_completions` returns unmodified.
@@ -131,6 +131,8 @@ def _table_column(name: str, values: Sequence) -> Any:
         return pyarrow.array([value if isinstance(value, str) else _json(value) for value in values], pyarrow.string())
     if name == "completion_ids":
         return pyarrow.array(values, pyarrow.list_(pyarrow.int32()))
+    if name == "logprobs":
+        return pyarrow.array(values, pyarrow.list_(pyarrow.float32()))
     if name in COUNTS:
         return pyarrow.array(values, pyarrow.int64())
     if name == "failure":

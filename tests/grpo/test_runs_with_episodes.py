@@ -81,6 +81,8 @@ def test_an_environment_scores_the_episodes_that_it_plays(make: Make, tmp_path: 
         assert sum(end - start for start, end in spans) == row["num_tokens"]
         assert len(row["completion_ids"]) == row["num_tokens"] + row["episode"]["num_given"]
         assert spans[-1][1] == len(row["completion_ids"])  # an episode ends with what was sampled
+        sampled = [place for place, logprob in enumerate(row["logprobs"]) if logprob is not None]
+        assert sampled == [place for start, end in spans for place in range(start, end)]
 
 
 def test_reward_functions_see_messages_and_environments(make: Make) -> None:

@@ -13,6 +13,7 @@ from rankup.grpo.data.groups import Group
 from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.experience.batch import with_advantages
 from rankup.grpo.experience.step_metrics import completion_metrics, completions_table, reward_metrics
+from rankup.rewards.combining import Scores
 from rankup.rewards.config import RewardsConfig
 from rankup.rewards.contract import Inputs
 from rankup.rewards.runner import Scorer
@@ -106,6 +107,15 @@ def test_no_completion_ended_by_itself(groups: list[Group]) -> None:
     assert (metrics["completions/mean_terminated_length"], metrics["completions/clipped_ratio"]) == (0.0, 1.0)
 
 
+def test_given_tokens_have_no_logprob_in_the_table() -> None:
+    episode = Completion(
+        token_ids=(5, 6, 7, 8), logprobs=(-0.5, -0.25), text="", finish_reason="stop", policy_version=0, given=((1, 3),)
+    )
+    scores = Scores(total=[1.0], by_function={}, extras={}, metrics={}, weights=[])
+    group = Group(prompt=Prompt(content="?", token_ids=(1,)), completions=(episode,), scores=scores, advantages=(0.0,))
+    assert completions_table([group]).table["logprobs"] == [[-0.5, None, None, -0.25]]
+
+
 def test_completions_table(groups: list[Group]) -> None:
     table = completions_table(groups)
     assert table.table == {
@@ -113,6 +123,7 @@ def test_completions_table(groups: list[Group]) -> None:
         "completion_prefix": [""] * 4,
         "completion": ["aa", "bbB", "c", "dddd"],
         "completion_ids": [[0, 1], [0, 1, 2], [0], [0, 1, 2, 3]],
+        "logprobs": [[-1.0] * 2, [-1.0] * 3, [-1.0], [-1.0] * 4],
         "advantage": [*groups[0].advantages, *groups[1].advantages],
         "reward": [2.0, 13.0, 1.0, 4.0],
         "finish_reason": ["length", "stop", "abort", "stop"],

@@ -1,0 +1,1 @@
+"""The command `rankup report`: one page for every run."""
