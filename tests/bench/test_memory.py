@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankup.grpo.memory.step_memory import PeakMemory, fake_tensors, flash_workspace
 from rankup.grpo.common.quiet import quiet_stderr
+from rankup.grpo.memory.step_memory import PeakMemory, fake_tensors, flash_workspace
 
 pytestmark = pytest.mark.slow
 
