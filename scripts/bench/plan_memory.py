@@ -117,7 +117,9 @@ def _train_tiny_model(config: GRPOConfig) -> None:
 
 def _peak_growth(model_path: str, config: GRPOConfig, *, vocabulary: int, updates: int) -> int:
     """Bytes by which resident memory rises at most, from before the policy is made."""
-    prompts = PACKS * config.optim.tokens_per_pack // GROUP.tokens
+    from rankup.grpo.memory.parts import tokens_per_pack
+
+    prompts = PACKS * tokens_per_pack(config) // GROUP.tokens
     return_freed_memory()
     before = resident_bytes("VmRSS")
     reset_peak()
