@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from rankup.grpo.common.model_files import resolve_model
 from rankup.grpo.common.quiet import quiet_stderr
 from rankup.grpo.config import GRPOConfig
+from rankup.grpo.config.optim import USUAL_TOKENS_PER_PACK
 from rankup.grpo.model.packing import pack
 from rankup.grpo.model.policy import Policy
 from rankup.grpo.update.learner import Learner
-from rankup.grpo.update.step_packs import PackBudget
 from rankup.kernels.cpu_memory import keep_freed_memory
 from rankup.kernels.device import native_dtype
 
@@ -141,7 +141,8 @@ class RankupSide(Side):
         }
 
     def _packs(self) -> list[Any]:
-        return pack(self._groups, tokens_per_pack=PackBudget.of(self._config.optim).tokens, device=DEVICE)
+        tokens = self._config.optim.tokens_per_pack or USUAL_TOKENS_PER_PACK
+        return pack(self._groups, tokens_per_pack=tokens, device=DEVICE)
 
     def _logprobs(self, *, use_adapter: bool) -> list[float]:
         return [x for one in self._packs() for x in self._policy.logprobs(one, use_adapter=use_adapter)[0].tolist()]
