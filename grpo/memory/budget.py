@@ -196,18 +196,16 @@ def plan_budget(
         group_size=config.rollout.num_generations,
         num_sequences=_num_sequences(config),
         device=device,
-        releases_kv=releases_kv_cache(config, device),
+        releases_kv=releases_kv_cache(config),
         share=config.rollout.gpu_memory_utilization,
         vram=vram,
         in_use=in_use,
     )
 
 
-def releases_kv_cache(config: GRPOConfig, device: Device) -> bool:
+def releases_kv_cache(config: GRPOConfig) -> bool:
     """Whether the engine gives back the memory of its KV cache while the trainer works."""
-    if config.rollout.engine == "torch":
-        return True
-    return device == "cuda" if config.rollout.release_kv_cache is None else config.rollout.release_kv_cache
+    return config.rollout.engine == "torch" or config.rollout.release_kv_cache is not False
 
 
 def sized(config: GRPOConfig, tokens: int | None = None) -> GRPOConfig:

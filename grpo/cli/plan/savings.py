@@ -52,7 +52,7 @@ def _changes(config: GRPOConfig, device: Device) -> list[tuple[str, Any, str]]:
     sharing, optim = config.model.share_base_weights, config.optim
     tokens = tokens_per_pack(config)
     half, quarter = (max(MIN_TOKENS_PER_PACK, tokens // parts) for parts in (2, 4))
-    keeps_cache = device == "cuda" and not releases_kv_cache(config, device)
+    keeps_cache = not releases_kv_cache(config)
     candidates = (
         (keeps_cache, "rollout.release_kv_cache", True, "a moment between sampling and training"),
         (device == "cuda" and sharing is False, "model.share_base_weights", "auto", "nothing"),

@@ -106,10 +106,14 @@ EXPORT int nvmlDeviceGetP2PStatus(Nv a, Nv b, int w, int *s) {
     *s = 0;
     return OK;
 }
+EXPORT int nvmlDeviceGetGpuFabricInfoV(Nv d, unsigned char *info) { // no NVLink fabric; the first 4 bytes are the version
+    memset(info + 4, 0, 28);
+    return OK;
+}
 static int unsupported(void) { return 3; }
 #define NO(function)                                                                                                           \
     EXPORT int function(void) { return unsupported(); }
 NO(nvmlDeviceGetCpuAffinity)
 NO(nvmlDeviceGetNumaNodeId)
-NO(nvmlDeviceGetNvLinkRemoteDeviceType) NO(nvmlDeviceGetNvLinkState) NO(nvmlDeviceGetGpuFabricInfoV) NO(nvmlDeviceGetPciInfo_v3)
+NO(nvmlDeviceGetNvLinkRemoteDeviceType) NO(nvmlDeviceGetNvLinkState) NO(nvmlDeviceGetPciInfo_v3)
     NO(nvmlDeviceGetNvLinkRemotePciInfo_v2) NO(nvmlDeviceGetClockInfo) NO(nvmlDeviceGetMaxClockInfo)
