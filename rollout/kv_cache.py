@@ -118,7 +118,7 @@ class _CudaCache:
 
     def restore(self) -> None:
         """See `activity.KvCache`."""
-        needed = sum(data.handle[1] for data in _allocations().values() if data.is_asleep)
+        needed = sum(data.handle[1] for data in _released())
         torch.cuda.empty_cache()
         if needed > torch.cuda.mem_get_info()[0]:
             gc.collect()
@@ -133,15 +133,14 @@ class _CudaCache:
 
     def close(self) -> None:
         """See `activity.KvCache`. vLLM's allocator cannot free memory that is not mapped, so it is mapped again."""
-        if not any(data.is_asleep for data in _allocations().values()):
+        if not _released():
             return
         try:
             self.restore()
         except RuntimeError:  # such as after an error in training, whose traceback holds the memory
             _NEVER_FREED.extend(_caches(self._engine))
-            for data in _allocations().values():
-                if data.is_asleep:
-                    data.tag = "weights"  # a later engine does not wake it
+            for data in _released():
+                data.tag = "weights"  # a later engine does not take it again
 
 
 def _too_little(needed: int, free: int, total: int) -> str:
@@ -197,6 +196,11 @@ def _allocations() -> dict[int, Any]:
     purpose = "release the KV cache"
     allocator = require(cumem, "CuMemAllocator", purpose=purpose)
     return require(allocator.get_instance(), "pointer_to_data", purpose=purpose)
+
+
+def _released() -> list[Any]:
+    """What is released of the KV cache."""
+    return [data for data in _allocations().values() if data.tag == TAG and data.is_asleep]
 
 
 def _caches(engine: LLMEngine) -> list[torch.Tensor]:
