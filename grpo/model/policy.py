@@ -19,14 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...kernels import shared_prompt_attention
-from ...kernels.fp16_on_cpu import fp16_products
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
-from ...kernels.numerics import deterministic_algorithms
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
 from ..config import LoraConfig
 from .adapters import check_saved_config, check_targets, inject, load_weights
+from .arithmetic import Arithmetic
 from .base_model import load_base
 from .fusing import fuse
 from .heads import head_of
@@ -86,8 +85,8 @@ class Policy:
         self._is_packed = False
         self._checkpoints_gradients = False
         self.device = device
-        self._is_deterministic = deterministic and device != "cpu"  # on CPU it is so anyway
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self._arithmetic = Arithmetic(self.dtype, device, deterministic)
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
         self.peft_model = inject(base, lora, seed)
@@ -221,7 +220,7 @@ class Policy:
         once all log-probabilities are. `loss_scale`: of all gradients, not of the loss that is returned. See
         `linear_logprob_loss` for these.
         """
-        with self.packed(), deterministic_algorithms() if self._is_deterministic else nullcontext():
+        with self.packed(), self._arithmetic.repeatable():
             loss, logprobs_N, entropy_N = linear_logprob_loss(
                 self._hidden(pack),
                 self.head,
@@ -290,7 +289,7 @@ class Policy:
         if self._checkpoints_gradients:
             self.model.train()  # transformers recomputes in training mode only; there is no dropout to switch on
         try:
-            with fp16_products(self.dtype):
+            with self._arithmetic.products():
                 yield
         finally:
             self._is_packed = False
@@ -307,7 +306,7 @@ class Policy:
         if any(module.training for module in self._modules):
             self.model.eval()
         without_adapter = nullcontext() if use_adapter else self.peft_model.disable_adapter()
-        with torch.no_grad(), fp16_products(self.dtype), without_adapter:
+        with torch.no_grad(), self._arithmetic.products(), without_adapter:
             yield
 
     def _local_slots(self, max_rank: int, dtype: torch.dtype) -> dict[str, AdapterSlot]:

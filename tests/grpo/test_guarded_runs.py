@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import metrics_of, steps_of
+from transformers import TrainerCallback
 
 from rankup.grpo.common.errors import TrainingStoppedError
 from rankup.rollout.torch_engine import TorchEngine
@@ -97,8 +98,12 @@ def test_a_sampler_with_another_adapter_ends_the_run(make_trainer, tmp_path, cap
             for name, b in kept.items():
                 engine.slots[name].b.copy_(b)
 
+    class AfterTheProof(TrainerCallback):
+        def on_train_begin(self, *args: object, **kwargs: object) -> None:
+            monkeypatch.setattr(TorchEngine, "rollout", with_another_adapter)
+
     trainer = make_trainer(reward=low_ids, **HEALTHY)
-    monkeypatch.setattr(TorchEngine, "rollout", with_another_adapter)
+    trainer.add_callback(AfterTheProof())
     with pytest.raises(TrainingStoppedError, match="skipped"):
         trainer.train()
     printed = capsys.readouterr().out

@@ -44,7 +44,7 @@ ATTRIBUTES = {"args", "summary", "setup", "view"}
 
 SECTIONS = [
     "model", "lora", "rollout", "algorithm", "correction", "guards", "optim", "rewards", "data", "logging", "checkpoint",
-    "cluster", "seed",
+    "cluster", "seed", "deterministic",
 ]  # fmt: skip
 CONFIG = {"notes", "has_trl_batch", "completions_per_step", "max_num_seqs", "to_dict", "to_json_string"}
 
