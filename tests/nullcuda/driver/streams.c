@@ -106,6 +106,13 @@ EXPORT cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph
 // Whoever computes what the kernels do not (host/on_host.cpp) records it in a capture and does it again at each launch.
 static void (*replay)(void *graph);
 EXPORT void nullcuda_on_replay(void (*f)(void *)) { replay = f; }
+static void (*forget)(void *graph);
+EXPORT void nullcuda_on_destroy(void (*f)(void *)) { forget = f; }
+EXPORT cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    nullcuda_called("cudaGraphExecDestroy");
+    if (forget) forget(exec);
+    return OK;
+}
 EXPORT void *nullcuda_capture(void *stream) { return capture_of(stream); }
 EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
     nullcuda_called("cudaGraphLaunch");

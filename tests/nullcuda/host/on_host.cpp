@@ -17,6 +17,7 @@
 #include <unordered_map>
 
 extern "C" void nullcuda_on_replay(void (*f)(void *));
+extern "C" void nullcuda_on_destroy(void (*f)(void *));
 extern "C" void *nullcuda_capture(void *stream);
 
 using at::Tensor;
@@ -97,8 +98,9 @@ struct Call {
     }
 };
 
-// What was done within a capture, to be done again at each launch of its graph.
-std::unordered_map<void *, std::vector<std::function<void()>>> recorded;
+// What was done within a capture, to be done again at each launch of its graph, until that is destroyed. Never freed itself:
+// at the end of the process Python has ended before.
+auto &recorded = *new std::unordered_map<void *, std::vector<std::function<void()>>>;
 
 void *capture() { return nullcuda_capture(c10::cuda::getCurrentCUDAStream().stream()); }
 
@@ -106,6 +108,13 @@ void replay_all(void *graph) {
     auto found = recorded.find(graph);
     if (found == recorded.end()) return;
     for (auto &action : found->second) action();
+}
+
+void forget(void *graph) {
+    auto found = recorded.find(graph);
+    if (found == recorded.end()) return;
+    auto actions = std::move(found->second); // whose tensors may be the last of other graphs
+    recorded.erase(found);
 }
 
 Tensor on_device(const Tensor &t) { // a view of its memory as the host's, which does not keep it
@@ -255,6 +264,7 @@ int install() {
     }
     c10::WarningUtils::set_warning_handler(handler);
     nullcuda_on_replay(&replay_all);
+    nullcuda_on_destroy(&forget);
     return count;
 }
 
@@ -271,7 +281,10 @@ Tensor as_cuda(const Tensor &t) {
 void record(pybind11::object action) {
     void *graph = capture();
     if (!graph) return;
-    auto *kept = new pybind11::object(action); // for as long as the process lives
+    std::shared_ptr<pybind11::object> kept(new pybind11::object(action), [](pybind11::object *object) {
+        pybind11::gil_scoped_acquire gil;
+        delete object;
+    });
     recorded[graph].push_back([kept]() {
         pybind11::gil_scoped_acquire gil;
         (*kept)();
