@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from sample_groups import random_groups
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.nullcuda
 def gradient(tiny_model_path):
     """A function that gives the gradient of a step on a device."""
 
-    def of(device: str, dtype: str) -> tuple[torch.Tensor, Learner]:
+    def of(device: str, dtype: Literal["float16", "float32"]) -> tuple[torch.Tensor, Learner]:
         config = GRPOConfig(
             dtype=dtype, rank=16, alpha=8, mode="none", guards={"enabled": False}, initial_loss_scale=2.0**24
         )

@@ -54,7 +54,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def config(**options: Any) -> GRPOConfig:
     """256 sequences of 2,560 tokens."""
-    return GRPOConfig(**{"max_prompt_length": 512, "max_completion_length": 2048, "prompts_per_step": 32, **options})
+    values: dict[str, Any] = {"max_prompt_length": 512, "max_completion_length": 2048, "prompts_per_step": 32, **options}
+    return GRPOConfig(**values)
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,14 @@ def test_a_full_gpu_halves_the_packs_and_the_update_is_the_same(tiny_model_path)
     torch.testing.assert_close(split, whole, rtol=1e-2, atol=1e-3)
 
 
+def segments_grow() -> bool:
+    snapshot: Any = torch.cuda.memory._snapshot()
+    return snapshot["allocator_settings"]["expandable_segments"]
+
+
 def test_segments_grow_unless_the_user_has_set_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+    assert segments_grow()
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
     use_expandable_segments()
-    assert not torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+    assert not segments_grow()
