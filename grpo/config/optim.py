@@ -84,7 +84,7 @@ class OptimConfig(Section):
     initial_loss_scale: float = Field(default=2.0**16, ge=1, le=2.0**24)
     """Factor of the loss in the backward pass of `model.dtype: float16`, at the start of the run: a power of two, 1 to 2^24.
     It keeps small gradients above float16's smallest number, and is divided out of the master weights' gradients. A backward
-    pass that overflows is repeated with half the scale; after 100 updates without overflow the scale is doubled. No effect in
+    pass that overflows is repeated with half the scale; after 100 steps without overflow the scale is doubled. No effect in
     the other data types."""
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
