@@ -100,6 +100,7 @@ def test_a_step_with_release_equals_one_without(session):
         assert session.step(suspends=True) == expected
 
 
+@pytest.mark.parametrize("session", ["eager"], indirect=True)
 def test_an_engine_that_does_not_fit_any_more_says_what_to_lower_and_can_try_again(session, monkeypatch):
     session.engine.suspend()
     with monkeypatch.context() as patch:
@@ -111,6 +112,7 @@ def test_an_engine_that_does_not_fit_any_more_says_what_to_lower_and_can_try_aga
     session.engine.suspend()  # closed in this state
 
 
+@pytest.mark.parametrize("session", ["eager", "graphs"], indirect=True)
 def test_a_second_engine_waits_for_the_end_of_the_first(session):
     expected = session.step(suspends=True)
     with pytest.raises(ValueError, match=r"another engine of this process is open.*rollout\.release_kv_cache: false"):
@@ -126,6 +128,7 @@ def test_a_second_engine_waits_for_the_end_of_the_first(session):
     assert session.step(suspends=True) == expected
 
 
+@pytest.mark.parametrize("session", ["eager"], indirect=True)
 def test_an_engine_is_closed_while_something_else_has_its_memory(session, monkeypatch):
     session.engine.suspend()
     with monkeypatch.context() as patch:
