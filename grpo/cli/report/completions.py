@@ -28,7 +28,7 @@ SURROGATES = (0xD800, 0x800)
 """First of the code points that are no characters, and their number."""
 LEVELS = 92
 GIVEN, UNKNOWN = " ", "!"
-"""A given token has no log-probability, and that of a sampled one may be missing."""
+"""A given token has no log-probability, and that of a sampled token may be missing."""
 
 OWN_COLUMNS = {
     *("step", "prompt", "completion_prefix", "completion", "completion_ids", "logprobs", "advantage", "reward"),

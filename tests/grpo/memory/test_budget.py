@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from model_shapes import qwen_7b
 
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.memory.budget import Budget, plan_budget
 from rankup.grpo.memory.parts import GIB, RESIDENT, changed, gib
-from rankup.grpo.memory.shapes import ModelShape, read_shape
+from rankup.grpo.memory.shapes import ModelShape
 
 pytestmark = pytest.mark.slow
 
-QWEN_7B = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 28,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     """Qwen2.5-7B."""
-    folder: Path = tmp_path_factory.mktemp("qwen")
-    (folder / "config.json").write_text(json.dumps(QWEN_7B))
-    return read_shape(str(folder))
+    return qwen_7b(tmp_path_factory.mktemp("qwen"))
 
 
 SHORT = {"optim.tokens_per_pack": 256, "rollout.max_prompt_length": 64, "rollout.max_completion_length": 64}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  # now: imported while a GPU seems to be there, it would look for its kernels
 import pytest
 import torch
+from model_shapes import write_qwen_7b
 
 from rankup.grpo.common.log import log_to
 from rankup.grpo.config import GRPOConfig
@@ -15,17 +16,6 @@ from rankup.grpo.memory import decide, parts
 from rankup.grpo.memory.decide import decide_budget, decide_memory
 from rankup.grpo.memory.parts import GIB
 from rankup.grpo.memory.shapes import ModelShape, read_shape
-
-QWEN_7B = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 28,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture
@@ -36,8 +26,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         return {"activations": 3 * 2**20 * (config.optim.tokens_per_pack or 0)}
 
     monkeypatch.setattr(parts, "pass_parts", pass_parts)
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
-    return str(tmp_path)
+    return write_qwen_7b(tmp_path)
 
 
 @pytest.fixture

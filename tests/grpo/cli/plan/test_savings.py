@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from model_shapes import qwen_7b
 
 from rankup.grpo.cli.plan.savings import low_memory, savings
 from rankup.grpo.config import GRPOConfig
 from rankup.grpo.memory.budget import plan_budget
 from rankup.grpo.memory.parts import Device, changed, training_parts
-from rankup.grpo.memory.shapes import ModelShape, read_shape
+from rankup.grpo.memory.shapes import ModelShape
 
 pytestmark = pytest.mark.slow
 
-QWEN_7B = {
-    "model_type": "qwen2",
-    "num_hidden_layers": 28,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
 SHORT = {"optim.tokens_per_pack": 256, "rollout.max_prompt_length": 64, "rollout.max_completion_length": 64}
 LARGE = {"lora.rank": 128, "lora.max_rank": 128, "optim.tokens_per_pack": 16384}
 
@@ -33,9 +22,7 @@ LARGE = {"lora.rank": 128, "lora.max_rank": 128, "optim.tokens_per_pack": 16384}
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     """Qwen2.5-7B."""
-    folder: Path = tmp_path_factory.mktemp("qwen")
-    (folder / "config.json").write_text(json.dumps(QWEN_7B))
-    return read_shape(str(folder))
+    return qwen_7b(tmp_path_factory.mktemp("qwen"))
 
 
 def config(changes: dict[str, Any] | None = None) -> GRPOConfig:
