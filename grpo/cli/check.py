@@ -9,6 +9,7 @@ from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
 from ..memory.decide import decide_memory
 from ..model.prove import prove_slots
+from ..update.device import prepared_device
 from ..update.session import base_note, engine_and_policy
 
 
@@ -21,7 +22,7 @@ def check_slots(config: GRPOConfig) -> int:
     print(f"starting {name} with {config.model.name}", flush=True)
     with log_to(print):
         config, _ = decide_memory(config, model_path)
-    with engine_and_policy(config, model_path) as (engine, policy):
+    with prepared_device(config), engine_and_policy(config, model_path) as (engine, policy):
         print(base_note(policy, config.rollout.engine), flush=True)
         print(f"publishing a random adapter to each of {len(policy.layers)} projections alone", flush=True)
         try:
