@@ -1,10 +1,13 @@
 """Which tokens of a pack of shared prompts are computed together, and the order of their rows.
 
     plan = plan_blocks([(7, [5, 3]), (2, [4])], heads=9, key_heads=3)     # prompt length, completion lengths of each group
+    plan = plan_blocks([(7, [5, 3])], heads=9, key_heads=3, window=4)     # a token sees 4 positions: its own and 3 before it
 
 The pack is split into sequences: every prompt by itself, and every completion behind its prompt. Sequences of similar length
 behind prompts of equal length form a unit, in which the query heads of a key head are rows of one product. A unit whose scores
-would exceed `SCORES_LIMIT` is computed in blocks of tokens, each without the keys that none of its tokens sees.
+would exceed `SCORES_LIMIT` is computed in blocks of tokens, each without the keys that none of its tokens sees. Positions within a
+sequence count from the first token of its prompt, so they are the columns of its keys, and a window is a band of columns. Behind
+a window of W, a completion is given the last W - 1 tokens of its prompt only.
 
 Shapes: L tokens of the pack, H query heads, K key heads, h = H / K query heads of a key head, D head dimension, E = h * D;
 U sequences of a unit, P tokens of their prompt, C tokens of each (padded), S keys of each (P + C, padded), T tokens of a block;
@@ -23,6 +26,7 @@ import torch
 SCORES_LIMIT = 2**22  # elements formed at a time; if smaller, summing the gradients of keys over blocks dominates
 KEPT_LIMIT = 2**22  # elements of weights that a layer saves for the backward instead of recomputing them: 8 MiB in bf16
 PADDING_LIMIT = 2**16  # elements of padding that cost no more than another unit
+WINDOW_TOKENS = 128  # a block of a windowed layer has at least as many tokens: smaller ones cost more in calls than they save
 COLUMNS = 32  # rows of scores are padded to a multiple: torch's softmax in bf16 takes 2 to 4 times as long otherwise
 
 
@@ -40,10 +44,11 @@ class Unit:
 
     Attributes:
         prompts: first token of each prompt and the number of sequences behind it, in the sequences' order.
-        prompt_length: 0 if the sequences are prompts themselves.
+        prompt_length: tokens of the prompt that each sequence is given; 0 if the sequences are prompts themselves.
         count, width, columns: U, C and S.
         tokens: largest number of the C tokens in a block.
         query_start, key_start: first of the unit's rows, [U, K, C] of queries and [U, K, S] of keys.
+        window: how many positions a token sees, its own included; None: all before it.
     """
 
     prompts: tuple[tuple[int, int], ...]
@@ -54,11 +59,12 @@ class Unit:
     tokens: int
     query_start: int
     key_start: int
+    window: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens `start` to `stop` of each of a unit's sequences, and the keys that the last of them sees."""
+    """Tokens `start` to `stop` of each of a unit's sequences, and the keys that any of them sees."""
 
     unit: Unit
     start: int
@@ -67,8 +73,15 @@ class Block:
     key_heads: int
 
     @property
+    def first_column(self) -> int:
+        """The first key that the block's first token sees, rounded down."""
+        if self.unit.window is None:
+            return 0
+        return max(0, self.unit.prompt_length + self.start + 1 - self.unit.window) // COLUMNS * COLUMNS
+
+    @property
     def columns(self) -> int:
-        return _padded(self.unit.prompt_length + self.stop)
+        return _padded(self.unit.prompt_length + self.stop) - self.first_column
 
     @property
     def heads_per_key(self) -> int:
@@ -84,12 +97,15 @@ class Block:
         """This block's part of all units' keys: a view [U * K, S, D]."""
         batch = self.unit.count * self.key_heads
         rows = rows_ND.narrow(0, self.unit.key_start, batch * self.unit.columns)
-        return rows.view(batch, self.unit.columns, -1).narrow(1, 0, self.columns)
+        return rows.view(batch, self.unit.columns, -1).narrow(1, self.first_column, self.columns)
 
-    def future(self, like: torch.Tensor) -> torch.Tensor:
+    def mask(self, like: torch.Tensor) -> torch.Tensor:
         """[T, S]: minus infinity where a token does not see a key, else 0. Padding comes after every token."""
-        first_hidden = self.unit.prompt_length + self.start + 1
-        return like.new_full((self.stop - self.start, self.columns), float("-inf")).triu_(first_hidden)
+        own_column = self.unit.prompt_length + self.start - self.first_column  # of the block's first token
+        hidden_TS = like.new_full((self.stop - self.start, self.columns), float("-inf"))
+        if self.unit.window is None:
+            return hidden_TS.triu_(own_column + 1)
+        return hidden_TS.triu(own_column + 1) + hidden_TS.tril_(own_column - self.unit.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +147,26 @@ class BlockPlan:
 
 
 def plan_blocks(
-    groups: Sequence[tuple[int, Sequence[int]]], heads: int, key_heads: int, device: torch.device | str = "cpu"
+    groups: Sequence[tuple[int, Sequence[int]]],
+    heads: int,
+    key_heads: int,
+    device: torch.device | str = "cpu",
+    *,
+    window: int | None = None,
 ) -> BlockPlan:
-    """The plan for (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty."""
+    """The plan for (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty.
+
+    window: a token sees its own position and the `window - 1` before it; None: all before it.
+    """
     prompts: list[Tokens] = []
     behind: dict[int, list[Tokens]] = {0: prompts}  # by the prompt's length; 0 for prompts themselves
     length = 0
     for prompt_length, completion_lengths in groups:
-        prompt_start = length
-        prompts.append(Tokens(prompt_start, prompt_length))
+        prompts.append(Tokens(length, prompt_length))
         length += prompt_length
-        completions = behind.setdefault(prompt_length, [])
+        seen = seen_of_prompt(prompt_length, window)
+        prompt_start = length - seen
+        completions = behind.setdefault(seen, [])
         for completion_length in completion_lengths:
             if completion_length > 0:
                 completions.append(Tokens(length, completion_length, prompt_start))
@@ -154,9 +179,11 @@ def plan_blocks(
             count, width = len(similar), max(s.length for s in similar)
             columns = _padded(prompt_length + width)
             tokens = width if count > 1 else max(1, min(width, SCORES_LIMIT // (heads * columns)))
+            if window is not None:  # blocks leave out the keys before the window
+                tokens = min(tokens, max(window, WINDOW_TOKENS))
             prompts_of_unit = itertools.groupby(s.prompt_start for s in similar)
             starts = tuple((start, len(list(own))) for start, own in prompts_of_unit)
-            units.append(Unit(starts, prompt_length, count, width, columns, tokens, num_queries, num_keys))
+            units.append(Unit(starts, prompt_length, count, width, columns, tokens, num_queries, num_keys, window))
             rows.append(_rows_of_unit(prompt_length, similar, width, columns, key_heads))
             num_queries += count * key_heads * width
             num_keys += count * key_heads * columns
@@ -172,6 +199,11 @@ def plan_blocks(
         own_rows=_places(key_rows, is_own_key, length * key_heads).to(device),
         keeps_weights=heads * sum(unit.count * unit.width * unit.columns for unit in units) <= KEPT_LIMIT,
     )
+
+
+def seen_of_prompt(prompt_length: int, window: int | None) -> int:
+    """How many of its prompt's tokens, the last ones, the first token of a completion sees."""
+    return prompt_length if window is None else min(prompt_length, window - 1)
 
 
 def _of_similar_length(sequences: list[Tokens], prompt_length: int, heads: int) -> Iterator[list[Tokens]]:

@@ -3,6 +3,7 @@
 Every prompt and every completion is a sequence of queries, in the pack's order, so queries are not moved. A prompt's keys are
 its tokens. A completion's keys are its prompt's tokens followed by its own, so keys and values are gathered (they have few
 heads). The kernel's causal mask is aligned at the end: a sequence's last query sees all its keys, the one before it one less.
+A window moves with it; of a prompt that is longer, only the tokens that a completion sees are gathered.
 
 Shapes: L tokens of the pack, N gathered keys, M sequences, H query heads, K key heads, D head dimension.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from .attention_plan import seen_of_prompt
 from .device import is_ampere
 from .repeated_rows import RowCopies
 
@@ -30,6 +32,7 @@ class SequencePlan:
         query_starts, key_starts: first query and first key of each sequence, and the end, [M + 1] int32.
         longest_query, longest_key: of all sequences.
         keys: the pack's token of each gathered key.
+        window: how many positions a token sees, its own included; None: all before it.
     """
 
     query_starts: torch.Tensor
@@ -37,9 +40,12 @@ class SequencePlan:
     longest_query: int
     longest_key: int
     keys: RowCopies
+    window: int | None
 
 
-def plan_sequences(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> SequencePlan:
+def plan_sequences(
+    groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu", *, window: int | None = None
+) -> SequencePlan:
     """From (prompt length, completion lengths) of each group, in the pack's order. Completions may be empty."""
     query_starts, key_starts = [0], [0]
     key_tokens: list[int] = []
@@ -51,7 +57,8 @@ def plan_sequences(groups: Sequence[tuple[int, Sequence[int]]], device: torch.de
         key_starts.append(len(key_tokens))
 
     for prompt_length, completion_lengths in groups:
-        prompt = range(query_starts[-1], query_starts[-1] + prompt_length)
+        end_of_prompt = query_starts[-1] + prompt_length
+        prompt = range(end_of_prompt - seen_of_prompt(prompt_length, window), end_of_prompt)
         add(range(0), prompt_length)
         for length in completion_lengths:
             if length > 0:  # a sequence without queries needs no keys
@@ -63,6 +70,7 @@ def plan_sequences(groups: Sequence[tuple[int, Sequence[int]]], device: torch.de
         longest_query=int(queries.diff().max()),
         longest_key=int(keys.diff().max()),
         keys=RowCopies(key_tokens, query_starts[-1], device),
+        window=window,
     )
 
 
@@ -86,7 +94,7 @@ def varlen_attention(
         max_q=plan.longest_query,
         max_k=plan.longest_key,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if plan.window is None else plan.window - 1, 0),
         **_for_grouped_heads(varlen_attn, query_HLD.shape[0], key_KLD.shape[0]),
     )
 

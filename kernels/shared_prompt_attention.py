@@ -2,8 +2,9 @@
 
 A pack is one row of tokens: `[prompt | completion 1 | ... | completion G] [prompt | ...] ...`, without padding. The prompt
 attends causally to itself; a completion attends to its prompt and, causally, to itself; position ids of every completion
-start at the prompt's length. No other layer depends on the layout, so the function is registered with transformers'
-`AttentionInterface` as `NAME`, and the layout is passed to the model's forward as the keyword `shared_prompt_layout`.
+start at the prompt's length. A sliding window, a cap on the scores and sinks are part of it. The function is registered with
+transformers' `AttentionInterface` as `NAME`, and the layout is passed to the model's forward as the keyword `shared_prompt_layout`. Of all other layers, only those with a state
+depend on the layout: see `shared_prompt_recurrence.py`.
 
 Shapes: L tokens of the pack, H query heads, K key/value heads, D head dimension.
 """
@@ -21,10 +22,9 @@ from . import attention_varlen
 from .attention_blocks import block_attention
 from .attention_plan import BlockPlan, plan_blocks
 from .attention_varlen import SequencePlan, plan_sequences, varlen_attention
+from .recurrence_plan import RecurrencePlan, plan_recurrence
 
 NAME = "rankup_shared_prompt"
-# Keywords that models of transformers use for more than causal attention: a cap on the scores, sinks, a window, a bias.
-OTHER_KINDS = ("softcap", "s_aux", "sliding_window", "position_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class SharedPromptLayout:
     groups: tuple[GroupLayout, ...]
     length: int
     device: torch.device | str = "cpu"
-    _block_plans: dict[tuple[int, int], BlockPlan] = field(default_factory=dict, repr=False)
+    _block_plans: dict[tuple[int, int, int | None], BlockPlan] = field(default_factory=dict, repr=False)
+    _sequence_plans: dict[int | None, SequencePlan] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def build(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> SharedPromptLayout:
@@ -61,15 +62,30 @@ class SharedPromptLayout:
             layouts.append(GroupLayout(prompt=parts[0], completions=tuple(parts[1:])))
         return SharedPromptLayout(groups=tuple(layouts), length=end, device=device)
 
-    def block_plan(self, heads: int, key_heads: int) -> BlockPlan:
-        key = (heads, key_heads)
+    def block_plan(self, heads: int, key_heads: int, window: int | None = None) -> BlockPlan:
+        key = (heads, key_heads, self._narrow(window))
         if key not in self._block_plans:
-            self._block_plans[key] = plan_blocks(self._lengths, heads, key_heads, self.device)
+            self._block_plans[key] = plan_blocks(self._lengths, heads, key_heads, self.device, window=key[2])
         return self._block_plans[key]
 
+    def sequence_plan(self, window: int | None = None) -> SequencePlan:
+        window = self._narrow(window)
+        if window not in self._sequence_plans:
+            self._sequence_plans[window] = plan_sequences(self._lengths, self.device, window=window)
+        return self._sequence_plans[window]
+
     @cached_property
-    def sequence_plan(self) -> SequencePlan:
-        return plan_sequences(self._lengths, self.device)
+    def recurrence_plan(self) -> RecurrencePlan:
+        return plan_recurrence(self._lengths, self.device)
+
+    def _narrow(self, window: int | None) -> int | None:
+        """The window, or None if no sequence is longer, so that such layers share the plans of the others."""
+        return window if window is not None and window < self._longest else None
+
+    @cached_property
+    def _longest(self) -> int:
+        """Positions of the longest sequence: a prompt with the longest of its completions."""
+        return max(prompt + max(completions, default=0) for prompt, completions in self._lengths)
 
     @property
     def _lengths(self) -> list[tuple[int, list[int]]]:
@@ -80,18 +96,31 @@ class SharedPromptLayout:
 
 
 def shared_prompt_attention(
-    query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, layout: SharedPromptLayout, scaling: float | None
+    query_HLD: torch.Tensor,
+    key_KLD: torch.Tensor,
+    value_KLD: torch.Tensor,
+    layout: SharedPromptLayout,
+    scaling: float | None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact attention for the layout. Query [H, L, D], key and value [K, L, D] with K dividing H; returns [L, H, D].
 
-    If the flash kernels do not support the query (fp32, other devices), `block_attention` computes in plain torch, also without
-    quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
+    If the flash kernels do not support the query (fp32, other devices), a cap or sinks, `block_attention` computes in plain torch,
+    also without quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
+
+    Args:
+        scaling: of the scores; None: D ** -0.5.
+        window: a token sees its own position and the `window - 1` before it; None: all before it.
+        softcap, sinks_H: see `attention_blocks.py`.
     """
     scale: float = query_HLD.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_varlen.is_available_for(query_HLD):
-        return varlen_attention(query_HLD, key_KLD, value_KLD, layout.sequence_plan, scale)
-    plan = layout.block_plan(query_HLD.shape[0], key_KLD.shape[0])
-    return block_attention(query_HLD, key_KLD, value_KLD, plan, scale)
+    if softcap is None and sinks_H is None and attention_varlen.is_available_for(query_HLD):
+        return varlen_attention(query_HLD, key_KLD, value_KLD, layout.sequence_plan(window), scale)
+    plan = layout.block_plan(query_HLD.shape[0], key_KLD.shape[0], window)
+    return block_attention(query_HLD, key_KLD, value_KLD, plan, scale, softcap=softcap, sinks_H=sinks_H)
 
 
 def transformers_attention(
@@ -104,6 +133,9 @@ def transformers_attention(
     shared_prompt_layout: SharedPromptLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`shared_prompt_attention` with transformers' calling convention: [1, heads, L, D] in, [1, L, H, D] out.
@@ -111,12 +143,39 @@ def transformers_attention(
     Raises:
         ValueError: the model needs another kind of attention.
     """
-    unsupported = [name for name in OTHER_KINDS if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"{type(module).__name__} uses attention with {unsupported[0]}: its prompts cannot be shared")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} uses attention with position_bias: its prompts cannot be shared")
     assert query.shape[0] == 1 and query.shape[2] == shared_prompt_layout.length, "one pack at a time"
     assert dropout == 0.0, "with dropout the trained policy would not be the sampled one"
-    return shared_prompt_attention(query[0], key[0], value[0], shared_prompt_layout, scaling)[None], None
+    output_LHD = shared_prompt_attention(
+        query[0],
+        key[0],
+        value[0],
+        shared_prompt_layout,
+        scaling,
+        window=_window_of(module, sliding_window),
+        softcap=softcap,
+        sinks_H=s_aux,
+    )
+    return output_LHD[None], None
+
+
+def _window_of(module: torch.nn.Module, given: int | None) -> int | None:
+    """The window of a layer: as the model passes it, and as its masks would have it (by `layer_types`).
+
+    Raises:
+        ValueError: the two differ.
+    """
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or index is None:
+        return given
+    by_mask = getattr(config, "sliding_window", None) if kinds[index] == "sliding_attention" else None
+    if given is not None and given != by_mask:
+        raise ValueError(
+            f"{type(module).__name__} {index} asks for a window of {given}, its configuration for {by_mask}: its prompts cannot be shared"
+        )
+    return by_mask
 
 
 def register() -> None:

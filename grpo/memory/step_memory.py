@@ -38,8 +38,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.attention_plan import BlockPlan
-from ...kernels.attention_varlen import SequencePlan, plan_sequences
+from ...kernels.attention_varlen import SequencePlan
 from ...kernels.device import paths_of_cuda
+from ...kernels.recurrence_plan import RecurrencePlan, Windows, plan_recurrence
 from ...kernels.shared_prompt_attention import SharedPromptLayout
 from ...rollout.types import Completion
 from ..algorithm.losses import Counts
@@ -201,14 +202,25 @@ def make_pack(policy: Policy, sizes: Sizes, *, tokens_per_pack: int) -> Pack:
 class _LayoutOfValues(SharedPromptLayout):
     """Plans are worked out from values, so with real tensors."""
 
-    def block_plan(self, heads: int, key_heads: int) -> BlockPlan:
+    def block_plan(self, heads: int, key_heads: int, window: int | None = None) -> BlockPlan:
         with unset_fake_temporarily():
-            return super().block_plan(heads, key_heads)
+            return super().block_plan(heads, key_heads, window)
+
+    def sequence_plan(self, window: int | None = None) -> SequencePlan:
+        with unset_fake_temporarily():
+            return super().sequence_plan(window)
 
     @cached_property
-    def sequence_plan(self) -> SequencePlan:
+    def recurrence_plan(self) -> RecurrencePlan:
         with unset_fake_temporarily():
-            return plan_sequences(self._lengths, self.device)
+            one = plan_recurrence(self._lengths, self.device)
+        return _RecurrenceOfValues(one.prompts, one.completions, one.prompt_of, one.places_L, one.sequences, one.device)
+
+
+class _RecurrenceOfValues(RecurrencePlan):
+    def windows(self, taps: int) -> Windows:
+        with unset_fake_temporarily():
+            return super().windows(taps)
 
 
 def _completion(tokens: int) -> Completion:

@@ -1,14 +1,15 @@
 """The trained policy: a frozen base model, fp32 adapter masters, and the slots they are published to.
 
-    policy = Policy("path/to/model", lora=config.lora, slots=engine.slots)    # its forward multiplies with vLLM's buffers
-    engine.publish(policy.write_slots)              # master weights -> slots: the engine samples with this policy now
-    loss, logprobs, entropy = policy.backward(pack, token_loss)
-    policy.save_adapter(Path("adapter"))            # PEFT's format
+policy = Policy("path/to/model", lora=config.lora, slots=engine.slots)    # its forward multiplies with vLLM's buffers
+engine.publish(policy.write_slots)              # master weights -> slots: the engine samples with this policy now
+loss, logprobs, entropy = policy.backward(pack, token_loss)
+policy.save_adapter(Path("adapter"))            # PEFT's format
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...kernels import shared_prompt_attention
+from ...kernels import shared_prompt_attention, shared_prompt_recurrence
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
+from ...kernels.shared_prompt_attention import SharedPromptLayout
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
@@ -35,6 +37,10 @@ from .start import StartAdapter, write_start
 
 # Logits formed at a time: what CPU caches and memory like, and 2k to 4k tokens on a GPU, whose products want many rows.
 LOGITS_MIB = {"cpu": 128, "cuda": 1024}
+
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+TOKENWISE_KINDS = ("mlp", "moe", "dense", "sparse")
+"""Entries of `layer_types`: what shares prompts as attention does, and what does not mix tokens at all."""
 
 
 class Policy:
@@ -81,6 +87,8 @@ class Policy:
         check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
+        if self.shares_prompts:
+            shared_prompt_recurrence.install(base)
         base.set_attn_implementation(_plain_attention(base))
         self._is_packed = False
         self._checkpoints_gradients = False
@@ -200,7 +208,7 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
-        with self.packed(), nullcontext() if use_adapter else self.peft_model.disable_adapter():
+        with self._over(pack.layout), nullcontext() if use_adapter else self.peft_model.disable_adapter():
             hidden_ND, head = self._hidden(pack), self.head
         return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes)
 
@@ -220,7 +228,7 @@ class Policy:
         once all log-probabilities are. `loss_scale`: of all gradients, not of the loss that is returned. See
         `linear_logprob_loss` for these.
         """
-        with self.packed(), self._arithmetic.repeatable():
+        with self._over(pack.layout), self._arithmetic.repeatable():
             loss, logprobs_N, entropy_N = linear_logprob_loss(
                 self._hidden(pack),
                 self.head,
@@ -246,15 +254,23 @@ class Policy:
 
     def any_pass(self) -> None:
         """A forward and backward of the model on two tokens. Leaves no gradients."""
-        torch.autograd.grad(self._any_forward().sum(), self.masters, allow_unused=True)
+        with self._two_tokens() as hidden:
+            torch.autograd.grad(hidden.sum(), self.masters, allow_unused=True)
 
     def _any_forward(self) -> torch.Tensor:
         """The hidden states of the model, on two tokens."""
+        with self._two_tokens() as hidden:
+            return hidden
+
+    @contextmanager
+    def _two_tokens(self) -> Iterator[torch.Tensor]:
+        """The hidden states of the model on two tokens; within it, their backward pass may follow."""
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
+        layout = None
         if self.shares_prompts:
-            inputs["shared_prompt_layout"] = shared_prompt_attention.SharedPromptLayout.build([(2, [])], self.device)
-        with self.packed():
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            layout = inputs["shared_prompt_layout"] = SharedPromptLayout.build([(2, [])], self.device)
+        with self._over(layout):
+            yield self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
         inputs: dict[str, Any] = {"attention_mask": pack.attention_mask}
@@ -262,6 +278,12 @@ class Policy:
             inputs = {"position_ids": pack.position_ids, "shared_prompt_layout": pack.layout}
         output = self.model.base_model(input_ids=pack.input_ids, **inputs, use_cache=False)
         return pack.sources.gather(output.last_hidden_state.flatten(0, 1))
+
+    @contextmanager
+    def _over(self, layout: SharedPromptLayout | None) -> Iterator[None]:
+        """Around forward and backward of a pack of this layout; None: of padded rows."""
+        with self.packed(), shared_prompt_recurrence.active(layout):
+            yield
 
     @property
     def head(self) -> Head:
@@ -323,21 +345,31 @@ class Policy:
 
 
 def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
-    """None if attention is the only layer that mixes tokens and it is plain causal attention; else the reason, in words."""
+    """None if prompts can be shared by all layers that mix tokens, and attention is causal; else the reason, in words."""
     config = model.config
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other_layers:
-        return f"it has {', '.join(sorted(other_layers))} layers"
-    # Newer configurations say it by layer_types; where those are absent, a window applies to every layer.
-    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
-        return "its attention has a sliding window"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "its attention caps its logits"
-    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_causal", True):
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    other_kinds = [kind for kind in kinds if kind not in ATTENTION_KINDS and kind not in TOKENWISE_KINDS]
+    if len(other_kinds) > len(shared_prompt_recurrence.layers_with_state(model)):
+        return f"it has {', '.join(sorted(set(other_kinds)))} layers"
+    if reason := shared_prompt_recurrence.why_not(model):
+        return reason
+    if not kinds and getattr(config, "sliding_window", None) and not _passes_window(model):
+        return "only its masks know its sliding window"
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or not getattr(config, "is_causal", True)
+        or getattr(config, "use_bidirectional_attention", False)
+    ):
         return "its attention is not causal"
     return None
+
+
+def _passes_window(model: PreTrainedModel) -> bool:
+    """Whether attention gets the window as an argument, as in transformers' newer models, besides a mask."""
+    kinds = {type(module) for module in model.modules() if hasattr(module, "layer_idx")}
+    return any("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
 
 
 def _plain_attention(model: PreTrainedModel) -> str:

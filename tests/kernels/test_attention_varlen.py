@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_oracle import GROUPS, HEADS, Groups, pack_length, random_qkv, row_by_row_attention
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch.nn.attention.varlen import varlen_attn
 
 from rankup.kernels import attention_varlen
@@ -24,7 +25,8 @@ def varlen_by_definition(*args: Any, **kwargs: Any) -> torch.Tensor:
     call = inspect.signature(varlen_attn).bind(*args, **kwargs)
     call.apply_defaults()
     a = call.arguments
-    assert a["window_size"] == (-1, 0), "causal, aligned at the end"
+    left, right = a["window_size"]
+    assert right == 0 and left >= -1, "causal, aligned at the end"
     assert a.get("enable_gqa", True) or a["query"].shape[1] == a["key"].shape[1]
     outputs = []
     starts = [a[name] for name in ("cu_seq_q", "cu_seq_k")]
@@ -35,8 +37,10 @@ def varlen_by_definition(*args: Any, **kwargs: Any) -> torch.Tensor:
         query, key, value = a["query"][q0:q1], a["key"][k0:k1], a["value"][k0:k1]
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query, key) * a["scale"]
-        future = torch.ones_like(scores, dtype=torch.bool).triu(1 + (k1 - k0) - (q1 - q0))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1), value))
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + (k1 - k0) - (q1 - q0))
+        if left >= 0:
+            hidden |= torch.ones_like(hidden).tril((k1 - k0) - (q1 - q0) - left - 1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value))
     return torch.cat(outputs)
 
 
@@ -44,15 +48,15 @@ varlen_by_definition.__signature__ = inspect.signature(varlen_attn)  # type: ign
 
 
 @settings(deadline=None, max_examples=60)
-@given(groups=GROUPS, heads=HEADS)
-@example(groups=[(1, [])], heads=(4, 2))
-@example(groups=[(3, [0, 0]), (2, [0, 3, 0])], heads=(4, 2))
-def test_equals_the_blocks(groups: Groups, heads: tuple[int, int]) -> None:
+@given(groups=GROUPS, heads=HEADS, window=st.none() | st.integers(1, 14))
+@example(groups=[(1, [])], heads=(4, 2), window=None)
+@example(groups=[(3, [0, 0]), (2, [0, 3, 0])], heads=(4, 2), window=2)
+def test_equals_the_blocks(groups: Groups, heads: tuple[int, int], window: int | None) -> None:
     qkv = random_qkv(groups, *heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_varlen, "varlen_attn", varlen_by_definition)
-        output = varlen_attention(*qkv, plan_sequences(groups), 0.3)
-    expected = block_attention(*qkv, plan_blocks(groups, *heads), 0.3)
+        output = varlen_attention(*qkv, plan_sequences(groups, window=window), 0.3)
+    expected = block_attention(*qkv, plan_blocks(groups, *heads, window=window), 0.3)
     torch.testing.assert_close(output, expected)
     grad = torch.randn_like(output)
     torch.testing.assert_close(torch.autograd.grad(output, qkv, grad), torch.autograd.grad(expected, qkv, grad))
@@ -96,6 +100,13 @@ def test_plan_of_a_pack() -> None:
     assert (plan.longest_query, plan.longest_key) == (3, 5)
     assert plan.keys.rows_N.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
     assert plan.keys.length == 7
+
+
+def test_plan_of_a_pack_with_a_window() -> None:
+    """A completion's first token sees its prompt's last two, so no others are gathered."""
+    plan = plan_sequences([(4, [3, 1]), (1, [2])], window=3)
+    assert plan.keys.rows_N.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 2, 3, 7, 8, 8, 9, 10]
+    assert (plan.window, plan.longest_query, plan.longest_key) == (3, 4, 5)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from attention_oracle import GROUPS, HEADS, Groups, masked_attention, pack_length, random_qkv, row_by_row_attention, visible
+from attention_oracle import (
+    GROUPS,
+    HEADS,
+    PLAIN,
+    Groups,
+    Kind,
+    masked_attention,
+    pack_length,
+    random_qkv,
+    row_by_row_attention,
+    visible,
+)
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from rankup.kernels import attention_plan, attention_varlen
 from rankup.kernels.shared_prompt_attention import SharedPromptLayout, shared_prompt_attention, transformers_attention
@@ -25,9 +39,7 @@ def test_the_two_oracles_agree(groups: Groups) -> None:
 @example(groups=[(1, [])], heads=(4, 2))
 @example(groups=[(3, [4])], heads=(4, 2))
 @example(groups=[(3, [0, 0]), (2, [0, 3, 0])], heads=(4, 2))
-def test_equals_attention_row_by_row(
-    groups: Groups, heads: tuple[int, int], scaling: float | None, dtype: torch.dtype
-) -> None:
+def test_equals_attention_row_by_row(groups: Groups, heads: tuple[int, int], scaling: float | None, dtype: torch.dtype) -> None:
     qkv = random_qkv(groups, *heads, dtype=dtype)
     output = shared_prompt_attention(*qkv, SharedPromptLayout.build(groups), scaling)
     assert output.dtype == dtype and output.shape == (pack_length(groups), heads[0], 4)
@@ -37,19 +49,50 @@ def test_equals_attention_row_by_row(
     torch.testing.assert_close(torch.autograd.grad(output, qkv, grad), torch.autograd.grad(expected, qkv, grad))
 
 
+@pytest.mark.parametrize("scores_limit", [attention_plan.SCORES_LIMIT, 1000])
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=GROUPS,
+    heads=HEADS,
+    window=st.none() | st.integers(1, 14),
+    softcap=st.sampled_from([None, 0.5, 20.0]),
+    sinks=st.booleans(),
+)
+@example(groups=[(6, [5, 6]), (2, [])], heads=(4, 2), window=1, softcap=None, sinks=False)
+@example(groups=[(40, [90, 3]), (150, [7])], heads=(4, 2), window=5, softcap=None, sinks=False)
+@example(groups=[(70, [200, 3]), (150, [7])], heads=(6, 2), window=40, softcap=1.0, sinks=True)
+def test_windows_caps_and_sinks_equal_attention_row_by_row(
+    groups: Groups, heads: tuple[int, int], window: int | None, softcap: float | None, sinks: bool, scores_limit: int
+) -> None:
+    qkv = random_qkv(groups, *heads)
+    kind = Kind(window, softcap, torch.linspace(-1.5, 3.0, heads[0], dtype=torch.float64) if sinks else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_plan, "SCORES_LIMIT", scores_limit)
+        layout = SharedPromptLayout.build(groups)
+        output = shared_prompt_attention(*qkv, layout, 0.7, window=window, softcap=softcap, sinks_H=kind.sinks_H)
+    expected = row_by_row_attention(qkv, groups, 0.7, kind)
+    torch.testing.assert_close(output, expected)
+    grad = torch.randn_like(output)
+    torch.testing.assert_close(torch.autograd.grad(output, qkv, grad), torch.autograd.grad(expected, qkv, grad))
+
+
+KINDS = [PLAIN, Kind(softcap=3.0), Kind(sinks_H=torch.linspace(-1.0, 2.0, 6))]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("scores_limit", [attention_plan.SCORES_LIMIT, 4000])
 @pytest.mark.parametrize("groups", [[(30, [20, 7, 33]), (11, [40])], [(24, [31] * 8)]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_accurate_as_the_plain_formulation(
-    groups: Groups, dtype: torch.dtype, scores_limit: int, monkeypatch: pytest.MonkeyPatch
+    groups: Groups, dtype: torch.dtype, scores_limit: int, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Output and gradients against fp64 on the same values: at most 1.5 times the error of transformers' eager attention."""
     monkeypatch.setattr(attention_plan, "SCORES_LIMIT", scores_limit)
     qkv = random_qkv(groups, 6, 2, dim=16, dtype=dtype)
     exact_qkv = (qkv[0].double(), qkv[1].double(), qkv[2].double())
-    exact = row_by_row_attention(exact_qkv, groups, 0.25)
-    plain = masked_attention(qkv, visible(groups), 0.25)
-    ours = shared_prompt_attention(*qkv, SharedPromptLayout.build(groups), None)
+    exact = row_by_row_attention(exact_qkv, groups, 0.25, kind)
+    plain = masked_attention(qkv, visible(groups), 0.25, kind)
+    ours = shared_prompt_attention(*qkv, SharedPromptLayout.build(groups), None, softcap=kind.softcap, sinks_H=kind.sinks_H)
     assert ours.dtype == dtype
     grad = torch.randn_like(ours)
     results = [
@@ -80,7 +123,11 @@ def test_a_layout_is_planned_once_for_all_layers() -> None:
     layout = SharedPromptLayout.build([(2, [3, 1])])
     assert layout.block_plan(4, 2) is layout.block_plan(4, 2)
     assert layout.block_plan(4, 2) is not layout.block_plan(4, 4)
-    assert layout.sequence_plan is layout.sequence_plan
+    assert layout.sequence_plan() is layout.sequence_plan()
+    assert layout.block_plan(4, 2, 4) is layout.block_plan(4, 2, 4)
+    assert layout.block_plan(4, 2, 4) is not layout.block_plan(4, 2)
+    assert layout.block_plan(4, 2, 5) is layout.block_plan(4, 2), "no sequence is longer than the window"
+    assert layout.sequence_plan(5) is layout.sequence_plan()
 
 
 def test_calls_by_transformers() -> None:
@@ -100,11 +147,56 @@ def test_calls_by_transformers() -> None:
         transformers_attention(module, query, key, value, None, shared_prompt_layout=layout, dropout=0.1)
 
 
-@pytest.mark.parametrize("keyword", ["softcap", "s_aux", "sliding_window", "position_bias"])
-def test_another_kind_of_attention_is_an_error(keyword: str) -> None:
+class Layer(torch.nn.Module):
+    """What attention layers of transformers say of themselves."""
+
+    def __init__(self, layer_idx: int, kinds: list[str] | None) -> None:
+        super().__init__()
+        self.layer_idx, self.config = layer_idx, SimpleNamespace(layer_types=kinds, sliding_window=4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "window"),
+    [
+        (Layer(0, None), None, None),  # as models whose configuration has a window that they do not use
+        (Layer(0, None), 3, 3),
+        (Layer(1, ["full_attention", "sliding_attention"]), 4, 4),
+        (Layer(1, ["full_attention", "sliding_attention"]), None, 4),  # which the model's mask would say
+        (Layer(0, ["full_attention", "sliding_attention"]), None, None),
+    ],
+)
+def test_the_window_of_a_layer(layer: Layer, given: int | None, window: int | None) -> None:
+    groups = [(6, [5, 3])]
+    qkv = random_qkv(groups, 4, 2)
+    query, key, value = (t[None] for t in qkv)
+    layout = SharedPromptLayout.build(groups)
+    output, _ = transformers_attention(
+        layer, query, key, value, None, shared_prompt_layout=layout, scaling=0.3, sliding_window=given
+    )
+    torch.testing.assert_close(output[0], row_by_row_attention(qkv, groups, 0.3, Kind(window)))
+
+
+def test_caps_and_sinks_come_from_transformers() -> None:
+    groups = [(6, [5, 3])]
+    qkv = random_qkv(groups, 4, 2)
+    query, key, value = (t[None] for t in qkv)
+    kind = Kind(softcap=0.4, sinks_H=torch.linspace(-1.0, 1.0, 4, dtype=torch.float64))
+    output, _ = transformers_attention(
+        torch.nn.Module(), query, key, value, None,
+        shared_prompt_layout=SharedPromptLayout.build(groups), scaling=0.3, softcap=0.4, s_aux=kind.sinks_H,
+    )  # fmt: skip
+    torch.testing.assert_close(output[0], row_by_row_attention(qkv, groups, 0.3, kind))
+
+
+def test_windows_that_contradict_each_other_are_an_error() -> None:
     t = torch.zeros(1, 2, 3, 4)
     layout = SharedPromptLayout.build([(3, [])])
-    with pytest.raises(ValueError, match=f"^Linear uses attention with {keyword}: "):
-        transformers_attention(
-            torch.nn.Linear(1, 1), t, t, t, None, shared_prompt_layout=layout, **{keyword: 1.0}
-        )
+    with pytest.raises(ValueError, match="^Layer 0 asks for a window of 4, its configuration for None: "):
+        transformers_attention(Layer(0, ["full_attention"]), t, t, t, None, shared_prompt_layout=layout, sliding_window=4)
+
+
+def test_another_kind_of_attention_is_an_error() -> None:
+    t = torch.zeros(1, 2, 3, 4)
+    layout = SharedPromptLayout.build([(3, [])])
+    with pytest.raises(ValueError, match="^Linear uses attention with position_bias: "):
+        transformers_attention(torch.nn.Linear(1, 1), t, t, t, None, shared_prompt_layout=layout, position_bias=t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from hypothesis import strategies as st
 
@@ -28,33 +30,54 @@ def random_qkv(groups: Groups, heads: int, key_heads: int, *, dim: int = 4, dtyp
     return query, key, value
 
 
-def row_by_row_attention(qkv: QKV, groups: Groups, scaling: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class Kind:
+    """What a layer does besides causal attention: it sees `window` positions, caps its scores, has a sink for each head."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks_H: torch.Tensor | None = None
+
+
+PLAIN = Kind()
+
+
+def row_by_row_attention(qkv: QKV, groups: Groups, scaling: float, kind: Kind = PLAIN) -> torch.Tensor:
     """Every prompt, and every completion behind its prompt, as a separate row with a causal mask. Returns [L, H, D]."""
     outputs = []
     end = 0
     for prompt_length, completion_lengths in groups:
         prompt = list(range(end, end + prompt_length))
-        outputs.append(_causal_attention(qkv, prompt, scaling))
+        outputs.append(_causal_attention(qkv, prompt, scaling, kind))
         end += prompt_length
         for length in completion_lengths:
             row = prompt + list(range(end, end + length))
-            outputs.append(_causal_attention(qkv, row, scaling)[prompt_length:])
+            outputs.append(_causal_attention(qkv, row, scaling, kind)[prompt_length:])
             end += length
     return torch.cat(outputs)
 
 
-def _causal_attention(qkv: QKV, tokens: list[int], scaling: float) -> torch.Tensor:
+def _causal_attention(qkv: QKV, tokens: list[int], scaling: float, kind: Kind) -> torch.Tensor:
     query, key, value = (t[:, tokens] for t in qkv)
-    return masked_attention((query, key, value), torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril(), scaling)
+    mask_LL = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    if kind.window is not None:
+        mask_LL = mask_LL.triu(1 - kind.window)
+    return masked_attention((query, key, value), mask_LL, scaling, kind)
 
 
-def masked_attention(qkv: QKV, mask_LL: torch.Tensor, scaling: float) -> torch.Tensor:
+def masked_attention(qkv: QKV, mask_LL: torch.Tensor, scaling: float, kind: Kind = PLAIN) -> torch.Tensor:
     """transformers' eager attention. A row of the mask is True at the tokens that it sees. Returns [L, H, D]."""
     query_HLD, *keys_and_values = qkv
     key_HLD, value_HLD = (t.repeat_interleave(len(query_HLD) // len(t), dim=0) for t in keys_and_values)
-    scores = (query_HLD @ key_HLD.transpose(1, 2) * scaling).masked_fill(~mask_LL, float("-inf"))
+    scores = query_HLD @ key_HLD.transpose(1, 2) * scaling
+    if kind.softcap is not None:
+        scores = (scores / kind.softcap).tanh() * kind.softcap
+    scores = scores.masked_fill(~mask_LL, float("-inf"))
+    if kind.sinks_H is not None:
+        scores = torch.cat([scores, kind.sinks_H.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return (scores.softmax(-1, dtype=wide).to(query_HLD.dtype) @ value_HLD).transpose(0, 1)
+    weights = scores.softmax(-1, dtype=wide).to(query_HLD.dtype)[..., : mask_LL.shape[1]]
+    return (weights @ value_HLD).transpose(0, 1)
 
 
 def visible(groups: Groups) -> torch.Tensor:

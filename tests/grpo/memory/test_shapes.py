@@ -157,11 +157,17 @@ def test_experts_are_measured_as_one_mlp(tmp_path: Path):
     assert shape.measured_config == {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 8, **sizes}
 
 
-def test_a_window_is_why_prompts_are_not_shared(tmp_path: Path):
+def test_a_convolution_is_why_prompts_are_not_shared(tmp_path: Path):
+    keys = config_of(("lfm2", 2, 32, 48, 4, 2, None, 50, False)) | {"layer_types": ["conv", "full_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    notes = read_shape(str(tmp_path)).notes
+    assert "each prompt is computed once per completion (it has conv layers)" in notes
+
+
+def test_a_window_does_not_keep_prompts_from_being_shared(tmp_path: Path):
     keys = config_of(("mistral", 2, 32, 48, 4, 2, None, 50, False)) | {"sliding_window": 8}
     (tmp_path / "config.json").write_text(json.dumps(keys))
-    (note,) = read_shape(str(tmp_path)).notes
-    assert note.startswith("each prompt is computed once per completion (") and "sliding" in note
+    assert not read_shape(str(tmp_path)).notes
 
 
 BAD = {
