@@ -1,7 +1,7 @@
 """The memory of CUDA tensors: how torch's allocator takes it from the device, and how much was taken.
 
-use_expandable_segments()           # before the first CUDA tensor
-peak_memory()                       # {"allocated": bytes, "reserved": bytes} since the last call
+    use_expandable_segments()           # before the first CUDA tensor
+    peak_memory()                       # {"allocated": bytes, "reserved": bytes} since the last call
 """
 
 from __future__ import annotations

@@ -282,7 +282,9 @@ def _two_products(
     return linear(x_TK, w_KN.t(), bias_N).addmm_(h_TR, b_RN)
 
 
-def choose_kernel(kernel: Literal["auto", "triton", "cublas"], run: Callable[[], object], *, like: torch.Tensor) -> str | None:
+def choose_kernel(
+    kernel: Literal["auto", "triton", "cublas"], run: Callable[[], object], *, like: torch.Tensor
+) -> str | None:
     """`lora_choice.choose` between the kernel and torch's products, for layers with weights such as `like`. None without a
     device that has the kernel."""
     if not _has_kernel(like):

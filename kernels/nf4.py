@@ -63,9 +63,9 @@ class Nf4Weight:
 
         # As one row: for a matrix, bitsandbytes' CPU kernel assumes that rows consist of complete blocks.
         flat = (self.shape.numel(),)
-        return torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, flat, self.dtype).view(
-            self.shape
-        )
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            self.packed, self.absmax, BLOCKSIZE, QUANT_TYPE, flat, self.dtype
+        ).view(self.shape)
 
 
 @functools.cache

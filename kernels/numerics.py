@@ -1,8 +1,8 @@
 """Settings of torch and cuBLAS that decide how exact sums are on CUDA, and whether they are the same in every run.
 
-with full_precision_sums():             # around engine and trainer
-    with deterministic_algorithms():    # around a forward and backward
-        ...
+    with full_precision_sums():             # around engine and trainer
+        with deterministic_algorithms():    # around a forward and backward
+            ...
 """
 
 from __future__ import annotations

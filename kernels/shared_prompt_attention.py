@@ -3,8 +3,8 @@
 A pack is one row of tokens: `[prompt | completion 1 | ... | completion G] [prompt | ...] ...`, without padding. The prompt
 attends causally to itself; a completion attends to its prompt and, causally, to itself; position ids of every completion
 start at the prompt's length. A sliding window, a cap on the scores and sinks are part of it. The function is registered with
-transformers' `AttentionInterface` as `NAME`, and the layout is passed to the model's forward as the keyword `shared_prompt_layout`. Of all other layers, only those with a state
-depend on the layout: see `shared_prompt_recurrence.py`.
+transformers' `AttentionInterface` as `NAME`, and the layout is passed to the model's forward as the keyword
+`shared_prompt_layout`. Of all other layers, only those with a state depend on the layout: see `shared_prompt_recurrence.py`.
 
 Shapes: L tokens of the pack, H query heads, K key/value heads, D head dimension.
 """
@@ -108,8 +108,8 @@ def shared_prompt_attention(
 ) -> torch.Tensor:
     """Exact attention for the layout. Query [H, L, D], key and value [K, L, D] with K dividing H; returns [L, H, D].
 
-    If the flash kernels do not support the query (fp32, other devices), a cap or sinks, `block_attention` computes in plain torch,
-    also without quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
+    If the flash kernels do not support the query (fp32, other devices), a cap or sinks, `block_attention` computes in plain
+    torch, also without quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
 
     Args:
         scaling: of the scores; None: D ** -0.5.
@@ -173,7 +173,8 @@ def _window_of(module: torch.nn.Module, given: int | None) -> int | None:
     by_mask = getattr(config, "sliding_window", None) if kinds[index] == "sliding_attention" else None
     if given is not None and given != by_mask:
         raise ValueError(
-            f"{type(module).__name__} {index} asks for a window of {given}, its configuration for {by_mask}: its prompts cannot be shared"
+            f"{type(module).__name__} {index} asks for a window of {given}, its configuration for {by_mask}: its prompts "
+            "cannot be shared"
         )
     return by_mask
 

@@ -5,15 +5,16 @@
     with active(layout):            # around the forward and the backward pass of one pack
         model(...)
 
-Layers with a state (gated delta nets, Mamba 2, short convolutions) run over a prompt once. Each completion begins with the state
-that its prompt ends with: the recurrent state, and the last inputs of the convolution. Autograd adds up the gradients of the
-completions in that state. It is exact: a row with prompt and completion computes the same.
+Layers with a state (gated delta nets, Mamba 2, short convolutions) run over a prompt once. Each completion begins with the
+state that its prompt ends with: the recurrent state, and the last inputs of the convolution. Autograd adds up the gradients of
+the completions in that state. It is exact: a row with prompt and completion computes the same.
 
 Transformers' models call functions of their own module for this, such as `causal_conv1d_fn`, which are fast kernels where these
 are installed. `install` replaces them by functions that do the same outside of `active`, and within it call them for the
 prompts and for the completions of a pack. What is not among these functions keeps prompts from being shared (`why_not`).
 
-Shapes: L tokens of the pack, C channels, K taps, H heads; a batch of the pack's sequences has [U, T] tokens (`recurrence_plan.py`).
+Shapes: L tokens of the pack, C channels, K taps, B tokens at the beginning of sequences, H heads, D head dimension. A batch of
+the pack's sequences has [U, T] tokens (`recurrence_plan.py`).
 """
 
 from __future__ import annotations

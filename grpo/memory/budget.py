@@ -173,7 +173,9 @@ class Budget:
         return tuple(size for size, budget in zip(COMMON_SIZES_GIB, sizes, strict=True) if budget.fits)
 
 
-def plan_budget(shape: ModelShape, config: GRPOConfig, *, device: Device, vram: int | None = None, in_use: int = 0) -> Budget:
+def plan_budget(
+    shape: ModelShape, config: GRPOConfig, *, device: Device, vram: int | None = None, in_use: int = 0
+) -> Budget:
     """The budget of a run.
 
     Args:

@@ -23,7 +23,9 @@ PACK_SIZES = (16384, 8192, USUAL_TOKENS_PER_PACK, MIN_TOKENS_PER_PACK)
 CONTEXT_BYTES = 384 * 2**20  # of `RUNTIME_BYTES`, what is taken as soon as CUDA is in use, assumed
 
 
-def decide_memory(config: GRPOConfig, model_path: str, *, world: World = SINGLE_PROCESS) -> tuple[GRPOConfig, Budget | None]:
+def decide_memory(
+    config: GRPOConfig, model_path: str, *, world: World = SINGLE_PROCESS
+) -> tuple[GRPOConfig, Budget | None]:
     """The configuration with vLLM's share and the size of a pass, and the plan that they come from; on CPU nothing is decided.
 
     All workers take the smallest of their packs, so that a step takes all of them the same time. A model that cannot be planned

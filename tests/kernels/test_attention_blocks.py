@@ -55,7 +55,9 @@ def test_scores_stay_within_the_limit(groups: Groups, heads: tuple[int, int], sc
 @settings(deadline=None, max_examples=60)
 @given(groups=GROUPS, heads=HEADS, scores_limit=LIMITS, padding_limit=st.sampled_from([0, 300, 2**16]))
 @example(groups=[(40, [50, 3]), (70, [])], heads=(4, 2), scores_limit=1000, padding_limit=0)
-def test_blocks_do_not_change_the_result(groups: Groups, heads: tuple[int, int], scores_limit: int, padding_limit: int) -> None:
+def test_blocks_do_not_change_the_result(
+    groups: Groups, heads: tuple[int, int], scores_limit: int, padding_limit: int
+) -> None:
     qkv = random_qkv(groups, *heads)
     plans = [
         plan_with(groups, heads, scores_limit=2**22),

@@ -246,7 +246,9 @@ def test_a_loss_scale_multiplies_gradients_alone(
             return size * curved(*arguments)
 
         for scale in (None, 2.0**12):
-            loss, *measured = linear_logprob_loss(*case, small, chunk_bytes=1, passes=passes, factor=factor, loss_scale=scale)
+            loss, *measured = linear_logprob_loss(
+                *case, small, chunk_bytes=1, passes=passes, factor=factor, loss_scale=scale
+            )
             found.append([loss.detach(), *measured, *torch.autograd.grad(loss, leaves(*case[:2]))])
         plain, scaled = found
         assert all(map(torch.equal, plain[:3], scaled[:3]))

@@ -76,7 +76,9 @@ def test_any_shape_equals_plain_autograd(
     expected = plain(ids, embedded, adapter, multiplier, padding_idx)
     torch.testing.assert_close(ours, expected)
     grad, inputs = torch.randn_like(expected), (embedded, adapter.master_a, adapter.master_b)
-    torch.testing.assert_close(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
 
 
 def test_gradients_of_a_repeated_token_are_summed_in_fp32_and_deterministic() -> None:

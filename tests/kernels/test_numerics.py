@@ -49,7 +49,9 @@ def test_algorithms_are_deterministic_within_the_block_only(before: str) -> None
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("is_started", "allocations", "in_time"), [(False, 0, True), (True, 0, True), (True, 3, False)])
+@pytest.mark.parametrize(
+    ("is_started", "allocations", "in_time"), [(False, 0, True), (True, 0, True), (True, 3, False)]
+)
 def test_cublas_gets_a_workspace_before_the_first_product(
     is_started: bool, allocations: int, in_time: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,12 +191,12 @@ def test_caps_and_sinks_come_from_transformers() -> None:
 def test_windows_that_contradict_each_other_are_an_error() -> None:
     t = torch.zeros(1, 2, 3, 4)
     layout = SharedPromptLayout.build([(3, [])])
-    with pytest.raises(ValueError, match="^Layer 0 asks for a window of 4, its configuration for None: "):
+    with pytest.raises(ValueError, match=r"^Layer 0 asks for a window of 4, its configuration for None: "):
         transformers_attention(Layer(0, ["full_attention"]), t, t, t, None, shared_prompt_layout=layout, sliding_window=4)
 
 
 def test_another_kind_of_attention_is_an_error() -> None:
     t = torch.zeros(1, 2, 3, 4)
     layout = SharedPromptLayout.build([(3, [])])
-    with pytest.raises(ValueError, match="^Linear uses attention with position_bias: "):
+    with pytest.raises(ValueError, match=r"^Linear uses attention with position_bias: "):
         transformers_attention(torch.nn.Linear(1, 1), t, t, t, None, shared_prompt_layout=layout, position_bias=t)

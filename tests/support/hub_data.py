@@ -1,7 +1,7 @@
 """A hub over HTTP with one data set, for downloads: its files, and the types that the Hub's viewer has guessed.
 
-with HubData({"train.jsonl": b"..."}) as hub:
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)        # load_dataset("me/sums")
+    with HubData({"train.jsonl": b"..."}) as hub:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)        # load_dataset("me/sums")
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A small model hub over HTTP, for uploads: repositories in memory, every file in the commit itself.
 
-with HubServer() as hub:
-    HfApi(endpoint=hub.url, token="any").upload_folder(repo_id="me/mine", folder_path=folder)
-    hub.repositories["me/mine"]["README.md"]
+    with HubServer() as hub:
+        HfApi(endpoint=hub.url, token="any").upload_folder(repo_id="me/mine", folder_path=folder)
+        hub.repositories["me/mine"]["README.md"]
 """
 
 from __future__ import annotations

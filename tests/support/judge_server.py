@@ -1,8 +1,8 @@
 """A real HTTP server with the part of OpenAI's chat endpoint that a judge needs; by default it replies with the question.
 
-with judge_server() as server:
-    server.answer = lambda question: (429, "slow down")
-    reward = judge(model="m", base_url=server.url)
+    with judge_server() as server:
+        server.answer = lambda question: (429, "slow down")
+        reward = judge(model="m", base_url=server.url)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A device whose memory runs out in large packs: an operation of the pass raises what torch raises on CUDA.
 
-with little_memory(40):             # in the backward pass of an MLP over more than 40 tokens
-    learner.update(groups, step=0)
+    with little_memory(40):             # in the backward pass of an MLP over more than 40 tokens
+        learner.update(groups, step=0)
 """
 
 from __future__ import annotations

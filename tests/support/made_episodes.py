@@ -1,7 +1,7 @@
 """Episodes as an environment could have played them, made up: messages, calls, given tokens, rewards.
 
-episode = played(turns=2, calls=[call("add")], rewards={"Guess": 1.0})
-completion = completion_of(episode, sampled=5, given=3)
+    episode = played(turns=2, calls=[call("add")], rewards={"Guess": 1.0})
+    completion = completion_of(episode, sampled=5, given=3)
 """
 
 from __future__ import annotations

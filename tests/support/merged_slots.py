@@ -1,7 +1,7 @@
 """Random adapters in an engine's slots, and the reference: the transformers model with the slots merged into its weights.
 
-publish_random(engine, ["lm_head"])                  # an adapter on lm_head only
-MergedModel(folder, engine.slots).logprobs([5, 9])   # fp64
+    publish_random(engine, ["lm_head"])                  # an adapter on lm_head only
+    MergedModel(folder, engine.slots).logprobs([5, 9])   # fp64
 """
 
 from __future__ import annotations

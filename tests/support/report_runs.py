@@ -1,8 +1,8 @@
 """Run folders for reports, written in milliseconds by the recorder of real runs: made-up numbers and texts, no model.
 
-run = MadeRun(tmp_path / "run", tokenizer=folder)
-run.play(12)        # twelve steps with their completions
-run.finish()
+    run = MadeRun(tmp_path / "run", tokenizer=folder)
+    run.play(12)        # twelve steps with their completions
+    run.finish()
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Groups of made-up tokens, for tests that need no sampler, and an objective's loss on made-up log-probabilities.
 
-(one,) = pack(random_groups([(4, [3, 5])]), tokens_per_pack=1000)
-loss = loss_on_leaves(objective.of(one, constants, ...), logprobs_N, entropies_N)
+    (one,) = pack(random_groups([(4, [3, 5])]), tokens_per_pack=1000)
+    loss = loss_on_leaves(objective.of(one, constants, ...), logprobs_N, entropies_N)
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def make_group(
     )
 
 
-def random_groups(shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0, truncated: Sequence[int] = ()) -> list[Group]:
+def random_groups(
+    shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0, truncated: Sequence[int] = ()
+) -> list[Group]:
     """One group a shape (prompt length, completion lengths): random tokens, advantages and sampler's log-probabilities.
 
     `truncated`: which completions of each group were cut off.
@@ -69,7 +71,9 @@ def random_groups(shapes: Sequence[tuple[int, Sequence[int]]], *, seed: int = 0,
     ]
 
 
-def with_given(groups: Sequence[Group], *, seed: int = 0, shares: Sequence[float] = (0.0, 0.3, 0.5, 1.0)) -> list[Group]:
+def with_given(
+    groups: Sequence[Group], *, seed: int = 0, shares: Sequence[float] = (0.0, 0.3, 0.5, 1.0)
+) -> list[Group]:
     """The groups with random ranges of each completion given, which have no log-probabilities. `shares`: of its tokens."""
     draw = random.Random(seed)
 
@@ -78,7 +82,9 @@ def with_given(groups: Sequence[Group], *, seed: int = 0, shares: Sequence[float
         is_given = [draw.random() < share for _ in completion.token_ids]
         edges = [i for i, (a, b) in enumerate(itertools.pairwise([False, *is_given, False])) if a != b]
         logprobs = [logprob for logprob, given in zip(completion.logprobs, is_given, strict=True) if not given]
-        return dataclasses.replace(completion, given=tuple(zip(edges[::2], edges[1::2], strict=True)), logprobs=tuple(logprobs))
+        return dataclasses.replace(
+            completion, given=tuple(zip(edges[::2], edges[1::2], strict=True)), logprobs=tuple(logprobs)
+        )
 
     return [dataclasses.replace(group, completions=tuple(map(of_episode, group.completions))) for group in groups]
 
@@ -97,7 +103,9 @@ def with_logprobs(groups: Sequence[Group], logprobs: Sequence[torch.Tensor]) -> 
         assert len(others) == len(completion.logprobs)
         return dataclasses.replace(completion, logprobs=others)
 
-    return [dataclasses.replace(group, completions=tuple(map(with_others, group.completions))) for group in groups]
+    return [
+        dataclasses.replace(group, completions=tuple(map(with_others, group.completions))) for group in groups
+    ]
 
 
 def loss_on_leaves(loss: PackLoss, logprobs_N: torch.Tensor, entropies_N: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Episodes whose turns are written in the test: what `turns.play` does with them is real, only nothing is sampled.
 
-played = script([["<tool_call>...</tool_call><|im_end|>", "5.<|im_end|>"]], tools=[add])
-played[0].completion.episode.calls
+    played = script([["<tool_call>...</tool_call><|im_end|>", "5.<|im_end|>"]], tools=[add])
+    played[0].completion.episode.calls
 """
 
 from __future__ import annotations
@@ -149,4 +149,4 @@ def call(name: str, **arguments: Any) -> str:
     """A call in Hermes' form."""
     import json
 
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    return f'<tool_call>\n{json.dumps({"name": name, "arguments": arguments})}\n</tool_call>'

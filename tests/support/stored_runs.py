@@ -1,8 +1,8 @@
 """Run folders as a run leaves them, without a run: for the tests of their copies.
 
-run = StoredRun(Path("runs/mine"))
-run.save(10)                                # one more row of metrics, and a checkpoint with all rows until then
-run.end()                                   # the adapter, and the summary
+    run = StoredRun(Path("runs/mine"))
+    run.save(10)                                # one more row of metrics, and a checkpoint with all rows until then
+    run.end()                                   # the adapter, and the summary
 """
 
 import json

@@ -75,3 +75,5 @@ def learn_in_a_group(rank: int, size: int, rendezvous: str, model_path: str, var
     outcomes = learn(model_path, variants, World.from_process_group())
     torch.save(outcomes, Path(out) / f"{rank}.pt")
     dist.destroy_process_group()
+
+

@@ -16,7 +16,9 @@ from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import by_completion, pack, pad
 from rankup.grpo.model.policy import Policy
 
-SHAPES = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 12), min_size=1, max_size=4)), min_size=1, max_size=3)
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(0, 12), min_size=1, max_size=4)), min_size=1, max_size=3
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "mistral"])

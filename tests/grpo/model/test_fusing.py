@@ -128,7 +128,9 @@ def test_layers_that_read_the_same_tensor_and_a_plain_mlp_are_fused() -> None:
         (("gate_proj",), [], ["mlp"], []),
     ],
 )
-def test_any_subset_of_the_projections(targets: tuple[str, ...], qkv: list[str], mlp: list[str], single: list[str]) -> None:
+def test_any_subset_of_the_projections(
+    targets: tuple[str, ...], qkv: list[str], mlp: list[str], single: list[str]
+) -> None:
     fusion = fused_and_compared(adapted(Block(Mixer(), PlainMLP()), targets))
     assert (fusion.qkv, fusion.mlp, fusion.single, fusion.not_fused) == (qkv, mlp, single, {})
 

@@ -44,7 +44,9 @@ def test_the_head_gives_the_logprobs_of_the_model(load, kind: str) -> None:
         ("hyperclovax", "logits_scaling", None, 5.0),
     ],
 )
-def test_logit_options_of_the_configuration(load, kind: str, field: str | None, softcap: float | None, scale: float) -> None:
+def test_logit_options_of_the_configuration(
+    load, kind: str, field: str | None, softcap: float | None, scale: float
+) -> None:
     model = load(kind, **{field: 5.0} if field else {})
     head = head_of(model)
     assert (head.softcap, head.scale, head.adapter) == (softcap, scale, None)

@@ -30,7 +30,9 @@ class ScaledEmbedding(nn.Embedding):
 def make_layers(base: nn.Embedding) -> tuple[FusedLoRAEmbedding, PeftLoraEmbedding]:
     """Ours, published, and PEFT's, with the same random masters."""
     config = PeftLoraConfig(r=R, lora_alpha=2)
-    ours, theirs = (kind(base, ADAPTER, config, r=R, lora_alpha=2) for kind in (FusedLoRAEmbedding, PeftLoraEmbedding))
+    ours, theirs = (
+        kind(base, ADAPTER, config, r=R, lora_alpha=2) for kind in (FusedLoRAEmbedding, PeftLoraEmbedding)
+    )
     assert isinstance(ours, FusedLoRAEmbedding)
     ours.slot = AdapterSlot.empty(max_rank=8, in_features=V, out_features=D, dtype=torch.float32, device="cpu")
     with torch.no_grad():

@@ -19,12 +19,14 @@ from rankup.kernels.shared_prompt_attention import SharedPromptLayout
 
 PAD_TOKEN_ID = 0
 
-SHAPES = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 12), min_size=1, max_size=5)), min_size=0, max_size=5)
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(0, 12), min_size=1, max_size=5)), min_size=0, max_size=5
+)
 
 GROUPS = st.builds(
-    lambda shapes, are_episodes, seed: (
-        with_given(random_groups(shapes, seed=seed), seed=seed) if are_episodes else random_groups(shapes, seed=seed)
-    ),
+    lambda shapes, are_episodes, seed: with_given(random_groups(shapes, seed=seed), seed=seed)
+    if are_episodes
+    else random_groups(shapes, seed=seed),
     SHAPES,
     st.booleans(),
     st.integers(0, 20),
@@ -78,7 +80,10 @@ def padded_contexts(one: Pack) -> dict[int, tuple[int, ...]]:
     width = ids.shape[1]
     assert torch.equal(mask, mask.sort(dim=1, descending=True).values), "padding stands on the right"
     assert (ids[mask == 0] == PAD_TOKEN_ID).all()
-    return {row * width + column: tuple(ids[row, : column + 1].tolist()) for row, column in mask.nonzero().tolist()}
+    return {
+        row * width + column: tuple(ids[row, : column + 1].tolist())
+        for row, column in mask.nonzero().tolist()
+    }
 
 
 def found_targets(one: Pack, contexts: dict[int, tuple[int, ...]]) -> list[Target]:

@@ -140,7 +140,9 @@ def memory_in_use() -> int:
 
 def test_shared_weights_are_in_memory_once(engine_shelf, wide_model: Path) -> None:
     path = str(wide_model)
-    config = GRPOConfig(kv_cache_gib=1 / 64, rank=8, share_base_weights=True, max_prompt_length=64, max_completion_length=64)
+    config = GRPOConfig(
+        kv_cache_gib=1 / 64, rank=8, share_base_weights=True, max_prompt_length=64, max_completion_length=64
+    )
     engine = engine_shelf.get(engine_settings(config, path))
     added, unshared, logprobs = {}, {}, {}
     for share in (True, False, True):  # the first one also loads libraries
