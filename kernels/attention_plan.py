@@ -7,8 +7,8 @@ The pack is split into sequences: every prompt by itself, and every completion b
 behind prompts of equal length form a unit, in which the query heads of a key head are rows of one product. A unit whose scores
 would exceed `SCORES_LIMIT` is computed in blocks of tokens, each without the keys that none of its tokens sees.
 
-A token of a layer with a window sees its own position and the W - 1 before it, a band of the sequence's columns. So a completion
-is given the last W - 1 tokens of its prompt only.
+A token of a layer with a window sees its own position and the W - 1 before it, a band of the sequence's columns. So a
+completion is given the last W - 1 tokens of its prompt only.
 
 Shapes: L tokens of the pack, H query heads, K key heads, h = H / K query heads of a key head, D head dimension, E = h * D;
 U sequences of a unit, P tokens of their prompt, C tokens of each (padded), S keys of each (P + C, padded), T tokens of a block;
