@@ -7,8 +7,8 @@ W = softmax(scaling * q k^T + mask) and the gradient g of the result,
     out = W v        dv = W^T g        ds = W (g v^T - rowsum(W g v^T))        dq = scaling * ds k        dk = scaling * ds^T q
 
 Two variants of the scores are computed here too. A cap c makes them c tanh(s / c) before the mask (Gemma 2), so ds has the
-factor 1 - tanh(s / c)^2. A sink is a score of a query head without a key and a value (gpt-oss): it takes part in the softmax, so
-the weights of the keys add up to less than 1, and the formulas hold as they are.
+factor 1 - tanh(s / c)^2. A sink is a score of a query head without a key and a value (gpt-oss): it takes part in the softmax,
+so the weights of the keys add up to less than 1, and the formulas hold as they are.
 
 q, k and v are saved for the backward, and so is W if it is small (`KEPT_LIMIT`). Otherwise the backward recomputes W block by
 block. `attention_plan.py` defines units, blocks and the shapes.
