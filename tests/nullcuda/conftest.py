@@ -10,5 +10,11 @@ import pytest
 collect_ignore_glob = [] if hasattr(ctypes.CDLL(None), "nullcuda_called") else ["test_*.py"]
 
 
+@pytest.fixture
+def no_other_engine(engine_shelf) -> None:
+    """Closes the engine that the tests before shared: vLLM has one memory pool in a process."""
+    engine_shelf.close()
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.nullcuda)

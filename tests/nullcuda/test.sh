@@ -9,6 +9,5 @@ for argument in "$@"; do
     fi
 done
 mapfile -t of_gpus < <(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
-# The interpreter of Triton's kernels takes minutes for the largest sizes.
-selection=(-m "nullcuda or gpu" -k "not 4096" tests/nullcuda "${of_gpus[@]}")
+selection=(-m "(nullcuda or gpu) and not large" tests/nullcuda "${of_gpus[@]}")
 exec tests/nullcuda/run.sh pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -58,7 +58,7 @@ class Session:
 
 
 @pytest.fixture(params=["eager", "eager, synchronous", "eager, v2", "graphs"])
-def session(request: pytest.FixtureRequest, tiny_model_path, monkeypatch) -> Iterator[Session]:
+def session(request: pytest.FixtureRequest, tiny_model_path, monkeypatch, no_other_engine) -> Iterator[Session]:
     original = engine_module.engine_args
 
     def changed_args(settings: EngineSettings, *, on_cpu: bool) -> Any:

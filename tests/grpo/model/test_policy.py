@@ -343,6 +343,13 @@ def test_gradient_checkpointing_changes_memory_alone(new_policy: Make, kind: str
     assert passes[1] == 2 * passes[0], "activations are computed again in the backward"
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_pass_that_times_kernels_recomputes_activations_too(new_policy: Make, kind: str) -> None:
+    policy = new_policy(kind, gradient_checkpointing=True)
+    policy.any_pass()
+    assert all(master.grad is None for master in policy.masters)
+
+
 # Models
 
 

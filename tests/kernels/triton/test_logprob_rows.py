@@ -198,7 +198,7 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype, softcap: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("which", SLOPES)
 @pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (123, 507), (64, 151_936)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (123, 507), pytest.param(64, 151_936, marks=pytest.mark.large)])
 def test_on_a_gpu_it_is_as_accurate_as_torch(
     rows: int, vocabulary: int, which: str, softcap: float | None, dtype: torch.dtype
 ) -> None:

@@ -231,7 +231,7 @@ def test_without_a_device_torch_computes_and_no_kernel_is_imported() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("sizes", [*RAGGED, (4096, 4096, 14336)])
+@pytest.mark.parametrize("sizes", [*RAGGED, pytest.param((4096, 4096, 14336), marks=pytest.mark.large)])
 def test_on_a_gpu_it_is_as_accurate_as_torch_and_deterministic(sizes: tuple[int, int, int], rank: int) -> None:
     operands = make_operands(*sizes, rank)
     assert_as_exact_as_torch(operands, torch.bfloat16, "cuda")

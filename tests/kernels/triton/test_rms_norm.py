@@ -125,7 +125,7 @@ def test_without_a_device_torch_computes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("width", [128, 896, 4096, WIDEST])
+@pytest.mark.parametrize("width", [128, 896, pytest.param(4096, marks=pytest.mark.large), WIDEST])
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_on_a_gpu_it_is_as_accurate_as_torch(monkeypatch: pytest.MonkeyPatch, width: int, unit_offset: bool) -> None:
     assert_as_exact_as_torch(monkeypatch, 507, width, torch.bfloat16, "cuda", unit_offset=unit_offset)

@@ -112,6 +112,6 @@ def test_builds_stay_in_registers(capability: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(123, 507), (4096, 14_336)])
+@pytest.mark.parametrize("shape", [(123, 507), pytest.param((4096, 14_336), marks=pytest.mark.large)])
 def test_on_a_gpu_it_is_as_accurate_as_torch(shape: tuple[int, int]) -> None:
     assert_as_exact_as_torch(shape, torch.bfloat16, "cuda")
