@@ -163,7 +163,7 @@ def _read_keys(file: Path) -> dict[str, Any]:
 def _read_off(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape:
     from torch import nn
 
-    from ..model.policy import why_prompts_cannot_be_shared
+    from ..model.shared_prompts import why_prompts_cannot_be_shared
 
     config = model.config.get_text_config()
     sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in SIZES.items()}

@@ -9,7 +9,6 @@ policy.save_adapter(Path("adapter"))            # PEFT's format
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,11 +16,8 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ...kernels import shared_prompt_attention, shared_prompt_recurrence
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
-from ...kernels.shared_prompt_attention import SharedPromptLayout
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
@@ -33,14 +29,18 @@ from .fusing import fuse
 from .heads import head_of
 from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
 from .packing import Pack
+from .shared_prompts import (
+    PACKED_ATTENTION,
+    SharedPromptLayout,
+    packs_of,
+    plain_attention,
+    take_packs,
+    why_prompts_cannot_be_shared,
+)
 from .start import StartAdapter, write_start
 
 # Logits formed at a time: what CPU caches and memory like, and 2k to 4k tokens on a GPU, whose products want many rows.
 LOGITS_MIB = {"cpu": 128, "cuda": 1024}
-
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
-TOKENWISE_KINDS = ("mlp", "moe", "dense", "sparse")
-"""Entries of `layer_types`: what shares prompts as attention does, and what does not mix tokens at all."""
 
 
 class Policy:
@@ -80,7 +80,6 @@ class Policy:
         slots: Mapping[str, AdapterSlot] | None = None,
         deterministic: bool = False,
     ) -> None:
-        shared_prompt_attention.register()
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
         base = self.base.model
         self._bare_head = head_of(base)
@@ -88,8 +87,8 @@ class Policy:
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
         if self.shares_prompts:
-            shared_prompt_recurrence.install(base)
-        base.set_attn_implementation(_plain_attention(base))
+            take_packs(base)
+        base.set_attn_implementation(plain_attention(base))
         self._is_packed = False
         self._checkpoints_gradients = False
         self.device = device
@@ -282,7 +281,7 @@ class Policy:
     @contextmanager
     def _over(self, layout: SharedPromptLayout | None) -> Iterator[None]:
         """Around forward and backward of a pack of this layout; None: of padded rows."""
-        with self.packed(), shared_prompt_recurrence.active(layout):
+        with self.packed(), packs_of(layout):
             yield
 
     @property
@@ -307,7 +306,7 @@ class Policy:
             return
         self._is_packed = True
         if self.shares_prompts:
-            self.model.set_attn_implementation(shared_prompt_attention.NAME)
+            self.model.set_attn_implementation(PACKED_ATTENTION)
         if self._checkpoints_gradients:
             self.model.train()  # transformers recomputes in training mode only; there is no dropout to switch on
         try:
@@ -317,7 +316,7 @@ class Policy:
             self._is_packed = False
             self.model.eval()
             if self.shares_prompts:
-                self.model.set_attn_implementation(_plain_attention(self.model))
+                self.model.set_attn_implementation(plain_attention(self.model))
 
     @contextmanager
     def sampling(self, *, use_adapter: bool = True) -> Iterator[None]:
@@ -342,37 +341,3 @@ class Policy:
             )
             for name, layer in self.layers.items()
         }
-
-
-def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
-    """None if prompts can be shared by all layers that mix tokens, and attention is causal; else the reason, in words."""
-    config = model.config
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced"
-    kinds: list[str] = getattr(config, "layer_types", None) or []
-    other_kinds = [kind for kind in kinds if kind not in ATTENTION_KINDS and kind not in TOKENWISE_KINDS]
-    if len(other_kinds) > len(shared_prompt_recurrence.layers_with_state(model)):
-        return f"it has {', '.join(sorted(set(other_kinds)))} layers"
-    if reason := shared_prompt_recurrence.why_not(model):
-        return reason
-    if not kinds and getattr(config, "sliding_window", None) and not _passes_window(model):
-        return "only its masks know its sliding window"
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        or not getattr(config, "is_causal", True)
-        or getattr(config, "use_bidirectional_attention", False)
-    ):
-        return "its attention is not causal"
-    return None
-
-
-def _passes_window(model: PreTrainedModel) -> bool:
-    """Whether attention gets the window as an argument, as in transformers' newer models, besides a mask."""
-    kinds = {type(module) for module in model.modules() if hasattr(module, "layer_idx")}
-    return any("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
-
-
-def _plain_attention(model: PreTrainedModel) -> str:
-    """What computes one row per completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
-    caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
-    return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"

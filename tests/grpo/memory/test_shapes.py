@@ -157,11 +157,12 @@ def test_experts_are_measured_as_one_mlp(tmp_path: Path):
     assert shape.measured_config == {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 8, **sizes}
 
 
-def test_a_convolution_is_why_prompts_are_not_shared(tmp_path: Path):
-    keys = config_of(("lfm2", 2, 32, 48, 4, 2, None, 50, False)) | {"layer_types": ["conv", "full_attention"]}
+def test_attention_of_its_own_is_why_prompts_are_not_shared(tmp_path: Path):
+    keys = config_of(("jamba", 2, 32, 48, 4, 2, None, 50, False))
+    keys |= {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
     (tmp_path / "config.json").write_text(json.dumps(keys))
     notes = read_shape(str(tmp_path)).notes
-    assert "each prompt is computed once per completion (it has conv layers)" in notes
+    assert any(note == "each prompt is computed once per completion (its attention cannot be replaced)" for note in notes)
 
 
 def test_a_window_does_not_keep_prompts_from_being_shared(tmp_path: Path):

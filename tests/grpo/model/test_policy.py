@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from sample_groups import random_groups
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rankup.grpo.config import LoraConfig
 from rankup.grpo.model.packing import Pack, pack, pad
-from rankup.grpo.model.policy import Policy, why_prompts_cannot_be_shared
+from rankup.grpo.model.policy import Policy
 from rankup.kernels.logprob import chunk_rows
 from rankup.rollout.slots import AdapterSlot
 
@@ -357,30 +356,6 @@ def test_the_pass_that_times_kernels_recomputes_activations_too(new_policy: Make
 def test_prompts_are_shared(new_policy: Make, kind: str) -> None:
     policy = new_policy(kind)
     assert (policy.plain_reason, policy.shares_prompts) == (None, True)
-
-
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (transformers.Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]), "it has conv layers"),
-        (
-            transformers.PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=2, sliding_window=6),
-            "only its masks know its sliding window",
-        ),
-        (
-            transformers.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8, use_bidirectional_attention=True),
-            "its attention is not causal",
-        ),
-        (transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=50), "its attention cannot be replaced"),
-    ],
-)
-def test_a_model_says_why_its_prompts_cannot_be_shared(config: transformers.PreTrainedConfig, reason: str) -> None:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    assert why_prompts_cannot_be_shared(model) == reason
 
 
 def test_norm_layers_are_refused(new_policy: Make) -> None:

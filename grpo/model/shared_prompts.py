@@ -1,0 +1,72 @@
+"""Whether a model can take packs with shared prompts, and how it is made to.
+
+    reason = why_prompts_cannot_be_shared(model)        # None, or words
+    take_packs(model)                                   # once
+    model.set_attn_implementation(PACKED_ATTENTION)     # plain_attention(model): rows again
+    with packs_of(layout):                              # around forward and backward
+        model(..., shared_prompt_layout=layout)
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from transformers import PreTrainedModel
+
+from ...kernels.shared_prompt_attention import NAME as PACKED_ATTENTION
+from ...kernels.shared_prompt_attention import SharedPromptLayout, register
+from ...kernels.shared_prompt_recurrence import active as packs_of
+from ...kernels.shared_prompt_recurrence import install, layers_with_state, why_not
+
+__all__ = [
+    "PACKED_ATTENTION",
+    "SharedPromptLayout",
+    "packs_of",
+    "plain_attention",
+    "take_packs",
+    "why_prompts_cannot_be_shared",
+]
+
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+TOKENWISE_KINDS = ("mlp", "moe", "dense", "sparse")
+"""Entries of `layer_types`: what shares prompts as attention does, and what does not mix tokens at all."""
+
+
+def take_packs(model: PreTrainedModel) -> None:
+    """Make the layers with a state take packs within `packs_of`, and `PACKED_ATTENTION` known."""
+    register()
+    install(model)
+
+
+def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
+    """None if prompts can be shared by all layers that mix tokens, and attention is causal; else the reason, in words."""
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    other_kinds = [kind for kind in kinds if kind not in ATTENTION_KINDS and kind not in TOKENWISE_KINDS]
+    if len(other_kinds) > len(layers_with_state(model)):
+        return f"it has {', '.join(sorted(set(other_kinds)))} layers"
+    if reason := why_not(model):
+        return reason
+    if not kinds and getattr(config, "sliding_window", None) and not _passes_window(model):
+        return "only its masks know its sliding window"
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or not getattr(config, "is_causal", True)
+        or getattr(config, "use_bidirectional_attention", False)
+    ):
+        return "its attention is not causal"
+    return None
+
+
+def _passes_window(model: PreTrainedModel) -> bool:
+    """Whether attention gets the window as an argument, as in transformers' newer models, besides a mask."""
+    kinds = {type(module) for module in model.modules() if hasattr(module, "layer_idx")}
+    return any("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
+
+
+def plain_attention(model: PreTrainedModel) -> str:
+    """What computes one row per completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
+    caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"
