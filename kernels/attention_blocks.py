@@ -36,7 +36,7 @@ def block_attention(
     softcap: float | None = None,
     sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention in the plan's layout, [L, H, D] in the inputs' dtype.
+    """Attention in the plan's layout, [L, H, D] in the inputs' dtype. The values' D may be another one.
 
     Scores and weights are rounded to the inputs' dtype, as in transformers' eager attention; sums are at least fp32.
 
@@ -69,7 +69,7 @@ class _BlockAttention(torch.autograd.Function):
         keeps_weights = plan.keeps_weights and scores.softcap is None  # the slope of a cap needs the scores anyway
         query_QE = _rows(query_HLD, plan.key_heads).index_select(0, plan.query_rows)
         key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
-        out_QE = torch.empty_like(query_QE)
+        out_QE = query_QE.new_empty(len(query_QE), plan.heads // plan.key_heads * value_KLD.shape[2])
         kept: list[torch.Tensor] = []
         for block in plan.blocks():
             weights, _ = _weights(block, block.queries(query_QE), block.keys(key_ND), scores)
@@ -77,7 +77,7 @@ class _BlockAttention(torch.autograd.Function):
             if keeps_weights:
                 kept.append(weights)
         ctx.save_for_backward(query_HLD, key_KLD, value_KLD, *kept)
-        return out_QE.index_select(0, plan.result_rows).view(-1, plan.heads, query_HLD.shape[2])
+        return out_QE.index_select(0, plan.result_rows).view(-1, plan.heads, value_KLD.shape[2])
 
     @staticmethod
     @once_differentiable
@@ -91,7 +91,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_QE.index_fill_(0, plan.padding, 0.0)  # padding rows repeat tokens that have a row elsewhere
         key_ND, value_ND = (_rows(t, plan.key_heads).index_select(0, plan.key_rows) for t in (key_KLD, value_KLD))
         grad_query_QE = torch.empty_like(query_QE)
-        grad_key_ND, grad_value_ND = (_new_total(key_ND, plan) for _ in range(2))
+        grad_key_ND, grad_value_ND = (_new_total(t, plan) for t in (key_ND, value_ND))
         for block, weights in itertools.zip_longest(plan.blocks(), kept):
             query, grad, grad_query = (block.queries(t) for t in (query_QE, grad_QE, grad_query_QE))
             key, value, grad_key, grad_value = (block.keys(t) for t in (key_ND, value_ND, grad_key_ND, grad_value_ND))
@@ -105,7 +105,7 @@ class _BlockAttention(torch.autograd.Function):
                 grad_scores.mul_(capped.square_().neg_().add_(1.0))
             torch.baddbmm(grad_query, grad_scores, key, beta=0, alpha=scores.scaling, out=grad_query)
             _add_product(grad_key, grad_scores.transpose(1, 2), query, plan, scores.scaling)
-        grad_query_LHD = grad_query_QE.index_select(0, plan.result_rows).view(grads[0].shape)
+        grad_query_LHD = grad_query_QE.index_select(0, plan.result_rows).view(-1, plan.heads, query_HLD.shape[2])
         grad_key_LKD, grad_value_LKD = (_sum_of_keys(t, plan, key_ND.dtype) for t in (grad_key_ND, grad_value_ND))
         return (*(t.transpose(0, 1) for t in (grad_query_LHD, grad_key_LKD, grad_value_LKD)), None, None)
 

@@ -3,15 +3,16 @@
 A pack is one row of tokens: `[prompt | completion 1 | ... | completion G] [prompt | ...] ...`, without padding. The prompt
 attends causally to itself; a completion attends to its prompt and, causally, to itself; position ids of every completion
 start at the prompt's length. A sliding window, a cap on the scores and sinks are part of it. The function is registered with
-transformers' `AttentionInterface` as `NAME`, and the layout is passed to the model's forward as the keyword
-`shared_prompt_layout`. Of all other layers, only those with a state depend on the layout: see `shared_prompt_recurrence.py`.
+transformers' `AttentionInterface` as `NAME`; around forward and backward, `active(layout)` says what the pack looks like. Of
+all other layers, only those with a state depend on it: see `shared_prompt_recurrence.py`.
 
-Shapes: L tokens of the pack, H query heads, K key/value heads, D head dimension.
+Shapes: L tokens of the pack, H query heads, K key/value heads, D head dimension of queries and keys, E of values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -95,6 +96,29 @@ class SharedPromptLayout:
         ]
 
 
+# One for the process, not for a thread: torch recomputes checkpointed layers in threads of its own.
+_active: list[SharedPromptLayout] = []
+
+
+@contextmanager
+def active(layout: SharedPromptLayout | None) -> Iterator[None]:
+    """Around the forward and the backward pass of a pack of this layout. None: rows as ever."""
+    if layout is None:
+        yield
+        return
+    assert not _active, "one pack at a time"
+    _active.append(layout)
+    try:
+        yield
+    finally:
+        _active.clear()
+
+
+def active_layout() -> SharedPromptLayout | None:
+    """That of the pack that is computed now."""
+    return _active[0] if _active else None
+
+
 def shared_prompt_attention(
     query_HLD: torch.Tensor,
     key_KLD: torch.Tensor,
@@ -106,10 +130,10 @@ def shared_prompt_attention(
     softcap: float | None = None,
     sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Exact attention for the layout. Query [H, L, D], key and value [K, L, D] with K dividing H; returns [L, H, D].
+    """Exact attention for the layout. Query [H, L, D], key [K, L, D] and value [K, L, E], K dividing H; returns [L, H, E].
 
-    If the flash kernels do not support the query (fp32, other devices), a cap or sinks, `block_attention` computes in plain
-    torch, also without quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
+    If the flash kernels do not support it (fp32, other devices, a cap, sinks, E other than D), `block_attention` computes in
+    plain torch, also without quadratic memory. On CPU torch's flash kernel would take 2 to 6 times as long.
 
     Args:
         scaling: of the scores; None: D ** -0.5.
@@ -117,7 +141,8 @@ def shared_prompt_attention(
         softcap, sinks_H: see `attention_blocks.py`.
     """
     scale: float = query_HLD.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and sinks_H is None and attention_varlen.is_available_for(query_HLD):
+    is_plain = softcap is None and sinks_H is None and key_KLD.shape == value_KLD.shape
+    if is_plain and attention_varlen.is_available_for(query_HLD):
         return varlen_attention(query_HLD, key_KLD, value_KLD, layout.sequence_plan(window), scale)
     plan = layout.block_plan(query_HLD.shape[0], key_KLD.shape[0], window)
     return block_attention(query_HLD, key_KLD, value_KLD, plan, scale, softcap=softcap, sinks_H=sinks_H)
@@ -130,7 +155,6 @@ def transformers_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    shared_prompt_layout: SharedPromptLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -138,20 +162,23 @@ def transformers_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`shared_prompt_attention` with transformers' calling convention: [1, heads, L, D] in, [1, L, H, D] out.
+    """`shared_prompt_attention` of the active layout with transformers' calling convention: [1, heads, L, D] in, [1, L, H, E]
+    out.
 
     Raises:
         ValueError: the model needs another kind of attention.
     """
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} uses attention with position_bias: its prompts cannot be shared")
-    assert query.shape[0] == 1 and query.shape[2] == shared_prompt_layout.length, "one pack at a time"
+    layout = active_layout()
+    assert layout is not None, "within `active`"
+    assert query.shape[0] == 1 and query.shape[2] == layout.length, "one pack at a time"
     assert dropout == 0.0, "with dropout the trained policy would not be the sampled one"
     output_LHD = shared_prompt_attention(
         query[0],
         key[0],
         value[0],
-        shared_prompt_layout,
+        layout,
         scaling,
         window=_window_of(module, sliding_window),
         softcap=softcap,

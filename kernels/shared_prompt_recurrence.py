@@ -2,7 +2,7 @@
 
     reason = why_not(model)         # None: all its layers with a state can share prompts
     install(model)
-    with active(layout):            # around the forward and the backward pass of one pack
+    with active(layout):            # of `shared_prompt_attention.py`, around the forward and the backward pass of one pack
         model(...)
 
 Layers with a state (gated delta nets, Mamba 2, short convolutions) run over a prompt once. Each completion begins with the
@@ -23,35 +23,17 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .recurrence_plan import Batch, RecurrencePlan
-from .shared_prompt_attention import SharedPromptLayout
-
-# One for the process, not for a thread: torch recomputes checkpointed layers in threads of its own.
-_active: list[SharedPromptLayout] = []
+from .shared_prompt_attention import active_layout
 
 SINGLE_STEPS = {"causal_conv1d_update", "torch_recurrent_gated_delta_rule", "mamba2_selective_state_update"}
 """What layers call with a cache only, when they decode."""
-
-
-@contextmanager
-def active(layout: SharedPromptLayout | None) -> Iterator[None]:
-    """Within it, installed layers take one pack of this layout. None: rows as ever."""
-    if layout is None:
-        yield
-        return
-    assert not _active, "one pack at a time"
-    _active.append(layout)
-    try:
-        yield
-    finally:
-        _active.clear()
 
 
 def layers_with_state(model: nn.Module) -> list[nn.Module]:
@@ -88,9 +70,10 @@ def _dispatch(function: Callable[..., Any], replacement: Callable[..., Any]) -> 
 
     @functools.wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
-        if not _active:
+        layout = active_layout()
+        if layout is None:
             return function(*args, **kwargs)
-        return replacement(function, _active[0].recurrence_plan, *args, **kwargs)
+        return replacement(function, layout.recurrence_plan, *args, **kwargs)
 
     either.takes_packs = True  # type: ignore[attr-defined]
     return either

@@ -267,14 +267,14 @@ class Policy:
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=self.device)}
         layout = None
         if self.shares_prompts:
-            layout = inputs["shared_prompt_layout"] = SharedPromptLayout.build([(2, [])], self.device)
+            layout = SharedPromptLayout.build([(2, [])], self.device)
         with self._over(layout):
             yield self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
         inputs: dict[str, Any] = {"attention_mask": pack.attention_mask}
         if pack.layout is not None:
-            inputs = {"position_ids": pack.position_ids, "shared_prompt_layout": pack.layout}
+            inputs = {"position_ids": pack.position_ids}
         output = self.model.base_model(input_ids=pack.input_ids, **inputs, use_cache=False)
         return pack.sources.gather(output.last_hidden_state.flatten(0, 1))
 

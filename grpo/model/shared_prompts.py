@@ -4,7 +4,7 @@
     take_packs(model)                                   # once
     model.set_attn_implementation(PACKED_ATTENTION)     # plain_attention(model): rows again
     with packs_of(layout):                              # around forward and backward
-        model(..., shared_prompt_layout=layout)
+        model(...)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...kernels.shared_prompt_attention import NAME as PACKED_ATTENTION
 from ...kernels.shared_prompt_attention import SharedPromptLayout, register
-from ...kernels.shared_prompt_recurrence import active as packs_of
+from ...kernels.shared_prompt_attention import active as packs_of
 from ...kernels.shared_prompt_recurrence import install, layers_with_state, why_not
 
 __all__ = [
@@ -41,7 +41,7 @@ def take_packs(model: PreTrainedModel) -> None:
 def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     """None if prompts can be shared by all layers that mix tokens, and attention is causal; else the reason, in words."""
     config = model.config
-    if not getattr(model, "_supports_attention_backend", False):
+    if not _attention_can_be_replaced(model):
         return "its attention cannot be replaced"
     kinds: list[str] = getattr(config, "layer_types", None) or []
     other_kinds = [kind for kind in kinds if kind not in ATTENTION_KINDS and kind not in TOKENWISE_KINDS]
@@ -58,6 +58,12 @@ def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     ):
         return "its attention is not causal"
     return None
+
+
+def _attention_can_be_replaced(model: PreTrainedModel) -> bool:
+    """Whether all attention calls what `AttentionInterface` has. Not all models that do say so."""
+    kinds = {type(module) for module in model.modules() if "Attention" in type(module).__name__}
+    return bool(kinds) and all("attention_interface(" in inspect.getsource(kind.forward) for kind in kinds)
 
 
 def _passes_window(model: PreTrainedModel) -> bool:

@@ -22,7 +22,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankup.kernels import attention_plan, attention_varlen
-from rankup.kernels.shared_prompt_attention import SharedPromptLayout, shared_prompt_attention, transformers_attention
+from rankup.kernels.shared_prompt_attention import (
+    SharedPromptLayout,
+    active,
+    shared_prompt_attention,
+    transformers_attention,
+)
 
 
 @settings(deadline=None, max_examples=20)
@@ -57,14 +62,22 @@ def test_equals_attention_row_by_row(groups: Groups, heads: tuple[int, int], sca
     window=st.none() | st.integers(1, 14),
     softcap=st.sampled_from([None, 0.5, 20.0]),
     sinks=st.booleans(),
+    value_dim=st.sampled_from([4, 3]),
 )
-@example(groups=[(6, [5, 6]), (2, [])], heads=(4, 2), window=1, softcap=None, sinks=False)
-@example(groups=[(40, [90, 3]), (150, [7])], heads=(4, 2), window=5, softcap=None, sinks=False)
-@example(groups=[(70, [200, 3]), (150, [7])], heads=(6, 2), window=40, softcap=1.0, sinks=True)
-def test_windows_caps_and_sinks_equal_attention_row_by_row(
-    groups: Groups, heads: tuple[int, int], window: int | None, softcap: float | None, sinks: bool, scores_limit: int
+@example(groups=[(6, [5, 6]), (2, [])], heads=(4, 2), window=1, softcap=None, sinks=False, value_dim=4)
+@example(groups=[(40, [90, 3]), (150, [7])], heads=(4, 2), window=5, softcap=None, sinks=False, value_dim=4)
+@example(groups=[(70, [200, 3]), (150, [7])], heads=(6, 2), window=40, softcap=1.0, sinks=True, value_dim=3)
+def test_windows_caps_sinks_and_narrow_values_equal_attention_row_by_row(
+    groups: Groups,
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    value_dim: int,
+    scores_limit: int,
 ) -> None:
-    qkv = random_qkv(groups, *heads)
+    query, key, value = random_qkv(groups, *heads)
+    qkv = (query, key, value.detach()[..., :value_dim].clone().requires_grad_())
     kind = Kind(window, softcap, torch.linspace(-1.5, 3.0, heads[0], dtype=torch.float64) if sinks else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_plan, "SCORES_LIMIT", scores_limit)
@@ -136,15 +149,24 @@ def test_calls_by_transformers() -> None:
     qkv = random_qkv(groups, 4, 2)
     query, key, value = (t[None] for t in qkv)
     module = torch.nn.Module()
-    output, weights = transformers_attention(
-        module, query, key, value, None, shared_prompt_layout=layout, scaling=0.3, sliding_window=None, is_causal=True
-    )
+    with active(layout):
+        output, weights = transformers_attention(
+            module, query, key, value, None, scaling=0.3, sliding_window=None, is_causal=True
+        )
+        with pytest.raises(AssertionError, match="one pack at a time"):
+            transformers_attention(module, query[:, :, 1:], key, value, None)
+        with pytest.raises(AssertionError, match="dropout"):
+            transformers_attention(module, query, key, value, None, dropout=0.1)
     assert output.shape == (1, layout.length, 4, 4) and weights is None
     torch.testing.assert_close(output[0], row_by_row_attention(qkv, groups, 0.3))
-    with pytest.raises(AssertionError, match="one pack at a time"):
-        transformers_attention(module, query[:, :, 1:], key, value, None, shared_prompt_layout=layout)
-    with pytest.raises(AssertionError, match="dropout"):
-        transformers_attention(module, query, key, value, None, shared_prompt_layout=layout, dropout=0.1)
+
+
+def test_one_pack_at_a_time() -> None:
+    layout, t = SharedPromptLayout.build([(3, [])]), torch.zeros(1, 2, 3, 4)
+    with active(layout), pytest.raises(AssertionError, match="one pack at a time"), active(layout):
+        pass
+    with active(None), pytest.raises(AssertionError, match="within `active`"):
+        transformers_attention(torch.nn.Module(), t, t, t, None)
 
 
 class Layer(torch.nn.Module):
@@ -169,10 +191,8 @@ def test_the_window_of_a_layer(layer: Layer, given: int | None, window: int | No
     groups = [(6, [5, 3])]
     qkv = random_qkv(groups, 4, 2)
     query, key, value = (t[None] for t in qkv)
-    layout = SharedPromptLayout.build(groups)
-    output, _ = transformers_attention(
-        layer, query, key, value, None, shared_prompt_layout=layout, scaling=0.3, sliding_window=given
-    )
+    with active(SharedPromptLayout.build(groups)):
+        output, _ = transformers_attention(layer, query, key, value, None, scaling=0.3, sliding_window=given)
     torch.testing.assert_close(output[0], row_by_row_attention(qkv, groups, 0.3, Kind(window)))
 
 
@@ -181,22 +201,22 @@ def test_caps_and_sinks_come_from_transformers() -> None:
     qkv = random_qkv(groups, 4, 2)
     query, key, value = (t[None] for t in qkv)
     kind = Kind(softcap=0.4, sinks_H=torch.linspace(-1.0, 1.0, 4, dtype=torch.float64))
-    output, _ = transformers_attention(
-        torch.nn.Module(), query, key, value, None,
-        shared_prompt_layout=SharedPromptLayout.build(groups), scaling=0.3, softcap=0.4, s_aux=kind.sinks_H,
-    )  # fmt: skip
+    with active(SharedPromptLayout.build(groups)):
+        output, _ = transformers_attention(
+            torch.nn.Module(), query, key, value, None, scaling=0.3, softcap=0.4, s_aux=kind.sinks_H
+        )
     torch.testing.assert_close(output[0], row_by_row_attention(qkv, groups, 0.3, kind))
 
 
 def test_windows_that_contradict_each_other_are_an_error() -> None:
     t = torch.zeros(1, 2, 3, 4)
-    layout = SharedPromptLayout.build([(3, [])])
-    with pytest.raises(ValueError, match=r"^Layer 0 asks for a window of 4, its configuration for None: "):
-        transformers_attention(Layer(0, ["full_attention"]), t, t, t, None, shared_prompt_layout=layout, sliding_window=4)
+    said = r"^Layer 0 asks for a window of 4, its configuration for None: "
+    with active(SharedPromptLayout.build([(3, [])])), pytest.raises(ValueError, match=said):
+        transformers_attention(Layer(0, ["full_attention"]), t, t, t, None, sliding_window=4)
 
 
 def test_another_kind_of_attention_is_an_error() -> None:
     t = torch.zeros(1, 2, 3, 4)
-    layout = SharedPromptLayout.build([(3, [])])
-    with pytest.raises(ValueError, match=r"^Linear uses attention with position_bias: "):
-        transformers_attention(torch.nn.Linear(1, 1), t, t, t, None, shared_prompt_layout=layout, position_bias=t)
+    said = r"^Linear uses attention with position_bias: "
+    with active(SharedPromptLayout.build([(3, [])])), pytest.raises(ValueError, match=said):
+        transformers_attention(torch.nn.Linear(1, 1), t, t, t, None, position_bias=t)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from rankup.kernels import shared_prompt_attention
 from rankup.kernels.recurrence_plan import plan_recurrence
-from rankup.kernels.shared_prompt_attention import SharedPromptLayout
-from rankup.kernels.shared_prompt_recurrence import active, install, layers_with_state, why_not
+from rankup.kernels.shared_prompt_attention import SharedPromptLayout, active
+from rankup.kernels.shared_prompt_recurrence import install, layers_with_state, why_not
 
 COMMON = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 DELTA = {
@@ -86,7 +86,7 @@ def in_a_pack(model: Any, ids_L: torch.Tensor, groups: Groups) -> torch.Tensor:
     model.set_attn_implementation(shared_prompt_attention.NAME)
     with active(layout):
         output = model.base_model(
-            input_ids=ids_L[None], position_ids=positions_L[None], shared_prompt_layout=layout, use_cache=False
+            input_ids=ids_L[None], position_ids=positions_L[None], use_cache=False
         )
     return output.last_hidden_state[0]
 
@@ -132,7 +132,7 @@ def test_a_pack_equals_rows(model_of: Callable[[str], Any], name: str, groups: G
     assert our_grads.keys() == grads.keys()
     for weight, grad in grads.items():
         error = (our_grads[weight] - grad).norm() / grad.norm().clamp(min=1e-3)
-        assert error <= 1e-4, (weight, error)
+        assert error <= 1e-3, (weight, error)  # rounding of norms of short vectors in fp32; a wrong state gives 0.1 and more
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,7 +16,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
     [
         (
             transformers.MiniMaxConfig(**SMALL, num_key_value_heads=2, layer_types=["linear_attention", "full_attention"]),
-            "it has linear_attention layers",
+            "its attention cannot be replaced",
         ),
         (
             transformers.PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=2, sliding_window=6),
