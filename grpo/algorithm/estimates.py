@@ -128,58 +128,82 @@ def mean_interval(values: Sequence[float], *, lowest: float = 0.0, highest: floa
     """
     if not len(values):
         raise ValueError("no values: an interval needs at least one")
-    array = np.asarray(values, dtype=np.float64)
-    least, most = float(array.min()), float(array.max())
-    ends = (min(lowest, least), max(highest, most)) if least == most else (least, most)
-    return _interval(array, *ends)
+    ((low, high),) = mean_intervals(np.asarray([values], dtype=np.float64), lowest=lowest, highest=highest)
+    return Interval(float(low), float(high))
 
 
 def difference_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     """The interval of the mean of `second - first` over the same prompts, by drawing prompts with both of their values.
 
-    The lowest and the highest value of the Bayesian bootstrap are as far from 0: nothing says which of the two is better.
-
     Raises:
         ValueError: the two differ in length, or there is no value.
     """
     if len(first) != len(second) or not len(first):
-        raise ValueError(f"a paired difference needs as many values of both, and at least one (got {len(first)}, {len(second)})")
-    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    largest = float(np.abs(differences).max()) or 1.0
-    return _interval(differences, -largest, largest)
+        raise ValueError(f"a paired difference needs as many values of both, at least one (got {len(first)} and {len(second)})")
+    ((low, high),) = difference_intervals(np.asarray([first], dtype=np.float64), np.asarray([second], dtype=np.float64))
+    return Interval(float(low), float(high))
 
 
-def _interval(values: Array, lowest: float, highest: float) -> Interval:
-    """By the bootstrap that fits the values; `lowest` and `highest` are those of the Bayesian one."""
-    distinct, counts = np.unique(values, return_counts=True)
-    has_spread = len(distinct) > 2 and len(values) - counts.max() >= FEW
-    low, high = _studentised(values) if has_spread else _bayesian(values, lowest, highest)
-    mean = float(values.mean())
-    return Interval(min(low, mean), max(high, mean))
+def mean_intervals(values_MN: Array, *, lowest: float = 0.0, highest: float = 1.0) -> Array:
+    """`mean_interval` of M evaluations of N prompts at once: [M, 2]."""
+    least, most = values_MN.min(axis=1), values_MN.max(axis=1)
+    is_constant = least == most
+    low_M = np.where(is_constant, np.minimum(lowest, least), least)
+    return _intervals(values_MN, low_M, np.where(is_constant, np.maximum(highest, most), most))
 
 
-def _studentised(values: Array) -> tuple[float, float]:
-    n, mean = len(values), values.mean()
-    error = values.std(ddof=1) / math.sqrt(n)
+def difference_intervals(first_MN: Array, second_MN: Array) -> Array:
+    """`difference_interval` of M pairs of evaluations of N prompts at once: [M, 2].
+
+    The lowest and the highest value of the Bayesian bootstrap are as far from 0: nothing says which of the two is better.
+    """
+    differences_MN = second_MN - first_MN
+    largest_M = np.abs(differences_MN).max(axis=1)
+    largest_M = np.where(largest_M == 0.0, 1.0, largest_M)
+    return _intervals(differences_MN, -largest_M, largest_M)
+
+
+def _intervals(values_MN: Array, lowest_M: Array, highest_M: Array) -> Array:
+    """By the bootstrap that fits each row; `lowest_M` and `highest_M` are values of the Bayesian one."""
+    found = [np.unique(row, return_counts=True)[1] for row in values_MN]
+    has_spread = np.array([len(counts) > 2 and counts.sum() - counts.max() >= FEW for counts in found])
+    intervals = np.empty((len(values_MN), 2))
+    if has_spread.any():
+        intervals[has_spread] = _studentised(values_MN[has_spread])
+    if not has_spread.all():
+        rest = ~has_spread
+        intervals[rest] = _bayesian(values_MN[rest], lowest_M[rest], highest_M[rest])
+    means = values_MN.mean(axis=1)
+    return np.stack([np.minimum(intervals[:, 0], means), np.maximum(intervals[:, 1], means)], axis=1)
+
+
+def _studentised(values_MN: Array) -> Array:
+    n, mean_M = values_MN.shape[1], values_MN.mean(axis=1)
+    centred_MN = values_MN - mean_M[:, None]
+    error_M = values_MN.std(axis=1, ddof=1) / math.sqrt(n)
     random, ratios = np.random.default_rng(SEED), []
     for size in _parts(n):
-        drawn = values[random.integers(n, size=(size, n))]
-        errors = drawn.std(axis=1, ddof=1) / math.sqrt(n)
+        drawn = random.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        counts_NR = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).T.astype(np.float64)
+        mean_MR = centred_MN @ counts_NR / n
+        variance_MR = np.maximum(centred_MN**2 @ counts_NR / n - mean_MR**2, 0.0) * n / (n - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios.append((drawn.mean(axis=1) - mean) / errors)
-    low, high = _quantiles(np.nan_to_num(np.concatenate(ratios), nan=0.0, posinf=np.inf, neginf=-np.inf))
-    return max(float(mean - high * error), float(values.min())), min(float(mean - low * error), float(values.max()))
+            ratios.append(mean_MR / np.sqrt(variance_MR / n))
+    quantiles_M2 = _quantiles(np.nan_to_num(np.concatenate(ratios, axis=1), nan=0.0, posinf=np.inf, neginf=-np.inf))
+    low_M = mean_M - quantiles_M2[:, 1] * error_M
+    high_M = mean_M - quantiles_M2[:, 0] * error_M
+    return np.stack([np.maximum(low_M, values_MN.min(axis=1)), np.minimum(high_M, values_MN.max(axis=1))], axis=1)
 
 
-def _bayesian(values: Array, lowest: float, highest: float) -> tuple[float, float]:
-    n = len(values)
+def _bayesian(values_MN: Array, lowest_M: Array, highest_M: Array) -> Array:
+    n = values_MN.shape[1]
     random, means = np.random.default_rng(SEED), []
     for size in _parts(n):
-        weights = random.standard_exponential((size, n))
-        ends = random.standard_gamma(0.5, (size, 2))
-        sums = weights @ values + ends @ np.array([lowest, highest])
-        means.append(sums / (weights.sum(axis=1) + ends.sum(axis=1)))
-    return _quantiles(np.concatenate(means))
+        weights_NR = random.standard_exponential((size, n)).T
+        low_R, high_R = random.standard_gamma(0.5, (2, size))
+        sums_MR = values_MN @ weights_NR + lowest_M[:, None] * low_R + highest_M[:, None] * high_R
+        means.append(sums_MR / (weights_NR.sum(axis=0) + low_R + high_R))
+    return _quantiles(np.concatenate(means, axis=1))
 
 
 def _parts(n: int) -> list[int]:
@@ -188,7 +212,7 @@ def _parts(n: int) -> list[int]:
     return [size] * (RESAMPLES // size) + ([RESAMPLES % size] if RESAMPLES % size else [])
 
 
-def _quantiles(values: Array) -> tuple[float, float]:
+def _quantiles(values_MR: Array) -> Array:
+    """Both ends of the middle 95 %: [M, 2]."""
     tail = (1.0 - LEVEL) / 2
-    low, high = np.quantile(values, [tail, 1.0 - tail], method="higher")
-    return float(low), float(high)
+    return np.quantile(values_MR, [tail, 1.0 - tail], axis=1, method="higher").T

@@ -13,7 +13,6 @@ from .paths import resolve_files
 from .run_config import DERIVED_DEFAULTS, GRPOConfig, known_keys
 from .run_folders import anchor
 
-
 Changes = Mapping[str, Mapping[str, Any]]
 """Values of options by section."""
 

@@ -132,8 +132,8 @@ def _resolved(section: SectionT, options: Sequence[str], folder: Path, how: Reso
 
 
 def _resolved_value(value: object, folder: Path, how: Resolver) -> object:
-    """A name, or every name of a list or a mapping; of an evaluation set with options that of its source; anything else, such as
-    a function, is unchanged."""
+    """A name, or every name of a list or a mapping; of an evaluation set with options that of its source; anything else, such
+    as a function, is unchanged."""
     if isinstance(value, EvalSet):
         return value.model_copy(update={"source": _resolved_value(value.source, folder, how)})
     if isinstance(value, dict):

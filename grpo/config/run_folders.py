@@ -86,7 +86,7 @@ def _moved(file: Path, output_dir: Path) -> list[Path]:
 
 
 def _anchored(value: Any, folders: list[Path]) -> Any:
-    """A name, or all names of a list or a mapping; of a reward function or an evaluation set with options, its own name only."""
+    """A name, or all names of a list or a mapping; of a reward function or an evaluation set with options, its own name."""
     if isinstance(value, list):
         return [_anchored(one, folders) for one in value]
     if isinstance(value, Mapping):

@@ -34,7 +34,6 @@ from .templates import template_text
 from .tokenizers import load_tokenizer, vocab_size_of
 from .values import check_column_types
 
-
 NO_TRAINING_DATA = "no training data: set data.train, or pass train_dataset to GRPOTrainer"
 
 

@@ -129,8 +129,8 @@ def read_evaluation(path: Path) -> EvaluationRecord:
 
 
 def own_name(step: int, when: When) -> str:
-    """The name of the file of a run's own evaluation after `step` steps. That after training has a name of its own: it may be of
-    an earlier policy."""
+    """The name of the file of a run's own evaluation after `step` steps. That after training has another name: it may be of an
+    earlier policy."""
     return f"step_{step:06d}{'_after' if when == 'after' else ''}.json"
 
 
@@ -167,4 +167,3 @@ def _read_set(values: Mapping[str, Any]) -> SetResult:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-

@@ -67,8 +67,8 @@ def test_a_run_reports_every_function_and_every_set(make, tmp_path: Path, capsys
     summary = trainer.summary
     rows = evaluations_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 2, 4]
-    means = [f"{prefix}{name}" for prefix in ("eval_", "eval_easy_", "eval_hard_")
-             for name in ("reward", *(f"rewards/{function}/mean" for function in FUNCTIONS))]  # fmt: skip
+    names = ["reward", "reward_low", "reward_high", *(f"rewards/{function}/mean" for function in FUNCTIONS)]
+    means = [f"{prefix}{name}" for prefix in ("eval_", "eval_easy_", "eval_hard_") for name in names]
     others = ["eval_completions/mean_length", "eval_completions/clipped_ratio", "eval_runtime", "eval_samples_per_second"]
     for row in rows:
         assert set(row) == {"step", *means, *others}
@@ -99,9 +99,10 @@ def test_a_run_reports_every_function_and_every_set(make, tmp_path: Path, capsys
 
 def assert_lines_name_each(row: dict[str, Any], output: str) -> None:
     """The lines of the evaluation after two steps, and of the end."""
+    interval = f" [{row['eval_reward_low']:.3f}, {row['eval_reward_high']:.3f}]"
     of_each = [
-        f"{row[f'{prefix}reward']:.3f} (low_ids {row[f'{prefix}rewards/low_ids/mean']:.3f}, "
-        f"even_ids {row[f'{prefix}rewards/even_ids/mean']:.3f})"
+        f"{row[f'{prefix}reward']:.3f}{interval if prefix == 'eval_' else ''} "
+        f"(low_ids {row[f'{prefix}rewards/low_ids/mean']:.3f}, even_ids {row[f'{prefix}rewards/even_ids/mean']:.3f})"
         for prefix in ("eval_", "eval_easy_", "eval_hard_")
     ]
     line = f"evaluation at step 2: reward {of_each[0]}; easy {of_each[1]}; hard {of_each[2]}"

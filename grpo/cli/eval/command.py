@@ -5,8 +5,8 @@
     rankup eval run.yaml                                                # what training would start from
     rankup eval path/to/adapter --data test.jsonl --reward last_number  # any adapter in PEFT's format, any model
 
-The results of all prompts are written as JSON (docs/evaluation.md): into the folder `evaluations` of a run, else where `--output`
-says.
+The results of all prompts are written as JSON (docs/evaluation.md): into the folder `evaluations` of a run, else where
+`--output` says.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     comparison.all["reward"].difference         # Estimate(mean=0.043, low=0.01, high=0.08), of b - a
     comparison.won, comparison.lost, comparison.equal
 
-Prompts are paired by their set and the hash of their content. The same prompt in both is hard or easy for both, so the difference
-is known far better than either mean.
+Prompts are paired by their set and the hash of their content. The same prompt is hard or easy for both, so the difference is
+known far better than either mean.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class Arguments(TypedDict, total=False):
     rows_per_call: int | None
     max_steps_without_reward: int | None
     train: str | list[str] | None
-    eval: str | list[str] | dict[str, str | EvalSet | dict[str, Any]] | None
+    eval: str | list[str] | dict[str, str | list[str] | EvalSet | dict[str, Any]] | None
     subset: str | None
     train_split: str
     eval_split: str

@@ -290,8 +290,20 @@ def _quoted(value: object) -> str:
 
 
 def _union(parts: list[str]) -> str:
-    found = dict.fromkeys(part for parts_of in parts for part in re.split(r" \| (?![^\[]*\])", parts_of) if part)
+    found = dict.fromkeys(part for parts_of in parts for part in _members(parts_of) if part)
     return " | ".join([part for part in found if part != "None"] + ["None"] * ("None" in found))
+
+
+def _members(union: str) -> list[str]:
+    """The types of a union in source form: what ` | ` outside of all brackets separates."""
+    members, depth = [""], 0
+    for part in re.split(r"( \| |[\[\]])", union):
+        depth += {"[": 1, "]": -1}.get(part, 0)
+        if part == " | " and depth == 0:
+            members.append("")
+        else:
+            members[-1] += part
+    return members
 
 
 def _line(name: str, type: str) -> str:

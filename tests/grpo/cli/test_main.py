@@ -134,7 +134,17 @@ def test_two_mistakes_are_two_lines(rankup: Callable[..., Outcome]):
         (["check", "other.yaml"], "run file not found: other.yaml"),
         (["eval", "runs/other"], "run file not found: runs/other"),
         (["eval", "run.yaml", "data.eval=null"], "no evaluation data: set data.eval"),
-        (["eval", "tiny"], "no adapter in tiny/adapter"),
+        (["eval", "tiny"], "tiny is neither a run folder nor a run file: to evaluate a model or an adapter, give its data"),
+        (["eval", "run.yaml", "--checkpoint", "best"], "--checkpoint is for a run folder, and run.yaml is none"),
+        (["eval", "tiny", "--data", "rows.jsonl"], "no reward functions"),
+        (["eval", "tiny", "--data", "rows.jsonl", "--data", "chat.jsonl"], "--data: several sets need names"),
+        (["eval", "tiny", "--data", "a=rows.jsonl", "--data", "a=chat.jsonl"], "--data: give each set its own name"),
+        (["eval", "tiny", "--data", "a=rows.jsonl", "--reward", "b=last_integer"], "rewards.eval_functions.b: no evaluation"),
+        (["eval", "run.yaml", "--top-p", "0.9"], "data.eval_top_p: has no effect on greedy evaluations"),
+        (["eval", "run.yaml", "--samples", "2", "--temperature", "0"], "data.eval_temperature: must be above 0"),
+        (["eval", "run.yaml", "--output", "tiny"], "--output tiny is a folder"),
+        (["compare", "run.yaml", "run.yaml"], "run.yaml cannot be read as an evaluation"),
+        (["compare", "tiny", "tiny"], "tiny has no results of an evaluation: rankup eval tiny makes some"),
     ],
 )
 def test_errors_of_eval_and_check_are_one_line(rankup: Callable[..., Outcome], arguments: list[str], part: str):
