@@ -19,8 +19,7 @@ from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
 from .guards.evaluations import Rewards
 from .prepared import check_eval_functions
-from .run.evaluation_files import write_evaluation
-from .run.evaluation_records import record_of
+from .run.evaluation_records import save_requested
 from .run.notes import data_notes, evaluation_notes
 from .setup import RunSetup
 from .update.session import Session
@@ -163,7 +162,7 @@ def evaluate_now(
             set_scorers=setup.set_scorers,
         )
     if output_file is not None:
-        write_evaluation(output_file, record_of(evaluation, setup.config, step=step, adapter=adapter))
+        save_requested(output_file, evaluation, setup.config, step=step, adapter=adapter)
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:

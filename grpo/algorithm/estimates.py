@@ -14,8 +14,9 @@ kinds of bootstrap:
   for few prompts nor off-centre for skewed rewards;
 - the Bayesian bootstrap (Rubin, 1981) where almost all prompts have the same value, or only two values exist, so that
   resamples often have no spread at all. Each prompt gets a random weight of mean 1, and the lowest and the highest value one
-  of mean 1/2 more. For rewards of 0 and 1 this is the interval of Jeffreys. If all prompts have the same value, the lowest and
-  the highest possible one stand in: after 128 successes in 128 prompts the interval is 0.98 to 1, never of width 0.
+  of mean 3/4 more. (With 1/2 it would be the interval of Jeffreys for rewards of 0 and 1, which contains rates near 0 and 1 too
+  rarely.) If all prompts have the same value, the lowest and the highest possible one stand in: after 128 successes in 128
+  prompts the interval is 0.98 to 1, never of width 0.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ RESAMPLES = 4000
 SEED = 20110
 FEW = 6
 """With fewer values that differ from the most frequent one, over a quarter of a percent of all resamples have no spread."""
+
+WEIGHT_OF_ENDS = 0.75
+"""Of the lowest and the highest value in the Bayesian bootstrap, in prompts."""
 
 CELLS = 2**20
 """Values that are drawn at once, which bounds the memory."""
@@ -200,7 +204,7 @@ def _bayesian(values_MN: Array, lowest_M: Array, highest_M: Array) -> Array:
     random, means = np.random.default_rng(SEED), []
     for size in _parts(n):
         weights_NR = random.standard_exponential((size, n)).T
-        low_R, high_R = random.standard_gamma(0.5, (2, size))
+        low_R, high_R = random.standard_gamma(WEIGHT_OF_ENDS, (2, size))
         sums_MR = values_MN @ weights_NR + lowest_M[:, None] * low_R + highest_M[:, None] * high_R
         means.append(sums_MR / (weights_NR.sum(axis=0) + low_R + high_R))
     return _quantiles(np.concatenate(means, axis=1))

@@ -1,7 +1,8 @@
-"""The record of an evaluation, for its file (`evaluation_files.py`).
+"""Evaluations as records, and into files (`evaluation_files.py`).
 
     record = record_of(evaluation, config, step=20, when="during")
     record.prompts[0].texts
+    save_own(Path("runs/mine"), evaluation, config, step=20, when="during")     # runs/mine/evaluations/step_000020.json
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from ..config import GRPOConfig, eval_sampling
 from ..data.groups import Group
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
-from .evaluation_files import EvaluationRecord, PromptResult, SetResult
+from .evaluation_files import EVALUATIONS, EvaluationRecord, PromptResult, SetResult, own_name, write_evaluation
+
+
+def save_own(run_dir: Path, evaluation: Evaluation, config: GRPOConfig, *, step: int, when: When) -> None:
+    """Write the file of a run's own evaluation after `step` steps."""
+    write_evaluation(run_dir / EVALUATIONS / own_name(step, when), record_of(evaluation, config, step=step, when=when))
+
+
+def save_requested(
+    path: Path, evaluation: Evaluation, config: GRPOConfig, *, step: int, adapter: Path | None
+) -> None:
+    """Write the file of an evaluation that a user has asked for. `adapter`: that was evaluated instead of the policy."""
+    write_evaluation(path, record_of(evaluation, config, step=step, adapter=adapter))
 
 
 def record_of(

@@ -22,8 +22,7 @@ from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import completions_table
 from .callbacks import RecordsUserLogs, StepRecord
-from .evaluation_files import EVALUATIONS, own_name, write_evaluation
-from .evaluation_records import record_of
+from .evaluation_records import save_own
 from .notes import SamplingNotes, evaluation_notes, step_notes
 from .records import RunRecorder
 from .reporting import make_reports
@@ -84,8 +83,7 @@ class RunOutput(RecordsUserLogs):
         """Record and show an evaluation."""
         metrics, step = evaluation.metrics(), state.global_step
         self.recorder.evaluation(step, metrics, when=when, is_complete=evaluation.is_complete)
-        file = self.recorder.output_dir / EVALUATIONS / own_name(step, when)
-        write_evaluation(file, record_of(evaluation, self.config, step=step, when=when))
+        save_own(self.recorder.output_dir, evaluation, self.config, step=step, when=when)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
         for note in self._sampling_notes.about("evaluation", evaluation.groups):

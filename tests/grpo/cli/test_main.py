@@ -1,6 +1,7 @@
 """The command `rankup`: bad input ends in one clear line, before an engine starts and before anything is written."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import pytest
 from safetensors.torch import save_file
 from tiny_models import tiny_tokenizer
 
+from rankup.grpo.cli.eval.command import EXAMPLES as EVAL_EXAMPLES
+from rankup.grpo.cli.eval.compare import EXAMPLES as COMPARE_EXAMPLES
 from rankup.grpo.cli.main import EXAMPLES, main, make_parser
 
 RUN_FILE = """
@@ -184,17 +187,28 @@ def test_errors_of_the_installed_command_are_one_line(project: Path, arguments: 
     assert contents(project) == before
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["check", "--help"]])
-def test_help_shows_examples(capsys: pytest.CaptureFixture[str], arguments: list[str]):
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        (["--help"], "rankup train configs/quickstart.yaml"),
+        (["train", "--help"], "rankup train configs/quickstart.yaml"),
+        (["check", "--help"], "rankup train configs/quickstart.yaml"),
+        (["eval", "--help"], "rankup eval runs/quickstart"),
+        (["compare", "--help"], "rankup compare runs/a runs/b"),
+    ],
+)
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str], arguments: list[str], example: str):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
-    assert "examples:\n  rankup train configs/quickstart.yaml" in capsys.readouterr().out
+    assert f"examples:\n  {example}" in capsys.readouterr().out
 
 
 def test_examples_of_the_help_are_commands_that_work():
-    examples = [line.strip().split("  ")[0].split() for line in EXAMPLES.splitlines()[1:]]
-    assert len(examples) >= 4
+    texts = [EXAMPLES, EVAL_EXAMPLES, COMPARE_EXAMPLES]
+    lines = [line for text in texts for line in text.replace("\\\n", "").splitlines()[1:]]
+    examples = [shlex.split(line.strip().split("  ")[0], comments=True) for line in lines]
+    assert len(examples) >= 20
     for _, *arguments in examples:
         assert make_parser().parse_args(arguments).command is not None
 

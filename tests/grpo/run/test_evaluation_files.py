@@ -70,7 +70,7 @@ def same(a: Any, b: Any) -> bool:
     return repr(a) == repr(b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(RECORDS)
 def test_a_file_holds_the_record(tmp_path_factory: pytest.TempPathFactory, record: EvaluationRecord):
     path = tmp_path_factory.mktemp("evaluations") / "new" / "one.json"

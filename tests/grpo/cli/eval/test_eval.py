@@ -79,10 +79,11 @@ def rankup(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def test_a_run_leaves_the_results_of_its_evaluations(project: Path) -> None:
     folder = project / "runs" / "run" / "evaluations"
-    assert sorted(path.name for path in folder.iterdir()) == [f"step_00000{step}.json" for step in range(3)]
+    names = ["step_000000.json", "step_000001.json", "step_000002_after.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     rows = {row["step"]: row for row in metrics_of(project / "runs" / "run") if "eval_reward" in row}
-    for step, when in ((0, "before"), (1, "during"), (2, "during")):
-        record = read_evaluation(folder / f"step_00000{step}.json")
+    for step, when in enumerate(("before", "during", "after")):
+        record = read_evaluation(folder / names[step])
         assert record.about["step"] == step and record.about["when"] == when
         assert record.metrics == {name: value for name, value in rows[step].items() if name != "step"}
         assert [len(one.rewards) for one in record.prompts] == [len(one.texts) for one in record.prompts] == [3] * 4
@@ -95,7 +96,7 @@ def test_eval_of_a_run_repeats_its_last_evaluation(project: Path, rankup: Callab
     output = rankup("eval", "runs/run")
     file = project / "runs" / "run" / "evaluations" / "eval_adapter_3_at_1.json"
     assert f"results: {file.relative_to(project)}" in output
-    again, last = read_evaluation(file), read_evaluation(file.with_name("step_000002.json"))
+    again, last = read_evaluation(file), read_evaluation(file.with_name("step_000002_after.json"))
     assert [one.texts for one in again.prompts] == [one.texts for one in last.prompts] and again.all == last.all
     reward = again.all.estimates["reward"]
     assert f"reward   {reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]" in output
@@ -115,7 +116,9 @@ def test_eval_of_a_checkpoint_repeats_the_evaluation_at_its_step(project: Path, 
     folder = project / "runs" / "run" / "evaluations"
     again, then = (read_evaluation(folder / name) for name in ("eval_step_000001_3_at_1.json", "step_000001.json"))
     assert [one.texts for one in again.prompts] == [one.texts for one in then.prompts]
-    assert [one.texts for one in then.prompts] != [one.texts for one in read_evaluation(folder / "step_000002.json").prompts]
+    assert [one.texts for one in then.prompts] != [
+        one.texts for one in read_evaluation(folder / "step_000002_after.json").prompts
+    ]
 
 
 def test_the_best_and_the_last_checkpoint(project: Path) -> None:
@@ -164,7 +167,9 @@ def test_eval_of_an_adapter_and_of_its_merged_model(project: Path, rankup: Calla
 def test_compare_of_runs_and_checkpoints(project: Path, rankup: Callable[..., str]) -> None:
     output = rankup("compare", "runs/run/checkpoints/step_000001", "runs/run")
     folder = "runs/run/evaluations"
-    assert output.startswith(f"A: {project / folder / 'step_000001.json'}\nB: {folder}/step_000002.json\n4 prompts in both\n")
+    assert output.startswith(
+        f"A: {project / folder / 'step_000001.json'}\nB: {folder}/step_000002_after.json\n4 prompts in both\n"
+    )
     rankup("eval", "runs/run", "--rows", "2", "data.eval_samples=1", "data.eval_temperature=0", "--output", "few.json")
     output = rankup("compare", "few.json", "runs/run")
     assert "2 prompts in both, 2 only in B" in output
