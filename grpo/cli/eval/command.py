@@ -65,9 +65,12 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--output {output} is a folder: name a file in it")
     from ...trainer import GRPOTrainer
 
-    with tempfile.TemporaryDirectory() as folder, GRPOTrainer(args=config) as trainer:
+    with tempfile.TemporaryDirectory() as folder:
+        # Not the folder of a run, which may hold the adapter: nothing is trained, and nothing of it is replaced.
+        logging = config.logging.model_copy(update={"output_dir": Path(folder) / "run"})
         file = output or Path(folder) / "results.json"
-        trainer.evaluate(adapter=target.adapter, output_file=file)
+        with GRPOTrainer(args=config.model_copy(update={"logging": logging})) as trainer:
+            trainer.evaluate(adapter=target.adapter, output_file=file)
         record = read_evaluation(file)
     start = config.lora.start_from
     name = target.name if start is None or target.config_file is None else f"{target.name} with {start}"
