@@ -28,7 +28,7 @@ def test_several_completions_are_sampled_as_in_training(name: str):
     values: dict[str, Any] = {name: 4, "temperature": 0.7, "top_p": 0.9}
     config = GRPOConfig(**values)
     assert eval_sampling(config) == config.rollout.as_in_training(4)
-    assert config.num_generations_eval == config.data.eval_samples == 4
+    assert getattr(config, name) == config.data.eval_samples == 4
 
 
 def test_temperature_and_top_p_of_evaluations_replace_those_of_training():
@@ -103,7 +103,7 @@ def test_sets_and_their_functions_in_all_forms_read_back(load: Load, tmp_path: P
     )
     assert isinstance(config.data.eval, dict)
     hard = config.data.eval["hard"]
-    assert hard == EvalSet(
+    assert isinstance(hard, EvalSet) and hard == EvalSet(
         source=str(tmp_path / "hard.jsonl"), prompt_column="question", subset="007", rows=3, options={"n": 1}
     ), "found beside the run file"
     assert config.rewards.eval_functions == {

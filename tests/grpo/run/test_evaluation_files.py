@@ -42,15 +42,18 @@ SETS = st.builds(
 @st.composite
 def results(draw: st.DrawFn) -> PromptResult:
     count = draw(st.integers(1, 3))
-    several = {"min_size": count, "max_size": count}
+
+    def several(values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+        return st.lists(values, min_size=count, max_size=count)
+
     return PromptResult(
         eval_set=draw(st.none() | TEXTS),
         hash=draw(TEXTS),
         prompt=draw(PROMPTS),
-        rewards=draw(st.lists(REWARDS, **several)),
-        texts=draw(st.lists(TEXTS, **several)),
-        answers=draw(st.none() | st.lists(st.none() | TEXTS, **several)),
-        functions=draw(st.dictionaries(TEXTS, st.lists(REWARDS, **several), max_size=2)),
+        rewards=draw(several(REWARDS)),
+        texts=draw(several(TEXTS)),
+        answers=draw(st.none() | several(st.none() | TEXTS)),
+        functions=draw(st.dictionaries(TEXTS, several(REWARDS), max_size=2)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rankup.grpo.cli.eval.compare import comparison_text, find_results
 from rankup.grpo.cli.eval.comparison import answers_of, compare
 from rankup.grpo.run.evaluation_files import EvaluationRecord, PromptResult, SetResult
 
-Row = tuple[str | None, str, list[float | None], list[str | None] | None]
+Row = tuple[str | None, str, Sequence[float | None], Sequence[str | None] | None]
 FILES = [Path("a.json"), Path("b.json")]
 
 
@@ -21,7 +22,8 @@ def record_of(*rows: Row, pass_reward: float = 1.0, seed: int = 1, names: tuple[
     """A row is a prompt's set, its content, and rewards and answers of its completions."""
     prompts = [
         PromptResult(
-            eval_set=name, hash=content, prompt=content, rewards=rewards, texts=["text"] * len(rewards), answers=answers,
+            eval_set=name, hash=content, prompt=content, rewards=list(rewards), texts=["text"] * len(rewards),
+            answers=None if answers is None else list(answers),
             functions={},
         )
         for name, content, rewards, answers in rows
