@@ -18,7 +18,8 @@ from .data.run_inputs import EvalSource, load_eval_prompts
 from .display.view_text import When
 from .experience.evaluation import Evaluation, evaluate
 from .guards.evaluations import Rewards
-from .prepared import check_columns
+from .prepared import check_eval_functions
+from .run.evaluation_records import save_requested
 from .run.notes import data_notes, evaluation_notes
 from .setup import RunSetup
 from .update.session import Session
@@ -81,7 +82,7 @@ def _evidence(ctx: RunContext, evaluation: Evaluation) -> Rewards | None:
     policy."""
     if not evaluation.is_complete:
         return None
-    return ctx.session.learner.guards.comparable(evaluation.rewards, evaluation.scored_shares)
+    return ctx.session.learner.guards.comparable(evaluation.prompt_rewards, evaluation.scored_shares)
 
 
 def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
@@ -98,6 +99,7 @@ def evaluate_policy(ctx: RunContext, step: int) -> Evaluation:
             step=step,
             episodes=setup.episodes,
             trainer_state=setup.callbacks.state_for_rewards(),
+            set_scorers=setup.set_scorers,
             world=setup.world,
         )
 
@@ -133,8 +135,8 @@ def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Pro
         prompts = load_eval_prompts(setup.config, eval_dataset, setup.inputs)
         for note in data_notes("evaluation", prompts, setup.config.rollout.max_prompt_length):
             logger.info(note)
-        check_columns(setup.scorer, prompts.rows[0].columns, setup.episodes)
-        check_rows(setup.scorer, prompts.rows, "evaluation data")
+        check_eval_functions(prompts.rows, setup.scorer, setup.set_scorers, setup.episodes)
+        check_rows(setup.scorer, prompts.rows, "evaluation data", setup.set_scorers)
         return prompts.rows
     if setup.eval_prompts is None:
         raise ValueError("no evaluation data: set data.eval, or pass eval_dataset")
@@ -142,9 +144,9 @@ def prompts_of(setup: RunSetup, eval_dataset: EvalSource | None) -> Sequence[Pro
 
 
 def evaluate_now(
-    setup: RunSetup, session: Session, prompts: Sequence[Prompt], adapter: Path | None
+    setup: RunSetup, session: Session, prompts: Sequence[Prompt], adapter: Path | None, output_file: Path | None = None
 ) -> dict[str, float]:
-    """Evaluate outside of the loop: the current policy, or a saved adapter. See `GRPOTrainer.evaluate`."""
+    """Evaluate outside of the loop: the current policy, or a saved adapter; returns the metrics. See `GRPOTrainer.evaluate`."""
     setup.stage(f"evaluating {len(prompts)} prompts")
     step = setup.callbacks.state.global_step
     with nullcontext() if adapter is None else _adapter_in_place(session, adapter):
@@ -157,7 +159,10 @@ def evaluate_now(
             step=step,
             episodes=setup.episodes,
             trainer_state=state,
+            set_scorers=setup.set_scorers,
         )
+    if output_file is not None:
+        save_requested(output_file, evaluation, setup.config, step=step, adapter=adapter)
     for note in evaluation_notes(evaluation):
         logger.warning(note)
     if adapter is None:

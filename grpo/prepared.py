@@ -7,12 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..rewards.config import RewardFunction, RewardsConfig
+from ..rewards.loading import RewardSpec
 from ..rewards.runner import Scorer
 from .common.log import log_to
 from .config import GRPOConfig, resolve_epochs
+from .data.prompts import Prompt
 from .data.run_inputs import RunInputs, load_run_inputs
 from .display.terminal import View
 from .episodes.make import Actions, Episodes, make_episodes
@@ -47,6 +50,41 @@ def load_actions(config: GRPOConfig, inputs: UserInputs) -> Actions | None:
         ValueError, FileNotFoundError: see `Actions.load`.
     """
     return Actions.load(config, tools=inputs.tools, environments=inputs.environment_factory)
+
+
+def load_set_scorers(rewards: RewardsConfig, given: Mapping[str, Sequence[RewardSpec]] | None) -> dict[str, Scorer]:
+    """The scorers of the evaluation sets that have functions of their own, by name. `given`: None: those of the configuration.
+
+    Raises:
+        ValueError, FileNotFoundError: see `Scorer`; the message names the set.
+    """
+    of_sets: Mapping[str, Sequence[RewardSpec | RewardFunction]] = rewards.eval_functions if given is None else given
+    scorers = {}
+    for name, functions in of_sets.items():
+        try:
+            scorers[name] = Scorer(rewards.of_eval_set(), functions)
+        except ValueError as error:
+            raise ValueError(f"the reward functions of the evaluation set {name!r}: {error}") from error
+    return scorers
+
+
+def check_eval_functions(
+    prompts: Sequence[Prompt], scorer: Scorer, set_scorers: Mapping[str, Scorer], episodes: Episodes | None
+) -> None:
+    """Raise ValueError if an evaluation set has no reward functions, or they require what the data does not have."""
+    for name in dict.fromkeys(prompt.eval_set for prompt in prompts):
+        of_set = set_scorers.get(name or "", scorer)
+        if not of_set.names and episodes is None:
+            raise ValueError(f"the evaluation set {name!r} has no reward functions: add it to rewards.eval_functions")
+        check_columns(of_set, prompts[0].columns, episodes)
+
+
+def check_set_scorers(prompts: Sequence[Prompt], set_scorers: Mapping[str, Scorer]) -> None:
+    """Raise ValueError if there are reward functions for an evaluation set that does not exist."""
+    sets = dict.fromkeys(prompt.eval_set for prompt in prompts)
+    if unknown := [name for name in set_scorers if name not in sets]:
+        names = ", ".join(name for name in sets if name is not None) or "one set without a name: pass {name: data}"
+        raise ValueError(f"reward functions of the evaluation set {unknown[0]!r}: there is no such set (there is {names})")
 
 
 def check_columns(scorer: Scorer, columns: Iterable[str], episodes: Episodes | None) -> None:

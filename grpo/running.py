@@ -14,6 +14,7 @@ from . import loop
 from .checkpoint.resume import Resume
 from .common.errors import ClusterError, forget_models
 from .common.interrupts import RunInterrupted, is_interactive
+from .data.run_inputs import NO_TRAINING_DATA
 from .sessions import Sessions
 from .setup import RunSetup
 from .user_inputs import UserInputs
@@ -31,6 +32,8 @@ def run(
     """The content of `summary.json`. See `GRPOTrainer.train`; `setup.can_resume` says whether there is a checkpoint."""
     if sessions.is_in_use:  # a callback has called train, or another thread
         raise ValueError("this trainer is in the middle of a run or an evaluation: call train again when that has ended")
+    if not setup.inputs.has_training_data:
+        raise ValueError(NO_TRAINING_DATA)
     interrupts = setup.interrupts
     setup.can_resume = False
     try:

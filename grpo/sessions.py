@@ -216,10 +216,11 @@ class Sessions:
         if starts_session and engine is None and self._setup.config.rollout.engine == "vllm":
             vllm_version()  # before anything is started
         with ExitStack() as stack:
-            stack.callback(self._setup.scorer.close)
+            for scorer in (self._setup.scorer, *self._setup.set_scorers.values()):
+                stack.callback(scorer.close)
             if self._setup.episodes is not None:
                 stack.callback(self._setup.episodes.close)
-            self._setup.scorer.start()
+            self._setup.scorer.start()  # those of evaluation sets start when they are needed
             yield
 
     @contextmanager

@@ -23,7 +23,15 @@ from .data.run_inputs import Prompt, RunInputs, with_template_text
 from .data.sampler import PromptSampler
 from .display.terminal import View
 from .experience.user_functions import CODE, UserFunctions
-from .prepared import Episodes, check_columns, load_actions, prepare_inputs
+from .prepared import (
+    Episodes,
+    check_columns,
+    check_eval_functions,
+    check_set_scorers,
+    load_actions,
+    load_set_scorers,
+    prepare_inputs,
+)
 from .run.callbacks import Callbacks
 from .user_inputs import UserInputs
 
@@ -33,6 +41,7 @@ class RunSetup:
     """See the module's docstring.
 
     Attributes:
+        set_scorers: those of evaluation sets that have functions of their own, by name.
         start_fingerprint: hash of the adapter of `lora.start_from`, if it is set.
         functions: the user's functions on prompts and groups.
         episodes: how completions are sampled; None: each is one answer.
@@ -54,6 +63,7 @@ class RunSetup:
     store: CheckpointStore
     storage: Storage | None
     view: View | None
+    set_scorers: Mapping[str, Scorer] = field(default_factory=dict)
     code_of_episodes: Mapping[str, str] = field(default_factory=dict)
     start_fingerprint: str | None = None
     world: World = SINGLE_PROCESS
@@ -72,8 +82,11 @@ class RunSetup:
     def fingerprint(self) -> dict[str, Any]:
         """The run's inputs besides its configuration, to compare when it resumes."""
         start = {} if self.start_fingerprint is None else {"adapter of lora.start_from": self.start_fingerprint}
-        code = {**self.scorer.code, **UserFunctions.code(self.config), **self.code_of_episodes}
-        return {**self.inputs.fingerprint(), "reward functions": list(self.scorer.names), CODE: code, **start}
+        of_sets = {name: list(scorer.names) for name, scorer in self.set_scorers.items()}
+        names = {"reward functions": list(self.scorer.names), **({"reward functions of sets": of_sets} if of_sets else {})}
+        code_of_sets = {path: digest for scorer in self.set_scorers.values() for path, digest in scorer.code.items()}
+        code = {**code_of_sets, **self.scorer.code, **UserFunctions.code(self.config), **self.code_of_episodes}
+        return {**self.inputs.fingerprint(), **names, CODE: code, **start}
 
     def stage(self, text: str) -> None:
         """Show the current phase of the run, outside of its steps."""
@@ -101,16 +114,26 @@ def prepare_run(
     logging = config.logging.model_copy(update={"working_dir": Path.cwd()})  # of the paths in the saved configuration
     config = config.model_copy(update={"logging": logging})
     actions = load_actions(config, inputs)
-    scorer = Scorer(config.rewards, inputs.reward_funcs, needs_functions=actions is None or not actions.rewards)
+    set_scorers = load_set_scorers(config.rewards, inputs.eval_reward_funcs)
+    only_evaluates = inputs.train_dataset is None and config.data.train is None
+    scorer = Scorer(
+        config.rewards,
+        inputs.reward_funcs,
+        needs_functions=(actions is None or not actions.rewards) and not (only_evaluates and set_scorers),
+    )
     functions = UserFunctions.load(config)
     prepared = prepare_inputs(config, inputs, actions, view=view)
     config, prompts = prepared.config, prepared.inputs.train_prompts.rows
     check_columns(scorer, prompts[0].columns, prepared.episodes)
-    prepared.inputs.check_rows(scorer)
+    if prepared.inputs.eval_prompts is not None:
+        check_set_scorers(prepared.inputs.eval_prompts.rows, set_scorers)
+        check_eval_functions(prepared.inputs.eval_prompts.rows, scorer, set_scorers, prepared.episodes)
+    prepared.inputs.check_rows(scorer, set_scorers)
     run_dir, checkpoint = config.logging.output_dir, config.checkpoint
     return RunSetup(
         config=config,
         scorer=scorer,
+        set_scorers=set_scorers,
         episodes=prepared.episodes,
         inputs=prepared.inputs,
         callbacks=Callbacks(inputs.callbacks, config, num_rows=len(prompts), world=world),

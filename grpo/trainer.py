@@ -35,7 +35,14 @@ from .common.log import log_to, logger
 from .config import GRPOConfig
 from .display.terminal import View, make_view, make_view_without_run
 from .evaluating import evaluate_now, prompts_of
-from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
+from .objects.arguments import (
+    Model,
+    ProcessingClass,
+    RewardFunctions,
+    RewardTokenizers,
+    functions_of_sets,
+    resolve_arguments,
+)
 from .running import run
 from .sessions import Session, Sessions
 from .setup import prepare_run
@@ -69,6 +76,8 @@ class GRPOTrainer(TrainerMethods):
         rollout_func: samples in place of the engine's own loop: see `episodes/rollout_func.py`.
         environment_factory: makes the world of a completion: a class, or several by name, of which a row's column
             `environment` names one; None: `args.rollout.environment`.
+        eval_reward_funcs: the reward functions of evaluation sets that have their own, by the name of the set; None:
+            `args.rewards.eval_functions`.
         view: where progress is shown; None: the terminal.
 
     Attributes:
@@ -96,6 +105,7 @@ class GRPOTrainer(TrainerMethods):
         rollout_func: RolloutFunc | None = None,
         environment_factory: EnvironmentFactories | None = None,
         *,
+        eval_reward_funcs: Mapping[str, RewardFunctions] | None = None,
         view: View | None = None,
     ) -> None:
         config, functions = resolve_arguments(
@@ -111,6 +121,7 @@ class GRPOTrainer(TrainerMethods):
         self.summary: dict[str, Any] = {}
         self._inputs = UserInputs(
             reward_funcs=functions,
+            eval_reward_funcs=functions_of_sets(eval_reward_funcs),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks or ()),
@@ -222,22 +233,28 @@ class GRPOTrainer(TrainerMethods):
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def evaluate(
-        self, eval_dataset: EvalSource | None = None, *, adapter: str | Path | None = None
+        self,
+        eval_dataset: EvalSource | None = None,
+        *,
+        adapter: str | Path | None = None,
+        output_file: str | Path | None = None,
     ) -> dict[str, float]:
-        """Greedy completions of the evaluation data by the current policy: their metrics, such as `eval_reward`, the mean
-        reward. They are added to `state.log_history`, and callbacks see them.
+        """Completions of the evaluation data by the current policy, greedy or as `args.data` says: their metrics, such as
+        `eval_reward`, the mean reward. They are added to `state.log_history`, and callbacks see them.
 
         Args:
             eval_dataset: other data, or several sets by name; None: that of the trainer.
             adapter: evaluate the saved adapter in this folder instead.
+            output_file: write the results of all prompts to this JSON file (docs/evaluation.md); None: nowhere.
 
         Raises:
             ValueError: no evaluation data, or no such adapter.
         """
         with self._shown():
             prompts = prompts_of(self.setup, eval_dataset)
+            folder, file = (None if path is None else Path(expanduser(path)) for path in (adapter, output_file))
             with self._sessions.scoring() as session:
-                return evaluate_now(self.setup, session, prompts, None if adapter is None else Path(adapter))
+                return evaluate_now(self.setup, session, prompts, folder, file)
 
     def generate(
         self,

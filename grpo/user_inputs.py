@@ -23,10 +23,11 @@ __all__ = ["DataSource", "EnvironmentFactories", "EpisodeTools", "EvalSource", "
 class UserInputs:
     """Reward functions, data sets, tools and environments (None: those of the configuration), and callbacks.
 
-    `eval_dataset` may be several data sets by name.
+    `eval_dataset` may be several data sets by name, and `eval_reward_funcs` are the functions of those that have their own.
     """
 
     reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None
+    eval_reward_funcs: Mapping[str, Sequence[RewardSpec]] | None = None
     train_dataset: DataSource | None = None
     eval_dataset: EvalSource | None = None
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()

@@ -21,8 +21,9 @@ from fractions import Fraction
 from typing import Any
 
 from .contract import with_check
+from .logged import EXTRACTED_ANSWER, LogExtra
 from .texts import Completion, Function, text_of
-from .written_numbers import last_number_in, number_of
+from .written_numbers import last_number_in, number_of, number_text
 
 
 def _check_not_nan(answer: Any, **columns: Any) -> None:
@@ -31,14 +32,16 @@ def _check_not_nan(answer: Any, **columns: Any) -> None:
 
 
 @with_check(_check_not_nan)
-def exact_match(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+def exact_match(
+    completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
+) -> list[float | None]:
     """1.0 if the completion equals the row's answer, ignoring surrounding white space, else 0.0.
 
-    completions: n strings, or n conversations, whose last message is compared.
+    completions: n strings, or n conversations, whose last message is compared. The text is logged as `extracted_answer`.
     answer: n values. Texts are compared as texts: "3.0" is not "3". A number equals every way to write it ("3", "3.0" and
     "3.00" for 3.0), true and false their words in any case, a list or mapping the same JSON.
     """
-    return [_matches(text_of(completion), value, str.strip) for completion, value in zip(completions, answer, strict=True)]
+    return _all_matches(completions, answer, str.strip, log_extra)
 
 
 def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False) -> Function:
@@ -53,11 +56,22 @@ def exact_match_of(*, ignore_case: bool = False, ignore_whitespace: bool = False
         return text.casefold() if ignore_case else text
 
     @with_check(_check_not_nan)
-    def reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        return [_matches(text_of(completion), value, normalised) for completion, value in zip(completions, answer, strict=True)]
+    def reward(
+        completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        return _all_matches(completions, answer, normalised, log_extra)
 
     reward.__name__ = "exact_match"
     return reward
+
+
+def _all_matches(
+    completions: Sequence[Completion], answer: Sequence[Any], normalised: Callable[[str], str], log_extra: LogExtra | None
+) -> list[float | None]:
+    texts = [text_of(completion) for completion in completions]
+    if log_extra is not None:
+        log_extra(EXTRACTED_ANSWER, [normalised(text) for text in texts])
+    return [_matches(text, value, normalised) for text, value in zip(texts, answer, strict=True)]
 
 
 def _matches(text: str, answer: Any, normalised: Callable[[str], str]) -> float | None:
@@ -97,37 +111,46 @@ def _check_number(answer: Any, **columns: Any) -> None:
 
 
 @with_check(_check_integer)
-def last_integer(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+def last_integer(
+    completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
+) -> list[float | None]:
     """1.0 if the last number of the completion equals the integer at the end of the row's answer, else 0.0.
 
-    completions: n strings, or n conversations, whose last message is read.
+    completions: n strings, or n conversations, whose last message is read. The number is logged as `extracted_answer`.
     answer: n values: a number, a string such as "42" or "1,234", or a reference text that ends with the answer, as GSM8K's
     "... #### 1,234".
 
     Raises ValueError, naming the row, if an answer has no integer: no completion could ever be correct.
     """
-    return _equal(completions, answer, integer=True)
+    return _equal(completions, answer, log_extra, integer=True)
 
 
 @with_check(_check_number)
-def last_number(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+def last_number(
+    completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
+) -> list[float | None]:
     """The same for all numbers: 1.0 if the last numbers of both are equal, else 0.0.
 
     They are compared exactly: "4.0" equals "4", "3/4" equals "0.75", and "0.333" does not equal "0.3333".
 
     Raises ValueError, naming the row, if an answer has no number.
     """
-    return _equal(completions, answer, integer=False)
+    return _equal(completions, answer, log_extra, integer=False)
 
 
-def _equal(completions: Sequence[Completion], answer: Sequence[Any], *, integer: bool) -> list[float | None]:
+def _equal(
+    completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None, *, integer: bool
+) -> list[float | None]:
+    found = [last_number_in(text_of(completion)) for completion in completions]
     scores: list[float | None] = []
-    for row, (completion, written) in enumerate(zip(completions, answer, strict=True)):
+    for row, (number, written) in enumerate(zip(found, answer, strict=True)):
         try:
             expected = _expected(written, integer=integer)
         except ValueError as error:
             raise ValueError(str(error).replace("the answer", f"the answer of row {row}", 1)) from None
-        scores.append(None if expected is None else float(last_number_in(text_of(completion)) == expected))
+        scores.append(None if expected is None else float(number == expected))
+    if log_extra is not None:
+        log_extra(EXTRACTED_ANSWER, [None if number is None else number_text(number) for number in found])
     return scores
 
 

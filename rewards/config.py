@@ -54,6 +54,10 @@ class RewardsConfig(Section):
     """Reward functions, `path/to/file.py:name`, `package.module:name` or a built-in's name; or a mapping with `function` and
     any of `kwargs`, `name`, `weight`, `isolation`. A single one needs no list."""
 
+    eval_functions: dict[str, list[NameOrMapping]] = Field(default={})
+    """The functions of evaluation sets that have their own, by the name of the set: `{gsm8k: last_number}`. The other sets have
+    `functions`."""
+
     weights: list[float] | None = None
     """One weight per function for the sum (TRL's `reward_weights`). None: 1 each."""
 
@@ -95,6 +99,20 @@ class RewardsConfig(Section):
     def _single_to_list(cls, functions: object) -> object:
         return [functions] if isinstance(functions, str | dict) else functions
 
+    @field_validator("eval_functions", mode="before")
+    @classmethod
+    def _single_of_a_set_to_list(cls, functions: object) -> object:
+        if not isinstance(functions, dict):
+            return functions
+        return {name: [one] if isinstance(one, str | dict | RewardFunction) else one for name, one in functions.items()}
+
+    @field_validator("eval_functions")
+    @classmethod
+    def _a_set_has_functions(cls, functions: dict[str, list[NameOrMapping]]) -> dict[str, list[NameOrMapping]]:
+        if empty := [name for name, of_set in functions.items() if not of_set]:
+            raise ValueError(f"{empty[0]} has no functions: leave it out for those of the run")
+        return functions
+
     @field_validator("on_error", mode="before")
     @classmethod
     def _word_or_number(cls, value: object) -> object:
@@ -114,6 +132,10 @@ class RewardsConfig(Section):
     def entries(self) -> list[RewardFunction]:
         """The functions, those specified by name only as a `RewardFunction` too."""
         return [RewardFunction(function=f) if isinstance(f, str) else f for f in self.functions]
+
+    def of_eval_set(self) -> "RewardsConfig":
+        """The section for an evaluation set that has its own functions, whose weights are among their own options."""
+        return self.model_copy(update={"functions": [], "eval_functions": {}, "weights": None})
 
 
 def weights_of(weights: list[float] | None, functions: Sequence[str | RewardFunction]) -> list[float]:

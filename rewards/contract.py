@@ -198,7 +198,7 @@ class BadValueError(ValueError):
 MESSAGES_HINT = '; completions are messages here: use `completion[-1]["content"]`'
 SINGLE_HINT = (
     " (this call has a single completion, which has no spread: an evaluation samples one for each prompt unless "
-    "logging.num_generations_eval is set, and rewards.rows_per_call may be 1)"
+    "data.eval_samples is set, and rewards.rows_per_call may be 1)"
 )
 
 

@@ -9,7 +9,7 @@ plain({"scores": torch.zeros(2)})       # {"scores": [0.0, 0.0]}
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -58,6 +58,14 @@ OWN_PREFIXES = (
     "workers/",
 )
 """Starts of the names of all other metrics of runs, evaluations (`eval_`) and ends of runs (`train_`)."""
+
+
+LogExtra = Callable[[str, Sequence[Any]], None]
+"""The argument `log_extra` of a reward function."""
+
+EXTRACTED_ANSWER = "extracted_answer"
+"""Column, by the name in TRL's documentation, in which a reward function logs the answer that it found in each completion: None
+if there is none. Evaluations vote on it (`eval_maj@n`)."""
 
 
 def logged_name(function: str, metric: str) -> str:

@@ -18,8 +18,9 @@ from fractions import Fraction
 from typing import Any
 
 from .contract import with_check
+from .logged import EXTRACTED_ANSWER, LogExtra
 from .texts import Completion, Function, text_of
-from .written_numbers import last_number_in, number_of
+from .written_numbers import last_number_in, number_of, number_text
 
 _TIME_LIMIT = 5
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
@@ -38,11 +39,13 @@ def _check_answer(answer: Any, **columns: Any) -> None:
 
 
 @with_check(_check_answer)
-def math_verify(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
+def math_verify(
+    completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
+) -> list[float | None]:
     r"""1.0 if the completion's answer equals the row's as mathematics, else 0.0.
 
     completions: n strings, or n conversations, whose last message is read. In prose, sets, intervals and expressions with
-    letters are found only as LaTeX: `$(1, 2]$` or `\boxed{x + 1}`.
+    letters are found only as LaTeX: `$(1, 2]$` or `\boxed{x + 1}`. What is found is logged as `extracted_answer`.
     answer: n values: numbers, or texts as they would be written inside `\boxed{}` ("42", "1,234", "1/2", "50%",
     "\frac{1}{2}", "3, 4", "[0, 1)"), or a text with the answer as LaTeX ("It is $\frac{1}{2}$"). In a text with "####", as in
     GSM8K, the part after it is the answer. A known unit or one in \text is ignored: "12\text{ apples}"; but "12 apples" is a
@@ -54,7 +57,7 @@ def math_verify(completions: Sequence[Completion], answer: Sequence[Any], **kwar
 
     Raises ValueError, naming the row, if an answer cannot be parsed, and RuntimeError off the main thread.
     """
-    return _scores(completions, answer, _TIME_LIMIT)
+    return _scores(completions, answer, _TIME_LIMIT, log_extra)
 
 
 def math_verify_of(*, time_limit: int = _TIME_LIMIT) -> Function:
@@ -67,14 +70,18 @@ def math_verify_of(*, time_limit: int = _TIME_LIMIT) -> Function:
         raise ValueError(f"math_verify_of: time_limit must be an integer of at least 1 (seconds), not {time_limit!r}")
 
     @with_check(_check_answer)
-    def reward(completions: Sequence[Completion], answer: Sequence[Any], **kwargs: Any) -> list[float | None]:
-        return _scores(completions, answer, time_limit)
+    def reward(
+        completions: Sequence[Completion], answer: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
+    ) -> list[float | None]:
+        return _scores(completions, answer, time_limit, log_extra)
 
     reward.__name__ = "math_verify"
     return reward
 
 
-def _scores(completions: Sequence[Completion], answer: Sequence[Any], time_limit: int) -> list[float | None]:
+def _scores(
+    completions: Sequence[Completion], answer: Sequence[Any], time_limit: int, log_extra: LogExtra | None
+) -> list[float | None]:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "math_verify needs the main thread, where its time limit works, and was called on another one: set `isolation: "
@@ -85,9 +92,11 @@ def _scores(completions: Sequence[Completion], answer: Sequence[Any], time_limit
     _warm_up()
     parsed: dict[str, list[Any]] = {}  # the completions of one prompt share their answer
     scores: list[float | None] = []
+    answers: list[str | None] = []
     for row, (completion, written) in enumerate(zip(completions, answer, strict=True)):
         if written is None:
             scores.append(None)
+            answers.append(None)
             continue
         gold = _gold_text(written)
         if gold not in parsed:
@@ -96,13 +105,29 @@ def _scores(completions: Sequence[Completion], answer: Sequence[Any], time_limit
             except ValueError as error:
                 raise ValueError(str(error).replace("the answer", f"the answer of row {row}", 1)) from None
         number, text = number_of(gold), text_of(completion)
-        if number is not None and _answered_number(text) == number:
+        answered = _answered_number(text)
+        if number is not None and answered == number:
             scores.append(1.0)
+            answers.append(number_text(number))
             continue
         found = _parse(text, time_limit)
         is_equal = verify(parsed[gold], found, float_rounding=_decimals(number), timeout_seconds=time_limit)
         scores.append(float(is_equal))
+        answers.append(_answer_text(gold if is_equal else None, answered, found))
+    if log_extra is not None:
+        log_extra(EXTRACTED_ANSWER, answers)
     return scores
+
+
+def _answer_text(gold: str | None, number: Fraction | None, found: Sequence[Any]) -> str | None:
+    """The answer of a completion as text: the row's if they are equal, so that all ways to write it are one answer; else its
+    number; else the text that Math-Verify has found. None if there is none."""
+    if gold is not None:
+        of_gold = number_of(gold)
+        return gold if of_gold is None else number_text(of_gold)
+    if number is not None:
+        return number_text(number)
+    return str(found[-1]) if found else None
 
 
 def _answered_number(text: str) -> Fraction | None:

@@ -103,6 +103,14 @@ def number_of(text: str) -> Fraction | None:
     return None if match is None else _value(match)
 
 
+def number_text(number: Fraction) -> str:
+    """The number as text, the same for every way to write it: "42", "2.5", "1/3"; very large ones in hexadecimal."""
+    if max(abs(number.numerator).bit_length(), number.denominator.bit_length()) > 4096:  # Python refuses to write such decimals
+        return f"{number.numerator:#x}/{number.denominator:#x}"
+    decimal = Decimal(number.numerator) / Decimal(number.denominator)
+    return f"{decimal:f}" if number.denominator > 1 and Fraction(decimal) == number else str(number)
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
     """The value of what `_NUMBER` matched; None if it is ambiguous or out of bounds."""
     sign = -1 if match["sign"] else 1

@@ -127,13 +127,13 @@ class Completion:
         """Whether it is an episode whose environment failed: it has no reward, and nothing of it is trained."""
         return self.episode is not None and self.episode.failure is not None
 
-    def metadata(self) -> Completion:
-        """The lengths, finish reason and policy version alone, and the numbers of the episode."""
+    def metadata(self, *, with_text: bool = False) -> Completion:
+        """The lengths, finish reason and policy version alone, and the numbers of the episode; if asked for, the text too."""
         return replace(
             self,
             token_ids=(),
             logprobs=(),
-            text="",
+            text=self.text if with_text else "",
             given=(),
             episode=None if self.episode is None else self.episode.metadata(),
             omitted_tokens=self.num_tokens,

@@ -39,13 +39,12 @@ def problem(words: list[str]) -> str | None:
     except SystemExit as exit_:  # 0 after --help
         return "rankup does not understand it" if exit_.code else None
     # A file in a folder is one of the repository's; a bare name, such as run.yaml, is a file of the reader's; so is a run.
-    if not hasattr(options, "file"):  # `rankup plan` takes a model
-        return None
-    is_ours = options.file.suffix == ".yaml" and len(options.file.parts) > 1
+    file = Path(getattr(options, "file", None) or getattr(options, "what", ""))  # `rankup plan` takes a model
+    is_ours = file.suffix == ".yaml" and len(file.parts) > 1
     if not is_ours:
         return None
     try:
-        load_config(ROOT / options.file, options.overrides)
+        load_config(ROOT / file, options.overrides)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
     return None

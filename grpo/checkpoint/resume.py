@@ -17,6 +17,7 @@ from typing import Any
 from ..common.log import logger
 from ..config import GRPOConfig, dump_config
 from ..config.loading import parse_yaml, read_run_file
+from ..config.run_folders import RENAMED
 from ..experience.user_functions import CODE
 from ..run.records import CONFIG_FILE, read_summary
 from .state import RunState, made_with, read_state
@@ -29,7 +30,7 @@ Resume = bool | str | Path | None
 HARMLESS_SECTIONS = ("logging.", "checkpoint.", "cluster.")
 """Options of these sections do not affect training, except those below. Nor do more steps, if no rate depends on them."""
 HARMLESS_OPTIONS = ("rewards.max_steps_without_reward",)
-TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "logging.num_generations_eval", "cluster.workers")
+TRAINING_OPTIONS = ("logging.eval_steps", "logging.eval_before", "cluster.workers")
 
 ADAPTER_OPTIONS = ("lora.rank", "lora.alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_rslora")
 """They give the shapes and scales of the weights in a checkpoint, so no resumed run can change them."""
@@ -125,7 +126,8 @@ class Change:
 
 def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
     """Options that differ from the configuration in the folder of a checkpoint or a run."""
-    before = _with_new_options(_flat(read_run_file(folder / CONFIG_FILE)))
+    saved = {RENAMED.get(option, option): value for option, value in _flat(read_run_file(folder / CONFIG_FILE)).items()}
+    before = _with_new_options(saved)
     now = _flat(parse_yaml(dump_config(config)))
     schedules = ("constant", "constant_with_warmup", "inverse_sqrt")  # they do not depend on the number of steps
     keeps_rates = config.optim.lr_scheduler_type in schedules and config.optim.warmup_ratio == 0

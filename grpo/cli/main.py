@@ -1,9 +1,8 @@
-"""The command `rankup`: train, eval, report, export, check, doctor, plan, new, reward, trl."""
+"""The command `rankup`: train, eval, compare, report, export, check, doctor, plan, new, reward, trl."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING
 from ..common.errors import explain
 from ..common.interrupts import RunInterrupted
 from ..config import GRPOConfig, load_config
-from ..display.view_text import evaluation_rewards, rewards_text
-from ..run.records import CONFIG_FILE
 from .command import add_command
 from .subcommands import add_subcommands
 from .trl.trl import split_words
@@ -27,8 +24,10 @@ EXAMPLES = """examples:
   rankup train run.yaml optim.max_steps=200 lora.rank=128 seed=1  a run file and overrides
   rankup train run.yaml data.train=rows.jsonl rewards.functions=reward.py:score
   rankup train run.yaml --resume                                  resume from the newest checkpoint
-  rankup eval runs/quickstart                                     the adapter on the evaluation data, sampled greedily
+  rankup eval runs/quickstart                                     the adapter on the evaluation data
+  rankup eval runs/quickstart --checkpoint best --samples 8       pass@k of its best checkpoint
   rankup eval configs/quickstart.yaml                             the base model on the same data
+  rankup compare runs/a runs/b                                    prompt by prompt, with the interval of the difference
   rankup report runs/quickstart                                   curves and completions as one page, opens from disk
   rankup export runs/quickstart --merge                           a plain transformers model to share or serve
   rankup check configs/quickstart.yaml                            check that vLLM and the trainer compute the same
@@ -92,12 +91,6 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, text, what in (
         ("train", train, "train an adapter as a run file says", "a run file (YAML)"),
-        (
-            "eval",
-            evaluate,
-            "mean reward on the evaluation data, sampled greedily",
-            "a run folder (its adapter) or a run file (the base model)",
-        ),
         ("check", check, "check that trainer and vLLM compute the same, projection by projection", "a run file (YAML)"),
     ):
         command = add_command(commands, name, text, examples=EXAMPLES, run=function)
@@ -139,28 +132,6 @@ def train(options: argparse.Namespace) -> int:
         if trainer.can_resume:
             error.add_note(how_to_resume)
         raise
-    return 0
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """`rankup eval RUN|FILE [section.field=value ...]`"""
-    run_or_file: Path = options.file
-    adapter = run_or_file / "adapter" if os.path.isdir(run_or_file) else None
-    config_file = run_or_file / CONFIG_FILE if adapter else run_or_file
-    if adapter is not None and not os.path.isfile(adapter / "adapter_model.safetensors"):  # before an engine starts
-        raise ValueError(f"no adapter in {adapter}: {run_or_file} is not a run folder, or the run saved no adapter")
-    without_start = ["lora.start_from=null"] if adapter else []  # the run's adapter needs no other one
-    with _trainer(load_config(config_file, [*without_start, *options.overrides])) as trainer:
-        metrics = trainer.evaluate(adapter=adapter)
-    count = len(trainer.setup.eval_prompts or ())
-    start = trainer.args.lora.start_from
-    name = adapter or trainer.args.model.name + ("" if start is None else f" with {start}")
-    each = trainer.args.logging.num_generations_eval
-    how = "sampled greedily" if each is None else f"{each} completions each"
-    print(f"{name}: reward {metrics['eval_reward']:.4f} on {count} prompts, {how}")
-    by_function_and_set = rewards_text(evaluation_rewards(metrics))
-    if " " in by_function_and_set:
-        print(by_function_and_set)
     return 0
 
 

@@ -1,14 +1,18 @@
 """JSON from which values come back as they were: with bytes, decimals, and keys that are not text.
 
     decode(encode({"n": 1.0, "gold": Decimal("12.50"), 3: b"\\xff"}))       # an equal dictionary
+    strict({"mean": np.float32("nan")})                                     # {"mean": None}
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from decimal import Decimal
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 _TAG = "$rankup."
@@ -26,6 +30,22 @@ def encode(value: Any, *, default: Callable[[Any], str] = str) -> str:
 def decode(text: str) -> Any:
     """The value whose text `encode` has returned."""
     return json.loads(text, object_hook=_untagged)
+
+
+def strict(value: Any) -> Any:
+    """`value` in JSON types: scalars of any library become Python's, numbers that are not finite become None."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _tagged(value: Any) -> Any:

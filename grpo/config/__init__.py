@@ -16,6 +16,7 @@ from .run_config import (
     OptimConfig,
     RewardsConfig,
     RolloutConfig,
+    eval_sampling,
     resolve_epochs,
     with_options,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "dump_config",
+    "eval_sampling",
     "load_config",
     "resolve_epochs",
     "with_options",

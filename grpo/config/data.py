@@ -3,8 +3,9 @@
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
+from ...rollout.config import MAX_COMPLETIONS
 from ...section import Section
 from .functions import UserFunction, check_name_or_spec
 
@@ -22,14 +23,49 @@ def _form_of_sets(value: object) -> str:
     return "<mapping>" if isinstance(value, dict) else _form(value)
 
 
+def _form_of_set(value: object) -> str:
+    return "<options>" if isinstance(value, dict | EvalSet) else _form(value)
+
+
 _Source = Annotated[str, Tag("<source>")]
 _List = Annotated[list[str], Tag("<list>"), Field(min_length=1)]
 
 Sources = Annotated[_Source | _List, Discriminator(_form)]
 """The name of a source, or several whose rows follow each other."""
 
+
+class EvalSet(Section):
+    """An evaluation set with options of its own. None: those of the section `data`."""
+
+    source: Sources
+    """Its rows, as in `data.train`."""
+
+    subset: str | None = None
+    """As `data.subset`."""
+
+    split: str | None = None
+    """As `data.eval_split`."""
+
+    rows: int | None = Field(default=None, ge=1)
+    """As `data.eval_rows`."""
+
+    prompt_column: str | None = None
+    """As `data.prompt_column`."""
+
+    system_prompt: str | None = None
+    """As `data.system_prompt`."""
+
+    options: dict[str, Any] | None = None
+    """As `data.options`."""
+
+
 EvalSources = Annotated[
-    _Source | _List | Annotated[dict[str, Sources], Tag("<mapping>")],
+    _Source
+    | _List
+    | Annotated[
+        dict[str, Annotated[_Source | _List | Annotated[EvalSet, Tag("<options>")], Discriminator(_form_of_set)]],
+        Tag("<mapping>"),
+    ],
     Discriminator(_form_of_sets),
 ]
 
@@ -50,6 +86,10 @@ def check_set_names(names: Collection[object]) -> None:
             )
 
 
+def _is_greedy(samples: int | None, temperature: float | None) -> bool:
+    return temperature == 0 or (temperature is None and samples is None)
+
+
 def check_encoding(name: str) -> None:
     """Raise a ValueError if Python knows no text encoding of this name."""
     try:
@@ -68,7 +108,7 @@ class DataConfig(Section):
 
     eval: EvalSources | None = None
     """Evaluation rows, in the same forms; or a mapping of names to such sources, which are evaluated together and also reported
-    one by one (`eval_<name>_reward`). None: no evaluation."""
+    one by one (`eval_<name>_reward`). A named set may be a mapping with its own options. None: no evaluation."""
 
     subset: str | None = None
     """Subset (configuration name) of a data set on the Hub or in a folder, such as `main` of openai/gsm8k. None: its only
@@ -121,8 +161,29 @@ class DataConfig(Section):
     eval_rows: int | None = Field(default=None, ge=1)
     """Evaluate on the first `eval_rows` rows of each set only. None: all, also of a data set without a length."""
 
+    eval_samples: int | None = Field(default=None, ge=1, le=MAX_COMPLETIONS)
+    """Completions of each evaluation prompt, with the same random numbers each time (TRL's `num_generations_eval`). None: one,
+    which is greedy (the likeliest token each time) unless `eval_temperature` is set. Reward functions that compare the
+    completions of a prompt need at least two."""
+
+    eval_temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature of evaluations; 0: greedy. None: `rollout.temperature` if `eval_samples` is set, else greedy."""
+
+    eval_top_p: float | None = Field(default=None, gt=0, le=1)
+    """Probability mass to sample from in evaluations, (0, 1]. None: `rollout.top_p`. Not for greedy ones."""
+
+    eval_pass_reward: float = 1.0
+    """A completion passes if its reward is at least this (`eval_pass@k`, `eval_maj@n`)."""
+
     options: dict[str, Any] = Field(default={})
     """Options of a `reasoning_gym:<task>` source (`size`, `seed` and those of the task), or keyword arguments of a function."""
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _options_belong_to_a_name(cls, sources: object) -> object:
+        if isinstance(sources, dict) and "source" in sources and sources.keys() <= EvalSet.model_fields.keys():
+            raise ValueError("a set with options needs a name: write {NAME: {source: ...}}")
+        return sources
 
     @field_validator("eval")
     @classmethod
@@ -143,3 +204,37 @@ class DataConfig(Section):
         if value is not None:
             check_name_or_spec(value)
         return value
+
+    @field_validator("eval_temperature")
+    @classmethod
+    def _several_completions_differ(cls, temperature: float | None, info: ValidationInfo) -> float | None:
+        samples = info.data.get("eval_samples")
+        if temperature == 0 and samples is not None and samples > 1:
+            raise ValueError(f"must be above 0 for eval_samples {samples}: at 0 all of them are equal")
+        return temperature
+
+    @field_validator("eval_top_p")
+    @classmethod
+    def _greedy_evaluations_draw_nothing(cls, top_p: float | None, info: ValidationInfo) -> float | None:
+        if top_p is not None and _is_greedy(info.data.get("eval_samples"), info.data.get("eval_temperature")):
+            raise ValueError(
+                "has no effect on greedy evaluations: set eval_samples or an eval_temperature above 0, or leave it out"
+            )
+        return top_p
+
+    @property
+    def is_eval_greedy(self) -> bool:
+        """Whether evaluations take the likeliest token each time."""
+        return _is_greedy(self.eval_samples, self.eval_temperature)
+
+    def of_eval_set(self, one: EvalSet) -> "DataConfig":
+        """The section with the options of an evaluation set that has its own."""
+        own = {
+            "subset": one.subset,
+            "eval_split": one.split,
+            "eval_rows": one.rows,
+            "prompt_column": one.prompt_column,
+            "system_prompt": one.system_prompt,
+            "options": one.options,
+        }
+        return self.model_copy(update={name: value for name, value in own.items() if value is not None})

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...rollout.config import MAX_COMPLETIONS
 from ...section import Section
 
 
@@ -32,10 +31,6 @@ class LoggingConfig(Section):
 
     eval_before: bool = True
     """Evaluate before the first step."""
-
-    num_generations_eval: int | None = Field(default=None, ge=1, le=MAX_COMPLETIONS)
-    """Completions of each evaluation prompt, sampled as in training and with the same random numbers each time. None: one, the
-    likeliest token each time. Reward functions that compare the completions of a prompt need at least two."""
 
     completions_steps: int = Field(default=10, ge=0)
     """Show a few completions every `completions_steps` steps. 0: never."""

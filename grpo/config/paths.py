@@ -19,8 +19,10 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ...rewards.config import NameOrMapping
 from ...section import Section
 from ..common.model_files import EMBEDDED
+from .data import EvalSet
 
 if TYPE_CHECKING:
     from .run_config import GRPOConfig
@@ -85,10 +87,8 @@ def names_files(name: str) -> bool:
 
 def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
     """The configuration with resolved names of data, functions, models and adapters. `folder` is the run file's."""
-    functions = [
-        resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
-        for one in config.rewards.functions
-    ]
+    functions = _resolved_functions(config.rewards.functions, folder)
+    of_sets = {name: _resolved_functions(of_set, folder) for name, of_set in config.rewards.eval_functions.items()}
     data = _resolved(_resolved(config.data, ("train", "eval"), folder, resolve_data), ("sampler",), folder)
     if data.chat_template is not None and is_template_file(data.chat_template):
         data = data.model_copy(update={"chat_template": _beside(data.chat_template, folder)})
@@ -96,12 +96,20 @@ def resolve_files(config: GRPOConfig, folder: Path) -> GRPOConfig:
         update={
             "data": data,
             "algorithm": _resolved(config.algorithm, ("loss_type", "advantage_estimator", "group_filter"), folder),
-            "rewards": config.rewards.model_copy(update={"functions": functions}),
+            "rewards": config.rewards.model_copy(update={"functions": functions, "eval_functions": of_sets}),
             "rollout": _resolved(config.rollout, ("tools", "environment"), folder),
             "model": _with_folders(config.model, ("name", "tokenizer"), folder),
             "lora": _with_folders(config.lora, ("start_from",), folder),
         }
     )
+
+
+def _resolved_functions(functions: Sequence[NameOrMapping], folder: Path) -> list[NameOrMapping]:
+    """Reward functions, by name or with options."""
+    return [
+        resolve(one, folder) if isinstance(one, str) else one.model_copy(update={"function": resolve(one.function, folder)})
+        for one in functions
+    ]
 
 
 def _with_folders(section: SectionT, options: Sequence[str], folder: Path) -> SectionT:
@@ -124,7 +132,10 @@ def _resolved(section: SectionT, options: Sequence[str], folder: Path, how: Reso
 
 
 def _resolved_value(value: object, folder: Path, how: Resolver) -> object:
-    """A name, or every name of a list or a mapping; anything else, such as a function, is unchanged."""
+    """A name, or every name of a list or a mapping; of an evaluation set with options that of its source; anything else, such
+    as a function, is unchanged."""
+    if isinstance(value, EvalSet):
+        return value.model_copy(update={"source": _resolved_value(value.source, folder, how)})
     if isinstance(value, dict):
         return {key: _resolved_value(one, folder, how) for key, one in value.items()}
     if isinstance(value, list):

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from ...rewards.config import RewardFunction
 from ...rollout.generation_kwargs import GenerationKwargs, StructuredOutputs
 from ...section import Section
+from .data import EvalSet
 from .run_config import DERIVED_DEFAULTS, GRPOConfig, known_keys
 from .trl.fields import RENAMED
 
@@ -39,6 +40,9 @@ def reference() -> str:
         if name == "rewards":
             text = "An entry of `rewards.functions` may be a mapping with these keys:"
             parts.append(f"{text}\n\n{_table('', RewardFunction.model_fields)}")
+        if name == "data":
+            text = "A named set of `data.eval` may be a mapping with these keys; null is the option of the section:"
+            parts.append(f"{text}\n\n{_table('', EvalSet.model_fields)}")
         if name == "rollout":
             text = "`rollout.generation_kwargs` is a mapping with these keys:"
             parts.append(f"{text}\n\n{_table('', GenerationKwargs.model_fields)}")

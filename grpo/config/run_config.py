@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from ...rewards.config import RewardsConfig
-from ...rollout.config import RolloutConfig
+from ...rollout.config import RolloutConfig, SamplingConfig
 from ...section import Section
 from .algorithm import COMMON, AlgorithmConfig, CorrectionConfig
 from .checkpoint import CheckpointConfig
@@ -93,6 +93,17 @@ class GRPOConfig(Section):
     @model_validator(mode="after")
     def _the_engine_can_sample_like_this(self) -> "GRPOConfig":
         self.rollout.check()
+        self.rollout.check(eval_sampling(self), section="data.eval_")
+        return self
+
+    @model_validator(mode="after")
+    def _functions_of_sets_have_a_set(self) -> "GRPOConfig":
+        sets = self.data.eval
+        if sets is not None and self.rewards.eval_functions:  # the sets may be passed to the trainer in Python
+            names = list(sets) if isinstance(sets, dict) else []
+            if unknown := [name for name in self.rewards.eval_functions if name not in names]:
+                named = f"data.eval has {', '.join(names)}" if names else "the set of data.eval has none: write {NAME: SOURCE}"
+                raise ValueError(f"rewards.eval_functions.{unknown[0]}: no evaluation set has this name; {named}")
         return self
 
     @model_validator(mode="after")
@@ -207,6 +218,14 @@ class GRPOConfig(Section):
     def max_num_seqs(self) -> int:
         """Sequences that vLLM samples concurrently: `rollout.max_num_seqs`, else the completions of a step, at most 256."""
         return self.rollout.max_num_seqs or min(self.completions_per_step, MAX_NUM_SEQS)
+
+
+def eval_sampling(config: GRPOConfig) -> SamplingConfig:
+    """How evaluations sample."""
+    data, rollout = config.data, config.rollout
+    if data.is_eval_greedy:
+        return rollout.greedy()
+    return rollout.as_in_training(data.eval_samples or 1, temperature=data.eval_temperature, top_p=data.eval_top_p)
 
 
 @functools.cache

@@ -24,10 +24,13 @@ NAMES_OF_FILES = {
     "lora": ("start_from",),
     "data": ("train", "eval", "sampler"),
     "algorithm": ("loss_type", "advantage_estimator", "group_filter"),
-    "rewards": ("functions",),
+    "rewards": ("functions", "eval_functions"),
     "rollout": ("tools", "environment"),
 }
 """Options that can name files or folders; `data.chat_template` is saved as its text."""
+
+RENAMED = {"logging.num_generations_eval": "data.eval_samples"}
+"""Options by the names that they had in runs of earlier versions."""
 
 
 def anchor(values: dict[str, Any], file: Path) -> None:
@@ -39,6 +42,11 @@ def anchor(values: dict[str, Any], file: Path) -> None:
     started_in = logging.pop("working_dir", None)
     if started_in is None:
         return
+    for old, new in RENAMED.items():
+        section, _, option = old.partition(".")
+        if option in (values.get(section) or {}):
+            of_new, _, name = new.partition(".")
+            values.setdefault(of_new, {}).setdefault(name, values[section].pop(option))
     folders = [*_moved(file, Path(logging.get("output_dir") or ".")), Path(started_in)]
     for section, options in NAMES_OF_FILES.items():
         found = values.get(section) or {}
@@ -78,11 +86,12 @@ def _moved(file: Path, output_dir: Path) -> list[Path]:
 
 
 def _anchored(value: Any, folders: list[Path]) -> Any:
-    """A name, or all names of a list or a mapping; of a reward function with options, that of the function."""
+    """A name, or all names of a list or a mapping; of a reward function or an evaluation set with options, its own name."""
     if isinstance(value, list):
         return [_anchored(one, folders) for one in value]
     if isinstance(value, Mapping):
-        own = ("function",) if "function" in value and "kwargs" in value else tuple(value)
+        has_options = {"function", "kwargs"} <= value.keys() or {"source", "prompt_column"} <= value.keys()
+        own = ("function", "source") if has_options else tuple(value)
         return {key: _anchored(one, folders) if key in own else one for key, one in value.items()}
     if not isinstance(value, str):
         return value

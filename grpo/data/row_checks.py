@@ -20,15 +20,17 @@ CHECK_SECONDS = 60.0
 they are scored."""
 
 
-def check_rows(scorer: Scorer, prompts: Sequence[Prompt], data: str) -> None:
+def check_rows(
+    scorer: Scorer, prompts: Sequence[Prompt], data: str, set_scorers: Mapping[str, Scorer] | None = None
+) -> None:
     """Check that records can hold the columns of every row, and that the reward functions can use them.
 
-    data: the name of the data set in messages.
+    data: the name of the data set in messages. set_scorers: of evaluation sets that have their own functions, by name.
 
     Raises:
         ValueError: a row cannot be used: its number, the column, the reason and the remedy.
     """
-    end, is_checked = time.monotonic() + CHECK_SECONDS, True
+    end, is_checked, of_sets = time.monotonic() + CHECK_SECONDS, True, set_scorers or {}
     for index, prompt in enumerate(prompts):
         if is_checked and time.monotonic() > end:
             is_checked = False
@@ -39,7 +41,7 @@ def check_rows(scorer: Scorer, prompts: Sequence[Prompt], data: str) -> None:
         try:
             check_record(prompt.columns)
             if is_checked:
-                scorer.check_row(prompt.columns)
+                of_sets.get(prompt.eval_set or "", scorer).check_row(prompt.columns)
         except ValueError as error:
             of_set = "" if prompt.eval_set is None else f" (set {prompt.eval_set!r})"
             raise ValueError(f"row {prompt.row} of the {data}{of_set}: {error}") from error

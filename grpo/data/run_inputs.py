@@ -25,8 +25,8 @@ from ..common.exact_json import encode
 from ..common.log import logger
 from ..common.model_files import check_model, resolve_model
 from ..common.quiet import quiet_stderr
-from ..config import GRPOConfig, with_options
-from ..config.data import check_set_names
+from ..config import DataConfig, GRPOConfig, with_options
+from ..config.data import EvalSet, check_set_names
 from .prompts import Prompt, PromptData, ToolsOfRow, prepare_prompts
 from .row_checks import check_rows
 from .sources import DataSource, EvalSource, is_stream, load_rows, take_rows, takes_options
@@ -34,15 +34,19 @@ from .templates import template_text
 from .tokenizers import load_tokenizer, vocab_size_of
 from .values import check_column_types
 
+NO_TRAINING_DATA = "no training data: set data.train, or pass train_dataset to GRPOTrainer"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInputs:
-    """See the module's docstring. `eval_prompts` is None for a run without evaluation data."""
+    """See the module's docstring. `eval_prompts` is None for a run without evaluation data. Without training data, which only
+    an evaluation can do without, `train_prompts` has the first evaluation prompt."""
 
     model_path: str
     tokenizer: PreTrainedTokenizerBase
     train_prompts: PromptData
     eval_prompts: PromptData | None
+    has_training_data: bool = True
     vocab_size: int | None = None
     """Rows of the model's embedding; None: not known."""
     tools: ToolsOfRow | None = None
@@ -57,11 +61,11 @@ class RunInputs:
             "evaluation": None if self.eval_prompts is None else self.eval_prompts.counts(),
         }
 
-    def check_rows(self, scorer: Scorer) -> None:
+    def check_rows(self, scorer: Scorer, set_scorers: Mapping[str, Scorer] | None = None) -> None:
         """Raise ValueError for the first row that records or the reward functions cannot use."""
         check_rows(scorer, self.train_prompts.rows, "training data")
         if self.eval_prompts is not None:
-            check_rows(scorer, self.eval_prompts.rows, "evaluation data")
+            check_rows(scorer, self.eval_prompts.rows, "evaluation data", set_scorers)
 
     def fingerprint(self) -> dict[str, Any]:
         """Number and hash of the rows of the training data and of each evaluation set."""
@@ -96,26 +100,34 @@ def load_run_inputs(
     data = config.data
     train_source = data.train if train_dataset is None else train_dataset
     eval_source = data.eval if eval_dataset is None else eval_dataset
-    if train_source is None:
-        raise ValueError("no training data: set data.train, or pass train_dataset to GRPOTrainer")
+    if train_source is None and eval_source is None:
+        raise ValueError(NO_TRAINING_DATA)
     check_model(config.model.name, revision=config.model.revision)
-    train_rows = _load(config, train_source, data.train_split, lambda: _rows_of_all_steps(config))
-    check_column_types(train_rows, data.column_types)
-    eval_rows = _load_eval(config, eval_source)
+    train_rows = None
+    if train_source is not None:
+        train_rows = _load(data, train_source, data.train_split, lambda: _rows_of_all_steps(config))
+        check_column_types(train_rows, data.column_types)
+    eval_sets = _load_eval(data, eval_source)
     with quiet_stderr():
         model_path = resolve_model(config.model.name, revision=config.model.revision)
         vocab_size = vocab_size_of(config, model_path)
         tokenizer = load_tokenizer(config, model_path)
     config = with_fitting_prompts(config, model_path)
 
-    def prepare(rows: list[dict[str, Any]], eval_set: str | None = None) -> PromptData:
+    def prepare(rows: _Rows, eval_set: str | None = None) -> PromptData:
         return _prepare(config, rows, tokenizer, vocab_size, eval_set, tools, has_environment)
 
+    train_prompts = None if train_rows is None else prepare(_Rows(train_rows, data))
+    eval_prompts = _joined({name: prepare(rows, name) for name, rows in eval_sets.items()}) if eval_sets else None
+    if train_prompts is None:
+        assert eval_prompts is not None, "there are data of one kind"
+        train_prompts = replace(eval_prompts, rows=eval_prompts.rows[:1])
     return RunInputs(
         model_path=model_path,
         tokenizer=tokenizer,
-        train_prompts=prepare(train_rows),
-        eval_prompts=_joined({name: prepare(rows, name) for name, rows in eval_rows.items()}) if eval_rows else None,
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        has_training_data=train_rows is not None,
         vocab_size=vocab_size,
         tools=tools,
         has_environment=has_environment,
@@ -137,9 +149,9 @@ def load_eval_prompts(config: GRPOConfig, eval_dataset: EvalSource, inputs: RunI
     Raises:
         ValueError, FileNotFoundError: missing or invalid data.
     """
-    sets = _load_eval(config, eval_dataset).items()
+    sets = _load_eval(config.data, eval_dataset).items()
 
-    def prepare(rows: list[dict[str, Any]], name: str | None) -> PromptData:
+    def prepare(rows: _Rows, name: str | None) -> PromptData:
         return _prepare(config, rows, inputs.tokenizer, inputs.vocab_size, name, inputs.tools, inputs.has_environment)
 
     return _joined({name: prepare(rows, name) for name, rows in sets})
@@ -174,36 +186,50 @@ def read_streams(
     data = config.data
     if train_dataset is not None:
         train_dataset = read(train_dataset, data.train_split, lambda: _rows_of_all_steps(config))
-    eval_sets = {name: read(one, data.eval_split, lambda: data.eval_rows) for name, one in _eval_sets(eval_dataset).items()}
+    eval_sets = {
+        name: one if isinstance(one, EvalSet) else read(one, data.eval_split, lambda: data.eval_rows)
+        for name, one in _eval_sets(eval_dataset).items()
+    }
     if None in eval_sets:
         return train_dataset, eval_sets[None]
     return train_dataset, {str(name): one for name, one in eval_sets.items()} or None
 
 
-def _load(config: GRPOConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a data set, and the options that they are read with."""
+
+    rows: list[dict[str, Any]]
+    data: DataConfig
+
+
+def _load(data: DataConfig, source: DataSource, split: str, stream_rows: Callable[[], int | None]) -> list[dict[str, Any]]:
     return load_rows(
         source,
         split=split,
-        subset=config.data.subset,
-        options=config.data.options if takes_options(source) else None,
+        subset=data.subset,
+        options=data.options if takes_options(source) else None,
         stream_rows=stream_rows,
-        encoding=config.data.encoding,
-        column_types=config.data.column_types,
+        encoding=data.encoding,
+        column_types=data.column_types,
     )
 
 
-def _load_eval(config: GRPOConfig, source: EvalSource | None) -> dict[str | None, list[dict[str, Any]]]:
+def _load_eval(data: DataConfig, source: EvalSource | None) -> dict[str | None, _Rows]:
     """The rows of each evaluation set."""
-    data, rows = config.data, {}
-    for name, one in _eval_sets(source).items():
-        with _errors_about(name):
-            rows[name] = _load(config, one, data.eval_split, lambda: data.eval_rows)[: data.eval_rows]
-    return rows
+    return {name: _load_set(data, name, one) for name, one in _eval_sets(source).items()}
+
+
+def _load_set(data: DataConfig, name: str | None, source: DataSource | EvalSet) -> _Rows:
+    if isinstance(source, EvalSet):
+        data, source = data.of_eval_set(source), source.source
+    with _errors_about(name):
+        return _Rows(_load(data, source, data.eval_split, lambda: data.eval_rows)[: data.eval_rows], data)
 
 
 def _prepare(
     config: GRPOConfig,
-    rows: list[dict[str, Any]],
+    rows: _Rows,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int | None,
     eval_set: str | None,
@@ -212,9 +238,9 @@ def _prepare(
 ) -> PromptData:
     with _errors_about(eval_set):
         return prepare_prompts(
-            rows,
+            rows.rows,
             tokenizer,
-            config.data,
+            rows.data,
             max_prompt_length=config.rollout.max_prompt_length,
             vocab_size=vocab_size,
             tools=tools,
@@ -239,7 +265,7 @@ def _rows_of_all_steps(config: GRPOConfig) -> int:
     return rows
 
 
-def _eval_sets(source: EvalSource | None) -> dict[str | None, DataSource]:
+def _eval_sets(source: EvalSource | None) -> dict[str | None, DataSource | EvalSet]:
     """The evaluation sets by name; a single data set has none.
 
     Raises:
@@ -251,7 +277,7 @@ def _eval_sets(source: EvalSource | None) -> dict[str | None, DataSource]:
         return {None: source}
     is_by_split = isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict)
     # A split may be a `datasets.Split`.
-    by_name: dict[Any, DataSource] = {str(name) if is_by_split else name: one for name, one in source.items()}
+    by_name: dict[Any, DataSource | EvalSet] = {str(name) if is_by_split else name: one for name, one in source.items()}
     try:
         check_set_names(by_name)
     except ValueError as error:

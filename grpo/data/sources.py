@@ -25,7 +25,7 @@ import pyarrow
 from ...rewards.contract import is_interruption
 from ...rewards.loading import load_object
 from ...rewards.texts import describe
-from ..config.data import ColumnType
+from ..config.data import ColumnType, EvalSet
 from ..config.functions import text_of
 from ..config.paths import names_files
 from .files import find_files, read_file, typed_rows
@@ -55,7 +55,7 @@ DataSource = (
 )
 """Sources of rows by name, a data set, rows in memory, a stream, or a function that returns them; see `load_rows`."""
 
-EvalSource = DataSource | Mapping[str, DataSource]
+EvalSource = DataSource | Mapping[str, DataSource] | Mapping[str, DataSource | EvalSet]
 """One data set for evaluation, or several by name. A dictionary of splits is several data sets."""
 
 _REASONING_GYM = "reasoning_gym:"

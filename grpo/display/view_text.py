@@ -31,6 +31,7 @@ MOST_OF_A_NAME = 20
 """Characters of the name of a tool."""
 
 WHEN_TEXT = {"before": "before training", "after": "after training"}
+_ATTEMPTS = re.compile(r"eval_((?:pass|maj)@\d+)")
 GUARD_WORDS = {"alarms": "alarm", "skipped_steps": "skip", "restores": "restore"}
 MOST_WORKERS_LISTED = 4
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
@@ -76,8 +77,14 @@ def workers_text(metrics: Mapping[str, float]) -> str:
 
 
 def evaluation_text(step: int, metrics: Mapping[str, float], when: When) -> str:
-    """`evaluation at step 20: reward 0.412`, see `rewards_text`."""
-    return f"evaluation {WHEN_TEXT.get(when, f'at step {step}')}: reward {rewards_text(evaluation_rewards(metrics))}"
+    """`evaluation at step 20: reward 0.412 [0.35, 0.47]; pass@1 0.412, pass@4 0.701`, see `rewards_text`."""
+    of_all = decimal(metrics["eval_reward"], 3)
+    others = rewards_text(evaluation_rewards(metrics)).removeprefix(of_all)
+    low, high = (as_number(metrics.get(f"eval_reward_{end}")) for end in ("low", "high"))
+    interval = f" [{decimal(low, 3)}, {decimal(high, 3)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    found = [(match[1], value) for name, value in metrics.items() if (match := _ATTEMPTS.fullmatch(name))]
+    attempts = "; " + ", ".join(f"{name} {decimal(value, 3)}" for name, value in found) if found else ""
+    return f"evaluation {WHEN_TEXT.get(when, f'at step {step}')}: reward {of_all}{interval}{others}{attempts}"
 
 
 def evaluation_rewards(metrics: Mapping[str, float]) -> dict[str, Any]:

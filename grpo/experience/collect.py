@@ -45,12 +45,18 @@ def collect(
     seeds: Sequence[int] | None,
     trainer_state: Mapping[str, Any],
     use_adapter: bool = True,
+    set_scorers: Mapping[str, Scorer] | None = None,
+    with_texts: bool = False,
     world: World,
 ) -> Collected:
     """Sample and score completions of the prompts, of which each worker takes its shard; the groups of others as metadata.
 
-    `episodes`: None: a completion is one answer.
+    Args:
+        episodes: None: a completion is one answer.
+        set_scorers: those of evaluation sets that have their own functions, by name.
+        with_texts: metadata has the texts of completions, and the columns that reward functions logged.
     """
+    of_sets = set_scorers or {}
     shard = world.shard(len(prompts))
     local = prompts[shard]
     started = time.perf_counter()
@@ -64,7 +70,8 @@ def collect(
         for sampled in groups:
             scoring_started = time.perf_counter()
             found[sampled.index] = sampled
-            waiting[sampled.index] = submit(scorer, sampled, trainer_state)
+            scorer_of_set = of_sets.get(sampled.prompt.eval_set or "", scorer)
+            waiting[sampled.index] = submit(scorer_of_set, sampled, trainer_state)
             sampled.release()  # only functions in this process look at environments, and they have finished
             scores |= _take_finished(waiting)  # a failure that stops the run should do so now
             reward_seconds += time.perf_counter() - scoring_started
@@ -79,19 +86,22 @@ def collect(
     seconds = time.perf_counter() - started
     scored = [Group(prompt=found[i].prompt, completions=found[i].completions, scores=scores[i]) for i in sorted(found)]
     return Collected(
-        groups=with_same_functions(_gathered(scored, prompts, world)),
+        groups=with_same_functions(_gathered(scored, prompts, world, with_texts=with_texts)),
         rollout_seconds=seconds - reward_seconds,
         reward_seconds=reward_seconds,
     )
 
 
-def _gathered(local: list[Group], prompts: Sequence[Prompt], world: World) -> list[Group]:
+def _gathered(local: list[Group], prompts: Sequence[Prompt], world: World, *, with_texts: bool) -> list[Group]:
     """The groups of all workers for `prompts`; remote ones as metadata."""
     if world.size == 1:
         return local
     metadata = world.gather(
         [
-            (tuple(c.metadata() for c in group.completions), dataclasses.replace(group.scores, extras={}))
+            (
+                tuple(c.metadata(with_text=with_texts) for c in group.completions),
+                group.scores if with_texts else dataclasses.replace(group.scores, extras={}),
+            )
             for group in local
         ]
     )

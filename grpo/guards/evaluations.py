@@ -6,8 +6,8 @@
             evaluations.add(rewards)
     evaluations.lost(now, standard_errors=evaluations.noise_margin)     # 0.4: 40 % of the gain is lost again beyond noise
 
-An evaluation is greedy and on the same prompts each time, so two of them are compared prompt by prompt: most prompts have the
-same reward in both, and the difference of the means is known far better than either mean.
+An evaluation is on the same prompts with the same random numbers each time, so two of them are compared prompt by prompt: most
+prompts have the same reward in both, and the difference of the means is known far better than either mean.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Rewards = Sequence[float | None]
-"""One evaluation, a number for each prompt in the data's order; None: no reward."""
+"""One evaluation, a number for each prompt in the data's order, the mean of its completions; None: no reward."""
 
 AT_BEST = 0.05
 """A reward is at its best while no more than this share of its gain is lost."""

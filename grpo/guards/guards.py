@@ -13,10 +13,10 @@
 Steps count from 0; the texts add one. The rollouts of a step are sampled from the policy before that step's update. A snapshot
 taken before the update therefore holds a policy whose reward was just measured.
 
-A run that evaluates while it trains has a second kind of snapshot. An evaluation is greedy and uses the same prompts each time,
-so its noise can be estimated. It is more reliable than the training reward. The newest policy whose evaluation is the best, or
-not distinguishable from it, is the snapshot. It is restored if a later evaluation has declined. The run ends with it if the
-last evaluation is clearly worse.
+A run that evaluates while it trains has a second kind of snapshot. An evaluation uses the same prompts each time, so its noise
+can be estimated. It is more reliable than the training reward. The newest policy whose evaluation is the best, or not
+distinguishable from it, is the snapshot. It is restored if a later evaluation has declined. The run ends with it if the last
+evaluation is clearly worse.
 
 There are three kinds of alarm. `batch`: the batch is unsuitable for an update, which is skipped beyond the hard limit.
 `policy`: the policy has degraded; it is rolled back beyond the hard limit. `advice`: only shown. An alarm triggers when its

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -49,3 +49,17 @@ def resolve_arguments(
         processing_class=processing_class,
     )
     return given.config, functions
+
+
+def functions_of_sets(given: Mapping[str, RewardFunctions] | None) -> dict[str, list[RewardSpec]] | None:
+    """The reward functions of evaluation sets, by name; None for those of the configuration.
+
+    Raises:
+        ValueError: a set has none.
+    """
+    if given is None:
+        return None
+    functions = {name: reward_functions(of_set) or [] for name, of_set in given.items()}
+    if empty := [name for name, of_set in functions.items() if not of_set]:
+        raise ValueError(f"eval_reward_funcs: {empty[0]!r} has no functions: leave it out for those of the run")
+    return functions

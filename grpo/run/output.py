@@ -22,6 +22,7 @@ from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import completions_table
 from .callbacks import RecordsUserLogs, StepRecord
+from .evaluation_records import save_own
 from .notes import SamplingNotes, evaluation_notes, step_notes
 from .records import RunRecorder
 from .reporting import make_reports
@@ -80,13 +81,14 @@ class RunOutput(RecordsUserLogs):
         self, args: Any, state: TrainerState, control: Any, *, evaluation: Evaluation, when: When, **kwargs: Any
     ) -> None:
         """Record and show an evaluation."""
-        metrics = evaluation.metrics()
-        self.recorder.evaluation(state.global_step, metrics, when=when, is_complete=evaluation.is_complete)
+        metrics, step = evaluation.metrics(), state.global_step
+        self.recorder.evaluation(step, metrics, when=when, is_complete=evaluation.is_complete)
+        save_own(self.recorder.output_dir, evaluation, self.config, step=step, when=when)
         for note in evaluation_notes(evaluation):
             logger.warning(note)
         for note in self._sampling_notes.about("evaluation", evaluation.groups):
             logger.info(note)
-        self.view.evaluation(state.global_step, metrics, when)
+        self.view.evaluation(step, metrics, when)
 
     def end_with(self, evaluation: Evaluation) -> None:
         """The evaluation that was recorded last is also that after training."""

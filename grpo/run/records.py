@@ -10,6 +10,7 @@
     config.yaml                         the resolved configuration
     metrics.jsonl                       one JSON object per step or evaluation, with TRL's metric names
     completions/step_000010.parquet     sampled completions with their rewards
+    evaluations/step_000010.json        an evaluation with the results of each prompt (written by `RunOutput`)
     adapter/                            the trained adapter in PEFT's format (written by the trainer)
     checkpoints/                        to resume from (written by the trainer)
     summary.json                        evaluation before and after, seconds by phase, peak memory
@@ -27,13 +28,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
+from ..common.exact_json import strict
 from ..common.files import atomic_write
 from ..display.view_text import When, evaluation_rewards
 from .completions import write_completions
+from .evaluation_files import remove_after
 from .reporting import Report
 from .run_folder import ADAPTER_DIR, CONFIG_FILE, METRICS_FILE, locked_folder, move_aside
 
@@ -154,7 +156,7 @@ class RunRecorder:
             **values,
             "seconds": measured | dict(values.get("seconds", {})),
         }
-        summary = _strict(summary)
+        summary = strict(summary)
         atomic_write(self.output_dir / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         return summary
 
@@ -223,6 +225,7 @@ class RunRecorder:
         for path in (self.output_dir / "completions").glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > self._steps:
                 path.unlink()
+        remove_after(self.output_dir, self._steps)
         atomic_write(self.output_dir / CONFIG_FILE, self._config_yaml.encode())
         return num_bytes >= self._metrics_bytes
 
@@ -243,7 +246,7 @@ class RunRecorder:
         return max(self._peak_memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(_strict(row), allow_nan=False) + "\n"
+        line = json.dumps(strict(row), allow_nan=False) + "\n"
         with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(line)
         for report in self._reports:
@@ -267,19 +270,3 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The content of a run's `summary.json`; None if it does not exist yet."""
     path = Path(run_dir) / SUMMARY_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _strict(value: Any) -> Any:
-    """`value` in JSON types: scalars of any library become Python's, numbers that are not finite become None."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Integral):
-        return int(value)
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -15,6 +15,7 @@ from resumed import FaultError
 from tiny_runs import ROWS, metrics_of, steps_of, timeless, tiny_config
 
 from rankup import GRPOTrainer
+from rankup.grpo.run.evaluation_files import own_files, read_evaluation
 
 FUNCTIONS = ("low_ids", "even_ids")
 SETS = ("easy", "hard")
@@ -49,6 +50,7 @@ def make(tiny_model_path, tmp_path: Path):
         return GRPOTrainer(
             model=str(tiny_model_path("llama")),
             reward_funcs=changes.pop("reward_funcs", [low_ids, even_ids]),
+            eval_reward_funcs=changes.pop("eval_reward_funcs", None),
             args=tiny_config(tmp_path / output_dir, max_steps=4, eval_steps=2, save_steps=1, **changes),
             train_dataset=({"prompt": f"count to {n}", "target": n} for n in itertools.count()),
             eval_dataset=by_name,
@@ -67,8 +69,8 @@ def test_a_run_reports_every_function_and_every_set(make, tmp_path: Path, capsys
     summary = trainer.summary
     rows = evaluations_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 2, 4]
-    means = [f"{prefix}{name}" for prefix in ("eval_", "eval_easy_", "eval_hard_")
-             for name in ("reward", *(f"rewards/{function}/mean" for function in FUNCTIONS))]  # fmt: skip
+    names = ["reward", "reward_low", "reward_high", *(f"rewards/{function}/mean" for function in FUNCTIONS)]
+    means = [f"{prefix}{name}" for prefix in ("eval_", "eval_easy_", "eval_hard_") for name in names]
     others = ["eval_completions/mean_length", "eval_completions/clipped_ratio", "eval_runtime", "eval_samples_per_second"]
     for row in rows:
         assert set(row) == {"step", *means, *others}
@@ -99,9 +101,10 @@ def test_a_run_reports_every_function_and_every_set(make, tmp_path: Path, capsys
 
 def assert_lines_name_each(row: dict[str, Any], output: str) -> None:
     """The lines of the evaluation after two steps, and of the end."""
+    interval = f" [{row['eval_reward_low']:.3f}, {row['eval_reward_high']:.3f}]"
     of_each = [
-        f"{row[f'{prefix}reward']:.3f} (low_ids {row[f'{prefix}rewards/low_ids/mean']:.3f}, "
-        f"even_ids {row[f'{prefix}rewards/even_ids/mean']:.3f})"
+        f"{row[f'{prefix}reward']:.3f}{interval if prefix == 'eval_' else ''} "
+        f"(low_ids {row[f'{prefix}rewards/low_ids/mean']:.3f}, even_ids {row[f'{prefix}rewards/even_ids/mean']:.3f})"
         for prefix in ("eval_", "eval_easy_", "eval_hard_")
     ]
     line = f"evaluation at step 2: reward {of_each[0]}; easy {of_each[1]}; hard {of_each[2]}"
@@ -168,3 +171,37 @@ def test_no_reward_at_all_is_null_in_the_files(make, tmp_path: Path):
     assert summary["evaluation"]["after"]["rewards"] == {"silent": None}
     text = (tmp_path / "run" / "metrics.jsonl").read_text() + (tmp_path / "run" / "summary.json").read_text()
     assert "NaN" not in text
+
+
+def test_a_set_has_its_own_functions(make, tmp_path: Path):
+    """`even_ids` scores the set `hard` alone, `low_ids` everything else; both count in the mean over all prompts."""
+    trainer = make(reward_funcs=[low_ids], eval_reward_funcs={"hard": [even_ids]}, eval_samples=2)
+    trainer.train()
+    for row in evaluations_of(tmp_path / "run"):
+        names = {name for name in row if name.endswith("/mean")}
+        of_sets = {"eval_easy_rewards/low_ids/mean", "eval_hard_rewards/even_ids/mean"}
+        assert names == of_sets | {"eval_rewards/low_ids/mean", "eval_rewards/even_ids/mean"}
+        assert row["eval_hard_reward"] == row["eval_rewards/even_ids/mean"]
+        assert row["eval_easy_reward"] == row["eval_rewards/low_ids/mean"]
+    last = read_evaluation(own_files(tmp_path / "run")[-1])
+    scored = {(one.eval_set, name) for one in last.prompts for name, of in one.functions.items() if any(of)}
+    assert scored == {("easy", "low_ids"), ("hard", "even_ids")}
+    assert trainer.setup.fingerprint["reward functions of sets"] == {"hard": ["even_ids"]}
+    with pytest.raises(ValueError, match=r"evaluation set 'middle': there is no such set \(there is easy, hard\)"):
+        make(eval_reward_funcs={"middle": low_ids})
+    with pytest.raises(ValueError, match="eval_reward_funcs: 'hard' has no functions"):
+        make(eval_reward_funcs={"hard": []})
+
+
+def test_a_trainer_without_training_data_evaluates_and_does_not_train(tiny_model_path, tmp_path: Path):
+    model, config = str(tiny_model_path("llama")), tiny_config(tmp_path / "run")
+    trainer = GRPOTrainer(model=model, reward_funcs=low_ids, args=config, eval_dataset=ROWS[:3])
+    assert 0 < trainer.evaluate(output_file=tmp_path / "results.json")["eval_reward"] < 1
+    assert len(read_evaluation(tmp_path / "results.json").prompts) == 3
+    with pytest.raises(ValueError, match=r"no training data: set data\.train"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+    only_sets = GRPOTrainer(model=model, args=config, eval_dataset={"a": ROWS[:2]}, eval_reward_funcs={"a": low_ids})
+    assert only_sets.evaluate()["eval_a_reward"] > 0
+    with pytest.raises(ValueError, match="the evaluation set 'b' has no reward functions"):
+        only_sets.evaluate({"b": ROWS[:2]})

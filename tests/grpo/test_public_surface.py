@@ -18,10 +18,10 @@ TRAINER = {
     "__init__": (
         "(self, model=None, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None, "
         "reward_processing_classes=None, callbacks=None, optimizers=(None, None), quantization_config=None, peft_config=None, "
-        "tools=None, rollout_func=None, environment_factory=None, *, view=None)"
+        "tools=None, rollout_func=None, environment_factory=None, *, eval_reward_funcs=None, view=None)"
     ),
     "train": "(self, resume_from_checkpoint=None, *, allow_changes=False, engine=None)",
-    "evaluate": "(self, eval_dataset=None, *, adapter=None)",
+    "evaluate": "(self, eval_dataset=None, *, adapter=None, output_file=None)",
     "generate": "(self, prompts, *, temperature=None, max_completion_length=None, seed=None)",
     "generate_rollout_completions": "(self, prompts, *, temperature=None, max_completion_length=None, seed=None)",
     "save_model": "(self, output_dir=None)",

@@ -64,7 +64,8 @@ def test_eval_export_and_reward_use_the_files_of_the_run(project: Path, capsys: 
     after = (read_summary(run) or {})["evaluation"]["after"]["reward"]
     capsys.readouterr()
     assert main(["eval", str(run)]) == 0
-    assert f"reward {after:.4f} on {2 * len(ROWS)} prompts" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"adapter: {2 * len(ROWS)} prompts, greedy" in output and f"{after:.3f} [" in output
     assert main(["export", str(run), "--merge", "--output", "merged"]) == 0
     assert json.loads(Path("merged/config.json").read_text())["hidden_size"] == 96
     assert main(["export", str(run / "checkpoints" / "step_000001"), "--output", "adapter"]) == 0

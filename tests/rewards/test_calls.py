@@ -217,7 +217,7 @@ def nan(completions, **kwargs):
 def test_a_spread_over_a_single_completion_is_explained(isolation: str, function: Any):
     scorer = run(function, isolation)
     try:
-        with pytest.raises((RewardError, ValueError), match=r"single completion, .*logging\.num_generations_eval"):
+        with pytest.raises((RewardError, ValueError), match=r"single completion, .*data\.eval_samples"):
             scorer.score(inputs("x"))
         assert len(scorer.score(inputs("x", "yy", "zzz")).total) == 3
     finally:

@@ -52,7 +52,7 @@ def test_rounding_would_decide_at_a_lower_temperature() -> None:
     [
         ({"stop": ["a", ""]}, "rollout.stop.1: must not be empty (got '')"),
         ({"num_generations": MAX_COMPLETIONS + 1}, "rollout.num_generations: must be at most 16384 (got 16385)"),
-        ({"num_generations_eval": MAX_COMPLETIONS + 1}, "logging.num_generations_eval: must be at most 16384 (got 16385)"),
+        ({"num_generations_eval": MAX_COMPLETIONS + 1}, "data.eval_samples: must be at most 16384 (got 16385)"),
         ({"top_p": 0.0}, "rollout.top_p: must be above 0"),
         ({"repetition_penalty": 0.0}, "rollout.repetition_penalty: must be above 0"),
         (

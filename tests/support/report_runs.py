@@ -68,6 +68,8 @@ class MadeRun:
         """An evaluation, better the more steps are done."""
         reward = self._quality()
         metrics = {"eval_reward": reward, "eval_rewards/exact/mean": reward, "eval_completions/mean_length": 9.0}
+        for name, mean in (("reward", reward), ("pass@1", reward), ("pass@4", min(1.0, 1.5 * reward)), ("maj@4", reward)):
+            metrics |= {f"eval_{name}": mean, f"eval_{name}_low": 0.9 * mean, f"eval_{name}_high": min(1.0, 1.1 * mean)}
         self.recorder.evaluation(self.steps, metrics, when=when)
 
     def play(self, count: int = 1, **metrics: float) -> None:

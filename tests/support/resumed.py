@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow.parquet
 from tiny_runs import timeless
 
+from rankup.grpo.run.evaluation_files import own_files
+
 OPTIONS: dict[str, Any] = {"max_steps": 6, "eval_steps": 2, "save_steps": 4, "completions_steps": 2}
 
 
@@ -44,5 +46,6 @@ def left_behind(run: Path) -> dict[str, Any]:
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
         "metrics": timeless(run),
         "completions": tables,
+        "evaluations": {path.name: json.loads(path.read_text())["prompts"] for path in own_files(run)},
         "summary": {name: summary[name] for name in ("steps", "evaluation", "guards", "interrupted")},
     }

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from ...common.model_files import EMBEDDED, hub_id
-from ...config import GRPOConfig, dump_config, load_config
+from ...config import DataConfig, GRPOConfig, dump_config, load_config
+from ...config.data import EvalSet
 from ...config.functions import text_of
 from ...config.loading import dump_yaml
 from ...config.paths import names_files
@@ -139,7 +140,7 @@ def _training(trained: TrainedAdapter) -> dict[str, str]:
     rate = f"peak learning rate {optim.learning_rate:g}, {optim.lr_scheduler_type}"
     lines = {
         "base model": f"{_base(trained)}{revision}, its weights in {config.model.dtype}{_rounding(config)}",
-        "training data": _data(config, config.data.train, config.data.train_split),
+        "training data": _data(config.data, config.data.train, config.data.train_split),
         "evaluation data": _eval_data(config),
         "reward": _rewards(trained),
         "adapter": _lora(config),
@@ -161,14 +162,14 @@ def _rounding(config: GRPOConfig) -> str:
     return ", its linear layers (except the head) in NF4" if config.model.load_in == "nf4" else ""
 
 
-def _data(config: GRPOConfig, source: str | list[str] | None, split: str, *, rows: int | None = None) -> str:
+def _data(data: DataConfig, source: str | list[str] | None, split: str, *, rows: int | None = None) -> str:
     sources = _sources(source)
     if not sources:
         return ""
     text = " and ".join(f"`{without_folders(one)}`" for one in sources)
     is_on_hub = any(map(_is_on_hub, sources))
     if is_on_hub:
-        text += f", subset `{config.data.subset}`" if config.data.subset else ""
+        text += f", subset `{data.subset}`" if data.subset else ""
     if is_on_hub or any(one.startswith("reasoning_gym:") for one in sources) or "[" in split:
         text += f", split `{split}`"
     return text + (f", at most its first {rows} rows" if rows else "")
@@ -180,10 +181,14 @@ def _sources(source: str | list[str] | None) -> list[str]:
 
 def _eval_data(config: GRPOConfig) -> str:
     data = config.data
-    if isinstance(data.eval, dict):
-        sets = [f"{name}: {_data(config, source, data.eval_split, rows=data.eval_rows)}" for name, source in data.eval.items()]
-        return "; ".join(sets)
-    return _data(config, data.eval, data.eval_split, rows=data.eval_rows)
+    if not isinstance(data.eval, dict):
+        return _data(data, data.eval, data.eval_split, rows=data.eval_rows)
+    sets = []
+    for name, source in data.eval.items():
+        of_set = data.of_eval_set(source) if isinstance(source, EvalSet) else data
+        sources = source.source if isinstance(source, EvalSet) else source
+        sets.append(f"{name}: {_data(of_set, sources, of_set.eval_split, rows=of_set.eval_rows)}")
+    return "; ".join(sets)
 
 
 def _is_on_hub(source: str) -> bool:
@@ -259,9 +264,11 @@ def _results(trained: TrainedAdapter) -> dict[str, float]:
     # The adapter of an unfinished run is older than its last steps.
     is_known = trained.step is not None or trained.summary
     rewards = [row["reward"] for row in trained.metrics if row.get("reward") is not None][-LAST_STEPS:] if is_known else []
+    data = trained.config.data
+    how = "greedy" if data.is_eval_greedy else f"{data.eval_samples or 1} completions each"
     rows = {
-        "evaluation data, greedy, before training": before,
-        f"evaluation data, greedy, after {'training' if trained.step is None else f'step {trained.step}'}": after,
+        f"evaluation data, {how}, before training": before,
+        f"evaluation data, {how}, after {'training' if trained.step is None else f'step {trained.step}'}": after,
         f"training, sampled, mean of the last {len(rewards)} steps": sum(rewards) / len(rewards) if rewards else None,
     }
     return {name: value for name, value in rows.items() if value is not None}

@@ -15,7 +15,7 @@ from ....rollout.generation_kwargs import GenerationKwargs
 from ..algorithm import AlgorithmConfig, CorrectionConfig
 from ..checkpoint import CheckpointConfig
 from ..cluster import ClusterConfig
-from ..data import DataConfig
+from ..data import DataConfig, EvalSet
 from ..guards import GuardsConfig
 from ..logging import LoggingConfig
 from ..lora import LoraConfig
@@ -174,6 +174,7 @@ class Arguments(TypedDict, total=False):
     lora_kernel: Literal["auto", "triton", "cublas"]
     gradient_checkpointing: bool
     functions: list[str | RewardFunction | dict[str, Any]] | str | dict[str, Any]
+    eval_functions: dict[str, list[str | RewardFunction | dict[str, Any]]] | dict[str, str | dict[str, Any]]
     weights: list[float] | None
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     isolation: Literal["inline", "process", "ray"]
@@ -185,7 +186,7 @@ class Arguments(TypedDict, total=False):
     rows_per_call: int | None
     max_steps_without_reward: int | None
     train: str | list[str] | None
-    eval: str | list[str] | dict[str, str | list[str]] | None
+    eval: str | list[str] | dict[str, str | list[str] | EvalSet | dict[str, Any]] | None
     subset: str | None
     train_split: str
     eval_split: str
@@ -200,6 +201,10 @@ class Arguments(TypedDict, total=False):
     shuffle_seed: int | None
     sampler: str | Callable[..., Any] | None
     eval_rows: int | None
+    eval_samples: int | None
+    eval_temperature: float | None
+    eval_top_p: float | None
+    eval_pass_reward: float
     options: dict[str, Any]
     run_name: str | None
     output_dir: str | Path | None
@@ -207,7 +212,6 @@ class Arguments(TypedDict, total=False):
     eval_steps: int | float | None
     eval_epochs: float | None
     eval_before: bool
-    num_generations_eval: int | None
     completions_steps: int
     num_completions_to_print: int | None
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] | str | None
@@ -319,6 +323,7 @@ class Arguments(TypedDict, total=False):
     router_aux_loss_coef: float | None
     disable_dropout: bool
     cast_lm_head_to_fp32: bool
+    num_generations_eval: int | None
     ds3_gather_for_generation: bool
     shuffle_dataset: bool | None
     pad_to_multiple_of: int | str | None

@@ -78,6 +78,6 @@ HINTS = {
     "r": "did you mean lora.rank?",
     "lr": "did you mean optim.learning_rate?",
     "adapter": "did you mean lora.start_from?",
-    "eval_samples": "set logging.num_generations_eval for several completions of each prompt, data.eval_rows for fewer prompts",
+    "num_generations_eval": "it was renamed to data.eval_samples",
 }
 """Hints for common names from other libraries that are not similar to ours in spelling."""

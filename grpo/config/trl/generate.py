@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from ....rewards.config import RewardFunction
 from ....section import Section
+from ..data import EvalSet
 from ..run_config import GRPOConfig, known_keys
 from .field import Kind, TrlField
 from .fields import ALIASES, ALL_NAMES, FIELDS, NONE_IS_UNSET, OLDER_NAMES, OTHER_NAMES, TEXT_FOR_SECTIONS, TRL_VERSION
@@ -29,6 +30,7 @@ PAGE = Path("docs/trl.md")
 ALSO_ACCEPTED = {
     "stop": "str",
     "functions": "str | dict[str, Any]",
+    "eval_functions": "dict[str, str | dict[str, Any]]",
     "profile_steps": "int",
     "report_to": "str",
     "scale_rewards": "bool",
@@ -232,6 +234,7 @@ def types_module() -> str:
     for name, section in sections.items():
         if name not in elsewhere:
             modules.setdefault(section.__module__.rpartition(".")[2], []).append(section.__name__)
+    modules["data"].append(EvalSet.__name__)
     imports = "".join(f"from ..{module} import {', '.join(sorted(names))}\n" for module, names in sorted(modules.items()))
     lines = [_line(name, f"{section.__name__} | dict[str, Any]" + (" | str" if name in TEXT_FOR_SECTIONS else ""))
              for name, section in sections.items()]  # fmt: skip
@@ -276,8 +279,8 @@ def _source(annotation: Any) -> Iterator[str]:
             yield from _source(argument)
     elif annotation is Path:
         yield from ("str", "Path")
-    elif annotation is RewardFunction:
-        yield from ("RewardFunction", "dict[str, Any]")
+    elif annotation in (RewardFunction, EvalSet):
+        yield from (annotation.__name__, "dict[str, Any]")
     else:
         yield {NoneType: "None", Any: "Any"}.get(annotation) or annotation.__name__
 
@@ -287,8 +290,20 @@ def _quoted(value: object) -> str:
 
 
 def _union(parts: list[str]) -> str:
-    found = dict.fromkeys(part for parts_of in parts for part in re.split(r" \| (?![^\[]*\])", parts_of) if part)
+    found = dict.fromkeys(part for parts_of in parts for part in _members(parts_of) if part)
     return " | ".join([part for part in found if part != "None"] + ["None"] * ("None" in found))
+
+
+def _members(union: str) -> list[str]:
+    """The types of a union in source form: what ` | ` outside of all brackets separates."""
+    members, depth = [""], 0
+    for part in re.split(r"( \| |[\[\]])", union):
+        depth += {"[": 1, "]": -1}.get(part, 0)
+        if part == " | " and depth == 0:
+            members.append("")
+        else:
+            members[-1] += part
+    return members
 
 
 def _line(name: str, type: str) -> str:

@@ -21,7 +21,7 @@ GRPO_FIELDS: dict[str, TrlField] = {
     "cast_lm_head_to_fp32": refused("bool", False, "leave it out: log-probabilities are computed in fp32 from the logits"),
     "num_generations": other_default("rollout.num_generations", "int", 8, "the same option, see [batch](#batch)"),
     "num_generations_eval": mapped(
-        "logging.num_generations_eval", "int | None", None, "None: one greedy completion of each prompt, not num_generations"
+        "data.eval_samples", "int | None", None, "None: one greedy completion of each prompt, not num_generations"
     ),
     "max_completion_length": other_default("rollout.max_completion_length", "int", 512, "the same option"),
     "ds3_gather_for_generation": moot("bool", True, "of DeepSpeed"),

@@ -1,6 +1,7 @@
 """The command `rankup`: bad input ends in one clear line, before an engine starts and before anything is written."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import pytest
 from safetensors.torch import save_file
 from tiny_models import tiny_tokenizer
 
+from rankup.grpo.cli.eval.command import EXAMPLES as EVAL_EXAMPLES
+from rankup.grpo.cli.eval.compare import EXAMPLES as COMPARE_EXAMPLES
 from rankup.grpo.cli.main import EXAMPLES, main, make_parser
 
 RUN_FILE = """
@@ -134,7 +137,17 @@ def test_two_mistakes_are_two_lines(rankup: Callable[..., Outcome]):
         (["check", "other.yaml"], "run file not found: other.yaml"),
         (["eval", "runs/other"], "run file not found: runs/other"),
         (["eval", "run.yaml", "data.eval=null"], "no evaluation data: set data.eval"),
-        (["eval", "tiny"], "no adapter in tiny/adapter"),
+        (["eval", "tiny"], "tiny is neither a run folder nor a run file: to evaluate a model or an adapter, give its data"),
+        (["eval", "run.yaml", "--checkpoint", "best"], "--checkpoint is for a run folder, and run.yaml is none"),
+        (["eval", "tiny", "--data", "rows.jsonl"], "no reward functions"),
+        (["eval", "tiny", "--data", "rows.jsonl", "--data", "chat.jsonl"], "--data: several sets need names"),
+        (["eval", "tiny", "--data", "a=rows.jsonl", "--data", "a=chat.jsonl"], "--data: give each set its own name"),
+        (["eval", "tiny", "--data", "a=rows.jsonl", "--reward", "b=last_integer"], "rewards.eval_functions.b: no evaluation"),
+        (["eval", "run.yaml", "--top-p", "0.9"], "data.eval_top_p: has no effect on greedy evaluations"),
+        (["eval", "run.yaml", "--samples", "2", "--temperature", "0"], "data.eval_temperature: must be above 0"),
+        (["eval", "run.yaml", "--output", "tiny"], "--output tiny is a folder"),
+        (["compare", "run.yaml", "run.yaml"], "run.yaml cannot be read as an evaluation"),
+        (["compare", "tiny", "tiny"], "tiny has no results of an evaluation: rankup eval tiny makes some"),
     ],
 )
 def test_errors_of_eval_and_check_are_one_line(rankup: Callable[..., Outcome], arguments: list[str], part: str):
@@ -174,17 +187,28 @@ def test_errors_of_the_installed_command_are_one_line(project: Path, arguments: 
     assert contents(project) == before
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["check", "--help"]])
-def test_help_shows_examples(capsys: pytest.CaptureFixture[str], arguments: list[str]):
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        (["--help"], "rankup train configs/quickstart.yaml"),
+        (["train", "--help"], "rankup train configs/quickstart.yaml"),
+        (["check", "--help"], "rankup train configs/quickstart.yaml"),
+        (["eval", "--help"], "rankup eval runs/quickstart"),
+        (["compare", "--help"], "rankup compare runs/a runs/b"),
+    ],
+)
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str], arguments: list[str], example: str):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
-    assert "examples:\n  rankup train configs/quickstart.yaml" in capsys.readouterr().out
+    assert f"examples:\n  {example}" in capsys.readouterr().out
 
 
 def test_examples_of_the_help_are_commands_that_work():
-    examples = [line.strip().split("  ")[0].split() for line in EXAMPLES.splitlines()[1:]]
-    assert len(examples) >= 4
+    texts = [EXAMPLES, EVAL_EXAMPLES, COMPARE_EXAMPLES]
+    lines = [line for text in texts for line in text.replace("\\\n", "").splitlines()[1:]]
+    examples = [shlex.split(line.strip().split("  ")[0], comments=True) for line in lines]
+    assert len(examples) >= 20
     for _, *arguments in examples:
         assert make_parser().parse_args(arguments).command is not None
 

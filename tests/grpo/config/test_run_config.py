@@ -206,7 +206,7 @@ def test_supported_options_of_peft() -> None:
         ("lora: {r: 8}", "lora.r", "did you mean lora.rank?"),
         ("lora: {lora_alpha: 8}", "lora.lora_alpha", "did you mean lora.alpha?"),
         ("lr: 1", "lr", "did you mean optim.learning_rate?"),
-        ("data: {eval_samples: 4}", "data.eval_samples", "set logging.num_generations_eval for several completions of each"),
+        ("logging: {num_generations_eval: 4}", "logging.num_generations_eval", "it was renamed to data.eval_samples"),
         ("num_generation: 8", "num_generation", "did you mean rollout.num_generations?"),
         ("optimm: {max_steps: 8}", "optimm", "did you mean optim?"),
         ("optim: {zzz: 8}", "optim.zzz", "optim has learning_rate, rescale_learning_rate"),

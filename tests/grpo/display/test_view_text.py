@@ -120,6 +120,17 @@ def test_an_evaluation_of_several_functions_and_sets_names_each():
     )
 
 
+def test_the_line_of_an_evaluation_has_its_interval_and_what_several_completions_say():
+    bounds = {"eval_reward_low": 0.31, "eval_reward_high": 0.49}
+    attempts = {"eval_pass@1": 0.4, "eval_pass@1_low": 0.3, "eval_pass@4": 0.7, "eval_maj@4": 0.45, "eval_easy_pass@4": 0.9}
+    assert evaluation_text(8, TWO_FUNCTIONS | bounds | attempts, "during") == (
+        "evaluation at step 8: reward 0.400 [0.310, 0.490] (answer 0.300, form/at 0.500); "
+        "pass@1 0.400, pass@4 0.700, maj@4 0.450"
+    )
+    unknown = {"eval_reward": math.nan, "eval_reward_low": math.nan, "eval_reward_high": math.nan}
+    assert evaluation_text(8, unknown, "during") == "evaluation at step 8: reward -"
+
+
 def test_the_rewards_of_an_evaluation_have_the_form_of_the_summary():
     assert evaluation_rewards(TWO_FUNCTIONS) == {"reward": 0.4, "rewards": {"answer": 0.3, "form/at": 0.5}}
     sets = evaluation_rewards(TWO_FUNCTIONS | TWO_SETS)["sets"]

@@ -15,6 +15,9 @@ from rankup.grpo.run.reporting import check_reports
 
 pytestmark = pytest.mark.slow
 
+EVALUATION = "eval_pass@4"
+"""A metric that the session logs: trackers take its name as it is."""
+
 SESSION = """
 import json, math, sys
 from pathlib import Path
@@ -34,7 +37,7 @@ for step in range(resume_step + 1, last_step + 1):
     for report in reports:
         report.log({"step": step, "reward": last_step + step / 10, "rewards/exact": None, "grad_norm": math.inf})
 for report in reports:
-    report.log({"step": last_step, "eval_reward": 0.5})
+    report.log({"step": last_step, "eval_pass@4": 0.5})
 saved.write_text(json.dumps({report.name: report.state_dict() for report in reports}))
 for report in reports:
     report.close(failed=failed)
@@ -103,10 +106,10 @@ def test_tensorboard_shows_the_resumed_run(resumed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(resumed / "run" / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["reward", "eval_reward"]
+    assert events.Tags()["scalars"] == ["reward", EVALUATION]
     rewards = {event.step: event.value for event in events.Scalars("reward")}
     assert rewards == pytest.approx({1: 4.1, 2: 4.2, 3: 5.3, 4: 5.4, 5: 5.5})
-    assert [event.step for event in events.Scalars("eval_reward")] == [5]
+    assert [event.step for event in events.Scalars(EVALUATION)] == [5]
     (tag,) = events.Tags()["tensors"]
     assert tag == "config/text_summary"
     assert b"    optim:\n      max_steps: 4" in events.Tensors(tag)[0].tensor_proto.string_val[0]
@@ -124,11 +127,11 @@ def test_wandb_resumes_the_same_run_offline(resumed: Path) -> None:
     ]
     rows = wandb_history([*first, *second])
     assert [(row["step"], row["reward"]) for row in rows if "reward" in row] == FIRST_AND_RESUMED
-    assert [row for row in rows if "eval_reward" in row] == [
-        {"step": 4, "eval_reward": 0.5},
-        {"step": 5, "eval_reward": 0.5},
+    assert [row for row in rows if EVALUATION in row] == [
+        {"step": 4, EVALUATION: 0.5},
+        {"step": 5, EVALUATION: 0.5},
     ]
-    assert {key for row in rows for key in row} == {"step", "reward", "eval_reward"}
+    assert {key for row in rows for key in row} == {"step", "reward", EVALUATION}
     exits = [record.exit.exit_code for record in [*first, *second] if record.HasField("exit")]
     assert exits == [1, 0]
     drawn_over = {(r.metric.glob_name or r.metric.name): r.metric.step_metric for r in first if r.HasField("metric")}
@@ -142,7 +145,7 @@ def test_trackio_resumes_the_same_run(resumed: Path) -> None:
     database.close()
     logged = [(step, json.loads(metrics)) for _, _, step, metrics in rows]
     assert [(step, metrics["reward"]) for step, metrics in logged if "reward" in metrics] == FIRST_AND_RESUMED
-    assert [step for step, metrics in logged if metrics == {"eval_reward": 0.5}] == [4, 5]
+    assert [step for step, metrics in logged if metrics == {EVALUATION: 0.5}] == [4, 5]
     assert len({run_id for run_id, *_ in rows}) == 1
     (name,) = {name for _, name, *_ in rows}
     assert name.startswith("sums-") and state(resumed, "trackio") == {"name": name}

@@ -55,7 +55,7 @@ function aligned(columns) {
 }
 
 class Chart {
-  // spec: {title, lines: [{metric, label, isPoints, colour}], isStacked, isShare, isWide}
+  // spec: {title, lines: [{metric, label, isPoints, colour, band}], isStacked, isShare, isWide}; band: the metrics of the interval
   constructor(spec) {
     this.spec = spec;
     this.isLog = plotting.isLog;
@@ -99,12 +99,19 @@ class Chart {
     const window = windowSize();
     const columns = [];
     const series = [{}];
+    const bands = [];
     for (const line of this.lines) {
       const values = this.isLog ? line.values.map((value) => (value > 0 ? value : null)) : line.values;
       const stroke = colourOf(line.colour);
       line.raw = columns.push([line.steps, values]);
       if (line.isPoints) {
         series.push({ stroke, width: 1.5, dash: [3, 4], points: { show: true, size: 8, width: 2, stroke, fill: colourOf("--panel") } });
+        const bounds = (line.band ?? []).map((metric) => line.run.metrics.get(metric)).filter(Boolean);
+        if (bounds.length === 2) {
+          const [low, high] = bounds.map(([steps, ends]) => columns.push([steps, this.isLog ? ends.map((end) => (end > 0 ? end : null)) : ends]));
+          series.push(...[low, high].map(() => ({ stroke: "transparent", width: 0, points: { show: false } })));
+          bands.push({ series: [high, low], fill: `${stroke}26` });
+        }
         continue;
       }
       const isSmooth = window > 1 && line.steps.length > 2;
@@ -114,7 +121,7 @@ class Chart {
         series.push({ stroke, width: 2, dash: line.dash, points: { show: false } });
       }
     }
-    return { data: aligned(columns), series: series.map((one) => ({ spanGaps: false, ...one })), bands: [] };
+    return { data: aligned(columns), series: series.map((one) => ({ spanGaps: false, ...one })), bands };
   }
 
   // Each line on top of those before it, with the area between them filled.

@@ -18,16 +18,34 @@ function rewardCharts(names) {
   const sets = matching(names, /^eval_([^/]+)_reward$/);
   const isShare = shareOf(["reward", "eval_reward"]);
   return [
-    { title: "Mean reward", lines: [training("reward"), evaluation("eval_reward")], isWide: true, isShare },
+    { title: "Mean reward", lines: [training("reward"), evaluation("eval_reward", { band: boundsOf("eval_reward") })], isWide: true, isShare },
     ...(functions.length > 1 ? functions : []).map(([metric, name]) => ({
       title: name,
       lines: [training(metric), evaluation(`eval_rewards/${name}/mean`)],
       isShare: shareOf([metric]),
     })),
     ...(sets.length ? [{ title: "Evaluation by set", lines: sets.map(([metric, name]) => line(metric, name, { isPoints: true })) }] : []),
+    ...["", ...sets.map(([, name]) => name)].flatMap((name) => attemptCharts(names, name)),
     alone("Spread within groups", "reward_std"),
     alone("Groups without variance", "frac_reward_zero_std", { isShare: true }),
   ];
+}
+
+// pass@k and maj@n of all prompts, or of a set.
+function attemptCharts(names, set) {
+  const prefix = set ? `eval_${set}_` : "eval_";
+  const found = names.filter((name) => name.startsWith(prefix) && /^(pass|maj)@\d+$/.test(name.slice(prefix.length)));
+  if (!found.length) return [];
+  const lines = found.map((metric) => line(metric, metric.slice(prefix.length), { isPoints: true }));
+  return [{ title: set ? `Pass@k, ${set}` : "Pass@k", lines, isShare: true }];
+}
+
+const boundsOf = (metric) => [`${metric}_low`, `${metric}_high`];
+
+// Whether a metric is an end of the interval of another one.
+function isBound(name, names) {
+  const metric = name.replace(/_(low|high)$/, "");
+  return metric !== name && boundsOf(metric).every((bound) => names.includes(bound)) && names.includes(metric);
 }
 
 // Whether all values of these metrics lie in [0, 1].
@@ -70,7 +88,7 @@ function sections(names) {
 // A plot for each metric that no section shows.
 function otherCharts(names, shown) {
   const known = new Set(shown.flatMap((spec) => spec.lines.map((one) => one.metric)));
-  return names.filter((name) => !known.has(name)).sort().map((name) => alone(name, name));
+  return names.filter((name) => !known.has(name) && !isBound(name, names)).sort().map((name) => alone(name, name));
 }
 
 function curvesView() {

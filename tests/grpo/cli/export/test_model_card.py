@@ -155,6 +155,14 @@ def test_results_of_a_run(make_run: MakeRun) -> None:
     }
 
 
+def test_results_of_several_completions_say_how_many(make_run: MakeRun) -> None:
+    """And sets with options of their own are named with their splits."""
+    sets = {"gsm8k": {"source": "openai/gsm8k", "subset": "main", "split": "test[:9]"}, "sums": "reasoning_gym:chain_sum"}
+    card = card_of(make_run(data={"eval": sets, "eval_samples": 8}))
+    assert results(card)["evaluation data, 8 completions each, after training"] == 0.75
+    assert "gsm8k: `openai/gsm8k`, subset `main`, split `test[:9]`; sums: `reasoning_gym:chain_sum`, split `test`" in card
+
+
 def test_results_of_a_merged_model_are_marked_as_those_of_the_adapter(make_run: MakeRun) -> None:
     note = "Measured with the adapter next to the base model in bfloat16, before it was merged."
     run = make_run()

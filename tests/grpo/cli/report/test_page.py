@@ -118,6 +118,28 @@ def test_metrics_that_no_section_has_are_shown_on_request(opened: Any) -> None:
     assert "mine/metric" in opened.texts(".chart .title")
 
 
+def test_evaluations_have_the_band_of_their_interval_and_pass_at_k(opened: Any) -> None:
+    opened.press("1")
+    titles = opened.texts(".chart .title")
+    assert "Pass@k" in titles
+    charts = "[...document.querySelectorAll('.chart')]"
+    attempts = f"{charts}.find((one) => one.querySelector('.title').textContent === 'Pass@k')"
+    names = opened.run(f"return [...{attempts}.querySelectorAll('.legend .name')].map((one) => one.textContent)")
+    assert names == ["pass@1", "pass@4", "maj@4"]
+    opened.click(".others > summary")
+    opened.until("return document.querySelectorAll('.others canvas').length > 0")
+    assert not [title for title in opened.texts(".others .title") if title.startswith("eval_")], "none is left over"
+    pale = (
+        "const shade = (title) => {"
+        f"  const c = {charts}.find((one) => one.querySelector('.title').textContent === title).querySelector('canvas');"
+        "  const data = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "  return data.filter((value, place) => place % 4 === 3 && value > 30 && value < 46).length; };"
+        "return [shade('Mean reward'), shade('Entropy')]"
+    )
+    band, without = opened.run(pale)
+    assert band > 1000 > 100 > without
+
+
 # --------------------------------------------------------------------------------------------------------- completions
 
 

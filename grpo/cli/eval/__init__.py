@@ -1,0 +1,1 @@
+"""The commands `rankup eval` and `rankup compare`."""
