@@ -158,10 +158,15 @@ class RolloutConfig(SamplingConfig):
         return self._changed({"num_generations": 1, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0})
 
     def as_in_training(
-        self, num_generations: int, *, temperature: float | None = None, max_completion_length: int | None = None
+        self,
+        num_generations: int,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_completion_length: int | None = None,
     ) -> SamplingConfig:
         """How that many completions of a prompt are sampled as in training, apart from options that are not None."""
-        changes = {"temperature": temperature, "max_completion_length": max_completion_length}
+        changes = {"temperature": temperature, "top_p": top_p, "max_completion_length": max_completion_length}
         return self._changed({"num_generations": num_generations, **{k: v for k, v in changes.items() if v is not None}})
 
     def check(self, sampling: SamplingConfig | None = None, *, section: str = "rollout.") -> None:

@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, report, export, check, doctor, plan, new, reward, trl."""
+"""The command `rankup`: train, eval, chat, report, export, check, doctor, plan, new, reward, trl."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   rankup train run.yaml --resume                                  resume from the newest checkpoint
   rankup eval runs/quickstart                                     the adapter on the evaluation data, sampled greedily
   rankup eval configs/quickstart.yaml                             the base model on the same data
+  rankup chat runs/quickstart                                     the base model and the policy answer side by side
   rankup report runs/quickstart                                   curves and completions as one page, opens from disk
   rankup export runs/quickstart --merge                           a plain transformers model to share or serve
   rankup check configs/quickstart.yaml                            check that vLLM and the trainer compute the same

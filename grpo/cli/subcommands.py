@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .chat.chat import add_chat_command
 from .doctor.doctor import add_doctor_command
 from .export.export import add_export_command
 from .plan.plan import add_plan_command
@@ -14,6 +15,7 @@ from .trl.trl import add_trl_command
 
 def add_subcommands(commands: Any) -> None:
     """Add them to the subcommands of a parser (what `add_subparsers` returns)."""
+    add_chat_command(commands)
     add_report_command(commands)
     add_doctor_command(commands)
     add_export_command(commands)

@@ -1,7 +1,7 @@
 """The configuration of a run. Imports no torch; see `run_config.py`."""
 
 from ...rewards.config import RewardFunction
-from .files import dump_config, load_config
+from .files import config_with, dump_config, load_config
 from .run_config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "RewardFunction",
     "RewardsConfig",
     "RolloutConfig",
+    "config_with",
     "dump_config",
     "load_config",
     "resolve_epochs",

@@ -1,11 +1,13 @@
 """Configurations in files.
 
     config = load_config("configs/quickstart.yaml", ["optim.max_steps=20", "seed=7"])   # a run file and overrides
+    config = config_with({"model": {"name": "mine"}}, ["rollout.top_p=0.9"])            # sections, and overrides
     text = dump_config(config)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .loading import apply_override, dump_yaml, nest, read_run_file
 from .paths import resolve_files
@@ -34,6 +36,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GRPOConfig:
     if logging.get("run_name") is None:
         logging["run_name"] = path.stem
     return resolve_files(GRPOConfig(**values), path.resolve().parent)
+
+
+def config_with(sections: Mapping[str, Mapping[str, Any]], overrides: Sequence[str] = ()) -> GRPOConfig:
+    """The configuration with the options of these sections, and overrides as in `load_config`.
+
+    Raises:
+        ValueError: unknown keys or invalid values; one line per problem.
+    """
+    values: dict[str, Any] = {name: dict(section) for name, section in sections.items()}
+    for override in overrides:
+        apply_override(values, override, known_keys())
+    return GRPOConfig(**values)
 
 
 def dump_config(config: GRPOConfig) -> str:
