@@ -211,10 +211,10 @@ def test_padding_that_no_row_needs_any_more_is_dropped_when_the_longest_row_ends
         ended: list[int] = []
         while not ended:
             ended += [key for key, _ in requests.step()]
-        assert ended == [0] and requests._batch is not None
+        assert ended == [0]
         lane = requests._lanes[True]
         assert lane._batch is not None and lane._batch.width == 3 + len(lane.rows[0].token_ids)
-        assert requests._batch._cache.get_seq_length() == requests._batch.width - 1
+        assert lane._batch._cache.get_seq_length() == lane._batch.width - 1
 
 
 # ---------------------------------------------------------------------------------------------- base model and policy
@@ -270,7 +270,7 @@ def test_a_turn_on_the_other_side_takes_nothing_of_what_is_kept(make: Make) -> N
 
 
 def test_a_request_tells_its_tokens_while_it_is_sampled(make: Make) -> None:
-    engine, seen = make(), []
+    engine, seen, ended = make(), [], []
     with engine.requests(ends(engine), stop_token_ids=STOP) as requests:
         requests.submit(4, Request(prompt_token_ids=PROMPT, max_tokens=9, seed=3, streams=True))
         while requests.has_unfinished:

@@ -223,7 +223,7 @@ def test_base_model_and_policy_in_one_batch_are_two_rollouts(engine: Any) -> Non
 
 def test_a_request_that_streams_tells_its_tokens(engine: Any) -> None:
     plain, streamed = (Request(prompt_token_ids=PROMPT, max_tokens=12, seed=3, streams=streams) for streams in (False, True))
-    expected, seen = alone(engine, plain), []
+    expected, seen, ended = alone(engine, plain), [], []
     with engine.requests(settings(), stop_token_ids=STOP) as requests:
         requests.submit(4, streamed)
         while requests.has_unfinished:

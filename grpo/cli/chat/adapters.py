@@ -16,7 +16,7 @@ from ...checkpoint.state import ADAPTER
 from ...checkpoint.store import checkpoint_folders, read_checkpoint, read_manifest, step_of
 from ...common.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ...model.slot_weights import SlotWeights
-from ...model.start import read_start
+from ...model.start import StartAdapter, read_start
 from ...run.run_folder import ADAPTER_DIR, CHECKPOINTS
 
 BASE, FINAL, ONLY = "base", "final", "adapter"
@@ -64,6 +64,7 @@ class Adapters:
 
     def __init__(self, run: Path | None, last: StoredAdapter | None) -> None:
         self._run, self._last = run, last
+        self._loaded: dict[Identity | None, StartAdapter] = {}
         self._read: dict[Identity | None, SlotWeights] = {}
 
     @classmethod
@@ -118,21 +119,33 @@ class Adapters:
         known = ", ".join([BASE, *(one.name for one in listed)])
         raise ValueError(f"no checkpoint {name!r}: there are {known}" + (", last and best" if self._run is not None else ""))
 
-    def read(self, saved: StoredAdapter, slots: Mapping[str, AdapterSlot]) -> SlotWeights:
-        """Its weights, from memory if it was read before and has not been replaced.
+    def load(self, saved: StoredAdapter) -> None:
+        """Read an adapter that `read` shall return, before there is an engine.
 
         Raises:
-            ValueError: it is damaged or gone, or does not fit the engine.
+            ValueError: it is damaged or gone, or of an unsupported kind.
         """
         if saved.problem is not None:
             raise ValueError(saved.problem)
         identity = _identity(saved.folder)
         if identity is None:
             raise ValueError(f"the adapter in {saved.folder} is gone: a run keeps only some of its checkpoints")
-        if identity not in self._read:
-            if saved.checkpoint is not None:
-                read_checkpoint(saved.checkpoint, under=f"{ADAPTER}/")
-            self._read[identity] = SlotWeights.of(read_start(saved.folder), slots)
+        if identity in self._read or identity in self._loaded:
+            return
+        if saved.checkpoint is not None:
+            read_checkpoint(saved.checkpoint, under=f"{ADAPTER}/")
+        self._loaded[identity] = read_start(saved.folder)
+
+    def read(self, saved: StoredAdapter, slots: Mapping[str, AdapterSlot]) -> SlotWeights:
+        """Its weights, from memory if it was read before and has not been replaced.
+
+        Raises:
+            ValueError: see `load`; or it does not fit the engine.
+        """
+        self.load(saved)
+        identity = _identity(saved.folder)
+        if identity in self._loaded:
+            self._read[identity] = SlotWeights.of(self._loaded.pop(identity), slots)
         return self._read[identity]
 
     def is_read(self, saved: StoredAdapter) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -55,10 +55,9 @@ class Screen(Protocol):
     def asked(self, message: str) -> None:
         """A message that nobody typed here."""
 
-    @contextmanager
-    def answering(self, session: ChatSession) -> Iterator[Watch]:
-        """A context in which answers are sampled, and Ctrl-C stops them: `Stopped`, after what there is was shown."""
-        yield lambda progress: None
+    def answering(self, session: ChatSession) -> AbstractContextManager[Watch]:
+        """A context in which answers are sampled. Ctrl-C shows what there is, and raises `Stopped`."""
+        ...
 
     def show(self, session: ChatSession, exchange: Exchange) -> None:
         """Complete answers."""

@@ -89,7 +89,7 @@ def find_target(name: str, overrides: Sequence[str], *, context: int | None) -> 
         config = config_with({"model": {"name": name}}, [*OF_A_CHAT, *overrides])
     if config.rollout.environment is not None:
         raise ValueError(
-            f"the completions of {name} act in an environment, which a chat has not: add rollout.environment=null to talk "
+            f"the completions of {name} act in an environment, which a chat does not have: add rollout.environment=null to talk "
             "without it; `rankup eval` plays it"
         )
     return _prepared(name, kind, run, config, adapters, first, context)
@@ -99,6 +99,8 @@ def _prepared(
     name: str, kind: str, run: Path | None, config: GRPOConfig, adapters: Adapters | None, first: str, context: int | None
 ) -> Target:
     config = with_template_text(config)
+    if adapters is not None:
+        adapters.load(adapters.find(first))
     model_path = _model_path(name, kind, config)
     if config.lora.start_from is not None:
         config, _ = resolve_start(config, model_path)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pages import ROOT, code_blocks
 
+from rankup.grpo.cli.chat.commands import HELP
 from rankup.grpo.cli.chat.lines import piped_lines
 from rankup.grpo.cli.main import main
 
@@ -79,3 +84,27 @@ def test_overrides_apply(rankup: Run) -> None:
 def test_a_line_that_ends_with_a_backslash_goes_on() -> None:
     assert list(piped_lines(["one\\\n", "two\n", "three"])) == ["one\ntwo", "three"]
     assert list(piped_lines(["one\\\n"])) == ["one\n"]
+
+
+# ------------------------------------------------------------------------------------------------------ documentation
+
+PAGE = (ROOT / "docs" / "chat.md").read_text()
+
+
+def documented() -> list[list[str]]:
+    """The words of the commands in the documentation that answer messages and end."""
+    lines = [line for language, block in code_blocks(PAGE) if language == "bash" for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("rankup chat") and "--message" in line]
+
+
+@pytest.mark.parametrize("words", documented(), ids=shlex.join)
+def test_documented_commands_answer(run: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert words[:2] == ["chat", "runs/quickstart"]
+    assert main(["chat", str(run), *words[2:]]) == 0
+    messages = [word for option, word in itertools.pairwise(words) if option == "--message" and not word.startswith("/")]
+    assert capfd.readouterr().out.count("]:\n") >= len(messages) > 0
+
+
+def test_the_documentation_has_every_command() -> None:
+    table = [line for line in PAGE.splitlines() if line.startswith("| `/")]
+    assert re.findall(r"`(/\w+)[ `]", " ".join(line.split(" | ")[0] for line in table)) == [one.split()[0] for one in HELP]

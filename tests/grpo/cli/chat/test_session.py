@@ -157,6 +157,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_selected_one_stays(run: Path, c
         session.select("2")
     with pytest.raises(ValueError, match="has the format None"):
         session.select("1")
+    with pytest.raises(ValueError, match="was changed: its checksum differs"):  # before an engine starts
+        find_target(str(copy / "checkpoints" / "step_000002"), [], context=None)
     session.reset()
     assert session.checkpoint == "final" and ask(session) == before
     assert session.target.adapters is not None and session.target.adapters.find("last").name == "3"
