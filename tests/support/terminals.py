@@ -28,7 +28,7 @@ class Terminal:
     def __init__(self, command: Sequence[str | Path], *, width: int, height: int, cwd: Path) -> None:
         self.cwd = cwd
         self._name = f"rankup-test-{os.getpid()}-{next(_NUMBERS)}"
-        words = ["env", *(f"{name}={value}" for name, value in _environment().items()), *map(str, command)]
+        words = ["env", "-u", "COLUMNS", "-u", "LINES", *(f"{name}={value}" for name, value in _environment().items()), *map(str, command)]
         size = ["-x", str(width), "-y", str(height), "-c", str(cwd)]
         self._tmux("-f", os.devnull, "new-session", "-d", *size, "sleep 600")  # a window with these options, for the command
         for option in (["-g", "status", "off"], ["-g", "remain-on-exit", "on"], ["-g", "window-size", "manual"]):
@@ -80,7 +80,7 @@ class Terminal:
     def status(self) -> int | None:
         """Exit status of the command; None: it is running."""
         is_dead, _, status = self._tmux("list-panes", "-F", "#{pane_dead} #{pane_dead_status}").strip().partition(" ")
-        return int(status) if is_dead == "1" else None
+        return int(status) if is_dead == "1" and status else None  # dead, and waited for
 
     def _tmux(self, *words: str) -> str:
         command = [TMUX or "tmux", "-L", self._name, *words]
