@@ -3,7 +3,7 @@
 
 examples:
   scripts/bench/chat_switch.py runs/quickstart
-  scripts/bench/chat_switch.py runs/quickstart --json chat_switch.json
+  scripts/bench/chat_switch.py runs/quickstart model.dtype=float32 --json chat_switch.json
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def main() -> None:
     """Run the benchmark, print the table and write the JSON file."""
     parser = command_line(__doc__, repeats=20, what="switches from memory, of each checkpoint")
     parser.add_argument("run", help="a run folder with an adapter or checkpoints")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="override a setting")
     run(parser.parse_args(), measure, report)
 
 
@@ -33,7 +34,7 @@ def measure(options: argparse.Namespace) -> Result:
         return time.perf_counter() - started
 
     keep_freed_memory()
-    target = find_target(options.run, [], context=None)
+    target = find_target(options.run, options.overrides, context=None)
     assert target.adapters is not None, "it is a run"
     names = [one.name for one in target.adapters.listed()]
     with open_session(target) as session:  # which reads the first one
@@ -42,6 +43,7 @@ def measure(options: argparse.Namespace) -> Result:
     lora = target.config.lora
     return {
         "model": target.config.model.name,
+        "dtype": target.config.model.dtype,
         "rank": lora.rank,
         "checkpoints": names,
         "first_seconds": summarise(list(first.values())) if first else None,
@@ -56,7 +58,7 @@ def report(result: Result) -> str:
         for what, times in (("first, from disk", result["first_seconds"]), ("later, from memory", result["later_seconds"]))
         if times is not None
     ]
-    title = f"{result['model']}, rank {result['rank']}, {len(result['checkpoints'])} checkpoints"
+    title = f"{result['model']} in {result['dtype']}, rank {result['rank']}, {len(result['checkpoints'])} checkpoints"
     return f"{title}\n\n{markdown(['switch', 'median', 'range'], rows, left=1)}"
 
 

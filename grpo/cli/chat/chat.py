@@ -42,7 +42,7 @@ def add_chat_command(commands: Any) -> None:
     add("target", metavar="RUN|MODEL|ADAPTER", help="a run folder, a checkpoint of one, a model, or the folder of an adapter")
     add("overrides", nargs="*", metavar="section.field=value", help="override a setting")
     add("--message", action="append", metavar="TEXT", help="a message or a command; prints the answers and ends")
-    add("--context", type=int, metavar="N", help="tokens that the engine has room for (default: 4096, or what the run needs)")
+    add("--context", type=int, metavar="N", help="tokens that the engine has room for (default: 4096, less if the model's context is)")
 
 
 def chat(options: argparse.Namespace) -> int:

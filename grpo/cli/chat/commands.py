@@ -152,7 +152,7 @@ class Commands:
             raise ValueError(f"/only takes base, trained or both (got {value})")
         if len(session.shown) > 1:
             return "both sides answer"
-        return f"only the {session.shown[0]} side answers; the conversation of the other one stays as it is"
+        return f"only the {''.join(session.shown)} side answers; the conversation of the other one stays as it is"
 
     def _checkpoint(self, value: str) -> str:
         session = self._session

@@ -189,6 +189,7 @@ class TerminalScreen:
             title = Text(harmless(heading(session, side, exchange.checkpoint)), style=STYLES[side])
             blocks.append([title, body, Text(ending(exchange, answer), style="dim")])
         self._console.print(self._arranged(blocks))
+        self._console.print()
 
     def _growing(self, session: ChatSession, progress: Progress, *, complete: bool = False) -> RenderableType:
         """Answers in progress: as many of their last lines as there is room for."""
