@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long `rankup chat` takes to switch to another checkpoint of a run: the first time, when it is read, and later, from memory.
+"""How long `rankup chat` takes to switch to another checkpoint of a run: when it is read, and later from memory.
 
 examples:
   scripts/bench/chat_switch.py runs/quickstart
@@ -24,7 +24,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Result:
     """Seconds from the name of a checkpoint until the engine samples with it."""
-    from rankup.grpo.cli.chat.session import ChatSession, open_session
+    from rankup.grpo.cli.chat.session import ChatSession, open_chat
     from rankup.grpo.cli.chat.target import find_target
     from rankup.kernels.cpu_memory import keep_freed_memory
 
@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace) -> Result:
     target = find_target(options.run, options.overrides, context=None)
     assert target.adapters is not None, "it is a run"
     names = [one.name for one in target.adapters.listed()]
-    with open_session(target) as session:  # which reads the first one
+    with open_chat(target) as session:  # which reads the first one
         first = {name: switch(session, name) for name in names if name != target.first}
         later = [switch(session, name) for _ in range(options.repeats) for name in names]
     lora = target.config.lora

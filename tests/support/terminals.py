@@ -28,7 +28,8 @@ class Terminal:
     def __init__(self, command: Sequence[str | Path], *, width: int, height: int, cwd: Path) -> None:
         self.cwd = cwd
         self._name = f"rankup-test-{os.getpid()}-{next(_NUMBERS)}"
-        words = ["env", "-u", "COLUMNS", "-u", "LINES", *(f"{name}={value}" for name, value in _environment().items()), *map(str, command)]
+        variables = [f"{name}={value}" for name, value in _environment().items()]
+        words = ["env", "-u", "COLUMNS", "-u", "LINES", *variables, *map(str, command)]
         size = ["-x", str(width), "-y", str(height), "-c", str(cwd)]
         self._tmux("-f", os.devnull, "new-session", "-d", *size, "sleep 600")  # a window with these options, for the command
         for option in (["-g", "status", "off"], ["-g", "remain-on-exit", "on"], ["-g", "window-size", "manual"]):

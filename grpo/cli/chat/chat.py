@@ -42,14 +42,14 @@ def add_chat_command(commands: Any) -> None:
     add("target", metavar="RUN|MODEL|ADAPTER", help="a run folder, a checkpoint of one, a model, or the folder of an adapter")
     add("overrides", nargs="*", metavar="section.field=value", help="override a setting")
     add("--message", action="append", metavar="TEXT", help="a message or a command; prints the answers and ends")
-    add("--context", type=int, metavar="N", help="tokens that the engine has room for (default: 4096, less if the model's context is)")
+    add("--context", type=int, metavar="N", help="tokens that the engine has room for (default: 4096, if the model has)")
 
 
 def chat(options: argparse.Namespace) -> int:
     """`rankup chat RUN|MODEL|ADAPTER [section.field=value ...] [--message TEXT ...] [--context N]`"""
     from ...common.log import log_to
     from .screen import make_screen
-    from .session import open_session
+    from .session import open_chat
     from .target import find_target
 
     if options.context is not None and options.context < 2:
@@ -59,7 +59,7 @@ def chat(options: argparse.Namespace) -> int:
     with log_to(screen.note):
         target = find_target(options.target, options.overrides, context=options.context)
         screen.note(f"{_start_text(target)} ...")
-        with open_session(target) as session:
+        with open_chat(target) as session:
             for line in greeting(session, is_typed=is_typed):
                 screen.note(line)
             talk(session, screen, options.message, is_typed=is_typed, stops_at_error=not is_typed or options.traceback)

@@ -1,6 +1,6 @@
 """A chat without a terminal: an engine, the adapters that it can sample with, and the conversation of each side.
 
-    with open_session(find_target("runs/quickstart", [], context=None)) as session:
+    with open_chat(find_target("runs/quickstart", [], context=None)) as session:
         exchange = session.ask("What is 12 + 30?")
         exchange.answers["base"].text, exchange.answers["trained"].text
         session.select("best")
@@ -207,7 +207,7 @@ class ChatSession:
 
 
 @contextmanager
-def open_session(target: Target) -> Iterator[ChatSession]:
+def open_chat(target: Target) -> Iterator[ChatSession]:
     """Start the engine and select the first adapter; the engine is closed at the end.
 
     Raises:

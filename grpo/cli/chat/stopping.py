@@ -1,7 +1,7 @@
 """Ctrl-C while answers are sampled: the first stops them between two steps of the engine, the second ends the process.
 
-    with stoppable() as check:
-        session.ask(message, lambda progress: check())          # raises Stopped
+    with stoppable() as raise_if_stopped:
+        session.ask(message, lambda progress: raise_if_stopped())
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def stoppable() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         requested = True
 
-    def check() -> None:
+    def raise_if_stopped() -> None:
         if requested:
             raise Stopped
 
     if threading.current_thread() is not threading.main_thread():
-        yield check
+        yield raise_if_stopped
         return
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield check
+        yield raise_if_stopped
     finally:
         signal.signal(signal.SIGINT, before)

@@ -89,8 +89,8 @@ def find_target(name: str, overrides: Sequence[str], *, context: int | None) -> 
         config = config_with({"model": {"name": name}}, [*OF_A_CHAT, *overrides])
     if config.rollout.environment is not None:
         raise ValueError(
-            f"the completions of {name} act in an environment, which a chat does not have: add rollout.environment=null to talk "
-            "without it; `rankup eval` plays it"
+            f"the completions of {name} act in an environment, which a chat does not have: add "
+            "rollout.environment=null to talk without it; `rankup eval` plays it"
         )
     return _prepared(name, kind, run, config, adapters, first, context)
 

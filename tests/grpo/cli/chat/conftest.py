@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import ROWS, many_low_ids, tiny_config
 
 from rankup import GRPOTrainer
-from rankup.grpo.cli.chat.session import ChatSession, open_session
+from rankup.grpo.cli.chat.session import ChatSession, open_chat
 from rankup.grpo.cli.chat.target import find_target
 
 CONVERSATIONS = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
@@ -38,6 +38,6 @@ def chat() -> Iterator[Open]:
     with ExitStack() as stack:
 
         def opened(name: Path | str, *overrides: str, context: int | None = None) -> ChatSession:
-            return stack.enter_context(open_session(find_target(str(name), overrides, context=context)))
+            return stack.enter_context(open_chat(find_target(str(name), overrides, context=context)))
 
         yield opened
