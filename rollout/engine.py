@@ -216,19 +216,17 @@ class RolloutEngine:
             for index, output in outputs:
                 yield self._group(output, texts, index=index)
 
-    def requests(
-        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
-    ) -> VllmTurns:
+    def requests(self, sampling: SamplingConfig, *, stop_token_ids: Collection[int] = ()) -> VllmTurns:
         """Requests of episodes. Keys and values of what an episode holds stay in the prefix cache, in full blocks.
 
         Raises:
             ValueError: vLLM cannot sample like this.
         """
         check_engine_limits(sampling, "vllm")
-        texts, lora_request = Texts(self._tokenizer, sampling), self._lora_request if use_adapter else None
+        texts = Texts(self._tokenizer, sampling)
         return VllmTurns(
             self._queue,
-            lora_request,
+            self._lora_request,
             sampling,
             texts,
             stop_token_ids=[*{*texts.stop_token_ids, *stop_token_ids}],
@@ -277,9 +275,9 @@ class RolloutEngine:
         self, requests: Iterable[tuple[Sequence[int], SamplingParams]], *, use_adapter: bool
     ) -> Generator[tuple[int, RequestOutput]]:
         """Submit all requests and yield each one's index and output when it is finished. Aborts the others if closed early."""
-        with VllmRequests(self._queue, self._lora_request if use_adapter else None) as running:
+        with VllmRequests(self._queue, self._lora_request) as running:
             for index, (prompt, params) in enumerate(requests):
-                running.add(index, prompt, params)
+                running.add(index, prompt, params, use_adapter=use_adapter)
             while running.has_unfinished:
                 yield from running.step()
 

@@ -11,7 +11,24 @@ from .turns import Requests
 from .types import PromptGroup
 
 
-class Engine(Protocol):
+class TurnSampler(Protocol):
+    """The part of an engine that episodes are played with."""
+
+    policy_version: int
+
+    def requests(self, sampling: SamplingConfig, *, stop_token_ids: Collection[int] = ()) -> Requests:
+        """Single completions, submitted while others are sampled: turns of episodes (`turns.py`). One such block at a time.
+
+        Args:
+            stop_token_ids: tokens that end a turn, besides those of the model and of `sampling`.
+
+        Raises:
+            ValueError: the engine cannot sample like this.
+        """
+        ...
+
+
+class Engine(TurnSampler, Protocol):
     """Samples groups of completions with the adapter that is in its slots.
 
     Attributes:
@@ -21,7 +38,6 @@ class Engine(Protocol):
     """
 
     device: str
-    policy_version: int
 
     @property
     def slots(self) -> Mapping[str, AdapterSlot]:
@@ -78,19 +94,6 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine failed.
             ValueError: it cannot sample like this.
-        """
-        ...
-
-    def requests(
-        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
-    ) -> Requests:
-        """Single completions, submitted while others are sampled: turns of episodes (`turns.py`). One such block at a time.
-
-        Args:
-            stop_token_ids: tokens that end a turn, besides those of the model and of `sampling`.
-
-        Raises:
-            ValueError: the engine cannot sample like this.
         """
         ...
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def sampling_params(
-    sampling: SamplingConfig, seed: int | None, *, stop_token_ids: Sequence[int], max_tokens: int | None = None
+    sampling: SamplingConfig,
+    seed: int | None,
+    *,
+    stop_token_ids: Sequence[int],
+    max_tokens: int | None = None,
+    streams: bool = False,
 ) -> SamplingParams:
     """vLLM's parameters for the completions of a prompt.
 
@@ -28,6 +33,7 @@ def sampling_params(
         stop_token_ids: tokens that end a completion besides those of the model.
         max_tokens: for a single one, which is a turn of an episode; None: for `sampling.num_generations`, of
             `sampling.max_completion_length`.
+        streams: vLLM returns all tokens so far after every step, and not only once the request has ended.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -57,7 +63,7 @@ def sampling_params(
         seed=seed,
         logprobs=0,
         flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY,
         # Needed for stop strings only. Detokenizing token by token takes 5 % of a rollout.
         detokenize=bool(sampling.stop),
     )

@@ -108,12 +108,14 @@ class TorchEngine:
         """Sample all prompts, at most `max_num_seqs` completions at a time; yield each group when it is finished."""
         assert seeds is None or len(seeds) == len(prompts)
         size = sampling.num_generations
-        with self.requests(sampling, use_adapter=use_adapter) as requests:
+        with self.requests(sampling) as requests:
             for index, prompt in enumerate(prompts):
                 longest = min(sampling.max_completion_length, self._max_model_length - len(prompt))
                 for place in range(size):
                     seed = None if seeds is None else seeds[index] + place
-                    request = Request(prompt_token_ids=tuple(prompt), max_tokens=longest, seed=seed, group=index)
+                    request = Request(
+                        prompt_token_ids=tuple(prompt), max_tokens=longest, seed=seed, group=index, use_adapter=use_adapter
+                    )
                     requests.submit(index * size + place, request)
             finished: dict[int, dict[int, Turn]] = {}
             while requests.has_unfinished:
@@ -126,9 +128,7 @@ class TorchEngine:
                     completions = tuple(_completion(turns[place]) for place in range(size))
                     yield PromptGroup(index=index, prompt_token_ids=tuple(prompts[index]), completions=completions)
 
-    def requests(
-        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
-    ) -> TorchRequests:
+    def requests(self, sampling: SamplingConfig, *, stop_token_ids: Collection[int] = ()) -> TorchRequests:
         """Requests of episodes. Keys and values of an episode are kept until its next turn.
 
         Raises:
@@ -141,7 +141,6 @@ class TorchEngine:
             self._policy,
             sampling,
             Ends(texts=texts, tokens=frozenset({*eos, *texts.stop_token_ids, *stop_token_ids})),
-            use_adapter=use_adapter,
             max_num_seqs=self._max_num_seqs,
             policy_version=self.policy_version,
             activity=self._activity,

@@ -1,13 +1,14 @@
 """Requests to the engine in plain torch, sampled together: `turns.Requests`.
 
-    with TorchRequests(policy, texts, sampling, end_tokens=..., max_num_seqs=128, ...) as requests:
+    with TorchRequests(policy, sampling, Ends(texts=texts, tokens=...), max_num_seqs=128, ...) as requests:
         requests.submit(0, request)
         while requests.has_unfinished:
             for key, turn in requests.step():
                 ...
 
 New requests wait until there is room for all that share a prompt, which is computed once. The next turn of an episode comes
-before them, and continues the keys and values that its last turn left.
+before them, and continues the keys and values that its last turn left. Requests that use the adapter and those that sample from
+the base model run in the same steps, each as a batch of their own.
 
 Legend: B rows (completions that are being sampled), V vocabulary.
 """
@@ -94,57 +95,28 @@ class _Row:
             self.finish_reason, self.text = "stop", text
 
 
-class TorchRequests:
-    """See the module's docstring.
+class _Lane:
+    """Requests that are sampled with the same weights: all with the adapter, or all without. One batch."""
 
-    Args:
-        max_num_seqs: rows that are sampled at the same time; more if a single prompt has more.
-    """
-
-    def __init__(
-        self,
-        policy: SampledPolicy,
-        sampling: SamplingConfig,
-        ends: Ends,
-        *,
-        use_adapter: bool,
-        max_num_seqs: int,
-        policy_version: int,
-        activity: Activity,
-    ) -> None:
+    def __init__(self, policy: SampledPolicy, sampling: SamplingConfig, ends: Ends, *, use_adapter: bool) -> None:
         self._policy = policy
-        self._activity = activity
-        self._stack = ExitStack()
         self._ends = ends
         self._use_adapter = use_adapter
-        self._max_num_seqs = max_num_seqs
-        self._policy_version = policy_version
         self._warp = None if sampling.temperature == 0 else warpers(sampling)
         self._new: deque[_Row] = deque()
         self._continued: deque[_Row] = deque()
-        self._rows: list[_Row] = []
-        """Row i of the batch belongs to `_rows[i]`."""
+        self.rows: list[_Row] = []
+        """Row i of the batch belongs to `rows[i]`."""
         self._batch: Batch | None = None
         self._kept: dict[int, tuple[tuple[int, ...], Kept]] = {}
 
-    def __enter__(self) -> Self:
-        self._stack.enter_context(self._activity.sampling())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        self._rows, self._batch = [], None
-        self._new.clear()
-        self._continued.clear()
-        self._kept.clear()
-
     @property
     def has_unfinished(self) -> bool:
-        """See `turns.Requests`."""
-        return bool(self._rows or self._new or self._continued)
+        """Whether a request was submitted and has not ended."""
+        return bool(self.rows or self._new or self._continued)
 
     def submit(self, key: int, request: Request) -> None:
-        """See `turns.Requests`."""
+        """Sample this request from the next step on."""
         row = _Row(key, request)
         if self._warp is not None:
             generator = None if request.seed is None else torch.Generator().manual_seed(request.seed)
@@ -154,28 +126,40 @@ class TorchRequests:
         (self._continued if is_continued else self._new).append(row)
 
     def release(self, key: int) -> None:
-        """See `turns.Requests`."""
+        """No further turn of this key follows."""
         self._kept.pop(key, None)
 
-    def step(self) -> list[tuple[int, Turn]]:
-        """See `turns.Requests`. New rows get their first token in a step of their own."""
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.rows, self._batch = [], None
+        self._new.clear()
+        self._continued.clear()
+        self._kept.clear()
+
+    def step(self, room: int, *, is_alone: bool) -> list[_Row]:
+        """Sample one more token of the running rows; returns those that have ended. New rows get their first token in a step
+        of their own.
+
+        Args:
+            room: for further rows.
+            is_alone: no other lane has running rows.
+        """
         ended: list[_Row] = []
         with self._policy.sampling(use_adapter=self._use_adapter):
-            admitted = self._admitted()
+            admitted = self._admitted(room, is_alone=is_alone)
             for batch, rows in admitted:
                 ended += self._sample(batch, rows)
                 self._join(batch, rows)
             if not admitted and self._batch is not None:
                 self._batch.decode()
-                ended += self._sample(self._batch, self._rows)
-                if not self._rows:
+                ended += self._sample(self._batch, self.rows)
+                if not self.rows:
                     self._batch = None
-        return [(row.key, self._turn(row)) for row in ended]
+        return ended
 
-    def _admitted(self) -> list[tuple[Batch, list[_Row]]]:
+    def _admitted(self, room: int, *, is_alone: bool) -> list[tuple[Batch, list[_Row]]]:
         """The waiting rows that there is room for, behind their prompts."""
         admitted: list[tuple[Batch, list[_Row]]] = []
-        room = self._max_num_seqs - len(self._rows)
         model, device = self._policy.model, self._policy.device
         while self._continued and room > 0:
             row, room = self._continued.popleft(), room - 1
@@ -185,7 +169,7 @@ class TorchRequests:
         groups: list[list[_Row]] = []
         while self._new:
             group = _first_group(self._new)
-            if len(group) > room and (groups or admitted or self._rows):
+            if len(group) > room and (groups or admitted or self.rows or not is_alone):
                 break
             groups.append([self._new.popleft() for _ in group])
             room -= len(group)
@@ -197,10 +181,10 @@ class TorchRequests:
 
     def _join(self, batch: Batch, rows: list[_Row]) -> None:
         if rows and self._batch is None:
-            self._batch, self._rows = batch, rows
+            self._batch, self.rows = batch, rows
         elif rows and self._batch is not None:
             self._batch.join(batch)
-            self._rows += rows
+            self.rows += rows
 
     def _sample(self, batch: Batch, rows: list[_Row]) -> list[_Row]:
         """Sample a token of every row, and remove those that end with it from batch and `rows`; returns them."""
@@ -239,6 +223,68 @@ class TorchRequests:
             uniforms_B = torch.stack([row.uniforms[len(row.token_ids)] for row in rows]).to(logits_BV.device)
             tokens_B = sample_inverse_cdf(logprobs_BV, uniforms_B)
         return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
+
+
+class TorchRequests:
+    """See the module's docstring.
+
+    Args:
+        max_num_seqs: rows that are sampled at the same time; more if a single prompt has more.
+    """
+
+    def __init__(
+        self,
+        policy: SampledPolicy,
+        sampling: SamplingConfig,
+        ends: Ends,
+        *,
+        max_num_seqs: int,
+        policy_version: int,
+        activity: Activity,
+    ) -> None:
+        self._activity = activity
+        self._stack = ExitStack()
+        self._ends = ends
+        self._max_num_seqs = max_num_seqs
+        self._policy_version = policy_version
+        self._lanes = {use: _Lane(policy, sampling, ends, use_adapter=use) for use in (True, False)}
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._activity.sampling())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        for lane in self._lanes.values():
+            lane.clear()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """See `turns.Requests`."""
+        return any(lane.has_unfinished for lane in self._lanes.values())
+
+    def submit(self, key: int, request: Request) -> None:
+        """See `turns.Requests`."""
+        self._lanes[request.use_adapter].submit(key, request)
+
+    def release(self, key: int) -> None:
+        """See `turns.Requests`."""
+        for lane in self._lanes.values():
+            lane.release(key)
+
+    def step(self) -> list[tuple[int, Turn]]:
+        """See `turns.Requests`. Rows with the adapter and rows without are two batches, one after the other."""
+        ended: list[_Row] = []
+        for use_adapter, lane in self._lanes.items():
+            if lane.has_unfinished:
+                others = len(self._lanes[not use_adapter].rows)
+                ended += lane.step(self._max_num_seqs - others - len(lane.rows), is_alone=not others)
+        return [(row.key, self._turn(row)) for row in ended]
+
+    def sampled(self, key: int) -> tuple[int, ...]:
+        """See `turns.Requests`."""
+        found = [row for lane in self._lanes.values() for row in lane.rows if row.key == key]
+        return tuple(found[0].token_ids) if found else ()
 
     def _turn(self, row: _Row) -> Turn:
         assert row.finish_reason is not None

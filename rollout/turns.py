@@ -34,6 +34,8 @@ class Request:
         seed: None: sampling is not reproducible.
         group: adjacent requests of one group with the same prompt may be computed together.
         may_continue: the engine may keep what it computed for the next turn of the same key, until that is released.
+        use_adapter: False samples from the base model, beside requests that sample from the policy.
+        streams: `Requests.sampled` tells the tokens of this request while it is sampled.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -41,6 +43,8 @@ class Request:
     seed: int | None
     group: int = 0
     may_continue: bool = False
+    use_adapter: bool = True
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,10 @@ class Requests(Protocol):
         Raises:
             EngineError: the engine failed.
         """
+        ...
+
+    def sampled(self, key: int) -> tuple[int, ...]:
+        """The tokens so far of a running request that was submitted with `streams`."""
         ...
 
 

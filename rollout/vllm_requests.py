@@ -78,8 +78,9 @@ class VllmQueue:
         finally:
             self._is_busy = False
         for one in outputs:
-            if one.finished and (owner := self._owners.pop(one.request_id, None)) is not None:
-                owner.finish(one)
+            owner = self._owners.pop(one.request_id, None) if one.finished else self._owners.get(one.request_id)
+            if owner is not None:
+                owner.take(one)
 
     def abort(self, names: Iterable[str]) -> None:
         """End requests. Not within a step, at which an abandoned iterator may be collected as garbage: then before the next."""
@@ -100,9 +101,9 @@ class VllmQueue:
 
 
 class VllmRequests:
-    """See the module's docstring. `lora_request`: None samples from the base model."""
+    """See the module's docstring. `lora_request`: of the adapter, for requests that use it."""
 
-    def __init__(self, queue: VllmQueue, lora_request: LoRARequest | None) -> None:
+    def __init__(self, queue: VllmQueue, lora_request: LoRARequest) -> None:
         self._queue = queue
         self._lora_request = lora_request
         self._keys: dict[str, int] = {}
@@ -125,15 +126,15 @@ class VllmRequests:
         """Whether a request was added and has not been returned by `step`."""
         return bool(self._keys or self._finished)
 
-    def add(self, key: int, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Sample from the next step on.
+    def add(self, key: int, prompt: Sequence[int], params: SamplingParams, *, use_adapter: bool) -> None:
+        """Sample from the next step on, from the policy or from the base model.
 
         Raises:
             EngineError: the engine was closed.
             ValueError: vLLM refuses the request.
         """
         assert self._is_open, "requests are added within the block"
-        self._keys[self._queue.add(self, prompt, params, self._lora_request)] = key
+        self._keys[self._queue.add(self, prompt, params, self._lora_request if use_adapter else None)] = key
 
     def step(self) -> list[tuple[int, RequestOutput]]:
         """One step of the engine; the requests that have ended with it, or with the steps of other blocks before.
@@ -148,9 +149,10 @@ class VllmRequests:
             raise EngineError(f"vLLM failed while sampling: {NOT_FINITE}")
         return finished
 
-    def finish(self, output: RequestOutput) -> None:
-        """One of these requests has ended."""
-        self._finished.append((self._keys.pop(output.request_id), output))
+    def take(self, output: RequestOutput) -> None:
+        """One of these requests has ended; or it streams, and has one token more."""
+        if output.finished:
+            self._finished.append((self._keys.pop(output.request_id), output))
 
 
 def _has_nan(completion: Any) -> bool:
@@ -164,7 +166,7 @@ class VllmTurns(VllmRequests):
     def __init__(
         self,
         queue: VllmQueue,
-        lora_request: LoRARequest | None,
+        lora_request: LoRARequest,
         sampling: SamplingConfig,
         texts: Texts,
         *,
@@ -175,6 +177,7 @@ class VllmTurns(VllmRequests):
         self._sampling, self._texts, self._policy_version = sampling, texts, policy_version
         self._stop_token_ids = stop_token_ids
         self._prompts: dict[int, tuple[int, ...]] = {}
+        self._sampled: dict[int, tuple[int, ...]] = {}
 
     def submit(self, key: int, request: Request) -> None:
         """See `turns.Requests`."""
@@ -183,16 +186,30 @@ class VllmTurns(VllmRequests):
             request.seed,
             stop_token_ids=self._stop_token_ids,
             max_tokens=request.max_tokens,
+            streams=request.streams,
         )
-        self._prompts[key] = request.prompt_token_ids
-        self.add(key, request.prompt_token_ids, params)
+        self._prompts[key], self._sampled[key] = request.prompt_token_ids, ()
+        self.add(key, request.prompt_token_ids, params, use_adapter=request.use_adapter)
 
     def release(self, key: int) -> None:
         """See `turns.Requests`. vLLM drops blocks by itself."""
 
     def step(self) -> list[tuple[int, Turn]]:  # type: ignore[override]
         """See `turns.Requests`."""
-        return [(key, self._turn(output, self._prompts.pop(key))) for key, output in super().step()]
+        ended = super().step()
+        for key, _ in ended:
+            del self._sampled[key]
+        return [(key, self._turn(output, self._prompts.pop(key))) for key, output in ended]
+
+    def sampled(self, key: int) -> tuple[int, ...]:
+        """See `turns.Requests`."""
+        return self._sampled[key]
+
+    def take(self, output: RequestOutput) -> None:
+        """See `VllmRequests`."""
+        if not output.finished:
+            self._sampled[self._keys[output.request_id]] = tuple(output.outputs[0].token_ids)
+        super().take(output)
 
     def _turn(self, output: RequestOutput, prompt: tuple[int, ...]) -> Turn:
         if tuple(output.prompt_token_ids or ()) != prompt:

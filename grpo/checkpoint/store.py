@@ -146,8 +146,7 @@ class CheckpointStore:
 
     def _paths(self) -> list[Path]:
         """Checkpoints, damaged or not, the newest first."""
-        paths = (path for path in self.folder.glob("step_*") if NAME.fullmatch(path.name))
-        return sorted(paths, key=lambda path: step_of(path.name), reverse=True)
+        return checkpoint_folders(self.folder)
 
     def _recover_interrupted_rename(self) -> None:
         """Restore the name of a checkpoint if the process was killed between the two renames of `atomic_folder`."""
@@ -169,8 +168,17 @@ class CheckpointStore:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def read_checkpoint(path: Path, *, checksums: bool = True) -> Checkpoint:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders of checkpoints, damaged or not, the newest first."""
+    paths = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
+    return sorted(paths, key=lambda path: step_of(path.name), reverse=True)
+
+
+def read_checkpoint(path: Path, *, checksums: bool = True, under: str = "") -> Checkpoint:
     """The checkpoint in a folder, after its files were verified: by their checksums, or else only by their sizes.
+
+    Args:
+        under: only files whose paths begin like this, such as `adapter/`.
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated or changed; the message names it.
@@ -178,6 +186,8 @@ def read_checkpoint(path: Path, *, checksums: bool = True) -> Checkpoint:
     """
     manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
+        if not name.startswith(under):
+            continue
         file = path / name
         if not file.is_file():
             raise DamagedCheckpointError(f"{path}: {name} is missing")

@@ -1,4 +1,4 @@
-"""The command `rankup`: train, eval, compare, report, export, check, doctor, plan, new, reward, trl."""
+"""The command `rankup`: train, eval, compare, chat, report, export, check, doctor, plan, new, reward, trl."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   rankup eval runs/quickstart --checkpoint best --samples 8       pass@k of its best checkpoint
   rankup eval configs/quickstart.yaml                             the base model on the same data
   rankup compare runs/a runs/b                                    prompt by prompt, with the interval of the difference
+  rankup chat runs/quickstart                                     the base model and the policy answer side by side
   rankup report runs/quickstart                                   curves and completions as one page, opens from disk
   rankup export runs/quickstart --merge                           a plain transformers model to share or serve
   rankup check configs/quickstart.yaml                            check that vLLM and the trainer compute the same

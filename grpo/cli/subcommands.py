@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .chat.chat import add_chat_command
 from .doctor.doctor import add_doctor_command
 from .eval.command import add_eval_command
 from .eval.compare import add_compare_command
@@ -18,6 +19,7 @@ def add_subcommands(commands: Any) -> None:
     """Add them to the subcommands of a parser (what `add_subparsers` returns)."""
     add_eval_command(commands)
     add_compare_command(commands)
+    add_chat_command(commands)
     add_report_command(commands)
     add_doctor_command(commands)
     add_export_command(commands)

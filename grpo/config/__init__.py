@@ -1,7 +1,7 @@
 """The configuration of a run. Imports no torch; see `run_config.py`."""
 
 from ...rewards.config import RewardFunction
-from .files import dump_config, load_config
+from .files import dump_config, load_config, make_config
 from .run_config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "dump_config",
     "eval_sampling",
     "load_config",
+    "make_config",
     "resolve_epochs",
     "with_options",
 ]

@@ -1,6 +1,7 @@
 """Configurations in files.
 
     config = load_config("configs/quickstart.yaml", ["optim.max_steps=20", "seed=7"])   # a run file and overrides
+    config = make_config({"model": {"name": "mine"}}, ["rollout.top_p=0.9"])            # sections, and overrides
     text = dump_config(config)
 """
 

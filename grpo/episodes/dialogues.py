@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ...rollout.config import SamplingConfig
-from ...rollout.protocol import Engine
+from ...rollout.protocol import TurnSampler
 from ...rollout.texts import Texts
 from ...rollout.turns import play
 from ..common.log import logger
@@ -87,20 +87,22 @@ class Dialogues:
 
     def play(
         self,
-        engine: Engine,
+        engine: TurnSampler,
         prompts: Sequence[Prompt],
         sampling: SamplingConfig,
         *,
         seeds: Sequence[int] | None = None,
-        use_adapter: bool = True,
+        use_adapter: bool | Sequence[bool] = True,
     ) -> Generator[PlayedGroup]:
         """Play `sampling.num_generations` episodes of each prompt; yields each group when its last one ends.
 
         Args:
             seeds: one for each prompt; with them episodes repeat, as far as tools and environments do.
+            use_adapter: False samples from the base model; or one for each prompt.
         """
         kit = self._kit(sampling)
         size = sampling.num_generations
+        uses = [use_adapter] * len(prompts) if isinstance(use_adapter, bool) else use_adapter
         players = [
             Player(
                 kit,
@@ -109,6 +111,7 @@ class Dialogues:
                 place=place,
                 seed=None if seeds is None else seeds[index],
                 policy_version=engine.policy_version,
+                use_adapter=uses[index],
             )
             for index, prompt in enumerate(prompts)
             for place in range(size)
@@ -119,7 +122,7 @@ class Dialogues:
         try:
             with (
                 self.actions.caller.isolated(seeds[0] if seeds else None) as states,
-                engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=self._dialect.closing_ids) as requests,
+                engine.requests(sampling, stop_token_ids=self._dialect.closing_ids) as requests,
             ):
                 for number, played in play(requests, [player.play() for player in players], at_most=self._at_most):
                     index, place = divmod(number, size)

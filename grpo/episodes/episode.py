@@ -45,14 +45,25 @@ class _Said:
 class Player:
     """One completion of a prompt. `place`: its place in the group; `group`: the group's number in the rollout.
 
-    `seed`: the group's, which is that of all resets; None: nothing is reproducible.
+    `seed`: the group's, which is that of all resets; None: nothing is reproducible. `use_adapter`: False: by the base model.
     """
 
-    def __init__(self, kit: Kit, prompt: Prompt, *, group: int, place: int, seed: int | None, policy_version: int) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        prompt: Prompt,
+        *,
+        group: int,
+        place: int,
+        seed: int | None,
+        policy_version: int,
+        use_adapter: bool = True,
+    ) -> None:
         self._kit = kit
         self._prompt = prompt
         self._group, self._place, self._seed = group, place, seed
         self._policy_version = policy_version
+        self._use_adapter = use_adapter
         self._said = _Said()
         self._stream = Stream(prompt.token_ids)
         self._content = prompt.content
@@ -218,6 +229,7 @@ class Player:
             seed=seed,
             group=self._group,
             may_continue=True,
+            use_adapter=self._use_adapter,
         )
 
     def _room(self) -> int:

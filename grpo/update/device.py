@@ -33,6 +33,11 @@ def check_device(config: GRPOConfig, device: str) -> None:
     check_dtype(config.model.dtype, device)
 
 
+def check_dtype_here(dtype: str) -> None:
+    """Raise ValueError if `model.dtype` does not run on the device of this process."""
+    check_dtype(dtype, device_of_torch())
+
+
 @contextmanager
 def prepared_device(config: GRPOConfig) -> Iterator[str]:
     """Settings of the process that a session needs. Those of cuBLAS are restored afterwards.

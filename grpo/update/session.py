@@ -23,7 +23,7 @@ from ..config import GRPOConfig
 from ..model.policy import Policy
 from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
-from .device import check_device, device_of_torch, prepared_device
+from .device import check_device, check_dtype_here, device_of_torch, prepared_device
 from .learner import Learner
 from .resolve import engine_settings
 
@@ -93,22 +93,50 @@ def engine_and_policy(
     if config.rollout.engine == "torch":
         if engine is not None:
             raise ValueError("rollout.engine=torch samples with the policy of the run itself: leave out `engine`")
-        with quiet_stderr():
-            policy = make_policy(config, model_path, start=start)
-        of_policy = TorchEngine(
-            policy,
-            model_path,
-            tokenizer=config.model.tokenizer,
-            max_num_seqs=config.max_num_seqs,
-            max_model_length=config.rollout.max_model_length,
-        )
-        with closing(of_policy):
+        with _torch_engine(config, model_path, start) as (of_policy, policy):
             yield of_policy, policy
         return
     with _vllm_engine(config, model_path, engine) as sampler:
         with quiet_stderr():
             policy = make_policy(config, model_path, sampler, start=start)
         yield sampler, policy
+
+
+@contextmanager
+def sampling_engine(config: GRPOConfig, model_path: str) -> Iterator[Engine]:
+    """The engine of `rollout.engine` for sampling alone: vLLM without a policy, so that base weights are in memory once.
+
+    Its slots hold what the caller publishes. Ranks and targets are those of the configuration, whose `lora.start_from` must be
+    None.
+
+    Raises:
+        ValueError: `model.dtype` does not run on this device, vLLM is missing, or the model cannot be adapted as asked.
+    """
+    assert config.lora.start_from is None, "the caller publishes what the slots hold"
+    check_dtype_here(config.model.dtype)
+    if config.rollout.engine == "torch":
+        with _torch_engine(config, model_path, None) as (engine, _):
+            yield engine
+        return
+    with _vllm_engine(config, model_path, None) as engine:
+        yield engine
+
+
+@contextmanager
+def _torch_engine(
+    config: GRPOConfig, model_path: str, start: StartAdapter | None
+) -> Iterator[tuple[TorchEngine, Policy]]:
+    with quiet_stderr():
+        policy = make_policy(config, model_path, start=start)
+    engine = TorchEngine(
+        policy,
+        model_path,
+        tokenizer=config.model.tokenizer,
+        max_num_seqs=config.max_num_seqs,
+        max_model_length=config.rollout.max_model_length,
+    )
+    with closing(engine):
+        yield engine, policy
 
 
 @contextmanager

@@ -157,10 +157,8 @@ class _RecordedEngine:
         self._engine, self._record = engine, record
         self.policy_version: int = engine.policy_version
 
-    def requests(
-        self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()
-    ) -> _RecordedRequests:
-        requests = self._engine.requests(sampling, use_adapter=use_adapter, stop_token_ids=stop_token_ids)
+    def requests(self, sampling: SamplingConfig, *, stop_token_ids: Collection[int] = ()) -> _RecordedRequests:
+        requests = self._engine.requests(sampling, stop_token_ids=stop_token_ids)
         return _RecordedRequests(requests, self._record)
 
 
@@ -174,7 +172,7 @@ class Replay:
         self._next: dict[int, int] = {}
         self._ended: list[tuple[int, Turn]] = []
 
-    def requests(self, sampling: SamplingConfig, *, use_adapter: bool = True, stop_token_ids: Collection[int] = ()) -> Self:
+    def requests(self, sampling: SamplingConfig, *, stop_token_ids: Collection[int] = ()) -> Self:
         return self
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from rankup.grpo.config import LoraConfig
 from rankup.grpo.model.policy import Policy
@@ -198,7 +199,7 @@ def test_random_dialogues_give_back_what_is_kept(make: Make) -> None:
     episodes = [dialogue(draw.randint(1, 5), seed=index, given=draw.randint(1, 9)) for index in range(17)]
     with engine.requests(ends(engine), stop_token_ids=STOP) as requests:
         found = dict(play(requests, episodes))
-        assert requests._kept == {} and requests._rows == []
+        assert requests._lanes[True]._kept == {} and requests._lanes[True].rows == []
     assert sorted(found) == list(range(17))
 
 
@@ -210,6 +211,70 @@ def test_padding_that_no_row_needs_any_more_is_dropped_when_the_longest_row_ends
         ended: list[int] = []
         while not ended:
             ended += [key for key, _ in requests.step()]
-        assert ended == [0] and requests._batch is not None
-        assert requests._batch.width == 3 + len(requests._rows[0].token_ids)
-        assert requests._batch._cache.get_seq_length() == requests._batch.width - 1
+        assert ended == [0]
+        lane = requests._lanes[True]
+        assert lane._batch is not None and lane._batch.width == 3 + len(lane.rows[0].token_ids)
+        assert lane._batch._cache.get_seq_length() == lane._batch.width - 1
+
+
+# ---------------------------------------------------------------------------------------------- base model and policy
+
+
+def with_strong_adapter(engine: TorchEngine) -> TorchEngine:
+    policy = engine._policy
+    assert isinstance(policy, Policy)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in policy.layers.values():
+            layer.master_b.copy_(torch.randn(layer.master_b.shape, generator=generator))
+    engine.publish(policy.write_slots)
+    return engine
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 32])
+def test_base_model_and_policy_together_are_two_rollouts(make: Make, max_num_seqs: int) -> None:
+    engine = with_strong_adapter(make(max_num_seqs=max_num_seqs))
+    sampling = SamplingConfig(num_generations=2, max_completion_length=8)
+    prompts = [PROMPT, PROMPT[:5]]
+    alone = {
+        use: {group.index: group.completions for group in engine.rollout(prompts, sampling, seeds=[7, 9], use_adapter=use)}
+        for use in (True, False)
+    }
+    asked = [(use, index, place) for index in range(2) for use in (True, False) for place in range(2)]
+    together: dict[int, Turn] = {}
+    with engine.requests(sampling) as requests:
+        for key, (use, index, place) in enumerate(asked):
+            seed = [7, 9][index] + place
+            ids = prompts[index]
+            requests.submit(key, Request(prompt_token_ids=ids, max_tokens=8, seed=seed, group=index, use_adapter=use))
+        while requests.has_unfinished:
+            running = sum(len(lane.rows) for lane in requests._lanes.values())
+            assert running <= max(max_num_seqs, 2)  # one group at least
+            together.update(requests.step())
+    for key, (use, index, place) in enumerate(asked):
+        assert together[key].token_ids == alone[use][index][place].token_ids
+    assert alone[True][0][0].token_ids != alone[False][0][0].token_ids
+
+
+def test_a_turn_on_the_other_side_takes_nothing_of_what_is_kept(make: Make) -> None:
+    engine = with_strong_adapter(make())
+
+    def episode(uses: tuple[bool, bool]) -> Play[Turn]:
+        first: Turn = yield Request(prompt_token_ids=PROMPT, max_tokens=4, seed=1, may_continue=True, use_adapter=uses[0])
+        ids = (*PROMPT, *first.token_ids, 30, 31)
+        return (yield Request(prompt_token_ids=ids, max_tokens=4, seed=2, may_continue=True, use_adapter=uses[1]))
+
+    with engine.requests(ends(engine), stop_token_ids=range(4, 260)) as requests:  # every token ends a turn
+        turns = dict(play(requests, [episode((True, False)), episode((True, True))]))
+    assert turns[0].cached_tokens == 0 and turns[1].cached_tokens > 0
+
+
+def test_a_request_tells_its_tokens_while_it_is_sampled(make: Make) -> None:
+    engine, seen, ended = make(), [], []
+    with engine.requests(ends(engine), stop_token_ids=STOP) as requests:
+        requests.submit(4, Request(prompt_token_ids=PROMPT, max_tokens=9, seed=3, streams=True))
+        while requests.has_unfinished:
+            seen.append(requests.sampled(4))
+            ended = requests.step()
+    ((_, turn),) = ended
+    assert [turn.token_ids[: len(tokens)] for tokens in seen] == seen and len(seen[-1]) == len(turn.token_ids) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -189,3 +190,45 @@ def test_rule_13_the_proof_covers_episodes(make_engine, make_policy) -> None:
     engine, policy = make_engine(), make_policy()
     policy.attach(engine.slots)
     prove_slots(policy, engine, episodes=True)
+
+
+# ---------------------------------------------------------------------------------------------- base model and policy
+
+
+def both_sides(**settings_: Any) -> list[Request]:
+    """Requests with the adapter and without, of prompts that begin alike."""
+    prompts = [PROMPT, (*PROMPT, 90), PROMPT[:40]]
+    return [
+        Request(prompt_token_ids=prompt, max_tokens=12, group=group, use_adapter=use, **settings_)
+        for group, (prompt, use) in enumerate(itertools.product(prompts, (True, False)))
+    ]
+
+
+def test_base_model_and_policy_in_one_batch_are_two_rollouts(engine: Any) -> None:
+    greedy = settings(temperature=0.0, max_completion_length=12)
+    asked = both_sides(seed=None)
+    with engine.requests(greedy) as requests:
+        for key, request in enumerate(asked):
+            requests.submit(key, request)
+        together = dict(ended for _ in iter(lambda: requests.has_unfinished, False) for ended in requests.step())
+    for use in (True, False):
+        keys = [key for key, request in enumerate(asked) if request.use_adapter is use]
+        prompts = [asked[key].prompt_token_ids for key in keys]
+        alone = sorted(engine.rollout(prompts, greedy, use_adapter=use), key=lambda group: group.index)
+        assert [together[key].token_ids for key in keys] == [group.completions[0].token_ids for group in alone]
+        for key, group in zip(keys, alone, strict=True):
+            assert together[key].logprobs == pytest.approx(group.completions[0].logprobs, abs=1e-4)
+    assert any(together[key].token_ids != together[key + 1].token_ids for key in range(0, len(asked), 2))
+
+
+def test_a_request_that_streams_tells_its_tokens(engine: Any) -> None:
+    plain, streamed = (Request(prompt_token_ids=PROMPT, max_tokens=12, seed=3, streams=streams) for streams in (False, True))
+    expected, seen, ended = alone(engine, plain), [], []
+    with engine.requests(settings(), stop_token_ids=STOP) as requests:
+        requests.submit(4, streamed)
+        while requests.has_unfinished:
+            seen.append(requests.sampled(4))
+            ended = requests.step()
+    assert [turn for _, turn in ended] == [dataclasses.replace(expected, cached_tokens=ended[0][1].cached_tokens)]
+    assert [len(tokens) for tokens in seen] == list(range(len(expected.token_ids)))
+    assert all(expected.token_ids[: len(tokens)] == tokens for tokens in seen)

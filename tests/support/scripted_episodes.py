@@ -37,7 +37,7 @@ class Script:
         self.asked: dict[int, list[Request]] = {}
         self.released: list[int] = []
 
-    def requests(self, sampling: Any, *, use_adapter: bool = True, stop_token_ids: Sequence[int] = ()) -> Self:
+    def requests(self, sampling: Any, *, stop_token_ids: Sequence[int] = ()) -> Self:
         return self
 
     def __enter__(self) -> Self:
