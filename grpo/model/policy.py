@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...kernels import shared_prompt_attention
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
@@ -24,7 +25,7 @@ from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
 from ..config import LoraConfig
-from .adapters import check_saved_config, check_targets, inject, load_weights
+from .adapters import check_saved_config, inject, load_weights
 from .arithmetic import Arithmetic
 from .base_model import load_base
 from .fusing import fuse
@@ -51,6 +52,7 @@ class Policy:
         dtype: of the base's weights and of the slots.
         model: the transformers model with PEFT's layers inside.
         layers: the adapted layers by their name in the model.
+        target_notes: what the preset of `lora.targets` leaves out, and why.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
         fusion: which layers compute together, which do not, and why.
 
@@ -78,7 +80,6 @@ class Policy:
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
         base = self.base.model
         self._bare_head = head_of(base)
-        check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
         base.set_attn_implementation(_plain_attention(base))
@@ -89,7 +90,7 @@ class Policy:
         self._arithmetic = Arithmetic(self.dtype, device, deterministic)
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
-        self.peft_model = inject(base, lora, seed)
+        self.peft_model, self.target_notes = inject(base, lora, seed)
         self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
         if start is not None:
             write_start(self.layers, start)
@@ -287,7 +288,11 @@ class Policy:
         if self.shares_prompts:
             self.model.set_attn_implementation(shared_prompt_attention.NAME)
         if self._checkpoints_gradients:
-            self.model.train()  # transformers recomputes in training mode only; there is no dropout to switch on
+            # Only layers in training mode recompute. Not the modules inside: in training mode Mamba's kernels would read the
+            # weight of its output projection and leave out the adapter.
+            for module in self._modules:
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         try:
             with self._arithmetic.products():
                 yield
