@@ -2,7 +2,8 @@
 
 With LoRA vLLM compiles nothing on CPU. Its norms then run as eight small torch operations each although it has kernels for
 them, and every adapted layer takes a dozen Python calls, with a product for each part of q/k/v although they read the same
-input. Its sampler draws a random number for every token of the vocabulary; one for every row is enough.
+input. Its sampler draws a random number for every token of the vocabulary; one for every row is enough. Its kernel for rotary
+embeddings is wrong for some shapes.
 
 Shapes: T tokens of the step, I = d_in, O = d_out, R rank of the buffers, S = R times the number of parts; N rows of logits,
 V vocabulary, B tokens of a block, K blocks.
@@ -109,6 +110,26 @@ def dense_apply(layer: Any) -> Callable[..., torch.Tensor]:
         return y_TO
 
     return apply
+
+
+# --------------------------------------------------------------------------------------- rotary embedding
+
+
+def flat_rotary(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward_cpu` of vLLM's rotary embedding for queries and keys of any shape that begins with the tokens.
+
+    vLLM's kernel (0.32) takes two dimensions. Of three, [T, heads, D], it rotates heads by the positions of other tokens
+    (LFM2), without an error. It computes in place.
+    """
+
+    def forward_cpu(
+        self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        flat_query, flat_key = (None if x is None else x.reshape(positions.numel(), -1) for x in (query, key))
+        rotated_query, rotated_key = original(self, positions, flat_query, flat_key)
+        return rotated_query.view(query.shape), None if key is None else rotated_key.view(key.shape)
+
+    return forward_cpu
 
 
 # ------------------------------------------------------- norms (vLLM's registry compares signatures, names included)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -25,12 +24,12 @@ from .base_weights import find_base_weights
 from .config import SamplingConfig
 from .dense_lora import is_dense, wrapper_name
 from .engine_errors import in_our_names
-from .engine_settings import CPU_BLOCK, EngineSettings, engine_args
+from .engine_settings import EngineSettings, caches_prefixes, check_cache, engine_args
 from .kv_cache import activity_of, beside_earlier_pools
 from .limits import check_engine_limits
-from .model_limits import check_cache_on_cpu
+from .lora_files import check_loadable, write_empty_adapter
 from .sampling_params import check_sampling_params, sampling_params, text_of
-from .slots import EMBEDDING, HEAD, AdapterSlot, find_slots
+from .slots import HEAD, AdapterSlot, find_slots
 from .texts import Texts
 from .types import Completion, PromptGroup
 from .vllm_compat import (
@@ -40,9 +39,9 @@ from .vllm_compat import (
     existing_objects_frozen,
     forget_lora_pointers,
     import_vllm,
-    lora_wrapper_replaced,
     replace_cpu_layers,
     replace_sampler,
+    replaced_in_new_engines,
     require,
 )
 from .vllm_requests import VllmQueue, VllmRequests, VllmTurns
@@ -88,29 +87,31 @@ class RolloutEngine:
         dense = is_dense(settings.rollout.lora_path, on_cpu=on_cpu, dtype=settings.dtype)
         check_engine_limits(settings.rollout, "vllm")
         if on_cpu:
-            check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
+            check_cache(settings)
         choose_model_runner(settings.rollout.model_runner, on_cpu=on_cpu)
-        args = engine_args(settings, on_cpu=on_cpu)
+        args = engine_args(settings, on_cpu=on_cpu, prefix_caching=caches_prefixes(settings, on_cpu=on_cpu))
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         pools = beside_earlier_pools() if args.enable_cumem_allocator else nullcontext()
-        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), lora_wrapper_replaced(wrapper), pools:
+        with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), pools:
             check_sampling_params(args, settings.rollout)
-            self._engine: Any = LLMEngine.from_engine_args(args)
+            with replaced_in_new_engines(wrapper, settings.model, on_cpu=on_cpu):
+                self._engine: Any = LLMEngine.from_engine_args(args)
         check_model_runner(self._engine, settings.rollout.model_runner)
         if settings.rollout.model_runner == "v1":  # the sampler of V2 has counter-based noise of its own
             replace_sampler(self._engine, on_cpu=on_cpu)
         if on_cpu and dense:
             self._apply_model(replace_cpu_layers)
         self._tokenizer = self._engine.get_tokenizer()
-        self.slots = self._apply_model(find_slots)
-        self._check_targets()
+        self.slots = self._apply_model(lambda model: find_slots(model, settings.model))
+        manager = self._apply_model(lambda model: require(model, "lora_manager", purpose="check which layers it can adapt"))
+        check_loadable(manager, self.slots, settings.target_modules)
         self.device: str = current_platform.device_type
         self._activity = activity_of(self._engine, settings.rollout, self.device)
         self._queue = VllmQueue(self._engine, self._opened)
         self.policy_version = 0
         self._write_slots: Callable[[], None] | None = None
         with tempfile.TemporaryDirectory(prefix="rankup-adapter-") as folder:
-            _write_empty_adapter(Path(folder), self.slots, settings)
+            write_empty_adapter(Path(folder), self.slots, settings)
             self._lora_request = LoRARequest("policy", ADAPTER_ID, folder)
             self._engine.add_lora(self._lora_request)
             self._engine.pin_lora(ADAPTER_ID)
@@ -295,42 +296,3 @@ class RolloutEngine:
             finish_reason=output.finish_reason,
             policy_version=self.policy_version,
         )
-
-    def _check_targets(self) -> None:
-        found = {name.rpartition(".")[2] for name in self.slots}
-        missing = [name for name in self.settings.target_modules if name not in found]
-        if missing:
-            raise ValueError(
-                f"vLLM has no LoRA layer for {missing} in this model (it has {sorted(found)}): change lora.targets"
-            )
-        manager = self._apply_model(lambda model: require(model, "lora_manager", purpose="check which layers it can adapt"))
-        loadable = require(manager, "supported_lora_modules", purpose="check which adapters it can load")
-        if found == {HEAD} and HEAD not in loadable:  # Qwen2: vLLM has a LoRA layer for the head but rejects files that name it
-            raise ValueError(f"vLLM cannot load an adapter on {HEAD} alone for this model: add another layer to lora.targets")
-        if EMBEDDING in found and EMBEDDING not in loadable:  # Qwen2, Mistral: stock vLLM could not serve the trained adapter
-            raise ValueError(f"vLLM cannot load an adapter on {EMBEDDING} for this model: remove it from lora.targets")
-
-
-def _write_empty_adapter(folder: Path, slots: dict[str, AdapterSlot], settings: EngineSettings) -> None:
-    """Write the adapter that is registered with vLLM: zeros for one layer. The policy then writes to its buffers directly."""
-    import torch
-    from safetensors.torch import save_file
-
-    kinds = {name: name.rpartition(".")[2] for name in slots if name.rpartition(".")[2] in settings.target_modules}
-    # Prefer a small layer. The head comes last because vLLM rejects files that name it for some models.
-    name = min(kinds, key=lambda name: (kinds[name] == HEAD, kinds[name] == EMBEDDING))
-    key = "lora_embedding_{}" if kinds[name] == EMBEDDING else "lora_{}.weight"
-    tensors = {
-        f"base_model.model.{name}.{key.format('A')}": torch.zeros(settings.max_rank, slots[name].a.shape[1]),
-        f"base_model.model.{name}.{key.format('B')}": torch.zeros(slots[name].b.shape[0], settings.max_rank),
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": settings.max_rank,
-        "lora_alpha": settings.max_rank,
-        "target_modules": list(settings.target_modules),
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))

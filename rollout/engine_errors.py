@@ -1,4 +1,4 @@
-"""vLLM's errors about lengths and memory, with the names of the options here, and that of both engines about logits.
+"""vLLM's errors at its start, in one line and with the names of the options here, and that of both engines about logits.
 
     with in_our_names(config.rollout, on_cpu=False):
         engine = LLMEngine.from_engine_args(args)
@@ -27,6 +27,8 @@ _CACHE = re.compile(
 _NO_CACHE = re.compile(r"No available memory for the cache blocks")
 _FREE = re.compile(r"\(([\d.]+)/([\d.]+) GiB\) on startup is less than .*?\([\d.]+, ([\d.]+) GiB\)", re.DOTALL)
 _CPU_CACHE = re.compile(r"\(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less than requested memory for kv \(([\d.]+)")
+_NOT_INSPECTED = re.compile(r"Model architectures \['(\w+)'\] failed to be inspected")
+_INVALID = re.compile(r"validation errors? for \w+\n\s*(?:Value error, |Assertion failed, )?(.*?) \[type=", re.DOTALL)
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -47,7 +49,7 @@ def cache_too_small(tokens: int, *, needed: float, available: float, memory: str
 
 @contextmanager
 def in_our_names(rollout: RolloutConfig, *, on_cpu: bool) -> Iterator[None]:
-    """Raise vLLM's errors about lengths and memory as ValueErrors that name the options; others pass."""
+    """Raise vLLM's errors about lengths, memory and models as ValueErrors of one line that name the options; others pass."""
     try:
         yield
     except (ValueError, RuntimeError, MemoryError) as error:
@@ -78,6 +80,13 @@ def _message(text: str, rollout: RolloutConfig, *, on_cpu: bool) -> str | None:
     if found := _CPU_CACHE.search(text):
         free, wanted = found.groups()
         return f"rollout.kv_cache_gib is {wanted}, and {free} GiB of memory are free: lower it"
+    if found := _NOT_INSPECTED.search(text):
+        return (
+            f"vLLM cannot import its code for {found[1]}: a package that it needs is missing (such as torchvision on CPU). "
+            "Install it, or set rollout.engine=torch"
+        )
+    if found := _INVALID.search(text):  # pydantic's, with all of vLLM's arguments behind it
+        return f"vLLM refuses this configuration: {' '.join(found[1].split())}"
     if _OUT_OF_MEMORY.search(text):
         return (
             f"there was too little memory to start vLLM: lower {memory} (now {_value(rollout, on_cpu)}), rollout.max_num_seqs "

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from .base_weights import loading
 from .config import RolloutConfig
 from .kv_cache import uses_pool
+from .model_limits import check_cache_on_cpu, has_recurrent_layers
 from .vllm_compat import cpu_norms, import_vllm
 
 if TYPE_CHECKING:
@@ -23,15 +23,6 @@ USUAL_GPU_SHARE = 0.45  # of the device's memory, for an engine that no run has 
 CPU_BATCHED_TOKENS = 4096  # tokens of one engine step on CPU, where prompts are not split
 CUDA_BATCHED_TOKENS = 8192  # on CUDA, where they are
 MAX_CAPTURED = 512  # sequences of the largest captured graph
-# vLLM packs these projections into one layer, whose name has to be the LoRA target. Without names vLLM would wrap
-# every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
-PACKED_NAMES = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +73,21 @@ def _short(value: object) -> str:
     return str(value) if len(str(value)) < 80 else f"{str(value)[:80]} ..."
 
 
-def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
+def check_cache(settings: EngineSettings) -> None:
+    """Whether the KV cache on CPU has room for one sequence: `check_cache_on_cpu`."""
+    check_cache_on_cpu(settings.rollout, settings.model, dtype=settings.dtype, block=CPU_BLOCK)
+
+
+def caches_prefixes(settings: EngineSettings, *, on_cpu: bool) -> bool:
+    """Whether the completions of a prompt share its keys and values.
+
+    Not on CPU if the model has recurrent layers: vLLM 0.32 shares their states at the ends of chunks only, and prompts are not
+    split into chunks there (see `engine_args`).
+    """
+    return not (on_cpu and has_recurrent_layers(settings.model))
+
+
+def engine_args(settings: EngineSettings, *, on_cpu: bool, prefix_caching: bool = True) -> EngineArgs:
     """vLLM's arguments for an engine with these settings. Starts nothing.
 
     Raises:
@@ -103,7 +108,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         max_num_seqs=settings.max_num_seqs,
         # Only full blocks of a prompt's keys are shared by its completions: smaller blocks share more.
         block_size=CPU_BLOCK if on_cpu else None,
-        enable_prefix_caching=True,
+        enable_prefix_caching=prefix_caching,
         # After a chunk of a prompt, vLLM 0.32 rewinds the request's random generator, which CPU generators do not support.
         enable_chunked_prefill=False if on_cpu else None,
         max_num_batched_tokens=max(batched, settings.max_num_seqs),
@@ -114,7 +119,8 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool) -> EngineArgs:
         enable_lora=True,
         max_loras=1,
         max_lora_rank=settings.max_rank,  # type: ignore[arg-type]
-        lora_target_modules=_lora_target_modules(settings.target_modules),
+        # Without names vLLM would wrap every layer; wrapped embeddings and LM heads took half of a decoding step on CPU.
+        lora_target_modules=sorted(settings.target_modules),
         logprobs_mode="processed_logprobs",
         ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
         enable_cumem_allocator=uses_pool(rollout, "cpu" if on_cpu else "cuda"),
@@ -141,8 +147,3 @@ def capture_sizes(largest: int) -> list[int]:
     """Numbers of sequences with a graph. A step takes the next larger one: at most 7 more sequences, or a fourth more."""
     sizes = {1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest + 1, 32)}
     return [*sorted(size for size in sizes if size < largest), largest]
-
-
-def _lora_target_modules(target_modules: Sequence[str]) -> list[str]:
-    packed = [PACKED_NAMES[name] for name in target_modules if name in PACKED_NAMES]
-    return sorted({*target_modules, *packed})

@@ -34,13 +34,36 @@ UNSTABLE_IN_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
 """Kinds of models whose activations leave float16's range, as vLLM lists them."""
 
 
-def check_model_dtype(model_path: str, dtype: str) -> None:
-    """Whether models of this kind work in `model.dtype`.
+DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+"""Kinds of models with gated delta nets, which vLLM's kernels on CPU compute in bfloat16 only."""
+
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid"})
+"""Kinds of layers (`layer_types`) that hand a state from token to token."""
+
+RECURRENT_MODELS = frozenset({"falcon_h1", "jamba", "bamba", "zamba2", "mamba", "mamba2", "falcon_mamba", "plamo2"})
+"""Kinds of models with such layers whose configurations do not say it by `layer_types`."""
+
+
+def has_recurrent_layers(model_path: str) -> bool:
+    """Whether some layers of the model keep a state instead of the keys and values of all tokens."""
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    types: list[str] = getattr(config, "layer_types", None) or []
+    return config.model_type in RECURRENT_MODELS or not RECURRENT_LAYERS.isdisjoint(types)
+
+
+def check_model_dtype(model_path: str, dtype: str, *, vllm_on_cpu: bool = False) -> None:
+    """Whether models of this kind work in `model.dtype`. `vllm_on_cpu`: and are sampled with vLLM on CPU.
 
     Raises:
         ValueError: they do not.
     """
-    kind = AutoConfig.from_pretrained(model_path).model_type
+    config = AutoConfig.from_pretrained(model_path)
+    kind = config.model_type
+    if vllm_on_cpu and dtype != "bfloat16" and config.get_text_config().model_type in DELTA_NETS:
+        raise ValueError(
+            f"model.dtype={dtype}: on CPU vLLM computes the gated delta nets of {kind} models in bfloat16 only: set it, or "
+            "rollout.engine=torch"
+        )
     if dtype == "float16" and kind in UNSTABLE_IN_FLOAT16:
         raise ValueError(
             f"model.dtype=float16: {kind} models are numerically unstable in it, and vLLM refuses them: set bfloat16 or float32"

@@ -49,7 +49,7 @@ def self_test() -> dict[str, Exception | None]:
     uses: dict[str, Callable[[], object]] = {
         "engine arguments": lambda: engine_args(settings, on_cpu=device == "cpu"),
         "sampling parameters": lambda: sampling_params(sampling, 0, stop_token_ids=[1]),
-        "adapter slots": lambda: find_slots(module),
+        "adapter slots": lambda: find_slots(module, settings.model),
         "base weights": lambda: find_base_weights(module),
         "unpacked linear weights": lambda: vllm_compat.keep_linear_weights(module),
         "addresses of LoRA buffers": vllm_compat.forget_lora_pointers,

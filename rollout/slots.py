@@ -4,7 +4,7 @@ For every LoRA-wrapped linear layer vLLM holds `lora_a_stacked[i]` [max_loras, 1
 [max_loras, 1, d_out_i, R], one i for each packed part. A slot is a pair of views into them. vLLM multiplies with the buffers,
 so writing to a slot changes the policy without copying or loading anything.
 
-    slots = find_slots(vllm_model)
+    slots = find_slots(vllm_model, "path/to/model")
     slots["model.layers.0.self_attn.q_proj"].a      # [R, d_in]
 
 Two layers differ; V is the vocabulary without vLLM's padding:
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .layer_names import by_transformers_names
 from .vllm_compat import require
 
 HEAD = "lm_head"
@@ -52,8 +53,8 @@ class AdapterSlot:
         )
 
 
-def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
-    """The slots of all projections that vLLM can adapt, by PEFT (transformers) module name.
+def find_slots(vllm_model: nn.Module, model_path: str) -> dict[str, AdapterSlot]:
+    """The slots of all projections that vLLM adapts, by PEFT (transformers) module name.
 
     Raises:
         ValueError: the installed vLLM arranges its buffers differently, splits them over devices, or serves several adapters.
@@ -83,4 +84,4 @@ def find_slots(vllm_model: nn.Module) -> dict[str, AdapterSlot]:
             )
         for part, a, b in zip(parts, all_a, all_b, strict=True):
             slots[f"{parent}.{part}" if parent else part] = AdapterSlot(a=a[0, 0], b=b[0, 0])
-    return slots
+    return by_transformers_names(vllm_model, slots, model_path)

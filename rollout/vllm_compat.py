@@ -6,6 +6,10 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | replaced | by | why |
 |---|---|---|
 | LoRA wrapper class | `dense_lora.py` | vLLM's copies the adapter once per token on CPU, and is wrong on the LM head |
+| LoRA buffers of some layers | `lora_slices.join_slices` | vLLM has several pairs for one projection of transformers |
+| compiling transformers' classes | nothing | it would change the class that the trainer's model is made of |
+| rotary embedding, CPU | `cpu_ops.flat_rotary` | vLLM's kernel is wrong for queries of three dimensions |
+| experts' kernels, CPU | those without LoRA | with LoRA vLLM takes Triton's for experts, which have no adapter here |
 | kernels of norms, CPU | `cpu_ops.rms_norm`, ... | vLLM has kernels but registers them for GPUs only |
 | sampling of tokens, CPU | `cpu_ops.sample` | vLLM's takes a tenth of a decoding step of 64 sequences |
 | sampling of tokens, CUDA | `cuda_ops.sample` | vLLM's launches a kernel for each sequence with a seed |
@@ -18,18 +22,21 @@ No other module changes vLLM. The replacements rely on internals of the versions
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.metadata
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import cpu_ops, cuda_ops
+from . import cpu_ops, cuda_ops, lora_slices
+from .layer_names import widths_in_vllm
+from .text_models import register_text_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,6 +208,70 @@ def lora_wrapper_replaced(qualname: str | None) -> Iterator[None]:
             del platform_class.get_punica_wrapper
         else:
             platform_class.get_punica_wrapper = original
+
+
+@contextmanager
+def lora_slices_joined(model_path: str) -> Iterator[None]:
+    """Within it, engines are built with one pair of LoRA buffers for each of transformers' projections."""
+    from vllm.lora.model_manager import LoRAModelManager
+
+    original = replaceable(LoRAModelManager, "_create_lora_modules", ("self",), purpose="arrange LoRA buffers")
+
+    def create(self: LoRAModelManager) -> None:
+        original(self)
+        purpose = "arrange LoRA buffers"
+        layers, packed = (require(self, name, purpose=purpose) for name in ("modules", "packed_modules_mapping"))
+        lora_slices.join_slices(layers, packed, lambda: widths_in_vllm(self.model, model_path))
+
+    LoRAModelManager._create_lora_modules = create
+    try:
+        yield
+    finally:
+        LoRAModelManager._create_lora_modules = original
+
+
+@contextmanager
+def transformers_classes_unchanged() -> Iterator[None]:
+    """Leave transformers' classes as they are in engines built within this context.
+
+    For models that vLLM has no code for (SmolLM3, OLMo 3, Seed-OSS) it takes transformers', and marks the decoder's class for
+    compilation: no model of that class can then be made without vLLM's configuration. Its CUDA graphs do not depend on it.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    original = replaceable(Base, "_decorate_for_torch_compile", ("self",), purpose="serve models by transformers' code")
+    Base._decorate_for_torch_compile = lambda self: None
+    try:
+        yield
+    finally:
+        Base._decorate_for_torch_compile = original
+
+
+@contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """Let engines built within this context rotate positions exactly, and compute experts, on CPU."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as experts
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    parameters = ("self", "positions", "query", "key")
+    rotary = replaceable(RotaryEmbedding, "forward_cpu", parameters, purpose="rotate positions")
+    select = replaceable(experts, "select_unquantized_moe_backend", ("moe_config",), purpose="compute experts")
+    RotaryEmbedding.forward_cpu = cpu_ops.flat_rotary(rotary)
+    experts.select_unquantized_moe_backend = lambda moe_config: select(dataclasses.replace(moe_config, is_lora_enabled=False))
+    try:
+        yield
+    finally:
+        RotaryEmbedding.forward_cpu = rotary
+        experts.select_unquantized_moe_backend = select
+
+
+@contextmanager
+def replaced_in_new_engines(lora_wrapper: str | None, model_path: str, *, on_cpu: bool) -> Iterator[None]:
+    """All replacements that engines need while they are built: see the functions above."""
+    register_text_model(model_path)
+    kernels = cpu_kernels() if on_cpu else nullcontext()
+    with lora_wrapper_replaced(lora_wrapper), lora_slices_joined(model_path), transformers_classes_unchanged(), kernels:
+        yield
 
 
 @contextmanager

@@ -12,13 +12,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from ...section import Section
 
-ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGET_PRESETS: dict[str, list[str]] = {
-    "qkv": ATTENTION_MODULES[:3],
-    "attention": ATTENTION_MODULES,
-    "all-linear": [*ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj"],
-}
-"""Module names of each preset of `lora.targets`."""
+TARGET_PRESETS = ("qkv", "attention", "all-linear")
+"""The presets of `lora.targets`. What they mean depends on the model: `model/targets.py`."""
 
 Init = Literal["default", "gaussian", "orthogonal"]
 
@@ -67,10 +62,11 @@ class LoraConfig(Section):
     """Scale by `alpha / sqrt(rank)` instead of `alpha / rank` (rsLoRA, 2312.03732)."""
 
     targets: str | list[str] = "all-linear"
-    """Layers with an adapter (PEFT's `target_modules`): `qkv`, `attention` (and o_proj), `all-linear` (and gate_proj,
-    up_proj, down_proj), a list of module names, which may name the `lm_head` and the input embedding (`embed_tokens`), or a
-    regular expression that matches complete module names, such as `.*layers\\.(0|1)\\..*(q|v)_proj`. Norm layers are not
-    supported."""
+    """Layers with an adapter (PEFT's `target_modules`): `qkv` (input projections of attention and of other layers that mix
+    tokens, whatever the model calls them), `attention` (and output projections), `all-linear` (and MLPs), a list of module
+    names, which may name the `lm_head` and the input embedding (`embed_tokens`), or a regular expression that matches complete
+    module names, such as `.*layers\\.(0|1)\\..*(q|v)_proj`. Presets leave out routers, experts, and layers on which vLLM
+    cannot load an adapter (docs/models.md). Norm layers are not supported."""
 
     init_lora_weights: Init = "default"
     """Initialisation of A: `default` (PEFT's True: Kaiming-uniform), `gaussian`, or `orthogonal` (A and B orthogonal to each
@@ -149,13 +145,6 @@ class LoraConfig(Section):
     def scaling(self) -> float:
         """Factor of `B @ A` for layers without a pattern: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    @property
-    def target_modules(self) -> list[str] | str:
-        """`targets` in PEFT's form: module names, or one regular expression for complete names."""
-        if isinstance(self.targets, str):
-            return list(TARGET_PRESETS[self.targets]) if self.targets in TARGET_PRESETS else self.targets
-        return list(self.targets)
 
 
 def _ranks(info: ValidationInfo) -> list[int]:

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import first_line
 from ..common.model_files import resolve_model
-from ..config import LoraConfig
-from ..config.lora import ATTENTION_MODULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +34,7 @@ SIZES = {
 }
 """The sizes of a shape, and their names in a `config.json`."""
 
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -108,12 +107,16 @@ class ModelShape:
         Raises:
             ValueError: a target fits no layer, or one that cannot be adapted.
         """
-        from ..model.adapters import check_targets, targeted_modules
+        from ..model.targets import find_targets
 
-        modules = LoraConfig(targets=targets).target_modules  # type: ignore[arg-type]
-        check_targets(self.model, modules)
-        found = targeted_modules(self.model, modules)
+        found = find_targets(self.model, targets).modules
         return [matrix for matrix in self.matrices if matrix.name in found]
+
+    def target_notes(self, targets: str | Sequence[str]) -> tuple[str, ...]:
+        """What a preset of `lora.targets` leaves out of this model, and why."""
+        from ..model.targets import find_targets
+
+        return find_targets(self.model, targets).notes
 
     def parameters_per_rank(self, targets: str | Sequence[str]) -> int:
         """Sum of `d_in + d_out` over the targeted layers: parameters of an adapter of rank 1."""

@@ -1,14 +1,12 @@
-"""The PEFT part of the policy: which layers get an adapter, its initialisation, and whether a saved adapter fits.
+"""The PEFT part of the policy: its LoRA layers, their initialisation, and whether a saved adapter fits.
 
-    check_targets(model, lora.target_modules)       # every target matches layers that can be adapted
-    peft_model = inject(model, lora, seed=0)        # our LoRA layers with PEFT's names and files
-    target_module_names("path/to/model", lora)      # ("q_proj", "lm_head", ...): layers that vLLM must adapt
+    peft_model, notes = inject(model, lora, seed=0)     # our LoRA layers with PEFT's names and files
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -22,12 +20,13 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils.other import get_pattern_key, match_target_against_key
+from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..config import LoraConfig
 from .lora_layers import FusedLoRAEmbedding, FusedLoRALinear
+from .targets import find_targets, role, some
 
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """PEFT's initialisations that leave the base weights unmodified."""
@@ -36,62 +35,24 @@ INITS = (True, False, "gaussian", "orthogonal", "eva")
 DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> None:
-    """Check that the modules selected by `targets` (names, or a regular expression for complete names) can be adapted.
+def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> tuple[PeftModel, tuple[str, ...]]:
+    """Add our LoRA layers with fp32 master weights to `base`, initialised as `lora` says.
+
+    Randomness depends on `seed` only. Also returns what a preset of `lora.targets` leaves out, and why.
 
     Raises:
-        ValueError: a name or the expression matches no module, or one that is neither linear nor the input embedding.
+        ValueError: see `find_targets`; PEFT would adapt other layers; or a key of `lora.rank_pattern` or `lora.alpha_pattern`
+            has no effect, or only because of its position.
     """
-    embedding = model.get_input_embeddings()
-    adaptable = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) or module is embedding}
-    for target in [targets] if isinstance(targets, str) else targets:
-        if not targeted_modules(model, targets if isinstance(targets, str) else [target]):
-            roles = ", ".join(sorted({name.rpartition(".")[2] for name in adaptable}))
-            raise ValueError(f"lora.targets: {type(model).__name__} has no layer {target}; name some of {roles}")
-    others = {name: module for name, module in targeted_modules(model, targets).items() if name not in adaptable}
-    norms = [name for name, module in others.items() if _is_norm(module)]
-    if norms and len(norms) == len(others):
-        raise ValueError(
-            f"lora.targets: {some(norms)} cannot be adapted: LoRA does not apply to norm layers, whose weights are vectors; "
-            "remove them"
-        )
-    if others:
-        raise ValueError(
-            f"lora.targets: {some(list(others))} cannot be adapted: only linear layers and the input embedding can"
-        )
-
-
-def target_module_names(model_path: str, lora: LoraConfig) -> tuple[str, ...]:
-    """The last parts of the names of all targeted modules, each once, such as `q_proj`: vLLM selects layers by these.
-
-    For a regular expression, builds the model without weights to match it.
-
-    Raises:
-        ValueError: the expression matches no layer, or one that cannot be adapted.
-    """
-    names: Iterable[str] = lora.target_modules
-    if isinstance(lora.target_modules, str):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-        check_targets(model, lora.target_modules)
-        names = targeted_modules(model, lora.target_modules)
-    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """Add our LoRA layers with fp32 master weights to `base`, initialised as `lora` says; randomness depends on `seed` only.
-
-    Raises:
-        ValueError: a key of `lora.rank_pattern` or `lora.alpha_pattern` has no effect, or only because of its position.
-    """
-    check_patterns(list(targeted_modules(base, lora.target_modules)), lora)
+    targets = find_targets(base, lora.targets)
+    check_patterns(list(targets.modules), lora)
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=_as_integer(lora.alpha),  # type: ignore[arg-type]
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern={key: _as_integer(alpha) for key, alpha in lora.alpha_pattern.items()},
         use_rslora=lora.use_rslora,
-        target_modules=lora.target_modules,
+        target_modules=targets.names,
         init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
         lora_dropout=0.0,
         bias="none",
@@ -106,7 +67,13 @@ def inject(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         peft_model = get_peft_model(base, config)
     assert isinstance(peft_model, PeftModel)
-    return peft_model
+    adapted = {name for name, module in base.named_modules() if isinstance(module, FusedLoRALinear | FusedLoRAEmbedding)}
+    if missing := sorted(set(targets.modules) - adapted):
+        raise ValueError(
+            f"lora.targets: PEFT does not adapt {some(missing)}: in models with experts it takes such names for the experts. "
+            f"Leave out {', '.join(sorted({role(name) for name in missing}))}"
+        )
+    return peft_model, targets.notes
 
 
 def check_saved_config(folder: Path, ours: PeftConfig) -> None:
@@ -142,28 +109,6 @@ def load_weights(peft_model: PeftModel, folder: Path, *, device: str = "cpu") ->
     if misfits:
         raise ValueError(f"the adapter in {folder} does not fit this model and lora.targets, see {misfits[0]}")
     set_peft_model_state_dict(peft_model, weights)
-
-
-def targeted_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
-    """All modules that PEFT would adapt, by name: names match as suffixes, a regular expression matches complete names."""
-
-    def is_target(name: str) -> bool:
-        if isinstance(targets, str):
-            return match_target_against_key(targets, name) is not None
-        return any(f".{name}".endswith(f".{target}") for target in targets)
-
-    return {name: module for name, module in model.named_modules() if name and is_target(name)}
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether all parameters of a layer are vectors, as in RMSNorm and LayerNorm."""
-    parameters = list(module.parameters())
-    return bool(parameters) and not list(module.children()) and all(parameter.dim() == 1 for parameter in parameters)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three names, and the number of others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_patterns(names: Sequence[str], lora: LoraConfig) -> None:

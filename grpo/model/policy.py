@@ -16,13 +16,14 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
 from ..config import LoraConfig
-from .adapters import check_saved_config, check_targets, inject, load_weights
+from .adapters import check_saved_config, inject, load_weights
 from .arithmetic import Arithmetic
 from .base_model import load_base
 from .fusing import fuse
@@ -57,6 +58,7 @@ class Policy:
         dtype: of the base's weights and of the slots.
         model: the transformers model with PEFT's layers inside.
         layers: the adapted layers by their name in the model.
+        target_notes: what the preset of `lora.targets` leaves out, and why.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
         fusion: which layers compute together, which do not, and why.
 
@@ -83,7 +85,6 @@ class Policy:
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
         base = self.base.model
         self._bare_head = head_of(base)
-        check_targets(base, lora.target_modules)
         self.plain_reason = why_prompts_cannot_be_shared(base)
         self.shares_prompts = self.plain_reason is None
         if self.shares_prompts:
@@ -96,7 +97,7 @@ class Policy:
         self._arithmetic = Arithmetic(self.dtype, device, deterministic)
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
-        self.peft_model = inject(base, lora, seed)
+        self.peft_model, self.target_notes = inject(base, lora, seed)
         self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
         if start is not None:
             write_start(self.layers, start)
@@ -308,7 +309,11 @@ class Policy:
         if self.shares_prompts:
             self.model.set_attn_implementation(PACKED_ATTENTION)
         if self._checkpoints_gradients:
-            self.model.train()  # transformers recomputes in training mode only; there is no dropout to switch on
+            # Only layers in training mode recompute. Not the modules inside: in training mode Mamba's kernels would read the
+            # weight of its output projection and leave out the adapter.
+            for module in self._modules:
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
         try:
             with self._arithmetic.products():
                 yield

@@ -34,11 +34,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..common.errors import first_line
 from ..common.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_adapter
 from ..config import GRPOConfig, LoraConfig
-from ..config.lora import MAX_RANK, TARGET_PRESETS
+from ..config.lora import MAX_RANK
 from ..config.run_config import with_options
-from .adapters import INITS, check_patterns, some, targeted_modules
+from .adapters import INITS, check_patterns
 from .base_model import saved_weight
 from .lora_layers import ADAPTER, FusedLoRALayer
+from .targets import find_targets, preset_of, some, targeted_modules
 
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<embedding>embedding_)?(?P<role>[AB])(\.weight)?")
@@ -238,11 +239,11 @@ def _with_options(config: GRPOConfig, start: StartAdapter, model_path: str) -> G
     changed = with_options(config, {"lora": options}, notes=notes)
     _check_layers(start, model, changed.lora)
     _check_base_weights(start, model, model_path)
-    check_patterns(list(targeted_modules(model, changed.lora.target_modules)), changed.lora)
+    check_patterns(list(find_targets(model, changed.lora.targets).modules), changed.lora)
     return changed
 
 
-def _taken(start: StartAdapter, model: nn.Module, is_set: set[str]) -> dict[str, Any]:
+def _taken(start: StartAdapter, model: PreTrainedModel, is_set: set[str]) -> dict[str, Any]:
     """The options that training takes from the adapter. A pattern means nothing without its rank or alpha."""
     peft = start.peft
     options: dict[str, Any] = {"rank": peft.r, "alpha": peft.lora_alpha, "use_rslora": peft.use_rslora}
@@ -271,15 +272,14 @@ def _raise_ranks(options: dict[str, Any], start: StartAdapter) -> list[str]:
     return [f"{name}: {now}, not {was}, which the adapter of lora.start_from has" for name, was, now in raised if now > was]
 
 
-def _targets(start: StartAdapter, model: nn.Module) -> str | list[str]:
+def _targets(start: StartAdapter, model: PreTrainedModel) -> str | list[str]:
     """`lora.targets` for the layers of the adapter: a preset, its own names or expression, or else their complete names."""
 
     def selects_them(targets: str | list[str]) -> bool:
         return set(targeted_modules(model, targets)) == set(start.layers)
 
-    for preset, names in TARGET_PRESETS.items():
-        if selects_them(names):
-            return preset
+    if preset := preset_of(model, start.layers):
+        return preset
     own = start.peft.target_modules
     own = own if isinstance(own, str) else sorted(own or ())
     # Other fields of PEFT can leave out some of its layers, and a name alone is no expression here.
@@ -297,7 +297,7 @@ def _names_of(model: PreTrainedModel, name: str) -> list[str]:
 
 def _check_layers(start: StartAdapter, model: PreTrainedModel, lora: LoraConfig) -> None:
     """Check that all layers of the adapter are trained."""
-    targeted = targeted_modules(model, lora.target_modules)
+    targeted = find_targets(model, lora.targets).modules
     if left_out := [name for name in start.layers if name not in targeted]:
         raise ValueError(
             f"lora.targets: the adapter in {start.folder} also has {some(left_out)}: add them, or leave this option out"

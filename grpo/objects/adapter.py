@@ -19,9 +19,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ..model.targets import shortest
 from .cache import Digest, cached_folder, new_folder
 from .peft_config import checked
-from .targets import shortest
 from .weights import plain_weights
 
 OF_THE_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")

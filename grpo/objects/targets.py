@@ -10,8 +10,7 @@ A selection that names alone cannot express becomes a regular expression for exa
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config.lora import TARGET_PRESETS
+from ..model.targets import shortest
 
 ALL_LINEAR = "all-linear"
 
@@ -63,7 +63,7 @@ def targets_of(config: LoraConfig, structure: Callable[[], Structure]) -> str | 
     if config.exclude_modules or config.layers_to_transform not in (None, []):
         selected = _selected(config, given, structure(), is_shorthand=is_shorthand)
     elif is_shorthand:
-        selected = structure().linear
+        return ALL_LINEAR
     elif isinstance(given, str):
         if given in TARGET_PRESETS:  # a preset here, a regular expression in PEFT
             raise ValueError(f"peft_config.target_modules: no module is called {given!r}; name modules in a list")
@@ -72,35 +72,7 @@ def targets_of(config: LoraConfig, structure: Callable[[], Structure]) -> str | 
         return sorted(given)
     if not selected:
         raise ValueError("peft_config.target_modules: exclude_modules and layers_to_transform leave no module of the model")
-    targets = shortest(selected, structure().modules)
-    return ALL_LINEAR if targets == sorted(TARGET_PRESETS[ALL_LINEAR]) else targets
-
-
-def shortest(selected: Collection[str], modules: Collection[str]) -> str | list[str]:
-    """Ends of names, sorted, or a regular expression: what matches `selected` among all `modules`, and no other."""
-    names = sorted({name.rpartition(".")[2] for name in selected})
-    matched = {module for module in modules if any(f".{module}".endswith(f".{name}") for name in names)}
-    return names if matched == set(selected) else expression(selected)
-
-
-def expression(names: Iterable[str]) -> str:
-    """A regular expression that matches these complete names and no others; names of the same layers are joined."""
-    layers_of: dict[tuple[str, str], list[str]] = {}  # by the text before and after the layer's number
-    for name in names:
-        match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
-        before, layer, after = match.groups() if match else (name, "", "")
-        layers_of.setdefault((before, after), []).append(layer)
-    ends_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (before, after), layers in layers_of.items():
-        ends_of.setdefault((before, tuple(layers)), []).append(after)
-    return _one_of([
-        re.escape(before) + _one_of(layers) + _one_of([re.escape(end) for end in ends])
-        for (before, layers), ends in ends_of.items()
-    ])  # fmt: skip
-
-
-def _one_of(choices: Sequence[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"({'|'.join(choices)})"
+    return ALL_LINEAR if set(selected) == set(structure().linear) else shortest(selected, structure().modules)
 
 
 def _default_of(model_type: str) -> str | list[str]:

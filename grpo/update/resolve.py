@@ -15,9 +15,9 @@ from ...rollout.model_limits import check_model_dtype, check_model_limits
 from ..common.weight_files import find_weights
 from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
-from ..model.adapters import target_module_names
 from ..model.base_model import nf4_names
 from ..model.start import StartAdapter, resolve_start
+from ..model.targets import target_module_names
 from .device import device_of_torch
 from .objective import Objective
 
@@ -35,7 +35,8 @@ def resolve_training(
     Objective(config)
     config = with_fitting_prompts(config, model_path)
     check_model_limits(config.rollout, model_path, tokenizer)
-    check_model_dtype(model_path, config.model.dtype)
+    vllm_on_cpu = config.rollout.engine == "vllm" and device_of_torch() == "cpu"
+    check_model_dtype(model_path, config.model.dtype, vllm_on_cpu=vllm_on_cpu)
     config, start = resolve_start(config, model_path)
     output_dir = config.logging.output_dir
     if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):
@@ -49,7 +50,7 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
     """The settings of vLLM from the configuration.
 
     Raises:
-        ValueError: `lora.targets` is an expression that fits no layer of the model, or one that cannot be adapted.
+        ValueError: `lora.targets` is a preset or an expression that fits no layer of the model, or one that cannot be adapted.
     """
     files = find_weights(Path(model_path))
     # On CUDA `auto` are vLLM's kernels, which split a sum and add its parts by atomics.
@@ -58,7 +59,7 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         model=model_path,
         tokenizer=config.model.tokenizer,
         rollout=config.rollout.model_copy(update=dense),
-        target_modules=target_module_names(model_path, config.lora),
+        target_modules=target_module_names(model_path, config.lora.targets),
         max_rank=config.lora.max_rank,
         dtype=config.model.dtype,
         seed=config.seed,

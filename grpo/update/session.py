@@ -66,6 +66,8 @@ def open_session(
         RuntimeError: the engine does not sample from the policy that would be trained.
     """
     with prepared_device(config), engine_and_policy(config, model_path, engine=engine) as (sampler, policy):
+        for note in policy.target_notes:
+            logger.info(note)
         if policy.plain_reason is not None:
             logger.info(f"each prompt is computed once per completion: {policy.plain_reason}")
         logger.info(base_note(policy, config.rollout.engine))

@@ -32,6 +32,7 @@ from rankup.grpo.config import GRPOConfig
 from rankup.grpo.memory.step_memory import backward_pass, make_pack
 from rankup.grpo.model.base_model import load_base
 from rankup.grpo.model.policy import LOGITS_MIB, Policy
+from rankup.grpo.model.targets import find_targets
 from rankup.grpo.update.optimizer import make_optimizer
 
 ALPHA = 32
@@ -78,7 +79,7 @@ class FullLogitsSide(PeftSide):
         self.base.set_attn_implementation(UNMASKED)
         if gradient_checkpointing:
             self.base.gradient_checkpointing_enable()
-        targets = list(config.lora.target_modules)
+        targets = find_targets(self.base, config.lora.targets).names
         lora = PeftLoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
         super().__init__(get_peft_model(self.base, lora), config)
         self.optimizer = self.make_optimizer()

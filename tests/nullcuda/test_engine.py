@@ -104,12 +104,12 @@ def test_an_update_on_shared_weights_reaches_the_sampler(engine: RolloutEngine, 
 def moved_buffers(engine: RolloutEngine, policy: Policy) -> Iterator[None]:
     """vLLM's layers have other buffers than those that its graphs were captured with, and the policy's slots are in them."""
     moved = engine._apply_model(move_buffers)
-    engine.slots = engine._apply_model(find_slots)
+    engine.slots = engine._apply_model(lambda model: find_slots(model, engine.settings.model))
     policy.attach(engine.slots)
     yield
     for tensor, before in moved:
         tensor.data = before
-    engine.slots = engine._apply_model(find_slots)
+    engine.slots = engine._apply_model(lambda model: find_slots(model, engine.settings.model))
 
 
 def move_buffers(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:

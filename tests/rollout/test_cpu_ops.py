@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankup.rollout.config import SamplingConfig
-from rankup.rollout.cpu_ops import BLOCK, draw_tokens, sample
+from rankup.rollout.cpu_ops import BLOCK, draw_tokens, flat_rotary, sample
 
 LAST = 1.0 - 2.0**-53  # the largest number that a generator returns
 
@@ -167,3 +167,20 @@ def test_text_is_decoded_from_the_tokens_and_ends_before_a_stop_string(make_engi
     (group,) = engine.rollout([[5, 9, 14]], stopping, seeds=[1])
     assert any(c.finish_reason == "stop" for c in group.completions)
     assert all(stop not in c.text for c in group.completions)
+
+
+def test_rotary_embeddings_of_queries_of_three_dimensions() -> None:
+    """vLLM's kernel rotates them by the positions of other tokens."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(16, max_position=64, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, dtype=torch.float32)
+    positions, query, key = torch.arange(3, 10), torch.randn(7, 4, 16), torch.randn(7, 2, 16)
+    expected = rope.forward_native(positions, query.clone(), key.clone())
+    ours = flat_rotary(type(rope).forward_cpu)(rope, positions, query.clone(), key.clone())
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    alone, none = flat_rotary(type(rope).forward_cpu)(rope, positions, query.clone(), None)
+    torch.testing.assert_close(alone, expected[0])
+    assert none is None

@@ -54,6 +54,19 @@ LENGTHS = "rollout.max_prompt_length + rollout.max_completion_length"
             "rollout.kv_cache_gib is 16.0, and 3.2 GiB of memory are free: lower it",
         ),
         (
+            "1 validation error for ModelConfig\n  Value error, Model architectures ['Qwen3_5ForCausalLM'] failed to be "
+            "inspected. Please check the logs for more details. [type=value_error, input_value=ArgsKwargs((), {'model': ...})]",
+            True,
+            "vLLM cannot import its code for Qwen3_5ForCausalLM: a package that it needs is missing (such as torchvision on "
+            "CPU). Install it, or set rollout.engine=torch",
+        ),
+        (
+            "1 validation error for VllmConfig\n  Assertion failed, Chunked prefill is required for mamba cache mode 'align'. "
+            "[type=assertion_error, input_value=ArgsKwargs((), {'model': ...})]\n    For further information visit",
+            True,
+            "vLLM refuses this configuration: Chunked prefill is required for mamba cache mode 'align'.",
+        ),
+        (
             "1 validation error for ModelConfig\n  Value error, User-specified max_model_len (768) is greater than the derived "
             "max_model_len (max_position_embeddings=512.0 or model_max_length=None in model's config.json). To allow",
             True,

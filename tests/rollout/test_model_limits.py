@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import tiny_tokenizer
+from families import FAMILIES
+from tiny_models import SIZES, tiny_tokenizer
 
 from rankup.rollout.config import RolloutConfig
 from rankup.rollout.model_limits import (
@@ -19,6 +20,7 @@ from rankup.rollout.model_limits import (
     check_model_dtype,
     check_model_limits,
     context_length,
+    has_recurrent_layers,
     prompt_length,
 )
 
@@ -62,6 +64,28 @@ def test_the_models_that_vllm_refuses_in_float16_are_refused_before(tiny_model_p
         check_model_dtype(str(tiny_model_path("gemma2")), "float16")
     check_model_dtype(str(tiny_model_path("gemma2")), "bfloat16")
     check_model_dtype(str(tiny_model_path("llama")), "float16")
+
+
+def make_config(folder: Path, family: str) -> str:
+    """The folder of a model's configuration, without weights."""
+    of = FAMILIES[family]
+    getattr(transformers, of.config)(**SIZES | of.options).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3-next"])
+def test_delta_nets_need_bfloat16_with_vllm_on_cpu(tmp_path: Path, family: str) -> None:
+    model = make_config(tmp_path, family)
+    with pytest.raises(ValueError, match=r"^model.dtype=float32: on CPU vLLM computes the gated delta nets of .* set it, or "):
+        check_model_dtype(model, "float32", vllm_on_cpu=True)
+    check_model_dtype(model, "float32")
+    check_model_dtype(model, "bfloat16", vllm_on_cpu=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_models_keep_a_state(tmp_path: Path, family: str) -> None:
+    recurrent = {"qwen3-next", "qwen3.5", "granite4-hybrid", "nemotron-h", "lfm2"}
+    assert has_recurrent_layers(make_config(tmp_path, family)) == (family in recurrent)
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), CONFIGURATIONS)

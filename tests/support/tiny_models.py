@@ -34,32 +34,39 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""What all kinds have, under transformers' names."""
+
+
 def make_tiny_model(folder: Path, kind: str, *, seed: int = 0) -> Path:
     """Write a random model of a kind (see `KINDS`) with its tokenizer to `folder`, in fp32 safetensors; returns the folder."""
+    return write_random_model(folder, *KINDS[kind], seed=seed)
+
+
+def write_random_model(folder: Path, config_name: str, options: dict[str, Any], *, seed: int = 0) -> Path:
+    """Write a random model of transformers' configuration of this name, with `SIZES` and `options`, and its tokenizer."""
     import torch
     import transformers
 
-    config_name, options = KINDS[kind]
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    config = getattr(transformers, config_name)(**sizes | options)
+    config = getattr(transformers, config_name)(**SIZES | options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or name.endswith("bias"):
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

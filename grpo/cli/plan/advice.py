@@ -20,7 +20,7 @@ from ...update.ranks import REFERENCE_ALPHA, REFERENCE_RATE
 FEW_ROWS, MANY_ROWS = 1_000, 10_000
 RSLORA_FROM = 32  # rank from which rsLoRA is recommended (Kalajdzievski, 2312.03732)
 TIGHT_RANK = 16  # practice's upper end where memory is tight: 8 to 16
-TARGETS_IN_WORDS = {"attention": "attention only", "all-linear": "all seven projections"}
+TARGETS_IN_WORDS = {"attention": "attention only", "all-linear": "all linear layers"}
 ONE_POLICY = "with dropout, trainer and sampler would no longer be the same policy"
 
 

@@ -182,7 +182,11 @@ def make_plan(options: argparse.Namespace) -> Plan:
         sized=decided,
         budget=budget,
         savings=savings(shape, decided, device=device),
-        notes=[*shape.notes, *_notes(config, decided, budget, dropout=advice["dropout"].value)],
+        notes=[
+            *shape.target_notes(config.lora.targets),
+            *shape.notes,
+            *_notes(config, decided, budget, dropout=advice["dropout"].value),
+        ],
     )
 
 

@@ -39,7 +39,7 @@ def test_shipped_file_loads(path: Path) -> None:
 def test_quickstart_is_the_run_of_the_readme() -> None:
     config = load_config(CONFIGS / "quickstart.yaml")
     assert config.model.name == "smollm2-135m-instruct"
-    assert (config.lora.rank, config.lora.scaling, len(config.lora.target_modules)) == (64, 0.5, 7)
+    assert (config.lora.rank, config.lora.scaling, config.lora.targets) == (64, 0.5, "all-linear")
     assert (config.optim.learning_rate, config.optim.lr_scheduler_type, config.optim.max_steps) == (2e-4, "linear", 130)
     assert (config.max_num_seqs, config.rollout.max_model_length) == (128, 88)
     assert config.logging.output_dir == Path("runs/quickstart")

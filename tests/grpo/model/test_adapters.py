@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from rankup.grpo.config import LoraConfig
-from rankup.grpo.model.adapters import check_targets, inject, target_module_names
+from rankup.grpo.model.adapters import inject
 from rankup.grpo.model.lora_layers import FusedLoRAEmbedding, FusedLoRALayer
 from rankup.grpo.model.policy import Policy
+from rankup.grpo.model.targets import check_targets, find_targets, target_module_names
 
 PROJECTIONS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -68,8 +69,8 @@ def injected(lora: LoraConfig, *, seed: int = 0, layers: int = 2) -> dict[str, F
 def test_adapters_are_where_stock_peft_puts_them(targets: str | list[str]) -> None:
     lora = LoraConfig(targets=targets, rank=4)
     model = tiny_llama(layers=11)  # a layer 10, whose name ends as that of layer 0
-    check_targets(model, lora.target_modules)
-    stock: Any = get_peft_model(model, PeftLoraConfig(r=4, target_modules=lora.target_modules, task_type="CAUSAL_LM"))
+    names = find_targets(model, targets).names
+    stock: Any = get_peft_model(model, PeftLoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
     assert set(injected(lora, layers=11)) == set(stock.base_model.targeted_module_names)
 
 
@@ -109,12 +110,12 @@ def test_only_the_input_embedding_can_be_adapted() -> None:
     ],
 )
 def test_names_of_the_targets_for_vllm(tiny_model_path, targets: str | list[str], names: tuple[str, ...]) -> None:
-    assert target_module_names(str(tiny_model_path("llama")), LoraConfig(targets=targets)) == names
+    assert target_module_names(str(tiny_model_path("llama")), targets) == names
 
 
 def test_an_expression_without_a_match_is_an_error_before_a_model_is_loaded(tiny_model_path) -> None:
     with pytest.raises(ValueError, match=r"^lora.targets: LlamaForCausalLM has no layer layers\.7\.\.\*; name some of "):
-        target_module_names(str(tiny_model_path("llama")), LoraConfig(targets="layers.7..*"))
+        target_module_names(str(tiny_model_path("llama")), "layers.7..*")
 
 
 # Ranks and scales
@@ -182,7 +183,7 @@ def test_keys_whose_order_peft_does_not_save_are_an_error(option: str) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize(("init", "theirs"), [("default", True), ("gaussian", "gaussian"), ("orthogonal", "orthogonal")])
 def test_adapters_are_initialised_as_in_stock_peft(init: Any, theirs: Any) -> None:
-    targets = ["embed_tokens", *LoraConfig().target_modules]
+    targets = ["embed_tokens", *find_targets(tiny_llama(), "all-linear").names]
     layers = injected(LoraConfig(rank=4, init_lora_weights=init, targets=targets), seed=5)
     model = tiny_llama()
     torch.manual_seed(5)

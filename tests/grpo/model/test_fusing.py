@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridRMSNormGated
 from transformers.models.llama.modeling_llama import LlamaMLP as GatedMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
@@ -202,11 +203,14 @@ def test_nothing_of_a_pass_is_kept_beyond_it() -> None:
     assert not shared.has_unread_outputs and shared._x is None  # type: ignore[union-attr]
 
 
-def test_a_norm_with_a_gate_is_left_alone() -> None:
+@pytest.mark.parametrize("norm", [Qwen3NextRMSNormGated, GraniteMoeHybridRMSNormGated])
+def test_a_norm_with_a_gate_is_left_alone(norm: type[nn.Module]) -> None:
+    """Also if it computes a plain norm without one."""
+
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = Qwen3NextRMSNormGated(8)
+            self.norm = norm(8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(x, x)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rankup import GRPOConfig
 from rankup.grpo.config.trl.peft_fields import PEFT_FIELDS
-from rankup.grpo.model.adapters import check_targets, targeted_modules
+from rankup.grpo.model.targets import find_targets
 from rankup.grpo.objects.given import Given, from_objects
 
 Load = Callable[..., PreTrainedModel]
@@ -74,28 +74,18 @@ def test_the_defaults_are_those_of_peft(given):
     ],
 )
 def test_the_same_layers_are_adapted_as_by_peft(kind: str, options: dict[str, Any], given, load_model: Load):
-    targets = given(LoraConfig(**options), kind=kind).config.lora.target_modules
+    targets = given(LoraConfig(**options), kind=kind).config.lora.targets
     model = load_model(kind)
-    check_targets(model, targets)
-    ours = set(targeted_modules(model, targets))
+    ours = set(find_targets(model, targets).modules)
     theirs: Any = get_peft_model(model, LoraConfig(**options)).base_model.targeted_module_names
     assert ours == set(theirs) != set()
 
 
-def test_all_linear_layers_of_another_architecture_are_named(load_model: Load, tmp_path, tiny_model_path):
-    """Phi3's projections have other names; only the head is left out, as by PEFT."""
-    from transformers import Phi3Config
-
-    sizes: dict[str, Any] = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
-    Phi3Config(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "phi3")
-    config = LoraConfig(target_modules="all-linear")
-    lora = from_objects(GRPOConfig(), model=str(tmp_path / "phi3"), peft_config=config).config.lora
-    assert lora.targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
-
-
 def test_all_linear_keeps_its_name(given):
     for kind in ("llama", "qwen2", "gemma3"):
-        assert given(LoraConfig(target_modules="all-linear"), kind=kind).config.lora.targets == "all-linear"
+        for options in ({}, {"exclude_modules": ["no_such_layer"]}):
+            config = LoraConfig(target_modules="all-linear", **options)
+            assert given(config, kind=kind).config.lora.targets == "all-linear"
 
 
 def test_selected_layers_are_a_short_expression(given):
@@ -276,7 +266,7 @@ def test_the_options_train_the_same_adapter(given, load_model: Load):
     config = LoraConfig(
         r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear", rank_pattern={"q_proj": 8}, alpha_pattern={"v_proj": 2}
     )
-    ours = inject(load_model("qwen2"), given(config, kind="qwen2").config.lora, seed=0)
+    ours, _ = inject(load_model("qwen2"), given(config, kind="qwen2").config.lora, seed=0)
     theirs = get_peft_model(load_model("qwen2"), config)
 
     def layers(model: Any) -> dict[str, tuple[float, int]]:
