@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 PRELOADED = ["rankup.grpo.trainer", "rankup.rollout.engine", "family_checks"]
 TIMEOUT = 600.0  # seconds of a family, which takes 20 on an idle machine
-GRADIENT_LIMIT = 1e-5
 LEAK_LIMIT = 1e-5
 LOGPROB_LIMIT = 1e-3  # vLLM computes in fp32 too, by other kernels
 BFLOAT16_LIMIT = 0.2  # where vLLM has no kernels for fp32
@@ -56,7 +55,7 @@ class Result:
         layers: their number.
         left_out: what `all-linear` leaves out.
         check: the worst gap between trainer and vLLM under an adapter on one projection, as a share of its bound.
-        gradient: the largest relative difference of loss and gradients to stock PEFT's.
+        gradient, gradient_limit: the largest relative difference of loss and gradients to stock PEFT's, and its bound.
         peft, vllm: the largest difference of log-probabilities between stock PEFT and the trainer, and stock vLLM.
         leak: the most that other completions' log-probabilities change with the tokens of one.
         reason: why something was refused, or failed.
@@ -73,6 +72,7 @@ class Result:
     left_out: list[str] = field(default_factory=list)
     check: float | None = None
     gradient: float | None = None
+    gradient_limit: float = 0.0
     peft: float | None = None
     vllm: float | None = None
     leak: float | None = None
@@ -84,7 +84,7 @@ class Result:
     def is_green(self) -> bool:
         """Whether all comparisons were made and hold."""
         limits = (
-            *((self.check, 1.0), (self.gradient, GRADIENT_LIMIT), (self.leak, LEAK_LIMIT)),
+            *((self.check, 1.0), (self.gradient, self.gradient_limit), (self.leak, LEAK_LIMIT)),
             *((self.peft, LOGPROB_LIMIT), (self.vllm, LOGPROB_LIMIT if self.dtype == "float32" else BFLOAT16_LIMIT)),
         )
         return self.trained and not self.reason and all(value is not None and value <= limit for value, limit in limits)
@@ -239,6 +239,7 @@ def _compare(model: Path, adapter: Path, lora: LoraConfig, result: Result) -> No
     policy.write_slots()
     own, stock = checks.own_pass(policy, groups), checks.stock_pass(model, adapter, groups)
     result.gradient, result.peft = checks.gradient_error(own, stock), checks.logprob_error(own, stock)
+    result.gradient_limit = checks.gradient_limit(own)
     result.leak = checks.leak(policy, groups)
     sequences = {
         (place, index): [*group.prompt.token_ids, *completion.token_ids]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import Pack, by_origin, pack, pad
@@ -23,6 +23,11 @@ from rankup.grpo.model.policy import Policy
 
 SHAPES = [(11, [9, 1, 14]), (5, [12, 7]), (17, [3])]
 """Prompt and completion lengths of groups: shorter and longer than the windows of `families.py`, of different lengths."""
+
+GRADIENT_LIMIT = 1e-5
+DELTA_LIMIT = 5e-5
+"""Of gated delta nets, which round in fp32 by chunks of 64 tokens: stock transformers differs by 1.5e-5 between chunks of 64 and
+of 8, and the chunks of a completion behind a shared prompt begin elsewhere."""
 
 FLOOR = 1e-2
 """Gradients below this share of the largest one are compared with it: their own size is rounding."""
@@ -42,7 +47,9 @@ def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtyp
 
     The loss is the sum of -advantage * log-probability over all completion tokens.
     """
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    caps_scores = getattr(AutoConfig.from_pretrained(model_path), "attn_logit_softcapping", None) is not None
+    attention = "eager" if caps_scores else None  # torch's own attention, the default, leaves out the cap
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation=attention)
     model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).to(dtype).eval()
     total, logprobs = 0.0, {}
     for place, group in enumerate(groups):
@@ -96,6 +103,11 @@ def gradient_error(own: StockPass, stock: StockPass) -> float:
         for key, expected in stock.gradients.items()
     ]
     return max(*errors, abs(own.loss - stock.loss) / abs(stock.loss))
+
+
+def gradient_limit(own: StockPass) -> float:
+    """The largest `gradient_error` of a model whose adapters are in these layers."""
+    return DELTA_LIMIT if any(".linear_attn." in name for name, _ in own.gradients) else GRADIENT_LIMIT
 
 
 def logprob_error(own: StockPass, stock: StockPass) -> float:
