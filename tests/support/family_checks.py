@@ -26,8 +26,8 @@ SHAPES = [(11, [9, 1, 14]), (5, [12, 7]), (17, [3])]
 
 GRADIENT_LIMIT = 1e-5
 DELTA_LIMIT = 5e-5
-"""Of gated delta nets, which round in fp32 by chunks of 64 tokens: stock transformers differs by 1.5e-5 between chunks of 64 and
-of 8, and the chunks of a completion behind a shared prompt begin elsewhere."""
+"""Of gated delta nets, which round in fp32 by chunks of 64 tokens: stock transformers differs by 1.5e-5 between chunks of 64
+and of 8, and the chunks of a completion behind a shared prompt begin elsewhere."""
 
 FLOOR = 1e-2
 """Gradients below this share of the largest one are compared with it: their own size is rounding."""
