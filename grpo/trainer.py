@@ -33,7 +33,7 @@ from . import generation, sharing
 from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
-from .display.terminal import View, make_view, make_view_without_run
+from .display.choose import View, make_view, make_view_without_run
 from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import Model, ProcessingClass, RewardFunctions, RewardTokenizers, resolve_arguments
 from .running import run
@@ -69,7 +69,7 @@ class GRPOTrainer(TrainerMethods):
         rollout_func: samples in place of the engine's own loop: see `episodes/rollout_func.py`.
         environment_factory: makes the world of a completion: a class, or several by name, of which a row's column
             `environment` names one; None: `args.rollout.environment`.
-        view: where progress is shown; None: the terminal.
+        view: where progress is shown; None: the terminal, or the output of the cell in a notebook.
 
     Attributes:
         args: the configuration, with the number of steps of a run in epochs.
