@@ -22,7 +22,7 @@ from transformers import trainer_pt_utils
 from transformers.trainer_callback import TrainerState
 
 from .config import GRPOConfig
-from .display.run_html import RunPicture, run_html
+from .display.run_html import RunPicture, run_html, run_text
 from .display.view_text import summary_text
 
 if TYPE_CHECKING:
@@ -74,24 +74,31 @@ class TrainerMethods:
         """Whether a checkpoint of the run exists."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        if not hasattr(self, "_is_shown"):  # its constructor has failed: it is in a traceback
+            return super().__repr__()
+        return f"<{type(self).__name__} {run_text(self._picture()).splitlines()[0]}>"
+
     def _repr_html_(self) -> str:
         """In a notebook: state, progress, the last metrics and the curves of the run."""
+        return run_html(self._picture())
+
+    def _picture(self) -> RunPicture:
+        """What is known of the run."""
         state, logging = self.state, self.args.logging
         adapter = f"LoRA rank {self.args.lora.rank}, alpha {self.args.lora.alpha:g}"
         ends_here = self.summary.get("steps") == state.global_step
-        return run_html(
-            RunPicture(
-                run_name=logging.run_name,
-                status=self._status(is_complete=ends_here and not self.summary["interrupted"]),
-                steps_done=state.global_step,
-                max_steps=state.max_steps,
-                rows=state.log_history,
-                lines=[
-                    f"{self.args.model.name}, {adapter}",
-                    *(summary_text(self.summary).splitlines() if ends_here else []),
-                    f"output: {logging.output_dir}",
-                ],
-            )
+        return RunPicture(
+            run_name=logging.run_name,
+            status=self._status(is_complete=ends_here and not self.summary["interrupted"]),
+            steps_done=state.global_step,
+            max_steps=state.max_steps,
+            rows=state.log_history,
+            lines=[
+                f"{self.args.model.name}, {adapter}",
+                *(summary_text(self.summary).splitlines() if ends_here else []),
+                f"output: {logging.output_dir}",
+            ],
         )
 
     def _status(self, *, is_complete: bool) -> str:

@@ -77,6 +77,7 @@ def test_a_trainer_shows_itself(kernel: Kernel):
     assert "not trained · step 0 of 2" in untrained["text/html"] and "<svg" not in untrained["text/html"]
     outputs = kernel.run("_ = other.train()\nother")
     (trained,) = outputs.results
+    assert trained["text/plain"].startswith("<GRPOTrainer itself: done, step 2/2, reward 0.")
     for text in ("done · step 2 of 2", "<svg", "LoRA rank 8, alpha 16", "output: itself"):
         assert text in trained["text/html"], text
 

@@ -196,6 +196,21 @@ def test_live_view_keeps_notes_above_the_panel():
     assert text.rstrip().endswith("done: 3 steps in 6m10s, evaluation reward 0.109 → 0.860")
 
 
+def test_a_second_run_is_shown_without_the_first_one():
+    """A trainer shows all of its runs in one view."""
+    view, console = live_view()
+    with view:
+        drive(view)
+    with view:
+        started = frame(view, console)
+        view.step(1, METRICS, PHASES)
+        shown = frame(view, console)
+    assert "step 0/80" in started and "waiting for the first step" in started
+    assert "step 1/80" in shown
+    for earlier in ("notes", "evaluation", "completions of"):
+        assert earlier not in shown
+
+
 def test_terminal_gets_the_live_view_and_a_file_plain_lines():
     def kind(console: Console | None) -> type:
         return type(make_view(max_steps=3, run_name="sums", console=console))
