@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "notebook.ipynb"
-CELL_SECONDS = 900
+CELL_SECONDS = 3600
 
 
 def execute(notebook: NotebookNode, folder: Path) -> None:
