@@ -65,6 +65,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, shortened: bool):
             outputs = kernel.run(source)
             assert outputs.error is None, (source, outputs.error)
             assert "\x1b" not in outputs.everything and "stderr" not in outputs.streams
+            assert "closing the engine" not in outputs.everything, "a user's engine stays open"
             for bundle in outputs.results:
                 results[cell.source] = bundle["text/plain"]
     (ends,) = [ast.literal_eval(text) for source, text in results.items() if "engine.close()" in source]

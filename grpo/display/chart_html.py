@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from .view_text import escaped, significant
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8609a", "#c78a00", "#3d9bd1")
-"""Okabe and Ito's, as in `rankup report`, two of them darker."""
+COLOURS = ("#1f86cc", "#d55e00", "#009e73", "#b8609a", "#c78a00", "#3d9bd1")
+"""Those of `rankup report`, in tones between light and dark."""
 
 WIDTH, HEIGHT, MARGIN = 270, 84, 5
 MOST_POINTS, MOST_MARKS = 100, 50
