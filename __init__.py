@@ -7,6 +7,7 @@
 The public names are imported on first use, so `import rankup` alone is quick and loads neither torch nor vLLM.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,10 @@ def __getattr__(name: str) -> Any:
     """Resolve a public name at its first use (PEP 562); later uses find it as an ordinary attribute."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name], __name__), name)
+    with warnings.catch_warnings():
+        # tqdm warns in a notebook without ipywidgets, although none of its bars is shown.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        value = getattr(import_module(_HOMES[name], __name__), name)
     globals()[name] = value
     return value
 

@@ -17,7 +17,7 @@ from .common.log import log_to
 from .config import GRPOConfig, resolve_epochs
 from .data.prompts import Prompt
 from .data.run_inputs import RunInputs, load_run_inputs
-from .display.terminal import View
+from .display.view import View
 from .episodes.make import Actions, Episodes, make_episodes
 from .update.resolve import resolve_training
 from .user_inputs import UserInputs

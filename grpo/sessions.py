@@ -199,7 +199,8 @@ class Sessions:
         if other is not None and other is not self and other._open is not None:
             if other._is_in_use:
                 raise ValueError("another trainer is in the middle of a run in this process: it must end first")
-            logger.info("closing the engine of another trainer of this process: one fits on a device")
+            if other._open.engine is None:  # a user's engine stays open
+                logger.info("closing the engine of another trainer of this process: one fits on a device")
             other.close()
         self.close()
         starts_vllm = engine is None and self._setup.config.rollout.engine == "vllm"

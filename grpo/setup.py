@@ -21,7 +21,7 @@ from .common.world import SINGLE_PROCESS, World
 from .config import GRPOConfig
 from .data.run_inputs import Prompt, RunInputs, with_template_text
 from .data.sampler import PromptSampler
-from .display.terminal import View
+from .display.view import View
 from .experience.user_functions import CODE, UserFunctions
 from .prepared import (
     Episodes,

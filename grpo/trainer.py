@@ -33,7 +33,7 @@ from . import generation, sharing
 from .checkpoint.resume import Resume
 from .common.log import log_to, logger
 from .config import GRPOConfig
-from .display.terminal import View, make_view, make_view_without_run
+from .display.choose import View, make_view, make_view_without_run
 from .evaluating import evaluate_now, prompts_of
 from .objects.arguments import (
     Model,
@@ -78,7 +78,7 @@ class GRPOTrainer(TrainerMethods):
             `environment` names one; None: `args.rollout.environment`.
         eval_reward_funcs: the reward functions of evaluation sets that have their own, by the name of the set; None:
             `args.rewards.eval_functions`.
-        view: where progress is shown; None: the terminal.
+        view: where progress is shown; None: the terminal, or the output of the cell in a notebook.
 
     Attributes:
         args: the configuration, with the number of steps of a run in epochs.

@@ -1,4 +1,5 @@
-"""Methods of transformers' and TRL's trainers that scripts call around the training, and those that a subclass cannot override.
+"""Methods of transformers' and TRL's trainers that scripts call around the training, those that a subclass cannot override, and
+what a notebook shows of a trainer.
 
 metrics = trainer.train().metrics
 trainer.log_metrics("train", metrics)
@@ -15,10 +16,14 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import trainer_pt_utils
 from transformers.trainer_callback import TrainerState
+
+from .config import GRPOConfig
+from .display.run_html import RunPicture, run_html, run_text
+from .display.view_text import summary_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,10 +59,56 @@ class TrainerMethods:
                 "functions, callbacks, or options such as algorithm.loss_type, which may be a function"
             )
 
+    args: GRPOConfig
+    summary: dict[str, Any]
+    _is_shown: bool
+    """Whether a run or an evaluation is in progress."""
+
     @property
     def state(self) -> TrainerState:
         """That of the run."""
         raise NotImplementedError
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a checkpoint of the run exists."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_is_shown"):  # its constructor has failed: it is in a traceback
+            return super().__repr__()
+        return f"<{type(self).__name__} {run_text(self._picture()).splitlines()[0]}>"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: state, progress, the last metrics and the curves of the run."""
+        return run_html(self._picture())
+
+    def _picture(self) -> RunPicture:
+        """What is known of the run."""
+        state, logging = self.state, self.args.logging
+        adapter = f"LoRA rank {self.args.lora.rank}, alpha {self.args.lora.alpha:g}"
+        ends_here = self.summary.get("steps") == state.global_step
+        return RunPicture(
+            run_name=logging.run_name,
+            status=self._status(is_complete=ends_here and not self.summary["interrupted"]),
+            steps_done=state.global_step,
+            max_steps=state.max_steps,
+            rows=state.log_history,
+            lines=[
+                f"{self.args.model.name}, {adapter}",
+                *(summary_text(self.summary).splitlines() if ends_here else []),
+                f"output: {logging.output_dir}",
+            ],
+        )
+
+    def _status(self, *, is_complete: bool) -> str:
+        if self._is_shown:
+            return "running"
+        if self.state.global_step == 0:
+            return "not trained"
+        if is_complete:
+            return "done"
+        return "stopped, train(resume_from_checkpoint=True) continues" if self.can_resume else "stopped"
 
     def close(self) -> None:
         """Free the memory of engine and policy."""

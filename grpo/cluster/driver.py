@@ -31,7 +31,7 @@ from ..common.interrupts import Interrupts, RunInterrupted
 from ..common.log import logger
 from ..config import GRPOConfig
 from ..config.cluster import ClusterConfig
-from ..display.terminal import View
+from ..display.view import View
 from ..run.records import read_summary
 from ..setup import UserInputs
 from .mailbox import Outcome, open_mailbox, this_node

@@ -1,6 +1,6 @@
 """Events that the main worker of a cluster run sends to the process that shows it: one for each call of the view.
 
-    EventView(send)                 # a `terminal.View` on the worker, which sends its calls as events
+    EventView(send)                 # a `View` on the worker, which sends its calls as events
     event.show(view)                # in the process that started the run
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ..display.terminal import SampleRow, View
+from ..display.view import SampleRow, View
 from ..display.view_text import When
 
 
@@ -25,7 +25,7 @@ class Event(NamedTuple):
 
 
 class EventView(View):
-    """A `terminal.View` that sends every call as an event and does not wait for it: a step matters more than a line."""
+    """A `View` that sends every call as an event and does not wait for it: a step matters more than a line."""
 
     def __init__(self, send: Callable[[Event], object]) -> None:
         self._send = send

@@ -1,23 +1,14 @@
 """The output of a run: a live view in a terminal, plain lines everywhere else.
 
-    with make_view(max_steps=80, run_name="quickstart", output_dir=Path("runs/quickstart")) as view:
-        view.stage("starting the engine")
-        view.evaluation(0, {"eval_reward": 0.11}, "before")
-        view.step(1, metrics, {"rollout": 3.1, "train": 2.1})
-        view.completions(1, [(prompt, completion, reward)])    # an episode: its messages
-        view.finish(summary)
-
-`metrics` and `summary` are those of `RunRecorder`. Text from a model or a data set is shown on one line, shortened, and never
-interpreted as markup or terminal control. Leaving the `with` block restores the terminal, also after Ctrl-C.
+Text from a model or a data set is shown on one line, shortened, and never interpreted as markup or terminal control. Leaving
+the `with` block restores the terminal, also after Ctrl-C.
 """
 
 import os
-import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
@@ -28,6 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from .view import Pace, SampleRow, View
 from .view_text import (
     MOST_MESSAGES,
     MOST_OF_A_NAME,
@@ -53,52 +45,7 @@ from .view_text import (
     workers_text,
 )
 
-SampleRow = tuple[Prompt, Prompt, float | None]
-"""Prompt, completion and reward; an episode is its messages."""
-
 LABEL_WIDTH = 10  # of "evaluation", the longest label, so that rows below the metrics are aligned with them
-
-
-class View(Protocol):
-    """What shows a run. `note` may come from any thread; `step` counts from 1, phases and times are in seconds."""
-
-    def stage(self, text: str) -> None:
-        """Show the current activity outside of steps ("starting the engine", "evaluating")."""
-
-    def note(self, text: str) -> None:
-        """Show a note that stays readable after the run."""
-
-    def resumed(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The run was resumed after `step` steps; `rows` are the lines of `metrics.jsonl` up to there."""
-    def step(self, step: int, metrics: Mapping[str, float], seconds_by_phase: Mapping[str, float]) -> None: ...
-    def completions(self, step: int, rows: Sequence[SampleRow]) -> None: ...
-    def evaluation(self, step: int, metrics: Mapping[str, float], when: When) -> None: ...
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Show the summary and the output folder."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        return None
-
-
-def make_view(*, max_steps: int, run_name: str, output_dir: Path | None = None, console: Console | None = None) -> View:
-    """The live view if standard output (or `console`) is a terminal that can show it, else plain lines.
-
-    `output_dir` is shown at the end of the run.
-    """
-    if console is None:
-        # Only the stream counts: FORCE_COLOR and similar variables must not fill a log file with redrawn panels.
-        console = Console(force_terminal=sys.stdout.isatty())
-    can_redraw = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
-    kind = LiveView if can_redraw else PlainView
-    return kind(max_steps=max_steps, run_name=run_name, output_dir=output_dir, console=console)
-
-
-def make_view_without_run(console: Console | None = None) -> View:
-    """Plain lines for what happens outside of a run."""
-    return PlainView(max_steps=0, run_name="", console=console or Console(force_terminal=sys.stdout.isatty()))
 
 
 class _TerminalView(View):
@@ -113,6 +60,7 @@ class _TerminalView(View):
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
+        self._pace = Pace(self._max_steps)  # of a trainer's second run too
         self._started = time.monotonic()
         return self
 
@@ -151,12 +99,12 @@ class PlainView(_TerminalView):
 
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
         self._print(f"completions of step {step}")
-        for prompt, completion, reward in rows:
-            self._print(f"    reward {decimal(reward)}  {shorten(one_line(prompt), 160)}")
-            if isinstance(completion, str):
-                self._print(f"        {shorten(one_line(completion), 320)}")
+        for row in rows:
+            self._print(f"    reward {decimal(row.reward)}  {shorten(one_line(row.prompt), 160)}")
+            if isinstance(row.completion, str):
+                self._print(f"        {shorten(one_line(row.completion), 320)}")
                 continue
-            lines = dialogue(completion)
+            lines = dialogue(row.completion)
             for speaker, text in lines:
                 self._print(f"        {shorten(speaker, MOST_OF_A_NAME):<{name_width(lines)}}  {shorten(text, 160)}".rstrip())
 
@@ -192,6 +140,11 @@ class LiveView(_TerminalView):
     def __init__(self, *, max_steps: int, run_name: str, console: Console, output_dir: Path | None = None) -> None:
         super().__init__(max_steps=max_steps, run_name=run_name, console=console, output_dir=output_dir)
         self._spinner = Spinner("dots", style="cyan")
+        self._live = Live(self, console=console, refresh_per_second=4, redirect_stderr=True, redirect_stdout=True)
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        """What an earlier run of the same trainer has shown."""
         self._stage = "starting"
         self._rewards: list[float] = []
         self._evaluations: list[float] = []
@@ -201,7 +154,6 @@ class LiveView(_TerminalView):
         self._workers = ""
         self._tables: RenderableType = Text("waiting for the first step", style="dim")
         self._samples: RenderableType | None = None
-        self._live = Live(self, console=console, refresh_per_second=4, redirect_stderr=True, redirect_stdout=True)
 
     def stage(self, text: str) -> None:
         self._stage = text
@@ -238,17 +190,17 @@ class LiveView(_TerminalView):
         # The rest of the panel has 14 lines, 15 with the workers' row.
         lines_left = self._console.height - 15 - bool(self._workers)
         num_shown = 0
-        for prompt, completion, reward in rows:
-            shown = _sample_lines(completion, lines_left - 1)
-            height = 3 if isinstance(completion, str) else 1 + len(shown)  # a text may wrap once
+        for row in rows:
+            shown = _sample_lines(row.completion, lines_left - 1)
+            height = 3 if isinstance(row.completion, str) else 1 + len(shown)  # a text may wrap once
             lines_left -= height
             if lines_left < 0 or not shown:
                 break
             num_shown += 1
-            style = "dim" if reward is None else "bold green" if reward > 0 else "bold red"
+            style = "dim" if row.reward is None else "bold green" if row.reward > 0 else "bold red"
             grid.add_row(
-                Text(decimal(reward), style=style),
-                Text(shorten(one_line(prompt), 66), style="dim", no_wrap=True, overflow="ellipsis"),
+                Text(decimal(row.reward), style=style),
+                Text(shorten(one_line(row.prompt), 66), style="dim", no_wrap=True, overflow="ellipsis"),
             )
             for line in shown:
                 grid.add_row("", line)
@@ -267,6 +219,7 @@ class LiveView(_TerminalView):
         self._console.print(Text(self._summary_text(summary), style="bold"))
 
     def __enter__(self) -> Self:
+        self._forget_run()
         self._live.start()
         return super().__enter__()
 
@@ -370,23 +323,3 @@ def _phase_table(metrics: Mapping[str, float], seconds_by_phase: Mapping[str, fl
         table.add_row(name, seconds_text(seconds), "" if rate is None else whole(rate))
     table.add_row("step", Text(seconds_text(step_seconds(seconds_by_phase)), style="bold"), "")
     return table
-
-
-class Pace:
-    """Steps done and the remaining time, estimated from the mean duration of the last 20 steps."""
-
-    def __init__(self, max_steps: int) -> None:
-        self.steps_done = 0
-        self._max_steps = max_steps
-        self._recent: deque[float] = deque(maxlen=20)
-        self._end: float | None = None
-
-    def step(self, step: int, seconds: float) -> None:
-        self.steps_done = step
-        self._recent.append(seconds)
-        mean = sum(self._recent) / len(self._recent)
-        self._end = time.monotonic() + mean * (self._max_steps - step)
-
-    def left(self) -> float | None:
-        """Estimated remaining seconds; None before the first step."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())

@@ -6,13 +6,14 @@
     shorten(one_line(completion), 132)                  # one line without control characters
     dialogue(messages)                                  # [("assistant", "add(a=1, b=2)"), ("add", "3"), ...]
 
-An unknown (None) or non-finite number is a dash. Colours and widths are in `terminal.py`.
+An unknown (None) or non-finite number is a dash. Colours and widths are in `terminal.py` and `run_html.py`.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ def workers_text(metrics: Mapping[str, float]) -> str:
     if not speeds:
         return ""
     if len(speeds) <= MOST_WORKERS_LISTED:
-        return ", ".join(f"{speed:.0f}" for speed in speeds) + " tok/s"  # commas separate workers only
+        return ", ".join(whole(speed).replace(",", "") for speed in speeds) + " tok/s"  # commas separate workers only
     slowest, fastest = (f"{whole(speed)} (rank {speeds.index(speed)})" for speed in (min(speeds), max(speeds)))
     return f"{len(speeds)} workers, {slowest} to {fastest} tok/s"
 
@@ -150,9 +151,15 @@ def summary_text(
 
 def one_line(text: Prompt) -> str:
     """`text`, or the last message of a conversation, on one line: line breaks as ⏎, control characters as ·."""
-    if not isinstance(text, str):
-        text = content_text(text[-1].get("content")) if text else ""
+    text = last_message(text)
     return harmless(text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " "))
+
+
+def last_message(text: Prompt) -> str:
+    """`text`, or the last message of a conversation."""
+    if isinstance(text, str):
+        return text
+    return content_text(text[-1].get("content")) if text else ""
 
 
 def harmless(text: str) -> str:
@@ -234,6 +241,19 @@ def decimal(value: float | None, places: int = 2) -> str:
 
 def whole(value: float | None) -> str:
     return f"{number:,.0f}" if math.isfinite(number := as_number(value)) else "-"
+
+
+def significant(value: float | None) -> str:
+    """Three digits: `0.412`, `13.2`, `0.0002`, `1,204`, `4.1e+09`; - if unknown."""
+    number = as_number(value)
+    if not math.isfinite(number):
+        return "-"
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e9 else f"{number:.3g}"
+
+
+def escaped(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, for a page of HTML, in a tag or in a quoted attribute."""
+    return escape(harmless(shorten(text, limit)), quote=True)
 
 
 def seconds_text(value: float) -> str:

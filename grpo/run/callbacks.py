@@ -7,7 +7,7 @@
     callbacks.step_end(record)                  # on_step_end of the user's, then on_log of all
     if callbacks.requests.stop: ...
 
-Recorder, terminal view, trackers and profiler are callbacks too, those inside. They come first, so that a step is recorded, and
+Recorder, view, trackers and profiler are callbacks too, those inside. They come first, so that a step is recorded, and
 can be saved, before a user's callback can fail. Events come in transformers' order, and on every worker: a callback that prints
 looks at `state.is_world_process_zero`. What one worker's callbacks ask for counts for all.
 """

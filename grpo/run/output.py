@@ -1,4 +1,4 @@
-"""Output of a run's main process, a callback: terminal view, run folder, trackers, notes. The other processes have none.
+"""Output of a run's main process, a callback: view, run folder, trackers, notes. The other processes have none.
 
     output = RunOutput(config, view, recorder, tokenizer)
     callbacks.begin(steps_done, rows, objects, inside=[output])
@@ -17,7 +17,7 @@ from ...rollout.types import Completion
 from ..common.log import logger
 from ..config import GRPOConfig
 from ..data.groups import Group
-from ..display.terminal import View
+from ..display.view import SampleRow, View
 from ..display.view_text import When
 from ..experience.evaluation import Evaluation
 from ..experience.step_metrics import completions_table
@@ -102,7 +102,12 @@ class RunOutput(RecordsUserLogs):
         table = completions_table(local)
         self.recorder.completions(step + 1, table.table, rewards=table.rewards, extras=table.extras, data=table.data)
         shown = [
-            (group.prompt.content, _shown(group.completions[0]), group.scores.total[0])
+            SampleRow(
+                group.prompt.content,
+                _shown(group.completions[0]),
+                reward=group.scores.total[0],
+                advantage=group.advantages[0] if group.advantages else None,
+            )
             for group in local[: self.config.logging.num_completions_to_print]
         ]
         self.view.completions(step + 1, shown)

@@ -148,16 +148,25 @@ def _vllm_engine(config: GRPOConfig, model_path: str, engine: RolloutEngine | No
     It is apart from the policy for memory's sake: modules of vLLM keep the ImportErrors of optional packages for ever, and with
     them the frames that imported vLLM first, up to this generator. A policy among its variables would stay in memory.
     """
-    settings = engine_settings(config, model_path)
     if engine is not None:
-        if differences := engine.settings.differences(settings):
+        if differences := engine.settings.differences(engine_settings(config, model_path)):
             raise ValueError(f"the engine was made with other settings than this run needs: {'; '.join(differences)}")
         yield engine
         return
-    with quiet_stderr():
-        started = RolloutEngine(settings)
-    with closing(started):
+    with closing(start_engine(config, model_path)) as started:
         yield started
+
+
+def start_engine(config: GRPOConfig, model_path: str) -> RolloutEngine:
+    """vLLM for runs of this configuration, such as those of several trainers: `GRPOTrainer.train(engine=...)`. The caller closes
+    it.
+
+    Raises:
+        ValueError: vLLM is not installed; or see `engine_settings`.
+    """
+    settings = engine_settings(config, model_path)
+    with quiet_stderr():
+        return RolloutEngine(settings)
 
 
 def make_policy(

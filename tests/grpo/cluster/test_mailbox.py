@@ -9,7 +9,8 @@ from rich.console import Console
 
 from rankup.grpo.cluster.events import Event, EventView
 from rankup.grpo.cluster.mailbox import Mailbox, Outcome
-from rankup.grpo.display.terminal import PlainView, View
+from rankup.grpo.display.terminal import PlainView
+from rankup.grpo.display.view import SampleRow, View
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def every_call(view: View) -> None:
     view.note("careful")
     view.resumed(1, [{"step": 1, "reward": 0.1}])
     view.step(2, {"reward": 0.25, "completions/mean_length": 8.0}, {"rollout": 1.0, "train": 0.5})
-    view.completions(2, [("what is 1 + 1?", "2", 1.0)])
+    view.completions(2, [SampleRow("what is 1 + 1?", "2", 1.0, 0.5)])
     view.evaluation(2, {"eval_reward": 0.5}, "during")
     view.finish({"steps": 2, "evaluation": {"before": {"reward": 0.1}, "after": {"reward": 0.5}}, "seconds": {"total": 3.0}})
 

@@ -211,7 +211,7 @@ with interrupts.handled(), interrupts.deferred():
 
 def test_a_closed_pipe_does_not_end_the_run():
     code = (
-        "import sys, time; from rankup.grpo.display.terminal import make_view\n"
+        "import sys, time; from rankup.grpo.display.choose import make_view\n"
         "view = make_view(max_steps=3, run_name='x')\n"
         "view.__enter__(); sys.stdin.read()\n"
         "view.note('one'); view.note('two'); print('three', flush=True)\n"

@@ -13,7 +13,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from rankup.grpo.display.terminal import LiveView, PlainView, View, make_view
+from rankup.grpo.display.choose import make_view
+from rankup.grpo.display.terminal import LiveView, PlainView
+from rankup.grpo.display.view import SampleRow, View
 
 METRICS = {
     "reward": 0.41,
@@ -25,8 +27,8 @@ METRICS = {
 }
 PHASES = {"rollout": 3.1, "train": 2.1, "publish": 0.012}
 SAMPLES = [
-    ("What is [bold]17 + 25?", "Let me see.\n\n42", 1.0),
-    (
+    SampleRow("What is [bold]17 + 25?", "Let me see.\n\n42", 1.0),
+    SampleRow(
         [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 1 + 1?"}],
         "x\x1b[2Jy" * 90,
         0.0,
@@ -124,7 +126,7 @@ def test_plain_view_shows_the_complete_run_without_control_characters():
 def test_plain_view_survives_a_log_in_ascii():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    plain_view(file).completions(1, [("Ωμέγα", "42\n", 1.0)])
+    plain_view(file).completions(1, [SampleRow("Ωμέγα", "42\n", 1.0)])
     assert b"42?" in raw.getvalue()
 
 
@@ -194,6 +196,21 @@ def test_live_view_keeps_notes_above_the_panel():
     assert text.rstrip().endswith("done: 3 steps in 6m10s, evaluation reward 0.109 → 0.860")
 
 
+def test_a_second_run_is_shown_without_the_first_one():
+    """A trainer shows all of its runs in one view."""
+    view, console = live_view()
+    with view:
+        drive(view)
+    with view:
+        started = frame(view, console)
+        view.step(1, METRICS, PHASES)
+        shown = frame(view, console)
+    assert "step 0/80" in started and "waiting for the first step" in started
+    assert "step 1/80" in shown
+    for earlier in ("notes", "evaluation", "completions of"):
+        assert earlier not in shown
+
+
 def test_terminal_gets_the_live_view_and_a_file_plain_lines():
     def kind(console: Console | None) -> type:
         return type(make_view(max_steps=3, run_name="sums", console=console))
@@ -214,7 +231,7 @@ def test_colour_settings_do_not_put_the_live_view_into_a_log(monkeypatch):
 CHILD = """
 import signal
 import time
-from rankup.grpo.display.terminal import make_view
+from rankup.grpo.display.choose import make_view
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for commands in the background
 with make_view(max_steps=3, run_name="sums") as view:
     view.step(1, {"reward": 0.41}, {"train": 1.0})
@@ -319,7 +336,7 @@ EPISODE = [
 
 def test_an_episode_is_shown_as_a_dialogue_in_plain_lines() -> None:
     file = io.StringIO()
-    plain_view(file).completions(1, [("What is 741 + 295?", EPISODE, 1.0), ("Next?", "A text", None)])
+    plain_view(file).completions(1, [SampleRow("What is 741 + 295?", EPISODE, 1.0), SampleRow("Next?", "A text", None)])
     lines = file.getvalue().splitlines()
     assert lines[1:3] == [
         "    reward 1.00  What is 741 + 295?",
@@ -334,7 +351,7 @@ def test_a_panel_shows_an_episode_with_its_beginning_and_its_end_or_not_at_all(h
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, _environ={})
     view = LiveView(max_steps=80, run_name="sums", console=console)
     view.step(1, METRICS, PHASES)
-    view.completions(1, [("What is 741 + 295?", EPISODE, 1.0)] * 9)
+    view.completions(1, [SampleRow("What is 741 + 295?", EPISODE, 1.0)] * 9)
     recorded = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, record=True)
     recorded.print(view)
     shown = recorded.export_text()
@@ -347,7 +364,8 @@ def test_a_long_episode_fits_into_the_panel() -> None:
         console = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, _environ={})
         view = LiveView(max_steps=80, run_name="sums", console=console)
         view.step(1, METRICS, PHASES)
-        view.completions(1, [("Guess!", EPISODE * 20, 0.0), ("Guess!", EPISODE, 0.0), ("Say!", "x" * 400, 0.0)])
+        samples = [("Guess!", EPISODE * 20, 0.0), ("Guess!", EPISODE, 0.0), ("Say!", "x" * 400, 0.0)]
+        view.completions(1, [SampleRow(*sample) for sample in samples])
         recorded = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, record=True)
         recorded.print(view)
         assert len(recorded.export_text().splitlines()) <= max(height, 15), height
