@@ -158,8 +158,8 @@ def _vllm_engine(config: GRPOConfig, model_path: str, engine: RolloutEngine | No
 
 
 def start_engine(config: GRPOConfig, model_path: str) -> RolloutEngine:
-    """vLLM for runs of this configuration, such as those of several trainers: `GRPOTrainer.train(engine=...)`. The caller closes
-    it.
+    """vLLM for runs of this configuration, such as those of several trainers: `GRPOTrainer.train(engine=...)`. It is closed by
+    the caller.
 
     Raises:
         ValueError: vLLM is not installed; or see `engine_settings`.
