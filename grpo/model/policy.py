@@ -329,7 +329,7 @@ class Policy:
 
 def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     """None if attention is the only layer that mixes tokens and it is plain causal attention; else the reason, in words."""
-    config = model.config
+    config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -347,5 +347,5 @@ def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
 
 def _plain_attention(model: PreTrainedModel) -> str:
     """What computes one row per completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
-    caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
+    caps_scores = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"
