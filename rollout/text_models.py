@@ -47,7 +47,9 @@ def register_text_model(model_path: str) -> None:
 class _Empty(ModuleType):
     """A module of which every name can be imported, and none be used."""
 
-    __path__ = ()
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # it has submodules
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):

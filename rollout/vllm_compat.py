@@ -255,14 +255,15 @@ def cpu_kernels() -> Iterator[None]:
 
     parameters = ("self", "positions", "query", "key")
     rotary = replaceable(RotaryEmbedding, "forward_cpu", parameters, purpose="rotate positions")
-    select = replaceable(experts, "select_unquantized_moe_backend", ("moe_config",), purpose="compute experts")
+    name = "select_unquantized_moe_backend"  # as this module has imported it
+    select = replaceable(experts, name, ("moe_config",), purpose="compute experts")
     RotaryEmbedding.forward_cpu = cpu_ops.flat_rotary(rotary)
-    experts.select_unquantized_moe_backend = lambda moe_config: select(dataclasses.replace(moe_config, is_lora_enabled=False))
+    setattr(experts, name, lambda moe_config: select(dataclasses.replace(moe_config, is_lora_enabled=False)))
     try:
         yield
     finally:
         RotaryEmbedding.forward_cpu = rotary
-        experts.select_unquantized_moe_backend = select
+        setattr(experts, name, select)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def take_packs(model: PreTrainedModel) -> None:
 
 def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     """None if prompts can be shared by all layers that mix tokens, and attention is causal; else the reason, in words."""
-    config = model.config
+    config = model.config.get_text_config()
     if not _attention_can_be_replaced(model):
         return "its attention cannot be replaced"
     kinds: list[str] = getattr(config, "layer_types", None) or []
@@ -74,5 +74,5 @@ def _passes_window(model: PreTrainedModel) -> bool:
 
 def plain_attention(model: PreTrainedModel) -> str:
     """What computes one row per completion. torch's `scaled_dot_product_attention` would leave out a cap on the scores."""
-    caps_scores = getattr(model.config, "attn_logit_softcapping", None) is not None
+    caps_scores = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if caps_scores or not getattr(model, "_supports_sdpa", False) else "sdpa"

@@ -14,7 +14,7 @@ load an adapter are left out of presets (`rollout/adaptable.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,7 +165,7 @@ def _decoder_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}.{inner}" if prefix else inner, module
 
 
-def _is_in_mixer(name: str, modules: dict[str, nn.Module]) -> bool:
+def _is_in_mixer(name: str, modules: Mapping[str, nn.Module]) -> bool:
     parents = name.split(".")[:-1]
     return any(MIXERS.search(type(modules[".".join(parents[:depth])]).__name__) for depth in range(1, len(parents) + 1))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import public_configs
 import pytest
 
 from rankup.grpo.memory.shapes import ModelShape, read_shape
@@ -87,6 +88,18 @@ def test_the_tables_adapter_parameters_are_reproduced_to_the_unit(public_shape: 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_base_parameters_are_those_of_the_public_model(public_shape: Callable[[str], ModelShape], name: str):
     assert public_shape(name).parameters == BASES[name]
+
+
+@pytest.mark.parametrize("name", public_configs.CONFIGS)
+def test_parameters_of_models_with_experts_towers_and_delta_nets(tmp_path: Path, name: str):
+    (tmp_path / "config.json").write_text(json.dumps(public_configs.CONFIGS[name]))
+    shape = read_shape(str(tmp_path))
+    if name in public_configs.BASES:
+        assert shape.parameters == public_configs.BASES[name]
+    assert shape.parameters_per_rank("attention") == public_configs.ATTENTION[name]
+    assert shape.parameters_per_rank("all-linear") == public_configs.ATTENTION[name] + public_configs.MLPS[name]
+    shares_prompts = not any(note.startswith("each prompt is computed once per completion") for note in shape.notes)
+    assert shares_prompts == (name == "Qwen3-30B-A3B"), "also if the decoder's configuration is a part of another one"
 
 
 def test_sizes_are_read_off(public_shape: Callable[[str], ModelShape]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -61,7 +63,7 @@ def test_presets_are_the_layers_of_the_model(family: str):
 def test_peft_adapts_the_layers_of_a_preset_and_no_others(family: str, preset: str):
     model = empty_family(family)
     targets = find_targets(model, preset)
-    stock = get_peft_model(model, PeftLoraConfig(r=2, target_modules=targets.names, task_type="CAUSAL_LM"))
+    stock: Any = get_peft_model(model, PeftLoraConfig(r=2, target_modules=targets.names, task_type="CAUSAL_LM"))
     assert set(stock.base_model.targeted_module_names) == set(targets.modules)
 
 
@@ -93,8 +95,9 @@ def test_nothing_is_left_out_of_other_models(family: str):
 
 
 def test_the_models_whose_experts_peft_adapts_by_names_of_layers_are_known():
-    from peft.utils import transformers_weight_conversion as conversion
+    from peft.utils import transformers_weight_conversion
 
+    conversion: Any = transformers_weight_conversion
     kinds = {kind for kind, of in conversion._MODEL_TO_CONVERSION_PATTERN.items() if of == "qwen2_moe"}
     assert kinds | {"qwen2_moe"} == EXPERTS_BY_NAME
     assert set(conversion._MOE_TARGET_MODULE_MAPPING["qwen2_moe"]) - {"gate"} == set(NAMES_OF_EXPERTS)
@@ -120,7 +123,7 @@ def test_a_vision_tower_is_no_part_of_a_preset():
     assert {name.rpartition(".layers.")[0] for name in targets.modules} == {"model.language_model"}
     assert {role(name) for name in targets.modules} == QKV | {"o_proj"} | MLP
     assert isinstance(targets.names, str), "an expression, since names alone would match the tower too"
-    stock = get_peft_model(model, PeftLoraConfig(r=2, target_modules=targets.names))
+    stock: Any = get_peft_model(model, PeftLoraConfig(r=2, target_modules=targets.names))
     assert set(stock.base_model.targeted_module_names) == set(targets.modules)
 
 
