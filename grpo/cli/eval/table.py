@@ -19,7 +19,7 @@ def results_text(name: str, record: EvaluationRecord) -> str:
     count, temperature, top_p = sampling["num_generations"], sampling["temperature"], sampling["top_p"]
     how = "greedy" if temperature == 0 else f"{count} completion{'s' if count > 1 else ''} each at temperature {temperature:g}"
     how += f", top_p {top_p:g}" if top_p < 1 else ""
-    columns = {"all": record.all, **record.sets}
+    columns = record.sets if len(record.sets) == 1 else {"all": record.all, **record.sets}
     rows = [["", *columns]] if record.sets else []
     rows += [["prompts", *(str(one.prompts) for one in columns.values())]]
     names = list(dict.fromkeys(name for one in columns.values() for name in one.estimates))
