@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import Pack, by_origin, pack, pad
@@ -45,11 +45,10 @@ class StockPass:
 def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtype: torch.dtype = torch.float32) -> StockPass:
     """A forward and backward of each completion alone behind its prompt, by transformers and PEFT.
 
-    The loss is the sum of -advantage * log-probability over all completion tokens.
+    The loss is the sum of -advantage * log-probability over all completion tokens. Attention is transformers' plain one: torch's
+    own, which is the default, leaves out Gemma 2's cap on scores.
     """
-    caps_scores = getattr(AutoConfig.from_pretrained(model_path), "attn_logit_softcapping", None) is not None
-    attention = "eager" if caps_scores else None  # torch's own attention, the default, leaves out the cap
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation=attention)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
     model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).to(dtype).eval()
     total, logprobs = 0.0, {}
     for place, group in enumerate(groups):
