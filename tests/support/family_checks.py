@@ -40,8 +40,8 @@ class StockPass:
 def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtype: torch.dtype = torch.float32) -> StockPass:
     """A forward and backward of each completion alone behind its prompt, by transformers and PEFT.
 
-    The loss is the sum of -advantage * log-probability over all completion tokens. Attention is transformers' plain one: torch's
-    own, which is the default, leaves out Gemma 2's cap on scores.
+    The loss is the sum of -advantage * log-probability over all completion tokens. Attention is transformers' plain one:
+    torch's own, which is the default, leaves out Gemma 2's cap on scores.
     """
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
     model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).to(dtype).eval()
