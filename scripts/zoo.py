@@ -7,7 +7,7 @@ stock PEFT and in stock vLLM; and whether the tokens of one completion change th
 family. The exit status is 0 only if every family is trained, or refused with a reason.
 
 examples:
-  scripts/zoo.py                                        all families, about 20 seconds each
+  scripts/zoo.py                                        all families, 50 to 180 seconds each on two busy cores
   scripts/zoo.py --family gemma3 --family qwen3.5       some of them
   scripts/zoo.py --json zoo.json --docs docs/models.md  also write the figures, and the table of a page
 """
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-from common import markdown, replace_tables, script_parser, versions, write_json
+from common import markdown, replace_tables, script_parser, versions
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rankup.grpo.config import LoraConfig
 
 PRELOADED = ["rankup.grpo.trainer", "rankup.rollout.engine", "family_checks"]
-TIMEOUT = 600.0  # seconds of a family, which takes 20 on an idle machine
+TIMEOUT = 600.0  # seconds of a family
 LEAK_LIMIT = 1e-5
 LOGPROB_LIMIT = 1e-3  # vLLM computes in fp32 too, by other kernels
 BFLOAT16_LIMIT = 0.2  # where vLLM has no kernels for fp32
@@ -114,7 +114,7 @@ def _number(value: float | None) -> str:
 def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--family", action="append", metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, beside others")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="replace the table of this page")
     options = parser.parse_args()
     from families import FAMILIES
@@ -124,15 +124,30 @@ def main() -> int:
         sys.exit(f"zoo: no family {unknown[0]}; the families are {', '.join(FAMILIES)}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zoo", *PRELOADED])  # which takes half of the time of a family
-    results = [_in_process(name, context) for name in names]
-    if options.json is not None:
-        write_json(options.json, {"families": [asdict(result) for result in results], "versions": versions()})
+    known = _read(options.json)
+    for name in names:
+        known[name] = _in_process(name, context)
+        if options.json is not None:
+            _write(options.json, [known[family] for family in FAMILIES if family in known])
+    results = [known[family] for family in FAMILIES if family in known]
     if options.docs is not None:
         page = options.docs.read_text(encoding="utf-8")
         options.docs.write_text(replace_tables(page, {TABLE: table(results)}), encoding="utf-8")
     count = sum(result.is_green for result in results)
     print(f"{count} of {len(results)} families trained, all comparisons hold")
     return 0 if all(result.is_green or result.verdict == "refused" for result in results) else 1
+
+
+def _read(file: Path | None) -> dict[str, Result]:
+    """The figures of an earlier call, by family."""
+    if file is None or not file.exists():
+        return {}
+    return {figures["family"]: Result(**figures) for figures in json.loads(file.read_text())["families"]}
+
+
+def _write(file: Path, results: Sequence[Result]) -> None:
+    figures = {"families": [asdict(result) for result in results], "versions": versions()}
+    file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _in_process(name: str, context: ForkServerContext) -> Result:
