@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny_models import make_tiny_model
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, and by the processes that 
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
 # It misses a package of kernels and says so when it is imported, which may be after the summary.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# How fast a machine draws inputs says nothing about the code.
+settings.register_profile("rankup", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rankup")
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
