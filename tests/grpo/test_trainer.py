@@ -21,7 +21,8 @@ def test_a_run_leaves_a_complete_folder(make_trainer, engine_shelf, tmp_path, ca
     summary = trainer.summary
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "adapter", "checkpoints", "completions", "config.yaml", "learning_curve.png", "metrics.jsonl", "summary.json",
+        "adapter", "checkpoints", "completions", "config.yaml", "evaluations", "learning_curve.png", "metrics.jsonl",
+        "summary.json",
     }  # fmt: skip
     assert summary == json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2 and not summary["interrupted"]

@@ -346,4 +346,4 @@ def test_a_run_without_steps_or_completions(browser: Any, make_run: Make, page_o
     browser.open(page_of(make_run()), "completions")
     assert browser.texts(".empty") == ["No completions are saved in this run folder."]
     browser.press("1")
-    assert browser.texts(".chart .title") == ["Mean reward", "Length"], "of the evaluation before training"
+    assert browser.texts(".chart .title") == ["Mean reward", "Pass@k", "Length"], "of the evaluation before training"
