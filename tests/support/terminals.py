@@ -29,7 +29,10 @@ class Terminal:
         self.cwd = cwd
         self._name = f"rankup-test-{os.getpid()}-{next(_NUMBERS)}"
         variables = [f"{name}={value}" for name, value in _environment().items()]
-        words = ["env", "-u", "COLUMNS", "-u", "LINES", *variables, *map(str, command)]
+        # tmux 3.3 loses the exit status of a pane now and then, so a shell keeps it. It must outlive a Ctrl-C of the command.
+        self._status = cwd / f".{self._name}.status"
+        script = f'trap : INT; "$@"; echo $? > {shlex.quote(str(self._status))}'
+        words = ["env", "-u", "COLUMNS", "-u", "LINES", *variables, "sh", "-c", script, "sh", *map(str, command)]
         size = ["-x", str(width), "-y", str(height), "-c", str(cwd)]
         self._tmux("-f", os.devnull, "new-session", "-d", *size, "sleep 600")  # a window with these options, for the command
         for option in (["-g", "status", "off"], ["-g", "remain-on-exit", "on"], ["-g", "window-size", "manual"]):
@@ -80,8 +83,8 @@ class Terminal:
     @property
     def status(self) -> int | None:
         """Exit status of the command; None: it is running."""
-        is_dead, _, status = self._tmux("list-panes", "-F", "#{pane_dead} #{pane_dead_status}").strip().partition(" ")
-        return int(status) if is_dead == "1" and status else None  # dead, and waited for
+        text = self._status.read_text() if self._status.exists() else ""
+        return int(text) if text.endswith("\n") else None
 
     def _tmux(self, *words: str) -> str:
         command = [TMUX or "tmux", "-L", self._name, *words]
