@@ -71,7 +71,7 @@ def test_a_token_from_logits_that_are_not_finite_is_an_error() -> None:
         output = SimpleNamespace(finished=True, request_id="a", outputs=[SimpleNamespace(logprobs=flat)])
         requests = VllmRequests(VllmQueue(None, nullcontext), None)
         requests._keys = {"a": 3}
-        requests.finish(cast(Any, output))
+        requests.take(cast(Any, output))
         return requests.step()
 
     assert [key for key, _ in ends_with(-0.5)] == [3]
