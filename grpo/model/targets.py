@@ -66,7 +66,7 @@ def find_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> Target
     left_out = sorted({role(name) for name in selected} & set(refused))
     modules = {name: module for name, module in selected.items() if role(name) not in left_out}
     if not modules:
-        raise ValueError(f"lora.targets: {type(model).__name__} has no layers that {targets} stands for; name layers in a list")
+        raise ValueError(f"lora.targets: {type(model).__name__} has no layers that {targets} selects; name layers in a list")
     by_reason = {refused[name]: [other for other in left_out if refused[other] == refused[name]] for name in left_out}
     notes = [f"lora.targets={targets} leaves out {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     if targets == "all-linear" and (experts := _experts(model)):

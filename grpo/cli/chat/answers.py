@@ -25,7 +25,7 @@ class Answer:
     Attributes:
         text: of its last turn; empty if that has no text but calls.
         messages: that it adds to the conversation: of an episode also calls and results.
-        num_tokens: sampled ones.
+        num_tokens: number of sampled tokens.
     """
 
     text: str

@@ -45,7 +45,7 @@ class Target:
 
 
 def find_target(name: str, *, checkpoint: str | None = None, has_data: bool = False) -> Target:
-    """What a name on the command line stands for.
+    """What a name on the command line means.
 
     Args:
         checkpoint: `best`, `last` or a number of steps, of a run.
