@@ -24,7 +24,7 @@ def join_slices(
     Args:
         layers: vLLM's adapted layers by name.
         packed: the names of the projections in each packed layer (`packed_modules_mapping`).
-        widths: gives the output width of each projection, by vLLM's name. Called only if some layer has more slices.
+        widths: returns the output width of each projection by vLLM's name; called only if a layer has more slices.
     """
     for name, layer in layers.items():
         slices: tuple[int, ...] | None = getattr(layer, "output_slices", None)  # None: the head, an embedding, experts

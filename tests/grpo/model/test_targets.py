@@ -131,5 +131,5 @@ def test_a_preset_without_layers_is_an_error():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(ValueError, match=r"^lora.targets: GPT2LMHeadModel has no layers that qkv stands for; name layers"):
+    with pytest.raises(ValueError, match=r"^lora.targets: GPT2LMHeadModel has no layers that qkv selects; name layers"):
         find_targets(model, "qkv")
