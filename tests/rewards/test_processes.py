@@ -28,7 +28,8 @@ def test_the_same_scores_as_inline(make_scorer):
     functions = [logs, length, RewardFunction(function="rankup.rewards.answers:last_integer", weight=3.0)]
     inline = scorer_of(functions).score(data)
     assert make_scorer(functions).score(data) == inline
-    assert inline.extras == {"parsed": [2, 4, 6]} and inline.metrics == {"rewards/logs/step": 3.0}
+    assert inline.extras == {"parsed": [2, 4, 6], "extracted_answer": [None, None, None]}
+    assert inline.metrics == {"rewards/logs/step": 3.0}
     assert inline.by_function["logs"] == [1.0, None, 3.0]
 
 

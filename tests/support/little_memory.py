@@ -1,6 +1,6 @@
 """A device whose memory runs out in large packs: an operation of the pass raises what torch raises on CUDA.
 
-    with little_memory(40):             # in the backward pass of an MLP over more than 40 tokens
+    with little_memory(40):             # in the backward pass of a projection of more than 40 tokens
         learner.update(groups, step=0)
 """
 
@@ -22,11 +22,11 @@ MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB"
 def little_memory(
     tokens: int, *, fails_in: Literal["forward", "backward"] = "backward", error: type[BaseException] = torch.OutOfMemoryError
 ) -> Iterator[list[int]]:
-    """The MLPs of packs with more tokens fail; yields the sizes that did.
+    """Adapted projections of packs with more tokens fail; yields the sizes that did.
 
     In the backward pass it is every second of these calls, so that layers that come earlier in the pass have left gradients.
     """
-    original, failures, calls = getattr(lora._MLP, fails_in), list[int](), list[int]()
+    original, failures, calls = getattr(lora._Projections, fails_in), list[int](), list[int]()
 
     def limited(ctx: Any, *tensors: Any) -> Any:
         rows = next(tensor for tensor in tensors if isinstance(tensor, torch.Tensor)).flatten(0, -2).shape[0]
@@ -37,5 +37,5 @@ def little_memory(
                 raise error(MESSAGE)
         return original(ctx, *tensors)
 
-    with patch.object(lora._MLP, fails_in, staticmethod(limited)):
+    with patch.object(lora._Projections, fails_in, staticmethod(limited)):
         yield failures

@@ -19,13 +19,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-# What each kind adds to the common sizes. `mistral` and `gemma3` have a window shorter than the tests' sequences.
+# What each kind adds to the common sizes. `mistral` and `gemma3` have a window shorter than the tests' sequences. The attention of
+# `falcon` cannot be replaced, so it is trained on one row per completion.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True}),
     "llama64": ("LlamaConfig", {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}),  # rows of complete NF4 blocks
     "qwen2": ("Qwen2Config", {"hidden_size": 128, "tie_word_embeddings": True}),  # its heads divide the hidden size
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
     "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": 6}),
+    "falcon": ("FalconConfig", {"hidden_size": 128, "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False}),
     "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 6, "final_logit_softcapping": 30.0}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32}),
     "cohere": ("CohereConfig", {"hidden_size": 128, "logit_scale": 0.25}),

@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "a large vocabulary": {"vocab_size": 20_000},
     "windows": {"model_type": "mistral", "sliding_window": 16},
     "gemma3": {"model_type": "gemma3_text", "head_dim": 32, "sliding_window": 16},
+    "one row per completion": {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
 }
 
 

@@ -21,7 +21,7 @@ SHAPES = st.lists(
 )
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral", "falcon"])
 def models(request: pytest.FixtureRequest, tiny_model_path) -> tuple[Policy, Any]:
     """A policy, and the model of transformers."""
     path = str(tiny_model_path(request.param))

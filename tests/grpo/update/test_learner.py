@@ -70,7 +70,7 @@ def moved(policy: Policy, before: list[torch.Tensor]) -> torch.Tensor:
 # Updates
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
 def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(make_learner, kind: str) -> None:
     good, bad = random_groups([(5, [6, 4]), (5, [6, 4])])
     groups = [
@@ -121,7 +121,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("objective", PACKED.values(), ids=PACKED)
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
 def test_the_update_of_many_packs_equals_that_of_one(
     make_learner, groups: list[Group], kind: str, objective: dict[str, Any]
 ) -> None:

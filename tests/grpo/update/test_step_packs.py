@@ -57,12 +57,12 @@ def assert_the_same(update: Update, expected: Update, learner: Learner, referenc
 
 
 def test_padding_is_counted(make_learner) -> None:
-    metrics = make_learner("mistral").update(random_groups([(5, [4, 2])]), step=0).metrics
+    metrics = make_learner("falcon").update(random_groups([(5, [4, 2])]), step=0).metrics
     assert (metrics["packing/tokens"], metrics["packing/padding_ratio"]) == (14.0, 2 / 16), "rows of 8 and 6 input tokens"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
 def test_when_memory_runs_out_the_update_is_that_of_smaller_packs_from_the_start(
     make_learner, groups: list[Group], kind: str, fails_in: Any, objective: dict[str, Any]
