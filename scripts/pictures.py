@@ -47,7 +47,6 @@ def main() -> None:
     page.add_argument("run", type=Path, nargs="+", help="run folders, and the picture to write")
     page.add_argument("--view", default="curves", choices=["curves", "completions", "configuration"])
     page.add_argument("--colours", metavar="WORD", help="the choice of colours of tokens that has this word")
-    page.add_argument("--step", type=int, help="of the completions (default: the last one)")
     page.add_argument("--size", default="1280x800", metavar="WIDTHxHEIGHT")
     page.add_argument("--dark", action="store_true")
     page.set_defaults(call=picture_of_page)
@@ -75,12 +74,6 @@ def picture_of_page(options: argparse.Namespace) -> None:
             driver.get(f"{page.as_uri()}#{options.view}")
             is_drawn = "return document.documentElement.dataset.ready"
             WebDriverWait(driver, 60).until(lambda driver: driver.execute_script(is_drawn))
-            if options.step is not None:
-                driver.execute_script(
-                    "const slider = document.querySelector('input[type=range]'); slider.value = arguments[0];"
-                    "slider.dispatchEvent(new Event('input')); slider.dispatchEvent(new Event('change'))",
-                    options.step,
-                )
             if options.colours:
                 choices = map(Select, driver.find_elements(By.TAG_NAME, "select"))
                 texts = ((choice, option.text) for choice in choices for option in choice.options)

@@ -54,8 +54,8 @@ function showStepBar() {
   const slider = h("input", { type: "range", id: "step", min: 0, max: known.length - 1, value: place, "aria-label": "step", oninput: () => go(Number(slider.value)) });
   const at = known[place];
   const ofRuns = runs.length > 1 ? select("run", runs.map((run) => [run.number, run.name]), browsing.run, (run) => chooseRun(Number(run))) : null;
-  fill(current.view.steps, ofRuns, h("strong.at", {}, `step ${at.step}`), button("‹", "previous saved step ([)", () => go(place - 1)), slider,
-    button("›", "next saved step (])", () => go(place + 1)),
+  fill(current.view.steps, ofRuns, h("strong.at", {}, `step ${at.step}`),
+    h("span.travel", {}, button("‹", "previous saved step ([)", () => go(place - 1)), slider, button("›", "next saved step (])", () => go(place + 1))),
     h("span.label", {}, `${plural(known.length, "saved step")}, ${plural(at.groups, "prompt")} × ${number(at.completions / Math.max(1, at.groups), 3)}`));
 }
 
