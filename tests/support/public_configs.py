@@ -38,8 +38,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-BASES = {"gpt-oss-20b": 20_914_757_184, "Qwen3-30B-A3B": 30_532_122_624, "gemma-3-4b": 4_300_079_472}
-"""As published. Of Qwen3.5-4B the published number includes its vision tower, and the plan is for the text model."""
+BASES = {
+    "gpt-oss-20b": 20_914_757_184,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "gemma-3-4b": 4_300_079_472,
+    "Qwen3.5-4B": 2560 * 248_320  # the embedding, which is also the head
+    + 32 * (3 * 2560 * 9216 + 2 * 2560)  # MLPs, and the norms of layers
+    + 8 * (2560 * (8192 + 2 * 1024) + 4096 * 2560 + 2 * 256)  # q with its gate, k, v, o, and the norms of q and k
+    + 24 * (2560 * (8192 + 4096 + 2 * 32) + 4 * 8192 + 2 * 32 + 128 + 4096 * 2560)  # qkv, z, b, a; convolution; rates; norm; o
+    + 2560,
+}
+"""As published; of Qwen3.5-4B the text model, by hand: the published number includes its vision tower."""
 
 ATTENTION = {  # q, k, v and o: d_in + d_out of each
     "gpt-oss-20b": 24 * ((2880 + 4096) + 2 * (2880 + 512) + (4096 + 2880)),
