@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -36,8 +37,14 @@ FLAGS = (
 TERMINAL_STYLE = (
     "body { margin: 0; background: #16191d } "
     "pre { margin: 0; padding: 14px 18px; display: inline-block; "
-    "font: 13px/1.45 'DejaVu Sans Mono', monospace; color: #d7dae0 }"
+    "font: 13px/1.3 'DejaVu Sans Mono', monospace; color: #d7dae0 }"
 )
+NORMAL = [
+    *((0, 0, 0), (224, 108, 97), (120, 190, 110), (214, 173, 90)),
+    *((97, 160, 225), (190, 130, 200), (86, 182, 194), (171, 178, 191)),
+]
+BRIGHT = [(110, 118, 130), *NORMAL[1:7], (255, 255, 255)]
+TERMINAL_THEME = TerminalTheme(background=(22, 25, 29), foreground=(215, 218, 224), normal=NORMAL, bright=BRIGHT)
 
 
 def main() -> None:
@@ -106,7 +113,7 @@ def _as_html(screen: str) -> str:
     """What a terminal shows, with its colours."""
     console = Console(record=True, width=1000, file=io.StringIO(), color_system="truecolor", force_terminal=True)
     console.print(Text.from_ansi(screen), soft_wrap=True)
-    return console.export_html(inline_styles=True, code_format="{code}")
+    return console.export_html(inline_styles=True, code_format="{code}", theme=TERMINAL_THEME)
 
 
 @contextmanager
