@@ -226,6 +226,8 @@ class LiveView(_TerminalView):
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             self._stage = "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "stopped by an error"
+        elif self._stage == "starting":  # the run was finished before: nothing was shown
+            self._live.transient = True
         self._live.stop()
 
     def __rich__(self) -> RenderableType:

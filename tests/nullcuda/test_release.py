@@ -61,8 +61,8 @@ class Session:
 def session(request: pytest.FixtureRequest, tiny_model_path, monkeypatch, no_other_engine) -> Iterator[Session]:
     original = engine_module.engine_args
 
-    def changed_args(settings: EngineSettings, *, on_cpu: bool) -> Any:
-        return replace(original(settings, on_cpu=on_cpu), async_scheduling="synchronous" not in request.param)
+    def changed_args(settings: EngineSettings, **options: bool) -> Any:
+        return replace(original(settings, **options), async_scheduling="synchronous" not in request.param)
 
     monkeypatch.setattr(engine_module, "engine_args", changed_args)
     model = str(tiny_model_path("llama"))

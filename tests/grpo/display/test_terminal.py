@@ -211,6 +211,16 @@ def test_a_second_run_is_shown_without_the_first_one():
         assert earlier not in shown
 
 
+def test_a_run_that_was_finished_before_leaves_its_note_and_no_panel():
+    file = io.StringIO()
+    console = Console(file=file, width=80, height=30, force_terminal=True)
+    with LiveView(max_steps=130, run_name="quickstart", console=console) as view:
+        view.note("the run is already finished")
+    text = file.getvalue()
+    assert "already finished" in text
+    assert text.rstrip().endswith("\x1b[2K"), "the panel's last frame is erased"
+
+
 def test_terminal_gets_the_live_view_and_a_file_plain_lines():
     def kind(console: Console | None) -> type:
         return type(make_view(max_steps=3, run_name="sums", console=console))
