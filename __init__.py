@@ -7,6 +7,7 @@
 The public names are imported on first use, so `import rankup` alone is quick and loads neither torch nor vLLM.
 """
 
+import logging
 import warnings
 from importlib import import_module
 from importlib.metadata import version
@@ -40,10 +41,14 @@ def __getattr__(name: str) -> Any:
     """Resolve a public name at its first use (PEP 562); later uses find it as an ordinary attribute."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
     with warnings.catch_warnings():
         # tqdm warns in a notebook without ipywidgets, although none of its bars is shown.
         warnings.filterwarnings("ignore", message="IProgress not found")
+        bitsandbytes.setLevel(logging.ERROR)  # PEFT imports it; it misses a package of kernels for 4 bits on CPUs
         value = getattr(import_module(_HOMES[name], __name__), name)
+        bitsandbytes.setLevel(level)
     globals()[name] = value
     return value
 

@@ -37,6 +37,9 @@ UNSTABLE_IN_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
 DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 """Kinds of models with gated delta nets, which vLLM's kernels on CPU compute in bfloat16 only."""
 
+WIDER_WINDOWS = frozenset({"cohere2"})
+"""Kinds of models whose windows vLLM 0.32 takes to be one token wider than transformers does."""
+
 RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid"})
 """Kinds of layers (`layer_types`) that hand a state from token to token."""
 
@@ -49,6 +52,18 @@ def has_recurrent_layers(model_path: str) -> bool:
     config = AutoConfig.from_pretrained(model_path).get_text_config()
     types: list[str] = getattr(config, "layer_types", None) or []
     return config.model_type in RECURRENT_MODELS or not RECURRENT_LAYERS.isdisjoint(types)
+
+
+def wider_windows(model_path: str, rollout: RolloutConfig) -> Iterator[str]:
+    """A note if vLLM's layers see other tokens than transformers' in sequences as long as these may be."""
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    if config.model_type not in WIDER_WINDOWS or rollout.engine != "vllm":
+        return
+    if rollout.max_model_length > config.sliding_window:
+        yield (
+            f"vLLM's sliding windows of {config.model_type} have one token more than transformers' {config.sliding_window}: in "
+            "longer sequences log-probabilities of sampler and trainer differ; rollout.engine=torch, or shorter ones, avoid it"
+        )
 
 
 def check_model_dtype(model_path: str, dtype: str, *, vllm_on_cpu: bool = False) -> None:

@@ -28,6 +28,12 @@ def run_script(script: Path, *arguments: str, **environment: str) -> subprocess.
     )
 
 
+def test_importing_the_trainer_prints_nothing(tmp_path: Path) -> None:
+    """PEFT imports bitsandbytes, which misses a package and says so."""
+    done = run_python("from rankup import GRPOConfig, GRPOTrainer", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_importing_the_configuration_loads_no_heavy_package(tmp_path: Path):
     """The package itself, and every module of the folders that must stay light, all in one process."""
     names = ["rankup"] + [

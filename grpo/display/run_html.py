@@ -42,7 +42,7 @@ MOST_LINES = 10
 TIMES = re.compile(r"(runtime|per_second|seconds)$")
 """Metrics of evaluations that say nothing about the policy."""
 
-NOT_DRAWN = re.compile(r"/|_std$|^reward$|runtime|per_second")
+NOT_DRAWN = re.compile(r"/|_std$|_low$|_high$|^reward$|runtime|per_second")
 """Metrics of evaluations, without `eval_`, that the chart of evaluations leaves out."""
 
 RULE = "rgba(128,128,128,0.3)"
@@ -215,12 +215,22 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     places = [n * last // (MOST_EVALUATIONS - 1) for n in range(MOST_EVALUATIONS)]
     shown = [evaluations[place] for place in dict.fromkeys(places)] if last >= MOST_EVALUATIONS else evaluations
     heads = [_cell("evaluation", "th"), *(_cell(f"step {row.get('step', '?')}", "th", "text-align:right") for row in shown)]
+    intervals = {name for name in names if name.removesuffix("_low").removesuffix("_high") in {*names} - {name}}
+    names = [name for name in names if name not in intervals]
     rows = [
-        [_cell(name.removeprefix("eval_"), limit=60), *map(_number, _alike([row.get(name) for row in shown]))]
+        [_cell(name.removeprefix("eval_"), limit=60), *map(_number, _with_intervals(name, shown))]
         for name in names[:MOST_EVALUATION_METRICS]
     ]
     more = len(names) - MOST_EVALUATION_METRICS
     return _table(heads, rows, f"and {more} more metrics" if more > 0 else "")
+
+
+def _with_intervals(name: str, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A metric of each evaluation, with its 95 % interval if it has one."""
+    means, lows, highs = (_alike([row.get(f"{name}{end}") for row in evaluations]) for end in ("", "_low", "_high"))
+    has_interval = [f"{name}_low" in row for row in evaluations]
+    parts = zip(means, lows, highs, has_interval, strict=True)
+    return [f"{mean} [{low}, {high}]" if has else mean for mean, low, high, has in parts]
 
 
 def _alike(values: Sequence[float | None]) -> list[str]:

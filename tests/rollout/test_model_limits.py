@@ -22,6 +22,7 @@ from rankup.rollout.model_limits import (
     context_length,
     has_recurrent_layers,
     prompt_length,
+    wider_windows,
 )
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
@@ -80,6 +81,15 @@ def test_delta_nets_need_bfloat16_with_vllm_on_cpu(tmp_path: Path, family: str) 
         check_model_dtype(model, "float32", vllm_on_cpu=True)
     check_model_dtype(model, "float32")
     check_model_dtype(model, "bfloat16", vllm_on_cpu=True)
+
+
+def test_windows_that_vllm_takes_for_wider_are_noted_if_sequences_reach_them(tmp_path: Path) -> None:
+    transformers.Cohere2Config(sliding_window=64).save_pretrained(tmp_path)
+    longer, shorter = (RolloutConfig(max_prompt_length=40, max_completion_length=n) for n in (30, 20))
+    (note,) = wider_windows(str(tmp_path), longer)
+    assert "windows of cohere2 have one token more than transformers' 64" in note
+    of_torch = longer.model_copy(update={"engine": "torch"})
+    assert [*wider_windows(str(tmp_path), shorter), *wider_windows(str(tmp_path), of_torch)] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -177,6 +177,16 @@ def test_a_long_run_with_long_texts_is_a_small_page() -> None:
     assert "and 194 more" in page.text and "… 980 more notes" in page.text
 
 
+def test_intervals_stand_beside_their_means_and_are_no_curves() -> None:
+    rows = [
+        {"step": step, "eval_reward": mean, "eval_reward_low": mean - 0.1, "eval_reward_high": mean + 0.1, "eval_pass@4": 0.5}
+        for step, mean in ((0, 0.25), (4, 0.75))
+    ]
+    page = run_html(picture(rows=rows))
+    assert "0.250 [0.150, 0.350]" in page and "0.750 [0.650, 0.850]" in page
+    assert "reward_low" not in page and "pass@4" in page
+
+
 def test_many_evaluations_are_the_first_the_last_and_some_between() -> None:
     html = run_html(picture(rows=[evaluated(number, 0.01 * number) for number in range(0, 101, 2)]))
     steps = [int(number) for number in re.findall(r"<th[^>]*>step (\d+)</th>", html)]
