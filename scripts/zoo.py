@@ -277,8 +277,10 @@ def _stock_vllm(
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    from rankup.rollout.text_models import register_text_model
     from rankup.rollout.vllm_compat import cpu_kernels
 
+    register_text_model(str(model))
     with cpu_kernels():
         llm = LLM(
             str(model),
@@ -290,6 +292,7 @@ def _stock_vllm(
             max_num_seqs=16,
             kv_cache_memory_bytes=2**26,
             enforce_eager=True,  # compiling takes most of the time
+            language_model_only="vision tower" in result.special,  # the tiny checkpoints have no processor of images
             disable_log_stats=True,
         )
     outputs = llm.generate(

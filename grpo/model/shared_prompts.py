@@ -54,7 +54,7 @@ def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     if (
         getattr(config, "is_encoder_decoder", False)
         or not getattr(config, "is_causal", True)
-        or getattr(config, "use_bidirectional_attention", False)
+        or getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")  # of images only
     ):
         return "its attention is not causal"
     return None
