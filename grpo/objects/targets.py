@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...rollout.model_classes import build_model
+from ...rollout.model_classes import build_model, towers
 from ..config.lora import TARGET_PRESETS
 from ..model.targets import shortest
 
@@ -38,9 +38,10 @@ class Structure:
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
-    """That of a model, which has no adapter."""
+    """That of a model, which has no adapter, without its towers: they stay frozen."""
     head = model.get_output_embeddings()
-    modules = {name: module for name, module in model.named_modules() if name}
+    of_towers = tuple(f"{model.base_model_prefix}.{name}" for name in towers(model))
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(of_towers)}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head]
     return Structure(model.config.model_type, tuple(modules), tuple(linear))
 
