@@ -22,7 +22,7 @@ from ..common.errors import first_line
 from ..common.model_files import resolve_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES = {
     "layers": "num_hidden_layers",
@@ -179,13 +179,20 @@ def _read_keys(file: Path) -> dict[str, Any]:
     return keys
 
 
+def _largest(config: PreTrainedConfig, key: str) -> int | None:
+    """A size; that of the largest layer where layers differ, as the width of heads in Gemma 4."""
+    layers = config.per_layer_config if config.is_heterogeneous and key in (config.per_layer_attributes or ()) else [config]
+    found = [getattr(layer, key, None) for layer in layers]
+    return max((size for size in found if size is not None), default=None)
+
+
 def _read_off(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape:
     from torch import nn
 
     from ..model.shared_prompts import why_prompts_cannot_be_shared
 
     config = model.config.get_text_config()
-    sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in SIZES.items()}
+    sizes: dict[str, Any] = {name: _largest(config, key) for name, key in SIZES.items()}
     sizes["intermediate"] = sizes["intermediate"] or 4 * sizes["hidden"]
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["heads"]

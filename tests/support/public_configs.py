@@ -38,8 +38,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-BASES = {"gpt-oss-20b": 20_914_757_184, "Qwen3-30B-A3B": 30_532_122_624, "gemma-3-4b": 4_300_079_472}
-"""As published. Of Qwen3.5-4B the published number includes its vision tower, and the plan is for the text model."""
+BASES = {"gpt-oss-20b": 20_914_757_184, "Qwen3-30B-A3B": 30_532_122_624, "gemma-3-4b": 4_300_079_472 - 419_816_304}
+"""As published, without the vision tower of Gemma 3. Of Qwen3.5-4B the published number includes its vision tower."""
 
 ATTENTION = {  # q, k, v and o: d_in + d_out of each
     "gpt-oss-20b": 24 * ((2880 + 4096) + 2 * (2880 + 512) + (4096 + 2880)),

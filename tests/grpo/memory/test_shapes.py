@@ -217,6 +217,11 @@ def test_no_such_model_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, p
     assert line.startswith(f"model {name}: ") and part in line
 
 
+def test_of_layers_with_heads_of_several_widths_the_widest_counts(tmp_path: Path):
+    family_config("gemma4").save_pretrained(tmp_path)
+    assert read_shape(str(tmp_path)).head_dim == 64
+
+
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.tower is not None])
 def test_of_a_checkpoint_with_a_vision_tower_the_text_part_is_counted(tmp_path: Path, family: str):
     config = family_config(family)
