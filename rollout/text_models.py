@@ -48,7 +48,7 @@ def register_text_model(model_path: str) -> None:
 
 
 class _Empty(ModuleType):
-    """A module of which every name can be imported, and none be used."""
+    """A module of which every name can be imported, and none be called."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -57,11 +57,27 @@ class _Empty(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__getattr__": lambda self, attribute: _refuse(f"{name}.{attribute}")})()
+        return _Placeholder(name)
 
 
-def _refuse(name: str) -> object:
-    raise ImportError(f"torchvision is not installed, so there is no {name}: images cannot be processed")
+class _Placeholder:
+    """A thing in such a module, and all that is in it: it may stand in annotations, and not be called."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> _Placeholder:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder(f"{self._name}.{name}")
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        raise ImportError(f"torchvision is not installed, so there is no {self._name}: images cannot be processed")
+
+    def __or__(self, other: object) -> _Placeholder:
+        return self
+
+    __ror__ = __or__
 
 
 @contextmanager

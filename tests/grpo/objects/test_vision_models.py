@@ -29,7 +29,8 @@ def test_its_folder_is_used_and_layers_of_the_tower_are_not_selected(tmp_path: P
 
 
 def test_an_object_of_another_kind_is_refused() -> None:
-    text, vision = {"model_type": "llama", **SIZES}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(text_config={"model_type": "llama", **SIZES}, vision_config=vision)
+    model = transformers.LlavaForConditionalGeneration(config)
     with pytest.raises(ValueError, match=r"^a checkpoint of type llava has a vision or audio tower"):
         base_of(model, ModelConfig(), None)
