@@ -24,6 +24,10 @@ TRAINED_WITH_TOWER = frozenset({"gemma3", "gemma4", "mistral3", "qwen2_5_vl", "q
 """Kinds of checkpoints (`model_type`) whose text part is trained: `tests/support/families.py` has one of each."""
 
 
+PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
+"""Fields of configurations: tokens in whose places the output of a tower is put."""
+
+
 def has_tower(config: PretrainedConfig) -> bool:
     """Whether a checkpoint has a vision or audio tower beside its text model."""
     kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys()
@@ -64,9 +68,15 @@ def build_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def without_towers(model: PreTrainedModel) -> PreTrainedModel:
-    """Remove what is not the text model, in place; returns the model."""
+    """Remove what is not the text model, in place; returns the model.
+
+    The placeholder of an image becomes a token like others, as in vLLM: Gemma 4 would compute another one in its place.
+    """
     for name in towers(model):
         setattr(model.base_model, name, None)
+    for name in PLACEHOLDERS:
+        if has_tower(model.config) and hasattr(model.config, name):
+            setattr(model.config, name, -1)
     return model
 
 

@@ -25,6 +25,17 @@ def test_a_checkpoint_is_built_without_its_tower(family: str) -> None:
     assert not towers(model)
 
 
+@pytest.mark.parametrize("family", WITH_TOWER)
+def test_the_placeholder_of_an_image_is_a_token_like_others(family: str) -> None:
+    """In vLLM it is, so a completion that has one must be trained as it was sampled."""
+    config = config_of(family)
+    ids = torch.tensor([[5, config.image_token_id, 9, 17]])
+    model = build_model(config).eval()
+    with torch.no_grad():
+        of_text = model.lm_head(model.get_decoder()(input_ids=ids).last_hidden_state)
+        assert torch.equal(model(input_ids=ids).logits, of_text)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_checkpoints_have_a_tower(family: str) -> None:
     config = config_of(family)
