@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..kernels.nf4 import Nf4Weight
+from .layer_names import weights_by_transformers_names
 from .vllm_compat import keep_linear_weights, require
 
 LOAD_FORMAT = "rankup"
@@ -41,7 +42,7 @@ def loading(nf4_weights: Sequence[str], files: Sequence[str], *, keep_linear_wei
     return {"load_format": LOAD_FORMAT, "model_loader_extra_config": extra}
 
 
-def find_base_weights(vllm_model: nn.Module) -> dict[str, torch.Tensor]:
+def find_base_weights(vllm_model: nn.Module, model_path: str) -> dict[str, torch.Tensor]:
     """Views of all weights that vLLM holds in their original layout, without its padding, by their names in transformers.
 
     Raises:
@@ -69,7 +70,7 @@ def find_base_weights(vllm_model: nn.Module) -> dict[str, torch.Tensor]:
                 found[f"{name}.{kind}"] = tensor[: module.org_vocab_size]
             else:
                 found[f"{name}.{kind}"] = tensor
-    return found
+    return weights_by_transformers_names(vllm_model, found, model_path)
 
 
 @functools.cache

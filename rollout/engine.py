@@ -24,7 +24,7 @@ from .base_weights import find_base_weights
 from .config import SamplingConfig
 from .dense_lora import is_dense, wrapper_name
 from .engine_errors import in_our_names
-from .engine_settings import EngineSettings, caches_prefixes, check_cache, engine_args
+from .engine_settings import EngineSettings, caches_prefixes, check_cache, engine_args, needs_no_towers
 from .kv_cache import activity_of, beside_earlier_pools
 from .limits import check_engine_limits
 from .lora_files import check_loadable, write_empty_adapter
@@ -89,7 +89,12 @@ class RolloutEngine:
         if on_cpu:
             check_cache(settings)
         choose_model_runner(settings.rollout.model_runner, on_cpu=on_cpu)
-        args = engine_args(settings, on_cpu=on_cpu, prefix_caching=caches_prefixes(settings, on_cpu=on_cpu))
+        args = engine_args(
+            settings,
+            on_cpu=on_cpu,
+            prefix_caching=caches_prefixes(settings, on_cpu=on_cpu),
+            without_towers=needs_no_towers(settings),
+        )
         wrapper = wrapper_name(current_platform.device_type, dense=dense, head=HEAD in settings.target_modules)
         pools = beside_earlier_pools() if args.enable_cumem_allocator else nullcontext()
         with in_our_names(settings.rollout, on_cpu=on_cpu), existing_objects_frozen(), pools:
@@ -151,7 +156,7 @@ class RolloutEngine:
 
     def base_weights(self) -> dict[str, torch.Tensor]:
         """Views of the base weights that vLLM holds in their original layout, by their names in transformers."""
-        return self._apply_model(find_base_weights)
+        return self._apply_model(lambda model: find_base_weights(model, self.settings.model))
 
     # --------------------------------------------------------------------------------------------- suspending
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from transformers import AutoConfig
+
 from .base_weights import loading
 from .config import RolloutConfig
 from .kv_cache import uses_pool
+from .model_classes import has_tower
 from .model_limits import check_cache_on_cpu, has_recurrent_layers
 from .vllm_compat import cpu_norms, import_vllm
 
@@ -87,7 +90,14 @@ def caches_prefixes(settings: EngineSettings, *, on_cpu: bool) -> bool:
     return not (on_cpu and has_recurrent_layers(settings.model))
 
 
-def engine_args(settings: EngineSettings, *, on_cpu: bool, prefix_caching: bool = True) -> EngineArgs:
+def needs_no_towers(settings: EngineSettings) -> bool:
+    """Whether the checkpoint has towers, which vLLM is to leave out."""
+    return has_tower(AutoConfig.from_pretrained(settings.model))
+
+
+def engine_args(
+    settings: EngineSettings, *, on_cpu: bool, prefix_caching: bool = True, without_towers: bool = False
+) -> EngineArgs:
     """vLLM's arguments for an engine with these settings. Starts nothing.
 
     Raises:
@@ -116,6 +126,7 @@ def engine_args(settings: EngineSettings, *, on_cpu: bool, prefix_caching: bool 
         gpu_memory_utilization=rollout.gpu_memory_utilization or USUAL_GPU_SHARE,
         enforce_eager=eager,
         compilation_config={} if eager else _captures(settings.max_num_seqs),  # type: ignore[arg-type]
+        language_model_only=without_towers,
         enable_lora=True,
         max_loras=1,
         max_lora_rank=settings.max_rank,  # type: ignore[arg-type]

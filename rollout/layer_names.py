@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+
+from .model_classes import build_model
 
 Slot = TypeVar("Slot")
 SUFFIX = ".lora_A.weight"  # of a layer's entry in an adapter's file
@@ -26,7 +28,7 @@ SUFFIX = ".lora_A.weight"  # of a layer's entry in an adapter's file
 def layer_widths(model_path: str) -> Mapping[str, int]:
     """Output widths of all linear layers and of the input embedding, by transformers' names. Takes no memory for weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        model = build_model(AutoConfig.from_pretrained(model_path))
     embedding = model.get_input_embeddings()
     widths = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return widths | {name: module.embedding_dim for name, module in model.named_modules() if module is embedding}
@@ -56,6 +58,25 @@ def by_transformers_names(vllm_model: nn.Module, slots: Mapping[str, Slot], mode
         return dict(slots)
     names = {name_in_vllm(vllm_model, name): name for name in layer_widths(model_path)}
     return {names.get(name, name): slot for name, slot in slots.items()}
+
+
+def weights_by_transformers_names(
+    vllm_model: nn.Module, weights: Mapping[str, torch.Tensor], model_path: str
+) -> dict[str, torch.Tensor]:
+    """vLLM's weights by transformers' names, where vLLM renames some; unchanged where transformers has no such weight."""
+    if not renames(vllm_model):
+        return dict(weights)
+    mapper = _mapper(vllm_model)
+    names = {mapper.map_name(name): name for name in _weight_names(model_path)}
+    return {names.get(name, name): weight for name, weight in weights.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _weight_names(model_path: str) -> tuple[str, ...]:
+    """Names of all parameters, those of tied ones too."""
+    with torch.device("meta"):
+        model = build_model(AutoConfig.from_pretrained(model_path))
+    return tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def _mapper(vllm_model: nn.Module) -> Any:

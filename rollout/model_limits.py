@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from .config import RolloutConfig
 from .engine_errors import LENGTHS, cache_too_small
 from .generation_kwargs import GenerationKwargs
+from .model_classes import check_class
 from .texts import check_stop_strings
 
 LENGTH_KEYS = (
@@ -89,9 +90,10 @@ def check_model_limits(rollout: RolloutConfig, model_path: str, tokenizer: PreTr
     """Whether the model has room for the longest sequence, and tokenizer and vocabulary have what the options name.
 
     Raises:
-        ValueError: they do not, with the options.
+        ValueError: they do not, with the options; or the model is none that can be trained.
     """
     config = AutoConfig.from_pretrained(model_path)
+    check_class(config)
     longest = context_length(config)
     if longest is not None and rollout.max_model_length > longest:
         raise ValueError(

@@ -50,7 +50,7 @@ def self_test() -> dict[str, Exception | None]:
         "engine arguments": lambda: engine_args(settings, on_cpu=device == "cpu"),
         "sampling parameters": lambda: sampling_params(sampling, 0, stop_token_ids=[1]),
         "adapter slots": lambda: find_slots(module, settings.model),
-        "base weights": lambda: find_base_weights(module),
+        "base weights": lambda: find_base_weights(module, settings.model),
         "unpacked linear weights": lambda: vllm_compat.keep_linear_weights(module),
         "addresses of LoRA buffers": vllm_compat.forget_lora_pointers,
         "dense LoRA": lambda: _make_lora_wrappers(device),

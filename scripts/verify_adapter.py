@@ -59,10 +59,13 @@ def stock_peft(config: GRPOConfig, model_path: str, adapter: Path, rows: Sequenc
     """Greedy completions by transformers' `generate`, with the adapter loaded by PEFT."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from rankup.rollout.model_classes import auto_class
 
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype))
+    loader = auto_class(AutoConfig.from_pretrained(model_path))
+    base = loader.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype))
     model = PeftModel.from_pretrained(base, str(adapter))
     texts: list[str] = []
     for start in range(0, len(rows), BATCH):

@@ -9,6 +9,7 @@ transformers builds the model on torch's meta device, which allocates nothing, a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ from ..common.errors import first_line
 from ..common.model_files import resolve_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES = {
     "layers": "num_hidden_layers",
@@ -138,7 +139,9 @@ def read_shape(model: str) -> ModelShape:
     folder = Path(resolve_model(model, config_only=True))
     import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from ...rollout.model_classes import auto_class, towers, without_towers
 
     try:
         config_keys = _read_keys(folder / "config.json")
@@ -149,11 +152,24 @@ def read_shape(model: str) -> ModelShape:
         if missing:  # transformers would build a model of its class's default sizes
             raise ValueError(f"it lacks {', '.join(missing)}; take the one that the model was saved with")
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config)
+            built = auto_class(config).from_config(config)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError, ImportError) as error:
         reason = first_line(error)
         raise ValueError(f"model {model}: its config.json describes no model that can be planned: {reason}") from error
-    return _read_off(built, config_keys)
+    left_out = sum(one.numel() for tower in towers(built).values() for one in tower.parameters())
+    if not left_out:
+        return _read_off(built, config_keys)
+    shape = _read_off(without_towers(built), _text_keys(config_keys))
+    note = f"its text part is trained and counted; its tower ({left_out / 1e6:.0f}M parameters) is not loaded"
+    return dataclasses.replace(shape, notes=(note, *shape.notes))
+
+
+def _text_keys(config_keys: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint with a tower says of its text model; nothing if there is no class for that alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    keys: dict[str, Any] = config_keys.get("text_config", {})
+    return keys if keys.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else {}
 
 
 def _read_keys(file: Path) -> dict[str, Any]:
@@ -163,13 +179,20 @@ def _read_keys(file: Path) -> dict[str, Any]:
     return keys
 
 
+def _largest(config: PreTrainedConfig, key: str) -> int | None:
+    """A size; that of the largest layer where layers differ, as the width of heads in Gemma 4."""
+    layers = config.per_layer_config if config.is_heterogeneous and key in (config.per_layer_attributes or ()) else [config]
+    found = [getattr(layer, key, None) for layer in layers]
+    return max((size for size in found if size is not None), default=None)
+
+
 def _read_off(model: PreTrainedModel, config_keys: dict[str, Any]) -> ModelShape:
     from torch import nn
 
     from ..model.shared_prompts import why_prompts_cannot_be_shared
 
     config = model.config.get_text_config()
-    sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in SIZES.items()}
+    sizes: dict[str, Any] = {name: _largest(config, key) for name, key in SIZES.items()}
     sizes["intermediate"] = sizes["intermediate"] or 4 * sizes["hidden"]
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_dim"] = sizes["head_dim"] or sizes["hidden"] // sizes["heads"]

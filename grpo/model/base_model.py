@@ -13,21 +13,22 @@ Under torch's `FakeTensorMode` no file of weights is read: the parameters have s
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from torch._guards import detect_fake_mode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ...kernels.nf4 import BLOCKSIZE, Nf4Weight
+from ...rollout.model_classes import auto_class, build_model, has_tower, without_towers
 from ..common.weight_files import INDEX, files_of_weights, find_weights
 from .lora_layers import Nf4Linear
+from .saved_weights import SavedWeights, saved_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,58 +82,62 @@ def load_base(
     if detect_fake_mode() is not None:
         return _without_values(model_path, dtype, load_in)
     shared = shared or {}
-    if load_in is None and not shared:
+    if load_in is None and not shared and not has_tower(AutoConfig.from_pretrained(model_path)):
         return _loaded_plainly(model_path, dtype, device)
     files = files_of_weights(Path(model_path))
     model = empty_model(model_path, dtype, files)
+    saved = saved_weights(model, files)
     rounded = set(_linear_weights(model)) if load_in == "nf4" else set()
     fitting = {name: shared[name] for name, p in model.named_parameters() if name in shared and _fits(shared[name], p, device)}
-    for name in _changed_by_loading({n: t for n, t in fitting.items() if n not in rounded}, files):
+    for name in _changed_by_loading({n: t for n, t in fitting.items() if n not in rounded}, saved):
         del fitting[name]
     unshared = [name for name, _ in model.named_parameters() if name not in fitting]
-    unknown = [name for name in unshared if name not in files] + _saved_buffers(model)
+    unknown = [name for name in unshared if name not in saved] + _saved_buffers(model)
     if unknown and load_in is not None:
         raise ValueError(_not_found(model_path, unknown[0], files))
     if unknown:
         return _loaded_plainly(model_path, dtype, device)
     for name, tensor in fitting.items():
         _set_parameter(model, name, tensor)
-    for name, tensor in read_weights(files, unshared, device):
+    for name, tensor in saved.read(unshared, device):
         if name in rounded:
             _set_nf4(model, name, Nf4Weight.quantise(tensor.to(dtype)))
         else:
             _set_parameter(model, name, tensor.to(dtype))
-    _tie(model, files)
+    _tie(model, saved)
     nn.Module.to(model, device)  # its buffers
     return _described(model, fitting)
 
 
 @functools.lru_cache(maxsize=8)
 def nf4_names(model_path: str) -> tuple[str, ...]:
-    """Names of the weights that `load_in="nf4"` rounds: those of all linear layers except the head.
+    """Names in the files of the weights that `load_in="nf4"` rounds: those of all linear layers except the head.
 
     Raises:
         ValueError: the files of the model do not have one of them.
     """
     files = files_of_weights(Path(model_path))
-    names = tuple(_linear_weights(empty_model(model_path, torch.bfloat16, files)))
+    model = empty_model(model_path, torch.bfloat16, files)
+    names, saved = _linear_weights(model), saved_weights(model, files)
     for name in names:
-        if name not in files:
+        if name not in saved:
             raise ValueError(_not_found(model_path, name, files))
-    return names
+    return tuple(saved.keys[name] for name in names)
 
 
 def saved_weight(model_path: str, names: Sequence[str]) -> torch.Tensor | None:
     """The first of these weights that the model's files have; None if they have none of them."""
     files = files_of_weights(Path(model_path))
-    found = [name for name in names if name in files]
-    return next(read_weights(files, found[:1], "cpu"))[1] if found else None
+    saved = saved_weights(empty_model(model_path, torch.bfloat16, files), files)
+    found = [name for name in names if name in saved]
+    return next(saved.read(found[:1], "cpu"))[1] if found else None
 
 
-def round_to_nf4(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
-    """Replace the named weights of a model of any dtype by their values after rounding `dtype` to 4 bits."""
-    for name in names:
-        weight = model.get_parameter(name)
+def round_to_nf4(model: PreTrainedModel, model_path: str, dtype: torch.dtype) -> None:
+    """Replace the weights that `nf4_names` has, of a model of any dtype, by their values after rounding `dtype` to 4 bits."""
+    names = {key: name for name, key in saved_weights(model, files_of_weights(Path(model_path))).keys.items()}
+    for key in nf4_names(model_path):
+        weight = model.get_parameter(names[key])
         weight.data = Nf4Weight.quantise(weight.data.to(dtype)).dense().to(weight.dtype)
 
 
@@ -140,20 +145,20 @@ def empty_model(model_path: str, dtype: torch.dtype, files: Mapping[str, Path]) 
     """The model without memory for its parameters, which are on the meta device; its buffers are computed."""
     config = AutoConfig.from_pretrained(model_path)
     with init_empty_weights(include_buffers=False):
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
-    _tie(model, files)
+        model = build_model(config, dtype=dtype)
+    _tie(model, saved_weights(model, files))
     return model
 
 
-def _tie(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+def _tie(model: PreTrainedModel, saved: SavedWeights) -> None:
     """Tie the head's weight to the embedding's if the model does so.
 
     Not if the files have two that differ: then transformers and vLLM untie them, whatever the configuration says.
     """
     ties: dict[str, str] = model.all_tied_weights_keys
     for target, source in ties.items():
-        if target in files and source in files:
-            (_, a), (_, b) = read_weights(files, [target, source], "cpu")
+        if target in saved and source in saved:
+            (_, a), (_, b) = saved.read([target, source], "cpu")
             if not torch.equal(a, b):
                 return
     model.tie_weights()
@@ -167,7 +172,7 @@ def _not_found(model_path: str, name: str, files: Mapping[str, Path]) -> str:
 
 
 def load_plainly(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model as transformers loads it, from the files that vLLM reads too (`common/weight_files.py`).
+    """The model as transformers loads it, towers included, from the files that vLLM reads too (`common/weight_files.py`).
 
     Raises:
         ValueError: the files lack some of its weights.
@@ -175,7 +180,7 @@ def load_plainly(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(model_path)
     # Without it, transformers would not read an index beside a model.safetensors.
     config.transformers_weights = INDEX if find_weights(Path(model_path)).has_index else None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, config=config, dtype=dtype, output_loading_info=True)
+    loaded: Any = auto_class(config).from_pretrained(model_path, config=config, dtype=dtype, output_loading_info=True)
     model, report = loaded
     if report["missing_keys"]:  # transformers has initialised them at random
         raise ValueError(f"the files in {model_path} have no weight {min(report['missing_keys'])}, which the model has")
@@ -184,13 +189,13 @@ def load_plainly(model_path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _loaded_plainly(model_path: str, dtype: torch.dtype, device: str) -> BaseModel:
-    model = load_plainly(model_path, dtype)
+    model = without_towers(load_plainly(model_path, dtype))
     nn.Module.to(model, device)
     return _described(model, {})
 
 
 def _without_values(model_path: str, dtype: torch.dtype, load_in: Literal["nf4"] | None) -> BaseModel:
-    model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype))
+    model = build_model(AutoConfig.from_pretrained(model_path), dtype=dtype)
     for name in _linear_weights(model) if load_in == "nf4" else ():
         weight = model.get_parameter(name)
         packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
@@ -245,21 +250,18 @@ def _fits(tensor: torch.Tensor, parameter: nn.Parameter, device: str) -> bool:
     return (tensor.shape, tensor.dtype, tensor.device.type) == (parameter.shape, parameter.dtype, torch.device(device).type)
 
 
-def _changed_by_loading(shared: Mapping[str, torch.Tensor], files: Mapping[str, Path]) -> list[str]:
+def _changed_by_loading(shared: Mapping[str, torch.Tensor], saved: SavedWeights) -> list[str]:
     """Names of the shared weights whose first or last row differs from the files: vLLM keeps them in another form.
 
     The proof at the start of a run cannot detect this: trainer and vLLM compute with the same tensor.
     """
     changed = []
     for name, tensor in shared.items():
-        if name not in files:
+        if name not in saved:
             continue
-        with safe_open(files[name], framework="pt") as file:  # opened each time, as in `read_weights`
-            rows = file.get_slice(name)
-            last = rows.get_shape()[0] - 1
-            pairs = ((rows[:1], tensor[:1]), (rows[last:], tensor[last:]))
-            if not all(torch.equal(row.to(tensor.device, tensor.dtype), held) for row, held in pairs):
-                changed.append(name)
+        pairs = zip(saved.ends(name), (tensor[:1], tensor[-1:]), strict=True)
+        if not all(torch.equal(row.to(tensor.device, tensor.dtype), held) for row, held in pairs):
+            changed.append(name)
     return changed
 
 
@@ -282,11 +284,3 @@ def _set_parameter(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> N
 def _set_nf4(model: PreTrainedModel, name: str, weight: Nf4Weight) -> None:
     layer_name = name.rpartition(".")[0]
     model.set_submodule(layer_name, Nf4Linear(weight, cast(nn.Linear, model.get_submodule(layer_name)).bias))
-
-
-def read_weights(files: Mapping[str, Path], names: Sequence[str], device: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight. On CPU it is the file itself, mapped into memory."""
-    for name in names:
-        # Opened each time: pages mapped through one opening stay resident until all its tensors are freed.
-        with safe_open(files[name], framework="pt", device=device) as file:
-            yield name, file.get_tensor(name)

@@ -35,6 +35,7 @@ from .shared_prompts import (
     SharedPromptLayout,
     packs_of,
     plain_attention,
+    set_attention,
     take_packs,
     why_prompts_cannot_be_shared,
 )
@@ -89,7 +90,7 @@ class Policy:
         self.shares_prompts = self.plain_reason is None
         if self.shares_prompts:
             take_packs(base)
-        base.set_attn_implementation(plain_attention(base))
+        set_attention(base, plain_attention(base))
         self._is_packed = False
         self._checkpoints_gradients = False
         self.device = device
@@ -307,7 +308,7 @@ class Policy:
             return
         self._is_packed = True
         if self.shares_prompts:
-            self.model.set_attn_implementation(PACKED_ATTENTION)
+            set_attention(self.model, PACKED_ATTENTION)
         if self._checkpoints_gradients:
             # Only layers in training mode recompute. Not the modules inside: in training mode Mamba's kernels would read the
             # weight of its output projection and leave out the adapter.
@@ -321,7 +322,7 @@ class Policy:
             self._is_packed = False
             self.model.eval()
             if self.shares_prompts:
-                self.model.set_attn_implementation(plain_attention(self.model))
+                set_attention(self.model, plain_attention(self.model))
 
     @contextmanager
     def sampling(self, *, use_adapter: bool = True) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
     reason = why_prompts_cannot_be_shared(model)        # None, or words
     take_packs(model)                                   # once
-    model.set_attn_implementation(PACKED_ATTENTION)     # plain_attention(model): rows again
+    set_attention(model, PACKED_ATTENTION)              # plain_attention(model): rows again
     with packs_of(layout):                              # around forward and backward
         model(...)
 """
@@ -17,12 +17,14 @@ from ...kernels.shared_prompt_attention import NAME as PACKED_ATTENTION
 from ...kernels.shared_prompt_attention import SharedPromptLayout, register
 from ...kernels.shared_prompt_attention import active as packs_of
 from ...kernels.shared_prompt_recurrence import install, layers_with_state, why_not
+from ...rollout.model_classes import has_tower
 
 __all__ = [
     "PACKED_ATTENTION",
     "SharedPromptLayout",
     "packs_of",
     "plain_attention",
+    "set_attention",
     "take_packs",
     "why_prompts_cannot_be_shared",
 ]
@@ -54,7 +56,7 @@ def why_prompts_cannot_be_shared(model: PreTrainedModel) -> str | None:
     if (
         getattr(config, "is_encoder_decoder", False)
         or not getattr(config, "is_causal", True)
-        or getattr(config, "use_bidirectional_attention", False)
+        or getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")  # of images only
     ):
         return "its attention is not causal"
     return None
@@ -70,6 +72,11 @@ def _passes_window(model: PreTrainedModel) -> bool:
     """Whether attention gets the window as an argument, as in transformers' newer models, besides a mask."""
     kinds = {type(module) for module in model.modules() if hasattr(module, "layer_idx")}
     return any("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set what computes attention. Of a tower that was removed it stays: transformers would warn at each change."""
+    model.set_attn_implementation({"": name, "text_config": name} if has_tower(model.config) else name)
 
 
 def plain_attention(model: PreTrainedModel) -> str:

@@ -29,8 +29,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from ...rollout.model_classes import build_model
 from ..common.errors import first_line
 from ..common.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_adapter
 from ..config import GRPOConfig, LoraConfig
@@ -230,7 +231,7 @@ def _of_layer(name: str, pattern: Mapping[str, Any], default: Any) -> Any:
 def _with_options(config: GRPOConfig, start: StartAdapter, model_path: str) -> GRPOConfig:
     """The configuration with the adapter's ranks, scales and targets where these are not set."""
     with torch.device("meta"):
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)))
+        model = build_model(AutoConfig.from_pretrained(model_path))
     _check_shapes(start, model)
     _check_all_layers(start, model)
     set_by_user = config.lora.model_dump(exclude_unset=True)

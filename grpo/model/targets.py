@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from peft.utils.other import match_target_against_key
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ...rollout.adaptable import not_adaptable
+from ...rollout.model_classes import build_model, has_tower
 from ..config.lora import TARGET_PRESETS
 
 MIXERS = re.compile(r"Attention|DeltaNet|Mamba|Mixer|ShortConv")
@@ -61,7 +62,8 @@ def find_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> Target
     """
     if not isinstance(targets, str) or targets not in TARGET_PRESETS:
         check_targets(model, targets)
-        return Targets(targeted_modules(model, targets), targets if isinstance(targets, str) else list(targets))
+        modules = targeted_modules(model, targets)
+        return Targets(modules, _names(model, modules, targets if isinstance(targets, str) else list(targets)))
     selected, refused = _of_preset(model, targets), not_adaptable(model.config)
     left_out = sorted({role(name) for name in selected} & set(refused))
     modules = {name: module for name, module in selected.items() if role(name) not in left_out}
@@ -71,7 +73,8 @@ def find_targets(model: PreTrainedModel, targets: Sequence[str] | str) -> Target
     notes = [f"lora.targets={targets} leaves out {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     if targets == "all-linear" and (experts := _experts(model)):
         notes.append(f"lora.targets=all-linear leaves out the experts ({experts}): they are frozen")
-    return Targets(modules, shortest(modules, [name for name, _ in model.named_modules() if name]), tuple(notes))
+    names = shortest(modules, [name for name, _ in model.named_modules() if name])
+    return Targets(modules, _names(model, modules, names), tuple(notes))
 
 
 def target_module_names(model_path: str, targets: Sequence[str] | str) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ def target_module_names(model_path: str, targets: Sequence[str] | str) -> tuple[
     if not isinstance(targets, str):
         return tuple(dict.fromkeys(map(role, targets)))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+        model = build_model(AutoConfig.from_pretrained(model_path))
     return tuple(dict.fromkeys(map(role, find_targets(model, targets).modules)))
 
 
@@ -183,6 +186,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- names
+
+
+def _names(model: PreTrainedModel, modules: Collection[str], names: str | list[str]) -> str | list[str]:
+    """What the saved adapter says: `names`, unless the checkpoint has towers, whose layers PEFT would find by them too."""
+    return expression(modules) if has_tower(model.config) else names
 
 
 def shortest(selected: Collection[str], modules: Collection[str]) -> str | list[str]:

@@ -18,8 +18,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from ...rollout.model_classes import check_class, has_tower
 from ..common.quiet import quiet_stderr
 from ..common.weight_files import files_of_weights, quantization_of
 from ..config import ModelConfig
@@ -84,12 +85,14 @@ def base_of(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTo
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    check_class(model.config)
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if has_tower(model.config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    loaded = mapping.get(type(model.config), ())
     classes = loaded if isinstance(loaded, tuple) else (loaded,)
     if type(model) not in classes:
         raise ValueError(
             f"model: a {type(model).__name__} is not a causal language model of transformers: load one with "
-            "AutoModelForCausalLM"
+            + ("AutoModelForImageTextToText" if has_tower(model.config) else "AutoModelForCausalLM")
         )
 
 

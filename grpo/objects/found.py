@@ -20,7 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from ..common.model_files import hub_id, resolve_model
 from ..common.weight_files import files_of_weights
-from ..model.base_model import read_weights
+from ..model.saved_weights import read_weights
 from .weights import tied_names
 
 WITHOUT_EFFECT = frozenset(

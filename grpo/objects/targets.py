@@ -18,9 +18,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...rollout.model_classes import build_model, towers
 from ..config.lora import TARGET_PRESETS
 from ..model.targets import shortest
 
@@ -37,9 +38,10 @@ class Structure:
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
-    """That of a model, which has no adapter."""
+    """That of a model, which has no adapter, without its towers: they stay frozen."""
     head = model.get_output_embeddings()
-    modules = {name: module for name, module in model.named_modules() if name}
+    of_towers = tuple(f"{model.base_model_prefix}.{name}" for name in towers(model))
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(of_towers)}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head]
     return Structure(model.config.model_type, tuple(modules), tuple(linear))
 
@@ -47,7 +49,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
 def structure_of_files(model_path: str) -> Structure:
     """That of the model in a folder, from its config.json."""
     with torch.device("meta"):
-        return structure_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)))
+        return structure_of(build_model(AutoConfig.from_pretrained(model_path)))
 
 
 def targets_of(config: LoraConfig, structure: Callable[[], Structure]) -> str | list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import transformers
 from families import FAMILIES
-from tiny_models import SIZES, tiny_tokenizer
+from families import config_of as family_config
+from tiny_models import tiny_tokenizer
 
 from rankup.rollout.config import RolloutConfig
 from rankup.rollout.model_limits import (
@@ -69,12 +70,11 @@ def test_the_models_that_vllm_refuses_in_float16_are_refused_before(tiny_model_p
 
 def make_config(folder: Path, family: str) -> str:
     """The folder of a model's configuration, without weights."""
-    of = FAMILIES[family]
-    getattr(transformers, of.config)(**SIZES | of.options).save_pretrained(folder)
+    family_config(family).save_pretrained(folder)
     return str(folder)
 
 
-@pytest.mark.parametrize("family", ["qwen3.5", "qwen3-next"])
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-vision", "qwen3-next"])
 def test_delta_nets_need_bfloat16_with_vllm_on_cpu(tmp_path: Path, family: str) -> None:
     model = make_config(tmp_path, family)
     with pytest.raises(ValueError, match=r"^model.dtype=float32: on CPU vLLM computes the gated delta nets of .* set it, or "):
@@ -94,7 +94,7 @@ def test_windows_that_vllm_takes_for_wider_are_noted_if_sequences_reach_them(tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_models_keep_a_state(tmp_path: Path, family: str) -> None:
-    recurrent = {"qwen3-next", "qwen3.5", "granite4-hybrid", "nemotron-h", "lfm2"}
+    recurrent = {"qwen3-next", "qwen3.5", "qwen3.5-vision", "granite4-hybrid", "nemotron-h", "lfm2"}
     assert has_recurrent_layers(make_config(tmp_path, family)) == (family in recurrent)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiny_models import SIZES, write_random_model
+from tiny_models import SIZES, vision_config, write_random_model, write_random_vision_model
 
 WINDOW = 6
 SLIDING = ["sliding_attention", "full_attention"]
@@ -35,6 +35,7 @@ DELTA_NET = {
     **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
     **{"linear_num_key_heads": 1, "linear_num_value_heads": 2, "head_dim": 32},
 }
+MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
@@ -47,13 +48,21 @@ class Family:
         special: what is special about it.
         options: what a tiny model of it adds to the common sizes.
         dtype: float32, unless vLLM has no kernels for that on CPU.
+        tower: of a checkpoint with a vision tower: the options of the tower, and those of the complete model under "".
     """
 
     config: str
     special: str
     options: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    tower: dict[str, Any] | None = None
 
+
+QWEN_TOWER = {
+    **{"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16},
+    "": {"image_token_id": 255, "video_token_id": 256, "vision_start_token_id": 257, "vision_end_token_id": 258},
+}
+SIGLIP_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", "tied head", {"head_dim": 32, "tie_word_embeddings": True}),
@@ -184,10 +193,80 @@ FAMILIES: dict[str, Family] = {
             **{"first_k_dense_replace": 1, "use_qk_norm": True, "rope_parameters": PARTIAL_ROTARY, "num_mtp_layers": 0},
         },
     ),
+    "gemma3-vision": Family(
+        "Gemma3Config",
+        "a vision tower; text as gemma3",
+        {"head_dim": 32, "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "layer_types": SLIDING},
+        tower={
+            **{**SIGLIP_TOWER, "image_size": 16, "patch_size": 4},
+            "": {"mm_tokens_per_image": 4, "image_token_index": 256, "tie_word_embeddings": True},
+        },
+    ),
+    "gemma4-vision": Family(
+        "Gemma4Config",
+        "a vision tower; text as gemma4",
+        {
+            **{"head_dim": 32, "global_head_dim": 64, "sliding_window": WINDOW, "layer_types": SLIDING},
+            **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": SIZES["vocab_size"]},
+        },
+        tower={
+            **{**SIGLIP_TOWER, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64},
+            # Stock transformers computes another token in their place, so none is one of the random tokens of the tests.
+            "": {"image_token_id": 3, "video_token_id": 3, "audio_token_id": 3, "tie_word_embeddings": True},
+        },
+    ),
+    "mistral3": Family(
+        "Mistral3Config",
+        "a vision tower; text as mistral",
+        {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+        tower={**SIGLIP_TOWER, "model_type": "pixtral", "image_size": 16, "patch_size": 4, "": {"image_token_index": 256}},
+    ),
+    "mistral3-ministral3": Family(
+        "Mistral3Config",
+        "a vision tower; text as ministral3",
+        {"model_type": "ministral3", "head_dim": 32, "rope_parameters": MINISTRAL_ROPE},
+        tower={**SIGLIP_TOWER, "model_type": "pixtral", "image_size": 16, "patch_size": 4, "": {"image_token_index": 256}},
+    ),
+    "qwen2.5-vl": Family(
+        "Qwen2_5_VLConfig",
+        "a vision tower, three kinds of positions; text as qwen2",
+        {"hidden_size": 128, "rope_parameters": {**MROPE, "mrope_section": [4, 6, 6]}},
+        tower={**QWEN_TOWER, "out_hidden_size": 128, "fullatt_block_indexes": [0], "window_size": 16},
+    ),
+    "qwen3-vl": Family(
+        "Qwen3VLConfig",
+        "a vision tower, three kinds of positions; text as qwen3",
+        {"head_dim": 32, "rope_parameters": {**MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+        tower={**QWEN_TOWER, "out_hidden_size": SIZES["hidden_size"], "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3.5-vision": Family(
+        "Qwen3_5Config",
+        "a vision tower, three kinds of positions; text as qwen3.5",
+        {
+            **{"layer_types": ["linear_attention", "full_attention"], **DELTA_NET},
+            "rope_parameters": {
+                **{**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+            },
+        },
+        dtype="bfloat16",
+        tower={**QWEN_TOWER, "out_hidden_size": SIZES["hidden_size"]},
+    ),
 }
+
+
+def config_of(name: str) -> Any:
+    """transformers' configuration of a tiny model of a family."""
+    import transformers
+
+    family = FAMILIES[name]
+    if family.tower is not None:
+        return vision_config(family.config, family.options, family.tower)
+    return getattr(transformers, family.config)(**SIZES | family.options)
 
 
 def make_family(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write a random model of a family (see `FAMILIES`) with its tokenizer to `folder`, in fp32; returns the folder."""
     family = FAMILIES[name]
+    if family.tower is not None:
+        return write_random_vision_model(folder, config_of(name), seed=seed)
     return write_random_model(folder, family.config, family.options, seed=seed)

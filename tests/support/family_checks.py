@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from rankup.grpo.data.groups import Group
 from rankup.grpo.model.packing import Pack, by_origin, pack, pad
@@ -48,7 +49,7 @@ def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtyp
     The loss is the sum of -advantage * log-probability over all completion tokens. Attention is transformers' plain one:
     torch's own, which is the default, leaves out Gemma 2's cap on scores.
     """
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+    base = stock_class(model_path).from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
     model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).to(dtype).eval()
     total, logprobs = 0.0, {}
     for place, group in enumerate(groups):
@@ -67,6 +68,12 @@ def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtyp
             layer, _, role = name.removeprefix("base_model.model.").partition(".lora_")
             gradients[layer, role[0] if not role.startswith("embedding") else role[10]] = parameter.grad
     return StockPass(total, gradients, logprobs)
+
+
+def stock_class(model_path: Path) -> Any:
+    """The class of transformers that a model's configuration names."""
+    (name,) = AutoConfig.from_pretrained(model_path).architectures
+    return getattr(transformers, name)
 
 
 def packs_of(policy: Policy, groups: Sequence[Group]) -> list[Pack]:

@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 BASES = {
     "gpt-oss-20b": 20_914_757_184,
     "Qwen3-30B-A3B": 30_532_122_624,
-    "gemma-3-4b": 4_300_079_472,
+    "gemma-3-4b": 4_300_079_472 - 419_816_304,  # without its vision tower
     "Qwen3.5-4B": 2560 * 248_320  # the embedding, which is also the head
     + 32 * (3 * 2560 * 9216 + 2 * 2560)  # MLPs, and the norms of layers
     + 8 * (2560 * (8192 + 2 * 1024) + 4096 * 2560 + 2 * 256)  # q with its gate, k, v, o, and the norms of q and k

@@ -9,6 +9,7 @@ norms, which transformers initialises to 0 and 1, are drawn too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-# What each kind adds to the common sizes. `mistral` and `gemma3` have a window shorter than the tests' sequences. The attention of
-# `falcon` cannot be replaced, so it is trained on one row per completion.
+# What each kind adds to the common sizes. `mistral` and `gemma3` have a window shorter than the tests' sequences. The attention
+# of `falcon` cannot be replaced, so it is trained on one row per completion.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True}),
     "llama64": ("LlamaConfig", {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}),  # rows of complete NF4 blocks
@@ -63,9 +64,39 @@ def write_random_model(folder: Path, config_name: str, options: dict[str, Any], 
     import transformers
 
     config = getattr(transformers, config_name)(**SIZES | options)
+    return _write(folder, lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed=seed)
+
+
+def vision_config(config_name: str, text: dict[str, Any], tower: dict[str, Any]) -> Any:
+    """transformers' configuration of this name, of a model with a vision tower.
+
+    Args:
+        text: what the text model adds to `SIZES`.
+        tower: that of the tower, and under "" the options of the complete model.
+    """
+    import transformers
+
+    of_model = {"tie_word_embeddings": False, **tower.get("", {})}
+    of_tower = {key: value for key, value in tower.items() if key}
+    of_text = {"tie_word_embeddings": of_model["tie_word_embeddings"], **SIZES, **text}
+    return getattr(transformers, config_name)(text_config=of_text, vision_config=of_tower, **of_model)
+
+
+def write_random_vision_model(folder: Path, config: Any, *, seed: int = 0) -> Path:
+    """Write a random model of a `vision_config` with its tokenizer; published ones have the same names of weights."""
+    import torch
+    import transformers
+
+    make = transformers.AutoModelForImageTextToText.from_config
+    return _write(folder, lambda: make(config, dtype=torch.float32), seed=seed)
+
+
+def _write(folder: Path, make: Callable[[], Any], *, seed: int) -> Path:
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = make()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1 or name.endswith("bias"):

@@ -218,12 +218,12 @@ def merge(model_path: str, adapter: Path, *, load_in: Literal["nf4"] | None = No
     from peft.tuners.lora import LoraLayer
 
     from ...model.adapters import load_weights
-    from ...model.base_model import load_plainly, nf4_names, round_to_nf4
+    from ...model.base_model import load_plainly, round_to_nf4
 
     with quiet_stderr():
         base = load_plainly(model_path, torch.float32)
         if load_in == "nf4":
-            round_to_nf4(base, nf4_names(model_path), getattr(torch, dtype))
+            round_to_nf4(base, model_path, getattr(torch, dtype))
     config = LoraConfig.from_pretrained(str(adapter))
     config.base_model_name_or_path = model_path  # its path may have been another when the run saved the adapter
     with warnings.catch_warnings():
@@ -291,7 +291,11 @@ def _cast(merged: Merged, dtype: str) -> float:
 
 
 def _save_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
-    """Config, weights and an unmodified copy of the base's generation config, since transformers refuses to write some."""
+    """Config, weights, and unmodified copies of files of the base.
+
+    These are the generation config, of which transformers refuses to write some, and what a checkpoint with a vision tower has
+    to prepare images.
+    """
     from transformers import GenerationConfig
 
     has_generation_config = (base / GENERATION_FILE).is_file()
@@ -301,6 +305,8 @@ def _save_model(model: PreTrainedModel, base: Path, folder: Path) -> None:
         model.save_pretrained(folder)
     if has_generation_config:
         shutil.copyfile(base / GENERATION_FILE, folder / GENERATION_FILE)
+    for path in base.glob("*processor_config.json"):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _check_output(output: Path, trained: TrainedAdapter, *, overwrite: bool) -> None:

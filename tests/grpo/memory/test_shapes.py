@@ -9,8 +9,12 @@ from typing import Any
 
 import public_configs
 import pytest
+import torch
+from families import FAMILIES
+from families import config_of as family_config
 
 from rankup.grpo.memory.shapes import ModelShape, read_shape
+from rankup.rollout.model_classes import auto_class, build_model
 
 # Of the public configurations: layers, hidden, MLP, heads, key heads, head dimension, vocabulary, tied; and what follows.
 Row = tuple[str, int, int, int, int, int, int | None, int, bool]
@@ -211,3 +215,20 @@ def test_no_such_model_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, p
         read_shape(name)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"model {name}: ") and part in line
+
+
+def test_of_layers_with_heads_of_several_widths_the_widest_counts(tmp_path: Path):
+    family_config("gemma4").save_pretrained(tmp_path)
+    assert read_shape(str(tmp_path)).head_dim == 64
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.tower is not None])
+def test_of_a_checkpoint_with_a_vision_tower_the_text_part_is_counted(tmp_path: Path, family: str):
+    config = family_config(family)
+    config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    with torch.device("meta"):
+        text, complete = build_model(config), auto_class(config).from_config(config)
+    assert shape.parameters == text.num_parameters() < complete.num_parameters()
+    assert shape.layers == 2 and all(".language_model." in matrix.name or matrix.name == "lm_head" for matrix in shape.matrices)
+    assert "its text part is trained and counted; its tower (0M parameters) is not loaded" in shape.notes

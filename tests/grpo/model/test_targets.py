@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from families import FAMILIES
+from families import FAMILIES, config_of
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from tiny_models import SIZES
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rankup.grpo.config import LoraConfig
 from rankup.grpo.model.adapters import inject
 from rankup.grpo.model.targets import find_targets, preset_of, role
 from rankup.rollout.adaptable import EXPERTS_BY_NAME, MAMBA, NAMES_OF_EXPERTS, SPLIT
+from rankup.rollout.model_classes import auto_class, build_model
 
 QKV = {"q_proj", "k_proj", "v_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -34,15 +34,16 @@ NAMES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "nemotron-h": ({*QKV, "in_proj"}, {"o_proj"}, {"up_proj", "down_proj"}),
     "lfm2": ({*QKV, "in_proj"}, {"out_proj"}, {"w1", "w2", "w3"}),
     "qwen3.5": ({*QKV, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}, {"o_proj", "out_proj"}, MLP),
+    "gemma4-vision": (QKV, {"o_proj"}, {*MLP, "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}),
+    "qwen3.5-vision": ({*QKV, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}, {"o_proj", "out_proj"}, MLP),
 }
 USUAL = (QKV, {"o_proj"}, MLP)
 
 
 def empty_family(name: str) -> PreTrainedModel:
     """A tiny model of a family without memory for its weights."""
-    family = FAMILIES[name]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(getattr(transformers, family.config)(**SIZES | family.options))
+        return build_model(config_of(name))
 
 
 def roles(model: PreTrainedModel, targets: str) -> set[str]:
@@ -61,9 +62,10 @@ def test_presets_are_the_layers_of_the_model(family: str):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("preset", ["qkv", "attention", "all-linear"])
 def test_peft_adapts_the_layers_of_a_preset_and_no_others(family: str, preset: str):
-    model = empty_family(family)
-    targets = find_targets(model, preset)
-    stock: Any = get_peft_model(model, PeftLoraConfig(r=2, target_modules=targets.names, task_type="CAUSAL_LM"))
+    targets = find_targets(empty_family(family), preset)
+    with torch.device("meta"):  # with the tower, if the checkpoint has one: none of its layers may be adapted
+        complete = auto_class(config_of(family)).from_config(config_of(family))
+    stock: Any = get_peft_model(complete, PeftLoraConfig(r=2, target_modules=targets.names, task_type="CAUSAL_LM"))
     assert set(stock.base_model.targeted_module_names) == set(targets.modules)
 
 
