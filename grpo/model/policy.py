@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
+from ...rollout.routed_experts import UseOfExperts
 from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
@@ -30,6 +31,7 @@ from .fusing import fuse
 from .heads import head_of
 from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
 from .packing import Pack
+from .routers import Routers
 from .shared_prompts import (
     PACKED_ATTENTION,
     SharedPromptLayout,
@@ -52,6 +54,7 @@ class Policy:
         load_in, shared: in which form and in whose memory the base is held, see `load_base`.
         slots: the engine's, see `attach`; None: slots of its own.
         deterministic: `backward` gives the same gradients each time on CUDA too, see `kernels/numerics.py`.
+        experts: what is done with the sampler's choice of experts, see `routers.py`.
 
     Attributes:
         base: the base model, and how much of it only the trainer holds.
@@ -60,6 +63,7 @@ class Policy:
         layers: the adapted layers by their name in the model.
         target_notes: what the preset of `lora.targets` leaves out, and why.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
+        routers: of a mixture of experts; None if the sampler's choice of experts is ignored.
         fusion: which layers compute together, which do not, and why.
 
     Raises:
@@ -81,6 +85,7 @@ class Policy:
         shared: Mapping[str, torch.Tensor] | None = None,
         slots: Mapping[str, AdapterSlot] | None = None,
         deterministic: bool = False,
+        experts: UseOfExperts = "ignore",
     ) -> None:
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
         base = self.base.model
@@ -97,6 +102,7 @@ class Policy:
         self._arithmetic = Arithmetic(self.dtype, device, deterministic)
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
+        self.routers = None if experts == "ignore" else Routers(base, replay=experts == "replay")
         self.peft_model, self.target_notes = inject(base, lora, seed)
         self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
         if start is not None:
@@ -208,7 +214,7 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
-        with self._over(pack.layout), nullcontext() if use_adapter else self.peft_model.disable_adapter():
+        with self._over(pack), nullcontext() if use_adapter else self.peft_model.disable_adapter():
             hidden_ND, head = self._hidden(pack), self.head
         return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes)
 
@@ -228,7 +234,7 @@ class Policy:
         once all log-probabilities are. `loss_scale`: of all gradients, not of the loss that is returned. See
         `linear_logprob_loss` for these.
         """
-        with self._over(pack.layout), self._arithmetic.repeatable():
+        with self._over(pack, counts_flips=True), self._arithmetic.repeatable():
             loss, logprobs_N, entropy_N = linear_logprob_loss(
                 self._hidden(pack),
                 self.head,
@@ -269,7 +275,7 @@ class Policy:
         layout = None
         if self.shares_prompts:
             layout = SharedPromptLayout.build([(2, [])], self.device)
-        with self._over(layout):
+        with self.packed(), packs_of(layout):
             yield self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
@@ -280,9 +286,10 @@ class Policy:
         return pack.sources.gather(output.last_hidden_state.flatten(0, 1))
 
     @contextmanager
-    def _over(self, layout: SharedPromptLayout | None) -> Iterator[None]:
-        """Around forward and backward of a pack of this layout; None: of padded rows."""
-        with self.packed(), packs_of(layout):
+    def _over(self, pack: Pack, *, counts_flips: bool = False) -> Iterator[None]:
+        """Around forward and backward of a pack."""
+        routing = nullcontext() if self.routers is None else self.routers.over(pack.routed_experts, counts=counts_flips)
+        with self.packed(), packs_of(pack.layout), routing:
             yield
 
     @property

@@ -23,6 +23,7 @@ from ..config import GRPOConfig
 from ..data.groups import Group
 from ..guards.decision import Decision
 from ..guards.guards import Guards
+from ..model.packing import has_targets
 from ..model.policy import Policy
 from .loss_scale import LossScale
 from .objective import Objective, StepConstants
@@ -98,6 +99,8 @@ class Learner:
         if not any(completion.num_tokens for group in trained for completion in group.completions):
             return StepGradients()
         local = [group for group in trained if group.is_local]
+        if self.policy.routers is not None and self.policy.routers.replay:
+            check_experts(local)
         packs = StepPacks(self.policy, local, self.pack_budget, pad_token_id=self.pad_token_id, world=self.world)
         with self.policy.packed():
             constants = self._constants(groups, trained, packs)
@@ -170,12 +173,26 @@ class Learner:
                 loss_scale=None if self.loss_scale is None else self.loss_scale.value,
             )
 
-        self.optimizer.zero_grad(set_to_none=True)
-        results = packs.each(backward, undo=lambda: self.optimizer.zero_grad(set_to_none=True))
+        routers = self.policy.routers
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            if routers is not None:
+                routers.take_flips()
+
+        undo()  # what an earlier pass has left
+        results = packs.each(backward, undo=undo)
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
         local = tally_of(
-            self.objective, packs.packs, losses, logprobs, entropies, old=packs.old, reference=packs.reference
+            self.objective,
+            packs.packs,
+            losses,
+            logprobs,
+            entropies,
+            old=packs.old,
+            reference=packs.reference,
+            flips=None if routers is None else routers.take_flips(),
         )
         tallies = self.world.all_gather(local)
         if self.loss_scale is not None:
@@ -255,6 +272,19 @@ def _lacks_rewards(group: Group) -> bool:
 def without_truncated(group: Group) -> Group:
     """The group without its truncated completions."""
     return group.select([i for i, one in enumerate(group.completions) if not one.is_truncated])
+
+
+def check_experts(groups: Sequence[Group]) -> None:
+    """Whether the sampler's choice of experts is known of all completions that are trained on.
+
+    Raises:
+        ValueError: it is not, such as of completions that a user's function has made.
+    """
+    if any(has_targets(one) and one.routed_experts is None for group in groups for one in group.completions):
+        raise ValueError(
+            "rollout.routed_experts=replay: completions without the experts that vLLM chose, such as those of a rollout_func, "
+            "cannot be replayed: set compare or ignore"
+        )
 
 
 def _num_tokens(groups: Sequence[Group]) -> int:

@@ -25,7 +25,7 @@ from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
 from .device import check_device, check_dtype_here, device_of_torch, prepared_device
 from .learner import Learner
-from .resolve import engine_settings
+from .resolve import engine_settings, experts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +193,7 @@ def make_policy(
         deterministic=config.deterministic,
         shared=engine.base_weights() if engine is not None and share else None,
         slots=None if engine is None else engine.slots,
+        experts=experts_of(config, model_path),
     )
     if share is True and policy.base.unshared:
         raise ValueError(
