@@ -43,9 +43,11 @@ class Stream:
         self.recomputed += max(0, self._computed - turn.cached_tokens)
         self.token_ids += turn.token_ids
         self.logprobs += turn.logprobs
-        if turn.routed_experts is not None:
-            known = [] if self.routed_experts is None else [self.routed_experts]
-            self.routed_experts = np.concatenate([*known, turn.routed_experts[sum(map(len, known)) :]])
+        if turn.routed_experts is None:
+            self.routed_experts = None
+        else:
+            known = turn.routed_experts[:0] if self.routed_experts is None else self.routed_experts
+            self.routed_experts = np.concatenate([known, turn.routed_experts[len(known) :]])
         self._computed = len(self.prompt) + len(self.token_ids) - 1  # the newest token has not been through the model
 
     def give(self, token_ids: Sequence[int]) -> None:

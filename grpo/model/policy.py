@@ -111,6 +111,8 @@ class Policy:
         self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)) if slots is None else slots)
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
+        if self.routers is not None:
+            self.routers.check(self._any_forward)
         self._checkpoints_gradients = gradient_checkpointing
         if gradient_checkpointing:
             base.gradient_checkpointing_enable()

@@ -6,10 +6,10 @@
     routers.take_flips()
 
 Rounding differs between sampler and trainer, and where two experts score alike, it decides which one computes a token: then
-the token's log-probability differs by much more than rounding. Replaying (rollout routing replay, "Stabilizing MoE Reinforcement
-Learning by Aligning Training and Inference Routers", arXiv 2510.11370) lets the trainer compute with the sampler's experts, in
-all of its passes, that of a reference policy too. Only the choice is the sampler's: the weights of these experts are those of the
-trainer's router, so gradients flow through it to what is before it.
+the token's log-probability differs by much more than rounding. Replaying (rollout routing replay, "Stabilizing MoE
+Reinforcement Learning by Aligning Training and Inference Routers", arXiv 2510.11370) lets the trainer compute with the
+sampler's experts, in all of its passes, that of a reference policy too. Only the choice is the sampler's: the weights of these
+experts are those of the trainer's router, so gradients flow through it to what is before it.
 
 A router is not written anew. While one of transformers computes, its `topk` over the experts returns the sampler's choice
 instead of its own, with the scores there; whatever the family does with them (softmax before or after, sigmoid, groups, biases,
@@ -61,7 +61,7 @@ class Routers:
             raise ValueError(
                 f"rollout.routed_experts: {type(model).__name__} has no routers that can be followed: set ignore"
             )
-        self.layers = tuple(found)
+        self.layers, self._routers = tuple(found), tuple(found.values())
         for layer, router in found.items():
             router.forward = self._following(layer, router, router.forward)
 
@@ -78,6 +78,17 @@ class Routers:
             yield
         finally:
             self._experts, self._uncounted = None, set()
+
+    def check(self, forward: Callable[[], torch.Tensor]) -> None:
+        """Whether all routers can be followed. `forward`: a pass of the model over two tokens.
+
+        Raises:
+            ValueError: one of them chooses in another way.
+        """
+        device, top_k = next(self._routers[0].parameters()).device, max(cast(int, one.top_k) for one in self._routers)
+        unknown = torch.full((2, max(self.layers) + 1, top_k), -1, dtype=torch.int16, device=device)
+        with self.over(unknown), torch.no_grad():
+            forward()
 
     def take_flips(self) -> Flips:
         """What was counted since the last call."""
