@@ -120,7 +120,8 @@ def sampling_engine(config: GRPOConfig, model_path: str) -> Iterator[Engine]:
         with _torch_engine(config, model_path, None) as (engine, _):
             yield engine
         return
-    with _vllm_engine(config, model_path, None) as engine:
+    rollout = config.rollout.model_copy(update={"routed_experts": "ignore"})  # nothing is trained on them
+    with _vllm_engine(config.model_copy(update={"rollout": rollout}), model_path, None) as engine:
         yield engine
 
 
