@@ -112,16 +112,15 @@ class Routers:
                 )
             if layer in self._uncounted:
                 self._uncounted.discard(layer)
-                flipped, compared = count_flips(choice.own[0], chosen_LK)
-                self._flipped.append(flipped)
-                self._compared.append(compared)
+                self._flipped.append(differs(choice.own[0], chosen_LK).sum())
+                self._compared.append(is_known(chosen_LK).sum())
             return output
 
         return follow
 
 
 class _Choice(TorchFunctionMode):
-    """Within it, `topk` over all experts of a router returns `chosen_LK`, where that is known.
+    """Within it, `topk` over all experts of a router returns `chosen_LK`, where that is another set than the router's own.
 
     Attributes:
         own: what the router itself has chosen, [L, K] for each call.
@@ -146,15 +145,19 @@ class _Choice(TorchFunctionMode):
         self.own.append(result.indices)
         if self._chosen_LK is None:
             return result
-        indices_LK = torch.where(self._chosen_LK >= 0, self._chosen_LK, result.indices)
+        # The same experts in another order would be summed in that order: without flips, replaying changes no bit.
+        indices_LK = torch.where(differs(result.indices, self._chosen_LK)[:, None], self._chosen_LK, result.indices)
         return torch.return_types.topk((scores.gather(-1, indices_LK), indices_LK))  # type: ignore[attr-defined]
 
 
-def count_flips(own_LK: torch.Tensor, chosen_LK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For how many tokens the sets of experts differ, and how many were compared: those whose choice is known (not -1)."""
-    known_L = (chosen_LK >= 0).all(-1)
-    differs_L = (own_LK.sort(-1).values != chosen_LK.sort(-1).values).any(-1)
-    return (differs_L & known_L).sum(), known_L.sum()
+def is_known(chosen_LK: torch.Tensor) -> torch.Tensor:
+    """Whether the sampler's choice for a token is known, [L]."""
+    return (chosen_LK >= 0).all(-1)
+
+
+def differs(own_LK: torch.Tensor, chosen_LK: torch.Tensor) -> torch.Tensor:
+    """Whether the sampler's choice for a token is known and another set of experts than the router's own, [L]."""
+    return is_known(chosen_LK) & (own_LK.sort(-1).values != chosen_LK.sort(-1).values).any(-1)
 
 
 def find_routers(model: nn.Module) -> dict[int, nn.Module]:
