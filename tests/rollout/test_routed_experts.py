@@ -112,16 +112,20 @@ def test_the_turns_of_an_episode_have_the_experts_of_all_of_it(
 
 @pytest.mark.engine
 def test_stop_strings_and_preempted_requests_have_the_experts_of_their_tokens(
-    engine_of: Callable[..., Any], folder_of: Callable[[str], Path]
+    engine_of: Callable[..., Any], folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache has room for a few of the twelve sequences, so vLLM computes some of them again."""
     rollout = RolloutConfig(max_prompt_length=128, max_completion_length=128, kv_cache_gib=1 / 2048)
     engine, chosen = engine_of("qwen3-moe", rollout=rollout), Chosen("qwen3-moe", folder_of("qwen3-moe"))
+    scheduler, preempted = engine._engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+    monkeypatch.setattr(scheduler, "_preempt_request", lambda *args, **options: preempted.append(preempt(*args, **options)))
     sampling = SamplingConfig(num_generations=4, max_completion_length=120, stop=["ab", "e"])
     for group in engine.rollout(PROMPTS, sampling, seeds=[1, 2, 3]):
         for one in group.completions:
             inputs = (*group.prompt_token_ids, *one.token_ids[:-1])
             assert share_of_differences(one.routed_experts, chosen.of(inputs)) < 0.02
+    assert preempted
 
 
 @pytest.mark.engine
