@@ -19,8 +19,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
-from ...rollout.routed_experts import UseOfExperts
-from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
 from ..config import LoraConfig
@@ -29,9 +27,9 @@ from .arithmetic import Arithmetic
 from .base_model import load_base
 from .fusing import fuse
 from .heads import head_of
-from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
+from .lora_layers import ADAPTER, AdapterSlot, FusedLoRALayer, Master, projection
 from .packing import Pack
-from .routers import Routers
+from .routers import Routers, UseOfExperts
 from .shared_prompts import (
     PACKED_ATTENTION,
     SharedPromptLayout,

@@ -29,6 +29,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ...rollout.routed_experts import UseOfExperts
+
+__all__ = ["Flips", "Routers", "UseOfExperts", "find_routers"]
+
 TOP_K = (torch.topk, torch.Tensor.topk)
 
 

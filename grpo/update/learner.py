@@ -23,7 +23,6 @@ from ..config import GRPOConfig
 from ..data.groups import Group
 from ..guards.decision import Decision
 from ..guards.guards import Guards
-from ..model.packing import has_targets
 from ..model.policy import Policy
 from .loss_scale import LossScale
 from .objective import Objective, StepConstants
@@ -31,7 +30,7 @@ from .optimizer import make_optimizer, set_learning_rate
 from .schedule import learning_rate
 from .snapshots import Snapshots
 from .stats import GradientStats, tally_of
-from .step_packs import PackBudget, Part, StepPacks
+from .step_packs import PackBudget, Part, StepPacks, check_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,19 +271,6 @@ def _lacks_rewards(group: Group) -> bool:
 def without_truncated(group: Group) -> Group:
     """The group without its truncated completions."""
     return group.select([i for i, one in enumerate(group.completions) if not one.is_truncated])
-
-
-def check_experts(groups: Sequence[Group]) -> None:
-    """Whether the sampler's choice of experts is known of all completions that are trained on.
-
-    Raises:
-        ValueError: it is not, such as of completions that a user's function has made.
-    """
-    if any(has_targets(one) and one.routed_experts is None for group in groups for one in group.completions):
-        raise ValueError(
-            "rollout.routed_experts=replay: completions without the experts that vLLM chose, such as those of a rollout_func, "
-            "cannot be replayed: set compare or ignore"
-        )
 
 
 def _num_tokens(groups: Sequence[Group]) -> int:
