@@ -18,6 +18,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from .config import RolloutConfig
+from .model_limits import has_recurrent_layers
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -60,6 +61,11 @@ def use_of_experts(rollout: RolloutConfig, model_path: str, *, on_cpu: bool) -> 
         )
     if not has_experts(model_path):
         raise ValueError(f"{option}: the model has no experts: leave it out")
+    if on_cpu and has_recurrent_layers(model_path):
+        raise ValueError(
+            f"{option}: vLLM keeps its choice of experts beside the prefix cache, which models with recurrent layers have not on "
+            "CPU: leave it out"
+        )
     if not on_cpu and rollout.model_runner == "v1":
         raise ValueError(f"{option}: on CUDA vLLM tells which experts it chose with rollout.model_runner=v2 only: set it")
     return wanted

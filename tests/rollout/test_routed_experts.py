@@ -150,13 +150,14 @@ def test_experts_are_compared_where_vllm_tells_them(folder_of: Callable[[str], P
     ("options", "kind", "on_cpu", "message"),
     [
         ({}, "llama", True, r"replay: the model has no experts: leave it out"),
-        ({"engine": "torch"}, "moe", True, r"replay: the torch engine does not tell .* or set rollout\.engine=vllm"),
-        ({}, "moe", False, r"replay: on CUDA vLLM tells which experts it chose with rollout\.model_runner=v2 only: set it"),
+        ({}, "granite4-hybrid", True, r"replay: .* which models with recurrent layers have not on CPU: leave it out"),
+        ({"engine": "torch"}, "qwen3-moe", True, r"replay: the torch engine does not tell .* or set rollout\.engine=vllm"),
+        ({}, "qwen3-moe", False, r"replay: on CUDA vLLM tells which experts it chose with rollout\.model_runner=v2 only: set it"),
     ],
 )
 def test_what_nothing_returns_cannot_be_replayed(
     folder_of: Callable[[str], Path], tiny_model_path: Any, options: dict[str, Any], kind: str, on_cpu: bool, message: str
 ) -> None:
-    model = folder_of("qwen3-moe") if kind == "moe" else tiny_model_path(kind)
+    model = tiny_model_path(kind) if kind == "llama" else folder_of(kind)
     with pytest.raises(ValueError, match=rf"rollout\.routed_experts={message}"):
         use_of_experts(RolloutConfig(routed_experts="replay", **options), str(model), on_cpu=on_cpu)
