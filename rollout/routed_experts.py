@@ -63,8 +63,8 @@ def use_of_experts(rollout: RolloutConfig, model_path: str, *, on_cpu: bool) -> 
         raise ValueError(f"{option}: the model has no experts: leave it out")
     if on_cpu and has_recurrent_layers(model_path):
         raise ValueError(
-            f"{option}: vLLM keeps its choice of experts beside the prefix cache, which models with recurrent layers have not on "
-            "CPU: leave it out"
+            f"{option}: vLLM keeps its choice of experts beside the prefix cache, which it has not on CPU for models with "
+            "recurrent layers: leave it out"
         )
     if not on_cpu and rollout.model_runner == "v1":
         raise ValueError(f"{option}: on CUDA vLLM tells which experts it chose with rollout.model_runner=v2 only: set it")

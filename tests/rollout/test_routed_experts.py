@@ -150,9 +150,9 @@ def test_experts_are_compared_where_vllm_tells_them(folder_of: Callable[[str], P
     ("options", "kind", "on_cpu", "message"),
     [
         ({}, "llama", True, r"replay: the model has no experts: leave it out"),
-        ({}, "granite4-hybrid", True, r"replay: .* which models with recurrent layers have not on CPU: leave it out"),
-        ({"engine": "torch"}, "qwen3-moe", True, r"replay: the torch engine does not tell .* or set rollout\.engine=vllm"),
-        ({}, "qwen3-moe", False, r"replay: on CUDA vLLM tells which experts it chose with rollout\.model_runner=v2 only: set it"),
+        ({}, "granite4-hybrid", True, r"replay: .* on CPU for models with recurrent layers: leave it out"),
+        ({"engine": "torch"}, "qwen3-moe", True, r"replay: the torch engine .* or set rollout\.engine=vllm"),
+        ({}, "qwen3-moe", False, r"replay: on CUDA .* with rollout\.model_runner=v2 only: set it"),
     ],
 )
 def test_what_nothing_returns_cannot_be_replayed(
