@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
 from ..rollout.engine import RolloutEngine
+from ..rollout.model_limits import wider_windows
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.resume import Resumption
 from .common.log import logger
@@ -86,7 +88,8 @@ def open_run(
         evaluation_pending: of a new run: whether an evaluation is due before its first step.
         engine: a user-supplied one, which stays open; None: one of `sessions`.
     """
-    for note in start_notes(setup.config, setup.inputs):
+    about_windows = wider_windows(setup.inputs.model_path, setup.config.rollout)
+    for note in chain(start_notes(setup.config, setup.inputs), about_windows):
         logger.info(note)
     with ExitStack() as stack:
         with setup.interrupts.interruptible():

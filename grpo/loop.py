@@ -124,6 +124,7 @@ def train_step(ctx: RunContext, step: int) -> Batch:
         ctx.session.publish()
     metrics = {**batch.metrics, **gradients.metrics(), **update.metrics}
     del gradients  # the packs and their log-probabilities
+    batch = batch.without_experts()
     record_step(ctx, step, batch, metrics, update, clock, is_complete=not decision.stop)
     if decision.stop_reason is not None:
         raise TrainingStoppedError(decision.stop_reason)

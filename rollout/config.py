@@ -111,6 +111,12 @@ class RolloutConfig(SamplingConfig):
     model_runner: Literal["v1", "v2"] = "v1"
     """vLLM's model runner: `v1`, which vLLM deprecates, or `v2` (CUDA only). They draw other tokens for the same seed."""
 
+    routed_experts: Literal["auto", "ignore", "compare", "replay"] = "auto"
+    """What is done with the experts that vLLM chose for each token, of mixtures of experts: `compare` measures how often the
+    trainer chooses others (`sampling/router_flips`); `replay` lets the trainer compute with vLLM's choice, weighted by its own
+    routers (arXiv 2510.11370); `ignore` neither. `auto`: compare on CPU. On CUDA vLLM tells its choice with `model_runner: v2`
+    only."""
+
     tools: list[str] = Field(default=[])
     """Functions that the model may call, as `file.py:name` or `package.module:name`: functions with type hints and a docstring
     in Google's style. A single name will do. See docs/episodes.md."""

@@ -39,6 +39,7 @@ from .vllm_compat import (
     existing_objects_frozen,
     forget_lora_pointers,
     import_vllm,
+    record_experts,
     replace_cpu_layers,
     replace_sampler,
     replaced_in_new_engines,
@@ -104,6 +105,8 @@ class RolloutEngine:
         check_model_runner(self._engine, settings.rollout.model_runner)
         if settings.rollout.model_runner == "v1":  # the sampler of V2 has counter-based noise of its own
             replace_sampler(self._engine, on_cpu=on_cpu)
+        # V2, on CUDA, records by itself.
+        self._recorder = record_experts(self._engine) if on_cpu and settings.returns_experts else None
         if on_cpu and dense:
             self._apply_model(replace_cpu_layers)
         self._tokenizer = self._engine.get_tokenizer()
@@ -262,6 +265,9 @@ class RolloutEngine:
 
         self._queue.close()
         self._activity.close()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
         with collections_skipped() if self.device == "cpu" else nullcontext():
             self._engine.engine_core.shutdown()
         self.slots = {}
@@ -300,4 +306,5 @@ class RolloutEngine:
             text=text_of(output, texts),
             finish_reason=output.finish_reason,
             policy_version=self.policy_version,
+            routed_experts=output.routed_experts,
         )

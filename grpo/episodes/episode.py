@@ -305,6 +305,7 @@ class Player:
             policy_version=self._policy_version,
             given=tuple(stream.given),
             episode=self._episode(rewards=rewards),
+            routed_experts=stream.routed_experts,
         )
         return self._as_played(completion)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ...rollout.turns import Turn
 from ...rollout.types import Span
 
@@ -20,6 +22,7 @@ class Stream:
     """See the module's docstring.
 
     `recomputed`: tokens that the engine computed again for a later turn, because it no longer had their keys and values.
+    `routed_experts`: as in `Completion`; of such tokens those of the turn that was sampled first.
     """
 
     prompt: tuple[int, ...]
@@ -27,6 +30,7 @@ class Stream:
     logprobs: list[float] = field(default_factory=list)
     given: list[Span] = field(default_factory=list)
     recomputed: int = 0
+    routed_experts: np.ndarray | None = None
     _computed: int = 0
 
     @property
@@ -39,6 +43,11 @@ class Stream:
         self.recomputed += max(0, self._computed - turn.cached_tokens)
         self.token_ids += turn.token_ids
         self.logprobs += turn.logprobs
+        if turn.routed_experts is None:
+            self.routed_experts = None
+        else:
+            known = turn.routed_experts[:0] if self.routed_experts is None else self.routed_experts
+            self.routed_experts = np.concatenate([known, turn.routed_experts[len(known) :]])
         self._computed = len(self.prompt) + len(self.token_ids) - 1  # the newest token has not been through the model
 
     def give(self, token_ids: Sequence[int]) -> None:

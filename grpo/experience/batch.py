@@ -47,6 +47,11 @@ class Batch:
     rollout_seconds: float
     reward_seconds: float
 
+    def without_experts(self) -> Batch:
+        """The batch without the experts that the engine chose: hundreds of bytes a token, for which callbacks have no use."""
+        groups, trained = ([group.without_experts() for group in some] for some in (self.groups, self.trained))
+        return dataclasses.replace(self, groups=groups, trained=trained)
+
 
 def collect_batch(
     engine: Engine,

@@ -165,7 +165,7 @@ def evaluate(
         world=world,
     ).groups
     return Evaluation(
-        groups=groups,
+        groups=[group.without_experts() for group in groups],
         seconds=time.perf_counter() - started,
         pass_reward=config.data.eval_pass_reward,
         functions={None: scorer.names, **{name: one.names for name, one in of_sets.items()}},

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ...kernels.repeated_rows import RowCopies
@@ -37,6 +38,8 @@ class Pack:
         advantages_N, sampler_logprobs_N: float32, for each target.
         sequence_N: which completion of the pack each target belongs to.
         lengths_S: how many tokens of each completion were sampled.
+        routed_experts: the experts that the sampler chose for each of the L tokens, [L, layers, K] int16, -1 where that is not
+            known; None if it is known of no token. With shared prompts, a prompt's are those of its first completion.
         origins: origin of each of the S completions: (index of its group, index in the group).
     """
 
@@ -50,6 +53,7 @@ class Pack:
     sampler_logprobs_N: torch.Tensor
     sequence_N: torch.Tensor
     lengths_S: torch.Tensor
+    routed_experts: torch.Tensor | None = None
     origins: tuple[tuple[int, int], ...]
     num_input_tokens: int
     num_padding_tokens: int
@@ -195,6 +199,7 @@ def _shared_pack(parts: list[_Part], device: str) -> Pack:
         parts,
         source,
         device,
+        routed_experts=_experts([piece for part in parts for piece in _pieces(part)], device),
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         layout=SharedPromptLayout.build(shapes, device),
@@ -211,15 +216,48 @@ def _padded_pack(parts: list[_Part], pad_token_id: int, device: str) -> Pack:
     for index, (prompt, completion) in enumerate(pairs):
         source += [index * width + len(prompt) + i - 1 for i in completion.sampled]
     padding = [width - len(row) for row in rows]
+    pieces = [(c.routed_experts, slice(len(row)), width) for (_, c), row in zip(pairs, rows, strict=True)]
     return _make_pack(
         parts,
         source,
         device,
+        routed_experts=_experts(pieces, device),
         input_ids=torch.tensor([row + [pad_token_id] * n for row, n in zip(rows, padding, strict=True)], device=device),
         attention_mask=torch.tensor([[1] * len(r) + [0] * n for r, n in zip(rows, padding, strict=True)], device=device),
         num_input_tokens=sum(map(len, rows)),
         num_padding_tokens=sum(padding),
     )
+
+
+_Piece = tuple[np.ndarray | None, slice, int]
+"""Experts of a completion, the range of its tokens that a piece of a pack has, and the piece's length with padding."""
+
+
+def _pieces(part: _Part) -> Iterator[_Piece]:
+    """The prompt, whose experts are those of a completion that has any, and each completion."""
+    prompt, completions = len(part.prompt), part.completions
+    known = [c.routed_experts for c in completions if c.routed_experts is not None]
+    yield known[0] if known else None, slice(prompt), prompt
+    for completion in completions:
+        length = len(row_inputs(completion))
+        yield completion.routed_experts, slice(prompt, prompt + length), length
+
+
+def _experts(pieces: Sequence[_Piece], device: str) -> torch.Tensor | None:
+    """See `Pack.routed_experts`."""
+    shapes = {experts.shape[1:] for experts, _, _ in pieces if experts is not None}
+    if not shapes:
+        return None
+    (shape,) = shapes
+    found = np.full((sum(length for *_, length in pieces), *shape), -1, dtype=np.int16)
+    start = 0
+    for experts, tokens, length in pieces:
+        if experts is not None:
+            rows = experts[tokens]
+            assert len(rows) == tokens.stop - (tokens.start or 0), "the experts of every token that is an input"
+            found[start : start + len(rows)] = rows
+        start += length
+    return torch.from_numpy(found).to(device)
 
 
 def _make_pack(
@@ -231,6 +269,7 @@ def _make_pack(
     position_ids: torch.Tensor | None = None,
     layout: SharedPromptLayout | None = None,
     attention_mask: torch.Tensor | None = None,
+    routed_experts: torch.Tensor | None,
     num_input_tokens: int,
     num_padding_tokens: int = 0,
 ) -> Pack:
@@ -252,6 +291,7 @@ def _make_pack(
         sampler_logprobs_N=torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float32, device=device),
         sequence_N=sequence_N.to(device),
         lengths_S=lengths_S.to(device),
+        routed_experts=routed_experts,
         origins=tuple((part.place, i) for part in parts for i in part.picks),
         num_input_tokens=num_input_tokens,
         num_padding_tokens=num_padding_tokens,

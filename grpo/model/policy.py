@@ -19,7 +19,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...kernels.logprob import Head, TokenFactor, TokenLoss, linear_logprob_loss, linear_logprobs
-from ...rollout.slots import AdapterSlot
 from ..common.errors import BaseWeightsModifiedError
 from ..common.files import atomic_folder
 from ..config import LoraConfig
@@ -28,8 +27,9 @@ from .arithmetic import Arithmetic
 from .base_model import load_base
 from .fusing import fuse
 from .heads import head_of
-from .lora_layers import ADAPTER, FusedLoRALayer, Master, projection
+from .lora_layers import ADAPTER, AdapterSlot, FusedLoRALayer, Master, projection
 from .packing import Pack
+from .routers import Routers, UseOfExperts
 from .shared_prompts import (
     PACKED_ATTENTION,
     SharedPromptLayout,
@@ -53,6 +53,7 @@ class Policy:
         load_in, shared: in which form and in whose memory the base is held, see `load_base`.
         slots: the engine's, see `attach`; None: slots of its own.
         deterministic: `backward` gives the same gradients each time on CUDA too, see `kernels/numerics.py`.
+        experts: what is done with the sampler's choice of experts, see `routers.py`.
 
     Attributes:
         base: the base model, and how much of it only the trainer holds.
@@ -61,6 +62,7 @@ class Policy:
         layers: the adapted layers by their name in the model.
         target_notes: what the preset of `lora.targets` leaves out, and why.
         shares_prompts: whether packs may hold each prompt once; if not, `plain_reason` says why.
+        routers: of a mixture of experts; None if the sampler's choice of experts is ignored.
         fusion: which layers compute together, which do not, and why.
 
     Raises:
@@ -82,6 +84,7 @@ class Policy:
         shared: Mapping[str, torch.Tensor] | None = None,
         slots: Mapping[str, AdapterSlot] | None = None,
         deterministic: bool = False,
+        experts: UseOfExperts = "ignore",
     ) -> None:
         self.base = load_base(model_path, dtype=getattr(torch, dtype), device=device, load_in=load_in, shared=shared)
         base = self.base.model
@@ -98,6 +101,7 @@ class Policy:
         self._arithmetic = Arithmetic(self.dtype, device, deterministic)
         self._logits_bytes = 2**20 * (logits_mib or LOGITS_MIB.get(device, LOGITS_MIB["cuda"]))
         self.model = base
+        self.routers = None if experts == "ignore" else Routers(base, replay=experts == "replay")
         self.peft_model, self.target_notes = inject(base, lora, seed)
         self.layers = {name: module for name, module in base.named_modules() if isinstance(module, FusedLoRALayer)}
         if start is not None:
@@ -106,6 +110,8 @@ class Policy:
         self.attach(self._local_slots(lora.max_rank, getattr(torch, dtype)) if slots is None else slots)
         self.write_slots()
         self.fusion = fuse(base, self._any_forward)
+        if self.routers is not None:
+            self.routers.check(self._any_forward)
         self._checkpoints_gradients = gradient_checkpointing
         if gradient_checkpointing:
             base.gradient_checkpointing_enable()
@@ -209,7 +215,7 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, pack: Pack, *, temperature: float = 1.0, use_adapter: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every target of the pack and the entropy there, [N] each, without gradient."""
-        with self._over(pack.layout), nullcontext() if use_adapter else self.peft_model.disable_adapter():
+        with self._over(pack), nullcontext() if use_adapter else self.peft_model.disable_adapter():
             hidden_ND, head = self._hidden(pack), self.head
         return linear_logprobs(hidden_ND, head, pack.targets_N, temperature=temperature, chunk_bytes=self._logits_bytes)
 
@@ -229,7 +235,7 @@ class Policy:
         once all log-probabilities are. `loss_scale`: of all gradients, not of the loss that is returned. See
         `linear_logprob_loss` for these.
         """
-        with self._over(pack.layout), self._arithmetic.repeatable():
+        with self._over(pack, counts_flips=True), self._arithmetic.repeatable():
             loss, logprobs_N, entropy_N = linear_logprob_loss(
                 self._hidden(pack),
                 self.head,
@@ -270,7 +276,7 @@ class Policy:
         layout = None
         if self.shares_prompts:
             layout = SharedPromptLayout.build([(2, [])], self.device)
-        with self._over(layout):
+        with self.packed(), packs_of(layout):
             yield self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def _hidden(self, pack: Pack) -> torch.Tensor:
@@ -281,9 +287,10 @@ class Policy:
         return pack.sources.gather(output.last_hidden_state.flatten(0, 1))
 
     @contextmanager
-    def _over(self, layout: SharedPromptLayout | None) -> Iterator[None]:
-        """Around forward and backward of a pack of this layout; None: of padded rows."""
-        with self.packed(), packs_of(layout):
+    def _over(self, pack: Pack, *, counts_flips: bool = False) -> Iterator[None]:
+        """Around forward and backward of a pack."""
+        routing = nullcontext() if self.routers is None else self.routers.over(pack.routed_experts, counts=counts_flips)
+        with self.packed(), packs_of(pack.layout), routing:
             yield
 
     @property

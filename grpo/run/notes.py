@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ...kernels.device import multiplies_fp16, native_dtype
-from ...rollout.model_limits import wider_windows
 from ...rollout.texts import special_tokens
 from ...rollout.types import Completion
 from ..algorithm.corrections import sampling_warnings
@@ -42,7 +41,6 @@ def start_notes(config: GRPOConfig, inputs: RunInputs) -> Iterator[str]:
         yield "this CPU has no bf16 instructions and emulates them: model.dtype=float32 is many times faster here"
     if config.model.dtype == "float16" and not multiplies_fp16():
         yield f"this CPU has no fp16 instructions and emulates them: model.dtype={native_dtype()} is many times faster here"
-    yield from wider_windows(inputs.model_path, rollout)
     yield from sampling_warnings(
         temperature=rollout.temperature,
         top_p=rollout.top_p,

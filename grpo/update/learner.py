@@ -30,7 +30,7 @@ from .optimizer import make_optimizer, set_learning_rate
 from .schedule import learning_rate
 from .snapshots import Snapshots
 from .stats import GradientStats, tally_of
-from .step_packs import PackBudget, Part, StepPacks
+from .step_packs import PackBudget, Part, StepPacks, check_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +98,8 @@ class Learner:
         if not any(completion.num_tokens for group in trained for completion in group.completions):
             return StepGradients()
         local = [group for group in trained if group.is_local]
+        if self.policy.routers is not None and self.policy.routers.replay:
+            check_experts(local)
         packs = StepPacks(self.policy, local, self.pack_budget, pad_token_id=self.pad_token_id, world=self.world)
         with self.policy.packed():
             constants = self._constants(groups, trained, packs)
@@ -170,12 +172,26 @@ class Learner:
                 loss_scale=None if self.loss_scale is None else self.loss_scale.value,
             )
 
-        self.optimizer.zero_grad(set_to_none=True)
-        results = packs.each(backward, undo=lambda: self.optimizer.zero_grad(set_to_none=True))
+        routers = self.policy.routers
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            if routers is not None:
+                routers.take_flips()
+
+        undo()  # what an earlier pass has left
+        results = packs.each(backward, undo=undo)
         losses, logprobs, entropies = zip(*results, strict=True) if results else ((), (), ())
         self._sum_gradients()
         local = tally_of(
-            self.objective, packs.packs, losses, logprobs, entropies, old=packs.old, reference=packs.reference
+            self.objective,
+            packs.packs,
+            losses,
+            logprobs,
+            entropies,
+            old=packs.old,
+            reference=packs.reference,
+            flips=None if routers is None else routers.take_flips(),
         )
         tallies = self.world.all_gather(local)
         if self.loss_scale is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...rollout.engine import EngineSettings
 from ...rollout.model_limits import check_model_dtype, check_model_limits
+from ...rollout.routed_experts import UseOfExperts, use_of_experts
 from ..common.weight_files import find_weights
 from ..config import GRPOConfig
 from ..data.run_inputs import with_fitting_prompts
@@ -29,14 +30,15 @@ def resolve_training(
 
     Raises:
         ValueError, FileNotFoundError: the objective cannot be loaded, or the model has not the context or the tokens that
-            `rollout` needs, or does not work in `model.dtype`, or training cannot start from this adapter, or it is in the
-            folder that the run replaces.
+            `rollout` needs, or no experts to replay, or does not work in `model.dtype`, or training cannot start from this
+            adapter, or it is in the folder that the run replaces.
     """
     Objective(config)
     config = with_fitting_prompts(config, model_path)
     check_model_limits(config.rollout, model_path, tokenizer)
     vllm_on_cpu = config.rollout.engine == "vllm" and device_of_torch() == "cpu"
     check_model_dtype(model_path, config.model.dtype, vllm_on_cpu=vllm_on_cpu)
+    experts_of(config, model_path)
     config, start = resolve_start(config, model_path)
     output_dir = config.logging.output_dir
     if start is not None and start.folder.resolve().is_relative_to(output_dir.resolve()):
@@ -44,6 +46,15 @@ def resolve_training(
             f"lora.start_from: {start.folder} is inside {output_dir}, which a new run replaces: set another logging.output_dir"
         )
     return config, start
+
+
+def experts_of(config: GRPOConfig, model_path: str) -> UseOfExperts:
+    """What a run does with the sampler's choice of experts.
+
+    Raises:
+        ValueError: `rollout.routed_experts` asks for what nothing returns.
+    """
+    return use_of_experts(config.rollout, model_path, on_cpu=device_of_torch() == "cpu")
 
 
 def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
@@ -67,4 +78,5 @@ def engine_settings(config: GRPOConfig, model_path: str) -> EngineSettings:
         keep_base_weights=config.model.share_base_weights is True,
         nf4_weights=nf4_names(model_path) if config.model.load_in == "nf4" else (),
         weight_files=files.names if files.others else (),
+        returns_experts=experts_of(config, model_path) != "ignore",
     )

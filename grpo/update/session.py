@@ -25,7 +25,7 @@ from ..model.prove import prove_slots
 from ..model.start import StartAdapter, resolve_start
 from .device import check_device, check_dtype_here, device_of_torch, prepared_device
 from .learner import Learner
-from .resolve import engine_settings
+from .resolve import engine_settings, experts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,8 @@ def sampling_engine(config: GRPOConfig, model_path: str) -> Iterator[Engine]:
         with _torch_engine(config, model_path, None) as (engine, _):
             yield engine
         return
-    with _vllm_engine(config, model_path, None) as engine:
+    rollout = config.rollout.model_copy(update={"routed_experts": "ignore"})  # nothing is trained on them
+    with _vllm_engine(config.model_copy(update={"rollout": rollout}), model_path, None) as engine:
         yield engine
 
 
@@ -193,6 +194,7 @@ def make_policy(
         deterministic=config.deterministic,
         shared=engine.base_weights() if engine is not None and share else None,
         slots=None if engine is None else engine.slots,
+        experts=experts_of(config, model_path),
     )
     if share is True and policy.base.unshared:
         raise ValueError(

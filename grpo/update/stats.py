@@ -17,6 +17,7 @@ from ..algorithm.losses import kl_k3
 from ..algorithm.tally import Tally
 from ..data.groups import Group
 from ..model.packing import Pack, has_targets, row_inputs
+from ..model.routers import Flips
 from .objective import Objective
 
 
@@ -25,7 +26,9 @@ class GradientStats:
     """Numbers of one forward and backward pass over the step, of all workers. `grad_norm` is before clipping.
 
     `gap`: between sampler and trainer, see `gap_metrics`. `left_out_ratio`: the share of tokens in completions that a veto or
-    mask switches off. `kl`, `clip_low`, `clip_high`: None if the objective has none.
+    mask switches off. `kl`, `clip_low`, `clip_high`: None if the objective has none. `router_flips`: the share of pairs of a
+    token and a layer with experts in which the trainer's router chose another set of experts than the sampler's; None if the
+    sampler's choice is not known.
     """
 
     loss: float
@@ -36,6 +39,7 @@ class GradientStats:
     kl: float | None = None
     clip_low: float | None = None
     clip_high: float | None = None
+    router_flips: float | None = None
 
     @staticmethod
     def of(tallies: Sequence[Tally], *, grad_norm: float) -> GradientStats:
@@ -50,6 +54,7 @@ class GradientStats:
             kl=tally.mean("kl_to_reference") if "kl_to_reference" in tally.sums else None,
             clip_low=tally.mean("clip_low") if "clip_low" in tally.sums else None,
             clip_high=tally.mean("clip_high") if "clip_high" in tally.sums else None,
+            router_flips=tally.sums["flipped"] / tally.sums["compared"] if tally.sums.get("compared") else None,
         )
 
     def metrics(self) -> dict[str, float]:
@@ -60,6 +65,7 @@ class GradientStats:
             "entropy": self.entropy,
             **self.gap,
             "sampling/left_out_ratio": self.left_out_ratio,
+            **({} if self.router_flips is None else {"sampling/router_flips": self.router_flips}),
             **({} if self.kl is None else {"kl": self.kl}),
             **self._clip_metrics(),
         }
@@ -87,10 +93,12 @@ def tally_of(
     *,
     old: Sequence[torch.Tensor] | None,
     reference: Sequence[torch.Tensor] | None,
+    flips: Flips | None = None,
 ) -> Tally:
     """Sums and extremes over the tokens of one worker, from the loss, log-probabilities and entropies of each of its packs.
 
     old, reference: the log-probabilities of each pack under these policies; None if there are none.
+    flips: of the pass; None if the sampler's choice of experts is ignored.
     """
     if not packs:
         return Tally()
@@ -113,7 +121,10 @@ def tally_of(
         torch.cat([one.sampler_logprobs_N for one in packs]),
         torch.cat([objective.weights(one, logprobs_N) for one, logprobs_N in pairs]),
     )
-    return Tally.of(sums=sums, extremes={}).join(gap)
+    tally = Tally.of(sums=sums, extremes={}).join(gap)
+    if flips is None:
+        return tally
+    return tally.join(Tally(tally.count, {"flipped": flips.flipped, "compared": flips.compared}))
 
 
 def packing_counts(packs: Sequence[Pack], groups: Sequence[Group]) -> dict[str, int]:

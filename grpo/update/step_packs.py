@@ -24,7 +24,7 @@ from ..common.log import logger
 from ..common.world import SINGLE_PROCESS, World
 from ..config.optim import USUAL_TOKENS_PER_PACK, OptimConfig
 from ..data.groups import Group
-from ..model.packing import Pack, by_origin, pack, pad
+from ..model.packing import Pack, by_origin, has_targets, pack, pad
 from ..model.policy import Policy
 from .stats import packing_counts, packing_metrics
 
@@ -178,6 +178,19 @@ def make_packs(policy: Policy, groups: Sequence[Group], tokens: int, *, pad_toke
     if policy.shares_prompts:
         return pack(groups, tokens_per_pack=tokens, device=policy.device)
     return pad(groups, tokens_per_pack=tokens, pad_token_id=pad_token_id, device=policy.device)
+
+
+def check_experts(groups: Sequence[Group]) -> None:
+    """Whether the sampler's choice of experts is known of all completions that are trained on.
+
+    Raises:
+        ValueError: it is not, such as of completions that a user's function has made.
+    """
+    if any(has_targets(one) and one.routed_experts is None for group in groups for one in group.completions):
+        raise ValueError(
+            "rollout.routed_experts=replay: completions without the experts that vLLM chose, such as those of a rollout_func, "
+            "cannot be replayed: set compare or ignore"
+        )
 
 
 def _moved(

@@ -42,6 +42,7 @@ def test_an_engine_serves_runs_that_sample_differently():
         ({"rollout": RolloutConfig(lora_path="punica")}, "lora_path auto instead of punica"),
         ({"rollout": RolloutConfig(model_runner="v2")}, "model_runner v1 instead of v2"),
         ({"rollout": RolloutConfig(release_kv_cache=False)}, "release_kv_cache None instead of False"),
+        ({"returns_experts": True}, "returns_experts False instead of True"),
         ({"nf4_weights": ("w" * 99,)}, f"nf4_weights () instead of ('{'w' * 78} ..."),
     ],
 )

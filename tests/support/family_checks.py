@@ -50,6 +50,8 @@ def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtyp
     torch's own, which is the default, leaves out Gemma 2's cap on scores.
     """
     base = stock_class(model_path).from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+    if dtype == torch.float64:
+        base.set_experts_implementation("eager")  # grouped products exist up to fp32
     model: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).to(dtype).eval()
     total, logprobs = 0.0, {}
     for place, group in enumerate(groups):

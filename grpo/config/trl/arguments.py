@@ -76,6 +76,7 @@ class Arguments(TypedDict, total=False):
     release_kv_cache: bool | None
     enforce_eager: bool | None
     model_runner: Literal["v1", "v2"]
+    routed_experts: Literal["auto", "ignore", "compare", "replay"]
     tools: list[str]
     environment: str | dict[str, str] | None
     max_tool_calling_iterations: int | None

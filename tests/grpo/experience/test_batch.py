@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from routing import with_experts
+from sample_groups import random_groups
 from tiny_runs import ROWS, many_low_ids, steps_of
 
 from rankup.grpo.data.prompts import Prompt
 from rankup.grpo.data.sampler import PromptSampler
-from rankup.grpo.experience.batch import collect_batch
+from rankup.grpo.experience.batch import Batch, collect_batch
 from rankup.grpo.update.session import engine_and_policy
 
 
@@ -117,3 +119,11 @@ def test_an_engine_of_other_settings_is_refused(vllm_engine, make_trainer):
         make_trainer(engine="vllm", max_completion_length=9).train(engine=vllm_engine)
     with pytest.raises(ValueError, match="leave out `engine`"):
         make_trainer().train(engine=vllm_engine)
+
+
+def test_what_is_left_of_a_batch_once_it_was_trained_on_has_no_experts() -> None:
+    groups = with_experts(random_groups([(4, [3, 6]), (2, [5])]))
+    batch = Batch(groups=groups, trained=groups[:1], metrics={}, rollout_seconds=0.0, reward_seconds=0.0).without_experts()
+    assert batch.groups == groups and batch.trained == groups[:1], "apart from the experts"
+    left = [completion for group in (*batch.groups, *batch.trained) for completion in group.completions]
+    assert len(left) == 5 and all(completion.routed_experts is None for completion in left)
