@@ -31,7 +31,8 @@ def layer_widths(model_path: str) -> Mapping[str, int]:
         model = build_model(AutoConfig.from_pretrained(model_path))
     embedding = model.get_input_embeddings()
     widths = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return widths | {name: module.embedding_dim for name, module in model.named_modules() if module is embedding}
+    embeddings = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return widths | {name: module.embedding_dim for name, module in embeddings if module is embedding}
 
 
 def renames(vllm_model: nn.Module) -> bool:

@@ -41,10 +41,11 @@ def register_text_model(model_path: str) -> None:
     for name in wanted:
         known = ModelRegistry.models.get(name)
         module_name: str | None = getattr(known, "module_name", None)  # none: it is registered already
-        if known is not None and module_name is not None:
+        class_name: str = getattr(known, "class_name", name)
+        if module_name is not None:
             with _empty_torchvision():
                 module = importlib.import_module(module_name)
-            ModelRegistry.register_model(name, getattr(module, known.class_name))
+            ModelRegistry.register_model(name, getattr(module, class_name))
 
 
 class _Empty(ModuleType):

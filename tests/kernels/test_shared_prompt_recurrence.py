@@ -17,16 +17,20 @@ from rankup.kernels.recurrence_plan import plan_recurrence
 from rankup.kernels.shared_prompt_attention import SharedPromptLayout, active
 from rankup.kernels.shared_prompt_recurrence import install, layers_with_state, why_not
 
-COMMON = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-DELTA = {
+COMMON: dict[str, Any] = {
+    **{"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+}
+DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,
 }
-HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2}
+HYBRID: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+MAMBA: dict[str, Any] = {
+    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2}
+}
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**COMMON, **HYBRID, **DELTA, head_dim=16),
@@ -46,7 +50,7 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     ),
     "falcon-h1": lambda: transformers.FalconH1Config(
         **COMMON, num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=2,
-        mamba_chunk_size=4, head_dim=16,
+        mamba_chunk_size=4, **{"head_dim": 16},
     ),
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_a_token_from_logits_that_are_not_finite_is_an_error() -> None:
     def ends_with(logprob: float) -> Any:
         flat = SimpleNamespace(logprobs=[-1.0, logprob, -2.0])
         output = SimpleNamespace(finished=True, request_id="a", outputs=[SimpleNamespace(logprobs=flat)])
-        requests = VllmRequests(VllmQueue(None, nullcontext), None)
+        requests = VllmRequests(VllmQueue(cast(Any, None), nullcontext), cast(Any, None))
         requests._keys = {"a": 3}
         requests.take(cast(Any, output))
         return requests.step()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_runs import MadeRun
@@ -19,7 +20,7 @@ pytestmark = [
 ]
 
 
-def size_and_colours(picture: Path) -> tuple[tuple[int, int], set[tuple[int, ...]]]:
+def size_and_colours(picture: Path) -> tuple[tuple[int, int], set[Any]]:
     from PIL import Image
 
     with Image.open(picture) as image:

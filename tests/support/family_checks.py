@@ -74,8 +74,8 @@ def stock_pass(model_path: Path, adapter: Path, groups: Sequence[Group], *, dtyp
 
 def stock_class(model_path: Path) -> Any:
     """The class of transformers that a model's configuration names."""
-    (name,) = AutoConfig.from_pretrained(model_path).architectures
-    return getattr(transformers, name)
+    names: list[str] = AutoConfig.from_pretrained(model_path).architectures or []
+    return getattr(transformers, names[0])
 
 
 def packs_of(policy: Policy, groups: Sequence[Group]) -> list[Pack]:
