@@ -7,7 +7,7 @@ stock PEFT and in stock vLLM; and whether the tokens of one completion change th
 family. The exit status is 0 only if every family is trained, or refused with a reason.
 
 examples:
-  scripts/zoo.py                                        all families, 50 to 180 seconds each on two busy cores
+  scripts/zoo.py                                        all families, about seven minutes on an idle core
   scripts/zoo.py --family gemma3 --family qwen3.5       some of them
   scripts/zoo.py --json zoo.json --docs docs/models.md  also write the figures, and the table of a page
 """
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
     from rankup.grpo.config import LoraConfig
+    from rankup.grpo.model.fusing import Fusion
 
 PRELOADED = ["rankup.grpo.trainer", "rankup.rollout.engine", "family_checks"]
 TIMEOUT = 600.0  # seconds of a family
@@ -53,7 +54,8 @@ class Result:
         plain_reason: why prompts are not shared; empty if they are.
         targets: the kinds of layers with an adapter.
         layers: their number.
-        left_out: what `all-linear` leaves out.
+        fused: what computes as one function: q/k/v, MLPs, norms; all other adapted layers do so by themselves.
+        left_out: what `all-linear` leaves out, and notes about vLLM.
         check: the worst gap between trainer and vLLM under an adapter on one projection, as a share of its bound.
         gradient, gradient_limit: the largest relative difference of loss and gradients to stock PEFT's, and its bound.
         peft, vllm: the largest difference of log-probabilities between stock PEFT and the trainer, and stock vLLM.
@@ -70,6 +72,7 @@ class Result:
     plain_reason: str | None = None
     targets: list[str] = field(default_factory=list)
     layers: int | None = None
+    fused: str = ""
     left_out: list[str] = field(default_factory=list)
     check: float | None = None
     gradient: float | None = None
@@ -103,7 +106,7 @@ class Result:
         """The cells behind the family's name."""
         shared = "" if self.plain_reason is None else "no" if self.plain_reason else "yes"
         numbers = [_number(value) for value in (self.check, self.gradient, self.peft, self.vllm, self.leak)]
-        return [self.verdict, shared, "" if self.layers is None else str(self.layers), *numbers]
+        return [self.verdict, shared, self.fused, "" if self.layers is None else str(self.layers), *numbers]
 
 
 def _number(value: float | None) -> str:
@@ -176,10 +179,10 @@ def _in_process(name: str, context: ForkServerContext) -> Result:
 
 def table(results: Sequence[Result]) -> str:
     """The table of docs/models.md."""
-    heads = ["family", "special", "", "prompts shared", "layers", "check", "gradients", "PEFT", "vLLM", "leak"]
+    heads = ["family", "special", "", "prompts shared", "fused", "layers", "check", "gradients", "PEFT", "vLLM", "leak"]
     rows = [[result.family, result.special, *result.figures] for result in results]
     notes = [f"- **{r.family}**: {text}" for r in results if (text := "; ".join(filter(None, [r.reason, *r.left_out])))]
-    return "\n".join([markdown(heads, rows, left=4), "", *notes])
+    return "\n".join([markdown(heads, rows, left=5), "", *notes])
 
 
 # ---------------------------------------------------------------------------------------------------------- one family
@@ -223,6 +226,7 @@ def _train_and_prove(model: Path, folder: Path, result: Result) -> tuple[Path, L
     from rankup.grpo.update.resolve import engine_settings
     from rankup.grpo.update.session import make_policy
     from rankup.rollout.engine import RolloutEngine
+    from rankup.rollout.model_limits import wider_windows
 
     config = tiny_config(folder / "run", model=str(model), engine="vllm", dtype=result.dtype, max_num_seqs=16)
     trainer = GRPOTrainer(reward_funcs=many_low_ids, args=config, train_dataset=ROWS)
@@ -234,13 +238,19 @@ def _train_and_prove(model: Path, folder: Path, result: Result) -> tuple[Path, L
         result.trained = True
         policy = make_policy(trainer.args, str(model), engine)
         policy.load_adapter(adapter)
-        result.plain_reason, result.left_out = policy.plain_reason or "", list(policy.target_notes)
-        result.layers = len(policy.layers)
+        result.plain_reason = policy.plain_reason or ""
+        result.left_out = [*policy.target_notes, *wider_windows(str(model), trainer.args.rollout)]
+        result.fused, result.layers = _fused(policy.fusion), len(policy.layers)
         result.targets = sorted({name.rpartition(".")[2] for name in policy.layers})
         result.check = max(proof.gap / proof.bound for proof in prove_slots(policy, engine, each=True))
     finally:
         engine.close()
     return adapter, trainer.args.lora
+
+
+def _fused(fusion: Fusion) -> str:
+    parts = (("q/k/v", fusion.qkv), ("MLP", fusion.mlp), ("norms", fusion.norms))
+    return ", ".join(name for name, modules in parts if modules) or "single layers"
 
 
 def _compare(model: Path, adapter: Path, lora: LoraConfig, result: Result) -> None:

@@ -28,6 +28,7 @@ DELTA: dict[str, Any] = {
     "linear_conv_kernel_dim": 4,
 }
 HYBRID: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+HEADS: dict[str, Any] = {"head_dim": 16}
 MAMBA: dict[str, Any] = {
     **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2}
 }
@@ -49,8 +50,8 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         ssm_state_size=8, n_groups=2, chunk_size=4, expand=2, head_dim=16,
     ),
     "falcon-h1": lambda: transformers.FalconH1Config(
-        **COMMON, num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=2,
-        mamba_chunk_size=4, **{"head_dim": 16},
+        **COMMON, **HEADS, num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+        mamba_n_groups=2, mamba_chunk_size=4,
     ),
 }  # fmt: skip
 
