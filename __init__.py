@@ -47,8 +47,10 @@ def __getattr__(name: str) -> Any:
         # tqdm warns in a notebook without ipywidgets, although none of its bars is shown.
         warnings.filterwarnings("ignore", message="IProgress not found")
         bitsandbytes.setLevel(logging.ERROR)  # PEFT imports it; it misses a package of kernels for 4 bits on CPUs
-        value = getattr(import_module(_HOMES[name], __name__), name)
-        bitsandbytes.setLevel(level)
+        try:
+            value = getattr(import_module(_HOMES[name], __name__), name)
+        finally:
+            bitsandbytes.setLevel(level)
     globals()[name] = value
     return value
 

@@ -111,6 +111,11 @@ def prepare_inputs(
             config, train_dataset, user_inputs.eval_dataset, tools, has_environment=has_environment
         )
         config, start = resolve_training(config, loaded.model_path, loaded.tokenizer)
+        if user_inputs.rollout_func is not None and config.rollout.routed_experts == "replay":
+            raise ValueError(
+                "rollout.routed_experts=replay: completions of a rollout_func come without the experts that vLLM chose: set "
+                "compare or ignore"
+            )
         episodes = make_episodes(actions, user_inputs.rollout_func, config, loaded)
     return PreparedInputs(
         config=resolve_epochs(config, rows=len(loaded.train_prompts.rows)),

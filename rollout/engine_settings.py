@@ -71,6 +71,8 @@ class EngineSettings:
         values |= {name: (getattr(self.rollout, name), getattr(needed.rollout, name)) for name in of_rollout}
         if needed.rollout.gpu_memory_utilization is None:
             del values["gpu_memory_utilization"]
+        if not needed.returns_experts:  # the run drops them
+            del values["returns_experts"]
         return [f"{name} {_short(a)} instead of {_short(b)}" for name, (a, b) in values.items() if a != b]
 
 

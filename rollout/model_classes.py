@@ -6,7 +6,7 @@
 
 A checkpoint with a vision tower is trained as the complete class, that of `AutoModelForImageTextToText`: stock PEFT loads the
 saved adapter on that class, and vLLM on the checkpoint. The towers, and what connects them to the text model, are replaced by
-None before any weight is read: text does not pass through them.
+None before any weight is read (of Gemma 4 afterwards: see `base_model.py`): text does not pass through them.
 """
 
 from __future__ import annotations

@@ -60,9 +60,10 @@ def wider_windows(model_path: str, rollout: RolloutConfig) -> Iterator[str]:
     config = AutoConfig.from_pretrained(model_path).get_text_config()
     if config.model_type not in WIDER_WINDOWS or rollout.engine != "vllm":
         return
-    if rollout.max_model_length > config.sliding_window:
+    window: int | None = config.sliding_window
+    if window is not None and rollout.max_model_length > window:
         yield (
-            f"vLLM's sliding windows of {config.model_type} have one token more than transformers' {config.sliding_window}: in "
+            f"vLLM's sliding windows of {config.model_type} have one token more than transformers' {window}: in "
             "longer sequences log-probabilities of sampler and trainer differ; rollout.engine=torch, or shorter ones, avoid it"
         )
 

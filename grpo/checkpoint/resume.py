@@ -136,6 +136,7 @@ def config_changes(folder: Path, config: GRPOConfig) -> Iterator[Change]:
             continue
         is_harmless = change.option.startswith(HARMLESS_SECTIONS) and change.option not in TRAINING_OPTIONS
         is_harmless |= change.option in HARMLESS_OPTIONS or (change.option == "optim.max_steps" and keeps_rates)
+        is_harmless |= change.option == "rollout.routed_experts" and "replay" not in (change.before, change.now)
         yield dataclasses.replace(change, affects_training=not is_harmless)
 
 

@@ -24,6 +24,7 @@ from ...rollout.model_classes import check_class, has_tower
 from ..common.quiet import quiet_stderr
 from ..common.weight_files import files_of_weights, quantization_of
 from ..config import ModelConfig
+from ..model.saved_weights import saved_weights
 from .cache import Digest, cached_folder, new_folder, size_of
 from .found import LocalCopy, comparable, different_weight, is_same_model, local_copies
 from .quantization import quantization
@@ -110,9 +111,14 @@ def _nf4_base(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], confi
     if (found.folder / "config.json").is_file():
         if quantization_of(found.folder) is not None:
             raise ValueError(f"model: the files of {name} are quantized: pass the original model, with quantization_config")
-        files = files_of_weights(found.folder)
-        plain = sorted(n for n in weights.keys() & files.keys() if weights[n].is_floating_point())
-        changed = different_weight(weights, files, plain, dtype=getattr(torch, dtype))
+        saved = saved_weights(model, files_of_weights(found.folder))
+        plain = sorted(n for n in weights.keys() & saved.files.keys() if weights[n].is_floating_point())
+        if not plain:
+            raise ValueError(
+                f"model: is quantized, and none of its weights is called as in the files of {name}: pass the model before "
+                "quantization, and set model.load_in=nf4"
+            )
+        changed = different_weight(weights, saved, plain, dtype=getattr(torch, dtype))
         if changed is not None:
             raise ValueError(
                 f"model: is quantized, and its {changed} differs from the files of {name}: pass the model before quantization, "

@@ -20,7 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from ..common.model_files import hub_id, resolve_model
 from ..common.weight_files import files_of_weights
-from ..model.saved_weights import read_weights
+from ..model.saved_weights import SavedWeights, saved_weights
 from .weights import tied_names
 
 WITHOUT_EFFECT = frozenset(
@@ -67,23 +67,23 @@ def is_same_model(
 
     weights: `plain_weights(model)`.
     """
-    files = {name: path for name, path in files_of_weights(folder).items() if path.is_file()}
+    saved = saved_weights(model, {name: path for name, path in files_of_weights(folder).items() if path.is_file()})
     needed = weights.keys() - tied_names(model, weights)
-    if not needed <= files.keys():
+    if not needed <= saved.files.keys():
         return False
     theirs = AutoConfig.from_pretrained(folder)
     if comparable(theirs) != comparable(model.config) or _ends(folder, theirs) != _ends_of(model):
         return False
     if theirs.architectures not in (None, [type(model).__name__]):
         return False
-    return different_weight(weights, files, sorted(weights.keys() & files.keys()), dtype=dtype) is None
+    return different_weight(weights, saved, sorted(weights.keys() & saved.files.keys()), dtype=dtype) is None
 
 
 def different_weight(
-    weights: Mapping[str, torch.Tensor], files: Mapping[str, Path], names: Sequence[str], *, dtype: torch.dtype
+    weights: Mapping[str, torch.Tensor], files: SavedWeights, names: Sequence[str], *, dtype: torch.dtype
 ) -> str | None:
     """The first of `names` under which the files have another value in `dtype`; None if there is none."""
-    for name, saved in read_weights(files, names, "cpu"):
+    for name, saved in files.read(names, "cpu"):
         ours = weights[name]
         to = dtype if ours.is_floating_point() else ours.dtype
         if saved.shape != ours.shape or not torch.equal(saved.to(to), ours.detach().cpu().to(to)):

@@ -116,12 +116,13 @@ def sampling_engine(config: GRPOConfig, model_path: str) -> Iterator[Engine]:
     """
     assert config.lora.start_from is None, "the caller publishes what the slots hold"
     check_dtype_here(config.model.dtype)
+    rollout = config.rollout.model_copy(update={"routed_experts": "ignore"})  # nothing is trained on them
+    config = config.model_copy(update={"rollout": rollout})
     if config.rollout.engine == "torch":
         with _torch_engine(config, model_path, None) as (engine, _):
             yield engine
         return
-    rollout = config.rollout.model_copy(update={"routed_experts": "ignore"})  # nothing is trained on them
-    with _vllm_engine(config.model_copy(update={"rollout": rollout}), model_path, None) as engine:
+    with _vllm_engine(config, model_path, None) as engine:
         yield engine
 
 

@@ -11,6 +11,7 @@ from tiny_runs import ROWS, many_low_ids, steps_of, tiny_config
 
 from rankup import GRPOTrainer
 from rankup.grpo.update.resolve import engine_settings
+from rankup.grpo.update.session import sampling_engine
 
 pytestmark = pytest.mark.engine
 
@@ -52,3 +53,18 @@ def test_replay_closes_the_gap_that_flips_open(engine_shelf, tmp_path: Path, mod
 def test_nothing_is_asked_for_if_it_is_ignored(tmp_path: Path, model: Path) -> None:
     config = tiny_config(tmp_path / "run", routed_experts="ignore", **OPTIONS)
     assert not engine_settings(config, str(model)).returns_experts
+
+
+def test_completions_of_a_function_are_not_replayed(tmp_path: Path, model: Path) -> None:
+    """It failed at the first update, behind a rollout."""
+    config = tiny_config(tmp_path, model=str(model), routed_experts="replay", **OPTIONS)
+    with pytest.raises(ValueError, match=r"replay: completions of a rollout_func come without the experts .* set compare or ig"):
+        GRPOTrainer(reward_funcs=many_low_ids, args=config, train_dataset=ROWS, rollout_func=lambda prompts, trainer: {})
+
+
+def test_sampling_alone_needs_no_experts(tmp_path: Path, model: Path) -> None:
+    """`rankup chat` of such a run, with the torch engine."""
+    trained = tiny_config(tmp_path, model=str(model), routed_experts="replay", **OPTIONS)
+    config = trained.model_copy(update={"rollout": trained.rollout.model_copy(update={"engine": "torch"})})
+    with sampling_engine(config, str(model)) as engine:
+        assert engine.slots

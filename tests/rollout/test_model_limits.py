@@ -88,6 +88,8 @@ def test_windows_that_vllm_takes_for_wider_are_noted_if_sequences_reach_them(tmp
     longer, shorter = (RolloutConfig(max_prompt_length=40, max_completion_length=n) for n in (30, 20))
     (note,) = wider_windows(str(tmp_path), longer)
     assert "windows of cohere2 have one token more than transformers' 64" in note
+    transformers.Cohere2Config(sliding_window=None, layer_types=["full_attention"] * 40).save_pretrained(tmp_path / "full")
+    assert [*wider_windows(str(tmp_path / "full"), longer)] == []
     of_torch = longer.model_copy(update={"engine": "torch"})
     assert [*wider_windows(str(tmp_path), shorter), *wider_windows(str(tmp_path), of_torch)] == []
 

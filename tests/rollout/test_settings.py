@@ -32,6 +32,10 @@ def test_an_engine_serves_runs_that_sample_differently():
     assert SETTINGS.differences(dataclasses.replace(SETTINGS, rollout=rollout, seed=3)) == []
 
 
+def test_an_engine_that_returns_experts_serves_a_run_that_drops_them():
+    assert dataclasses.replace(SETTINGS, returns_experts=True).differences(SETTINGS) == []
+
+
 @pytest.mark.parametrize(
     ("needed", "difference"),
     [

@@ -56,9 +56,10 @@ def config_for(target: Target, options: argparse.Namespace) -> GRPOConfig:
         config = load_config(target.config_file, options.overrides, changes=changes)
     if config.data.eval is None:
         raise ValueError("no evaluation data: set data.eval, or give --data")
-    if config.rollout.environment is not None:  # which may decide about the rows
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"train": None})})  # it need not exist any more
+    rollout = config.rollout.model_copy(update={"routed_experts": "ignore"})  # nothing is trained on them
+    # An environment may decide about the rows; else the training data need not exist any more.
+    data = config.data if rollout.environment is not None else config.data.model_copy(update={"train": None})
+    return config.model_copy(update={"data": data, "rollout": rollout})
 
 
 def _sets(sources: Sequence[str]) -> str | dict[str, dict[str, str]]:

@@ -112,3 +112,14 @@ def test_an_option_that_the_checkpoint_does_not_know_yet_had_its_default(tmp_pat
     changed = config(tmp_path, rank=32, rank_pattern={"q_proj": 8}, reference="base")
     [change] = config_changes(older, changed)
     assert (change.option, change.before, change.now, change.affects_training) == ("algorithm.reference", "start", "base", True)
+
+
+@pytest.mark.parametrize(("before", "now", "expected"), [("auto", "ignore", False), ("compare", "replay", True)])
+def test_what_is_done_with_experts_changes_training_only_if_they_are_replayed(
+    tmp_path: Path, before: str, now: str, expected: bool
+):
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "config.yaml").write_text(dump_config(config(tmp_path, routed_experts=before)))
+    [change] = config_changes(older, config(tmp_path, routed_experts=now))
+    assert (change.option, change.affects_training) == ("rollout.routed_experts", expected)
