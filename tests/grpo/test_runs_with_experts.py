@@ -58,7 +58,7 @@ def test_nothing_is_asked_for_if_it_is_ignored(tmp_path: Path, model: Path) -> N
 def test_completions_of_a_function_are_not_replayed(tmp_path: Path, model: Path) -> None:
     """It failed at the first update, behind a rollout."""
     config = tiny_config(tmp_path, model=str(model), routed_experts="replay", **OPTIONS)
-    with pytest.raises(ValueError, match=r"replay: completions of a rollout_func come without the experts .* set compare or ig"):
+    with pytest.raises(ValueError, match=r"replay: completions of a rollout_func come without the experts"):
         GRPOTrainer(reward_funcs=many_low_ids, args=config, train_dataset=ROWS, rollout_func=lambda prompts, trainer: {})
 
 
