@@ -84,11 +84,11 @@ class Completion:
         policy_version: number of publishes before sampling: it identifies the policy.
         given: the ranges of `token_ids` that were given, ascending and not adjacent; all others were sampled.
         episode: its messages and calls, if it could have several turns.
+        omitted_tokens: sampled tokens that this object does not hold: all of them in metadata, otherwise none.
+        omitted_given: the same for given tokens.
         routed_experts: the experts that the engine chose, [prompt + tokens - 1, layers, top_k], uint8 or uint16: for each token
             of the prompt and of the completion but the last sampled one, which is no input. Zeros in layers without experts.
             None: the engine was not asked, or cannot tell.
-        omitted_tokens: sampled tokens that this object does not hold: all of them in metadata, otherwise none.
-        omitted_given: the same for given tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -98,9 +98,9 @@ class Completion:
     policy_version: int
     given: tuple[Span, ...] = ()
     episode: Episode | None = None
-    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
     omitted_tokens: int = 0
     omitted_given: int = 0
+    routed_experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:

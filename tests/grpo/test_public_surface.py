@@ -51,7 +51,7 @@ CONFIG = {"notes", "has_trl_batch", "completions_per_step", "max_num_seqs", "to_
 FIELDS = {
     "Completion": [
         "token_ids", "logprobs", "text", "finish_reason", "policy_version", "given", "episode", "omitted_tokens",
-        "omitted_given",
+        "omitted_given", "routed_experts",
     ],
     "Group": [
         "prompt", "completions", "scores", "advantages", "reward_std", "has_variance", "passes_filter", "is_local",

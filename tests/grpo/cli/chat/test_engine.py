@@ -66,13 +66,13 @@ def test_an_answer_that_is_stopped_leaves_the_engine_idle(session: ChatSession) 
     expected, seen = ask(session), []
 
     def watch(progress: Progress) -> None:
-        seen.append(progress.text("trained"))
-        if len(seen) == 5:
+        seen.append(progress.text("base"))  # what little the tiny policy has learned may be the same token again and again
+        if len(seen) >= 5 and seen[-1]:
             raise Stopped
 
     session.reset()
     with pytest.raises(Stopped):
         session.ask(QUESTION, watch)
-    assert seen[-1] and expected["trained"].startswith(seen[-1])
+    assert len(seen) < TOKENS and expected["base"].startswith(seen[-1])
     assert session.exchanges == [] and not session._engine._engine.has_unfinished_requests()  # type: ignore[attr-defined]
     assert ask(session) == expected
