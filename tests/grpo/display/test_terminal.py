@@ -243,10 +243,12 @@ import signal
 import time
 from rankup.grpo.display.choose import make_view
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for commands in the background
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the panel is drawn: a run's own handler raises nothing there
 with make_view(max_steps=3, run_name="sums") as view:
     view.step(1, {"reward": 0.41}, {"train": 1.0})
     print("a reward function prints", flush=True)
     view.stage("waiting for the signal")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     time.sleep(60)
 """
 
