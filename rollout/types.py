@@ -87,8 +87,8 @@ class Completion:
         omitted_tokens: sampled tokens that this object does not hold: all of them in metadata, otherwise none.
         omitted_given: the same for given tokens.
         routed_experts: the experts that the engine chose, [prompt + tokens - 1, layers, top_k], uint8 or uint16: for each token
-            of the prompt and of the completion but the last sampled one, which is no input. Zeros in layers without experts.
-            None: the engine was not asked, or cannot tell.
+            of the prompt and of the completion, except the last sampled token, which is no input. Zeros in layers without
+            experts. None: the engine was not asked, or cannot tell.
     """
 
     token_ids: tuple[int, ...]

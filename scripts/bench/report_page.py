@@ -14,6 +14,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,6 @@ from common import ROOT, Result, command_line, markdown, run, summarise
 
 STEPS, PROMPTS, COMPLETIONS = 130, 16, 8
 WORDS = {"short": 22, "long": 190}
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 
 def main() -> None:
@@ -59,34 +59,22 @@ def measure(options: argparse.Namespace) -> Result:
 
 def _open(page: Path, repeats: int) -> dict[str, Any]:
     """Milliseconds until the curves, and until completions are shown; empty without a browser."""
-    chromium = shutil.which("chromium")
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-        from selenium.webdriver.support.wait import WebDriverWait
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("selenium") is None or shutil.which("chromium") is None:
         return {}
-    if chromium is None:
-        return {}
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in FLAGS:
-        options.add_argument(flag)
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from pictures import browser
+    from selenium.webdriver.support.wait import WebDriverWait
+
     milliseconds: dict[str, list[float]] = {"curves": [], "completions": []}
-    with tempfile.TemporaryDirectory() as profile:
-        options.add_argument(f"--user-data-dir={profile}")
-        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        try:
-            for _ in range(repeats):
-                for view in milliseconds:
-                    driver.get("about:blank")
-                    driver.get(f"{page.as_uri()}#{view}")
-                    shown = "document.documentElement.dataset.ready" if view == "curves" else "document.querySelector('.card')"
-                    WebDriverWait(driver, 120, 0.01).until(lambda driver, shown=shown: driver.execute_script(f"return {shown}"))
-                    now = "performance.getEntriesByName('ready')[0].startTime" if view == "curves" else "performance.now()"
-                    milliseconds[view].append(driver.execute_script(f"return {now}"))
-        finally:
-            driver.quit()
+    with browser("1280x900") as driver:
+        for _ in range(repeats):
+            for view in milliseconds:
+                driver.get("about:blank")
+                driver.get(f"{page.as_uri()}#{view}")
+                shown = "document.documentElement.dataset.ready" if view == "curves" else "document.querySelector('.card')"
+                WebDriverWait(driver, 120, 0.01).until(lambda driver, shown=shown: driver.execute_script(f"return {shown}"))
+                now = "performance.getEntriesByName('ready')[0].startTime" if view == "curves" else "performance.now()"
+                milliseconds[view].append(driver.execute_script(f"return {now}"))
     return {view: summarise(values) for view, values in milliseconds.items()}
 
 
